@@ -1,0 +1,264 @@
+"""Frozen records handed from stage to stage.
+
+Every stage returns one of the `*Result` classes; the bundle stores it as JSON under `stages/` and
+the report is assembled from nothing else. Paths inside records are POSIX paths relative to the
+bundle, so that a bundle can be moved. No torch, no pydantic and no I/O in this module.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["float32", "float16", "bfloat16"]
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """Where text came from and how much of it was used.
+
+    `kind` is "file" for text of the user's, "builtin" for the text shipped with CPython and
+    "split" for a part of the calibration text that was held out.
+    """
+
+    kind: Literal["file", "builtin", "split"]
+    paths: tuple[str, ...]
+    sha256: str
+    samples: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What was read from the model directory."""
+
+    path: str
+    sha256: str
+    model_type: str
+    architecture: str
+    family: str
+    task: str
+    parameters: int
+    source_dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """What happened to one linear layer.
+
+    `shape` is (out_features, in_features). Errors are ||Y - Y'||^2 / ||Y||^2, where Y is the output
+    of the dense layer in the dense model and Y' that of the pruned layer in the pruned model (bias
+    excluded), on calibration and on held-out text; None for a skipped layer.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    status: Literal["pruned", "skipped"]
+    reason: str
+    method: str
+    relative_error: float | None
+    held_out_error: float | None
+    iterations: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PruneResult:
+    """Result of the pruning stage. `state_sha256` hashes every weight file that was written."""
+
+    method: str
+    preset: str
+    target: Literal["asymmetric", "symmetric"]
+    device: str
+    layers: tuple[LayerRecord, ...]
+    calibration: TextSource
+    held_out: TextSource
+    damping: tuple[float, float]
+    state_sha256: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value with the standard error of its mean."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One accuracy figure, dense against sparse on the same inputs.
+
+    `dense` and `sparse` are None for a metric that compares the two models directly (agreement);
+    `difference` is then None too and `agreement` is set.
+    """
+
+    name: str
+    higher_is_better: bool
+    samples: int
+    dense: Estimate | None
+    sparse: Estimate | None
+    difference: Estimate | None
+    agreement: Estimate | None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateResult:
+    """Result of the evaluation stage; `metrics[0]` is the headline."""
+
+    metrics: tuple[Metric, ...]
+    evaluation: TextSource
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCheck:
+    """2:4 check of one weight tensor along its reduction axis.
+
+    `module` is the module path where the file tells it, else "". `expected` says that the file (or
+    the caller) declares this weight as 2:4. `first_violation` is the index of the first element of
+    the first group of four with more than two non-zeros, or None. `shape` and `axis` are those of
+    the stored tensor. `node` names the consumer ("" outside ONNX).
+    """
+
+    tensor: str
+    module: str
+    node: str
+    op_type: str
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int
+    density: float
+    is_24: bool
+    expected: bool
+    first_violation: tuple[int, ...] | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxModel:
+    """One exported file: path in the bundle, hash over graph and external data, size in bytes."""
+
+    path: str
+    dtype: DType
+    opset: int
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class NumericsCheck:
+    """ONNX Runtime on CPU against PyTorch for one output over all tried shapes."""
+
+    twin: Literal["dense", "sparse"]
+    output: str
+    shapes: tuple[tuple[int, ...], ...]
+    max_abs_difference: float
+    tolerance: float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """Result of the export stage: the two twins, the proof and the numerics."""
+
+    dense: OnnxModel
+    sparse: OnnxModel
+    sparsity: tuple[TensorCheck, ...]
+    numerics: tuple[NumericsCheck, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One compiled engine. `versions` names every library that made it."""
+
+    path: str
+    backend: str
+    twin: Literal["dense", "sparse"]
+    onnx: str
+    onnx_sha256: str
+    device: str
+    dtype: DType
+    versions: dict[str, str]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEvidence:
+    """Whether one layer runs on sparse tensor cores, and why not. None means unknown."""
+
+    module: str
+    eligible: bool | None
+    chosen: bool | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEvidence:
+    """What one backend did with the 2:4 weights."""
+
+    backend: str
+    device: str
+    eligible: int | None
+    chosen: int | None
+    summary: str
+    layers: tuple[LayerEvidence, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CompileResult:
+    """Result of the compile stage."""
+
+    engines: tuple[Engine, ...]
+    evidence: tuple[EngineEvidence, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Percentiles of one twin's latency; `samples_ms` keeps every run for the plots."""
+
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    runs: int
+    samples_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with a 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyRow:
+    """Dense against sparse at one shape, interleaved; `speedup` is dense over sparse time.
+
+    `gated` is False where the backend has no sparse kernels: the row informs and cannot fail.
+    """
+
+    backend: str
+    device: str
+    dtype: DType
+    batch: int
+    sequence: int
+    dense: Timing
+    sparse: Timing
+    speedup: Interval
+    limit: float
+    gated: bool
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """Result of the bench stage."""
+
+    latency: tuple[LatencyRow, ...]
+    conditions: dict[str, str]
+    seconds: float

@@ -1,0 +1,491 @@
+"""The command line: the only place that prints or exits."""
+
+import errno
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from prox24_deploy import __version__
+from prox24_deploy.artifacts import DType
+from prox24_deploy.errors import BundleError, Prox24Error, UsageError
+from prox24_deploy.options import (
+    BuildOptions,
+    DeviceChoice,
+    EngineOptions,
+    Method,
+    Preset,
+    PruneOptions,
+    TextOptions,
+)
+
+if TYPE_CHECKING:
+    from prox24_deploy.artifacts import LatencyRow, LayerRecord, Metric, TensorCheck
+    from prox24_deploy.release.report import Report
+
+EXIT_INTERNAL, EXIT_USAGE, EXIT_REGRESSION, EXIT_SPARSITY, EXIT_INCONCLUSIVE = 1, 2, 3, 4, 5
+_TEXT = TextOptions()
+_COMMON = {"-v", "--verbose", "--debug"}
+_VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCLUSIVE}
+
+app = typer.Typer(
+    name="prox24-deploy",
+    help="Take a Hugging Face model to a 2:4-sparse, proven and measured release bundle.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog=(
+        "Exit codes: 0 passed, 1 internal error, 2 bad usage or input, 3 regression, "
+        "4 sparsity lost, 5 environment missing or measurement inconclusive."
+    ),
+)
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
+
+ModelArg = Annotated[Path, typer.Argument(help="Hugging Face model directory with safetensors.")]
+BundleArg = Annotated[Path, typer.Argument(help="A bundle: the OUT of an earlier command.")]
+OutOpt = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Bundle to write; default NAME-prox24.")
+]
+RecipeOpt = Annotated[
+    Path | None, typer.Option(help="Export recipe; default: the model's own, else its family's.")
+]
+CalibrationOpt = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Text or JSONL to calibrate on; repeatable. Default: text of CPython's docs."
+    ),
+]
+EvaluationOpt = Annotated[
+    list[Path] | None,
+    typer.Option(help="Held-out text or JSONL; repeatable. Default: a fifth of the calibration."),
+]
+TokensOpt = Annotated[int, typer.Option(min=1024, help="Calibration tokens to use.")]
+EvaluationTokensOpt = Annotated[int, typer.Option(min=1024, help="Evaluation tokens to use.")]
+MethodOpt = Annotated[Method, typer.Option(help="Pruning method; all are refined on their mask.")]
+PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
+DTypeOpt = Annotated[DType, typer.Option(help="Precision of the exported models.")]
+BackendOpt = Annotated[list[str] | None, typer.Option(help="auto or onnxruntime; repeatable.")]
+ShapesOpt = Annotated[
+    list[str] | None, typer.Option(help="Shapes to measure, e.g. batch=1,8 sequence=128.")
+]
+DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where to prune and evaluate.")]
+SeedOpt = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
+FreshOpt = Annotated[bool, typer.Option("--fresh", help="Run every stage again.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def main() -> None:
+    """Entry point: run one command and exit with its code; every error is one sentence."""
+    # No code of this tool may reach for a model hub, and neither may transformers.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    arguments = hoist_common(join_shapes(sys.argv[1:]))
+    try:
+        app(args=arguments, prog_name="prox24-deploy")
+    except (Prox24Error, OSError) as error:
+        _fail(error, debug="--debug" in arguments)
+    except KeyboardInterrupt:
+        stderr.print("Interrupted; finished stages are kept, run the same command to go on.")
+        raise SystemExit(130) from None
+    except Exception as error:  # the one place where a fault of ours becomes an exit code
+        _fail(error, debug="--debug" in arguments)
+
+
+def join_shapes(arguments: Sequence[str]) -> list[str]:
+    """Let `--shapes batch=1,8 sequence=128` take several words: repeat the option for each."""
+    joined: list[str] = []
+    taking = False
+    for argument in arguments:
+        if taking and joined[-1] != "--shapes" and re.fullmatch(r"\w+=[\d,]+", argument):
+            joined.append("--shapes")
+        elif taking and joined[-1] != "--shapes":
+            taking = False
+        joined.append(argument)
+        taking = taking or argument == "--shapes"
+    return joined
+
+
+def hoist_common(arguments: Sequence[str]) -> list[str]:
+    """Let -v and --debug stand anywhere on the line, as users expect."""
+    common = [argument for argument in arguments if argument in _COMMON]
+    return common + [argument for argument in arguments if argument not in _COMMON]
+
+
+@app.callback(invoke_without_command=True)
+def common(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log every layer.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+) -> None:
+    """Set up logging; options here come before the command."""
+    if version:
+        stdout.print(__version__)
+        raise typer.Exit
+    level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
+    handler = RichHandler(console=stderr, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("prox24_deploy").setLevel(level)
+    context.obj = {"debug": debug}
+
+
+@app.command()
+def build(
+    model_dir: ModelArg,
+    out: OutOpt = None,
+    recipe: RecipeOpt = None,
+    calibration: CalibrationOpt = None,
+    evaluation: EvaluationOpt = None,
+    calibration_tokens: TokensOpt = _TEXT.calibration_tokens,
+    evaluation_tokens: EvaluationTokensOpt = _TEXT.evaluation_tokens,
+    method: MethodOpt = "prox",
+    preset: PresetOpt = "default",
+    dtype: DTypeOpt = "float32",
+    backend: BackendOpt = None,
+    shapes: ShapesOpt = None,
+    device: DeviceOpt = "auto",
+    seed: SeedOpt = 0,
+    fresh: FreshOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Prune, export, prove, compile, measure and report: everything, into one bundle."""
+    from prox24_deploy import pipeline
+
+    options = BuildOptions(
+        recipe,
+        _text_options(calibration, evaluation, calibration_tokens, evaluation_tokens, seed),
+        PruneOptions(method, preset),
+        device,
+        dtype,
+        _engine_options(backend, shapes),
+    )
+    root = out or _default_out(model_dir)
+    with _progress() as progress:
+        report = pipeline.build(model_dir, root, options, fresh=fresh, progress=progress)
+    if as_json:
+        _print_json(report.model_dump(mode="json"))
+    else:
+        _print_report(report, root)
+    raise typer.Exit(_exit_code(report))
+
+
+@app.command()
+def prune(
+    model_dir: ModelArg,
+    out: OutOpt = None,
+    recipe: RecipeOpt = None,
+    calibration: CalibrationOpt = None,
+    evaluation: EvaluationOpt = None,
+    calibration_tokens: TokensOpt = _TEXT.calibration_tokens,
+    evaluation_tokens: EvaluationTokensOpt = _TEXT.evaluation_tokens,
+    method: MethodOpt = "prox",
+    preset: PresetOpt = "default",
+    device: DeviceOpt = "auto",
+    seed: SeedOpt = 0,
+    fresh: FreshOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Prune only: OUT becomes a bundle with the pruned model directory."""
+    from prox24_deploy import pipeline
+
+    options = BuildOptions(
+        recipe,
+        _text_options(calibration, evaluation, calibration_tokens, evaluation_tokens, seed),
+        PruneOptions(method, preset),
+        device,
+    )
+    root = out or _default_out(model_dir)
+    with _progress() as progress:
+        result = pipeline.prune(model_dir, root, options, fresh=fresh, progress=progress)
+    if as_json:
+        _print_json(asdict(result))
+        return
+    pruned = [layer for layer in result.layers if layer.status == "pruned"]
+    _print_layers(pruned)
+    stdout.print(f"{len(pruned)} layers are 2:4 in {root / 'pruned'}.", soft_wrap=True)
+
+
+@app.command()
+def export(bundle: BundleArg, dtype: DTypeOpt = "float32", as_json: JsonOpt = False) -> None:
+    """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the file."""
+    from prox24_deploy import pipeline
+
+    with _progress() as progress:
+        result = pipeline.export(bundle, dtype, progress=progress)
+    if as_json:
+        _print_json(asdict(result))
+        return
+    proven = sum(check.expected and check.is_24 for check in result.sparsity)
+    worst = max((c.max_abs_difference for c in result.numerics), default=float("nan"))
+    stdout.print(
+        f"{proven} weights proven 2:4 in {bundle / result.sparse.path}; largest difference to "
+        f"PyTorch {worst:.2g}.",
+        soft_wrap=True,
+    )
+
+
+@app.command("compile")
+def compile_engines(
+    bundle: BundleArg, backend: BackendOpt = None, as_json: JsonOpt = False
+) -> None:
+    """Compile engines from the ONNX twins of a bundle."""
+    from prox24_deploy import pipeline
+
+    with _progress() as progress:
+        result = pipeline.compile_engines(bundle, _engine_options(backend, None), progress=progress)
+    if as_json:
+        _print_json(asdict(result))
+        return
+    for engine in result.engines:
+        stdout.print(f"{engine.twin}: {bundle / engine.path}", soft_wrap=True)
+    for evidence in result.evidence:
+        stdout.print(f"{evidence.backend}: {evidence.summary}", soft_wrap=True)
+
+
+@app.command()
+def bench(bundle: BundleArg, shapes: ShapesOpt = None, as_json: JsonOpt = False) -> None:
+    """Measure dense against sparse latency of a bundle's engines, interleaved."""
+    from prox24_deploy import pipeline
+
+    with _progress() as progress:
+        result = pipeline.bench(bundle, _engine_options(None, shapes), progress=progress)
+    if as_json:
+        _print_json(asdict(result))
+        return
+    _print_latency(result.latency)
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="Model directory, safetensors or ONNX file.")],
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Weights that may be dense, as globs; repeatable.")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Check the 2:4 pattern of every weight along its reduction axis; exit 4 if it is violated.
+
+    A file that declares its 2:4 weights is held to that; in any other file every weight that no
+    --ignore matches must be 2:4.
+    """
+    from prox24_deploy.graph.check import check_path, require_24
+
+    report = check_path(path, ignore or ())
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        _print_checks(report.tensors)
+    require_24(report)
+
+
+@app.command()
+def verify(bundle: BundleArg, as_json: JsonOpt = False) -> None:
+    """Re-hash every file of a bundle against its manifest."""
+    from prox24_deploy.release.manifest import read_manifest
+    from prox24_deploy.release.manifest import verify as faults_of
+
+    faults = faults_of(bundle)
+    if as_json:
+        _print_json({"bundle": str(bundle), "sound": not faults, "faults": faults})
+    if faults:
+        for fault in faults[1:]:
+            stderr.print(fault, soft_wrap=True, markup=False)
+        raise BundleError(f"Bundle {bundle} does not verify: {faults[0]}")
+    if not as_json:
+        count = len(read_manifest(bundle).files)
+        stdout.print(f"{bundle}: {count} files match their hashes.", soft_wrap=True)
+
+
+@app.command()
+def doctor(as_json: JsonOpt = False) -> None:
+    """Say what this machine can do, and how to get what is missing."""
+    from prox24_deploy.release.environment import diagnose
+
+    findings = diagnose()
+    if as_json:
+        _print_json({"findings": [asdict(finding) for finding in findings]})
+        return
+    table = Table("what", "found", "if missing", box=None)
+    for finding in findings:
+        style = "" if finding.usable else "yellow"
+        table.add_row(
+            finding.name, finding.found, "" if finding.usable else finding.remedy, style=style
+        )
+    stdout.print(table)
+
+
+def parse_shapes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Parse `batch=1,8 sequence=128`, in one word or several.
+
+    Raises:
+        UsageError: a word is not NAME=N[,N...] with NAME batch or sequence and N positive.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for word in (part for entry in words for part in entry.split()):
+        name, _, values = word.partition("=")
+        numbers = [int(v) for v in values.split(",") if v.isdigit() and int(v) > 0]
+        if name not in {"batch", "sequence"} or len(numbers) != len(values.split(",")):
+            raise UsageError(
+                f"Shape {word!r} is not understood, expected batch=N[,N] or sequence=N[,N] with "
+                "positive numbers, for example --shapes batch=1,8 sequence=128."
+            )
+        shapes[name] = tuple(numbers)
+    return shapes
+
+
+def _text_options(
+    calibration: list[Path] | None,
+    evaluation: list[Path] | None,
+    calibration_tokens: int,
+    evaluation_tokens: int,
+    seed: int,
+) -> TextOptions:
+    return TextOptions(
+        tuple(calibration or ()),
+        tuple(evaluation or ()),
+        calibration_tokens,
+        evaluation_tokens,
+        seed,
+    )
+
+
+def _engine_options(backends: list[str] | None, shapes: list[str] | None) -> EngineOptions:
+    default = EngineOptions()
+    parsed = parse_shapes(shapes or ())
+    return EngineOptions(
+        tuple(backends or default.backends),
+        parsed.get("batch", default.batches),
+        parsed.get("sequence", default.sequences),
+    )
+
+
+def _default_out(model_dir: Path) -> Path:
+    return Path(f"{model_dir.resolve().name}-prox24")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per stage on a terminal; nothing anywhere else."""
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield update
+
+
+def _fail(error: BaseException, *, debug: bool) -> None:
+    """Print one sentence (and the traceback if asked) and exit with the error's code."""
+    if debug:
+        stderr.print(traceback.format_exc(), markup=False)
+    if isinstance(error, Prox24Error):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        where = f" while writing {error.filename}" if error.filename else ""
+        message = (
+            f"No space left on the disk{where}; free some and run the same command again, "
+            "finished stages are kept."
+        )
+        code = EXIT_USAGE
+    elif isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
+        message = (
+            f"{error.filename or 'A file'} cannot be written ({error.strerror}); pass another -o."
+        )
+        code = EXIT_USAGE
+    else:
+        kind = type(error).__name__
+        message = f"Internal error, {kind}: {error}; run again with --debug and report it."
+        code = EXIT_INTERNAL
+    stderr.print(f"Error: {message}", soft_wrap=True, markup=False)
+    raise SystemExit(code)
+
+
+def _exit_code(report: "Report") -> int:
+    if any(check.expected and not check.is_24 for check in report.sparsity.tensors):
+        return EXIT_SPARSITY
+    return _VERDICT_EXIT[report.verdict]
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+
+
+def _print_report(report: "Report", root: Path) -> None:
+    """The page of a build: verdict, accuracy, latency, warnings, where to look."""
+    totals = report.pruning.totals
+    stdout.print(f"Verdict: {report.verdict}")
+    stdout.print(f"Pruned: {totals.pruned} layers proven 2:4, {totals.skipped} left dense")
+    for metric in report.accuracy.metrics:
+        stdout.print(_metric_line(metric))
+    _print_latency(report.latency)
+    for warning in report.warnings:
+        stdout.print(f"Note: {warning}", soft_wrap=True, markup=False)
+    stdout.print(f"Report: {root / 'report.html'}", soft_wrap=True, markup=False)
+
+
+def _metric_line(metric: "Metric") -> str:
+    def shown(estimate: Any) -> str:
+        return f"{estimate.value:.4f} ± {estimate.standard_error:.4f}"
+
+    if metric.agreement is not None:
+        return f"{metric.name}: {shown(metric.agreement)} ({metric.samples} samples)"
+    change = f", difference {shown(metric.difference)}" if metric.difference else ""
+    return f"{metric.name}: dense {shown(metric.dense)}, sparse {shown(metric.sparse)}{change}"
+
+
+def _print_layers(layers: Sequence["LayerRecord"]) -> None:
+    table = Table("layer", "error", "held out", box=None)
+    for layer in layers:
+        held_out = "" if layer.held_out_error is None else f"{layer.held_out_error:.4f}"
+        table.add_row(layer.name, f"{layer.relative_error:.4f}", held_out)
+    stdout.print(table)
+
+
+def _print_latency(rows: Sequence["LatencyRow"]) -> None:
+    table = Table("backend", "batch", "seq", "dense ms", "sparse ms", "speed-up", "95 %", box=None)
+    for row in rows:
+        table.add_row(
+            row.backend,
+            str(row.batch),
+            str(row.sequence),
+            f"{row.dense.median_ms:.2f}",
+            f"{row.sparse.median_ms:.2f}",
+            f"{row.speedup.value:.2f}×",
+            f"{row.speedup.low:.2f}–{row.speedup.high:.2f}",
+        )
+    stdout.print(table)
+
+
+def _print_checks(tensors: Sequence["TensorCheck"]) -> None:
+    table = Table("module or tensor", "axis", "shape", "density", "2:4", box=None)
+    for tensor in tensors:
+        table.add_row(
+            tensor.module or tensor.tensor,
+            str(tensor.axis),
+            "×".join(map(str, tensor.shape)),
+            f"{tensor.density:.3f}",
+            "yes" if tensor.is_24 else "no" if tensor.expected else "dense",
+        )
+    stdout.print(table)

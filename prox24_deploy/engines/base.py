@@ -1,0 +1,63 @@
+"""The seam between the pipeline and anything that compiles and runs an ONNX file."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from prox24_deploy.artifacts import Engine, EngineEvidence, OnnxModel, TensorCheck
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+
+
+class Session(Protocol):
+    """An opened engine."""
+
+    def infer(self, feeds: Feeds) -> dict[str, Array]:
+        """Run once; inputs and outputs by graph name."""
+        ...
+
+    def latencies_ms(self, feeds: Feeds, *, runs: int, warmup: int) -> npt.NDArray[np.float64]:
+        """Run `warmup` + `runs` times; shape (runs,), milliseconds of each timed run."""
+        ...
+
+
+class Backend(Protocol):
+    """Compiles an ONNX file and opens what it compiled. Implementations are frozen dataclasses."""
+
+    @property
+    def name(self) -> str:
+        """Name on the command line and folder under `engines/`."""
+        ...
+
+    @property
+    def sparse_kernels(self) -> bool:
+        """Whether this backend can run 2:4 weights faster at all; if not, latency never gates."""
+        ...
+
+    def device(self) -> str:
+        """The device that engines of this backend run on, in words."""
+        ...
+
+    def build(
+        self, bundle: Path, model: OnnxModel, out: Path, *, twin: Literal["dense", "sparse"]
+    ) -> Engine:
+        """Compile `bundle / model.path` into the folder `bundle / out`.
+
+        Raises:
+            BackendMissingError: a library or device is missing.
+            EngineError: the file does not compile.
+        """
+        ...
+
+    def evidence(self, engine: Engine, sparsity: tuple[TensorCheck, ...]) -> EngineEvidence:
+        """Say which layers run on sparse kernels, and why the others do not."""
+        ...
+
+    def open(self, bundle: Path, engine: Engine) -> AbstractContextManager[Session]:
+        """Load an engine; releases it on exit."""
+        ...

@@ -1,0 +1,72 @@
+"""Every exception that prox24-deploy raises on purpose.
+
+Prox24Error                  exit code 1
+├── UsageError               2   an option or argument that cannot be used
+├── ModelDirError            2   the model directory is missing, damaged or not supported
+├── RecipeError              2   the export recipe cannot be read or does not fit the model
+├── CalibrationError         2   calibration or evaluation text is missing, empty or too short
+├── BundleError              2   the output directory cannot be used, or does not verify
+├── SparsityLostError        4   a weight that must be 2:4 is not
+├── ExportError              1   the model could not be exported, or its file differs in numerics
+└── EngineError              1   a backend failed to build or run
+    └── BackendMissingError  5   a library or device that the backend needs is not there
+
+Each message is one sentence that names the thing, its value, what was expected and the remedy.
+A regression is a result in the report, not an exception.
+"""
+
+
+class Prox24Error(Exception):
+    """Base of all errors; `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class UsageError(Prox24Error):
+    """An option or argument has a value that cannot be used."""
+
+    exit_code = 2
+
+
+class ModelDirError(Prox24Error):
+    """The model directory is missing, damaged, unsafe or of an unsupported kind."""
+
+    exit_code = 2
+
+
+class RecipeError(Prox24Error):
+    """The recipe cannot be read, has unknown keys, or does not fit the model."""
+
+    exit_code = 2
+
+
+class CalibrationError(Prox24Error):
+    """Calibration or evaluation text is missing, empty, too short or not decodable."""
+
+    exit_code = 2
+
+
+class BundleError(Prox24Error):
+    """The output directory cannot be used, is full, or does not match its manifest."""
+
+    exit_code = 2
+
+
+class SparsityLostError(Prox24Error):
+    """A weight that must be 2:4 along its reduction axis is not."""
+
+    exit_code = 4
+
+
+class ExportError(Prox24Error):
+    """The model could not be exported, or the exported file computes something else."""
+
+
+class EngineError(Prox24Error):
+    """A backend failed to build or to run an engine."""
+
+
+class BackendMissingError(EngineError):
+    """A library or device that the backend needs is missing; the message names the remedy."""
+
+    exit_code = 5

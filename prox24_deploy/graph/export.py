@@ -1,0 +1,232 @@
+"""Export a Hugging Face module to an ONNX file and prove its 2:4 weights on that file."""
+
+import hashlib
+import logging
+import shutil
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from prox24_deploy.artifacts import DType
+from prox24_deploy.errors import BundleError, ExportError
+from prox24_deploy.graph.annotate import annotate, require_signature
+from prox24_deploy.graph.check import check_path, require_24
+from prox24_deploy.graph.module import (
+    TORCH_DTYPES,
+    RecipeModule,
+    copy_with,
+    dynamic_names,
+    to_dtype,
+)
+from prox24_deploy.recipe import Recipe
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+_logger = logging.getLogger(__name__)
+
+# Tracing sizes of the first dynamic axes; different from each other and from 0 and 1, which the
+# exporter would take for constants.
+_TRACE_SIZES = (2, 7, 3, 5)
+_HASH_CHUNK = 1 << 24
+
+
+def export_onnx(
+    model: nn.Module, recipe: Recipe, out: Path, *, dtype: DType, sparse: Sequence[str] = ()
+) -> Path:
+    """Write `out/model.onnx` with external data `out/model.onnx.data`; the same input, same bytes.
+
+    Inputs, outputs and dynamic axes are those of the recipe. Nodes carry their module path under
+    the metadata key `prox24.module`; `sparse` is written to the file as its 2:4 declaration and
+    proven on the file before `out` appears, all at once, by a rename.
+
+    Args:
+        model: float32 module in eval mode, as opened for `recipe.task`; it is not changed.
+        recipe: names, axes and opset of the graph.
+        out: folder to create; an earlier export there is replaced.
+        dtype: of weights and activations; float32 shares the weights of `model`, the other two
+            hold one converted copy while exporting.
+        sparse: module paths in `model` whose weights must be 2:4 along their reduction axis.
+
+    Returns:
+        The path of `model.onnx`.
+
+    Raises:
+        ExportError: the model cannot be exported, does not fit the recipe, or overflows `dtype`.
+        SparsityLostError: a weight named in `sparse` is not 2:4 in the file, or is not there.
+        BundleError: `out` holds something other than an earlier export.
+        OSError: the file cannot be written, for example because the disk is full.
+    """
+    _require_modules(model, sparse)
+    _require_replaceable(out)
+    copy = copy_with(model, to_dtype(dtype))
+    graph = _to_onnx(RecipeModule(copy, recipe).eval(), recipe, dtype)
+    require_signature(graph.graph, recipe)
+    annotate(graph, model, sparse)
+    return _publish(graph, out, bool(sparse))
+
+
+def hash_onnx(folder: Path) -> tuple[str, int]:
+    """Hash an exported model: SHA-256 over graph then external data, and their size in bytes."""
+    digest = hashlib.sha256()
+    size = 0
+    for path in (folder / MODEL_FILE, folder / DATA_FILE):
+        if path.name == DATA_FILE and not path.exists():
+            continue
+        with path.open("rb") as stream:
+            while chunk := stream.read(_HASH_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+    return digest.hexdigest(), size
+
+
+def _require_modules(model: nn.Module, sparse: Sequence[str]) -> None:
+    known = {name for name, _ in model.named_modules()}
+    for name in sparse:
+        if name not in known:
+            raise ExportError(
+                f"The model has no module {name!r}, whose weight should be 2:4; pass module paths "
+                "of the model as it was pruned."
+            )
+
+
+def _require_replaceable(out: Path) -> None:
+    if not out.exists():
+        return
+    strange = {out.name} if not out.is_dir() else {entry.name for entry in out.iterdir()}
+    strange -= {MODEL_FILE, DATA_FILE} if out.is_dir() else set()
+    if strange:
+        raise BundleError(
+            f"{out} holds {min(strange)!r}, which no export wrote; choose another folder or empty "
+            "this one."
+        )
+
+
+def _to_onnx(module: RecipeModule, recipe: Recipe, dtype: DType) -> ir.Model:
+    names = dynamic_names(recipe.inputs)
+    sizes = dict(zip(names, _trace_sizes(len(names)), strict=True))
+    dims = {name: torch.export.Dim(name) for name in names}
+    device = next(module.parameters()).device
+    examples = tuple(
+        torch.ones(
+            [axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes],
+            dtype=torch.int64 if spec.dtype == "int64" else TORCH_DTYPES[dtype],
+            device=device,
+        )
+        for spec in recipe.inputs
+    )
+    # One more tuple, since `forward` takes its inputs as one variadic parameter.
+    shapes = (
+        tuple(
+            {i: dims[axis] for i, axis in enumerate(spec.axes) if isinstance(axis, str)}
+            for spec in recipe.inputs
+        ),
+    )
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                examples,
+                dynamo=True,
+                verbose=False,
+                opset_version=recipe.opset,
+                input_names=[spec.name for spec in recipe.inputs],
+                output_names=[spec.name for spec in recipe.outputs],
+                dynamic_shapes=shapes,
+            )
+    except OSError:
+        raise
+    except Exception as error:  # the exporter raises types of many kinds
+        raise ExportError(_failure(error, recipe)) from error
+    if program is None:
+        raise ExportError(
+            f"torch.onnx.export returned nothing for family {recipe.family!r}; try another opset."
+        )
+    return program.model
+
+
+def _trace_sizes(count: int) -> list[int]:
+    extra = max(0, count - len(_TRACE_SIZES))
+    return [*_TRACE_SIZES[:count], *range(11, 11 + extra)]
+
+
+class _OtherThreads:
+    """A standard stream that drops what the current thread writes.
+
+    torch.export prints the graph that it could not finish; a progress bar, drawn by another thread,
+    must stay visible meanwhile.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._muted = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._muted else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the exporter says about its own internals; nothing a user can act on."""
+    chatty = logging.getLogger("torch.onnx")
+    level = chatty.level
+    with (
+        warnings.catch_warnings(),
+        redirect_stdout(_OtherThreads(sys.stdout)),
+        redirect_stderr(_OtherThreads(sys.stderr)),
+    ):
+        warnings.simplefilter("ignore")
+        chatty.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            chatty.setLevel(level)
+
+
+def _failure(error: BaseException, recipe: Recipe) -> str:
+    """One sentence with the first line of the root cause."""
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    if isinstance(root, ExportError):
+        return str(root)
+    lines = str(root).strip().splitlines()
+    detail = f"{type(root).__name__}: {lines[0].strip()}" if lines else type(root).__name__
+    return (
+        f"torch.onnx.export failed for family {recipe.family!r} at opset {recipe.opset} "
+        f"({detail}); check the inputs and axes of the recipe, or try another opset."
+    )
+
+
+def _publish(graph: ir.Model, out: Path, prove: bool) -> Path:
+    """Write beside `out`, prove what was written, then rename."""
+    partial = out.with_name(f".{out.name}.partial")
+    replaced = out.with_name(f".{out.name}.replaced")
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        ir.save(graph, partial / MODEL_FILE, external_data=DATA_FILE)
+        if prove:
+            report = check_path(partial / MODEL_FILE)
+            require_24(replace(report, path=str(out / MODEL_FILE)))
+        if out.exists():
+            out.rename(replaced)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+    _logger.info("wrote %s", out / MODEL_FILE)
+    return out / MODEL_FILE

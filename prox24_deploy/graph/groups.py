@@ -1,0 +1,104 @@
+"""Count the non-zeros in groups of four along one axis of an array.
+
+The array is walked in slabs of a fixed number of elements, so that a memory-mapped weight of any
+size needs only a few MiB of working memory.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+GROUP = 4
+KEEP = 2
+
+# 2**18 elements and their flags stay inside a CPU's second-level cache.
+_SLAB_ELEMENTS = 1 << 18
+_HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCount:
+    """What the groups of one array hold.
+
+    `first` is the index of the first element of the first group (in C order) with more than two
+    non-zeros and `first_nonzeros` its count; None and 0 when every group obeys.
+    """
+
+    nonzeros: int
+    groups: int
+    bad_groups: int
+    first: tuple[int, ...] | None
+    first_nonzeros: int
+
+
+def count_groups(array: Array, axis: int, zero: int = 0) -> GroupCount:
+    """Count non-zeros per group of four consecutive elements along `axis`.
+
+    Both zeros of IEEE 754 count as zero, NaN and subnormal numbers as non-zero.
+
+    Args:
+        array: any rank from 1, any real dtype of NumPy or ml_dtypes; C order avoids a copy.
+        axis: the reduction axis; its length must be a multiple of four.
+        zero: the stored integer that stands for zero (the zero point of a quantised weight).
+
+    Raises:
+        ValueError: the axis is not one of the array's, or its length is not a multiple of four.
+    """
+    if not 0 <= axis < array.ndim or array.shape[axis] % GROUP:
+        raise ValueError(f"axis {axis} of shape {array.shape} has no whole groups of {GROUP}")
+    inner = int(np.prod(array.shape[axis + 1 :], dtype=np.int64))
+    rows = array.reshape(-1, GROUP, inner) if array.size else array.reshape(0, GROUP, 1)
+    step = max(1, _SLAB_ELEMENTS // (GROUP * rows.shape[2]))
+    nonzeros = bad_groups = first_nonzeros = 0
+    first = None
+    for start in range(0, len(rows), step):
+        flags = _nonzero(rows[start : start + step], zero)
+        nonzeros += int(np.count_nonzero(flags))
+        counts = _per_group(flags)
+        bad = counts > KEEP
+        found = int(np.count_nonzero(bad))
+        if found and first is None:
+            where = int(bad.argmax())
+            first_nonzeros = int(counts.reshape(-1)[where])
+            first = _element_index(array.shape, axis, start * rows.shape[2] + where)
+        bad_groups += found
+    return GroupCount(nonzeros, array.size // GROUP, bad_groups, first, first_nonzeros)
+
+
+def count_nonzeros(array: Array, zero: int = 0) -> int:
+    """Count the elements that are not zero, by the rules of `count_groups`."""
+    flat = array.reshape(-1)
+    starts = range(0, flat.size, _SLAB_ELEMENTS)
+    return sum(
+        int(np.count_nonzero(_nonzero(flat[start : start + _SLAB_ELEMENTS], zero)))
+        for start in starts
+    )
+
+
+def _nonzero(slab: Array, zero: int) -> npt.NDArray[np.bool_]:
+    if zero == 0 and slab.dtype in _HALVES:
+        # Comparing 16-bit floats is many times slower than dropping the sign of their bits.
+        return (slab.view(np.uint16) & np.uint16(0x7FFF)).astype(np.bool_)
+    return np.asarray(slab != np.asarray(zero).astype(slab.dtype), dtype=np.bool_)
+
+
+def _per_group(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """Sum flags of shape (groups, 4, inner) over the middle axis."""
+    if flags.shape[2] == 1:
+        # Four flags of one byte each are one 32-bit word.
+        return np.bitwise_count(flags.reshape(-1).view(np.uint32))
+    ones = flags.view(np.uint8)
+    return ones[:, 0] + ones[:, 1] + ones[:, 2] + ones[:, 3]
+
+
+def _element_index(shape: tuple[int, ...], axis: int, group: int) -> tuple[int, ...]:
+    """Index of the first element of a group, from the group's C-order number."""
+    grouped = (*shape[:axis], shape[axis] // GROUP, *shape[axis + 1 :])
+    index = [int(i) for i in np.unravel_index(group, grouped)]
+    index[axis] *= GROUP
+    return tuple(index)

@@ -1,0 +1,121 @@
+"""Adapt a Hugging Face module to the graph that a recipe describes."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from prox24_deploy.artifacts import DType
+from prox24_deploy.errors import ExportError
+from prox24_deploy.recipe import Recipe, TensorSpec
+
+TORCH_DTYPES: dict[DType, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+Convert = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+class RecipeModule(nn.Module):
+    """Calls a model with the recipe's inputs, in order, and returns the recipe's outputs.
+
+    The model sits under the attribute `wrapped`, so each of its module paths has the prefix
+    "wrapped." in the exported graph.
+    """
+
+    PREFIX = "wrapped."
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.wrapped = model
+        self._inputs = [spec.name for spec in recipe.inputs]
+        self._outputs = [spec.name for spec in recipe.outputs]
+        # Without this a decoder returns its key/value cache as a second, unasked-for result.
+        self._options = {"use_cache": False} if recipe.task == "text-generation" else {}
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the outputs in recipe order.
+
+        Raises:
+            ExportError: the model has no output of that name.
+        """
+        feeds = dict(zip(self._inputs, inputs, strict=True))
+        result = self.wrapped(**feeds, **self._options)
+        return tuple(_output(result, name) for name in self._outputs)
+
+
+def copy_with(model: nn.Module, convert: Convert) -> nn.Module:
+    """Copy the structure of `model` in eval mode, with converted weights.
+
+    `convert` gets the name and value of every floating parameter and persistent buffer; where it
+    returns its argument, the copy shares that tensor with `model`, so an identity costs no memory.
+    Ties are kept. Other buffers (tables such as rotary frequencies, which `from_pretrained` leaves
+    in float32 too) are shared unconverted.
+    """
+    memo: dict[int, object] = {}
+    stored = model.state_dict(keep_vars=True).keys()
+    for name, parameter in model.named_parameters():
+        memo[id(parameter)] = _converted_parameter(name, parameter, convert)
+    for name, buffer in model.named_buffers():
+        converts = name in stored and buffer.is_floating_point()
+        memo[id(buffer)] = convert(name, buffer) if converts else buffer
+    copy: nn.Module = deepcopy(model, memo)
+    return copy.eval()
+
+
+def to_dtype(dtype: DType) -> Convert:
+    """Conversion of weights to `dtype` that refuses to overflow.
+
+    The conversion raises ExportError, naming the tensor, if a finite value becomes infinite.
+    """
+    target = TORCH_DTYPES[dtype]
+
+    def convert(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        converted = tensor.detach().to(target)
+        if converted.dtype == tensor.dtype:
+            return tensor
+        if bool((converted.isinf() & tensor.isfinite()).any()):
+            largest = tensor.detach().abs().max().item()
+            raise ExportError(
+                f"Weight {name} does not fit {dtype}: its largest magnitude is {largest:g}, the "
+                f"limit {torch.finfo(target).max:g}; export with --dtype bfloat16 or float32."
+            )
+        return converted
+
+    return convert
+
+
+def rounded_to(dtype: DType) -> Convert:
+    """Conversion that keeps a weight's own dtype but rounds its values to those of `dtype`."""
+    target = TORCH_DTYPES[dtype]
+
+    def convert(_name: str, tensor: torch.Tensor) -> torch.Tensor:
+        rounded = tensor.detach().to(target).to(tensor.dtype)
+        return tensor if torch.equal(rounded, tensor) else rounded
+
+    return convert
+
+
+def dynamic_names(specs: Sequence[TensorSpec]) -> list[str]:
+    """Names of the dynamic axes, in order of appearance."""
+    return list(dict.fromkeys(axis for spec in specs for axis in spec.axes if type(axis) is str))
+
+
+def _converted_parameter(name: str, parameter: nn.Parameter, convert: Convert) -> nn.Parameter:
+    if not parameter.is_floating_point():
+        return parameter
+    value = convert(name, parameter)
+    return parameter if value is parameter else nn.Parameter(value, requires_grad=False)
+
+
+def _output(result: object, name: str) -> torch.Tensor:
+    value = getattr(result, name, None)
+    if not isinstance(value, torch.Tensor):
+        raise ExportError(
+            f"The model has no output tensor {name!r} ({type(result).__name__}); correct the "
+            "outputs of the recipe."
+        )
+    return value

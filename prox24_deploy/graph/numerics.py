@@ -1,0 +1,209 @@
+"""Compare an exported file in ONNX Runtime with the module it was exported from."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import torch
+from torch import nn
+
+from prox24_deploy.artifacts import DType, NumericsCheck
+from prox24_deploy.errors import ExportError
+from prox24_deploy.graph.groups import Array
+from prox24_deploy.graph.module import RecipeModule, copy_with, dynamic_names, rounded_to
+from prox24_deploy.recipe import Recipe, TensorSpec
+
+# Sizes of the first two dynamic axes: batch and sequence of text models.
+_SIZES = ((1, 8), (2, 17), (3, 5))
+_FURTHER_SIZE = 4
+
+# Of the largest magnitude of the output. Float16 rounds activations at every operator.
+_RELATIVE: dict[DType, float] = {"float32": 1e-4, "float16": 2e-2}
+_PROVIDER = "CPUExecutionProvider"
+
+
+def compare_with_torch(
+    model: nn.Module,
+    path: Path,
+    recipe: Recipe,
+    *,
+    dtype: DType,
+    twin: Literal["dense", "sparse"],
+    vocabulary: int,
+    seed: int = 0,
+) -> tuple[NumericsCheck, ...]:
+    """Run the file in ONNX Runtime on CPU and the module in PyTorch on the same random inputs.
+
+    The reference is always computed in float32; for float16, from weights rounded to float16.
+    The largest absolute difference over three shapes may be 1e-4 (float32) or 2e-2 (float16) of
+    the largest magnitude of the output. Rows with a batch index of 1 and above are padded on the
+    right, and positions that the attention mask excludes are not compared.
+
+    Args:
+        model: the float32 module that was exported; it is not changed.
+        path: the exported `model.onnx`.
+        recipe: the recipe it was exported with.
+        dtype: of the file. ONNX Runtime has no bfloat16 kernels on CPU, so nothing can be compared
+            then and the result is empty; the caller must report that.
+        twin: which of the two files this is.
+        vocabulary: token ids are drawn from [0, vocabulary).
+        seed: of the random inputs.
+
+    Returns:
+        One passed check per output, or nothing for bfloat16.
+
+    Raises:
+        ExportError: the file does not load, or an output differs by more than the tolerance.
+    """
+    if dtype == "bfloat16":
+        return ()
+    session = _open(path)
+    reference = RecipeModule(copy_with(model, rounded_to(dtype)), recipe).eval()
+    generator = np.random.default_rng(seed)
+    runs = []
+    for sizes in _sizes(recipe):
+        feeds = _feeds(recipe, sizes, vocabulary, generator)
+        runs.append(_differences(session, reference, recipe, dtype, feeds))
+    return tuple(
+        _judge([run[i] for run in runs], spec.name, path, _RELATIVE[dtype], twin)
+        for i, spec in enumerate(recipe.outputs)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """One output at one shape; `scale` is the largest magnitude of the reference."""
+
+    shape: tuple[int, ...]
+    largest: float
+    scale: float
+
+
+def _open(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(path, options, providers=[_PROVIDER])
+    except Exception as error:  # ONNX Runtime's own types derive from nothing in common
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ExportError(
+            f"ONNX Runtime cannot load {path} ({lines[0]}); export it again or try another opset."
+        ) from error
+    if session.get_providers() != [_PROVIDER]:
+        raise ExportError(
+            f"ONNX Runtime opened {path} on {session.get_providers()}, expected {_PROVIDER} alone."
+        )
+    return session
+
+
+def _sizes(recipe: Recipe) -> list[dict[str, int]]:
+    names = dynamic_names(recipe.inputs)
+    further = dict.fromkeys(names[2:], _FURTHER_SIZE)
+    return [dict(zip(names, sizes, strict=False)) | further for sizes in _SIZES]
+
+
+def _feeds(
+    recipe: Recipe, sizes: dict[str, int], vocabulary: int, generator: np.random.Generator
+) -> dict[str, Array]:
+    """Random tokens, a right-padded mask, zeros for other integers, normal floats (float32)."""
+    feeds: dict[str, Array] = {}
+    for spec in recipe.inputs:
+        shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes)
+        if spec.dtype == "float":
+            feeds[spec.name] = generator.standard_normal(shape, dtype=np.float32)
+        elif spec.name.endswith("input_ids"):
+            feeds[spec.name] = generator.integers(vocabulary, size=shape)
+        elif _is_mask(spec):
+            feeds[spec.name] = _right_padded(shape)
+        else:
+            feeds[spec.name] = np.zeros(shape, np.int64)
+    return feeds
+
+
+def _is_mask(spec: TensorSpec) -> bool:
+    return spec.name.endswith("attention_mask") and len(spec.axes) == 2
+
+
+def _right_padded(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """Row i of a (batch, sequence) mask ends in i zeros, and starts with a one."""
+    batch, sequence = shape
+    kept = np.maximum(1, sequence - np.arange(batch))
+    return (np.arange(sequence) < kept[:, None]).astype(np.int64)
+
+
+def _differences(
+    session: ort.InferenceSession,
+    reference: RecipeModule,
+    recipe: Recipe,
+    dtype: DType,
+    feeds: dict[str, Array],
+) -> list[_Difference]:
+    given = {
+        name: feed.astype(np.dtype(dtype)) if feed.dtype == np.float32 else feed
+        for name, feed in feeds.items()
+    }
+    found = session.run([spec.name for spec in recipe.outputs], given)
+    # The reference sees the inputs as rounded for the file.
+    expected = _torch_outputs(reference, [_reference_input(feed) for feed in given.values()])
+    return [
+        _difference(spec, mine, theirs, recipe, feeds)
+        for spec, mine, theirs in zip(recipe.outputs, found, expected, strict=True)
+    ]
+
+
+def _reference_input(feed: Array) -> torch.Tensor:
+    tensor = torch.from_numpy(feed)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _torch_outputs(reference: RecipeModule, inputs: list[torch.Tensor]) -> list[Array]:
+    device = next(reference.parameters()).device
+    with torch.inference_mode():
+        outputs = reference(*(tensor.to(device) for tensor in inputs))
+    return [output.cpu().numpy() for output in outputs]
+
+
+def _difference(
+    spec: TensorSpec, found: Array, expected: Array, recipe: Recipe, feeds: dict[str, Array]
+) -> _Difference:
+    """Largest difference at the positions that no mask excludes."""
+    if found.shape != expected.shape:
+        raise ExportError(
+            f"Output {spec.name!r} of the exported file has shape {found.shape} where PyTorch "
+            f"gives {expected.shape}; correct the axes of the recipe, or export the file again."
+        )
+    kept = np.ones(expected.shape, np.bool_)
+    for mask in filter(_is_mask, recipe.inputs):
+        if spec.axes[:2] == mask.axes:
+            kept &= (
+                feeds[mask.name].astype(np.bool_).reshape(*kept.shape[:2], *[1] * (kept.ndim - 2))
+            )
+    gap = np.abs(found.astype(np.float64) - expected)[kept]
+    return _Difference(
+        expected.shape, float(gap.max(initial=0.0)), float(np.abs(expected[kept]).max(initial=0.0))
+    )
+
+
+def _judge(
+    differences: list[_Difference],
+    output: str,
+    path: Path,
+    relative: float,
+    twin: Literal["dense", "sparse"],
+) -> NumericsCheck:
+    # A NaN counts as the worst: max() alone would let it pass or not by its place in the list.
+    worst = max(differences, key=lambda each: (math.isnan(each.largest), each.largest))
+    tolerance = relative * max(each.scale for each in differences)
+    passed = worst.largest <= tolerance
+    if not passed:
+        raise ExportError(
+            f"Output {output!r} of {path} at shape {worst.shape} differs from PyTorch by "
+            f"{worst.largest:.3g}, more than the tolerance {tolerance:.3g} ({relative:g} of its "
+            "largest magnitude); the file must not be used, try another opset or dtype."
+        )
+    shapes = tuple(each.shape for each in differences)
+    return NumericsCheck(twin, output, shapes, worst.largest, tolerance, passed)

@@ -1,0 +1,1 @@
+"""The Hugging Face side: open a model directory, calibrate, prune, evaluate."""

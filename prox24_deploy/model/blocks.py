@@ -1,0 +1,197 @@
+"""Find the repeated blocks of a model and run them one at a time."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_deploy.errors import RecipeError
+from prox24_deploy.model.calibration import Batch
+from prox24_deploy.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """What a model passes to one block beside the hidden states, for one batch.
+
+    Blocks of one batch share most of these tensors (attention mask, position embeddings), so
+    keeping one call per block and batch holds references, not copies.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Stream:
+    """The hidden states that enter the current block, (batch, sequence, hidden) per batch."""
+
+    hidden: list[Tensor]
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass once what it was run for has been seen."""
+
+
+def find_blocks(model: nn.Module, recipe: Recipe) -> nn.ModuleList:
+    """Return the list of blocks that `recipe.blocks` names.
+
+    Raises:
+        RecipeError: there is no such list in this model.
+    """
+    try:
+        blocks = model.get_submodule(recipe.blocks)
+    except AttributeError as error:
+        raise RecipeError(
+            f"Recipe {recipe.family} places the blocks at {recipe.blocks!r}, which "
+            f"{type(model).__name__} does not have; correct `blocks`."
+        ) from error
+    if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+        raise RecipeError(
+            f"Recipe {recipe.family} places the blocks at {recipe.blocks!r}, which is a "
+            f"{type(blocks).__name__}, expected a ModuleList that is not empty."
+        )
+    return blocks
+
+
+def target_layers(block: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
+    """The linear layers of one block that the recipe asks to prune, by path inside the block.
+
+    Raises:
+        RecipeError: a target pattern matches no linear layer.
+    """
+    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    for pattern in recipe.targets:
+        if not any(fnmatch(name, pattern) for name in linears):
+            raise RecipeError(
+                f"Recipe {recipe.family} target {pattern!r} matches no linear layer of a "
+                f"{type(block).__name__}; its layers are {', '.join(linears)}."
+            )
+    return {
+        name: module
+        for name, module in linears.items()
+        if any(fnmatch(name, pattern) for pattern in recipe.targets)
+        and not any(fnmatch(name, pattern) for pattern in recipe.ignore)
+    }
+
+
+def record_calls(
+    model: nn.Module, blocks: nn.ModuleList, batch: Batch, task: str
+) -> tuple[Tensor, list[BlockCall]]:
+    """Run one batch up to the last block; return the first block's input and all calls."""
+    calls: list[BlockCall] = []
+    first: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, rest, named = _take_hidden(args, kwargs)
+        if not first:
+            first.append(hidden)
+        calls.append(BlockCall(rest, named))
+        if module is blocks[-1]:
+            raise _StopForwardError
+
+    handles = [b.register_forward_pre_hook(record, with_kwargs=True) for b in blocks]
+    try:
+        run_model(model, batch, task)
+    except _StopForwardError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return first[0], calls
+
+
+def run_model(model: nn.Module, batch: Batch, task: str) -> Any:
+    """Forward one batch; a causal model is run without a cache."""
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+    if task == "text-generation":
+        return model(**inputs, use_cache=False)
+    return model(**inputs)
+
+
+def run_block(block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
+    """Output hidden states of one block."""
+    result = block(hidden, *call.args, **call.kwargs)
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
+
+
+def layer_input(block: nn.Module, call: BlockCall, hidden: Tensor, layer: nn.Module) -> Tensor:
+    """Run a block only as far as `layer` and return that layer's input."""
+    seen: list[Tensor] = []
+
+    def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _StopForwardError
+
+    handle = layer.register_forward_pre_hook(record)
+    try:
+        run_block(block, call, hidden)
+    except _StopForwardError:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def shared_inputs(
+    block: nn.Module, layers: dict[str, nn.Linear], call: BlockCall, hidden: Tensor
+) -> list[list[str]]:
+    """Group layers that are fed the same tensor, in the order in which a forward reaches them."""
+    seen: list[tuple[Tensor, list[str]]] = []
+    with _recorded_inputs(layers) as events:
+        run_block(block, call, hidden)
+    for name, tensor in events:
+        group = next((names for known, names in seen if known is tensor), None)
+        if group is None:
+            seen.append((tensor, [name]))
+        elif name not in group:
+            group.append(name)
+    return [names for _, names in seen]
+
+
+@contextmanager
+def _recorded_inputs(layers: dict[str, nn.Linear]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Record (name, input tensor) of every call; holding the tensors keeps identity meaningful."""
+    events: list[tuple[str, Tensor]] = []
+    handles = []
+    for name, layer in layers.items():
+
+        def record(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            events.append((name, args[0]))
+
+        handles.append(layer.register_forward_pre_hook(record))
+    try:
+        yield events
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def real_rows(tensor: Tensor, real: Tensor) -> Tensor:
+    """Rows (tokens, features) of the positions that are not padding.
+
+    Raises:
+        RecipeError: the tensor does not have one row per position.
+    """
+    if tensor.shape[:-1] != real.shape:
+        raise RecipeError(
+            f"A target layer receives inputs of shape {tuple(tensor.shape)}, expected "
+            f"{tuple(real.shape)} positions; list it under `ignore`."
+        )
+    return tensor[real.to(tensor.device)]
+
+
+def _take_hidden(
+    args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Split the hidden states off the arguments of a block."""
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0], tuple(args[1:]), dict(kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), tuple(args), rest

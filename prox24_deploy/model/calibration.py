@@ -1,0 +1,227 @@
+"""Calibration and evaluation text: read it, split it, turn it into token batches."""
+
+import hashlib
+import json
+import logging
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from prox24_deploy.artifacts import TextSource
+from prox24_deploy.errors import CalibrationError
+from prox24_deploy.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+MIN_TOKENS = 1024
+_HELD_OUT_SHARE = 0.2
+# Tokens per forward pass; a memory bound, padding included.
+_BATCH_TOKENS = 4096
+_SHORTEST_BUILTIN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One forward pass: model inputs and which positions are real.
+
+    Attributes:
+        inputs: name to tensor (batch, sequence), int64.
+        real: (batch, sequence) bool, False on padding.
+    """
+
+    inputs: dict[str, Tensor]
+    real: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Token batches and where their text came from."""
+
+    batches: tuple[Batch, ...]
+    source: TextSource
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Documents before tokenisation."""
+
+    kind: Literal["file", "builtin", "split"]
+    paths: tuple[str, ...]
+    documents: tuple[str, ...]
+
+
+def read_texts(
+    calibration: Sequence[Path], evaluation: Sequence[Path], seed: int
+) -> tuple[Texts, Texts]:
+    """Return calibration and held-out documents.
+
+    Without `evaluation` the last fifth of the calibration documents is held out. Without
+    `calibration` the English text of CPython's `pydoc_data.topics` is used, topics in seeded order,
+    so that held-out text comes from other topics.
+
+    Raises:
+        CalibrationError: a file is missing, empty, not UTF-8 or not of the expected form.
+    """
+    if calibration:
+        texts = _from_files(calibration)
+    else:
+        topics = _builtin_topics(seed)
+        texts = Texts("builtin", ("pydoc_data.topics",), tuple(topics))
+    if evaluation:
+        return texts, _from_files(evaluation)
+    cut = len(texts.documents) - max(1, round(len(texts.documents) * _HELD_OUT_SHARE))
+    if cut < 1:
+        raise CalibrationError(
+            f"Calibration text {', '.join(texts.paths)} has {len(texts.documents)} paragraph, "
+            "expected at least 2 so that some can be held out; add text or pass --evaluation."
+        )
+    kept = Texts(texts.kind, texts.paths, texts.documents[:cut])
+    return kept, Texts("split", texts.paths, texts.documents[cut:])
+
+
+def make_samples(
+    texts: Texts, tokenizer: Any, recipe: Recipe, *, tokens: int, max_length: int
+) -> Samples:
+    """Tokenise documents in order until `tokens` real tokens are reached.
+
+    A causal language model gets documents concatenated, each with its start token, and cut into
+    windows of `max_length`; any other model gets one sample per document, truncated, batched with
+    others of similar length.
+
+    Raises:
+        CalibrationError: the text gives fewer than 1024 tokens or not one whole window.
+    """
+    if recipe.task == "text-generation":
+        rows = _windows(texts.documents, tokenizer, tokens, max_length)
+    else:
+        rows = _documents(texts.documents, tokenizer, tokens, max_length)
+    total = sum(len(row) for row in rows)
+    if total < MIN_TOKENS:
+        raise CalibrationError(
+            f"Text {', '.join(texts.paths)} gives {total} usable tokens, expected at least "
+            f"{MIN_TOKENS}; pass more text."
+        )
+    names = [spec.name for spec in recipe.inputs]
+    batches = tuple(_batches(rows, names, _padding_id(tokenizer)))
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return Samples(batches, TextSource(texts.kind, texts.paths, digest, len(rows), total))
+
+
+def thin(samples: Samples, tokens: int) -> tuple[Batch, ...]:
+    """About `tokens` real tokens, taken as evenly spaced batches so that all lengths are met."""
+    step = max(1, round(samples.source.tokens / max(tokens, 1)))
+    return samples.batches[::step]
+
+
+def _from_files(paths: Sequence[Path]) -> Texts:
+    documents = [document for path in paths for document in _documents_of(path)]
+    return Texts("file", tuple(str(path) for path in paths), tuple(documents))
+
+
+def _documents_of(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"Text {path} is not UTF-8; convert it.") from error
+    except OSError as error:
+        raise CalibrationError(f"Text {path} cannot be read ({error.strerror}).") from error
+    documents = _jsonl(path, text) if path.suffix in {".jsonl", ".ndjson"} else _paragraphs(text)
+    if not documents:
+        raise CalibrationError(f"Text {path} is empty; pass a file with paragraphs of text.")
+    return documents
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _jsonl(path: Path, text: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(f"{path} line {number} is not JSON ({error}).") from error
+        document = record.get("text") if isinstance(record, dict) else record
+        if not isinstance(document, str):
+            raise CalibrationError(
+                f'{path} line {number} has no string "text"; expected {{"text": "..."}} per line.'
+            )
+        if document.strip():
+            documents.append(document.strip())
+    return documents
+
+
+def _builtin_topics(seed: int) -> list[str]:
+    from pydoc_data.topics import topics
+
+    order = sorted(topics)
+    random.Random(seed).shuffle(order)
+    paragraphs = (part for name in order for part in _paragraphs(topics[name]))
+    squeezed = (re.sub(r"\s+", " ", part) for part in paragraphs)
+    return [part for part in squeezed if len(part) >= _SHORTEST_BUILTIN]
+
+
+def _windows(documents: Sequence[str], tokenizer: Any, tokens: int, length: int) -> list[list[int]]:
+    start = tokenizer.bos_token_id
+    stream: list[int] = []
+    for document in documents:
+        if len(stream) >= tokens:
+            break
+        encoded = list(tokenizer(document)["input_ids"])
+        if start is not None and (not encoded or encoded[0] != start):
+            encoded.insert(0, start)
+        stream.extend(encoded)
+    usable = min(len(stream), max(tokens, length)) // length
+    return [stream[i * length : (i + 1) * length] for i in range(usable)]
+
+
+def _documents(
+    documents: Sequence[str], tokenizer: Any, tokens: int, length: int
+) -> list[list[int]]:
+    rows: list[list[int]] = []
+    total = 0
+    for document in documents:
+        if total >= tokens:
+            break
+        rows.append(list(tokenizer(document, truncation=True, max_length=length)["input_ids"]))
+        total += len(rows[-1])
+    return rows
+
+
+def _batches(rows: list[list[int]], names: Sequence[str], padding: int) -> Iterator[Batch]:
+    """Batches of at most `_BATCH_TOKENS` padded tokens, rows in order of length."""
+    ordered = sorted(rows, key=len)
+    group: list[list[int]] = []
+    for row in ordered:
+        if group and (len(group) + 1) * len(row) > _BATCH_TOKENS:
+            yield _pad(group, names, padding)
+            group = []
+        group.append(row)
+    if group:
+        yield _pad(group, names, padding)
+
+
+def _pad(rows: list[list[int]], names: Sequence[str], padding: int) -> Batch:
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [padding] * (width - len(row)) for row in rows])
+    real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    known = {
+        "input_ids": ids,
+        "attention_mask": real.long(),
+        "token_type_ids": torch.zeros_like(ids),
+    }
+    return Batch({name: known[name] for name in names if name in known}, real)
+
+
+def _padding_id(tokenizer: Any) -> int:
+    # A tokenizer without padding still needs a number there; masked positions are never read.
+    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0

@@ -1,0 +1,171 @@
+"""Write the pruned model directory and keep solved blocks across interruptions."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prox24_deploy.artifacts import LayerRecord
+from prox24_deploy.errors import ModelDirError, RecipeError, SparsityLostError
+from prox24_deploy.model.directory import INDEX_FILE, ModelDir, companion_files
+from prox24_deploy.pruning.pattern import first_violation
+from prox24_deploy.recipe import RECIPE_FILE
+
+SPARSE_KEY = "prox24.sparse_weights"
+_RECORDS = TypeAdapter(tuple[LayerRecord, ...])
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStore:
+    """Solved blocks in a folder, so that a killed run does not solve them again."""
+
+    folder: Path
+
+    def load(self, index: int) -> tuple[dict[str, Tensor], tuple[LayerRecord, ...]] | None:
+        """Weights by layer path and records of one block, or None if it is not there."""
+        path = self._path(index)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as handle:
+                weights = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+                records = _RECORDS.validate_json(handle.metadata()["records"])
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            # Not written by this version, or damaged: solving it again loses only time.
+            return None
+        return weights, records
+
+    def save(
+        self, index: int, weights: Mapping[str, Tensor], records: tuple[LayerRecord, ...]
+    ) -> None:
+        """Write one block atomically."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        metadata = {"records": _RECORDS.dump_json(records).decode()}
+        write_tensors(self._path(index), dict(weights), metadata)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block-{index:04d}.safetensors"
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write one safetensors file under a temporary name and rename it.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+    except SafetensorError as error:
+        # The writer reports I/O errors as its own kind; the number is lost, the free space is not.
+        temporary.unlink(missing_ok=True)
+        raise OSError(_io_error_number(error), str(error), str(path)) from error
+    temporary.replace(path)
+
+
+def checkpoint_name(directory: ModelDir, parameter: str) -> str:
+    """Map a parameter of the built model to its tensor in the checkpoint.
+
+    A model opened for one task may carry a prefix less than the checkpoint it came from
+    (`encoder.…` against `bert.encoder.…`).
+
+    Raises:
+        RecipeError: no tensor, or more than one, can be meant.
+    """
+    if parameter in directory.tensors:
+        return parameter
+    suffix = f".{parameter}"
+    found = [name for name in directory.tensors if name.endswith(suffix)]
+    found += [n for n in directory.tensors if parameter.endswith(f".{n}") and n not in found]
+    if len(found) != 1:
+        raise RecipeError(
+            f"Weight {parameter} of the built model matches {len(found)} tensors of "
+            f"{directory.path}, expected one; its weights cannot be written back."
+        )
+    return found[0]
+
+
+def stored_dtype(directory: ModelDir, parameter: str) -> torch.dtype:
+    """The dtype in which the checkpoint stores a parameter of the built model."""
+    return directory.tensors[checkpoint_name(directory, parameter)].dtype
+
+
+def write_pruned(
+    directory: ModelDir, recipe_text: str, weights: Mapping[str, Tensor], out: Path
+) -> str:
+    """Copy a model directory with some weights replaced by 2:4 ones, and prove it.
+
+    Every other tensor, the sharding, the configuration and the tokenizer stay as they are. The
+    header of each weight file lists its 2:4 tensors and their axes.
+
+    Args:
+        directory: the dense model.
+        recipe_text: TOML, stored as recipe.toml.
+        weights: parameter name in the built model to its new value, in the stored dtype.
+        out: a folder that does not exist yet.
+
+    Returns:
+        sha256 over all weight files.
+
+    Raises:
+        SparsityLostError: a weight read back from disk is not 2:4.
+    """
+    replaced = {checkpoint_name(directory, name): tensor for name, tensor in weights.items()}
+    out.mkdir(parents=True)
+    for file in companion_files(directory.path):
+        target = out / file.relative_to(directory.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    (out / RECIPE_FILE).write_text(recipe_text, encoding="utf-8")
+    index = directory.path / INDEX_FILE
+    if index.is_file():
+        shutil.copyfile(index, out / INDEX_FILE)
+    digest = hashlib.sha256()
+    for shard in directory.shards:
+        _rewrite_shard(shard, replaced, out / shard.name)
+        with (out / shard.name).open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _rewrite_shard(shard: Path, replaced: Mapping[str, Tensor], target: Path) -> None:
+    with safe_open(shard, framework="pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        metadata = dict(handle.metadata() or {"format": "pt"})
+    pruned = sorted(tensors.keys() & replaced.keys())
+    for name in pruned:
+        old, new = tensors[name], replaced[name]
+        if old.shape != new.shape or old.dtype != new.dtype:
+            raise ModelDirError(
+                f"Tensor {name} of {shard} is {old.dtype} {tuple(old.shape)}, the pruned one "
+                f"{new.dtype} {tuple(new.shape)}; the checkpoint and its config.json disagree."
+            )
+        tensors[name] = new.contiguous().cpu()
+    if pruned:
+        metadata[SPARSE_KEY] = json.dumps(dict.fromkeys(pruned, 1))
+    write_tensors(target, tensors, metadata)
+    with safe_open(target, framework="pt") as handle:
+        for name in pruned:
+            if (bad := first_violation(handle.get_tensor(name), 1)) is not None:
+                raise SparsityLostError(
+                    f"Weight {name} in {target} is not 2:4 along axis 1: the group at {bad} has "
+                    "more than two non-zeros; this is a fault of the pruning stage, report it."
+                )
+
+
+def _io_error_number(error: SafetensorError) -> int:
+    """The errno in a message such as "I/O error: No space left on device (os error 28)"."""
+    _, found, rest = str(error).partition("os error ")
+    digits = rest.partition(")")[0]
+    return int(digits) if found and digits.isdigit() else 5

@@ -1,0 +1,280 @@
+"""Open a Hugging Face model directory safely: nothing unpickled, no remote code, no network."""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from prox24_deploy.artifacts import ModelInfo
+from prox24_deploy.errors import ModelDirError
+from prox24_deploy.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# What else belongs to a model directory: configuration, tokenizer, documentation. Never code.
+_COMPANIONS = {".json", ".txt", ".model", ".md", ".jinja", ".toml", ".vocab", ".spm"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a checkpoint."""
+
+    shard: Path
+    dtype: torch.dtype
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDir:
+    """A model directory whose weight files have been read once and found sound.
+
+    Attributes:
+        path: the directory.
+        config: parsed config.json.
+        shards: weight files, in name order.
+        tensors: tensor name to what and where it is.
+        sha256: over names and contents of weights and companions.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    shards: tuple[Path, ...]
+    tensors: dict[str, StoredTensor]
+    sha256: str
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of config.json."""
+        return str(self.config["model_type"])
+
+
+def open_model_dir(path: Path) -> ModelDir:
+    """Read and check a model directory without building the model.
+
+    Raises:
+        ModelDirError: a file is missing, damaged or unsafe, or a weight is NaN or infinite.
+    """
+    if not path.is_dir():
+        kind = "is a file" if path.exists() else "does not exist"
+        raise ModelDirError(f"Model directory {path} {kind}; pass a directory with config.json.")
+    config = _read_config(path)
+    shards = _find_shards(path)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        tensors.update(_sound_tensors(shard))
+    _check_index(path, tensors)
+    return ModelDir(path, config, shards, tensors, _hash_files(path, shards))
+
+
+def companion_files(path: Path) -> list[Path]:
+    """Files beside the weights that a copy of the model needs, sorted; no code, no pickles."""
+    found = [p for p in path.rglob("*") if p.is_file() and p.suffix in _COMPANIONS]
+    hidden = [p for p in found if any(part.startswith(".") for part in p.relative_to(path).parts)]
+    return sorted(p for p in set(found) - set(hidden) if p.name != INDEX_FILE)
+
+
+def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.Module:
+    """Build the model of `recipe.task` in float32 evaluation mode on `device`.
+
+    Raises:
+        ModelDirError: transformers refuses the directory, or weights are missing from it.
+    """
+    transformers = _quiet_transformers()
+    auto = {
+        "feature-extraction": transformers.AutoModel,
+        "text-generation": transformers.AutoModelForCausalLM,
+    }[recipe.task]
+    try:
+        model, info = auto.from_pretrained(
+            directory.path,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise ModelDirError(
+            f"Model directory {directory.path} does not open as {recipe.task}: "
+            f"{_first_line(error)}."
+        ) from error
+    _check_loading(directory, recipe, info)
+    built: nn.Module = model.eval().requires_grad_(False).to(device)
+    return built
+
+
+def load_tokenizer(directory: ModelDir) -> Any:
+    """Open the tokenizer of the directory (a transformers tokenizer).
+
+    Raises:
+        ModelDirError: there is none, or it cannot be opened without remote code.
+    """
+    transformers = _quiet_transformers()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            directory.path, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
+        raise ModelDirError(
+            f"Model directory {directory.path} has no tokenizer that opens "
+            f"({_first_line(error)}); add tokenizer.json and tokenizer_config.json."
+        ) from error
+
+
+def model_info(directory: ModelDir, recipe: Recipe) -> ModelInfo:
+    """Describe the model for the report; parameters are counted in the checkpoint."""
+    floats = [t for t in directory.tensors.values() if t.dtype.is_floating_point]
+    by_dtype = Counter(dict.fromkeys({t.dtype for t in floats}, 0))
+    for tensor in floats:
+        by_dtype[tensor.dtype] += tensor.numel
+    architectures = directory.config.get("architectures") or ["unknown"]
+    return ModelInfo(
+        path=str(directory.path.resolve()),
+        sha256=directory.sha256,
+        model_type=directory.model_type,
+        architecture=str(architectures[0]),
+        family=recipe.family,
+        task=recipe.task,
+        parameters=by_dtype.total(),
+        source_dtype=str(by_dtype.most_common(1)[0][0]).removeprefix("torch."),
+    )
+
+
+def _quiet_transformers() -> Any:
+    """Import transformers with its own progress bars and advice switched off."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.is_file():
+        raise ModelDirError(
+            f"Model directory {path} has no config.json; pass a directory as written by "
+            "save_pretrained."
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelDirError(f"{file} is not readable JSON ({_first_line(error)}).") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelDirError(f"{file} names no model_type, so its family is unknown; add it.")
+    return config
+
+
+def _find_shards(path: Path) -> tuple[Path, ...]:
+    index = path / INDEX_FILE
+    if index.is_file():
+        return tuple(_shards_of_index(index))
+    single = path / SINGLE_FILE
+    if single.is_file():
+        return (single,)
+    loose = sorted(path.glob("*.safetensors"))
+    if loose:
+        raise ModelDirError(
+            f"Model directory {path} holds {loose[0].name} but neither {SINGLE_FILE} nor "
+            f"{INDEX_FILE}; rename it or add the index."
+        )
+    if any(next(path.glob(pattern), None) for pattern in _PICKLES):
+        raise ModelDirError(
+            f"Model directory {path} holds only pickled weights, which are never opened here; "
+            "convert them with save_pretrained(..., safe_serialization=True)."
+        )
+    raise ModelDirError(f"Model directory {path} has no {SINGLE_FILE}; add the weights.")
+
+
+def _shards_of_index(index: Path) -> Iterator[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelDirError(f"{index} has no readable weight_map; restore it.") from error
+    for name in names:
+        shard = index.parent / str(name)
+        if Path(str(name)).name != name:
+            raise ModelDirError(f"{index} names {name!r}, expected a plain file name beside it.")
+        if not shard.is_file():
+            raise ModelDirError(
+                f"{index} names shard {name}, which is missing; download it into {index.parent}."
+            )
+        yield shard
+
+
+def _sound_tensors(shard: Path) -> dict[str, StoredTensor]:
+    """The tensors of one shard, each read once and checked for NaN and infinity."""
+    found = {}
+    try:
+        with safe_open(shard, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                tensor = handle.get_tensor(name)
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    bad = int((~torch.isfinite(tensor)).sum())
+                    raise ModelDirError(
+                        f"Weight {name} in {shard} holds {bad} NaN or infinite values of "
+                        f"{tensor.numel()}; restore a sound checkpoint."
+                    )
+                found[name] = StoredTensor(shard, tensor.dtype, tensor.numel())
+    except SafetensorError as error:
+        raise ModelDirError(
+            f"Weight file {shard} is damaged ({_first_line(error)}); download it again."
+        ) from error
+    return found
+
+
+def _check_index(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    index = path / INDEX_FILE
+    if not index.is_file():
+        return
+    for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        if name not in tensors or tensors[name].shard != path / shard:
+            raise ModelDirError(f"{index} places {name} in {shard}, which does not hold it.")
+
+
+def _check_loading(directory: ModelDir, recipe: Recipe, info: dict[str, Any]) -> None:
+    optional: Sequence[str] = recipe.optional_weights
+    missing = sorted(
+        name for name in info["missing_keys"] if not any(fnmatch(name, glob) for glob in optional)
+    )
+    if missing:
+        raise ModelDirError(
+            f"Model directory {directory.path} lacks weight {missing[0]}"
+            f"{_and_more(missing)}, which {recipe.task} needs; pass a complete checkpoint."
+        )
+    if mismatched := sorted(str(entry) for entry in info["mismatched_keys"]):
+        raise ModelDirError(
+            f"Model directory {directory.path} holds {mismatched[0]}{_and_more(mismatched)} in "
+            "another shape than config.json says; restore the matching config.json."
+        )
+
+
+def _hash_files(path: Path, shards: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted({*shards, *companion_files(path)}):
+        digest.update(file.relative_to(path).as_posix().encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

@@ -1,0 +1,326 @@
+"""Stage: prune every target layer, block by block, with inputs from the already pruned model."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prox24_deploy.artifacts import LayerRecord, PruneResult
+from prox24_deploy.errors import CalibrationError, ModelDirError
+from prox24_deploy.model.blocks import (
+    BlockCall,
+    find_blocks,
+    layer_input,
+    real_rows,
+    record_calls,
+    run_block,
+    shared_inputs,
+    target_layers,
+)
+from prox24_deploy.model.calibration import Batch, Samples, thin
+from prox24_deploy.model.checkpoint import BlockStore, stored_dtype, write_pruned
+from prox24_deploy.model.directory import ModelDir, load_model
+from prox24_deploy.model.grams import Grams
+from prox24_deploy.options import PruneOptions
+from prox24_deploy.pruning.problem import damping_for, layer_problem
+from prox24_deploy.pruning.solver import PRESETS, LayerSolution, solve_layer
+from prox24_deploy.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+_CELL = 4
+# Held-out text for the error of each layer; the accuracy figures use all of it.
+_HELD_OUT_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedState:
+    """New weights by parameter name, in the dtype of the checkpoint, and what was done."""
+
+    weights: dict[str, Tensor]
+    layers: tuple[LayerRecord, ...]
+
+
+@dataclass(slots=True)
+class _Flow:
+    """One set of batches on its way through the blocks, dense and pruned side by side."""
+
+    batches: tuple[Batch, ...]
+    calls: list[list[BlockCall]]
+    dense: list[Tensor]
+    pruned: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Twin:
+    """One block twice: as it was, and being pruned."""
+
+    index: int
+    prefix: str
+    dense: nn.Module
+    pruned: nn.Module
+
+
+@torch.no_grad()
+def prune_model(
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: tuple[Batch, ...],
+    held_out: tuple[Batch, ...],
+    options: PruneOptions,
+    *,
+    stored_dtype: Callable[[str], torch.dtype],
+    store: BlockStore,
+    progress: Progress,
+) -> PrunedState:
+    """Prune all target layers of `model` in place.
+
+    Layers that share an input are solved together, in the order in which a forward pass reaches
+    them; each group sees what the groups before it, already pruned, feed it. Weights are rounded
+    to the checkpoint's dtype before anything downstream sees them.
+
+    Args:
+        model: float32, evaluation mode; its blocks end up pruned.
+        recipe: says where the blocks and targets are.
+        calibration: batches to prune on.
+        held_out: batches to measure errors on, never to choose by.
+        options: method, preset and target.
+        stored_dtype: parameter name to the dtype in which the checkpoint stores it.
+        store: solved blocks of an interrupted run of the same inputs and options.
+        progress: called with (label, done, total) after each block.
+
+    Raises:
+        ModelDirError: activations or weights of a layer are NaN or infinite.
+        RecipeError: blocks or targets do not exist in this model.
+        CalibrationError: there are no calibration batches.
+    """
+    if not calibration:
+        raise CalibrationError("There is no calibration batch; pass more text.")
+    blocks = find_blocks(model, recipe)
+    target_layers(blocks[0], recipe)
+    flows = [_start_flow(model, blocks, recipe, part) for part in (calibration, held_out)]
+    weights: dict[str, Tensor] = {}
+    records: list[LayerRecord] = []
+    for index, block in enumerate(blocks):
+        progress("prune", index, len(blocks))
+        twin = _Twin(index, f"{recipe.blocks}.{index}", deepcopy(block), block)
+        done = store.load(index)
+        if done is None:
+            done = _prune_block(twin, recipe, flows, options, stored_dtype)
+            store.save(index, *done)
+        _apply(block, done[0])
+        weights.update({f"{twin.prefix}.{name}.weight": w for name, w in done[0].items()})
+        records.extend(done[1])
+        if index + 1 < len(blocks):
+            _advance(twin, flows)
+    progress("prune", len(blocks), len(blocks))
+    records.extend(_layers_outside(model, recipe, {record.name for record in records}))
+    return PrunedState(weights, tuple(records))
+
+
+def prune_directory(
+    directory: ModelDir,
+    recipe: Recipe,
+    recipe_text: str,
+    calibration: Samples,
+    held_out: Samples,
+    options: PruneOptions,
+    *,
+    device: torch.device,
+    solved: Path,
+    out: Path,
+    progress: Progress,
+) -> PruneResult:
+    """Prune a model directory into `out`, a folder that does not exist yet.
+
+    Args:
+        directory: the dense model.
+        recipe: of its family; `recipe_text` is its TOML, stored with the result.
+        recipe_text: see `recipe`.
+        calibration: text to prune on.
+        held_out: text to measure errors on.
+        options: method, preset and target.
+        device: where blocks run and layers are solved.
+        solved: folder of solved blocks, kept across interruptions.
+        out: receives weights, configuration, tokenizer and recipe.
+        progress: see `prune_model`.
+    """
+    began = time.perf_counter()
+    model = load_model(directory, recipe, device)
+    state = prune_model(
+        model,
+        recipe,
+        calibration.batches,
+        thin(held_out, _HELD_OUT_TOKENS),
+        options,
+        stored_dtype=lambda name: stored_dtype(directory, name),
+        store=BlockStore(solved),
+        progress=progress,
+    )
+    digest = write_pruned(directory, recipe_text, state.weights, out)
+    widths = [layer.shape[1] for layer in state.layers if layer.status == "pruned"]
+    tokens = calibration.source.tokens
+    return PruneResult(
+        method=options.method,
+        preset=options.preset,
+        target=options.target,
+        device=device.type,
+        layers=state.layers,
+        calibration=calibration.source,
+        held_out=held_out.source,
+        damping=(damping_for(min(widths), tokens), damping_for(max(widths), tokens)),
+        state_sha256=digest,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _start_flow(
+    model: nn.Module, blocks: nn.ModuleList, recipe: Recipe, batches: tuple[Batch, ...]
+) -> _Flow:
+    recorded = [record_calls(model, blocks, batch, recipe.task) for batch in batches]
+    hidden = [first for first, _ in recorded]
+    return _Flow(batches, [calls for _, calls in recorded], hidden, list(hidden))
+
+
+def _advance(twin: _Twin, flows: list[_Flow]) -> None:
+    """Carry both streams through the block."""
+    for flow in flows:
+        for i, calls in enumerate(flow.calls):
+            call = calls[twin.index]
+            flow.dense[i] = run_block(twin.dense, call, flow.dense[i])
+            flow.pruned[i] = run_block(twin.pruned, call, flow.pruned[i])
+
+
+def _prune_block(
+    twin: _Twin,
+    recipe: Recipe,
+    flows: list[_Flow],
+    options: PruneOptions,
+    stored_dtype: Callable[[str], torch.dtype],
+) -> tuple[dict[str, Tensor], tuple[LayerRecord, ...]]:
+    """Solve every target of one block; returns stored weights and records by layer path."""
+    layers = target_layers(twin.pruned, recipe)
+    records: list[LayerRecord] = []
+    for name in [n for n, layer in layers.items() if layer.in_features % _CELL]:
+        layer = layers.pop(name)
+        reason = f"in_features {layer.in_features} is not a multiple of {_CELL}"
+        records.append(_skipped(f"{twin.prefix}.{name}", layer, reason))
+    solved: dict[str, Tensor] = {}
+    first = flows[0]
+    groups = shared_inputs(twin.pruned, layers, first.calls[0][twin.index], first.pruned[0])
+    for group in groups:
+        done, made = _prune_group(twin, group, flows, options, stored_dtype)
+        _apply(twin.pruned, done)
+        solved.update(done)
+        records.extend(made)
+    return solved, tuple(records)
+
+
+def _prune_group(
+    twin: _Twin,
+    group: list[str],
+    flows: list[_Flow],
+    options: PruneOptions,
+    stored_dtype: Callable[[str], torch.dtype],
+) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+    """Solve layers that share one input as one stacked problem."""
+    began = time.perf_counter()
+    names = [f"{twin.prefix}.{name}" for name in group]
+    layers = [_linear(twin.pruned, name) for name in group]
+    before = torch.cat([layer.weight for layer in layers])
+    calibration, held_out = (_collect(twin, group[0], flow) for flow in flows)
+    solution = _solve(before, calibration, options, names)
+    seconds = (time.perf_counter() - began) / len(group)
+    solved: dict[str, Tensor] = {}
+    records = []
+    start = 0
+    for name, path, layer in zip(group, names, layers, strict=True):
+        rows = slice(start, start + len(layer.weight))
+        start = rows.stop
+        solved[name] = solution.weight[rows].to(stored_dtype(f"{path}.weight"))
+        after = solved[name].float()
+        records.append(
+            LayerRecord(
+                name=path,
+                shape=(after.shape[0], after.shape[1]),
+                status="pruned",
+                reason="",
+                method=solution.used,
+                relative_error=calibration.relative_error(before[rows], after),
+                held_out_error=(
+                    held_out.relative_error(before[rows], after) if held_out.tokens else None
+                ),
+                iterations=solution.iterations,
+                seconds=seconds,
+            )
+        )
+        log.info("%s: error %.4f, %.1f s", path, records[-1].relative_error, seconds)
+    return solved, records
+
+
+def _collect(twin: _Twin, name: str, flow: _Flow) -> Grams:
+    """Gram matrices of one layer's input over all batches of a flow."""
+    dense_layer, pruned_layer = (_linear(block, name) for block in (twin.dense, twin.pruned))
+    grams = Grams.empty(pruned_layer.in_features, pruned_layer.weight.device)
+    for i, batch in enumerate(flow.batches):
+        call = flow.calls[i][twin.index]
+        dense = layer_input(twin.dense, call, flow.dense[i], dense_layer)
+        pruned = layer_input(twin.pruned, call, flow.pruned[i], pruned_layer)
+        grams.add(real_rows(dense, batch.real), real_rows(pruned, batch.real))
+    return grams
+
+
+def _solve(weight: Tensor, grams: Grams, options: PruneOptions, names: list[str]) -> LayerSolution:
+    features = weight.shape[1]
+    try:
+        problem = layer_problem(
+            weight,
+            grams.pruned / grams.tokens,
+            damping_for(features, grams.tokens),
+            grams.cross / grams.tokens if options.target == "asymmetric" else None,
+        )
+    except ValueError as error:
+        raise ModelDirError(
+            f"Layer {names[0]}: {error}; its activations overflow or the checkpoint is damaged."
+        ) from error
+    return solve_layer(weight, problem, method=options.method, options=PRESETS[options.preset])
+
+
+def _apply(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        _linear(block, name).weight.copy_(weight)
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    layer = block.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"{name} is a {type(layer).__name__}, expected a Linear")
+    return layer
+
+
+def _layers_outside(model: nn.Module, recipe: Recipe, known: set[str]) -> list[LayerRecord]:
+    """Every linear layer that was not a target, by name and with the reason."""
+    embeddings = {
+        id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)
+    }
+    skipped = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear) or name in known:
+            continue
+        tied = embeddings.get(id(layer.weight))
+        reason = (
+            f"shares its weight with {tied}" if tied else f"not a target of recipe {recipe.family}"
+        )
+        skipped.append(_skipped(name, layer, reason))
+    return skipped
+
+
+def _skipped(name: str, layer: nn.Linear, reason: str) -> LayerRecord:
+    shape = (layer.out_features, layer.in_features)
+    return LayerRecord(name, shape, "skipped", reason, "", None, None, 0, 0.0)

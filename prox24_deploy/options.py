@@ -1,0 +1,57 @@
+"""What a build can be told: small frozen dataclasses with real defaults, light to import."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from prox24_deploy.artifacts import DType
+
+Method = Literal["prox", "sparsegpt", "wanda", "magnitude"]
+Preset = Literal["fast", "default", "best"]
+Target = Literal["asymmetric", "symmetric"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """Calibration and evaluation text, and how many tokens of it."""
+
+    calibration: tuple[Path, ...] = ()
+    evaluation: tuple[Path, ...] = ()
+    calibration_tokens: int = 65536
+    evaluation_tokens: int = 32768
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PruneOptions:
+    """How to prune.
+
+    `target` "asymmetric" matches the dense model's outputs from the pruned model's inputs,
+    "symmetric" matches the dense layer on the pruned model's inputs.
+    """
+
+    method: Method = "prox"
+    preset: Preset = "default"
+    target: Target = "asymmetric"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Which backends to compile for and which shapes to measure."""
+
+    backends: tuple[str, ...] = ("auto",)
+    batches: tuple[int, ...] = (1, 8)
+    sequences: tuple[int, ...] = (128,)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """Everything that `build` can be told. `device` is where pruning and evaluation run."""
+
+    recipe: Path | None = None
+    text: TextOptions = field(default_factory=TextOptions)
+    prune: PruneOptions = field(default_factory=PruneOptions)
+    device: DeviceChoice = "auto"
+    dtype: DType = "float32"
+    engine: EngineOptions = field(default_factory=EngineOptions)

@@ -1,0 +1,75 @@
+"""From a model directory to a sealed bundle: the stages, in order, and each on its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from prox24_deploy import stages
+from prox24_deploy.artifacts import (
+    BenchResult,
+    CompileResult,
+    DType,
+    ExportResult,
+    PruneResult,
+)
+from prox24_deploy.options import BuildOptions, EngineOptions
+from prox24_deploy.release.bundle import open_bundle
+from prox24_deploy.release.report import Report
+
+Progress = Callable[[str, int, int], None]
+
+
+def build(
+    model_dir: Path, out: Path, options: BuildOptions, *, fresh: bool, progress: Progress
+) -> Report:
+    """Take a model directory to a sealed bundle in `out` and return its report.
+
+    Stages whose inputs are unchanged since an earlier run in `out` are not run again.
+
+    Raises:
+        Prox24Error: any of its kinds; the stages finished until then are kept.
+    """
+    subject = stages.read_subject(model_dir, out, options)
+    backends = stages.open_backends(options.engine)
+    with open_bundle(out, fresh=fresh) as bundle:
+        stages.describe(bundle, subject, options)
+        pruned = stages.prune(bundle, subject, options.prune, options.device, progress)
+        exported = stages.export(bundle, options.dtype, progress)
+        compiled = stages.compile_engines(bundle, exported, backends, progress)
+        measured = stages.bench(bundle, compiled, backends, options.engine, progress)
+        evaluated = stages.evaluate(bundle, subject, options.device, progress)
+        return stages.report(bundle, pruned, exported, compiled, measured, evaluated)
+
+
+def prune(
+    model_dir: Path, out: Path, options: BuildOptions, *, fresh: bool, progress: Progress
+) -> PruneResult:
+    """Run only the pruning stage: `out` becomes a bundle with `pruned/`."""
+    subject = stages.read_subject(model_dir, out, options)
+    with open_bundle(out, fresh=fresh) as bundle:
+        stages.describe(bundle, subject, options)
+        return stages.prune(bundle, subject, options.prune, options.device, progress)
+
+
+def export(out: Path, dtype: DType, *, progress: Progress) -> ExportResult:
+    """Run only the export stage, on a bundle that holds a pruned model."""
+    with open_bundle(out, existing=True) as bundle:
+        bundle.load("prune", PruneResult)
+        return stages.export(bundle, dtype, progress)
+
+
+def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) -> CompileResult:
+    """Run only the compile stage, on a bundle that holds exported models."""
+    backends = stages.open_backends(options)
+    with open_bundle(out, existing=True) as bundle:
+        exported = bundle.load("export", ExportResult)
+        return stages.compile_engines(bundle, exported, backends, progress)
+
+
+def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResult:
+    """Run only the bench stage, on a bundle that holds engines; always measures anew."""
+    with open_bundle(out, existing=True) as bundle:
+        compiled = bundle.load("compile", CompileResult)
+        names = tuple(dict.fromkeys(engine.backend for engine in compiled.engines))
+        backends = stages.open_backends(EngineOptions(names))
+        bundle.forget("bench", [])
+        return stages.bench(bundle, compiled, backends, options, progress)

@@ -1,0 +1,79 @@
+"""N:M patterns along any axis: masks, projection and check. 2:4 unless told otherwise.
+
+A pattern keeps at most `kept` non-zeros in every `group` consecutive elements along one axis. That
+axis must be the reduction axis of the multiplication that the weight takes part in; which one it is
+depends on the layout, so every function takes it as an argument.
+"""
+
+import torch
+from torch import Tensor
+
+
+def mask_24(score: Tensor, axis: int = -1, *, kept: int = 2, group: int = 4) -> Tensor:
+    """Mark the `kept` largest scores of every group.
+
+    Args:
+        score: any shape and real dtype, without NaN; a tie goes to the lower index.
+        axis: the axis of the groups; its length must be a multiple of `group`.
+        kept: marks per group.
+        group: group length.
+
+    Returns:
+        Boolean mask of the shape of `score` with exactly `kept` marks per group.
+
+    Raises:
+        ValueError: the axis does not divide into groups.
+    """
+    cells = _cells(score, axis, group).unbind(-1)
+    beaten_by = [torch.zeros(cells[0].shape, dtype=torch.int8, device=score.device) for _ in cells]
+    for i in range(group):
+        for j in range(i + 1, group):
+            later_wins = cells[j] > cells[i]
+            beaten_by[i] += later_wins
+            beaten_by[j] += ~later_wins
+    mask = torch.stack([count < kept for count in beaten_by], dim=-1)
+    return mask.flatten(-2).movedim(-1, axis)
+
+
+def project_24(weight: Tensor, axis: int = -1, *, kept: int = 2, group: int = 4) -> Tensor:
+    """Zero all but the `kept` largest magnitudes of every group: the Euclidean projection.
+
+    Masked elements become +0.0, never -0.0, so that byte-level checkers agree.
+    """
+    mask = mask_24(weight.abs(), axis, kept=kept, group=group)
+    return weight.masked_fill(~mask, 0.0)
+
+
+def is_24(weight: Tensor, axis: int = -1, *, kept: int = 2, group: int = 4) -> bool:
+    """Tell whether no group has more than `kept` non-zeros. False if the axis does not divide."""
+    if weight.shape[axis] % group:
+        return False
+    return first_violation(weight, axis, kept=kept, group=group) is None
+
+
+def first_violation(
+    weight: Tensor, axis: int = -1, *, kept: int = 2, group: int = 4
+) -> tuple[int, ...] | None:
+    """Return the index of the first element of the first group with too many non-zeros, or None.
+
+    "First" is C order over the tensor with `axis` moved last; the index is that of the tensor as
+    given.
+    """
+    axis %= weight.ndim
+    bad = (_cells(weight, axis, group) != 0).sum(-1) > kept
+    if not bool(bad.any()):
+        return None
+    *outer, cell = (int(i) for i in bad.nonzero()[0])
+    return (*outer[:axis], cell * group, *outer[axis:])
+
+
+def _cells(tensor: Tensor, axis: int, group: int) -> Tensor:
+    """View with the groups as a new last dimension: (..., length / group, group)."""
+    length = tensor.shape[axis]
+    if length % group:
+        raise ValueError(
+            f"axis {axis} of a tensor of shape {tuple(tensor.shape)} has length {length}, "
+            f"which is not a multiple of {group}"
+        )
+    cells: Tensor = tensor.movedim(axis, -1).unflatten(-1, (length // group, group))
+    return cells

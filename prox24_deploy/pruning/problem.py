@@ -1,0 +1,86 @@
+"""The local squared loss of one linear layer in diagonally normalised units.
+
+With inputs X_p of the pruned model, X_d of the dense one and weights W0, the layer is asked to
+minimise ½‖X_d W0ᵀ - X_p Wᵀ‖² / tokens + ½ δ ‖(W - W0) n‖², n = √diag(H), H = X_pᵀX_p / tokens. In
+normalised weights W̃ = W n this is the quadratic
+
+    f(W̃) = ½ tr(W̃ A W̃ᵀ) - tr(W̃ Bᵀ),   A = H/(n nᵀ) + δ I,   B = (W0 C)/n + δ W̃0,
+
+with C = X_dᵀX_p / tokens; C = H gives the symmetric target (dense weights on pruned inputs). Rows
+of W are independent.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIN_DAMPING, MAX_DAMPING = 0.01, 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProblem:
+    """One quadratic per row, sharing `curvature`.
+
+    Attributes:
+        start: W̃0, (rows, d), float32; zero in the columns of dead features.
+        curvature: A, (d, d), symmetric positive definite, diagonal 1 + δ.
+        linear: B, (rows, d).
+        scale: n, (d,), positive; 1 for a dead feature.
+        dead: (d,) bool, features that calibration never activated.
+    """
+
+    start: Tensor
+    curvature: Tensor
+    linear: Tensor
+    scale: Tensor
+    dead: Tensor
+
+    def loss(self, candidate: Tensor) -> Tensor:
+        """Evaluate f for every row of normalised weights (rows, d), up to a row constant: (rows,)."""
+        return ((0.5 * candidate @ self.curvature - self.linear) * candidate).sum(1)
+
+    def to_weight(self, candidate: Tensor) -> Tensor:
+        """Undo the normalisation: W = W̃ / n, (rows, d)."""
+        return candidate / self.scale
+
+
+def damping_for(features: int, tokens: int) -> float:
+    """Damping δ in normalised units: clip(0.4 · d_in / tokens, 0.01, 0.3)."""
+    return min(max(0.4 * features / max(tokens, 1), MIN_DAMPING), MAX_DAMPING)
+
+
+def layer_problem(
+    weight: Tensor, gram: Tensor, damping: float, cross: Tensor | None = None
+) -> LayerProblem:
+    """Build the normalised quadratic of one layer, or of several layers that share inputs.
+
+    Args:
+        weight: W0, (rows, d), rows of one layer or of several stacked.
+        gram: H, (d, d), of any positive scale.
+        damping: δ > 0, the strength of the pull towards W0.
+        cross: C, (d, d) = X_dᵀX_p on the scale of `gram`; None for the symmetric target.
+
+    Raises:
+        ValueError: a value is NaN or infinite, or the diagonal of H is negative.
+    """
+    for name, tensor in (("weight", weight), ("gram", gram), ("cross gram", cross)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"the {name} matrix holds NaN or infinity")
+    diagonal = gram.diagonal().double()
+    if bool((diagonal < 0).any()):
+        raise ValueError("the gram matrix has a negative diagonal")
+    dead = diagonal == 0
+    scale = torch.where(dead, 1.0, diagonal.sqrt())
+    outer = scale[:, None] * scale[None, :]
+    normal = (gram.double() / outer).float()
+    start = (weight.double() * scale).float().masked_fill(dead, 0.0)
+    target = normal if cross is None else (cross.double() / outer).float()
+    identity = torch.eye(len(scale), dtype=normal.dtype, device=normal.device)
+    return LayerProblem(
+        start=start,
+        curvature=normal + damping * identity,
+        linear=(start @ target).masked_fill(dead, 0.0) + damping * start,
+        scale=scale.float(),
+        dead=dead,
+    )

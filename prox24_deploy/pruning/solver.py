@@ -1,0 +1,162 @@
+"""Prune one layer to 2:4: prox-ADMM, refined on its mask, guarded by a baseline.
+
+The method minimises the local squared loss plus λ R(W) for a growing λ (Kübler et al., arXiv
+2501.18015) by ADMM: the W-step is exact with one Cholesky inverse, the Z-step is the exact prox.
+The schedule λ_k = λ0 · gᵏ / mean|W̃_row|, the splitting and the presets are this project's own; the
+paper descends by proximal gradient steps, and its schedule is not public.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prox24_deploy.pruning.baselines import magnitude_mask, sparsegpt, wanda_mask
+from prox24_deploy.pruning.pattern import is_24, mask_24
+from prox24_deploy.pruning.problem import LayerProblem
+from prox24_deploy.pruning.prox import prox_24
+from prox24_deploy.pruning.refine import masked_conjugate_gradient
+
+Method = Literal["prox", "sparsegpt", "wanda", "magnitude"]
+Preset = Literal["fast", "default", "best"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdmmOptions:
+    """Schedule of the prox-ADMM solver.
+
+    Attributes:
+        start: λ0 in units of 1 / mean |W̃_row|.
+        growth: factor g on λ per iteration, > 1.
+        rho: ADMM penalty relative to the unit diagonal of the normalised Gram matrix.
+        max_iterations: hard cap; cells that are not 2:4 by then are projected.
+        check_every: iterations between tests for convergence.
+        straggler_fraction: stop early once fewer cells than this fraction are not yet 2:4.
+        newton_iterations: of the prox; six change the pruned loss by less than 1e-6.
+    """
+
+    start: float
+    growth: float
+    rho: float
+    max_iterations: int
+    check_every: int = 5
+    straggler_fraction: float = 1e-3
+    newton_iterations: int = 6
+
+
+PRESETS: dict[Preset, AdmmOptions] = {
+    "fast": AdmmOptions(start=0.05, growth=1.2, rho=1.0, max_iterations=105),
+    "default": AdmmOptions(start=0.02, growth=1.1, rho=1.0, max_iterations=225),
+    "best": AdmmOptions(start=0.01, growth=1.05, rho=0.7, max_iterations=450),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSolution:
+    """A pruned layer.
+
+    Attributes:
+        weight: (rows, d), 2:4 along d, +0.0 outside the mask, in the units of the given weights.
+        mask: (rows, d) bool, two True per cell; a kept weight may be zero.
+        iterations: solver iterations, 0 for one-shot methods.
+        used: the method whose result this is: the one asked for, "unchanged" for weights that were
+            2:4 already, or "sparsegpt" where it beat the prox on the damped loss.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    iterations: int
+    used: str
+
+
+def solve_layer(
+    weight: Tensor,
+    problem: LayerProblem,
+    *,
+    method: Method = "prox",
+    options: AdmmOptions = PRESETS["default"],
+    refine_iterations: int = 50,
+) -> LayerSolution:
+    """Prune the rows of one problem to 2:4.
+
+    Args:
+        weight: W0, (rows, d), d a multiple of four, as given to `layer_problem`.
+        problem: its quadratic.
+        method: "prox", or a baseline; every method is refined on its mask.
+        options: schedule of "prox".
+        refine_iterations: conjugate gradient steps on the mask; 0 leaves the method's own weights.
+
+    Returns:
+        The solution. Weights that are 2:4 already come back bit-identical.
+
+    Raises:
+        ValueError: d is not a multiple of four.
+    """
+    if is_24(weight):
+        return LayerSolution(weight, mask_24(weight.abs()), 0, "unchanged")
+    candidate, mask, iterations = _propose(problem, method, options)
+    solution = masked_conjugate_gradient(problem, mask, candidate, iterations=refine_iterations)
+    used: str = method
+    if method == "prox":
+        rival, rival_mask = sparsegpt(problem)
+        if float(problem.loss(rival).sum()) < float(problem.loss(solution).sum()):
+            mask, used = rival_mask, "sparsegpt"
+            solution = masked_conjugate_gradient(problem, mask, rival, iterations=refine_iterations)
+    result = problem.to_weight(solution).masked_fill(~mask | problem.dead, 0.0)
+    return LayerSolution(result, mask, iterations, used)
+
+
+def _propose(
+    problem: LayerProblem, method: Method, options: AdmmOptions
+) -> tuple[Tensor, Tensor, int]:
+    """Return normalised weights, mask and iterations of one method, before refinement."""
+    match method:
+        case "prox":
+            return prox_admm(problem, options)
+        case "sparsegpt":
+            weight, mask = sparsegpt(problem)
+            return weight, mask, 0
+        case "wanda" | "magnitude":
+            mask = wanda_mask(problem) if method == "wanda" else magnitude_mask(problem)
+            return problem.start.masked_fill(~mask, 0.0), mask, 0
+
+
+def prox_admm(problem: LayerProblem, options: AdmmOptions) -> tuple[Tensor, Tensor, int]:
+    """Minimise the quadratic plus λ R with λ growing until every cell is 2:4.
+
+    Returns:
+        (weights, mask, iterations): normalised weights (rows, d), not yet refined, masked.
+    """
+    rho = options.rho
+    identity = torch.eye(len(problem.scale), device=problem.scale.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.curvature + rho * identity))
+    row_scale = problem.start.abs().mean(1, keepdim=True)
+    # A zero row has no scale; any finite λ leaves it zero.
+    base = options.start / torch.where(row_scale > 0, row_scale, 1.0)
+    split, dual = problem.start, torch.zeros_like(problem.start)
+    weight, iterations = problem.start, 0
+    while iterations < options.max_iterations:
+        lam = base * options.growth**iterations
+        weight = (problem.linear + rho * (split - dual)) @ inverse
+        split = prox_24(weight + dual, lam / rho, newton_iterations=options.newton_iterations)
+        dual = dual + weight - split
+        iterations += 1
+        if iterations % options.check_every == 0 and _unfinished(split) < max(
+            options.straggler_fraction, torch.finfo(split.dtype).tiny
+        ):
+            break
+    mask = _final_mask(split, weight)
+    return split.masked_fill(~mask, 0.0), mask, iterations
+
+
+def _unfinished(split: Tensor) -> float:
+    """Fraction of cells with more than two non-zeros."""
+    cells = (split != 0).unflatten(-1, (-1, 4)).sum(-1) > 2
+    return float(cells.float().mean())
+
+
+def _final_mask(split: Tensor, weight: Tensor) -> Tensor:
+    """Keep the non-zeros of the split variable; fill up to two, and break ties, by |W̃|."""
+    bonus = weight.abs().amax(1, keepdim=True)
+    return mask_24(torch.where(split != 0, split.abs() + bonus, weight.abs().clamp(max=bonus)))

@@ -1,0 +1,135 @@
+"""Read an export recipe: what must be known to prune and export one model family.
+
+One recipe applies whole, never merged: `--recipe`, else `recipe.toml` of the model directory, else
+the shipped recipe whose `model_types` lists the model.
+"""
+
+import importlib.resources
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from prox24_deploy.errors import RecipeError
+
+RECIPE_FILE = "recipe.toml"
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TensorSpec(_Table):
+    """One graph input or output: an integer axis is static, a name makes it dynamic."""
+
+    name: str
+    dtype: Literal["int64", "float"]
+    axes: list[str | int]
+
+
+class Limits(_Table):
+    """What counts as a regression of a build on its own.
+
+    `max_slowdown` is the largest tolerated excess of sparse over dense latency, as a fraction; it
+    gates only backends that have sparse kernels.
+    """
+
+    max_slowdown: Annotated[float, Field(ge=0, le=10)] = 0.02
+
+
+class Recipe(_Table):
+    """Everything that is specific to a model family.
+
+    `blocks` is the dotted path of the list of repeated blocks in the model that `task` opens;
+    `targets` and `ignore` are glob patterns over module paths relative to a block. Weights matching
+    `optional_weights` (globs over full names) may be absent from a checkpoint. `sequence_length` is
+    that of calibration and evaluation samples, in tokens, where the model allows as many.
+    """
+
+    family: str
+    model_types: list[str]
+    task: Literal["feature-extraction", "text-generation"]
+    blocks: str
+    targets: Annotated[list[str], Field(min_length=1)]
+    ignore: list[str] = []
+    optional_weights: list[str] = []
+    sequence_length: Annotated[int, Field(ge=8)] = 512
+    opset: Annotated[int, Field(ge=18, le=24)] = 20
+    inputs: Annotated[list[TensorSpec], Field(min_length=1)]
+    outputs: Annotated[list[TensorSpec], Field(min_length=1)]
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "Recipe":
+        names = [spec.name for spec in (*self.inputs, *self.outputs)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"input and output names must differ, got {names}")
+        return self
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read one recipe file.
+
+    Raises:
+        RecipeError: the file is missing, is not TOML, or has a missing, unknown or wrong key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(f"Recipe {path} cannot be read ({reason}); pass a TOML file.") from error
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, source: str) -> Recipe:
+    """Parse the TOML of one recipe; `source` names it in errors."""
+    try:
+        return Recipe.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"Recipe {source} is not valid TOML: {error}.") from error
+    except ValidationError as error:
+        raise RecipeError(f"Recipe {source}: {_first_problem(error)}.") from error
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Family name to TOML text of every recipe in the package, sorted by family."""
+    folder = importlib.resources.files("prox24_deploy.recipes")
+    found = {entry.name: entry for entry in folder.iterdir() if entry.name.endswith(".toml")}
+    return {
+        name.removesuffix(".toml"): found[name].read_text(encoding="utf-8")
+        for name in sorted(found)
+    }
+
+
+def select_recipe(model_dir: Path, model_type: str, explicit: Path | None) -> tuple[Recipe, str]:
+    """Choose the one recipe that applies and return it with its TOML text.
+
+    Raises:
+        RecipeError: the chosen recipe cannot be read, or no shipped recipe knows `model_type`.
+    """
+    own = model_dir / RECIPE_FILE
+    path = explicit or (own if own.is_file() else None)
+    if path is not None:
+        return read_recipe(path), path.read_text(encoding="utf-8")
+    shipped = {name: (parse_recipe(text, name), text) for name, text in shipped_recipes().items()}
+    for recipe, text in shipped.values():
+        if model_type in recipe.model_types:
+            return recipe, text
+    known = ", ".join(f"{name} ({', '.join(r.model_types)})" for name, (r, _) in shipped.items())
+    raise RecipeError(
+        f"No recipe supports model_type {model_type!r} of {model_dir}; shipped families are "
+        f"{known}; copy the nearest one, adapt its blocks, targets, inputs and outputs, and pass "
+        "it with --recipe."
+    )
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "the whole file"
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(Recipe.model_fields)
+        return f"unknown key {where!r}; the keys of a recipe are {known}"
+    if problem["type"] == "missing":
+        return f"required key {where!r} is missing"
+    return f"key {where!r}: {problem['msg']}, got {problem['input']!r}"

@@ -1,0 +1,1 @@
+"""Measure, report and seal a release bundle."""

@@ -1,0 +1,119 @@
+"""What this machine is and which versions are installed: provenance and `doctor`."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+
+import pynvml
+
+from prox24_deploy import __version__
+from prox24_deploy.engines.host import cpu_model
+
+_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of `doctor`: what was looked for, what was found, what to do if it is missing."""
+
+    name: str
+    found: str
+    usable: bool
+    remedy: str
+
+
+def versions() -> dict[str, str]:
+    """Version of this tool, of Python and of every package that shapes the result."""
+    known = {"prox24-deploy": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            known[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            known[package] = "not installed"
+    return known
+
+
+def machine() -> dict[str, str]:
+    """System, processor, memory and GPU of this machine, in words."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": cpu_model(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{memory:.0f} GiB",
+        **gpu(),
+    }
+
+
+def gpu() -> dict[str, str]:
+    """Name, compute capability and driver of the first NVIDIA GPU; says so if there is none."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return {"gpu": "none"}
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return {
+            "gpu": str(pynvml.nvmlDeviceGetName(handle)),
+            "compute capability": f"{major}.{minor}",
+            "driver": str(pynvml.nvmlSystemGetDriverVersion()),
+        }
+    except pynvml.NVMLError as error:
+        return {"gpu": f"not readable ({error})"}
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def diagnose() -> list[Finding]:
+    """Look for everything that a stage or backend can need."""
+    installed = versions()
+    findings = [
+        Finding(name, text, text != "not installed", f"pip install {name}")
+        for name, text in installed.items()
+    ]
+    card = gpu()
+    has_gpu = "compute capability" in card
+    findings += [
+        Finding("processor", cpu_model(), True, ""),
+        Finding("GPU", ", ".join(card.values()), has_gpu, "pruning and ONNX Runtime run without"),
+        _cuda(has_gpu),
+        _cusparselt(has_gpu),
+        _onnxruntime(),
+        _module("tensorrt", "pip install tensorrt-cu13 (from NVIDIA's package index)"),
+        _module("tensorrt_rtx", "pip install tensorrt-rtx-cu13"),
+    ]
+    return findings
+
+
+def _cuda(has_gpu: bool) -> Finding:
+    import torch
+
+    usable = torch.cuda.is_available()
+    remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU"
+    return Finding("torch CUDA", torch.version.cuda or "CPU build", usable, remedy)
+
+
+def _cusparselt(has_gpu: bool) -> Finding:
+    import torch
+
+    usable = bool(torch.backends.cusparselt.is_available())
+    version = torch.backends.cusparselt.version() if usable else None
+    remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU, Ampere or newer"
+    return Finding("cuSPARSELt", str(version or "not available"), usable, remedy)
+
+
+def _onnxruntime() -> Finding:
+    import onnxruntime
+
+    providers = ", ".join(onnxruntime.get_available_providers())
+    return Finding("ONNX Runtime providers", providers, True, "")
+
+
+def _module(name: str, remedy: str) -> Finding:
+    """Whether an engine library can be imported; found without importing it."""
+    there = importlib.util.find_spec(name) is not None
+    found = importlib.metadata.version(name.replace("_", "-")) if there else "not installed"
+    return Finding(name, found, there, remedy)

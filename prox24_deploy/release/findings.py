@@ -1,0 +1,239 @@
+"""Turn the records of a build into warnings, checks and a verdict."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from prox24_deploy.artifacts import (
+    CompileResult,
+    EvaluateResult,
+    ExportResult,
+    LatencyRow,
+    LayerRecord,
+    Metric,
+    NumericsCheck,
+    PruneResult,
+    TensorCheck,
+    Verdict,
+)
+from prox24_deploy.release.schema import Check
+
+TOKENS_PER_FEATURE = 10
+NAMES_IN_A_SENTENCE = 8
+
+
+def find_warnings(
+    prune: PruneResult,
+    evaluate: EvaluateResult,
+    export: ExportResult,
+    compiled: CompileResult,
+    latency: Sequence[LatencyRow],
+) -> tuple[str, ...]:
+    """One sentence for each thing that a reader must know before trusting the figures."""
+    return (
+        *_text_warnings(prune, evaluate),
+        *_token_warnings(prune),
+        *_skipped_warnings(prune.layers),
+        *_dtype_warnings(export),
+        *_backend_warnings(compiled, latency),
+    )
+
+
+def find_checks(
+    prune: PruneResult,
+    evaluate: EvaluateResult,
+    export: ExportResult,
+    latency: Sequence[LatencyRow],
+) -> tuple[Check, ...]:
+    """Everything that was checked, gated or not, in the order of the stages."""
+    return (
+        *_layer_checks(prune.layers),
+        *_presence_checks(prune, export),
+        *(_sparsity_check(check) for check in export.sparsity if check.expected),
+        *(_numerics_check(check) for check in export.numerics),
+        *(_accuracy_check(metric) for metric in evaluate.metrics),
+        *(_latency_check(row) for row in latency),
+    )
+
+
+def overall_verdict(checks: Sequence[Check]) -> Verdict:
+    """Fail if a gated check fails, else inconclusive if one is, else pass."""
+    verdicts = {check.verdict for check in checks if check.gated}
+    if "fail" in verdicts:
+        return "fail"
+    return "inconclusive" if "inconclusive" in verdicts else "pass"
+
+
+def row_name(row: LatencyRow) -> str:
+    """Name of a latency row: backend and shape."""
+    return f"{row.backend}, batch {row.batch}, sequence {row.sequence}"
+
+
+def _text_warnings(prune: PruneResult, evaluate: EvaluateResult) -> Iterator[str]:
+    if prune.calibration.kind == "builtin":
+        yield (
+            "The model was calibrated on the English text that ships with Python, not on text of "
+            "your domain; pass your own with --calibration PATH."
+        )
+    if evaluate.evaluation.kind != "file":
+        origin = "built-in" if evaluate.evaluation.kind == "builtin" else "held-out calibration"
+        yield (
+            f"Accuracy was measured on {origin} text; pass text or a task of your own with "
+            "--evaluation PATH."
+        )
+
+
+def _token_warnings(prune: PruneResult) -> Iterator[str]:
+    tokens = prune.calibration.tokens
+    starved = [
+        layer
+        for layer in prune.layers
+        if layer.status == "pruned" and tokens < TOKENS_PER_FEATURE * layer.shape[1]
+    ]
+    if starved:
+        widest = max(layer.shape[1] for layer in starved)
+        yield (
+            f"Calibration has {tokens:,} tokens, fewer than {TOKENS_PER_FEATURE} per input feature "
+            f"for {_counted(len(starved), 'layer')} of up to {widest:,} features; at least "
+            f"{TOKENS_PER_FEATURE * widest:,} tokens are advised."
+        )
+
+
+def _skipped_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
+    by_reason: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.status == "skipped":
+            by_reason.setdefault(layer.reason, []).append(layer.name)
+    for reason, names in by_reason.items():
+        yield f"{_counted(len(names), 'layer')} left dense ({reason}): {_named(names)}."
+
+
+def _dtype_warnings(export: ExportResult) -> Iterator[str]:
+    if export.sparse.dtype == "float32":
+        yield (
+            "The ONNX files are float32, for which TensorRT has no sparse kernels; export with "
+            "--dtype float16 to run sparse."
+        )
+    if export.sparse.dtype == "bfloat16":
+        yield (
+            "The numerics of the bfloat16 files were not checked, because ONNX Runtime has no "
+            "bfloat16 kernels on CPU."
+        )
+
+
+def _backend_warnings(compiled: CompileResult, latency: Sequence[LatencyRow]) -> Iterator[str]:
+    gates = {row.backend: row.gated for row in latency}
+    for backend, gated in gates.items():
+        if not gated:
+            yield (
+                f"Backend {backend} has no sparse kernels: dense and sparse are expected to take "
+                "the same time, and its latency does not gate the release."
+            )
+    for evidence in compiled.evidence:
+        if gates.get(evidence.backend) and evidence.chosen in (0, None):
+            known = "it is unknown whether it runs" if evidence.chosen is None else "it runs no"
+            yield f"Backend {evidence.backend}: {known} sparse kernels ({evidence.summary})."
+
+
+def _layer_checks(layers: Sequence[LayerRecord]) -> Iterator[Check]:
+    """A failed check for each layer whose error is not finite, which no average may hide."""
+    for layer in layers:
+        errors = (layer.relative_error, layer.held_out_error)
+        if any(error is not None and not math.isfinite(error) for error in errors):
+            yield Check(
+                name=layer.name,
+                kind="pruning",
+                value=None,
+                limit=None,
+                gated=True,
+                verdict="fail",
+                message="The error of the layer is not a finite number; prune on more text, or "
+                "leave the layer dense with ignore in the recipe",
+            )
+
+
+def _presence_checks(prune: PruneResult, export: ExportResult) -> Iterator[Check]:
+    pruned = sum(layer.status == "pruned" for layer in prune.layers)
+    if pruned and not any(check.expected for check in export.sparsity):
+        yield Check(
+            name=export.sparse.path,
+            kind="sparsity",
+            value=0,
+            limit=pruned,
+            gated=True,
+            verdict="fail",
+            message=f"{_counted(pruned, 'layer')} pruned, but no weight of the file is declared "
+            "2:4; export the pruned model again.",
+        )
+
+
+def _sparsity_check(check: TensorCheck) -> Check:
+    message = f"2:4 along axis {check.axis} of {check.shape}, density {check.density:.3f}"
+    if not check.is_24:
+        where = f" first at {check.first_violation}" if check.first_violation else ""
+        message = f"Not 2:4 along axis {check.axis} of {check.shape}{where}: {check.reason}"
+    return Check(
+        name=check.module or check.tensor,
+        kind="sparsity",
+        value=check.density,
+        limit=0.5,
+        gated=True,
+        verdict="pass" if check.is_24 else "fail",
+        message=message,
+    )
+
+
+def _numerics_check(check: NumericsCheck) -> Check:
+    return Check(
+        name=f"{check.twin} {check.output}",
+        kind="numerics",
+        value=check.max_abs_difference if math.isfinite(check.max_abs_difference) else None,
+        limit=check.tolerance,
+        gated=True,
+        verdict="pass" if check.passed else "fail",
+        message=f"ONNX Runtime and PyTorch differ by at most {check.max_abs_difference:.3g}, "
+        f"tolerance {check.tolerance:.3g}",
+    )
+
+
+def _accuracy_check(metric: Metric) -> Check:
+    """Without a baseline there is no limit, but a figure that is not finite fails by itself."""
+    known = {"dense": metric.dense, "sparse": metric.sparse, "agreement": metric.agreement}
+    values = {key: part.value for key, part in known.items() if part}
+    figures = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+    finite = all(math.isfinite(value) for value in values.values())
+    reason = "there is no limit without a baseline" if finite else "a figure is not finite"
+    return Check(
+        name=metric.name,
+        kind="accuracy",
+        value=values.get("agreement", values.get("sparse")) if finite else None,
+        limit=None,
+        gated=not finite,
+        verdict="pass" if finite else "fail",
+        message=f"{figures}; {reason}",
+    )
+
+
+def _latency_check(row: LatencyRow) -> Check:
+    least = 1 / (1 + row.limit)
+    speedup = row.speedup
+    gate = f"limit {least:.3f}" if row.gated else "not gated, because there are no sparse kernels"
+    return Check(
+        name=row_name(row),
+        kind="latency",
+        value=speedup.value,
+        limit=least,
+        gated=row.gated,
+        verdict=row.verdict,
+        message=f"Speed-up {speedup.value:.3f}, 95 % interval {speedup.low:.3f} to "
+        f"{speedup.high:.3f}, {gate}",
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMES_IN_A_SENTENCE])
+    rest = len(names) - NAMES_IN_A_SENTENCE
+    return f"{shown} and {rest} more in the table of layers" if rest > 0 else shown

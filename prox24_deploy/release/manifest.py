@@ -1,0 +1,155 @@
+"""The manifest of a bundle: provenance, hash and size of every file, and their verification."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from prox24_deploy import __version__
+from prox24_deploy.artifacts import ModelInfo
+from prox24_deploy.errors import BundleError
+from prox24_deploy.release.files import write_atomic
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class FileEntry(_Part):
+    """Content of one file, as written."""
+
+    sha256: str
+    size: int
+
+
+class StageEntry(_Part):
+    """A finished stage.
+
+    `key` hashes tool version, `inputs` and nothing else; a stage whose key is unchanged and whose
+    outputs still hash the same is not run again.
+    """
+
+    key: str
+    inputs: dict[str, Any]
+    outputs: list[str]
+    seconds: float
+
+
+class Manifest(_Part):
+    """Contents of manifest.json.
+
+    `self_sha256` is the hash of this file's own canonical text with that field empty, so that a
+    flipped byte is found here as well.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    tool: Literal["prox24-deploy"] = "prox24-deploy"
+    tool_version: str = __version__
+    complete: bool = False
+    verdict: str = ""
+    model: ModelInfo | None = None
+    recipe: str = ""
+    options: dict[str, Any] = {}
+    seed: int = 0
+    versions: dict[str, str] = {}
+    machine: dict[str, str] = {}
+    stages: dict[str, StageEntry] = {}
+    files: dict[str, FileEntry] = {}
+    self_sha256: str = ""
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one text of a JSON value: sorted keys, two spaces, UTF-8, final newline."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write the manifest atomically, with its own hash."""
+    write_atomic(root / MANIFEST_FILE, _sealed(manifest))
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read the manifest of a bundle.
+
+    Raises:
+        BundleError: there is none, or it is not one that this version wrote.
+    """
+    path = root / MANIFEST_FILE
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{root} is not a bundle: {MANIFEST_FILE} cannot be read ({error.strerror})."
+        ) from error
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise BundleError(
+            f"{path} is damaged or of another version ({where}: {problem['msg']}); "
+            "build again with --fresh."
+        ) from error
+
+
+def verify(root: Path) -> list[str]:
+    """Re-hash every file of a bundle; return one sentence per fault, none if it is sound.
+
+    Raises:
+        BundleError: there is no manifest to verify against.
+    """
+    if not root.is_dir():
+        raise BundleError(f"Bundle {root} is not a directory; pass the OUT of a build.")
+    try:
+        manifest = read_manifest(root)
+    except BundleError as error:
+        if not (root / MANIFEST_FILE).is_file():
+            raise
+        return [str(error)]
+    return list(_faults(root, manifest))
+
+
+def hash_file(path: Path) -> FileEntry:
+    """sha256 and size of one file."""
+    with path.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return FileEntry(sha256=digest, size=path.stat().st_size)
+
+
+def list_files(root: Path, below: str = ".") -> list[str]:
+    """Every file under `root / below`, as POSIX paths relative to `root`, sorted."""
+    start = root / below
+    found = [start] if start.is_file() else [p for p in start.rglob("*") if not p.is_dir()]
+    return sorted(p.relative_to(root).as_posix() for p in found)
+
+
+def _sealed(manifest: Manifest) -> bytes:
+    unsealed = manifest.model_copy(update={"self_sha256": ""}).model_dump(mode="json")
+    digest = hashlib.sha256(canonical_json(unsealed)).hexdigest()
+    return canonical_json(unsealed | {"self_sha256": digest})
+
+
+def _faults(root: Path, manifest: Manifest) -> Iterator[str]:
+    if (root / MANIFEST_FILE).read_bytes() != _sealed(manifest):
+        yield f"{MANIFEST_FILE} was changed after it was written."
+    if not manifest.complete:
+        yield f"{MANIFEST_FILE} belongs to an unfinished build; run the same build again."
+    for name, entry in sorted(manifest.files.items()):
+        path = root / name
+        if not path.is_file():
+            yield f"{name} is missing."
+        elif (found := hash_file(path)) != entry:
+            yield (
+                f"{name} was changed: {found.size} bytes with sha256 {found.sha256[:16]}…, "
+                f"expected {entry.size} bytes with {entry.sha256[:16]}…."
+            )
+    for name in list_files(root):
+        if name not in manifest.files and name != MANIFEST_FILE:
+            yield f"{name} is not listed in {MANIFEST_FILE}."

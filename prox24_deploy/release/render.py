@@ -1,0 +1,270 @@
+"""Views of a report: HTML, Markdown, JUnit and benchmark.json."""
+
+import importlib.resources
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
+from markupsafe import Markup
+
+from prox24_deploy.artifacts import Estimate, Interval, LayerRecord
+from prox24_deploy.release.findings import row_name
+from prox24_deploy.release.plots import bar_plot, error_plots, latency_plot
+from prox24_deploy.release.schema import Check, Report, Sizes
+
+WORST_LAYERS = 5
+VERDICT_SENTENCES = {
+    "pass": "Passed: every check that gates the release holds.",
+    "fail": "Failed: a check that gates the release does not hold.",
+    "inconclusive": "Inconclusive: a measurement is too noisy to judge.",
+}
+
+# XML 1.0 has no way to write these, not even escaped.
+_NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def render_html(report: Report) -> str:
+    """One page that needs no other file, no script and no network."""
+    plots = {
+        "errors": [Markup(plot) for plot in error_plots(report.pruning.layers)],
+        "latency": [Markup(latency_plot(row, i)) for i, row in enumerate(report.latency)],
+        "sizes": [Markup(plot) for plot in _size_plots(report.sizes)],
+    }
+    template = _environment(html=True).get_template("report.html.jinja")
+    return template.render(**_view(report), plots=plots)
+
+
+def render_summary(report: Report) -> str:
+    """Markdown for the summary of a CI job."""
+    return _environment(html=False).get_template("summary.md.jinja").render(**_view(report))
+
+
+def render_junit(report: Report) -> bytes:
+    """One suite for each kind of check; what cannot fail the release is skipped with its reason."""
+    xml = JUnitXml("prox24-deploy")
+    for kind in ("pruning", "sparsity", "numerics", "accuracy", "latency"):
+        checks = [check for check in report.checks if check.kind == kind]
+        if checks:
+            suite = TestSuite(kind)
+            suite.add_testcases([_test_case(check) for check in checks])
+            xml.add_testsuite(suite)
+    xml.update_statistics()  # type: ignore[no-untyped-call]
+    buffer = io.BytesIO()
+    xml.write(buffer, pretty=True)
+    return buffer.getvalue()
+
+
+def render_benchmark(report: Report) -> bytes:
+    """Figures of which less is better, as [{name, unit, value, range}] for dashboards."""
+    entries = [*_latency_entries(report), *_error_entries(report)]
+    sizes = {"dense": report.sizes.onnx_dense_bytes, "sparse": report.sizes.onnx_sparse_bytes}
+    entries += [_entry(f"onnx {twin} size", "bytes", size, "") for twin, size in sizes.items()]
+    accuracy = report.accuracy
+    if accuracy.sparse and not accuracy.higher_is_better:
+        error = f"± {accuracy.sparse.standard_error:.3g}"
+        entries.append(_entry(f"sparse {accuracy.metric}", "", accuracy.sparse.value, error))
+    return (json.dumps(entries, indent=2) + "\n").encode()
+
+
+def worst_layers(report: Report, number: int = WORST_LAYERS) -> list[LayerRecord]:
+    """Pruned layers with the largest held-out error (calibration error where there is none)."""
+
+    def error(layer: LayerRecord) -> float:
+        known = layer.relative_error if layer.held_out_error is None else layer.held_out_error
+        return -1.0 if known is None else known
+
+    pruned = [layer for layer in report.pruning.layers if layer.status == "pruned"]
+    return sorted(pruned, key=error, reverse=True)[:number]
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; a dash for what is not known."""
+    return "–" if value is None else f"{value:.4g}".replace("-", "−")
+
+
+def estimate(value: Estimate | None) -> str:
+    """Value and standard error, rounded to two digits of the error."""
+    if value is None:
+        return "–"
+    error = value.standard_error
+    if error <= 0:
+        return number(value.value)
+    digits = min(max(1 - math.floor(math.log10(error)), 0), 8)
+    return f"{value.value:.{digits}f} ± {error:.{digits}f}".replace("-", "−")
+
+
+def ratio(value: Interval) -> str:
+    """Speed-up with its interval."""
+    return f"{value.value:.3f}× ({value.low:.3f} to {value.high:.3f})"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("bytes", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB" if value < 1000 else f"{value:,.0f} GB"
+
+
+def count(value: float) -> str:
+    """A number with its thousands apart."""
+    return f"{value:,}"
+
+
+def seconds(value: float) -> str:
+    """A duration in the unit that suits it."""
+    if value < 120:
+        return f"{value:.3g} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s"
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def shape(value: tuple[int, ...]) -> str:
+    """Extents with times signs."""
+    return " × ".join(str(extent) for extent in value)
+
+
+def known(value: bool | None) -> str:
+    """Yes, no or unknown."""
+    return "unknown" if value is None else "yes" if value else "no"
+
+
+def markdown(text: object) -> str:
+    """Text that Markdown, and the HTML in it, leaves as it is; also within a table."""
+    return re.sub(r"([\\`*\[\]|<>])", r"\\\1", " ".join(str(text).split()))
+
+
+def code(text: object) -> str:
+    """A name as a code span, also within a table."""
+    return "`" + " ".join(str(text).replace("`", "'").split()).replace("|", "\\|") + "`"
+
+
+_FILTERS: tuple[Callable[..., str], ...] = (
+    number, estimate, ratio, size, count, seconds, percent, shape, known, markdown, code,
+)  # fmt: skip
+
+
+def _environment(*, html: bool) -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_template),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update({function.__name__: function for function in _FILTERS})
+    return environment
+
+
+def _template(name: str) -> str:
+    folder = importlib.resources.files("prox24_deploy.release")
+    return folder.joinpath(name).read_text(encoding="utf-8")
+
+
+def _view(report: Report) -> dict[str, Any]:
+    expected = [check for check in report.sparsity.tensors if check.expected]
+    return {
+        "report": report,
+        "name": PurePath(report.model.path).name or report.model.path,
+        "sentence": VERDICT_SENTENCES[report.verdict],
+        "undecided": _undecided(report),
+        "expected": expected,
+        "proven": sum(check.is_24 for check in expected),
+        "worst": worst_layers(report),
+        "speedups": _speedups(report),
+        "row_name": row_name,
+        "environment": _flat(report.environment),
+        "options": _flat(report.options),
+    }
+
+
+def _undecided(report: Report) -> list[Check]:
+    return [check for check in report.checks if check.gated and check.verdict == "inconclusive"]
+
+
+def _speedups(report: Report) -> str:
+    values = sorted(row.speedup.value for row in report.latency)
+    if not values:
+        return "not measured"
+    low, high = f"{values[0]:.2f}×", f"{values[-1]:.2f}×"
+    return low if low == high else f"{low} to {high}"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested keys joined with spaces, lists with commas."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key} "))
+        elif isinstance(value, list):
+            flat[prefix + key] = ", ".join(str(item) for item in value)
+        else:
+            flat[prefix + key] = "–" if value is None else str(value)
+    return flat
+
+
+def _size_plots(sizes: Sizes) -> list[str]:
+    files = [
+        ("ONNX, dense", sizes.onnx_dense_bytes, size(sizes.onnx_dense_bytes), "dense"),
+        ("ONNX, 2:4", sizes.onnx_sparse_bytes, size(sizes.onnx_sparse_bytes), "sparse"),
+        ("2:4 packed (computed)", sizes.packed_bytes, size(sizes.packed_bytes), "computed"),
+    ]
+    weights = [
+        ("in the 2:4 tensors", sizes.weights, count(sizes.weights), "dense"),
+        ("of them not zero", sizes.non_zero_weights, count(sizes.non_zero_weights), "sparse"),
+    ]
+    return [
+        bar_plot("file-sizes", "File sizes", files),
+        bar_plot("weight-counts", "Numbers of weights", weights),
+    ]
+
+
+def _test_case(check: Check) -> TestCase:
+    case = TestCase(_xml_text(check.name), f"prox24-deploy.{check.kind}")
+    message = _xml_text(check.message)
+    if not check.gated or check.verdict == "inconclusive":
+        case.result = [Skipped(message)]
+    elif check.verdict == "fail":
+        case.result = [Failure(message, check.kind)]
+    return case
+
+
+def _xml_text(text: str) -> str:
+    return _NOT_IN_XML.sub("\ufffd", text)
+
+
+def _latency_entries(report: Report) -> list[dict[str, Any]]:
+    return [
+        _entry(
+            f"{row_name(row)}, {twin} median", "ms", timing.median_ms, f"p90 {timing.p90_ms:.4g}"
+        )
+        for row in report.latency
+        for twin, timing in (("dense", row.dense), ("sparse", row.sparse))
+    ]
+
+
+def _error_entries(report: Report) -> list[dict[str, Any]]:
+    totals = report.pruning.totals
+    errors = {"calibration": totals.relative_error, "held-out": totals.held_out_error}
+    return [
+        _entry(f"mean {text} error", "relative", error, "")
+        for text, error in errors.items()
+        if error is not None
+    ]
+
+
+def _entry(name: str, unit: str, value: float, spread: str) -> dict[str, Any]:
+    return {"name": name, "unit": unit, "value": value, "range": spread}

@@ -1,0 +1,217 @@
+"""Assemble the report from the records of the stages and write its five files.
+
+`report.json` is the single source; HTML, Markdown, JUnit and benchmark.json are views of it. The
+schema that the package ships is written again by
+
+    python -c "from prox24_deploy.release.report import *; SCHEMA_FILE.write_text(schema_text())"
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from prox24_deploy.artifacts import (
+    BenchResult,
+    CompileResult,
+    Estimate,
+    EvaluateResult,
+    ExportResult,
+    LayerRecord,
+    Metric,
+    ModelInfo,
+    PruneResult,
+)
+from prox24_deploy.recipe import Limits
+from prox24_deploy.release.files import write_atomic
+from prox24_deploy.release.findings import find_checks, find_warnings, overall_verdict
+from prox24_deploy.release.render import (
+    render_benchmark,
+    render_html,
+    render_junit,
+    render_summary,
+)
+from prox24_deploy.release.schema import (
+    SCHEMA_FILE,
+    Accuracy,
+    Check,
+    Pruning,
+    PruningTotals,
+    Report,
+    Sizes,
+    Sparsity,
+    load_report,
+    parse_report,
+    report_schema,
+    schema_text,
+)
+
+__all__ = [
+    "SCHEMA_FILE",
+    "Check",
+    "Report",
+    "assemble_report",
+    "load_report",
+    "report_schema",
+    "schema_text",
+    "write_report",
+]
+
+BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def assemble_report(
+    model: ModelInfo,
+    options: Mapping[str, JsonValue],
+    environment: Mapping[str, JsonValue],
+    prune: PruneResult,
+    evaluate: EvaluateResult,
+    export: ExportResult,
+    compile: CompileResult,
+    bench: BenchResult,
+    sizes: Mapping[str, int],
+    timings: Mapping[str, float],
+    limits: Limits,
+) -> Report:
+    """Make the report of one build; pure.
+
+    `sizes` maps paths in the bundle to bytes and `timings` stages to seconds. The limits are kept
+    with the options, the conditions of the measurement with the environment. An error or metric
+    that is not finite becomes None and fails the release.
+    """
+    checks = find_checks(prune, evaluate, export, bench.latency)
+    return Report(
+        verdict=overall_verdict(checks),
+        warnings=find_warnings(prune, evaluate, export, compile, bench.latency),
+        model=model,
+        options={**options, "limits": limits.model_dump()},
+        environment={**environment, "conditions": {**bench.conditions}},
+        pruning=_pruning(prune, export),
+        accuracy=_accuracy(evaluate),
+        sparsity=Sparsity(tensors=export.sparsity, engines=compile.evidence),
+        latency=bench.latency,
+        sizes=_sizes(export, sizes),
+        timings=dict(timings),
+        checks=checks,
+        regressions=tuple(check for check in checks if check.gated and check.verdict == "fail"),
+    )
+
+
+def write_report(report: Report, out: Path) -> None:
+    """Write `report.json` and its four views into `out`, each by atomic rename.
+
+    What is written is read back first, so that nothing is replaced by a report that cannot be
+    loaded; `report.json` comes last and so vouches for the others.
+
+    Raises:
+        BundleError: a figure is not finite, so that JSON cannot hold it.
+    """
+    data = (report.model_dump_json(indent=2) + "\n").encode()
+    parse_report(data, str(out / "report.json"))
+    write_atomic(out / "report.html", render_html(report).encode())
+    write_atomic(out / "summary.md", render_summary(report).encode())
+    write_atomic(out / "junit.xml", render_junit(report))
+    write_atomic(out / "benchmark.json", render_benchmark(report))
+    write_atomic(out / "report.json", data)
+
+
+def _pruning(prune: PruneResult, export: ExportResult) -> Pruning:
+    layers = tuple(_finite_layer(layer) for layer in prune.layers)
+    pruned = [layer for layer in layers if layer.status == "pruned"]
+    weights, non_zero = _weight_counts(export)
+    totals = PruningTotals(
+        pruned=len(pruned),
+        skipped=len(layers) - len(pruned),
+        parameters=sum(math.prod(layer.shape) for layer in pruned),
+        density=non_zero / weights if weights else None,
+        relative_error=_mean([layer.relative_error for layer in pruned]),
+        held_out_error=_mean([layer.held_out_error for layer in pruned]),
+    )
+    return Pruning(
+        method=prune.method,
+        preset=prune.preset,
+        target=prune.target,
+        device=prune.device,
+        calibration=prune.calibration,
+        held_out=prune.held_out,
+        damping=prune.damping,
+        seconds=prune.seconds,
+        layers=layers,
+        totals=totals,
+    )
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def _accuracy(evaluate: EvaluateResult) -> Accuracy:
+    metrics = tuple(_finite_metric(metric) for metric in evaluate.metrics)
+    headline = metrics[0]
+    compared = next((metric for metric in metrics if metric.agreement), None)
+    return Accuracy(
+        metric=headline.name,
+        higher_is_better=headline.higher_is_better,
+        samples=headline.samples,
+        dense=headline.dense,
+        sparse=headline.sparse,
+        difference=headline.difference,
+        agreement_metric=compared.name if compared else None,
+        agreement=compared.agreement if compared else None,
+        metrics=metrics,
+        evaluation=evaluate.evaluation,
+    )
+
+
+def _finite_layer(layer: LayerRecord) -> LayerRecord:
+    """JSON has no infinity; the failed check of the layer tells what became None."""
+    return replace(
+        layer,
+        relative_error=_finite(layer.relative_error),
+        held_out_error=_finite(layer.held_out_error),
+    )
+
+
+def _finite_metric(metric: Metric) -> Metric:
+    """As for a layer: the failed check of the metric tells what became None."""
+    return replace(
+        metric,
+        dense=_finite_estimate(metric.dense),
+        sparse=_finite_estimate(metric.sparse),
+        difference=_finite_estimate(metric.difference),
+        agreement=_finite_estimate(metric.agreement),
+    )
+
+
+def _finite_estimate(estimate: Estimate | None) -> Estimate | None:
+    parts = (estimate.value, estimate.standard_error) if estimate else ()
+    return estimate if all(math.isfinite(part) for part in parts) else None
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _sizes(export: ExportResult, files: Mapping[str, int]) -> Sizes:
+    weights, non_zero = _weight_counts(export)
+    plain = weights * BYTES_PER_VALUE[export.sparse.dtype]
+    packed = plain // 2 + weights // 8
+    return Sizes(
+        onnx_dense_bytes=export.dense.size_bytes,
+        onnx_sparse_bytes=export.sparse.size_bytes,
+        packed_bytes=export.sparse.size_bytes - plain + packed,
+        weights=weights,
+        non_zero_weights=non_zero,
+        files=dict(files),
+    )
+
+
+def _weight_counts(export: ExportResult) -> tuple[int, int]:
+    """Values of the 2:4 tensors in the sparse file, and how many are not zero; tied ones once."""
+    proven = {check.tensor: check for check in export.sparsity if check.expected and check.is_24}
+    counts = {name: math.prod(check.shape) for name, check in proven.items()}
+    non_zero = sum(round(check.density * counts[name]) for name, check in proven.items())
+    return sum(counts.values()), non_zero

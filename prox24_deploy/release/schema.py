@@ -1,0 +1,201 @@
+"""The shape of `report.json`, the single source of every other report file.
+
+The records of the stages appear as they are; what is defined here is only what the report adds to
+them. Any change of a key raises `SCHEMA_VERSION`, because unknown keys are errors.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from prox24_deploy.artifacts import (
+    EngineEvidence,
+    Estimate,
+    LatencyRow,
+    LayerRecord,
+    Metric,
+    ModelInfo,
+    TensorCheck,
+    TextSource,
+    Verdict,
+)
+from prox24_deploy.errors import BundleError
+
+SCHEMA_VERSION: Final = 1
+SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
+
+CheckKind = Literal["pruning", "sparsity", "numerics", "latency", "accuracy"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Check(_Part):
+    """One thing that was checked; only a gated check can fail the release.
+
+    `value` is judged against `limit`; both are None where the check is not a comparison of numbers.
+    """
+
+    name: str
+    kind: CheckKind
+    value: float | None
+    limit: float | None
+    gated: bool
+    verdict: Verdict
+    message: str
+
+
+class PruningTotals(_Part):
+    """Sums and means over the layers.
+
+    `parameters` counts the weights of the pruned layers, `density` is the non-zero share of the
+    weights that the ONNX file declares 2:4, and the errors are plain means over pruned layers.
+    """
+
+    pruned: int
+    skipped: int
+    parameters: int
+    density: float | None
+    relative_error: float | None
+    held_out_error: float | None
+
+
+class Pruning(_Part):
+    """What the pruning stage did, layer by layer."""
+
+    method: str
+    preset: str
+    target: Literal["asymmetric", "symmetric"]
+    device: str
+    calibration: TextSource
+    held_out: TextSource
+    damping: tuple[float, float]
+    seconds: float
+    layers: tuple[LayerRecord, ...]
+    totals: PruningTotals
+
+
+class Accuracy(_Part):
+    """The headline metric spelled out, and all metrics.
+
+    `dense`, `sparse` and `difference` are None where the headline compares the two models directly;
+    `agreement` is that of the first metric that does. A figure that is not finite is None, and a
+    check of its own fails.
+    """
+
+    metric: str
+    higher_is_better: bool
+    samples: int
+    dense: Estimate | None
+    sparse: Estimate | None
+    difference: Estimate | None
+    agreement_metric: str | None
+    agreement: Estimate | None
+    metrics: tuple[Metric, ...]
+    evaluation: TextSource
+
+
+class Sparsity(_Part):
+    """The proof on the ONNX file, and what each backend made of it."""
+
+    tensors: tuple[TensorCheck, ...]
+    engines: tuple[EngineEvidence, ...]
+
+
+class Sizes(_Part):
+    """Bytes on disk, and numbers of weights.
+
+    A 2:4 weight stores its zeros, so both ONNX files are about equally large. `packed_bytes` is
+    computed: the sparse file if each group of four were two values and two 2-bit indices.
+    """
+
+    onnx_dense_bytes: int
+    onnx_sparse_bytes: int
+    packed_bytes: int
+    weights: int
+    non_zero_weights: int
+    files: dict[str, int]
+
+
+class Report(_Part):
+    """Everything that `report.json` holds."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    verdict: Verdict
+    warnings: tuple[str, ...]
+    model: ModelInfo
+    options: dict[str, JsonValue]
+    environment: dict[str, JsonValue]
+    pruning: Pruning
+    accuracy: Accuracy
+    sparsity: Sparsity
+    latency: tuple[LatencyRow, ...]
+    sizes: Sizes
+    timings: dict[str, float]
+    checks: tuple[Check, ...]
+    regressions: tuple[Check, ...]
+
+
+def report_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a written `report.json`."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Report.model_json_schema(mode="serialization"),
+    }
+
+
+def schema_text() -> str:
+    """`report_schema()` as the package ships it, in `report.schema.json`."""
+    return json.dumps(report_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def load_report(path: Path) -> Report:
+    """Read a `report.json`.
+
+    Raises:
+        BundleError: the file is missing, is not JSON, is of another schema version, or lacks a key.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"Report {path} cannot be read ({error.strerror}); pass the report.json of a bundle."
+        ) from error
+    return parse_report(data, str(path))
+
+
+def parse_report(data: bytes, source: str) -> Report:
+    """Parse the bytes of a `report.json`; `source` names it in errors.
+
+    Raises:
+        BundleError: as for `load_report`.
+    """
+    try:
+        raw = json.loads(data)
+    except ValueError as error:
+        raise BundleError(
+            f"Report {source} is not JSON ({error}); build the bundle again."
+        ) from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"Report {source} has schema_version {version!r}, expected {SCHEMA_VERSION}; build the "
+            "bundle again with this version of prox24-deploy."
+        )
+    try:
+        return Report.model_validate_json(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise BundleError(
+            f"Report {source} is damaged at {where!r}: {problem['msg']}, got "
+            f"{_short(problem['input'])}; build the bundle again."
+        ) from error
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,410 @@
+"""Each stage of a build: what it depends on, what it leaves in the bundle, who does the work.
+
+The rooms know nothing of bundles; this module hands each its inputs and stores what it returns.
+torch and the engines are imported by the stage that needs them.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from prox24_deploy.artifacts import (
+    BenchResult,
+    CompileResult,
+    DType,
+    Engine,
+    EvaluateResult,
+    ExportResult,
+    LatencyRow,
+    ModelInfo,
+    NumericsCheck,
+    OnnxModel,
+    PruneResult,
+)
+from prox24_deploy.engines import backend_by_name
+from prox24_deploy.engines.base import Backend, Feeds
+from prox24_deploy.errors import BackendMissingError, BundleError
+from prox24_deploy.options import BuildOptions, DeviceChoice, EngineOptions, PruneOptions
+from prox24_deploy.recipe import Recipe, parse_recipe, select_recipe
+from prox24_deploy.release.bundle import Bundle, stage_key
+from prox24_deploy.release.environment import machine, versions
+from prox24_deploy.release.manifest import write_manifest
+from prox24_deploy.release.measure import conditions, measure_latency
+from prox24_deploy.release.report import Report, assemble_report, write_report
+
+if TYPE_CHECKING:
+    import torch
+
+    from prox24_deploy.model.calibration import Samples
+    from prox24_deploy.model.directory import ModelDir
+
+Progress = Callable[[str, int, int], None]
+Twin = Literal["dense", "sparse"]
+
+TWINS: tuple[Twin, ...] = ("dense", "sparse")
+_REPORT_FILES = ("report.json", "report.html", "summary.md", "junit.xml", "benchmark.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model to build and its text, read and checked before anything is written."""
+
+    directory: "ModelDir"
+    recipe: Recipe
+    recipe_text: str
+    calibration: "Samples"
+    held_out: "Samples"
+
+
+def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
+    """Read and check everything that can be wrong with the input; writes nothing.
+
+    Raises:
+        ModelDirError, RecipeError, CalibrationError: the input cannot be used.
+        BundleError: `out` lies in the model directory.
+    """
+    from prox24_deploy.model.calibration import make_samples, read_texts
+    from prox24_deploy.model.directory import load_tokenizer, open_model_dir
+
+    directory = open_model_dir(model_dir)
+    if out.resolve().is_relative_to(model_dir.resolve()):
+        raise BundleError(f"Output {out} lies in the model directory {model_dir}; pass another -o.")
+    recipe, recipe_text = select_recipe(model_dir, directory.model_type, options.recipe)
+    text = options.text
+    texts = read_texts(text.calibration, text.evaluation, text.seed)
+    tokenizer = load_tokenizer(directory)
+    budgets = (text.calibration_tokens, text.evaluation_tokens)
+    longest = min(recipe.sequence_length, _longest_of(directory.config, recipe))
+    calibration, held_out = (
+        make_samples(part, tokenizer, recipe, tokens=tokens, max_length=longest)
+        for part, tokens in zip(texts, budgets, strict=True)
+    )
+    return Subject(directory, recipe, recipe_text, calibration, held_out)
+
+
+def open_backends(options: EngineOptions) -> tuple[Backend, ...]:
+    """The backends asked for, each once.
+
+    Raises:
+        BackendMissingError: one is not available here.
+    """
+    found = {b.name: b for b in (backend_by_name(name) for name in options.backends)}
+    return tuple(found.values())
+
+
+def describe(bundle: Bundle, subject: Subject, options: BuildOptions) -> None:
+    """Enter model, recipe, options and machine in the manifest."""
+    from prox24_deploy.model.directory import model_info
+
+    manifest = bundle.manifest
+    manifest.model = model_info(subject.directory, subject.recipe)
+    manifest.recipe = subject.recipe_text
+    manifest.options = json.loads(json.dumps(asdict(options), default=str))
+    manifest.seed = options.text.seed
+    manifest.versions = versions()
+    manifest.machine = machine()
+    manifest.complete = False
+    write_manifest(bundle.root, manifest)
+
+
+def prune(
+    bundle: Bundle,
+    subject: Subject,
+    options: PruneOptions,
+    device_choice: DeviceChoice,
+    progress: Progress,
+) -> PruneResult:
+    """Prune every target layer and write `pruned/`."""
+    device = _device(device_choice)
+    inputs = {
+        "model": subject.directory.sha256,
+        "recipe": subject.recipe_text,
+        "calibration": asdict(subject.calibration.source),
+        "held_out": asdict(subject.held_out.source),
+        "options": asdict(options),
+        "device": device.type,
+        "versions": _numeric_versions(),
+    }
+    solved = bundle.partial / f"blocks-{stage_key('prune', inputs)[:16]}"
+
+    def run() -> PruneResult:
+        from prox24_deploy.model.prune import prune_directory
+
+        bundle.clean_partial(keep=solved)
+        result = prune_directory(
+            subject.directory,
+            subject.recipe,
+            subject.recipe_text,
+            subject.calibration,
+            subject.held_out,
+            options,
+            device=device,
+            solved=solved,
+            out=bundle.partial / "pruned",
+            progress=progress,
+        )
+        bundle.publish(bundle.partial / "pruned", "pruned")
+        return result
+
+    return bundle.stage("prune", PruneResult, inputs, ["pruned"], run)
+
+
+def export(bundle: Bundle, dtype: DType, progress: Progress) -> ExportResult:
+    """Export dense and sparse twins to `onnx/`, prove 2:4 and compare numerics."""
+    pruned = bundle.load("prune", PruneResult)
+    model = _model(bundle)
+    inputs = {
+        "model": model.sha256,
+        "pruned": pruned.state_sha256,
+        "recipe": bundle.manifest.recipe,
+        "dtype": dtype,
+        "seed": bundle.manifest.seed,
+        "versions": _numeric_versions(),
+    }
+
+    def run() -> ExportResult:
+        bundle.clean_partial()
+        result = _export_twins(bundle, model, pruned, dtype, progress)
+        bundle.publish(bundle.partial / "onnx", "onnx")
+        return result
+
+    return bundle.stage("export", ExportResult, inputs, ["onnx"], run)
+
+
+def compile_engines(
+    bundle: Bundle, exported: ExportResult, backends: Sequence[Backend], progress: Progress
+) -> CompileResult:
+    """Compile both twins with every backend into `engines/BACKEND/TWIN/`."""
+    inputs = {
+        "dense": exported.dense.sha256,
+        "sparse": exported.sparse.sha256,
+        "backends": {backend.name: backend.device() for backend in backends},
+        "versions": versions(),
+    }
+
+    def run() -> CompileResult:
+        began = time.perf_counter()
+        engines: list[Engine] = []
+        evidence = []
+        for i, backend in enumerate(backends):
+            for j, twin in enumerate(TWINS):
+                progress("compile", 2 * i + j, 2 * len(backends))
+                model = exported.dense if twin == "dense" else exported.sparse
+                out = Path("engines") / backend.name / twin
+                engines.append(backend.build(bundle.root, model, out, twin=twin))
+            evidence.append(backend.evidence(engines[-1], exported.sparsity))
+        progress("compile", 2 * len(backends), 2 * len(backends))
+        return CompileResult(tuple(engines), tuple(evidence), time.perf_counter() - began)
+
+    return bundle.stage("compile", CompileResult, inputs, ["engines"], run)
+
+
+def bench(
+    bundle: Bundle,
+    compiled: CompileResult,
+    backends: Sequence[Backend],
+    options: EngineOptions,
+    progress: Progress,
+) -> BenchResult:
+    """Time dense against sparse with every backend at every shape."""
+    recipe = _recipe(bundle)
+    longest = min(_longest_of(_config(bundle), recipe), max(options.sequences))
+    shapes = sorted({(b, min(s, longest)) for b in options.batches for s in options.sequences})
+    inputs = {
+        "engines": [asdict(engine) for engine in compiled.engines],
+        "shapes": [list(shape) for shape in shapes],
+        "limit": recipe.limits.max_slowdown,
+        "machine": machine(),
+    }
+
+    def run() -> BenchResult:
+        began = time.perf_counter()
+        rows: list[LatencyRow] = []
+        feeds = _feeds_maker(recipe, int(_config(bundle)["vocab_size"]))
+        for i, backend in enumerate(backends):
+            pair = {e.twin: e for e in compiled.engines if e.backend == backend.name}
+            for j, shape in enumerate(shapes):
+                progress("bench", i * len(shapes) + j, len(backends) * len(shapes))
+                rows += measure_latency(
+                    backend,
+                    bundle.root,
+                    pair["dense"],
+                    pair["sparse"],
+                    [shape],
+                    feeds,
+                    recipe.limits.max_slowdown,
+                )
+        progress("bench", len(backends) * len(shapes), len(backends) * len(shapes))
+        return BenchResult(tuple(rows), conditions(), time.perf_counter() - began)
+
+    return bundle.stage("bench", BenchResult, inputs, [], run)
+
+
+def evaluate(
+    bundle: Bundle, subject: Subject, device_choice: DeviceChoice, progress: Progress
+) -> EvaluateResult:
+    """Compare dense and pruned model on held-out text."""
+    device = _device(device_choice)
+    inputs = {
+        "model": subject.directory.sha256,
+        "pruned": bundle.load("prune", PruneResult).state_sha256,
+        "evaluation": asdict(subject.held_out.source),
+        "device": device.type,
+        "versions": _numeric_versions(),
+    }
+
+    def run() -> EvaluateResult:
+        from prox24_deploy.model.directory import load_model, open_model_dir
+        from prox24_deploy.model.evaluate import evaluate_models
+
+        pruned = open_model_dir(bundle.root / "pruned")
+        dense_model, sparse_model = (
+            load_model(directory, subject.recipe, device)
+            for directory in (subject.directory, pruned)
+        )
+        return evaluate_models(
+            dense_model,
+            sparse_model,
+            subject.recipe.task,
+            subject.held_out,
+            subject.directory.path,
+            progress,
+        )
+
+    return bundle.stage("evaluate", EvaluateResult, inputs, [], run)
+
+
+def report(
+    bundle: Bundle,
+    pruned: PruneResult,
+    exported: ExportResult,
+    compiled: CompileResult,
+    measured: BenchResult,
+    evaluated: EvaluateResult,
+) -> Report:
+    """Assemble the report from the stages' results, write its views and seal the bundle."""
+    manifest = bundle.manifest
+    made = assemble_report(
+        _model(bundle),
+        manifest.options,
+        {**manifest.versions, **manifest.machine},
+        pruned,
+        evaluated,
+        exported,
+        compiled,
+        measured,
+        {name: entry.size for name, entry in manifest.files.items()},
+        {name: entry.seconds for name, entry in manifest.stages.items()},
+        _recipe(bundle).limits,
+    )
+    write_report(made, bundle.root)
+    manifest.verdict = made.verdict
+    bundle.seal(_REPORT_FILES)
+    return made
+
+
+def _export_twins(
+    bundle: Bundle, model: ModelInfo, pruned: PruneResult, dtype: DType, progress: Progress
+) -> ExportResult:
+    from prox24_deploy.graph.check import check_onnx
+    from prox24_deploy.graph.export import export_onnx, hash_onnx
+    from prox24_deploy.graph.numerics import compare_with_torch
+    from prox24_deploy.model.directory import load_model, open_model_dir
+
+    began = time.perf_counter()
+    recipe = _recipe(bundle)
+    dense = open_model_dir(Path(model.path))
+    if dense.sha256 != model.sha256:
+        raise BundleError(
+            f"Model directory {model.path} has changed since {bundle.root} was pruned; run prune "
+            "again."
+        )
+    names = [layer.name for layer in pruned.layers if layer.status == "pruned"]
+    exported: dict[Twin, OnnxModel] = {}
+    numerics: list[NumericsCheck] = []
+    for i, twin in enumerate(TWINS):
+        progress("export", i, len(TWINS))
+        directory = dense if twin == "dense" else open_model_dir(bundle.root / "pruned")
+        module = load_model(directory, recipe, _device("cpu"))
+        folder = bundle.partial / "onnx" / twin
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path = export_onnx(
+            module, recipe, folder, dtype=dtype, sparse=names if twin == "sparse" else ()
+        )
+        numerics += compare_with_torch(
+            module,
+            path,
+            recipe,
+            dtype=dtype,
+            twin=twin,
+            vocabulary=int(dense.config["vocab_size"]),
+            seed=bundle.manifest.seed,
+        )
+        sha256, size = hash_onnx(folder)
+        exported[twin] = OnnxModel(f"onnx/{twin}/{path.name}", dtype, recipe.opset, sha256, size)
+    progress("export", len(TWINS), len(TWINS))
+    sparsity = check_onnx(bundle.partial / "onnx" / "sparse" / "model.onnx")
+    seconds = time.perf_counter() - began
+    return ExportResult(exported["dense"], exported["sparse"], sparsity, tuple(numerics), seconds)
+
+
+def _feeds_maker(recipe: Recipe, vocabulary: int) -> Callable[[int, int, int], Feeds]:
+    """Random tokens and a full mask; axes named "batch" and "sequence" take the shape asked for."""
+
+    def make(batch: int, sequence: int, seed: int) -> Feeds:
+        generator = np.random.default_rng(seed)
+        sizes = {"batch": batch, "sequence": sequence}
+        feeds = {}
+        for spec in recipe.inputs:
+            shape = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes]
+            high = {"input_ids": vocabulary, "attention_mask": 1}.get(spec.name, 0)
+            tokens = generator.integers(vocabulary, size=shape, dtype=np.int64)
+            feeds[spec.name] = tokens if high == vocabulary else np.full(shape, high, np.int64)
+        return feeds
+
+    return make
+
+
+def _model(bundle: Bundle) -> ModelInfo:
+    if bundle.manifest.model is None:
+        raise BundleError(f"Bundle {bundle.root} names no model; run prune first.")
+    return bundle.manifest.model
+
+
+def _recipe(bundle: Bundle) -> Recipe:
+    return parse_recipe(bundle.manifest.recipe, f"of {bundle.root}")
+
+
+def _config(bundle: Bundle) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((bundle.root / "pruned" / "config.json").read_bytes())
+    return config
+
+
+def _longest_of(config: dict[str, Any], recipe: Recipe) -> int:
+    """Tokens that the model accepts at most; the recipe's length where it does not say."""
+    return int(config.get("max_position_embeddings") or recipe.sequence_length)
+
+
+def _device(choice: DeviceChoice) -> "torch.device":
+    import torch
+
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise BackendMissingError(
+            "Device 'cuda' was asked for, but torch finds no CUDA device; pass --device cpu or "
+            "install a CUDA build of torch."
+        )
+    use_cuda = choice == "cuda" or (choice == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def _numeric_versions() -> dict[str, str]:
+    """Versions that can change a bit of the result."""
+    known = versions()
+    return {
+        name: known[name] for name in ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
+    }

@@ -1,0 +1,201 @@
+"""Export of tiny transformers; each is exported once and looked at by many tests."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from graph_models import (
+    VOCABULARY,
+    block_linears,
+    shipped_recipe,
+    tiny_bert,
+    tiny_llama,
+)
+from onnx import numpy_helper
+from torch import nn
+
+from prox24_deploy.artifacts import DType
+from prox24_deploy.graph.check import check_path, require_24
+from prox24_deploy.graph.export import export_onnx, hash_onnx
+from prox24_deploy.graph.numerics import compare_with_torch
+from prox24_deploy.recipe import Recipe
+
+MODELS = {"bert": tiny_bert, "llama": tiny_llama}
+NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@dataclass(frozen=True)
+class Export:
+    family: str
+    dtype: DType
+    model: nn.Module
+    recipe: Recipe
+    path: Path
+
+    @property
+    def sparse(self) -> list[str]:
+        return block_linears(self.model)
+
+    def graph(self) -> onnx.GraphProto:
+        return onnx.load(self.path).graph
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(f, d) for f in MODELS for d in ("float32", "float16")],
+    ids=lambda param: "-".join(param),
+)
+def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    family, dtype = request.param
+    model = MODELS[family]()
+    recipe = shipped_recipe(family)
+    out = tmp_path_factory.mktemp(family) / "onnx"
+    path = export_onnx(model, recipe, out, dtype=dtype, sparse=block_linears(model))
+    return Export(family, dtype, model, recipe, path)
+
+
+def test_every_pruned_weight_is_proven_on_the_file_under_its_module(export: Export) -> None:
+    report = check_path(export.path)
+    require_24(report)
+    assert report.declared
+    expected = {check.module for check in report.tensors if check.expected}
+    assert expected == set(export.sparse)
+    assert {check.axis for check in report.tensors} == {0}
+    assert {check.dtype for check in report.tensors} == {export.dtype}
+
+
+def test_dense_head_is_reported_and_not_expected(export: Export) -> None:
+    dense = [check.module for check in check_path(export.path).tensors if not check.is_24]
+    assert dense == (["lm_head"] if export.family == "llama" else [])
+
+
+def test_folded_weights_get_a_name_from_their_module(export: Export) -> None:
+    for check in check_path(export.path).tensors:
+        assert check.tensor == f"{check.module}.weight_t"
+
+
+def test_weights_are_bit_identical_to_the_module(export: Export) -> None:
+    stored = {each.name: numpy_helper.to_array(each) for each in export.graph().initializer}
+    for name in export.sparse:
+        weight = export.model.get_submodule(name).get_parameter("weight").detach().numpy()
+        expected = np.ascontiguousarray(weight.T.astype(NUMPY[export.dtype]))
+        assert stored[f"{name}.weight_t"].tobytes() == expected.tobytes()
+
+
+def test_initializers_have_the_names_of_the_checkpoint(export: Export) -> None:
+    names = {each.name for each in export.graph().initializer}
+    kept = {"bert": "embeddings.LayerNorm.weight", "llama": "model.layers.0.input_layernorm.weight"}
+    assert kept[export.family] in names
+    assert not [name for name in names if name.startswith("wrapped")]
+
+
+def test_inputs_and_outputs_are_those_of_the_recipe(export: Export) -> None:
+    graph = export.graph()
+    for spec, value in zip(export.recipe.inputs, graph.input, strict=True):
+        dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        assert (value.name, dims) == (spec.name, spec.axes)
+    for spec, value in zip(export.recipe.outputs, graph.output, strict=True):
+        dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        width = VOCABULARY if export.family == "llama" else 32
+        assert (value.name, dims) == (spec.name, [*spec.axes[:2], width])
+
+
+def test_file_has_the_opset_of_the_recipe_and_external_data(export: Export) -> None:
+    model = onnx.load(export.path, load_external_data=False)
+    assert [each.version for each in model.opset_import if not each.domain] == [export.recipe.opset]
+    large = [each for each in model.graph.initializer if np.prod(each.dims) >= 1024]
+    assert large
+    for tensor in large:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        assert entries["location"] == "model.onnx.data"
+    assert sorted(path.name for path in export.path.parent.iterdir()) == [
+        "model.onnx",
+        "model.onnx.data",
+    ]
+
+
+def test_nodes_carry_modules_of_the_model_and_nothing_else(export: Export) -> None:
+    modules = {name for name, _ in export.model.named_modules()}
+    graph = export.graph()
+    found = [(entry.key, entry.value) for node in graph.node for entry in node.metadata_props]
+    assert {key for key, _ in found} == {"prox24.module"}
+    assert {value for _, value in found} <= modules - {""}
+    assert set(export.sparse) <= {value for _, value in found}
+    assert not any(node.doc_string for node in graph.node)
+
+
+def test_file_tells_nothing_of_the_machine_it_was_made_on(export: Export) -> None:
+    content = export.path.read_bytes()
+    for trace in (b".py", b"site-packages", b"stack_trace", str(Path.cwd()).encode(), b"wrapped"):
+        assert trace not in content
+
+
+def test_export_leaves_the_model_as_it_was(export: Export) -> None:
+    fresh = MODELS[export.family]()
+    for name, parameter in export.model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.requires_grad
+        assert torch.equal(parameter, fresh.get_parameter(name))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 33), (5, 2)])
+def test_any_batch_and_sequence_can_be_run(export: Export, shape: tuple[int, int]) -> None:
+    session = ort.InferenceSession(export.path, providers=["CPUExecutionProvider"])
+    feeds = {spec.name: np.ones(shape, np.int64) for spec in export.recipe.inputs}
+    (output,) = session.run(None, feeds)
+    assert output.shape[:2] == shape
+    assert output.dtype == NUMPY[export.dtype]
+    assert np.isfinite(output).all()
+
+
+def test_file_computes_what_the_module_computes(export: Export) -> None:
+    (check,) = compare_with_torch(
+        export.model,
+        export.path,
+        export.recipe,
+        dtype=export.dtype,
+        twin="sparse",
+        vocabulary=VOCABULARY,
+    )
+    assert (check.output, check.passed) == (export.recipe.outputs[0].name, True)
+    assert [shape[:2] for shape in check.shapes] == [(1, 8), (2, 17), (3, 5)]
+    assert 0 < check.max_abs_difference <= check.tolerance
+
+
+AGAIN = """
+import sys
+from pathlib import Path
+import torch
+from graph_models import block_linears, shipped_recipe, tiny_bert
+from prox24_deploy.graph.export import export_onnx, hash_onnx
+torch.set_num_threads(1)
+model = tiny_bert()
+export_onnx(
+    model, shipped_recipe("bert"), Path(sys.argv[1]), dtype="float32", sparse=block_linears(model)
+)
+print(hash_onnx(Path(sys.argv[1]))[0])
+"""
+
+
+@pytest.mark.parametrize("export", [("bert", "float32")], indirect=True, ids="-".join)
+def test_another_process_writes_the_same_bytes(export: Export, tmp_path: Path) -> None:
+    here = str(Path(__file__).parent)
+    environment = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": here}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", AGAIN, str(tmp_path / "again")],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == hash_onnx(export.path.parent)[0]
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "again" / name).read_bytes() == (export.path.parent / name).read_bytes()

@@ -1,0 +1,212 @@
+"""Realistic records of one build, for the tests of the report."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from prox24_deploy.artifacts import (
+    BenchResult,
+    CompileResult,
+    Engine,
+    EngineEvidence,
+    Estimate,
+    EvaluateResult,
+    ExportResult,
+    LatencyRow,
+    LayerEvidence,
+    LayerRecord,
+    Metric,
+    ModelInfo,
+    NumericsCheck,
+    OnnxModel,
+    PruneResult,
+    TensorCheck,
+    TextSource,
+    Verdict,
+)
+from prox24_deploy.recipe import Limits
+from prox24_deploy.release.measure import PairSamples, latency_verdict, speedup_interval, timing
+from prox24_deploy.release.report import Report, assemble_report
+
+KINDS = {
+    "attention.self.query": (384, 384),
+    "attention.self.key": (384, 384),
+    "attention.self.value": (384, 384),
+    "attention.output.dense": (384, 384),
+    "intermediate.dense": (1536, 384),
+    "output.dense": (384, 1536),
+}
+
+
+@dataclass(frozen=True)
+class Records:
+    """The arguments of `assemble_report`."""
+
+    model: ModelInfo
+    prune: PruneResult
+    evaluate: EvaluateResult
+    export: ExportResult
+    compile: CompileResult
+    bench: BenchResult
+
+    def report(self) -> Report:
+        return assemble_report(
+            self.model,
+            {"dtype": "float16", "seed": 0, "shapes": [[1, 128], [8, 128]], "baseline": None},
+            {"python": "3.11.2", "packages": {"torch": "2.13.0", "onnxruntime": "1.32.0"}},
+            self.prune,
+            self.evaluate,
+            self.export,
+            self.compile,
+            self.bench,
+            {"pruned": 90_870_000, "onnx/dense": 45_600_000, "onnx/sparse": 45_600_000},
+            {"prune": 93.2, "evaluate": 41.0, "export": 18.4, "compile": 0.6, "bench": 9.1},
+            Limits(),
+        )
+
+
+def make_records(blocks: int = 6, *, gated: bool = False) -> Records:
+    """A BERT of `blocks` blocks of six layers; the last layer is skipped."""
+    layers = make_layers(blocks)
+    text = TextSource("file", ("calibration.txt",), "c" * 64, 512, 131_072)
+    sparsity = tuple(make_check(layer) for layer in layers if layer.status == "pruned")
+    device = "NVIDIA H200" if gated else "CPU (Some Processor @ 2.10GHz)"
+    return Records(
+        model=ModelInfo(
+            "models/all-MiniLM-L6-v2", "a" * 64, "bert", "BertModel", "bert",
+            "feature-extraction", 22_713_216, "float32",
+        ),
+        prune=PruneResult(
+            "prox", "default", "asymmetric", "cpu", layers, text,
+            replace(text, kind="split", samples=64, tokens=16_384), (0.01, 0.01), "b" * 64, 93.2,
+        ),
+        evaluate=EvaluateResult(make_metrics(), replace(text, paths=("evaluation.txt",)), 41.0),
+        export=ExportResult(
+            make_onnx("dense", blocks), make_onnx("sparse", blocks), sparsity, make_numerics(), 18.4
+        ),
+        compile=CompileResult(
+            (make_engine("dense", device), make_engine("sparse", device)),
+            (make_evidence(sparsity, device, gated=gated),),
+            0.6,
+        ),
+        bench=BenchResult(
+            (
+                make_row(1, 8.4, gated=gated, device=device),
+                make_row(8, 61.0, gated=gated, device=device),
+            ),
+            {"gpu": "no NVIDIA GPU", "cpu": "Some Processor", "load average": "0.51 0.40 0.38"},
+            9.1,
+        ),
+    )  # fmt: skip
+
+
+def make_layers(blocks: int) -> tuple[LayerRecord, ...]:
+    random = np.random.default_rng(1)
+    records = []
+    for block in range(blocks):
+        for position, (kind, shape) in enumerate(KINDS.items()):
+            error = float(0.01 * (1 + position) * np.exp(random.normal(0.1 * block, 0.3)))
+            records.append(
+                LayerRecord(
+                    f"encoder.layer.{block}.{kind}", shape, "pruned", "", "prox",
+                    error, error * float(random.uniform(1.02, 1.4)), 300, 2.5,
+                )
+            )  # fmt: skip
+    records[-1] = skipped(records[-1], "listed under ignore in the recipe")
+    return tuple(records)
+
+
+def skipped(layer: LayerRecord, reason: str) -> LayerRecord:
+    return replace(
+        layer, status="skipped", reason=reason, relative_error=None, held_out_error=None,
+        iterations=0, seconds=0.0,
+    )  # fmt: skip
+
+
+def make_check(layer: LayerRecord) -> TensorCheck:
+    rows, columns = layer.shape
+    return TensorCheck(
+        f"val_{sum(map(ord, layer.name))}_{layer.name}", layer.name, "node_MatMul", "MatMul",
+        "float16", (columns, rows), 0, 0.5, True, True, None, "",
+    )  # fmt: skip
+
+
+def make_metrics() -> tuple[Metric, ...]:
+    return (
+        Metric(
+            "STS-B Spearman correlation", True, 1379, Estimate(0.8203, 0.0091),
+            Estimate(0.8117, 0.0094), Estimate(-0.0086, 0.0021), None,
+        ),
+        Metric("embedding cosine", True, 512, None, None, None, Estimate(0.9712, 0.0009)),
+        Metric("top-1 neighbour agreement", True, 512, None, None, None, Estimate(0.914, 0.0124)),
+    )  # fmt: skip
+
+
+def make_onnx(twin: str, blocks: int) -> OnnxModel:
+    size_bytes = 24_312_345 + 2 * blocks * sum(rows * columns for rows, columns in KINDS.values())
+    return OnnxModel(f"onnx/{twin}/model.onnx", "float16", 20, "d" * 64, size_bytes)
+
+
+def make_numerics() -> tuple[NumericsCheck, ...]:
+    twins: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
+    return tuple(
+        NumericsCheck(twin, "last_hidden_state", ((1, 8), (2, 32)), 1.1e-3, 1e-2, True)
+        for twin in twins
+    )
+
+
+def make_engine(twin: Literal["dense", "sparse"], device: str) -> Engine:
+    return Engine(
+        f"engines/onnxruntime/{twin}/engine.json", "onnxruntime", twin, f"onnx/{twin}/model.onnx",
+        "d" * 64, device, "float16", {"onnxruntime": "1.32.0"}, 45_612_345,
+    )  # fmt: skip
+
+
+def make_evidence(sparsity: tuple[TensorCheck, ...], device: str, *, gated: bool) -> EngineEvidence:
+    layers = tuple(
+        LayerEvidence(check.module, gated, gated, "" if gated else "no sparse kernels on CPU")
+        for check in sparsity
+    )
+    chosen = len(layers) if gated else 0
+    summary = f"{chosen} of {len(layers)} layers run on sparse kernels"
+    return EngineEvidence("onnxruntime", device, chosen, chosen, summary, layers)
+
+
+def make_row(
+    batch: int, base_ms: float, *, gated: bool, device: str, slowdown: float = 0.0
+) -> LatencyRow:
+    random = np.random.default_rng(batch)
+    noise = 1 + random.gamma(2.0, 0.02, (2, 120, 1)) + (random.random((2, 120, 1)) < 0.02)
+    pair = PairSamples(base_ms * noise[0], base_ms * (1 + slowdown) * noise[1])
+    speedup = speedup_interval(pair)
+    return LatencyRow(
+        "onnxruntime", device, "float16", batch, 128, timing(pair.dense), timing(pair.sparse),
+        speedup, 0.02, gated, latency_verdict(speedup, 0.02),
+    )  # fmt: skip
+
+
+def with_layers(records: Records, layers: tuple[LayerRecord, ...]) -> Records:
+    return replace(records, prune=replace(records.prune, layers=layers))
+
+
+def with_sparsity_lost(records: Records) -> Records:
+    first, *rest = records.export.sparsity
+    lost = replace(first, is_24=False, first_violation=(4, 0), reason="3 of 4 values are not zero")
+    return replace(records, export=replace(records.export, sparsity=(lost, *rest)))
+
+
+def with_numerics_failed(records: Records) -> Records:
+    dense, sparse = records.export.numerics
+    wrong = replace(sparse, max_abs_difference=0.5, passed=False)
+    return replace(records, export=replace(records.export, numerics=(dense, wrong)))
+
+
+def with_latency(records: Records, verdict: Verdict, *, gated: bool) -> Records:
+    rows = tuple(replace(row, verdict=verdict, gated=gated) for row in records.bench.latency)
+    return replace(records, bench=replace(records.bench, latency=rows))
+
+
+def all_skipped(records: Records) -> Records:
+    layers = tuple(skipped(layer, "too small") for layer in records.prune.layers)
+    return with_layers(replace(records, export=replace(records.export, sparsity=())), layers)

@@ -1,0 +1,64 @@
+import re
+from dataclasses import replace
+
+import pytest
+from builders import make_layers, make_row
+
+from prox24_deploy.release.plots import error_plots, latency_plot, nice_ticks, split_name
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("encoder.layer.3.attention.self.query", (3, "attention.self.query")),
+        ("model.layers.12.mlp.experts.5.w1", (12, "mlp.experts.*.w1")),
+        ("0.dense", (0, "dense")),
+        ("pooler.dense", (None, "pooler.dense")),
+        ("blocks.3", (None, "blocks.3")),
+        ("block2.dense", (None, "block2.dense")),
+    ],
+)
+def test_layer_names_split_into_block_and_kind(name: str, expected: tuple[int, str]) -> None:
+    assert split_name(name) == expected
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 12, 37])
+def test_error_plots_hold_every_layer_once_within_the_frame(blocks: int) -> None:
+    layers = make_layers(blocks)
+    plots = error_plots(layers)
+    assert len(plots) == 6
+    marks = "".join(plots)
+    for layer in layers:
+        assert marks.count(f"<title>{layer.name}: ") == 1
+    for x, y in re.findall(r'<circle cx="([\d.-]+)" cy="([\d.-]+)"', marks):
+        assert 46 <= float(x) <= 308
+        assert 30 <= float(y) <= 150
+
+
+def test_error_plots_survive_extreme_errors() -> None:
+    base = make_layers(1)[0]
+    layers = [
+        replace(base, name=f"layer.{index}.dense", relative_error=error, held_out_error=None)
+        for index, error in enumerate([0.0, 1e-12, 0.1, 1.0, 250.0])
+    ]
+    (plot,) = error_plots(layers)
+    assert plot.count("<circle") == 5
+    assert "nan" not in plot
+    assert len(error_plots([replace(base, relative_error=0.5, held_out_error=0.5)])) == 1
+    assert error_plots([]) == []
+
+
+def test_latency_plot_says_how_many_runs_lie_outside() -> None:
+    row = make_row(1, 10.0, gated=True, device="GPU")
+    timing = replace(row.dense, samples_ms=(*row.dense.samples_ms[1:], 500.0))
+    plot = latency_plot(replace(row, dense=timing, sparse=timing), 0)
+    assert re.search(r">\d+ slower</text>", plot)
+    constant = replace(timing, median_ms=1.0, p90_ms=1.0, p99_ms=1.0, samples_ms=(1.0, 1.0))
+    plot = latency_plot(replace(row, dense=constant, sparse=constant), 0)
+    assert plot.count("<circle") == 4
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert nice_ticks(0.93, 1.21) == [1.0, 1.1, 1.2]
+    assert nice_ticks(0, 36, 6) == [0, 10, 20, 30]
+    assert nice_ticks(0.0, 4.0) == [0, 1, 2, 3, 4]

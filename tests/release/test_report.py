@@ -1,0 +1,333 @@
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from builders import (
+    Records,
+    all_skipped,
+    make_records,
+    make_row,
+    with_latency,
+    with_layers,
+    with_numerics_failed,
+    with_sparsity_lost,
+)
+from markupsafe import escape
+
+from prox24_deploy.artifacts import Estimate, Verdict
+from prox24_deploy.errors import BundleError
+from prox24_deploy.release.render import markdown
+from prox24_deploy.release.report import (
+    SCHEMA_FILE,
+    Report,
+    load_report,
+    report_schema,
+    schema_text,
+    write_report,
+)
+
+VIEWS = {"report.json", "report.html", "summary.md", "junit.xml", "benchmark.json"}
+
+
+@pytest.fixture
+def records() -> Records:
+    return make_records()
+
+
+@pytest.fixture
+def report(records: Records) -> Report:
+    return records.report()
+
+
+def written(report: Report, out: Path, name: str) -> str:
+    write_report(report, out)
+    return (out / name).read_text(encoding="utf-8")
+
+
+def test_top_level_keys_are_the_published_ones(report: Report) -> None:
+    assert list(report.model_dump()) == [
+        "schema_version", "verdict", "warnings", "model", "options", "environment", "pruning",
+        "accuracy", "sparsity", "latency", "sizes", "timings", "checks", "regressions",
+    ]  # fmt: skip
+
+
+def test_written_report_loads_as_the_same_report(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    assert load_report(tmp_path / "report.json") == report
+    assert {path.name for path in tmp_path.iterdir()} == VIEWS
+
+
+def test_written_report_is_valid_under_the_shipped_schema(report: Report, tmp_path: Path) -> None:
+    schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    document = json.loads(written(report, tmp_path, "report.json"))
+    jsonschema.validate(document, schema)
+    with pytest.raises(jsonschema.ValidationError, match="'verdict' is a required property"):
+        jsonschema.validate(without(document, "verdict"), schema)
+
+
+def without(document: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in document.items() if name != key}
+
+
+def test_shipped_schema_is_up_to_date() -> None:
+    text = SCHEMA_FILE.read_text(encoding="utf-8")
+    assert text == schema_text(), "write it again as the docstring of release/report.py says"
+    assert json.loads(text) == report_schema()
+
+
+def test_same_records_give_the_same_bytes(records: Records, tmp_path: Path) -> None:
+    write_report(records.report(), tmp_path / "one")
+    write_report(records.report(), tmp_path / "two")
+    for name in VIEWS:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_totals_and_sizes_are_sums_over_the_records(report: Report) -> None:
+    totals = report.pruning.totals
+    pruned = [layer for layer in report.pruning.layers if layer.status == "pruned"]
+    assert (totals.pruned, totals.skipped) == (35, 1)
+    assert totals.parameters == 23 * 384**2 + 11 * 4 * 384**2 + 384**2
+    assert totals.density == 0.5
+    assert totals.relative_error == pytest.approx(
+        sum(layer.relative_error or 0 for layer in pruned) / 35
+    )
+    assert report.sizes.weights == totals.parameters == 2 * report.sizes.non_zero_weights
+    saved = report.sizes.onnx_sparse_bytes - report.sizes.packed_bytes
+    assert saved == report.sizes.weights * (2 - 9 / 8)
+
+
+def test_tied_weights_count_once(records: Records) -> None:
+    first = records.export.sparsity[0]
+    tied = (first, replace(first, node="other"))
+    doubled = replace(records, export=replace(records.export, sparsity=tied))
+    assert doubled.report().sizes.weights == math.prod(first.shape)
+
+
+def test_accuracy_spells_out_the_headline_and_the_agreement(report: Report) -> None:
+    accuracy = report.accuracy
+    assert accuracy.metric == "STS-B Spearman correlation"
+    assert accuracy.sparse == Estimate(0.8117, 0.0094)
+    assert (accuracy.agreement_metric, accuracy.agreement) == (
+        "embedding cosine",
+        Estimate(0.9712, 0.0009),
+    )
+
+
+def test_limits_and_conditions_are_kept(report: Report) -> None:
+    assert report.options["limits"] == {"max_slowdown": 0.02}
+    assert report.environment["conditions"] == {
+        "gpu": "no NVIDIA GPU",
+        "cpu": "Some Processor",
+        "load average": "0.51 0.40 0.38",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "regressions"),
+    [
+        (lambda r: r, "pass", []),
+        (with_sparsity_lost, "fail", ["encoder.layer.0.attention.self.query"]),
+        (with_numerics_failed, "fail", ["sparse last_hidden_state"]),
+        (lambda r: with_latency(r, "pass", gated=True), "pass", []),
+        (lambda r: with_latency(r, "inconclusive", gated=True), "inconclusive", []),
+        (lambda r: with_latency(r, "fail", gated=False), "pass", []),
+        (lambda r: with_latency(r, "inconclusive", gated=False), "pass", []),
+        (
+            lambda r: with_latency(r, "fail", gated=True),
+            "fail",
+            [f"onnxruntime, batch {batch}, sequence 128" for batch in (1, 8)],
+        ),
+        (
+            lambda r: with_sparsity_lost(with_latency(r, "inconclusive", gated=True)),
+            "fail",
+            ["encoder.layer.0.attention.self.query"],
+        ),
+        (
+            lambda r: replace(r, export=replace(r.export, sparsity=())),
+            "fail",
+            ["onnx/sparse/model.onnx"],
+        ),
+    ],
+)
+def test_verdict_and_regressions(
+    records: Records,
+    change: Callable[[Records], Records],
+    verdict: Verdict,
+    regressions: list[str],
+    tmp_path: Path,
+) -> None:
+    report = change(records).report()
+    assert report.verdict == verdict
+    assert [check.name for check in report.regressions] == regressions
+    write_report(report, tmp_path)
+    for name in ("report.html", "summary.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert ("Regressions" in text) == bool(regressions)
+        undecided = any(check.gated and check.verdict == "inconclusive" for check in report.checks)
+        assert ("Undecided checks" in text) == undecided
+
+
+def test_regression_says_what_is_wrong_where(records: Records) -> None:
+    (regression,) = with_sparsity_lost(records).report().regressions
+    assert (regression.value, regression.limit, regression.verdict) == (0.5, 0.5, "fail")
+    assert regression.message == (
+        "Not 2:4 along axis 0 of (384, 384) first at (4, 0): 3 of 4 values are not zero"
+    )
+
+
+def test_slow_sparse_engine_fails_where_it_is_gated(records: Records) -> None:
+    row = make_row(1, 8.4, gated=True, device="GPU", slowdown=0.05)
+    slow = replace(records, bench=replace(records.bench, latency=(row,)))
+    (regression,) = slow.report().regressions
+    assert regression.limit == 1 / 1.02
+    assert "limit 0.980" in regression.message
+
+
+def builtin_text(records: Records) -> Records:
+    text = replace(records.prune.calibration, kind="builtin")
+    return replace(records, prune=replace(records.prune, calibration=text))
+
+
+def few_tokens(records: Records) -> Records:
+    text = replace(records.prune.calibration, tokens=4096)
+    return replace(records, prune=replace(records.prune, calibration=text))
+
+
+def exported_as(dtype: Any) -> Callable[[Records], Records]:
+    def change(records: Records) -> Records:
+        export = records.export
+        return replace(records, export=replace(export, sparse=replace(export.sparse, dtype=dtype)))
+
+    return change
+
+
+def evaluated_on(kind: Any) -> Callable[[Records], Records]:
+    def change(records: Records) -> Records:
+        text = replace(records.evaluate.evaluation, kind=kind)
+        return replace(records, evaluate=replace(records.evaluate, evaluation=text))
+
+    return change
+
+
+def no_kernel_chosen(records: Records) -> Records:
+    (evidence,) = records.compile.evidence
+    evidence = replace(evidence, chosen=0, summary="dense kernels timed faster")
+    compiled = replace(records.compile, evidence=(evidence,))
+    return with_latency(replace(records, compile=compiled), "pass", gated=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        (builtin_text, "English text that ships with Python.*--calibration PATH"),
+        (few_tokens, r"4,096 tokens, fewer than 10 per input feature for 5 layers.*15,360 tokens"),
+        (exported_as("float32"), "float32, for which TensorRT has no sparse kernels.*float16"),
+        (exported_as("bfloat16"), "bfloat16 files were not checked"),
+        (evaluated_on("split"), "measured on held-out calibration text.*--evaluation PATH"),
+        (evaluated_on("builtin"), "measured on built-in text"),
+        (all_skipped, r"36 layers left dense \(too small\): .* and 28 more in the table of layers"),
+        (no_kernel_chosen, "it runs no sparse kernels .dense kernels timed faster"),
+    ],
+)
+def test_warning_is_given_when_it_applies_and_only_then(
+    records: Records, change: Callable[[Records], Records], warning: str, tmp_path: Path
+) -> None:
+    assert not any(re.search(warning, text) for text in records.report().warnings)
+    changed = change(records).report()
+    (found,) = [text for text in changed.warnings if re.search(warning, text)]
+    write_report(changed, tmp_path)
+    assert str(escape(found)) in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert markdown(found) in (tmp_path / "summary.md").read_text(encoding="utf-8")
+
+
+def test_default_warnings_name_the_skipped_layer_and_the_ungated_backend(report: Report) -> None:
+    assert report.warnings == (
+        "1 layer left dense (listed under ignore in the recipe): encoder.layer.5.output.dense.",
+        "Backend onnxruntime has no sparse kernels: dense and sparse are expected to take the same "
+        "time, and its latency does not gate the release.",
+    )
+
+
+def test_unknown_sparse_kernels_are_reported_as_unknown(records: Records) -> None:
+    (evidence,) = records.compile.evidence
+    unknown = replace(evidence, eligible=None, chosen=None, summary="the builder does not say")
+    changed = replace(records, compile=replace(records.compile, evidence=(unknown,)))
+    warnings = with_latency(changed, "pass", gated=True).report().warnings
+    assert warnings[-1] == (
+        "Backend onnxruntime: it is unknown whether it runs sparse kernels "
+        "(the builder does not say)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "has schema_version None, expected 1"),
+        ('{"schema_version": 2}', "has schema_version 2, expected 1; build the bundle again"),
+        ('{"schema_version": 1}', "is damaged at 'verdict': Field required"),
+    ],
+)
+def test_report_that_cannot_be_loaded(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "report.json"
+    with pytest.raises(BundleError, match="No such file"):
+        load_report(path)
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(BundleError, match=message):
+        load_report(path)
+
+
+def test_unknown_key_is_an_error(report: Report, tmp_path: Path) -> None:
+    document = json.loads(written(report, tmp_path, "report.json"))
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({**document, "speed": list(range(99))}), encoding="utf-8")
+    with pytest.raises(BundleError, match=r"'speed': Extra inputs are not permitted, got \[0, 1"):
+        load_report(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_accuracy_that_is_not_finite_fails_the_release(
+    records: Records, value: float, tmp_path: Path
+) -> None:
+    headline, *rest = records.evaluate.metrics
+    broken = replace(headline, sparse=Estimate(value, 0.1))
+    changed = replace(records, evaluate=replace(records.evaluate, metrics=(broken, *rest)))
+    report = changed.report()
+    assert (report.verdict, report.accuracy.sparse) == ("fail", None)
+    (regression,) = report.regressions
+    assert regression.message == f"dense 0.8203, sparse {value}; a figure is not finite"
+    write_report(report, tmp_path)
+    assert load_report(tmp_path / "report.json") == report
+
+
+def test_layer_error_or_difference_that_is_not_finite_fails_the_release(
+    records: Records, tmp_path: Path
+) -> None:
+    first, *rest = records.prune.layers
+    changed = with_layers(records, (replace(first, held_out_error=math.inf), *rest))
+    wrong = replace(records.export.numerics[0], max_abs_difference=math.nan, passed=False)
+    changed = replace(changed, export=replace(changed.export, numerics=(wrong,)))
+    report = changed.report()
+    assert report.pruning.layers[0].held_out_error is None
+    assert [(check.kind, check.value) for check in report.regressions] == [
+        ("pruning", None),
+        ("numerics", None),
+    ]
+    write_report(report, tmp_path)
+    assert load_report(tmp_path / "report.json") == report
+
+
+def test_other_figure_that_is_not_finite_is_refused_and_nothing_is_written(
+    report: Report, tmp_path: Path
+) -> None:
+    broken = report.model_copy(update={"timings": {"prune": math.nan}})
+    with pytest.raises(BundleError, match=r"'timings\.prune'"):
+        write_report(broken, tmp_path)
+    assert list(tmp_path.iterdir()) == []
