@@ -37,7 +37,7 @@ class LayerProblem:
     dead: Tensor
 
     def loss(self, candidate: Tensor) -> Tensor:
-        """Evaluate f for every row of normalised weights (rows, d), up to a row constant: (rows,)."""
+        """Evaluate f, up to a constant, for normalised weights (rows, d): one value per row."""
         return ((0.5 * candidate @ self.curvature - self.linear) * candidate).sum(1)
 
     def to_weight(self, candidate: Tensor) -> Tensor:

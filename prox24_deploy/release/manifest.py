@@ -3,10 +3,10 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from prox24_deploy import __version__
 from prox24_deploy.artifacts import ModelInfo
@@ -15,6 +15,17 @@ from prox24_deploy.release.files import write_atomic
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
+
+
+def _inside(name: str) -> str:
+    """Refuse a path that leaves the bundle: stale outputs are deleted by these names."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == ".":
+        raise ValueError(f"{name!r} is not a plain path inside the bundle")
+    return name
+
+
+InnerPath = Annotated[str, AfterValidator(_inside)]
 
 
 class _Part(BaseModel):
@@ -37,7 +48,7 @@ class StageEntry(_Part):
 
     key: str
     inputs: dict[str, Any]
-    outputs: list[str]
+    outputs: list[InnerPath]
     seconds: float
 
 
@@ -60,7 +71,7 @@ class Manifest(_Part):
     versions: dict[str, str] = {}
     machine: dict[str, str] = {}
     stages: dict[str, StageEntry] = {}
-    files: dict[str, FileEntry] = {}
+    files: dict[InnerPath, FileEntry] = {}
     self_sha256: str = ""
 
 
@@ -95,7 +106,7 @@ def read_manifest(root: Path) -> Manifest:
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
         raise BundleError(
             f"{path} is damaged or of another version ({where}: {problem['msg']}); "
-            "build again with --fresh."
+            "restore it, or pass another -o."
         ) from error
 
 

@@ -1,0 +1,34 @@
+"""Fixtures that more than one room uses."""
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny_models import write_tiny_bert, write_tiny_llama
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory that tests read and never change."""
+    return write_tiny_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory that tests read and never change; fp16 in several shards."""
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama", shard="20KB")
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of 40 paragraphs, about 6000 characters, all different."""
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    words = "layer weight sparse dense group kernel batch token engine".split()  # noqa: SIM905
+    paragraphs = [
+        " ".join(words[(i * 7 + j * (3 + i % 5)) % len(words)] for j in range(20 + i % 9)) + "."
+        for i in range(40)
+    ]
+    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    return path

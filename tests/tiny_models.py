@@ -1,0 +1,81 @@
+"""Random models of a few thousand weights, written as complete Hugging Face model directories."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+SPECIAL = ("<|endoftext|>", "[PAD]", "[CLS]", "[SEP]")
+VOCABULARY = len(SPECIAL) + 256
+
+
+def write_tiny_bert(path: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2) -> Path:
+    """A BERT encoder without a pooler's weights, two blocks of six linear layers; float32."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=128,
+        pad_token_id=1,
+        initializer_range=0.2,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(path)
+    _byte_tokenizer("[CLS] $A [SEP]").save_pretrained(path)
+    return path
+
+
+def write_tiny_llama(
+    path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16, shard: str = "50GB"
+) -> Path:
+    """A Llama decoder with tied embeddings and grouped queries, two blocks of seven layers."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).to(dtype).save_pretrained(path, max_shard_size=shard)
+    _byte_tokenizer(None).save_pretrained(path)
+    return path
+
+
+def _byte_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """One token per byte of text, after the special tokens."""
+    tokens = [*SPECIAL, *sorted(ByteLevel.alphabet())]
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    if template is not None:
+        special = [(token, SPECIAL.index(token)) for token in ("[CLS]", "[SEP]")]
+        tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=128,
+    )
