@@ -4,10 +4,9 @@ import errno
 import json
 import logging
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,26 +18,43 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from prox24_deploy import __version__
-from prox24_deploy.artifacts import DType
-from prox24_deploy.errors import BundleError, Prox24Error, UsageError
+from prox24_deploy import __version__, tables
+from prox24_deploy.arguments import (
+    BackendOpt,
+    BundleArg,
+    CalibrationOpt,
+    DeviceOpt,
+    DTypeOpt,
+    EvaluationOpt,
+    EvaluationTokensOpt,
+    FreshOpt,
+    JsonOpt,
+    MethodOpt,
+    ModelArg,
+    OutOpt,
+    PresetOpt,
+    RecipeOpt,
+    SeedOpt,
+    ShapesOpt,
+    TokensOpt,
+    hoist_common,
+    join_shapes,
+)
+from prox24_deploy.errors import BundleError, Prox24Error
 from prox24_deploy.options import (
     BuildOptions,
-    DeviceChoice,
     EngineOptions,
-    Method,
-    Preset,
     PruneOptions,
     TextOptions,
+    parse_shapes,
 )
 
 if TYPE_CHECKING:
-    from prox24_deploy.artifacts import LatencyRow, LayerRecord, Metric, TensorCheck
     from prox24_deploy.release.report import Report
 
 EXIT_INTERNAL, EXIT_USAGE, EXIT_REGRESSION, EXIT_SPARSITY, EXIT_INCONCLUSIVE = 1, 2, 3, 4, 5
+_LOG_WIDTH = 200
 _TEXT = TextOptions()
-_COMMON = {"-v", "--verbose", "--debug"}
 _VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCLUSIVE}
 
 app = typer.Typer(
@@ -55,38 +71,6 @@ app = typer.Typer(
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
 
-ModelArg = Annotated[Path, typer.Argument(help="Hugging Face model directory with safetensors.")]
-BundleArg = Annotated[Path, typer.Argument(help="A bundle: the OUT of an earlier command.")]
-OutOpt = Annotated[
-    Path | None, typer.Option("-o", "--out", help="Bundle to write; default NAME-prox24.")
-]
-RecipeOpt = Annotated[
-    Path | None, typer.Option(help="Export recipe; default: the model's own, else its family's.")
-]
-CalibrationOpt = Annotated[
-    list[Path] | None,
-    typer.Option(
-        help="Text or JSONL to calibrate on; repeatable. Default: text of CPython's docs."
-    ),
-]
-EvaluationOpt = Annotated[
-    list[Path] | None,
-    typer.Option(help="Held-out text or JSONL; repeatable. Default: a fifth of the calibration."),
-]
-TokensOpt = Annotated[int, typer.Option(min=1024, help="Calibration tokens to use.")]
-EvaluationTokensOpt = Annotated[int, typer.Option(min=1024, help="Evaluation tokens to use.")]
-MethodOpt = Annotated[Method, typer.Option(help="Pruning method; all are refined on their mask.")]
-PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
-DTypeOpt = Annotated[DType, typer.Option(help="Precision of the exported models.")]
-BackendOpt = Annotated[list[str] | None, typer.Option(help="auto or onnxruntime; repeatable.")]
-ShapesOpt = Annotated[
-    list[str] | None, typer.Option(help="Shapes to measure, e.g. batch=1,8 sequence=128.")
-]
-DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where to prune and evaluate.")]
-SeedOpt = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
-FreshOpt = Annotated[bool, typer.Option("--fresh", help="Run every stage again.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-
 
 def main() -> None:
     """Entry point: run one command and exit with its code; every error is one sentence."""
@@ -102,26 +86,6 @@ def main() -> None:
         raise SystemExit(130) from None
     except Exception as error:  # the one place where a fault of ours becomes an exit code
         _fail(error, debug="--debug" in arguments)
-
-
-def join_shapes(arguments: Sequence[str]) -> list[str]:
-    """Let `--shapes batch=1,8 sequence=128` take several words: repeat the option for each."""
-    joined: list[str] = []
-    taking = False
-    for argument in arguments:
-        if taking and joined[-1] != "--shapes" and re.fullmatch(r"\w+=[\d,]+", argument):
-            joined.append("--shapes")
-        elif taking and joined[-1] != "--shapes":
-            taking = False
-        joined.append(argument)
-        taking = taking or argument == "--shapes"
-    return joined
-
-
-def hoist_common(arguments: Sequence[str]) -> list[str]:
-    """Let -v and --debug stand anywhere on the line, as users expect."""
-    common = [argument for argument in arguments if argument in _COMMON]
-    return common + [argument for argument in arguments if argument not in _COMMON]
 
 
 @app.callback(invoke_without_command=True)
@@ -214,7 +178,7 @@ def prune(
         _print_json(asdict(result))
         return
     pruned = [layer for layer in result.layers if layer.status == "pruned"]
-    _print_layers(pruned)
+    _print_table(tables.layers(result.layers))
     stdout.print(f"{len(pruned)} layers are 2:4 in {root / 'pruned'}.", soft_wrap=True)
 
 
@@ -265,7 +229,7 @@ def bench(bundle: BundleArg, shapes: ShapesOpt = None, as_json: JsonOpt = False)
     if as_json:
         _print_json(asdict(result))
         return
-    _print_latency(result.latency)
+    _print_table(tables.latency(result.latency))
 
 
 @app.command()
@@ -287,7 +251,7 @@ def check(
     if as_json:
         _print_json(asdict(report))
     else:
-        _print_checks(report.tensors)
+        _print_table(tables.checks(report.tensors))
     require_24(report)
 
 
@@ -318,32 +282,7 @@ def doctor(as_json: JsonOpt = False) -> None:
     if as_json:
         _print_json({"findings": [asdict(finding) for finding in findings]})
         return
-    table = Table("what", "found", "if missing", box=None)
-    for finding in findings:
-        style = "" if finding.usable else "yellow"
-        table.add_row(
-            finding.name, finding.found, "" if finding.usable else finding.remedy, style=style
-        )
-    stdout.print(table)
-
-
-def parse_shapes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Parse `batch=1,8 sequence=128`, in one word or several.
-
-    Raises:
-        UsageError: a word is not NAME=N[,N...] with NAME batch or sequence and N positive.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for word in (part for entry in words for part in entry.split()):
-        name, _, values = word.partition("=")
-        numbers = [int(v) for v in values.split(",") if v.isdigit() and int(v) > 0]
-        if name not in {"batch", "sequence"} or len(numbers) != len(values.split(",")):
-            raise UsageError(
-                f"Shape {word!r} is not understood, expected batch=N[,N] or sequence=N[,N] with "
-                "positive numbers, for example --shapes batch=1,8 sequence=128."
-            )
-        shapes[name] = tuple(numbers)
-    return shapes
+    _print_table(tables.findings(findings))
 
 
 def _text_options(
@@ -428,6 +367,12 @@ def _exit_code(report: "Report") -> int:
     return _VERDICT_EXIT[report.verdict]
 
 
+def _print_table(table: Table) -> None:
+    """Fit a terminal; anything else, such as a log or `grep`, gets one line per row."""
+    page = stdout if stdout.is_terminal else Console(width=_LOG_WIDTH, highlight=False)
+    page.print(table)
+
+
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
 
@@ -438,54 +383,8 @@ def _print_report(report: "Report", root: Path) -> None:
     stdout.print(f"Verdict: {report.verdict}")
     stdout.print(f"Pruned: {totals.pruned} layers proven 2:4, {totals.skipped} left dense")
     for metric in report.accuracy.metrics:
-        stdout.print(_metric_line(metric))
-    _print_latency(report.latency)
+        stdout.print(tables.metric_line(metric), soft_wrap=True)
+    _print_table(tables.latency(report.latency))
     for warning in report.warnings:
         stdout.print(f"Note: {warning}", soft_wrap=True, markup=False)
     stdout.print(f"Report: {root / 'report.html'}", soft_wrap=True, markup=False)
-
-
-def _metric_line(metric: "Metric") -> str:
-    def shown(estimate: Any) -> str:
-        return f"{estimate.value:.4f} ± {estimate.standard_error:.4f}"
-
-    if metric.agreement is not None:
-        return f"{metric.name}: {shown(metric.agreement)} ({metric.samples} samples)"
-    change = f", difference {shown(metric.difference)}" if metric.difference else ""
-    return f"{metric.name}: dense {shown(metric.dense)}, sparse {shown(metric.sparse)}{change}"
-
-
-def _print_layers(layers: Sequence["LayerRecord"]) -> None:
-    table = Table("layer", "error", "held out", box=None)
-    for layer in layers:
-        held_out = "" if layer.held_out_error is None else f"{layer.held_out_error:.4f}"
-        table.add_row(layer.name, f"{layer.relative_error:.4f}", held_out)
-    stdout.print(table)
-
-
-def _print_latency(rows: Sequence["LatencyRow"]) -> None:
-    table = Table("backend", "batch", "seq", "dense ms", "sparse ms", "speed-up", "95 %", box=None)
-    for row in rows:
-        table.add_row(
-            row.backend,
-            str(row.batch),
-            str(row.sequence),
-            f"{row.dense.median_ms:.2f}",
-            f"{row.sparse.median_ms:.2f}",
-            f"{row.speedup.value:.2f}×",
-            f"{row.speedup.low:.2f}–{row.speedup.high:.2f}",
-        )
-    stdout.print(table)
-
-
-def _print_checks(tensors: Sequence["TensorCheck"]) -> None:
-    table = Table("module or tensor", "axis", "shape", "density", "2:4", box=None)
-    for tensor in tensors:
-        table.add_row(
-            tensor.module or tensor.tensor,
-            str(tensor.axis),
-            "×".join(map(str, tensor.shape)),
-            f"{tensor.density:.3f}",
-            "yes" if tensor.is_24 else "no" if tensor.expected else "dense",
-        )
-    stdout.print(table)

@@ -1,10 +1,12 @@
 """What a build can be told: small frozen dataclasses with real defaults, light to import."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from prox24_deploy.artifacts import DType
+from prox24_deploy.errors import UsageError
 
 Method = Literal["prox", "sparsegpt", "wanda", "magnitude"]
 Preset = Literal["fast", "default", "best"]
@@ -55,3 +57,22 @@ class BuildOptions:
     device: DeviceChoice = "auto"
     dtype: DType = "float32"
     engine: EngineOptions = field(default_factory=EngineOptions)
+
+
+def parse_shapes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Parse `batch=1,8 sequence=128`, in one word or several.
+
+    Raises:
+        UsageError: a word is not NAME=N[,N...] with NAME batch or sequence and N positive.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for word in (part for entry in words for part in entry.split()):
+        name, _, values = word.partition("=")
+        numbers = [int(v) for v in values.split(",") if v.isdigit() and int(v) > 0]
+        if name not in {"batch", "sequence"} or len(numbers) != len(values.split(",")):
+            raise UsageError(
+                f"Shape {word!r} is not understood, expected batch=N[,N] or sequence=N[,N] with "
+                "positive numbers, for example --shapes batch=1,8 sequence=128."
+            )
+        shapes[name] = tuple(numbers)
+    return shapes

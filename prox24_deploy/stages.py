@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from prox24_deploy.artifacts import (
     BenchResult,
     CompileResult,
@@ -27,7 +25,8 @@ from prox24_deploy.artifacts import (
     PruneResult,
 )
 from prox24_deploy.engines import backend_by_name
-from prox24_deploy.engines.base import Backend, Feeds
+from prox24_deploy.engines.base import Backend
+from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.errors import BackendMissingError, BundleError
 from prox24_deploy.options import BuildOptions, DeviceChoice, EngineOptions, PruneOptions
 from prox24_deploy.recipe import Recipe, parse_recipe, select_recipe
@@ -225,7 +224,7 @@ def bench(
     def run() -> BenchResult:
         began = time.perf_counter()
         rows: list[LatencyRow] = []
-        feeds = _feeds_maker(recipe, int(_config(bundle)["vocab_size"]))
+        feeds = random_feeds(recipe, int(_config(bundle)["vocab_size"]))
         for i, backend in enumerate(backends):
             pair = {e.twin: e for e in compiled.engines if e.backend == backend.name}
             for j, shape in enumerate(shapes):
@@ -351,23 +350,6 @@ def _export_twins(
     sparsity = check_onnx(bundle.partial / "onnx" / "sparse" / "model.onnx")
     seconds = time.perf_counter() - began
     return ExportResult(exported["dense"], exported["sparse"], sparsity, tuple(numerics), seconds)
-
-
-def _feeds_maker(recipe: Recipe, vocabulary: int) -> Callable[[int, int, int], Feeds]:
-    """Random tokens and a full mask; axes named "batch" and "sequence" take the shape asked for."""
-
-    def make(batch: int, sequence: int, seed: int) -> Feeds:
-        generator = np.random.default_rng(seed)
-        sizes = {"batch": batch, "sequence": sequence}
-        feeds = {}
-        for spec in recipe.inputs:
-            shape = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes]
-            high = {"input_ids": vocabulary, "attention_mask": 1}.get(spec.name, 0)
-            tokens = generator.integers(vocabulary, size=shape, dtype=np.int64)
-            feeds[spec.name] = tokens if high == vocabulary else np.full(shape, high, np.int64)
-        return feeds
-
-    return make
 
 
 def _model(bundle: Bundle) -> ModelInfo:

@@ -1,0 +1,65 @@
+"""Options that several commands share, and what is done to a line before typer reads it."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prox24_deploy.artifacts import DType
+from prox24_deploy.options import DeviceChoice, Method, Preset
+
+_COMMON = {"-v", "--verbose", "--debug"}
+
+ModelArg = Annotated[Path, typer.Argument(help="Hugging Face model directory with safetensors.")]
+BundleArg = Annotated[Path, typer.Argument(help="A bundle: the OUT of an earlier command.")]
+OutOpt = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Bundle to write; default NAME-prox24.")
+]
+RecipeOpt = Annotated[
+    Path | None, typer.Option(help="Export recipe; default: the model's own, else its family's.")
+]
+CalibrationOpt = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Text or JSONL to calibrate on; repeatable. Default: text of CPython's docs."
+    ),
+]
+EvaluationOpt = Annotated[
+    list[Path] | None,
+    typer.Option(help="Held-out text or JSONL; repeatable. Default: a fifth of the calibration."),
+]
+TokensOpt = Annotated[int, typer.Option(min=1024, help="Calibration tokens to use.")]
+EvaluationTokensOpt = Annotated[int, typer.Option(min=1024, help="Evaluation tokens to use.")]
+MethodOpt = Annotated[Method, typer.Option(help="Pruning method; all are refined on their mask.")]
+PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
+DTypeOpt = Annotated[DType, typer.Option(help="Precision of the exported models.")]
+BackendOpt = Annotated[list[str] | None, typer.Option(help="auto or onnxruntime; repeatable.")]
+ShapesOpt = Annotated[
+    list[str] | None, typer.Option(help="Shapes to measure, e.g. batch=1,8 sequence=128.")
+]
+DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where to prune and evaluate.")]
+SeedOpt = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
+FreshOpt = Annotated[bool, typer.Option("--fresh", help="Run every stage again.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def join_shapes(arguments: Sequence[str]) -> list[str]:
+    """Let `--shapes batch=1,8 sequence=128` take several words: repeat the option for each."""
+    joined: list[str] = []
+    taking = False
+    for argument in arguments:
+        if taking and joined[-1] != "--shapes" and re.fullmatch(r"\w+=[\d,]+", argument):
+            joined.append("--shapes")
+        elif taking and joined[-1] != "--shapes":
+            taking = False
+        joined.append(argument)
+        taking = taking or argument == "--shapes"
+    return joined
+
+
+def hoist_common(arguments: Sequence[str]) -> list[str]:
+    """Let -v and --debug stand anywhere on the line, as users expect."""
+    common = [argument for argument in arguments if argument in _COMMON]
+    return common + [argument for argument in arguments if argument not in _COMMON]
