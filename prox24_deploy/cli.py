@@ -76,6 +76,8 @@ def main() -> None:
     """Entry point: run one command and exit with its code; every error is one sentence."""
     # No code of this tool may reach for a model hub, and neither may transformers.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # From 1.29 on ONNX Runtime writes to ~/.cache and reports hashes of models to its vendor.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     arguments = hoist_common(join_shapes(sys.argv[1:]))
     try:
         app(args=arguments, prog_name="prox24-deploy")

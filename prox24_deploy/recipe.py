@@ -125,7 +125,8 @@ def select_recipe(model_dir: Path, model_type: str, explicit: Path | None) -> tu
 
 
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
+    # A misspelt key is missing and unknown at once; the unknown one tells the user more.
+    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in problem["loc"]) or "the whole file"
     if problem["type"] == "extra_forbidden":
         known = ", ".join(Recipe.model_fields)

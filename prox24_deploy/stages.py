@@ -46,6 +46,7 @@ Progress = Callable[[str, int, int], None]
 Twin = Literal["dense", "sparse"]
 
 TWINS: tuple[Twin, ...] = ("dense", "sparse")
+_STAGES = ("prune", "export", "compile", "bench", "evaluate")
 _REPORT_FILES = ("report.json", "report.html", "summary.md", "junit.xml", "benchmark.json")
 
 
@@ -297,8 +298,8 @@ def report(
         exported,
         compiled,
         measured,
-        {name: entry.size for name, entry in manifest.files.items()},
-        {name: entry.seconds for name, entry in manifest.stages.items()},
+        {n: entry.size for n, entry in sorted(manifest.files.items()) if n not in _REPORT_FILES},
+        {name: manifest.stages[name].seconds for name in _STAGES},
         _recipe(bundle).limits,
     )
     write_report(made, bundle.root)

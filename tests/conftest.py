@@ -7,6 +7,7 @@ import pytest
 from tiny_models import write_tiny_bert, write_tiny_llama
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -23,12 +24,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text file of 40 paragraphs, about 6000 characters, all different."""
+    """A text file of 80 paragraphs, about 12000 characters, all different."""
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     words = "layer weight sparse dense group kernel batch token engine".split()  # noqa: SIM905
     paragraphs = [
         " ".join(words[(i * 7 + j * (3 + i % 5)) % len(words)] for j in range(20 + i % 9)) + "."
-        for i in range(40)
+        for i in range(80)
     ]
     path.write_text("\n\n".join(paragraphs), encoding="utf-8")
     return path

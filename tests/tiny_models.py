@@ -56,7 +56,10 @@ def write_tiny_llama(
         eos_token_id=0,
         initializer_range=0.2,
     )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(path, max_shard_size=shard)
+    model = LlamaForCausalLM(config)
+    # transformers wraps `to` in a decorator that loses its signature.
+    torch.nn.Module.to(model, dtype)
+    model.save_pretrained(path, max_shard_size=shard)
     _byte_tokenizer(None).save_pretrained(path)
     return path
 

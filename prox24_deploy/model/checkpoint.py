@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from pydantic import TypeAdapter
@@ -65,13 +66,29 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file(tensors, temporary, metadata=metadata)
-        with temporary.open("rb") as handle:
+        with temporary.open("r+b") as handle:
+            _sort_metadata(handle)
             os.fsync(handle.fileno())
     except SafetensorError as error:
         # The writer reports I/O errors as its own kind; the number is lost, the free space is not.
         temporary.unlink(missing_ok=True)
         raise OSError(_io_error_number(error), str(error), str(path)) from error
     temporary.replace(path)
+
+
+def _sort_metadata(file: BinaryIO) -> None:
+    """Rewrite the header with sorted metadata: the writer leaves it in the order of a random hash.
+
+    Same entries, so same length and untouched offsets; the padding of spaces stays.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > length:
+        raise RuntimeError(f"safetensors header grew from {length} to {len(text)} bytes")
+    file.seek(8)
+    file.write(text.ljust(length))
 
 
 def checkpoint_name(directory: ModelDir, parameter: str) -> str:

@@ -123,7 +123,7 @@ def load_tokenizer(directory: ModelDir) -> Any:
     """
     transformers = _quiet_transformers()
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             directory.path, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
@@ -131,6 +131,14 @@ def load_tokenizer(directory: ModelDir) -> Any:
             f"Model directory {directory.path} has no tokenizer that opens "
             f"({_first_line(error)}); add tokenizer.json and tokenizer_config.json."
         ) from error
+    # Without any of its files transformers makes a tokenizer that knows no word.
+    files = tokenizer.vocab_files_names.values()
+    if not any((directory.path / file).is_file() for file in files):
+        raise ModelDirError(
+            f"Model directory {directory.path} has no tokenizer, expected one of "
+            f"{', '.join(files)}; add it."
+        )
+    return tokenizer
 
 
 def model_info(directory: ModelDir, recipe: Recipe) -> ModelInfo:

@@ -89,14 +89,16 @@ class Bundle:
         result = run()
         seconds = time.perf_counter() - began
         record = f"{STAGES}/{name}.json"
-        write_atomic(self.root / record, canonical_json(adapter.dump_python(result, mode="json")))
+        text = canonical_json(adapter.dump_python(result, mode="json"))
+        write_atomic(self.root / record, text)
         self._enter(
             name,
             StageEntry(
                 key=key, inputs=dict(inputs), outputs=[record, *outputs], seconds=round(seconds, 3)
             ),
         )
-        return result
+        # What a later run will read, so that both go on from the same values in the same order.
+        return adapter.validate_json(text)
 
     def load(self, name: str, result_type: type[T]) -> T:
         """Result of a stage that an earlier command finished.

@@ -1,0 +1,47 @@
+"""Run the command line in this process, as the installed script would."""
+
+import contextlib
+import hashlib
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from prox24_deploy import cli
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Exit code and what was printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_cli(*arguments: str | Path) -> Run:
+    """One command with its arguments; never raises SystemExit."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["prox24-deploy", *map(str, arguments)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Run(code, out.getvalue(), err.getvalue())
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every path below a folder with the hash of its content, "folder" for a folder."""
+    return {
+        path.relative_to(folder).as_posix(): (
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        )
+        for path in sorted(folder.rglob("*"))
+    }

@@ -1,0 +1,307 @@
+"""The whole path on small models: what a user may rely on after `build` has ended."""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from command_line import run_cli, snapshot
+from onnx import numpy_helper
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prox24_deploy import cli
+from prox24_deploy.pruning.pattern import is_24
+from prox24_deploy.release.schema import Report
+
+ENCODER_LAYERS = 12
+DECODER_LAYERS = 14
+SMALL = (
+    "--calibration-tokens", "4096", "--evaluation-tokens", "2048", "--shapes", "batch=1,2",
+    "sequence=16",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, prose: Path) -> Path:
+    out = tmp_path_factory.mktemp("encoder") / "bundle"
+    run = run_cli("build", tiny_bert, "-o", out, "--calibration", prose, *SMALL)
+    assert run.code == 0, run.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, prose: Path) -> Path:
+    out = tmp_path_factory.mktemp("decoder") / "bundle"
+    run = run_cli(
+        "build", tiny_llama, "-o", out, "--calibration", prose, "--evaluation", prose,
+        "--dtype", "float16", *SMALL,
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    return out
+
+
+@pytest.fixture
+def copy(encoder: Path, tmp_path: Path) -> Iterator[Path]:
+    """The encoder's bundle, to be damaged."""
+    yield Path(shutil.copytree(encoder, tmp_path / "bundle"))
+    shutil.rmtree(tmp_path / "bundle")
+
+
+def read_report(bundle: Path) -> Report:
+    return Report.model_validate_json((bundle / "report.json").read_bytes())
+
+
+@pytest.mark.parametrize(("name", "layers"), [("encoder", 12), ("decoder", 14)])
+def test_the_bundle_has_the_layout_of_the_contract(
+    name: str, layers: int, request: pytest.FixtureRequest
+) -> None:
+    bundle: Path = request.getfixturevalue(name)
+    top = {path.name for path in bundle.iterdir()}
+    assert top == {
+        "manifest.json", "report.json", "report.html", "summary.md", "junit.xml", "benchmark.json",
+        "pruned", "onnx", "engines", "stages",
+    }  # fmt: skip
+    report = read_report(bundle)
+    assert report.verdict == "pass"
+    assert report.pruning.totals.pruned == layers
+    assert sum(check.expected and check.is_24 for check in report.sparsity.tensors) == layers
+    assert {row.batch for row in report.latency} == {1, 2}
+
+
+def test_pruned_weights_are_24_and_all_others_untouched(decoder: Path, tiny_llama: Path) -> None:
+    report = read_report(decoder)
+    pruned = {f"{layer.name}.weight" for layer in report.pruning.layers if layer.status == "pruned"}
+    assert len(pruned) == DECODER_LAYERS
+    seen = set()
+    for shard in sorted(tiny_llama.glob("*.safetensors")):
+        before, after = load_file(shard), load_file(decoder / "pruned" / shard.name)
+        assert before.keys() == after.keys()
+        for name in before:
+            if name in pruned:
+                seen.add(name)
+                assert is_24(after[name])
+                assert not torch.equal(before[name], after[name])
+            else:
+                assert torch.equal(before[name], after[name]), name
+    assert seen == pruned
+    skipped = {layer.name: layer.reason for layer in report.pruning.layers} | {}
+    assert "shares its weight with model.embed_tokens" in skipped["lm_head"]
+
+
+def test_the_pruned_directory_scores_the_reported_perplexity(decoder: Path, prose: Path) -> None:
+    """Recomputed with transformers alone, from the text and the loss of the model itself."""
+    model = AutoModelForCausalLM.from_pretrained(decoder / "pruned", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(decoder / "pruned")
+    stream: list[int] = []
+    for paragraph in prose.read_text(encoding="utf-8").split("\n\n"):
+        stream += [tokenizer.bos_token_id, *tokenizer(paragraph)["input_ids"]]
+    windows = torch.tensor(stream[:2048]).view(-1, 64)
+    with torch.no_grad():
+        losses = [float(model(row[None], labels=row[None]).loss) for row in windows]
+    metric = read_report(decoder).accuracy.metrics[0]
+    assert metric.name == "perplexity"
+    assert metric.sparse is not None
+    assert metric.dense is not None
+    assert metric.sparse.value == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+    assert metric.sparse.standard_error > 0
+    assert metric.dense.standard_error > 0
+
+
+def test_check_names_every_pruned_module_of_the_sparse_twin(encoder: Path) -> None:
+    run = run_cli("check", encoder / "onnx" / "sparse")
+    assert run.code == 0
+    for layer in read_report(encoder).pruning.layers:
+        if layer.status == "pruned":
+            assert f" {layer.name} " in run.out
+    assert run_cli("check", encoder / "pruned").code == 0
+
+
+def test_check_of_the_dense_twin_exits_with_4(encoder: Path) -> None:
+    run = run_cli("check", encoder / "onnx" / "dense")
+    assert run.code == 4
+    assert "is not 2:4 along axis 0" in run.err
+
+
+def test_one_zero_made_non_zero_in_the_onnx_file_is_found(copy: Path) -> None:
+    path = copy / "onnx" / "sparse" / "model.onnx"
+    model = onnx.load(path)
+    target = next(t for t in model.graph.initializer if tuple(t.dims) == (32, 64))
+    values = numpy_helper.to_array(target).copy()
+    column = values[:, 7]
+    kept = np.flatnonzero(column.reshape(-1, 4).astype(bool).sum(1) == 2)
+    group = int(kept[3])
+    empty = int(np.flatnonzero(column[4 * group : 4 * group + 4] == 0)[0])
+    values[4 * group + empty, 7] = 0.5
+    target.CopyFrom(numpy_helper.from_array(values, target.name))
+    onnx.save(model, path)
+    run = run_cli("check", copy / "onnx" / "sparse")
+    assert run.code == 4
+    assert repr(target.name) in run.err
+    assert "axis 0" in run.err
+    assert f"group [{4 * group}:{4 * group + 4}, 7]" in run.err
+    verified = run_cli("verify", copy)
+    assert verified.code == 2
+    assert "onnx/sparse/model.onnx was changed" in verified.err
+
+
+def test_one_flipped_byte_in_any_file_is_named_by_verify(copy: Path) -> None:
+    assert run_cli("verify", copy).code == 0
+    draw = random.Random(0)
+    files = [path for path in copy.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    for path in files:
+        sound = path.read_bytes()
+        position = draw.randrange(len(sound))
+        path.write_bytes(
+            sound[:position]
+            + bytes([sound[position] ^ (1 << draw.randrange(8))])
+            + sound[position + 1 :]
+        )
+        run = run_cli("verify", copy)
+        path.write_bytes(sound)
+        assert run.code == 2, path
+        assert path.relative_to(copy).as_posix() in run.err
+    assert run_cli("verify", copy).code == 0
+
+
+def test_a_second_build_runs_no_stage_again(copy: Path, tiny_bert: Path, prose: Path) -> None:
+    before = snapshot(copy)
+    run = run_cli("build", tiny_bert, "-o", copy, "--calibration", prose, *SMALL)
+    assert run.code == 0
+    after = snapshot(copy)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed <= {"manifest.json"}
+
+
+def test_a_changed_stage_file_is_made_again(copy: Path, tiny_bert: Path, prose: Path) -> None:
+    weights = copy / "onnx" / "sparse" / "model.onnx"
+    sound = snapshot(copy)
+    weights.write_bytes(b"rubbish")
+    run = run_cli("build", tiny_bert, "-o", copy, "--calibration", prose, *SMALL)
+    assert run.code == 0, run.err
+    assert snapshot(copy)["onnx/sparse/model.onnx"] == sound["onnx/sparse/model.onnx"]
+    assert run_cli("verify", copy).code == 0
+
+
+def test_the_same_seed_gives_the_same_bits(
+    encoder: Path, tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    """A second run from nothing, in another process and place."""
+    out = tmp_path / "again"
+    command = [
+        sys.executable, "-m", "prox24_deploy", "prune", str(tiny_bert), "-o", str(out),
+        "--calibration", str(prose), "--calibration-tokens", "4096", "--evaluation-tokens", "2048",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    assert run_cli("export", out).code == 0
+    first, second = snapshot(encoder), snapshot(out)
+    compared = [n for n in second if n.startswith(("pruned/", "onnx/")) and second[n] != "folder"]
+    assert len(compared) >= 6
+    assert {n: second[n] for n in compared} == {n: first[n] for n in compared}
+
+
+def test_another_seed_takes_other_builtin_text(tiny_bert: Path, tmp_path: Path) -> None:
+    hashes = set()
+    for seed in ("0", "1"):
+        out = tmp_path / seed
+        run = run_cli(
+            "prune", tiny_bert, "-o", out, "--seed", seed, "--preset", "fast", "--json",
+            "--calibration-tokens", "1024", "--evaluation-tokens", "1024",
+        )  # fmt: skip
+        assert run.code == 0, run.err
+        result = json.loads(run.out)
+        assert result["calibration"]["kind"] == "builtin"
+        hashes.add(result["calibration"]["sha256"])
+    assert len(hashes) == 2
+
+
+def test_json_prints_one_object_and_nothing_else(encoder: Path) -> None:
+    checked = json.loads(run_cli("check", encoder / "onnx" / "sparse", "--json").out)
+    assert {t["is_24"] for t in checked["tensors"] if t["expected"]} == {True}
+    assert json.loads(run_cli("verify", encoder, "--json").out)["sound"] is True
+    doctor = json.loads(run_cli("doctor", "--json").out)
+    assert any(finding["name"] == "torch" for finding in doctor["findings"])
+
+
+def test_single_stages_go_on_from_each_other(copy: Path) -> None:
+    compiled = run_cli("compile", copy, "--backend", "onnxruntime")
+    assert compiled.code == 0
+    assert "no sparse kernels" in compiled.out
+    measured = run_cli("bench", copy, "--shapes", "batch=3", "sequence=8", "--json")
+    assert measured.code == 0, measured.err
+    rows = json.loads(measured.out)["latency"]
+    assert [(row["batch"], row["sequence"]) for row in rows] == [(3, 8)]
+    again = run_cli("bench", copy, "--shapes", "batch=3", "sequence=8")
+    assert again.code == 0
+    assert "onnxruntime" in again.out
+    exported = run_cli("export", copy, "--dtype", "float16", "--json")
+    assert exported.code == 0
+    assert json.loads(exported.out)["sparse"]["dtype"] == "float16"
+
+
+def test_export_refuses_a_model_that_changed_since(
+    tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    out = tmp_path / "out"
+    pruned = run_cli(
+        "prune", model, "-o", out, "--calibration", prose, "--preset", "fast", *SMALL[:4]
+    )
+    assert pruned.code == 0
+    assert f"{ENCODER_LAYERS} layers are 2:4" in pruned.out
+    (model / "config.json").write_text(
+        (model / "config.json").read_text(encoding="utf-8") + "\n", encoding="utf-8"
+    )
+    run = run_cli("export", out)
+    assert run.code == 2
+    assert "has changed since" in run.err
+
+
+def test_the_exit_code_follows_verdict_and_sparsity(encoder: Path) -> None:
+    report = read_report(encoder)
+    assert cli._exit_code(report) == 0
+    assert cli._exit_code(report.model_copy(update={"verdict": "fail"})) == 3
+    assert cli._exit_code(report.model_copy(update={"verdict": "inconclusive"})) == 5
+    lost = tuple(replace(check, is_24=False) for check in report.sparsity.tensors)
+    sparsity = report.sparsity.model_copy(update={"tensors": lost})
+    assert cli._exit_code(report.model_copy(update={"sparsity": sparsity})) == 4
+
+
+def test_nothing_is_written_outside_the_output(
+    tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    """Home, caches, temporary files and the working directory stay as they are."""
+    places = {name: tmp_path / name for name in ("home", "tmp", "cwd")}
+    for place in places.values():
+        place.mkdir()
+    before = snapshot(tiny_bert)
+    # The command itself has to switch these off.
+    inherited = {k: v for k, v in os.environ.items() if k not in {"ORT_DISABLE_TELEMETRY", "CI"}}
+    environment = inherited | {
+        "HOME": str(places["home"]),
+        "XDG_CACHE_HOME": str(places["home"] / ".cache"),
+        "TMPDIR": str(places["tmp"]),
+    }
+    command = [
+        sys.executable, "-m", "prox24_deploy", "build", str(tiny_bert), "-o", str(tmp_path / "out"),
+        "--calibration", str(prose), "--preset", "fast", *SMALL,
+    ]  # fmt: skip
+    ran = subprocess.run(
+        command, env=environment, cwd=places["cwd"], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert snapshot(tiny_bert) == before
+    assert {name: snapshot(place) for name, place in places.items()} == {
+        name: {} for name in places
+    }
