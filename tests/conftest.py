@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import write_tiny_bert, write_tiny_llama
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,3 +34,20 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("\n\n".join(paragraphs), encoding="utf-8")
     return path
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip, by name, a test whose hardware is missing; fail it if PROX24_REQUIRE names it."""
+    required = os.environ.get("PROX24_REQUIRE", "").split(",")
+    for name, available in (("gpu", torch.cuda.is_available()),):
+        if item.get_closest_marker(name) and not available:
+            (pytest.fail if name in required else pytest.skip)(f"needs {name}, not found here")
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Folder with models/docs-llama-29m and data/*.txt, named by PROX24_DATA; skips without."""
+    folder = os.environ.get("PROX24_DATA")
+    if not folder:
+        pytest.skip("needs the trained model and texts, PROX24_DATA is not set")
+    return Path(folder)
