@@ -97,7 +97,8 @@ def _prox_cells(z: Tensor, lam: Tensor, newton_iterations: int) -> Tensor:
     largest = magnitude.amax(0)
     # The largest but two is zero exactly when at least two elements are zero.
     work = (lam * largest <= _TWO_SPARSE) & ((magnitude == 0).sum(0) < 2) & (lam > 0)
-    result = torch.where(lam > 0, result, z + 0.0)
+    # Adding +0.0 turns the -0.0 of an input into +0.0 and changes nothing else.
+    result = torch.where(lam > 0, result, z) + 0.0
     index = work.nonzero().squeeze(1)
     if index.numel() == 0:
         return result

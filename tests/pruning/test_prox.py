@@ -1,0 +1,161 @@
+"""The exact prox against multi-start minimisation and against its own symmetries."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import Array, prox_minimum, prox_objective
+
+from prox24_deploy.pruning.pattern import is_24
+from prox24_deploy.pruning.prox import objective_24, prox_24
+
+DRAW = np.random.default_rng(5)
+FAMILIES: dict[str, Array] = {
+    "gaussian": DRAW.normal(size=(12, 4)),
+    "four equal": np.full((1, 4), 0.7),
+    "three equal": np.array([[1.0, 1, 1, 0.2], [0.3, 0.3, 0.3, 1.0], [0.5, 0.5, 0.5, 0.0]]),
+    "two equal": np.array([[1.0, 1, 0.4, 0.2], [1.0, 0.4, 0.4, 0.2], [1.0, 0.4, 0.2, 0.2]]),
+    "zeros": np.array([[0.0, 0, 0, 0], [1.0, 0, 0, 0], [1.0, -2, 0, 0], [0.0, 1, 0.5, -0.25]]),
+    "spread": np.array([[1.0, 1e-3, 1e-6, 1e-9], [1.0, 1, 1e-8, 1e-8], [1e-3, 1, 1e-3, 1]]),
+    "near dense": 1.0 + 1e-3 * DRAW.normal(size=(4, 4)),
+}
+# In units of 1 / largest magnitude: around 0.3 to 2 the number of non-zeros changes.
+LAMBDAS = (1e-12, 1e-7, 1e-3, 0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 1.99, 2.01, 10.0, 1e6, 1e12)
+
+CELL = st.lists(
+    st.floats(-10, 10, allow_nan=False).map(lambda v: round(v, 3)), min_size=4, max_size=4
+)
+LAM = st.floats(1e-3, 30.0)
+
+
+def solve(cell: Array, lam: float, dtype: torch.dtype = torch.float64) -> Array:
+    result: Array = prox_24(torch.from_numpy(cell).to(dtype), lam).double().numpy()
+    return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_start_of_a_multi_start_search_finds_less(family: str) -> None:
+    for lam in LAMBDAS:
+        found = prox_objective(solve(FAMILIES[family], lam), FAMILIES[family], lam)
+        for cell, value in zip(FAMILIES[family], found, strict=True):
+            best = prox_minimum(cell, lam)
+            assert value - best <= 1e-9 * max(best, 1e-3), (cell, lam)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("magnitude", [1e-12, 1e-4, 1.0, 1e6])
+def test_float32_is_within_a_millionth_of_the_energy(family: str, magnitude: float) -> None:
+    cells = (FAMILIES[family] * magnitude).astype(np.float32).astype(np.float64)
+    energy = 0.5 * np.square(cells).sum(-1)
+    for lam in (value / magnitude for value in LAMBDAS):
+        single = prox_objective(solve(cells, lam, torch.float32), cells, lam)
+        double = prox_objective(solve(cells, lam), cells, lam)
+        assert (single - double <= 1e-6 * energy).all()
+
+
+def test_lambda_times_weight_may_underflow() -> None:
+    """λz of 1e-44 is subnormal in float32; the cell must come back almost unchanged, not zero."""
+    cell = torch.full((1, 4), 1e-20)
+    assert torch.allclose(prox_24(cell, 1e-24), cell, rtol=1e-6, atol=0.0)
+
+
+def test_lambda_zero_is_the_identity_bit_for_bit() -> None:
+    weight = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(prox_24(weight, 0.0), weight)
+
+
+@pytest.mark.parametrize("lam", [1e-6, 1.0, 1e6])
+def test_24_cells_are_fixed_points_bit_for_bit(lam: float) -> None:
+    weight = torch.tensor([[1.5, 0.0, -2.5, 0.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0]])
+    assert torch.equal(prox_24(weight, lam), weight)
+
+
+def test_a_large_lambda_gives_the_projection() -> None:
+    weight = torch.tensor([[3.0, -1.0, 2.0, 0.5]])
+    assert prox_24(weight, 1e3).tolist() == [[3.0, 0.0, 2.0, 0.0]]
+    assert not bool(torch.signbit(prox_24(weight, 1e3))[0, 1])
+
+
+def test_zeros_are_positive() -> None:
+    weight = torch.tensor([[-3.0, -1.0, -2.0, -0.5, -0.0, -0.0, 1.0, 0.0]])
+    for lam in (0.0, 0.2, 5.0):
+        result = prox_24(weight, lam)
+        assert not bool(torch.signbit(result[result == 0]).any())
+
+
+def test_every_cell_is_24_beyond_the_threshold() -> None:
+    """λ times the largest magnitude above 2 always leaves two non-zeros."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    smallest = weight.unflatten(-1, (-1, 4)).abs().amax(-1).min()
+    assert is_24(prox_24(weight, 2.001 / float(smallest)))
+    assert not is_24(prox_24(weight, 0.01))
+
+
+def test_a_lambda_per_row_is_the_rows_one_by_one() -> None:
+    weight = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    lam = torch.tensor([0.0, 0.1, 0.5, 1.0, 100.0])
+    together = prox_24(weight, lam[:, None])
+    for row in range(5):
+        assert torch.equal(together[row], prox_24(weight[row], float(lam[row])))
+
+
+def test_more_cells_than_one_chunk_are_the_chunks_one_by_one() -> None:
+    weight = torch.randn(3, 4 * 30000, generator=torch.Generator().manual_seed(3))
+    together = prox_24(weight, 0.6)
+    for row in range(3):
+        assert torch.equal(together[row], prox_24(weight[row], 0.6))
+
+
+def test_the_last_axis_must_be_whole_cells() -> None:
+    with pytest.raises(ValueError, match="last axis has length 6"):
+        prox_24(torch.zeros(2, 6), 1.0)
+
+
+def test_the_objective_is_that_of_the_definition() -> None:
+    candidate, weight = DRAW.normal(size=(2, 7, 4))
+    expected = prox_objective(candidate, weight, 0.3)
+    found = objective_24(torch.from_numpy(candidate), torch.from_numpy(weight), 0.3)
+    assert np.allclose(found.numpy()[:, 0], expected, rtol=1e-14)
+
+
+@settings(deadline=None, max_examples=80)
+@given(cell=CELL, lam=LAM, signs=st.lists(st.sampled_from([-1.0, 1.0]), min_size=4, max_size=4))
+def test_signs_carry_through(cell: list[float], lam: float, signs: list[float]) -> None:
+    z, s = np.array(cell), np.array(signs)
+    assert np.array_equal(solve(s * z, lam), s * solve(z, lam))
+
+
+@settings(deadline=None, max_examples=80)
+@given(cell=CELL, lam=LAM, order=st.permutations(range(4)))
+def test_the_order_of_a_cell_does_not_matter(
+    cell: list[float], lam: float, order: list[int]
+) -> None:
+    z = np.array(cell)
+    direct, permuted = solve(z, lam), solve(z[order], lam)
+    assert np.allclose(np.sort(np.abs(direct)), np.sort(np.abs(permuted)), rtol=1e-12, atol=0)
+    if len(set(np.abs(z))) == 4:
+        assert np.allclose(permuted, direct[order], rtol=1e-12, atol=0)
+
+
+@settings(deadline=None, max_examples=80)
+@given(cell=CELL, lam=LAM, exponent=st.integers(-30, 30))
+def test_a_power_of_two_scales_out(cell: list[float], lam: float, exponent: int) -> None:
+    """prox(c z, λ / c) = c prox(z, λ), exactly so in binary arithmetic."""
+    z, c = np.array(cell), math.ldexp(1.0, exponent)
+    assert np.allclose(solve(c * z, lam / c), c * solve(z, lam), rtol=1e-12, atol=0)
+
+
+@settings(deadline=None, max_examples=80)
+@given(cell=CELL, lam=LAM, factor=st.floats(1.001, 10.0))
+def test_a_larger_lambda_never_has_the_larger_regulariser(
+    cell: list[float], lam: float, factor: float
+) -> None:
+    z = np.array(cell)
+    energy = 0.5 * float(z @ z)
+    small, large = solve(z, lam), solve(z, factor * lam)
+    penalty = [float(prox_objective(w, w, 1.0)) for w in (small, large)]
+    assert penalty[1] <= penalty[0] + 1e-9 * (energy / lam + 1)
+    assert (np.abs(small) <= np.abs(z)).all()

@@ -1,0 +1,61 @@
+"""Masked conjugate gradients against dense least squares."""
+
+import torch
+from layers import correlated_layer
+from oracles import least_squares_on_mask
+
+from prox24_deploy.pruning.pattern import mask_24
+from prox24_deploy.pruning.refine import masked_conjugate_gradient
+
+
+def test_it_reaches_exact_least_squares() -> None:
+    problem = correlated_layer().problem()
+    mask = mask_24(problem.start.abs())
+    found = masked_conjugate_gradient(problem, mask, problem.start, iterations=200)
+    exact = least_squares_on_mask(problem.curvature, problem.linear, mask)
+    floor = problem.loss(problem.start).double()
+    excess = [problem.loss(w.float()).double() - floor for w in (found, exact)]
+    assert torch.allclose(excess[0], excess[1], rtol=1e-3)
+    assert float(excess[0].sum() / excess[1].sum()) < 1 + 1e-4
+
+
+def test_no_row_gets_worse_however_few_steps_it_takes() -> None:
+    problem = correlated_layer(seed=1).problem()
+    mask = mask_24(problem.start.abs())
+    before = problem.loss(problem.start.masked_fill(~mask, 0.0))
+    for iterations in (0, 1, 2, 5, 50):
+        after = masked_conjugate_gradient(problem, mask, problem.start, iterations=iterations)
+        assert bool((problem.loss(after) <= before).all())
+        assert bool((after[~mask] == 0).all())
+        assert not bool(torch.signbit(after[~mask]).any())
+        before = problem.loss(after) + 1e-3 * before.abs()
+
+
+def test_a_step_that_would_make_a_row_worse_is_not_taken() -> None:
+    """An indefinite curvature breaks the method's premise; the guard must hold even so."""
+    layer = correlated_layer(rows=3, features=8)
+    problem = layer.problem()
+    problem.curvature.mul_(-1.0)
+    mask = torch.ones_like(problem.start, dtype=torch.bool)
+    start = torch.zeros_like(problem.start)
+    result = masked_conjugate_gradient(problem, mask, start)
+    assert bool((problem.loss(result) <= problem.loss(start)).all())
+    assert bool(torch.isfinite(result).all())
+
+
+def test_zero_rows_stay_zero_and_disturb_no_other() -> None:
+    layer = correlated_layer(rows=4, features=16)
+    layer.weight[2] = 0.0
+    problem = layer.problem()
+    mask = mask_24(problem.start.abs())
+    result = masked_conjugate_gradient(problem, mask, problem.start)
+    assert result[2].tolist() == [0.0] * 16
+    assert bool(torch.isfinite(result).all())
+    assert bool((result[[0, 1, 3]] != 0).any(1).all())
+
+
+def test_a_solved_start_is_kept() -> None:
+    problem = correlated_layer(rows=4, features=16).problem()
+    mask = torch.ones_like(problem.start, dtype=torch.bool)
+    result = masked_conjugate_gradient(problem, mask, problem.start)
+    assert torch.allclose(result, problem.start, atol=1e-5)
