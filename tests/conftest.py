@@ -1,6 +1,7 @@
 """Fixtures that more than one room uses."""
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,8 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of 80 paragraphs, about 12000 characters, all different."""
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     words = "layer weight sparse dense group kernel batch token engine".split()  # noqa: SIM905
-    paragraphs = [
-        " ".join(words[(i * 7 + j * (3 + i % 5)) % len(words)] for j in range(20 + i % 9)) + "."
-        for i in range(80)
-    ]
+    draw = random.Random(0)
+    paragraphs = [" ".join(draw.choices(words, k=draw.randint(18, 30))) + "." for _ in range(80)]
     path.write_text("\n\n".join(paragraphs), encoding="utf-8")
     return path
 

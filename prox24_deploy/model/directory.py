@@ -103,6 +103,8 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
             use_safetensors=True,
             trust_remote_code=False,
             dtype=torch.float32,
+            # Reported below by name; the library's own message names nothing.
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
@@ -263,10 +265,12 @@ def _check_loading(directory: ModelDir, recipe: Recipe, info: dict[str, Any]) ->
             f"Model directory {directory.path} lacks weight {missing[0]}"
             f"{_and_more(missing)}, which {recipe.task} needs; pass a complete checkpoint."
         )
-    if mismatched := sorted(str(entry) for entry in info["mismatched_keys"]):
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
         raise ModelDirError(
-            f"Model directory {directory.path} holds {mismatched[0]}{_and_more(mismatched)} in "
-            "another shape than config.json says; restore the matching config.json."
+            f"Model directory {directory.path} holds {name}{_and_more(mismatched)} in shape "
+            f"{tuple(stored)}, but config.json asks for {tuple(expected)}; restore the matching "
+            "config.json."
         )
 
 
@@ -279,7 +283,7 @@ def _hash_files(path: Path, shards: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _and_more(names: Sequence[str]) -> str:
+def _and_more(names: Sequence[object]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
