@@ -100,7 +100,9 @@ def _cusparselt(has_gpu: bool) -> Finding:
     import torch
 
     usable = bool(torch.backends.cusparselt.is_available())
-    version = torch.backends.cusparselt.version() if usable else None
+    number = torch.backends.cusparselt.version() if usable else None
+    # One decimal digit each for minor and patch: 800 is 0.8.0.
+    version = f"{number // 1000}.{number // 100 % 10}.{number % 100}" if number else None
     remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU, Ampere or newer"
     return Finding("cuSPARSELt", str(version or "not available"), usable, remedy)
 

@@ -25,12 +25,14 @@ Scale = Callable[[float], float]
 def error_plots(layers: Sequence[LayerRecord]) -> list[str]:
     """One drawing for each kind of layer: error against block, calibration beside held-out.
 
-    All share one logarithmic axis, so that kinds compare; a skipped layer is a cross on the floor.
+    All share one logarithmic axis, so that kinds compare; a skipped layer is a cross on the floor. A
+    layer outside the blocks has no place on the axis: the tables name it.
     """
     kinds: dict[str, list[tuple[int, LayerRecord]]] = {}
-    for position, layer in enumerate(layers):
+    for layer in layers:
         block, kind = split_name(layer.name)
-        kinds.setdefault(kind, []).append((position if block is None else block, layer))
+        if block is not None:
+            kinds.setdefault(kind, []).append((block, layer))
     axis = _log_axis(layers)
     blocks = [block for members in kinds.values() for block, _ in members]
     span = (min(blocks), max(blocks)) if blocks else (0, 0)

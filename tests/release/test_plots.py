@@ -62,3 +62,9 @@ def test_ticks_are_round_and_inside() -> None:
     assert nice_ticks(0.93, 1.21) == [1.0, 1.1, 1.2]
     assert nice_ticks(0, 36, 6) == [0, 10, 20, 30]
     assert nice_ticks(0.0, 4.0) == [0, 1, 2, 3, 4]
+
+
+def test_a_layer_outside_the_blocks_does_not_stretch_their_axis() -> None:
+    layers = make_layers(6)
+    outside = replace(layers[0], name="pooler.dense", status="skipped", relative_error=None)
+    assert error_plots([*layers, outside]) == error_plots(layers)
