@@ -26,11 +26,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text file of 80 paragraphs, about 12000 characters, all different."""
+    """A text file of 80 paragraphs, 40 to 180 characters each, all different."""
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     words = "layer weight sparse dense group kernel batch token engine".split()  # noqa: SIM905
     draw = random.Random(0)
-    paragraphs = [" ".join(draw.choices(words, k=draw.randint(18, 30))) + "." for _ in range(80)]
+    paragraphs = [" ".join(draw.choices(words, k=draw.randint(6, 28))) + "." for _ in range(80)]
     path.write_text("\n\n".join(paragraphs), encoding="utf-8")
     return path
 

@@ -101,7 +101,7 @@ def _cusparselt(has_gpu: bool) -> Finding:
 
     usable = bool(torch.backends.cusparselt.is_available())
     number = torch.backends.cusparselt.version() if usable else None
-    # One decimal digit each for minor and patch: 800 is 0.8.0.
+    # Thousands, hundreds and the rest: 602 is 0.6.2.
     version = f"{number // 1000}.{number // 100 % 10}.{number % 100}" if number else None
     remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU, Ampere or newer"
     return Finding("cuSPARSELt", str(version or "not available"), usable, remedy)

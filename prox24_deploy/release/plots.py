@@ -25,8 +25,8 @@ Scale = Callable[[float], float]
 def error_plots(layers: Sequence[LayerRecord]) -> list[str]:
     """One drawing for each kind of layer: error against block, calibration beside held-out.
 
-    All share one logarithmic axis, so that kinds compare; a skipped layer is a cross on the floor. A
-    layer outside the blocks has no place on the axis: the tables name it.
+    All share one logarithmic axis, so that kinds compare; a skipped layer is a cross on the floor.
+    A layer outside the blocks has no place on the axis: the tables name it.
     """
     kinds: dict[str, list[tuple[int, LayerRecord]]] = {}
     for layer in layers:

@@ -22,7 +22,7 @@ class Opened:
     batches: tuple[Batch, ...]
 
 
-def open_tiny(path: Path, text: Path, tokens: int = 2048, length: int = 48) -> Opened:
+def open_tiny(path: Path, text: Path, tokens: int = 7000, length: int = 64) -> Opened:
     """Every call builds a new model, so that one may be changed."""
     directory = open_model_dir(path)
     recipe, recipe_text = select_recipe(path, directory.model_type, None)
