@@ -1,0 +1,110 @@
+"""The rooms and the direction between them, read from the imports themselves."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "prox24_deploy"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# Import name to distribution, where they differ.
+DISTRIBUTIONS = {"onnx_ir": "onnx-ir", "pynvml": "nvidia-ml-py", "yaml": "pyyaml"}
+MAX_LINES = 400
+
+
+def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
+    """Dotted names that a module imports; those under TYPE_CHECKING count, as they bind design."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(path: Path) -> str:
+    """First folder below the package, or the module's own name."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def ours(path: Path) -> set[str]:
+    """Rooms and modules of the package that a module imports."""
+    prefix = "prox24_deploy."
+    return {n.removeprefix(prefix).split(".")[0] for n in imports(path) if n.startswith(prefix)}
+
+
+COMMON = {"artifacts", "errors", "options", "recipe", "__version__"}
+MAY_IMPORT = {
+    "pruning": {"pruning"},
+    "model": {"model", "pruning"} | COMMON,
+    "graph": {"graph"} | COMMON,
+    "engines": {"engines"} | COMMON,
+    "release": {"release", "engines"} | COMMON,
+    "artifacts": set(),
+    "errors": set(),
+    "options": {"artifacts", "errors"},
+    "recipe": {"errors"},
+}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_what_lies_before_it(path: Path) -> None:
+    allowed = MAY_IMPORT.get(room(path))
+    if allowed is not None:
+        assert ours(path) <= allowed
+    assert "cli" not in ours(path) or path.name == "__main__.py"
+
+
+def test_pruning_knows_nothing_but_torch() -> None:
+    known = {"torch", "prox24_deploy"} | set(sys.stdlib_module_names)
+    for path in (PACKAGE / "pruning").glob("*.py"):
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert roots <= known, path
+        assert not roots & {"pathlib", "logging", "os", "io"}, path
+
+
+def test_only_the_command_line_prints_or_exits() -> None:
+    for path in MODULES:
+        if path.name in {"cli.py", "__main__.py"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Name):
+                assert node.id not in {"print", "SystemExit", "exit", "quit"}, path
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in {("sys", "exit"), ("os", "_exit")}, path
+
+
+def test_terminal_libraries_stay_at_the_command_line() -> None:
+    for path in MODULES:
+        if path.name not in {"cli.py", "arguments.py", "tables.py"}:
+            assert not {"typer", "rich"} & {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_every_imported_library_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {dependency.split(">")[0].split("=")[0] for dependency in project["dependencies"]}
+    roots = {name.split(".")[0] for path in MODULES for name in imports(path)}
+    third_party = roots - set(sys.stdlib_module_names) - {"prox24_deploy"}
+    needed = {DISTRIBUTIONS.get(name, name) for name in third_party}
+    assert needed <= declared, needed - declared
+    assert declared <= needed, declared - needed
+
+
+def test_no_module_outgrows_its_page() -> None:
+    for path in MODULES:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES, path
+
+
+@pytest.mark.parametrize("module", ["prox24_deploy", "prox24_deploy.cli", "prox24_deploy.pipeline"])
+def test_importing_loads_no_heavy_library(module: str) -> None:
+    heavy = ["torch", "transformers", "onnx", "onnxruntime", "tensorrt"]
+    code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
