@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from prox24_deploy.release.report import Report
 
 EXIT_INTERNAL, EXIT_USAGE, EXIT_REGRESSION, EXIT_SPARSITY, EXIT_INCONCLUSIVE = 1, 2, 3, 4, 5
+EXIT_INTERRUPTED = 130
 _LOG_WIDTH = 200
 _TEXT = TextOptions()
 _VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCLUSIVE}
@@ -83,9 +84,11 @@ def main() -> None:
         app(args=arguments, prog_name="prox24-deploy")
     except (Prox24Error, OSError) as error:
         _fail(error, debug="--debug" in arguments)
-    except KeyboardInterrupt:
-        stderr.print("Interrupted; finished stages are kept, run the same command to go on.")
-        raise SystemExit(130) from None
+    except SystemExit as stop:
+        # typer turns an interrupt from the keyboard into this code and says nothing.
+        if stop.code == EXIT_INTERRUPTED:
+            stderr.print("Interrupted; finished stages are kept, run the same command to go on.")
+        raise
     except Exception as error:  # the one place where a fault of ours becomes an exit code
         _fail(error, debug="--debug" in arguments)
 

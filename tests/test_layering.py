@@ -14,6 +14,8 @@ PACKAGE = ROOT / "prox24_deploy"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Import name to distribution, where they differ.
 DISTRIBUTIONS = {"onnx_ir": "onnx-ir", "pynvml": "nvidia-ml-py", "yaml": "pyyaml"}
+# torch.onnx imports these when it exports.
+INDIRECT = {"onnx", "onnxscript"}
 MAX_LINES = 400
 
 
@@ -94,7 +96,7 @@ def test_every_imported_library_is_declared() -> None:
     third_party = roots - set(sys.stdlib_module_names) - {"prox24_deploy"}
     needed = {DISTRIBUTIONS.get(name, name) for name in third_party}
     assert needed <= declared, needed - declared
-    assert declared <= needed, declared - needed
+    assert declared <= needed | INDIRECT, declared - needed
 
 
 def test_no_module_outgrows_its_page() -> None:

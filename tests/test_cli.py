@@ -1,0 +1,141 @@
+"""What the command line itself does: options anywhere, errors in one sentence, tables that fit."""
+
+import errno
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from command_line import run_cli
+from rich.console import Console
+
+from prox24_deploy import __version__, pipeline, tables
+from prox24_deploy.arguments import hoist_common, join_shapes
+from prox24_deploy.artifacts import Estimate, LayerRecord, Metric
+from prox24_deploy.errors import EngineError, UsageError
+from prox24_deploy.options import parse_shapes
+
+
+def raises(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_version_and_help_are_instant_and_light() -> None:
+    assert run_cli("--version").out.strip() == __version__
+    helped = run_cli("--help")
+    assert helped.code == 0
+    for command in ("build", "prune", "export", "compile", "bench", "check", "verify", "doctor"):
+        assert command in helped.out
+    assert "Exit codes" in helped.out
+
+
+def test_the_module_runs_as_the_command_does() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "prox24_deploy", "--version"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert ran.stdout.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (EngineError("The engine broke; mend it."), 1, "Error: The engine broke; mend it."),
+        (ZeroDivisionError("oops"), 1, "Internal error, ZeroDivisionError: oops; run again with"),
+        (OSError(errno.ENOSPC, "full", "/out/x"), 2, "No space left on the disk while writing"),
+        (OSError(errno.EACCES, "Permission denied", "/out/x"), 2, "/out/x cannot be written"),
+        (OSError(errno.EIO, "I/O error"), 1, "Internal error, OSError"),
+        (KeyboardInterrupt(), 130, "Interrupted; finished stages are kept"),
+    ],
+)
+def test_every_error_is_one_sentence_with_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, expected: str
+) -> None:
+    monkeypatch.setattr(pipeline, "export", raises(error))
+    run = run_cli("export", "somewhere")
+    assert run.code == code
+    assert expected in run.err
+    assert len(run.err.strip().splitlines()) == 1
+    assert run.out == ""
+
+
+def test_a_traceback_is_shown_with_debug_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "export", raises(ZeroDivisionError("oops")))
+    assert "Traceback" not in run_cli("export", "somewhere").err
+    for line in (("export", "somewhere", "--debug"), ("--debug", "export", "somewhere")):
+        run = run_cli(*line)
+        assert run.code == 1
+        assert "Traceback" in run.err
+
+
+def test_common_options_may_stand_anywhere() -> None:
+    assert hoist_common(["build", "x", "-v", "--json"]) == ["-v", "build", "x", "--json"]
+
+
+def test_shapes_take_several_words() -> None:
+    line = ["build", "m", "--shapes", "batch=1,8", "sequence=128", "-o", "x=1"]
+    assert join_shapes(line) == [
+        "build", "m", "--shapes", "batch=1,8", "--shapes", "sequence=128", "-o", "x=1",
+    ]  # fmt: skip
+    assert parse_shapes(["batch=1,8", "sequence=128"]) == {"batch": (1, 8), "sequence": (128,)}
+    assert parse_shapes(["batch=2 sequence=16"]) == {"batch": (2,), "sequence": (16,)}
+    for wrong in ("batch", "batch=", "batch=-1", "depth=1", "batch=1;2"):
+        with pytest.raises(UsageError, match=r"is not understood, expected batch=N"):
+            parse_shapes([wrong])
+
+
+def test_doctor_prints_what_is_missing_with_its_remedy() -> None:
+    run = run_cli("doctor")
+    assert run.code == 0
+    assert "onnxruntime" in run.out
+    assert "tensorrt" in run.out
+
+
+def rendered(renderable: object, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(renderable)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert isinstance(text, str)
+    return text
+
+
+def test_a_narrow_terminal_folds_names_and_drops_none() -> None:
+    name = "encoder.layer.11.attention.output.dense"
+    pruned = LayerRecord(name, (768, 768), "pruned", "", "prox", 0.0123, 0.0456, 9, 1.0)
+    dense = LayerRecord("lm_head", (9, 8), "skipped", "tied", "", None, None, 0, 0.0)
+    text = rendered(tables.layers([pruned, dense]), 44)
+    assert max(map(len, text.splitlines())) <= 44
+    folded = "".join(line.split(" ")[1] for line in text.splitlines()[1:])
+    assert folded.startswith(name)
+    wide = rendered(tables.layers([pruned, dense]), 120)
+    assert f" {name} " in wide
+    assert "0.0123" in wide
+    assert "dense: tied" in wide
+
+
+def test_a_metric_shows_what_it_has() -> None:
+    value = Estimate(0.5, 0.01)
+    agreement = Metric("cosine", True, 7, None, None, None, value)
+    assert tables.metric_line(agreement) == "cosine: 0.5000 ± 0.0100 (7 samples)"
+    both = Metric("perplexity", False, 7, value, Estimate(2.0, 0.1), value, None)
+    assert tables.metric_line(both) == (
+        "perplexity: dense 0.5000 ± 0.0100, sparse 2.0000 ± 0.1000, difference 0.5000 ± 0.0100"
+        " (7 samples)"
+    )
+
+
+def test_prune_lists_every_layer(tiny_bert: Path, prose: Path, tmp_path: Path) -> None:
+    run = run_cli(
+        "prune", tiny_bert, "-o", tmp_path / "out", "--calibration", prose, "--preset", "fast",
+        "--calibration-tokens", "2048", "--evaluation-tokens", "1024", "-v",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    assert "encoder.layer.1.output.dense" in run.out
+    assert "pooler.dense" in run.out
+    assert "12 layers are 2:4" in run.out
+    assert "error" in run.err
