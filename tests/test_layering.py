@@ -64,11 +64,11 @@ def test_a_room_imports_only_what_lies_before_it(path: Path) -> None:
     assert "cli" not in ours(path) or path.name == "__main__.py"
 
 
-def test_pruning_knows_nothing_but_torch() -> None:
+def test_pruning_knows_nothing_but_torch_and_the_compiler_of_its_loop() -> None:
     known = {"torch", "prox24_deploy"} | set(sys.stdlib_module_names)
     for path in (PACKAGE / "pruning").glob("*.py"):
         roots = {name.split(".")[0] for name in imports(path)}
-        assert roots <= known, path
+        assert roots <= known | ({"numba", "numpy"} if path.stem == "prox_cpu" else set()), path
         assert not roots & {"pathlib", "logging", "os", "io"}, path
 
 

@@ -1,6 +1,7 @@
 """The exact prox against multi-start minimisation and against its own symmetries."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import Array, prox_minimum, prox_objective
 
+from prox24_deploy.pruning import prox
 from prox24_deploy.pruning.pattern import is_24
 from prox24_deploy.pruning.prox import objective_24, prox_24
 
@@ -29,6 +31,14 @@ CELL = st.lists(
     st.floats(-10, 10, allow_nan=False).map(lambda v: round(v, 3)), min_size=4, max_size=4
 )
 LAM = st.floats(1e-3, 30.0)
+
+
+@pytest.fixture(autouse=True, scope="module", params=["eager", "compiled"])
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test here holds for both forms of the operator, whatever the size of its input."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prox, "COMPILED_FROM", 0 if request.param == "compiled" else 1 << 60)
+        yield request.param
 
 
 def solve(cell: Array, lam: float, dtype: torch.dtype = torch.float64) -> Array:
@@ -159,3 +169,13 @@ def test_a_larger_lambda_never_has_the_larger_regulariser(
     penalty = [float(prox_objective(w, w, 1.0)) for w in (small, large)]
     assert penalty[1] <= penalty[0] + 1e-9 * (energy / lam + 1)
     assert (np.abs(small) <= np.abs(z)).all()
+
+
+def test_both_forms_agree_on_large_matrices() -> None:
+    weight = torch.randn(64, 2048, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    lam = torch.linspace(0.0, 4.0, 64, dtype=torch.float64)[:, None]
+    eager = prox._prox_eager(weight, lam, 12)
+    compiled = prox_24(weight, lam)
+    gap = objective_24(compiled, weight, lam) - objective_24(eager, weight, lam)
+    assert float(gap.abs().max()) < 1e-13
+    assert float(((eager != 0) == (compiled != 0)).double().mean()) > 0.9999
