@@ -70,6 +70,7 @@ def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
     """
     from prox24_deploy.model.calibration import make_samples, read_texts
     from prox24_deploy.model.directory import load_tokenizer, open_model_dir
+    from prox24_deploy.model.evaluate import pooling_of
 
     directory = open_model_dir(model_dir)
     if out.resolve().is_relative_to(model_dir.resolve()):
@@ -78,6 +79,8 @@ def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
     text = options.text
     texts = read_texts(text.calibration, text.evaluation, text.seed)
     tokenizer = load_tokenizer(directory)
+    if recipe.task == "feature-extraction":
+        pooling_of(model_dir)
     budgets = (text.calibration_tokens, text.evaluation_tokens)
     longest = min(recipe.sequence_length, _longest_of(directory.config, recipe))
     calibration, held_out = (

@@ -80,6 +80,7 @@ def _missing_shard(model: Path) -> None:
     )
     index = {"metadata": {"total_size": 1}, "weight_map": names}
     (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (model / "model.safetensors").unlink()
 
 
 def _unsupported(model: Path) -> None:

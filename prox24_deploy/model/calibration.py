@@ -63,7 +63,7 @@ def read_texts(
 
     Without `evaluation` the last fifth of the calibration documents is held out. Without
     `calibration` the English text of CPython's `pydoc_data.topics` is used, topics in seeded order,
-    so that held-out text comes from other topics.
+    and the last fifth of the topics is held out, less what the others say too.
 
     Raises:
         CalibrationError: a file is missing, empty, not UTF-8 or not of the expected form.
@@ -71,8 +71,8 @@ def read_texts(
     if calibration:
         texts = _from_files(calibration)
     else:
-        topics = _builtin_topics(seed)
-        texts = Texts("builtin", ("pydoc_data.topics",), tuple(topics))
+        texts, rest = _builtin_texts(seed)
+        return texts, _from_files(evaluation) if evaluation else rest
     if evaluation:
         return texts, _from_files(evaluation)
     cut = len(texts.documents) - max(1, round(len(texts.documents) * _HELD_OUT_SHARE))
@@ -126,7 +126,8 @@ def _from_files(paths: Sequence[Path]) -> Texts:
 
 def _documents_of(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        # A byte order mark is no part of the text.
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"Text {path} is not UTF-8; convert it.") from error
     except OSError as error:
@@ -143,7 +144,8 @@ def _paragraphs(text: str) -> list[str]:
 
 def _jsonl(path: Path, text: str) -> list[str]:
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Only "\n" ends a record: a JSON string may hold any other line separator of Unicode.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -160,13 +162,25 @@ def _jsonl(path: Path, text: str) -> list[str]:
     return documents
 
 
-def _builtin_topics(seed: int) -> list[str]:
+def _builtin_texts(seed: int) -> tuple[Texts, Texts]:
+    """Paragraphs of four fifths of the topics, and those of the others that are not among them."""
     from pydoc_data.topics import topics
 
     order = sorted(topics)
     random.Random(seed).shuffle(order)
-    paragraphs = (part for name in order for part in _paragraphs(topics[name]))
-    squeezed = (re.sub(r"\s+", " ", part) for part in paragraphs)
+    cut = len(order) - round(len(order) * _HELD_OUT_SHARE)
+    # Topics repeat each other's paragraphs; a dict keeps each once, in order.
+    calibration, held_out = (
+        dict.fromkeys(part for name in names for part in _squeezed_paragraphs(topics[name]))
+        for names in (order[:cut], order[cut:])
+    )
+    source = ("pydoc_data.topics",)
+    others = tuple(part for part in held_out if part not in calibration)
+    return Texts("builtin", source, tuple(calibration)), Texts("split", source, others)
+
+
+def _squeezed_paragraphs(text: str) -> list[str]:
+    squeezed = (re.sub(r"\s+", " ", part) for part in _paragraphs(text))
     return [part for part in squeezed if len(part) >= _SHORTEST_BUILTIN]
 
 
@@ -174,7 +188,7 @@ def _windows(documents: Sequence[str], tokenizer: Any, tokens: int, length: int)
     start = tokenizer.bos_token_id
     stream: list[int] = []
     for document in documents:
-        if len(stream) >= tokens:
+        if len(stream) >= max(tokens, length):
             break
         encoded = list(tokenizer(document)["input_ids"])
         if start is not None and (not encoded or encoded[0] != start):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prox24_deploy.artifacts import LayerRecord
 from prox24_deploy.errors import ModelDirError, RecipeError, SparsityLostError
-from prox24_deploy.model.directory import INDEX_FILE, ModelDir, companion_files
+from prox24_deploy.model.directory import INDEX_FILE, ModelDir, companion_files, is_single
 from prox24_deploy.pruning.pattern import first_violation
 from prox24_deploy.recipe import RECIPE_FILE
 
@@ -145,9 +145,8 @@ def write_pruned(
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
     (out / RECIPE_FILE).write_text(recipe_text, encoding="utf-8")
-    index = directory.path / INDEX_FILE
-    if index.is_file():
-        shutil.copyfile(index, out / INDEX_FILE)
+    if not is_single(directory.shards):
+        shutil.copyfile(directory.path / INDEX_FILE, out / INDEX_FILE)
     digest = hashlib.sha256()
     for shard in directory.shards:
         _rewrite_shard(shard, replaced, out / shard.name)

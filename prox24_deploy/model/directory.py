@@ -74,7 +74,12 @@ def open_model_dir(path: Path) -> ModelDir:
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         tensors.update(_sound_tensors(shard))
-    _check_index(path, tensors)
+    _check_index(path, shards, tensors)
+    if not any(tensor.dtype.is_floating_point for tensor in tensors.values()):
+        raise ModelDirError(
+            f"Model directory {path} holds no floating-point weights in {shards[0].name}; pass a "
+            "complete checkpoint."
+        )
     return ModelDir(path, config, shards, tensors, _hash_files(path, shards))
 
 
@@ -83,6 +88,11 @@ def companion_files(path: Path) -> list[Path]:
     found = [p for p in path.rglob("*") if p.is_file() and p.suffix in _COMPANIONS]
     hidden = [p for p in found if any(part.startswith(".") for part in p.relative_to(path).parts)]
     return sorted(p for p in set(found) - set(hidden) if p.name != INDEX_FILE)
+
+
+def is_single(shards: Sequence[Path]) -> bool:
+    """Whether the weights lie in one file, for which an index beside it means nothing."""
+    return [shard.name for shard in shards] == [SINGLE_FILE]
 
 
 def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.Module:
@@ -107,7 +117,10 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        # A wrong value in config.json surfaces as whatever the model's own code runs into.
         raise ModelDirError(
             f"Model directory {directory.path} does not open as {recipe.task}: "
             f"{_first_line(error)}."
@@ -128,7 +141,8 @@ def load_tokenizer(directory: ModelDir) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             directory.path, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
+    except Exception as error:
+        # The tokenizers library raises bare Exception for a file that it cannot read.
         raise ModelDirError(
             f"Model directory {directory.path} has no tokenizer that opens "
             f"({_first_line(error)}); add tokenizer.json and tokenizer_config.json."
@@ -188,12 +202,13 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _find_shards(path: Path) -> tuple[Path, ...]:
-    index = path / INDEX_FILE
-    if index.is_file():
-        return tuple(_shards_of_index(index))
+    # Where both are there, transformers loads the single file; what is checked is what is loaded.
     single = path / SINGLE_FILE
     if single.is_file():
         return (single,)
+    index = path / INDEX_FILE
+    if index.is_file():
+        return tuple(_shards_of_index(index))
     loose = sorted(path.glob("*.safetensors"))
     if loose:
         raise ModelDirError(
@@ -212,6 +227,8 @@ def _shards_of_index(index: Path) -> Iterator[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
+        if not names:
+            raise ValueError("weight_map is empty")  # noqa: TRY301
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelDirError(f"{index} has no readable weight_map; restore it.") from error
     for name in names:
@@ -232,8 +249,10 @@ def _sound_tensors(shard: Path) -> dict[str, StoredTensor]:
         with safe_open(shard, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 tensor = handle.get_tensor(name)
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    bad = int((~torch.isfinite(tensor)).sum())
+                # Not every float of eight bits has an `isfinite` of its own.
+                wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+                if tensor.is_floating_point() and not bool(torch.isfinite(wide).all()):
+                    bad = int((~torch.isfinite(wide)).sum())
                     raise ModelDirError(
                         f"Weight {name} in {shard} holds {bad} NaN or infinite values of "
                         f"{tensor.numel()}; restore a sound checkpoint."
@@ -246,10 +265,10 @@ def _sound_tensors(shard: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _check_index(path: Path, tensors: dict[str, StoredTensor]) -> None:
-    index = path / INDEX_FILE
-    if not index.is_file():
+def _check_index(path: Path, shards: Sequence[Path], tensors: dict[str, StoredTensor]) -> None:
+    if is_single(shards):
         return
+    index = path / INDEX_FILE
     for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
         if name not in tensors or tensors[name].shard != path / shard:
             raise ModelDirError(f"{index} places {name} in {shard}, which does not hold it.")
@@ -276,7 +295,8 @@ def _check_loading(directory: ModelDir, recipe: Recipe, info: dict[str, Any]) ->
 
 def _hash_files(path: Path, shards: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted({*shards, *companion_files(path)}):
+    index = [] if is_single(shards) else [path / INDEX_FILE]
+    for file in sorted({*shards, *index, *companion_files(path)}):
         digest.update(file.relative_to(path).as_posix().encode())
         with file.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())

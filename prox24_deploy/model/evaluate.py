@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import Estimate, EvaluateResult, Metric
+from prox24_deploy.errors import ModelDirError
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.calibration import Batch, Samples
 
 Progress = Callable[[str, int, int], None]
 Pooling = Callable[[Tensor, Tensor], Tensor]
+# exp() of more is no float.
+_MOST_NLL = 700.0
 
 
 def evaluate_models(
@@ -57,8 +60,11 @@ def evaluate_text_generation(
     losses = torch.cat(nll, dim=1)
     windows = losses.shape[1]
     gap = mean_estimate(losses[1] - losses[0])
+    dense_perplexity, sparse_perplexity = (
+        _perplexity(part, which) for part, which in zip(losses, ("dense", "pruned"), strict=True)
+    )
     perplexity = Metric(
-        "perplexity", False, windows, _perplexity(losses[0]), _perplexity(losses[1]), None, None
+        "perplexity", False, windows, dense_perplexity, sparse_perplexity, None, None
     )
     log_perplexity = Metric(
         "log-perplexity",
@@ -95,6 +101,8 @@ def evaluate_embeddings(
         parts.append(torch.stack(both))
     progress("evaluate", len(batches), len(batches))
     embeddings = torch.cat(parts, dim=1)
+    if not bool(torch.isfinite(embeddings).all()):
+        raise ModelDirError("An embedding is NaN or infinite; check the checkpoint and the text.")
     cosine = (embeddings[0] * embeddings[1]).sum(1)
     neighbours = [_nearest(e) for e in embeddings]
     same = (neighbours[0] == neighbours[1]).double()
@@ -113,13 +121,26 @@ def mean_estimate(values: Tensor) -> Estimate:
 
 
 def pooling_of(model_dir: Path) -> Pooling:
-    """The pooling a sentence-transformers directory declares; the mean over tokens otherwise."""
+    """The pooling a sentence-transformers directory declares; the mean over tokens otherwise.
+
+    Raises:
+        ModelDirError: the declaration cannot be read, or asks for neither the mean nor [CLS].
+    """
     declared = model_dir / "1_Pooling" / "config.json"
-    if declared.is_file():
+    if not declared.is_file():
+        return _mean_tokens
+    try:
         options = json.loads(declared.read_text(encoding="utf-8"))
-        if options.get("pooling_mode_cls_token") or options.get("pooling_mode") == "cls":
-            return _first_token
-    return _mean_tokens
+        flags = {n for n, on in options.items() if n.startswith("pooling_mode_") and on is True}
+        chosen = {options["pooling_mode"]} if "pooling_mode" in options else flags
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ModelDirError(f"{declared} is not a readable pooling; restore it.") from error
+    if len(chosen) > 1 or not chosen <= _POOLINGS.keys():
+        raise ModelDirError(
+            f"{declared} asks for pooling {', '.join(sorted(chosen))}, expected the mean or the "
+            "[CLS] token; embeddings pooled otherwise cannot be compared yet."
+        )
+    return _POOLINGS[chosen.pop()] if chosen else _mean_tokens
 
 
 def _window_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -130,8 +151,14 @@ def _window_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return loss.view(targets.shape).double().mean(1)
 
 
-def _perplexity(losses: Tensor) -> Estimate:
+def _perplexity(losses: Tensor, which: str) -> Estimate:
     mean = mean_estimate(losses)
+    # Not `<`, which NaN would pass.
+    if not mean.value <= _MOST_NLL:
+        raise ModelDirError(
+            f"The {which} model has a log-perplexity of {mean.value:.3g} on the evaluation text, "
+            "which no working model has; check the checkpoint and the text."
+        )
     value = math.exp(mean.value)
     return Estimate(value, value * mean.standard_error)
 
@@ -154,3 +181,12 @@ def _first_token(hidden: Tensor, _: Tensor) -> Tensor:
 def _nearest(embeddings: Tensor) -> Tensor:
     similarity = embeddings @ embeddings.T
     return similarity.fill_diagonal_(-math.inf).argmax(1)
+
+
+# Keys of both forms of the declaration: one flag per mode, and one name.
+_POOLINGS: dict[str, Pooling] = {
+    "pooling_mode_mean_tokens": _mean_tokens,
+    "pooling_mode_cls_token": _first_token,
+    "mean": _mean_tokens,
+    "cls": _first_token,
+}

@@ -1,6 +1,7 @@
 """Stage: prune every target layer, block by block, with inputs from the already pruned model."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import LayerRecord, PruneResult
-from prox24_deploy.errors import CalibrationError, ModelDirError
+from prox24_deploy.errors import CalibrationError, ModelDirError, RecipeError
 from prox24_deploy.model.blocks import (
     BlockCall,
     find_blocks,
@@ -27,6 +28,7 @@ from prox24_deploy.model.checkpoint import BlockStore, stored_dtype, write_prune
 from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.model.grams import Grams
 from prox24_deploy.options import PruneOptions
+from prox24_deploy.pruning.pattern import is_24
 from prox24_deploy.pruning.problem import damping_for, layer_problem
 from prox24_deploy.pruning.solver import PRESETS, LayerSolution, solve_layer
 from prox24_deploy.recipe import Recipe
@@ -163,6 +165,12 @@ def prune_directory(
         store=BlockStore(solved),
         progress=progress,
     )
+    if not state.weights:
+        first = next(layer for layer in state.layers if layer.name.startswith(recipe.blocks))
+        raise RecipeError(
+            f"No target of recipe {recipe.family} can be pruned in {directory.path}: {first.name} "
+            f"and the others are skipped, because {first.reason}."
+        )
     digest = write_pruned(directory, recipe_text, state.weights, out)
     widths = [layer.shape[1] for layer in state.layers if layer.status == "pruned"]
     tokens = calibration.source.tokens
@@ -219,6 +227,9 @@ def _prune_block(
         _apply(twin.pruned, done)
         solved.update(done)
         records.extend(made)
+    for name in layers.keys() - solved.keys():
+        reason = "no forward pass on calibration text reaches it"
+        records.append(_skipped(f"{twin.prefix}.{name}", layers[name], reason))
     return solved, tuple(records)
 
 
@@ -243,7 +254,10 @@ def _prune_group(
     for name, path, layer in zip(group, names, layers, strict=True):
         rows = slice(start, start + len(layer.weight))
         start = rows.stop
-        solved[name] = solution.weight[rows].to(stored_dtype(f"{path}.weight"))
+        # Solved with its group or not, a layer that is 2:4 already keeps its bits.
+        unchanged = is_24(layer.weight)
+        chosen = layer.weight if unchanged else solution.weight[rows]
+        solved[name] = chosen.to(stored_dtype(f"{path}.weight"))
         after = solved[name].float()
         records.append(
             LayerRecord(
@@ -251,12 +265,12 @@ def _prune_group(
                 shape=(after.shape[0], after.shape[1]),
                 status="pruned",
                 reason="",
-                method=solution.used,
-                relative_error=calibration.relative_error(before[rows], after),
+                method="unchanged" if unchanged else solution.used,
+                relative_error=_error(calibration, before[rows], after, path),
                 held_out_error=(
-                    held_out.relative_error(before[rows], after) if held_out.tokens else None
+                    _error(held_out, before[rows], after, path) if held_out.tokens else None
                 ),
-                iterations=solution.iterations,
+                iterations=0 if unchanged else solution.iterations,
                 seconds=seconds,
             )
         )
@@ -290,6 +304,16 @@ def _solve(weight: Tensor, grams: Grams, options: PruneOptions, names: list[str]
             f"Layer {names[0]}: {error}; its activations overflow or the checkpoint is damaged."
         ) from error
     return solve_layer(weight, problem, method=options.method, options=PRESETS[options.preset])
+
+
+def _error(grams: Grams, before: Tensor, after: Tensor, path: str) -> float:
+    error = grams.relative_error(before, after)
+    if not math.isfinite(error):
+        raise ModelDirError(
+            f"Layer {path}: its output is NaN or infinite on some text; its activations overflow "
+            "or the checkpoint is damaged."
+        )
+    return error
 
 
 def _apply(block: nn.Module, weights: Mapping[str, Tensor]) -> None:

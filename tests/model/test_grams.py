@@ -112,3 +112,15 @@ def test_relative_error_is_zero_where_the_dense_layer_outputs_nothing() -> None:
     assert grams.relative_error(gaussian(3, 4, seed=6), gaussian(3, 4, seed=7)) == 0.0
     grams.add(rows, rows)
     assert grams.relative_error(torch.zeros(3, 4), gaussian(3, 4, seed=7)) == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_relative_error_of_broken_activations_is_not_a_small_number(bad: float) -> None:
+    rows = gaussian(10, 4, seed=8)
+    broken = rows.clone()
+    broken[3, 2] = bad
+    weight = gaussian(3, 4, seed=9)
+    for dense, pruned in ((broken, rows), (rows, broken), (broken, broken)):
+        grams = Grams.empty(4, CPU)
+        grams.add(dense, pruned)
+        assert not math.isfinite(grams.relative_error(weight, weight))

@@ -242,7 +242,7 @@ def test_activations_that_overflow_are_refused_with_the_layer_s_name(
     assert isinstance(layer, nn.Linear)
     layer.weight.fill_(3e38)
     layer.bias.fill_(3e38)
-    match = r"Layer encoder.layer.0.output.dense: the gram matrix holds NaN or infinity"
+    match = r"Layer encoder.layer.0.intermediate.dense: its output is NaN or infinite"
     with pytest.raises(ModelDirError, match=match):
         prune_opened(opened, tmp_path)
 
