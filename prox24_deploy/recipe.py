@@ -129,8 +129,17 @@ def _first_problem(error: ValidationError) -> str:
     problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in problem["loc"]) or "the whole file"
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(Recipe.model_fields)
-        return f"unknown key {where!r}; the keys of a recipe are {known}"
+        tables: dict[str, type[BaseModel]] = {
+            "inputs": TensorSpec,
+            "outputs": TensorSpec,
+            "limits": Limits,
+        }
+        inner = tables.get(str(problem["loc"][0])) if len(problem["loc"]) > 1 else None
+        place = problem["loc"][0] if inner else "a recipe"
+        keys = ", ".join((inner or Recipe).model_fields)
+        return f"unknown key {where!r}; the keys of {place} are {keys}"
     if problem["type"] == "missing":
         return f"required key {where!r} is missing"
+    if not problem["loc"]:
+        return problem["msg"]
     return f"key {where!r}: {problem['msg']}, got {problem['input']!r}"

@@ -3,63 +3,96 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from prox24_deploy.errors import RecipeError
 from prox24_deploy.recipe import parse_recipe, read_recipe, select_recipe, shipped_recipes
 
 EXPORT = Path(__file__).parents[1] / "export"
-MINIMAL = """
+HEAD = """
 family = "mine"
 model_types = ["mine"]
 task = "feature-extraction"
 blocks = "layers"
 targets = ["*"]
-
+"""
+INPUTS = """
 [[inputs]]
 name = "input_ids"
 dtype = "int64"
 axes = ["batch", "sequence"]
-
+"""
+OUTPUTS = """
 [[outputs]]
 name = "last_hidden_state"
 dtype = "float"
 axes = ["batch", "sequence", 8]
 """
+MINIMAL = HEAD + INPUTS + OUTPUTS
 
 
 def test_the_installed_recipes_are_those_of_the_repository() -> None:
     on_disk = {path.stem: path.read_text(encoding="utf-8") for path in EXPORT.glob("*.toml")}
     assert shipped_recipes() == on_disk
+    assert list(shipped_recipes()) == sorted(on_disk)
     assert {"bert", "llama"} <= set(on_disk)
 
 
 @pytest.mark.parametrize("path", sorted(EXPORT.glob("*.toml")), ids=lambda path: path.stem)
 def test_a_shipped_recipe_is_named_after_its_family(path: Path) -> None:
     recipe = read_recipe(path)
+    assert recipe == parse_recipe(shipped_recipes()[path.stem], "package")
     assert recipe.family == path.stem
     assert path.stem in recipe.model_types
+
+
+def test_no_two_shipped_recipes_claim_one_model_type() -> None:
+    claimed = [
+        name
+        for family, text in shipped_recipes().items()
+        for name in parse_recipe(text, family).model_types
+    ]
+    assert len(claimed) == len(set(claimed))
 
 
 def test_defaults_fill_what_a_recipe_leaves_out() -> None:
     recipe = parse_recipe(MINIMAL, "memory")
     assert (recipe.opset, recipe.sequence_length, recipe.limits.max_slowdown) == (20, 512, 0.02)
+    assert (recipe.ignore, recipe.optional_weights) == ([], [])
     assert recipe.outputs[0].axes == ["batch", "sequence", 8]
+
+
+def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:
+    recipe = parse_recipe(MINIMAL, "memory")
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(recipe, "opset", 99)  # noqa: B010 - mypy knows that it is frozen
+
+
+BLOCKS = 'blocks = "layers"\n'
 
 
 @pytest.mark.parametrize(
     ("old", "new", "match"),
     [
-        ('family = "mine"', 'famly = "mine"', "unknown key 'famly'; the keys of a recipe are"),
-        ('blocks = "layers"\n', "", "required key 'blocks' is missing"),
-        ('dtype = "int64"', 'dtype = "int64"\nkind = 3', r"unknown key 'inputs.0.kind'"),
-        ('dtype = "int64"', 'dtype = "int32"', r"key 'inputs.0.dtype': .*got 'int32'"),
-        ('targets = ["*"]', "targets = []", "key 'targets'"),
-        ('targets = ["*"]', 'targets = "*"', "key 'targets'"),
-        ('task = "feature-extraction"', 'task = "chat"', "key 'task'"),
-        ('blocks = "layers"', 'blocks = "layers"\nopset = "20"', "key 'opset'"),
-        ('blocks = "layers"', 'blocks = "layers"\nopset = 99', "key 'opset'"),
-        ('name = "last_hidden_state"', 'name = "input_ids"', "names must differ"),
-        ("family", "fam ily", "is not valid TOML"),
+        ('family = "mine"', 'famly = "mine"', "unknown key 'famly'; the keys of a recipe are fam"),
+        (BLOCKS, "", r"required key 'blocks' is missing\."),
+        ('name = "input_ids"\n', "", r"required key 'inputs\.0\.name' is missing\."),
+        ('dtype = "int64"', 'dtype = "int64"\nkind = 3', r"unknown key 'inputs\.0\.kind'"),
+        ('dtype = "int64"', 'dtype = "int32"', r"key 'inputs\.0\.dtype': .*got 'int32'\."),
+        ('axes = ["batch", "sequence"]', "axes = [1.5]", r"key 'inputs\.0\.axes\.0.*got 1\.5\."),
+        ('targets = ["*"]', "targets = []", r"key 'targets': .* at least 1 item .*got \[\]\."),
+        ('targets = ["*"]', 'targets = "*"', r"key 'targets': .* valid list, got '\*'\."),
+        ('task = "feature-extraction"', 'task = "chat"', "key 'task': .*'text-generation', got"),
+        (BLOCKS, BLOCKS + 'opset = "20"\n', "key 'opset': .* valid integer, got '20'"),
+        (BLOCKS, BLOCKS + "opset = true\n", "key 'opset': .* valid integer, got True"),
+        (BLOCKS, BLOCKS + "opset = 17\n", "key 'opset': .* equal to 18, got 17"),
+        (BLOCKS, BLOCKS + "opset = 25\n", "key 'opset': .* equal to 24, got 25"),
+        (BLOCKS, BLOCKS + "sequence_length = 7\n", "key 'sequence_length': .* to 8, got 7"),
+        (INPUTS, "inputs = []\n", r"key 'inputs': .* at least 1 item .*got \[\]\."),
+        (INPUTS + OUTPUTS, "outputs = []\n" + INPUTS, r"key 'outputs': .* 1 item .*got \[\]\."),
+        ('name = "last_hidden_state"', 'name = "input_ids"', "names must differ, got .'input_ids"),
+        ("family", "fam ily", r"is not valid TOML: .*\(at line 2, column 5\)"),
+        (BLOCKS, BLOCKS * 2, "is not valid TOML: Cannot overwrite a value"),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence_with_its_place(old: str, new: str, match: str) -> None:
@@ -67,27 +100,86 @@ def test_a_wrong_recipe_is_one_sentence_with_its_place(old: str, new: str, match
     with pytest.raises(RecipeError, match=match) as caught:
         parse_recipe(MINIMAL.replace(old, new, 1), "my.toml")
     assert str(caught.value).startswith("Recipe my.toml")
+    assert str(caught.value).endswith(".")
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "got"), [("-0.01", "-0.01"), ("10.5", "10.5"), ("nan", "nan"), ('"2 %"', "'2 %'")]
+)
+def test_a_limit_that_makes_no_sense_is_refused(value: str, got: str) -> None:
+    with pytest.raises(RecipeError, match=rf"key 'limits\.max_slowdown': .*, got {got}\."):
+        parse_recipe(f"{MINIMAL}\n[limits]\nmax_slowdown = {value}\n", "my.toml")
+
+
+@pytest.mark.parametrize("value", ["0", "0.0", "10"])
+def test_a_limit_at_the_border_is_taken(value: str) -> None:
+    recipe = parse_recipe(f"{MINIMAL}\n[limits]\nmax_slowdown = {value}\n", "my.toml")
+    assert recipe.limits.max_slowdown == float(value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "keys"),
+    [
+        (OUTPUTS, f"{OUTPUTS}[limits]\nmax_slowdwn = 0.1\n", "max_slowdown"),
+        ('name = "input_ids"', 'nam = "input_ids"', "name, dtype, axes"),
+    ],
+)
+def test_an_unknown_key_of_a_table_is_told_with_the_keys_of_that_table(
+    old: str, new: str, keys: str
+) -> None:
+    with pytest.raises(RecipeError, match=keys) as caught:
+        parse_recipe(MINIMAL.replace(old, new, 1), "my.toml")
+    assert "model_types" not in str(caught.value)
+
+
+def test_doubled_names_are_told_without_repeating_the_whole_recipe() -> None:
+    doubled = MINIMAL.replace("last_hidden_state", "input_ids")
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(doubled, "my.toml")
+    assert str(caught.value).endswith("names must differ, got ['input_ids', 'input_ids'].")
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"nowhere.toml cannot be read \(No such file"):
+    with pytest.raises(RecipeError, match=r"nowhere\.toml cannot be read \(No such file"):
         read_recipe(tmp_path / "nowhere.toml")
+    with pytest.raises(RecipeError, match=rf"{tmp_path} cannot be read \(Is a directory\); pass a"):
+        read_recipe(tmp_path)
     (tmp_path / "odd.toml").write_bytes(b"\xff")
-    with pytest.raises(RecipeError, match=r"odd.toml cannot be read \(not UTF-8"):
+    with pytest.raises(RecipeError, match=r"odd\.toml cannot be read \(not UTF-8 text\); pass a"):
         read_recipe(tmp_path / "odd.toml")
 
 
 def test_one_recipe_applies_whole_the_nearest_first(tmp_path: Path) -> None:
     explicit = tmp_path / "explicit.toml"
-    explicit.write_text(MINIMAL.replace('"mine"', '"explicit"'), encoding="utf-8")
-    assert select_recipe(tmp_path, "bert", None)[0].family == "bert"
+    other = MINIMAL.replace('"mine"', '"explicit"') + "[limits]\nmax_slowdown = 1\n"
+    explicit.write_text(other, encoding="utf-8")
+    shipped, text = select_recipe(tmp_path, "llama", None)
+    assert (shipped.family, text) == ("llama", shipped_recipes()["llama"])
+    # Neither needs to know the model type: whoever passes a recipe vouches for it.
     (tmp_path / "recipe.toml").write_text(MINIMAL, encoding="utf-8")
-    recipe, text = select_recipe(tmp_path, "bert", None)
-    assert (recipe.family, text) == ("mine", MINIMAL)
-    assert select_recipe(tmp_path, "bert", explicit)[0].family == "explicit"
+    recipe, text = select_recipe(tmp_path, "llama", None)
+    assert (recipe, text) == (parse_recipe(MINIMAL, ""), MINIMAL)
+    assert select_recipe(tmp_path, "llama", explicit) == (parse_recipe(other, ""), other)
 
 
-def test_an_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"'perceiver' .* bert \(bert\), llama \(llama\)"):
+def test_a_nearer_recipe_that_is_broken_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text("family = ", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"recipe\.toml is not valid TOML"):
+        select_recipe(tmp_path, "bert", None)
+    with pytest.raises(RecipeError, match=r"nowhere\.toml cannot be read"):
+        select_recipe(tmp_path, "bert", tmp_path / "nowhere.toml")
+
+
+def test_a_folder_named_like_a_recipe_is_none(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").mkdir()
+    assert select_recipe(tmp_path, "bert", None)[0].family == "bert"
+
+
+def test_an_unknown_family_lists_the_known_ones_and_the_remedy(tmp_path: Path) -> None:
+    message = (
+        rf"No recipe supports model_type 'perceiver' of {tmp_path}; shipped families are "
+        r"bert \(bert\), llama \(llama\); copy the nearest one, .* pass it with --recipe\.$"
+    )
+    with pytest.raises(RecipeError, match=message):
         select_recipe(tmp_path, "perceiver", None)

@@ -5,6 +5,7 @@ its result is stored as `stages/NAME.json`, and only then is it entered in the m
 not in the manifest after a kill is removed or redone by the next run.
 """
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -21,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from prox24_deploy import __version__
 from prox24_deploy.errors import BundleError
-from prox24_deploy.release.files import write_atomic
+from prox24_deploy.release.files import is_temporary, write_atomic
 from prox24_deploy.release.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -186,9 +187,7 @@ def open_bundle(root: Path, *, fresh: bool = False, existing: bool = False) -> I
     """
     if existing and not (root / MANIFEST_FILE).is_file():
         raise BundleError(f"{root} is not a bundle, it has no {MANIFEST_FILE}; run prune first.")
-    if root.exists() and not root.is_dir():
-        raise BundleError(f"Output {root} is a file; pass a directory with -o.")
-    root.mkdir(parents=True, exist_ok=True)
+    _make_root(root)
     with _locked(root):
         manifest = _claim(root)
         bundle = Bundle(root, manifest, [])
@@ -197,6 +196,19 @@ def open_bundle(root: Path, *, fresh: bool = False, existing: bool = False) -> I
             bundle.manifest = Manifest()
             write_manifest(root, bundle.manifest)
         yield bundle
+
+
+def _make_root(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno == errno.EEXIST and root.is_file():
+            raise BundleError(f"Output {root} is a file; pass a directory with -o.") from error
+        if error.errno not in {errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}:
+            raise
+        raise BundleError(
+            f"Output {root} cannot be created ({error.strerror}); pass another directory with -o."
+        ) from error
 
 
 def stage_key(name: str, inputs: Mapping[str, Any]) -> str:
@@ -216,9 +228,9 @@ def remove(path: Path) -> None:
 def _claim(root: Path) -> Manifest:
     """Read the manifest, or start one if the directory holds nothing of anybody else's."""
     if (root / MANIFEST_FILE).is_file():
-        for leftover in root.rglob(".*.tmp"):
-            remove(leftover)
-        return read_manifest(root)
+        manifest = read_manifest(root)
+        _tidy(root)
+        return manifest
     foreign = sorted(p.name for p in root.iterdir() if not _is_ours(p))
     if foreign:
         raise BundleError(
@@ -230,6 +242,17 @@ def _claim(root: Path) -> Manifest:
     manifest = Manifest()
     write_manifest(root, manifest)
     return manifest
+
+
+def _tidy(root: Path) -> None:
+    """Remove temporary files that a kill left; refuse links, for they may lead outside."""
+    for folder, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            if path.is_symlink():
+                raise BundleError(f"Bundle {root} holds the link {path}; remove it.")
+            if is_temporary(name):
+                remove(path)
 
 
 def _is_ours(path: Path) -> bool:
@@ -251,11 +274,12 @@ def _locked(root: Path) -> Iterator[None]:
     """Hold an exclusive lock on the directory itself, so that no lock file is left in it."""
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BundleError(
+                f"Output {root} is being written by another build; wait for it."
+            ) from error
         yield
-    except BlockingIOError as error:
-        raise BundleError(
-            f"Output {root} is being written by another build; wait for it."
-        ) from error
     finally:
         os.close(descriptor)

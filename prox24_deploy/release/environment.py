@@ -89,33 +89,52 @@ def diagnose() -> list[Finding]:
 
 
 def _cuda(has_gpu: bool) -> Finding:
-    import torch
-
+    name = "torch CUDA"
+    try:
+        import torch
+    except ImportError as error:
+        return _not_importable(name, "torch", error)
     usable = torch.cuda.is_available()
     remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU"
-    return Finding("torch CUDA", torch.version.cuda or "CPU build", usable, remedy)
+    return Finding(name, torch.version.cuda or "CPU build", usable, remedy)
 
 
 def _cusparselt(has_gpu: bool) -> Finding:
-    import torch
-
+    name = "cuSPARSELt"
+    try:
+        import torch
+    except ImportError as error:
+        return _not_importable(name, "torch", error)
     usable = bool(torch.backends.cusparselt.is_available())
     number = torch.backends.cusparselt.version() if usable else None
     # Thousands, hundreds and the rest: 602 is 0.6.2.
     version = f"{number // 1000}.{number // 100 % 10}.{number % 100}" if number else None
     remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU, Ampere or newer"
-    return Finding("cuSPARSELt", str(version or "not available"), usable, remedy)
+    return Finding(name, version or "not available", usable, remedy)
 
 
 def _onnxruntime() -> Finding:
-    import onnxruntime
+    name = "ONNX Runtime providers"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return _not_importable(name, "onnxruntime", error)
+    return Finding(name, ", ".join(onnxruntime.get_available_providers()), True, "")
 
-    providers = ", ".join(onnxruntime.get_available_providers())
-    return Finding("ONNX Runtime providers", providers, True, "")
+
+def _not_importable(name: str, package: str, error: ImportError) -> Finding:
+    return Finding(name, f"{package} cannot be imported ({error})", False, f"pip install {package}")
 
 
 def _module(name: str, remedy: str) -> Finding:
     """Whether an engine library can be imported; found without importing it."""
-    there = importlib.util.find_spec(name) is not None
-    found = importlib.metadata.version(name.replace("_", "-")) if there else "not installed"
-    return Finding(name, found, there, remedy)
+    if importlib.util.find_spec(name) is None:
+        return Finding(name, "not installed", False, remedy)
+    # Module tensorrt may come from distribution tensorrt, tensorrt-cu13 or another like it.
+    owners = importlib.metadata.packages_distributions().get(name, [])
+    for distribution in (name.replace("_", "-"), *owners):
+        try:
+            return Finding(name, importlib.metadata.version(distribution), True, remedy)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Finding(name, "installed, of unknown version", True, remedy)

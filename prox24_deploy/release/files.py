@@ -1,6 +1,7 @@
 """Write files so that a reader, or a kill at any moment, never sees half of one."""
 
 import os
+import re
 import uuid
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is what a kill during `write_atomic` leaves behind."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", name) is not None
 
 
 def _sync_folder(folder: Path) -> None:

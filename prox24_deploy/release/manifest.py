@@ -135,9 +135,10 @@ def hash_file(path: Path) -> FileEntry:
 
 
 def list_files(root: Path, below: str = ".") -> list[str]:
-    """Every file under `root / below`, as POSIX paths relative to `root`, sorted."""
+    """Every file and link under `root / below`, as POSIX paths relative to `root`, sorted."""
     start = root / below
-    found = [start] if start.is_file() else [p for p in start.rglob("*") if not p.is_dir()]
+    below_start = (p for p in start.rglob("*") if p.is_symlink() or not p.is_dir())
+    found = [start] if start.is_file() else below_start
     return sorted(p.relative_to(root).as_posix() for p in found)
 
 

@@ -1,214 +1,590 @@
 """Stages of a bundle: run once, repeated when anything they depend on or left behind changes."""
 
+import itertools
+import json
+import logging
 import os
+import shutil
 import signal
+import stat
+import subprocess
+import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
+from unittest import mock
 
 import pytest
 
 from prox24_deploy.errors import BundleError
 from prox24_deploy.release import bundle as bundle_module
-from prox24_deploy.release.bundle import Bundle, open_bundle
-from prox24_deploy.release.manifest import MANIFEST_FILE, verify
+from prox24_deploy.release.bundle import Bundle, open_bundle, stage_key
+from prox24_deploy.release.manifest import (
+    MANIFEST_FILE,
+    StageEntry,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+
+Start = Literal["nothing", "another input", "fresh"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Made:
     """Result of a stage."""
 
     text: str
-    values: tuple[float, ...] = ()
+    values: tuple[float, ...] = (0.1, 2.0)
 
 
-def work(bundle: Bundle, text: str, runs: list[str]) -> Callable[[], Made]:
-    """A stage that leaves `made/result` behind."""
+@dataclass(frozen=True, slots=True)
+class Other:
+    """Result of a stage of a later version, which records more."""
+
+    text: str
+    count: int
+
+
+def content(root: Path) -> dict[str, bytes | None]:
+    """Every path below a folder with its bytes, None for a folder."""
+    return {
+        path.relative_to(root).as_posix(): None if path.is_dir() else path.read_bytes()
+        for path in sorted(root.rglob("*"))
+    }
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def base(bundle: Bundle, runs: list[str]) -> Made:
+    """A stage with one output, written in place; no input of it ever changes."""
 
     def run() -> Made:
-        runs.append(text)
+        runs.append("base")
+        (bundle.root / "base").write_text("base", encoding="utf-8")
+        return Made("base")
+
+    return bundle.stage("base", Made, {"constant": 1}, ["base"], run)
+
+
+def make(bundle: Bundle, text: str, runs: list[str]) -> Made:
+    """A stage with two outputs, a folder and a file whose names begin alike, made aside."""
+
+    def run() -> Made:
+        runs.append("make")
         bundle.clean_partial()
         folder = bundle.partial / "made"
         folder.mkdir()
-        (folder / "result").write_text(text, encoding="utf-8")
-        bundle.publish(folder, "made")
-        return Made(text, (0.1, 2.0))
+        for name in ("result", "log"):
+            (folder / name).write_text(f"{name} {text}", encoding="utf-8")
+        bundle.publish(folder / "log", "made.log")
+        bundle.publish(folder, "deep/made")
+        return Made(text)
 
-    return run
+    return bundle.stage("make", Made, {"text": text}, ["deep/made", "made.log"], run)
 
 
-def run_stage(root: Path, text: str = "one", *, fresh: bool = False) -> list[str]:
-    """Run the stage in a bundle and seal it; return what was really run."""
+def build(root: Path, text: str = "one", *, fresh: bool = False) -> list[str]:
+    """Run both stages and seal the bundle; return the stages that were really run."""
     runs: list[str] = []
     with open_bundle(root, fresh=fresh) as bundle:
-        made = bundle.stage("make", Made, {"text": text}, ["made"], work(bundle, text, runs))
-        assert made == Made(text, (0.1, 2.0))
+        assert base(bundle, runs) == Made("base")
+        assert make(bundle, text, runs) == Made(text)
         (root / "report.json").write_text(text, encoding="utf-8")
         bundle.seal(["report.json"])
+    assert [name for name in ("base", "make") if name not in runs] == bundle.reused
     return runs
 
 
-def test_a_stage_runs_once_for_the_same_inputs(tmp_path: Path) -> None:
+def test_a_stage_runs_once_for_the_same_inputs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "a" / "out"
-    assert run_stage(out) == ["one"]
-    assert verify(out) == []
-    assert sorted(p.name for p in out.iterdir()) == [
-        "made", "manifest.json", "report.json", "stages",
+    assert build(out) == ["base", "make"]
+    first = content(out)
+    assert sorted(first) == [
+        "base", "deep", "deep/made", "deep/made/result", "made.log", MANIFEST_FILE, "report.json",
+        "stages", "stages/base.json", "stages/make.json",
     ]  # fmt: skip
-    assert run_stage(out) == []
-    assert run_stage(out, "two") == ["two"]
-    assert (out / "made" / "result").read_text(encoding="utf-8") == "two"
-    assert run_stage(out, "two", fresh=True) == ["two"]
+    assert verify(out) == []
+    caplog.clear()
+    assert build(out) == []
+    assert content(out) == first
+    assert caplog.messages == [
+        "stage base: unchanged, not run again",
+        "stage make: unchanged, not run again",
+    ]
+    assert build(out, fresh=True) == ["base", "make"]
     assert verify(out) == []
 
 
-def test_another_version_of_the_tool_runs_it_again(
+def test_only_the_stage_whose_input_changed_runs_again(tmp_path: Path) -> None:
+    build(tmp_path)
+    assert build(tmp_path, "two") == ["make"]
+    assert (tmp_path / "deep" / "made" / "result").read_text(encoding="utf-8") == "result two"
+    assert (tmp_path / "made.log").read_text(encoding="utf-8") == "log two"
+    assert verify(tmp_path) == []
+
+
+def test_another_version_of_the_tool_runs_everything_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_stage(tmp_path)
+    build(tmp_path)
     monkeypatch.setattr(bundle_module, "__version__", "99")
-    assert run_stage(tmp_path) == ["one"]
+    assert build(tmp_path) == ["base", "make"]
+
+
+def test_the_key_depends_on_name_and_inputs_and_not_on_their_order() -> None:
+    keys = [
+        stage_key(name, inputs)
+        for name in ("prune", "export")
+        for inputs in ({"a": 1, "b": [2, 3]}, {"a": 1, "b": [3, 2]}, {"a": 1}, {"a": "1"}, {})
+    ]
+    assert len(set(keys)) == len(keys)
+    assert stage_key("prune", {"b": [2, 3], "a": 1}) == keys[0]
+
+
+def test_a_moved_bundle_goes_on_where_it_was(tmp_path: Path) -> None:
+    build(tmp_path / "before")
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert build(tmp_path / "after") == []
+
+
+def test_the_manifest_tells_what_a_stage_took_and_left(tmp_path: Path) -> None:
+    with open_bundle(tmp_path) as bundle:
+        make(bundle, "one", [])
+        assert read_manifest(tmp_path).stages == bundle.manifest.stages
+    manifest = read_manifest(tmp_path)
+    entry = manifest.stages["make"]
+    assert entry.key == stage_key("make", {"text": "one"})
+    assert entry.inputs == {"text": "one"}
+    assert entry.outputs == ["stages/make.json", "deep/made", "made.log"]
+    assert 0 <= entry.seconds < 60
+    assert list(manifest.files) == ["deep/made/result", "made.log", "stages/make.json"]
+    record = json.loads((tmp_path / "stages" / "make.json").read_bytes())
+    assert record == {"text": "one", "values": [0.1, 2.0]}
+
+
+def test_the_first_run_returns_what_a_later_one_reads(tmp_path: Path) -> None:
+    """In the same order too: whatever is computed from it must not differ in a bit."""
+    with open_bundle(tmp_path) as bundle:
+        first = bundle.stage("t", dict[str, float], {}, [], lambda: {"b": 0.1, "a": 2.0})
+        later = bundle.stage("t", dict[str, float], {}, [], dict)
+        assert list(first.items()) == list(later.items()) == [("a", 2.0), ("b", 0.1)]
+        assert bundle.load("t", dict[str, float]) == later
 
 
 def damage_change(out: Path) -> None:
-    (out / "made" / "result").write_text("oops", encoding="utf-8")
+    (out / "deep" / "made" / "result").write_text("result onE", encoding="utf-8")
 
 
 def damage_remove(out: Path) -> None:
-    (out / "made" / "result").unlink()
+    (out / "made.log").unlink()
+
+
+def damage_remove_folder(out: Path) -> None:
+    shutil.rmtree(out / "deep")
 
 
 def damage_add(out: Path) -> None:
-    (out / "made" / "extra").touch()
+    (out / "deep" / "made" / "extra").touch()
 
 
 def damage_record(out: Path) -> None:
     (out / "stages" / "make.json").write_text("{}", encoding="utf-8")
 
 
-@pytest.mark.parametrize("damage", [damage_change, damage_remove, damage_add, damage_record])
-def test_a_stage_whose_files_were_touched_runs_again(
-    tmp_path: Path, damage: Callable[[Path], None]
+def damage_record_removed(out: Path) -> None:
+    (out / "stages" / "make.json").unlink()
+
+
+DAMAGES = [
+    damage_change, damage_remove, damage_remove_folder, damage_add, damage_record,
+    damage_record_removed,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_stage_whose_files_were_touched_is_no_longer_finished(
+    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    run_stage(tmp_path)
+    build(tmp_path)
+    sound = content(tmp_path)
     damage(tmp_path)
-    assert run_stage(tmp_path) == ["one"]
-    assert (tmp_path / "made" / "result").read_text(encoding="utf-8") == "one"
+    with open_bundle(tmp_path) as bundle:
+        assert bundle.load("base", Made) == Made("base")
+        with pytest.raises(BundleError, match="holds no finished stage 'make'; run it first"):
+            bundle.load("make", Made)
+    caplog.clear()
+    assert build(tmp_path) == ["make"]
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warnings == ["stage make: its files were changed, running it again"]
+    assert {**content(tmp_path), MANIFEST_FILE: b""} == {**sound, MANIFEST_FILE: b""}
     assert verify(tmp_path) == []
 
 
-def test_a_stage_that_fails_leaves_earlier_ones_alone(tmp_path: Path) -> None:
-    def fail() -> Made:
-        raise RuntimeError("on purpose")
+def test_an_output_that_became_a_link_is_refused_and_its_target_kept(tmp_path: Path) -> None:
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    build(out)
+    outside.mkdir()
+    (outside / "mine").touch()
+    shutil.rmtree(out / "deep" / "made")
+    (out / "deep" / "made").symlink_to(outside)
+    with pytest.raises(BundleError, match=r"holds the link .*/deep/made; remove it"):
+        build(out)
+    assert names(outside) == ["mine"]
+    (out / "deep" / "made").unlink()
+    assert build(out) == ["make"]
 
-    run_stage(tmp_path)
-    with (
-        pytest.raises(RuntimeError, match="on purpose"),
-        open_bundle(tmp_path) as bundle,
-    ):
-        bundle.stage("second", Made, {}, ["second"], fail)
+
+def test_a_result_of_another_shape_is_not_read(tmp_path: Path) -> None:
+    with open_bundle(tmp_path) as bundle:
+        bundle.stage("make", Made, {}, [], lambda: Made("one"))
+        with pytest.raises(BundleError, match="holds no finished stage 'make'"):
+            bundle.load("make", Other)
+        assert bundle.stage("make", Other, {}, [], lambda: Other("two", 2)) == Other("two", 2)
+        assert bundle.load("make", Other) == Other("two", 2)
+
+
+def test_a_record_that_the_manifest_does_not_list_is_not_trusted(tmp_path: Path) -> None:
+    with open_bundle(tmp_path) as bundle:
+        bundle.stage("make", Made, {}, [], lambda: Made("one"))
+        (tmp_path / "stages" / "make.json").unlink()
+        bundle.manifest.stages["make"].outputs.clear()
+        with pytest.raises(BundleError, match="holds no finished stage 'make'"):
+            bundle.load("make", Made)
+
+
+def fail() -> Made:
+    raise RuntimeError("on purpose")
+
+
+def test_a_stage_that_fails_loses_its_own_result_and_leaves_earlier_ones(tmp_path: Path) -> None:
+    build(tmp_path)
+    with pytest.raises(RuntimeError, match="on purpose"), open_bundle(tmp_path) as bundle:
+        bundle.stage("make", Made, {"text": "two"}, ["deep/made", "made.log"], fail)
+    assert names(tmp_path) == ["base", "deep", MANIFEST_FILE, "report.json", "stages"]
     with open_bundle(tmp_path, existing=True) as bundle:
-        assert bundle.load("make", Made).text == "one"
-        with pytest.raises(BundleError, match="holds no finished stage 'second'"):
-            bundle.load("second", Made)
-
-
-POINTS = ("during work", "after work", "after publish", "after record", "in a write")
-
-
-def killed_child(root: Path, point: str) -> None:
-    """Run the stage and die by SIGKILL at one point."""
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    with open_bundle(root) as bundle:
-
-        def run() -> Made:
-            bundle.clean_partial()
-            folder = bundle.partial / "made"
-            folder.mkdir()
-            if point == "during work":
-                die()
-            (folder / "result").write_text("one", encoding="utf-8")
-            if point == "after work":
-                die()
-            bundle.publish(folder, "made")
-            if point == "after publish":
-                die()
-            return Made("one", (0.1, 2.0))
-
-        if point == "after record":
-            Bundle._enter = lambda *_: die()  # type: ignore[method-assign]
-        if point == "in a write":
-            # Before the rename: the temporary file stays beside its target.
-            Path.replace = lambda *_: die()  # type: ignore[assignment,method-assign]
-        bundle.stage("make", Made, {"text": "one"}, ["made"], run)
-
-
-@pytest.mark.parametrize("point", POINTS)
-def test_a_kill_leaves_a_bundle_that_the_next_run_completes(tmp_path: Path, point: str) -> None:
-    child = get_context("fork").Process(target=killed_child, args=(tmp_path, point))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
-    assert run_stage(tmp_path) == ["one"]
+        assert bundle.load("base", Made) == Made("base")
+        for name in ("make", "never"):
+            with pytest.raises(BundleError, match=f"{tmp_path} holds no finished stage '{name}'"):
+                bundle.load(name, Made)
+    # What was sealed before is a whole bundle no longer, and says so.
+    assert any("unfinished build" in fault for fault in verify(tmp_path))
+    assert build(tmp_path) == ["make"]
     assert verify(tmp_path) == []
 
 
-def test_a_kill_before_the_first_manifest_is_no_foreign_directory(tmp_path: Path) -> None:
-    (tmp_path / f".{MANIFEST_FILE}.0123.tmp").write_text("half", encoding="utf-8")
-    assert run_stage(tmp_path) == ["one"]
+def test_outputs_that_nobody_entered_are_removed_before_the_stage_runs(tmp_path: Path) -> None:
+    with open_bundle(tmp_path) as bundle:
+        (tmp_path / "deep" / "made").mkdir(parents=True)
+        (tmp_path / "deep" / "made" / "left by a kill").touch()
+        make(bundle, "one", [])
+    assert names(tmp_path / "deep" / "made") == ["result"]
+
+
+def test_a_stage_with_other_outputs_than_before_leaves_none_of_the_old(tmp_path: Path) -> None:
+    def writer(name: str) -> Callable[[], Made]:
+        return lambda: Made(str((tmp_path / name).write_text(name, encoding="utf-8")))
+
+    with open_bundle(tmp_path) as bundle:
+        bundle.stage("make", Made, {"v": 1}, ["old"], writer("old"))
+        bundle.stage("make", Made, {"v": 2}, ["new"], writer("new"))
+        bundle.seal([])
+    assert names(tmp_path) == [MANIFEST_FILE, "new", "stages"]
     assert verify(tmp_path) == []
 
 
-def test_a_directory_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    with (
-        pytest.raises(BundleError, match=r"holds 'notes.txt' and no manifest.json"),
-        open_bundle(tmp_path),
-    ):
-        pass
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+def test_forgetting_a_stage_keeps_names_that_only_begin_alike(tmp_path: Path) -> None:
+    build(tmp_path)
+    with open_bundle(tmp_path) as bundle:
+        (tmp_path / "base-notes").write_text("notes", encoding="utf-8")
+        bundle.seal(["base-notes"])
+        bundle.forget("base", [])
+        assert sorted(bundle.manifest.files) == sorted(read_manifest(tmp_path).files) == [
+            "base-notes", "deep/made/result", "made.log", "report.json", "stages/make.json",
+        ]  # fmt: skip
+        assert not bundle.manifest.complete
+        assert not (tmp_path / "base").exists()
+        assert not (tmp_path / "stages" / "base.json").exists()
+        bundle.forget("never", [])
 
 
-def test_a_file_is_no_output(tmp_path: Path) -> None:
-    (tmp_path / "out").touch()
-    with pytest.raises(BundleError, match="out is a file"), open_bundle(tmp_path / "out"):
-        pass
-
-
-def test_an_existing_bundle_can_be_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="run prune first"), open_bundle(tmp_path, existing=True):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_only_one_build_at_a_time(tmp_path: Path) -> None:
-    with (
-        open_bundle(tmp_path),
-        pytest.raises(BundleError, match="is being written by another build"),
-        open_bundle(tmp_path),
-    ):
-        pass
-    with pytest.raises(RuntimeError, match="on purpose"), open_bundle(tmp_path):
-        raise RuntimeError("on purpose")
-    assert run_stage(tmp_path) == ["one"]
-
-
-def test_fresh_removes_what_the_tool_made_and_nothing_else(tmp_path: Path) -> None:
-    run_stage(tmp_path)
-    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
-    with open_bundle(tmp_path, fresh=True) as bundle:
-        assert bundle.manifest.stages == {}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "mine.txt"]
+def test_sealing_drops_what_is_temporary(tmp_path: Path) -> None:
+    with open_bundle(tmp_path) as bundle:
+        bundle.clean_partial()
+        (bundle.partial / "blocks").mkdir()
+        (tmp_path / "report.json").write_text("{}", encoding="utf-8")
+        assert not read_manifest(tmp_path).complete
+        bundle.seal(["report.json"])
+    assert names(tmp_path) == [MANIFEST_FILE, "report.json"]
+    assert verify(tmp_path) == []
 
 
 def test_leftovers_are_cleaned_except_what_may_be_resumed(tmp_path: Path) -> None:
     with open_bundle(tmp_path) as bundle:
-        bundle.partial.mkdir()
+        bundle.clean_partial()
         for name in ("keep", "drop"):
             (bundle.partial / name).mkdir()
+            (bundle.partial / name / "file").touch()
+        (bundle.partial / "file").touch()
         bundle.clean_partial(keep=bundle.partial / "keep")
-        assert [p.name for p in bundle.partial.iterdir()] == ["keep"]
+        assert names(bundle.partial) == ["keep"]
+        assert names(bundle.partial / "keep") == ["file"]
+
+
+def die_at(change: int) -> None:
+    """End this process by SIGKILL just before its n-th change of the file system from now on.
+
+    A flush counts too, and the file is then cut in half: a kill can come in the middle of a write.
+    """
+    changes = itertools.count(1)
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    others = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & writing
+        if (opened or event in others) and next(changes) == change:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def flush(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and next(changes) == change:
+            os.ftruncate(descriptor, status.st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    mock.patch("os.fsync", flush).start()
+
+
+def killed_child(root: Path, change: int, *, fresh: bool) -> bool:
+    """Build in a child that dies at its n-th change; whether it lived to make that change."""
+    child = os.fork()
+    if child == 0:
+        try:
+            die_at(change)
+            build(root, "two", fresh=fresh)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status in {0, signal.SIGKILL}, (change, status)
+    return status == signal.SIGKILL
+
+
+def kill_everywhere(folder: Path, start: Start) -> None:
+    """Kill a build at each of its changes in turn, complete it, and print what was run again."""
+    # Only a power cut loses what was written and not yet flushed.
+    mock.patch("os.fsync").start()
+    build(folder / "expected", "two")
+    expected = content(folder / "expected") | {MANIFEST_FILE: b""}
+    completed = []
+    for change in itertools.count(1):
+        place = folder / f"{change}"
+        place.mkdir()
+        (place / "precious").touch()
+        if start != "nothing":
+            build(place / "out", "one")
+        if not killed_child(place / "out", change, fresh=start == "fresh"):
+            break
+        completed.append(build(place / "out", "two"))
+        assert verify(place / "out") == [], change
+        assert content(place / "out") | {MANIFEST_FILE: b""} == expected, change
+        assert names(place) == ["out", "precious"], change
+    sys.stdout.write(json.dumps(completed))
+
+
+def in_another_process(code: str, *arguments: str | Path) -> list[str]:
+    return [sys.executable, "-c", f"import sys, {__name__} as tests; {code}", *map(str, arguments)]
+
+
+@pytest.mark.parametrize(
+    ("start", "again"),
+    [
+        ("nothing", [["base", "make"], ["make"], []]),
+        ("another input", [["make"], []]),
+        ("fresh", [["make"], ["base", "make"], ["make"], []]),
+    ],
+)
+def test_a_kill_at_any_change_leaves_a_bundle_that_the_next_run_completes(
+    tmp_path: Path, start: Start, again: list[list[str]]
+) -> None:
+    """`again` is what the completing run repeats, from the first moment of the kill to the last."""
+    code = "tests.kill_everywhere(tests.Path(sys.argv[1]), sys.argv[2])"
+    ran = subprocess.run(
+        in_another_process(code, tmp_path, start), cwd=Path(__file__).parent,
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    completed = json.loads(ran.stdout)
+    assert len(completed) > 30
+    assert [runs for runs, _ in itertools.groupby(completed)] == again
+
+
+def test_leftovers_of_a_kill_before_the_first_manifest_are_nobody_elses(tmp_path: Path) -> None:
+    (tmp_path / f".{MANIFEST_FILE}.0123.tmp").write_text("half", encoding="utf-8")
+    with open_bundle(tmp_path):
+        assert names(tmp_path) == [MANIFEST_FILE]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".git", ".partial", ".x.tmp", f".{MANIFEST_FILE}.x"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_directory_of_somebody_else_is_left_alone(
+    tmp_path: Path, name: str, *, fresh: bool
+) -> None:
+    (tmp_path / f".{MANIFEST_FILE}.0123.tmp").write_text("theirs as well", encoding="utf-8")
+    (tmp_path / name).write_text("mine", encoding="utf-8")
+    before = content(tmp_path)
+    message = f"holds '{name}' and no manifest.json, so it is not a bundle; pass an empty or new"
+    with pytest.raises(BundleError, match=message), open_bundle(tmp_path, fresh=fresh):
+        pass
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_manifest_of_another_tool_is_left_alone(tmp_path: Path, *, fresh: bool) -> None:
+    (tmp_path / MANIFEST_FILE).write_text('{"name": "web app"}', encoding="utf-8")
+    (tmp_path / "index.html").touch()
+    before = content(tmp_path)
+    with (
+        pytest.raises(BundleError, match=r"another version .* pass another -o"),
+        open_bundle(tmp_path, fresh=fresh),
+    ):
+        pass
+    assert content(tmp_path) == before
+
+
+def test_a_file_is_no_output(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious", encoding="utf-8")
+    with (
+        pytest.raises(BundleError, match=r"out is a file; pass a directory with -o"),
+        open_bundle(tmp_path / "out"),
+    ):
+        pass
+    assert content(tmp_path) == {"out": b"precious"}
+
+
+@pytest.mark.parametrize("out", ["file/out", "link", "n" * 300])
+def test_an_output_that_cannot_be_created_is_refused(tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(BundleError, match=f"Output {tmp_path / out}"), open_bundle(tmp_path / out):
+        pass
+    assert names(tmp_path) == ["file", "link"]
+
+
+def test_an_empty_directory_becomes_a_bundle(tmp_path: Path) -> None:
+    with open_bundle(tmp_path) as bundle:
+        assert read_manifest(tmp_path).stages == bundle.manifest.stages == {}
+    assert names(tmp_path) == [MANIFEST_FILE]
+
+
+def test_an_existing_bundle_can_be_asked_for(tmp_path: Path) -> None:
+    for out in (tmp_path, tmp_path / "nowhere"):
+        message = f"{out} is not a bundle, it has no manifest.json; run prune first"
+        with pytest.raises(BundleError, match=message), open_bundle(out, existing=True):
+            pass
+    assert names(tmp_path) == []
+    build(tmp_path / "out")
+    with open_bundle(tmp_path / "out", existing=True) as bundle:
+        assert bundle.load("make", Made) == Made("one")
+
+
+def test_only_one_build_at_a_time(tmp_path: Path) -> None:
+    build(tmp_path)
+    before = content(tmp_path)
+    message = f"Output {tmp_path} is being written by another build; wait for it"
+    with (
+        open_bundle(tmp_path),
+        pytest.raises(BundleError, match=message),
+        open_bundle(tmp_path, fresh=True),
+    ):
+        pass
+    assert content(tmp_path) == before
+
+
+def test_another_process_holds_the_lock_until_it_is_killed(tmp_path: Path) -> None:
+    code = (
+        "lock = tests.open_bundle(tests.Path(sys.argv[1])); lock.__enter__(); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        in_another_process(code, tmp_path), cwd=Path(__file__).parent,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(BundleError, match="written by another build"), open_bundle(tmp_path):
+            pass
+        process.kill()
+    assert build(tmp_path) == ["base", "make"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("on purpose"), BlockingIOError(11, "on purpose")])
+def test_an_error_passes_through_and_frees_the_lock(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error), match="on purpose"), open_bundle(tmp_path):
+        raise error
+    assert build(tmp_path) == ["base", "make"]
+
+
+def test_fresh_removes_what_the_tool_made_and_nothing_else(tmp_path: Path) -> None:
+    build(tmp_path)
+    with open_bundle(tmp_path) as bundle:
+        bundle.clean_partial()
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    with open_bundle(tmp_path, fresh=True) as bundle:
+        assert bundle.manifest.stages == {}
+        assert bundle.manifest.files == {}
+        assert read_manifest(tmp_path).stages == {}
+        assert names(tmp_path) == ["folder", MANIFEST_FILE, "mine.txt"]
+
+
+def test_only_temporary_files_of_the_tool_are_cleaned(tmp_path: Path) -> None:
+    build(tmp_path)
+    ours = tmp_path / "stages" / f".make.json.{'0a' * 16}.tmp"
+    mine = tmp_path / "deep" / ".notes.tmp"
+    ours.touch()
+    mine.touch()
+    with open_bundle(tmp_path):
+        assert not ours.exists()
+        assert mine.exists()
+
+
+@pytest.mark.parametrize("link", [".partial", "stages", "linked"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_link_in_the_bundle_leads_no_write_or_deletion_outside(
+    tmp_path: Path, link: str, *, fresh: bool
+) -> None:
+    """A bundle may come from somebody else, and its manifest name outputs behind a link."""
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").touch()
+    with open_bundle(out) as bundle:
+        bundle.manifest.stages["make"] = StageEntry(
+            key="k", inputs={}, outputs=["linked/precious"], seconds=1
+        )
+        write_manifest(out, bundle.manifest)
+    (out / link).symlink_to(outside)
+    # Refusing such a bundle is as good as not following the link.
+    with suppress(BundleError):
+        build(out, fresh=fresh)
+    assert names(outside) == ["precious"]
+
+
+def test_nothing_outside_the_bundle_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    build(tmp_path / "out")
+    build(tmp_path / "out", "two")
+    build(Path("relative"), fresh=True)
+    assert names(tmp_path) == ["cwd", "out"]
+    assert names(tmp_path / "cwd") == ["relative"]

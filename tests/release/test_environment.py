@@ -1,70 +1,214 @@
 """What `doctor` finds; NVML is replaced where it meets the driver, which CI does not have."""
 
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pynvml
 import pytest
+import torch
 
-from prox24_deploy.release.environment import diagnose, gpu, machine, versions
+from prox24_deploy import __version__
+from prox24_deploy.release import environment
+from prox24_deploy.release.environment import Finding, diagnose, gpu, machine, versions
+
+HANDLE = SimpleNamespace()
 
 
-def fake_nvml(monkeypatch: pytest.MonkeyPatch, **functions: object) -> None:
+def fake_nvml(monkeypatch: pytest.MonkeyPatch, **functions: object) -> mock.Mock:
+    """Replace functions of NVML; returns the mock that stands for its shutdown."""
     for name, function in functions.items():
         monkeypatch.setattr(pynvml, name, function)
-    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    shutdown = mock.Mock()
+    monkeypatch.setattr(pynvml, "nvmlShutdown", shutdown)
+    return shutdown
 
 
-def no_driver() -> None:
-    raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
+    """A machine without an NVIDIA driver."""
+
+    def no_driver() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    return fake_nvml(monkeypatch, nvmlInit=no_driver)
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
+    """A machine with one readable GPU."""
+    return fake_nvml(
+        monkeypatch,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex={0: HANDLE}.__getitem__,
+        nvmlDeviceGetCudaComputeCapability=lambda handle: (9, 0) if handle is HANDLE else (0, 0),
+        nvmlDeviceGetName=lambda handle: "NVIDIA H200" if handle is HANDLE else "?",
+        nvmlSystemGetDriverVersion=lambda: "580.1",
+    )
+
+
+def found(name: str) -> Finding:
+    """The one finding of that name."""
+    (finding,) = [finding for finding in diagnose() if finding.name == name]
+    return finding
 
 
 def test_versions_name_everything_that_shapes_a_result() -> None:
-    found = versions()
-    assert {"prox24-deploy", "python", "torch", "transformers", "onnx", "onnxruntime"} <= set(found)
-    assert "not installed" not in found.values()
+    assert versions() == {
+        "prox24-deploy": __version__,
+        "python": platform.python_version(),
+        **{
+            name: importlib.metadata.version(name)
+            for name in (
+                "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime",
+                "safetensors",
+            )
+        },
+    }  # fmt: skip
 
 
-def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_nvml(monkeypatch, nvmlInit=no_driver)
+def test_the_machine_is_described_in_words(
+    one_gpu: mock.Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 3 * 2**18}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    monkeypatch.setattr(os, "sched_getaffinity", {0: {1, 4, 5}}.__getitem__)
+    described = machine()
+    assert described.pop("system").startswith("Linux ")
+    assert described.pop("processor") == found("processor").found
+    assert described == {"cores": "3", "memory": "3 GiB"} | gpu()
+
+
+def test_no_driver_is_no_gpu(no_gpu: mock.Mock) -> None:
     assert gpu() == {"gpu": "none"}
     assert machine()["gpu"] == "none"
+    # What was never opened must not be closed: NVML answers with an error.
+    no_gpu.assert_not_called()
+    assert found("GPU") == Finding("GPU", "none", False, "pruning and ONNX Runtime run without")
 
 
-def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_nvml(
-        monkeypatch,
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByIndex=lambda _: SimpleNamespace(),
-        nvmlDeviceGetCudaComputeCapability=lambda _: (9, 0),
-        nvmlDeviceGetName=lambda _: "NVIDIA H200",
-        nvmlSystemGetDriverVersion=lambda: "580.1",
-    )
+def test_a_gpu_is_described(one_gpu: mock.Mock) -> None:
     assert gpu() == {"gpu": "NVIDIA H200", "compute capability": "9.0", "driver": "580.1"}
-    remedies = {finding.name: finding for finding in diagnose()}
-    assert remedies["GPU"].usable
+    one_gpu.assert_called_once_with()
+    finding = found("GPU")
+    assert (finding.usable, finding.found) == (True, "NVIDIA H200, 9.0, 580.1")
 
 
-def test_a_gpu_that_does_not_answer_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(_: int) -> None:
+@pytest.mark.parametrize("name", ["nvmlDeviceGetHandleByIndex", "nvmlDeviceGetName"])
+def test_a_gpu_that_does_not_answer_is_said_to_be_so(
+    one_gpu: mock.Mock, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(_: object) -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
 
-    fake_nvml(monkeypatch, nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lost)
-    assert gpu()["gpu"].startswith("not readable (")
+    monkeypatch.setattr(pynvml, name, lost)
+    assert gpu() == {"gpu": f"not readable ({pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)})"}
+    one_gpu.assert_called_once_with()
+    assert not found("GPU").usable
 
 
-def test_whatever_is_missing_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_nvml(monkeypatch, nvmlInit=no_driver)
+def test_whatever_is_missing_has_a_remedy(no_gpu: mock.Mock) -> None:
     findings = diagnose()
     names = [finding.name for finding in findings]
     assert len(names) == len(set(names))
-    assert {"GPU", "torch CUDA", "cuSPARSELt", "ONNX Runtime providers", "tensorrt"} <= set(names)
+    assert set(versions()) <= set(names)
+    assert set(names) - set(versions()) == {
+        "processor", "GPU", "torch CUDA", "cuSPARSELt", "ONNX Runtime providers", "tensorrt",
+        "tensorrt_rtx",
+    }  # fmt: skip
     for finding in findings:
         assert finding.found
         assert finding.usable or finding.remedy, finding.name
+    assert "CPUExecutionProvider" in found("ONNX Runtime providers").found
 
 
-def test_a_package_that_is_not_there_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prox24_deploy.release import environment
-
+def test_a_package_that_is_not_there_is_named_with_the_line_that_installs_it(
+    no_gpu: mock.Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package"))
     assert versions()["no-such-package"] == "not installed"
+    expected = Finding("no-such-package", "not installed", False, "pip install no-such-package")
+    assert found("no-such-package") == expected
+    assert found("torch").usable
+
+
+@pytest.mark.parametrize(
+    ("module", "lines"),
+    [("torch", ["torch CUDA", "cuSPARSELt"]), ("onnxruntime", ["ONNX Runtime providers"])],
+)
+def test_a_library_that_cannot_be_imported_does_not_stop_the_diagnosis(
+    no_gpu: mock.Mock, module: str, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    for line in lines:
+        assert not found(line).usable
+        assert found(line).remedy
+
+
+def test_cuda_and_cusparselt_are_told_as_torch_tells_them(
+    one_gpu: mock.Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 712)
+    assert (found("torch CUDA").found, found("torch CUDA").usable) == ("13.0", True)
+    assert (found("cuSPARSELt").found, found("cuSPARSELt").usable) == ("0.7.12", True)
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 12003)
+    assert found("cuSPARSELt").found == "12.0.3"
+
+
+@pytest.mark.parametrize("name", ["torch CUDA", "cuSPARSELt"])
+def test_a_cpu_build_of_torch_is_blamed_only_where_a_gpu_is_there(
+    name: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    # A library that cannot be used must not look usable by its version.
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 602)
+    request.getfixturevalue("no_gpu")
+    assert found(name).remedy.startswith("needs an NVIDIA GPU")
+    request.getfixturevalue("one_gpu")
+    assert found(name).remedy == "install a CUDA build of torch"
+    expected = {"torch CUDA": "CPU build", "cuSPARSELt": "not available"}
+    assert (found(name).found, found(name).usable) == (expected[name], False)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of installed modules that must not be imported, only found."""
+    for name in ("tensorrt", "tensorrt_rtx"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemError", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def install(site: Path, distribution: str, version: str) -> None:
+    folder = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n", encoding="utf-8"
+    )
+
+
+def test_an_engine_library_is_found_without_importing_it(no_gpu: mock.Mock, site: Path) -> None:
+    install(site, "tensorrt", "10.16.1")
+    install(site, "tensorrt-rtx", "1.5.0")
+    for name, version in (("tensorrt", "10.16.1"), ("tensorrt_rtx", "1.5.0")):
+        assert (found(name).found, found(name).usable) == (version, True)
+
+
+def test_an_engine_library_from_another_distribution_is_usable(
+    no_gpu: mock.Mock, site: Path
+) -> None:
+    """`pip install tensorrt-cu13`, the remedy itself, installs no distribution `tensorrt`."""
+    install(site, "tensorrt-cu13", "10.16.1")
+    for name in ("tensorrt", "tensorrt_rtx"):
+        assert found(name).usable
+        assert found(name).found
