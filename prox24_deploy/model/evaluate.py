@@ -136,9 +136,10 @@ def pooling_of(model_dir: Path) -> Pooling:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelDirError(f"{declared} is not a readable pooling; restore it.") from error
     if len(chosen) > 1 or not chosen <= _POOLINGS.keys():
+        modes = ", ".join(sorted(map(str, chosen)))
         raise ModelDirError(
-            f"{declared} asks for pooling {', '.join(sorted(chosen))}, expected the mean or the "
-            "[CLS] token; embeddings pooled otherwise cannot be compared yet."
+            f"{declared} asks for pooling {modes}, expected the mean or the [CLS] token; "
+            "embeddings pooled otherwise cannot be compared yet."
         )
     return _POOLINGS[chosen.pop()] if chosen else _mean_tokens
 

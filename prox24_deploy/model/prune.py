@@ -227,7 +227,7 @@ def _prune_block(
         _apply(twin.pruned, done)
         solved.update(done)
         records.extend(made)
-    for name in layers.keys() - solved.keys():
+    for name in [n for n in layers if n not in solved]:
         reason = "no forward pass on calibration text reaches it"
         records.append(_skipped(f"{twin.prefix}.{name}", layers[name], reason))
     return solved, tuple(records)

@@ -176,6 +176,16 @@ def test_builtin_text_that_is_held_out_comes_from_other_topics() -> None:
         assert not sides[0] & sides[1]
 
 
+def test_builtin_text_may_be_evaluated_on_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("only for evaluation", encoding="utf-8")
+    calibration, held_out = read_texts([], [path], 0)
+    assert calibration.kind == "builtin"
+    assert len(calibration.documents) > 1000
+    assert held_out.documents == ("only for evaluation",)
+    assert (held_out.kind, held_out.paths) == ("file", (str(path),))
+
+
 def test_builtin_paragraphs_are_single_lines_worth_reading() -> None:
     documents = read_texts([], [], 0)[0].documents
     assert all(squeezed(document) == document for document in documents)
@@ -264,6 +274,11 @@ def test_a_row_longer_than_the_bound_is_a_batch_of_its_own() -> None:
         texts_of("a" * 5000, "b" * 6000, "c" * 10), Letters(), BERT, tokens=10**6, max_length=8192
     )
     assert [tuple(batch.real.shape) for batch in samples.batches] == [(1, 10), (1, 5000), (1, 6000)]
+
+
+def test_rows_that_are_all_longer_than_the_bound_are_taken_too() -> None:
+    samples = make_samples(texts_of("a" * 5000), Letters(), BERT, tokens=10**6, max_length=8192)
+    assert [tuple(batch.real.shape) for batch in samples.batches] == [(1, 5000)]
 
 
 def test_only_inputs_of_the_recipe_are_made() -> None:

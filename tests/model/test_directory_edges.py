@@ -1,6 +1,7 @@
 """What a model directory may hold beside or instead of sound weights, and what is read of it."""
 
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -13,6 +14,8 @@ import torch
 from model_cases import BERT, CPU, LLAMA, load
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModel
+from transformers.utils import logging as transformers_logging
 
 from prox24_deploy.artifacts import ModelInfo
 from prox24_deploy.errors import ModelDirError
@@ -56,6 +59,7 @@ def assert_one_sentence(error: Exception, *parts: str) -> None:
     text = str(error)
     assert "\n" not in text
     assert text.endswith(".")
+    assert not text.endswith("..")
     for part in parts:
         assert part in text
 
@@ -227,10 +231,12 @@ def test_code_of_an_unknown_family_is_not_run(encoder: Path) -> None:
         auto_map={"AutoTokenizer": ["evil.EvilTokenizer", None]},
     )
     directory = open_model_dir(encoder)
-    with pytest.raises(ModelDirError, match="does not open as feature-extraction"):
+    with pytest.raises(ModelDirError, match="does not open as feature-extraction") as caught:
         load_model(directory, BERT, CPU)
-    with pytest.raises(ModelDirError, match="has no tokenizer that opens"):
+    assert_one_sentence(caught.value, str(encoder))
+    with pytest.raises(ModelDirError, match="has no tokenizer that opens") as caught:
         load_tokenizer(directory)
+    assert_one_sentence(caught.value, str(encoder))
     assert not mark.exists()
 
 
@@ -333,7 +339,8 @@ def test_the_hash_covers_names_and_new_files(encoder: Path) -> None:
     hashes = {open_model_dir(encoder).sha256}
     (encoder / "vocab.txt").write_text("a", encoding="utf-8")
     hashes.add(open_model_dir(encoder).sha256)
-    (encoder / "vocab.txt").rename(encoder / "merges.txt")
+    # Another name in the same place of the order, with the same content.
+    (encoder / "vocab.txt").rename(encoder / "words.txt")
     hashes.add(open_model_dir(encoder).sha256)
     assert len(hashes) == 3
 
@@ -383,12 +390,45 @@ def test_the_model_is_described_by_its_config(encoder: Path) -> None:
     assert describe(encoder, BERT).architecture == "unknown"
 
 
-def test_a_model_is_built_in_float32_for_inference_without_a_word(
-    tiny_llama: Path, capfd: pytest.CaptureFixture[str]
+def test_an_error_without_a_text_is_told_by_its_kind(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", fail)
+    with pytest.raises(ModelDirError, match=r"feature-extraction: OSError\.$"):
+        load_model(open_model_dir(encoder), BERT, CPU)
+
+
+def test_too_little_memory_is_no_fault_of_the_directory(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", fail)
+    with pytest.raises(MemoryError):
+        load_model(open_model_dir(encoder), BERT, CPU)
+
+
+def test_opening_says_nothing_not_even_of_a_pooler_made_at_random(
+    tiny_bert: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = open_model_dir(tiny_bert)
+    # Whatever another test or library has asked of transformers.
+    transformers_logging.set_verbosity_info()
+    transformers_logging.enable_progress_bar()
+    load_model(directory, BERT, CPU)
+    load_tokenizer(directory)
+    assert capfd.readouterr() == ("", "")
+    # Its handler may hold a stream that no capture sees.
+    assert transformers_logging.get_verbosity() == logging.ERROR
+
+
+def test_a_model_is_built_in_float32_for_inference(tiny_llama: Path) -> None:
     directory = open_model_dir(tiny_llama)
     model = load_model(directory, LLAMA, CPU)
-    assert capfd.readouterr() == ("", "")
     assert not model.training
     parameters = dict(model.named_parameters())
     assert set(parameters) == set(directory.tensors)

@@ -138,7 +138,9 @@ def test_the_directory_s_pooling_is_what_is_compared(
     assert result.seconds > 0
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\xff", '"cls"'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "\xff", '"cls"', '{"pooling_mode": ["cls"]}', '{"pooling_mode": 3}']
+)
 def test_a_damaged_pooling_is_refused_and_named(tmp_path: Path, text: str) -> None:
     declare(tmp_path, "")
     file = tmp_path / "1_Pooling" / "config.json"
@@ -154,6 +156,8 @@ def test_a_damaged_pooling_is_refused_and_named(tmp_path: Path, text: str) -> No
         {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True},
         {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True},
         {"pooling_mode": "lasttoken"},
+        # Both at once are concatenated by sentence-transformers.
+        {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
     ],
 )
 def test_another_pooling_is_not_silently_replaced_by_the_mean(
@@ -162,6 +166,15 @@ def test_another_pooling_is_not_silently_replaced_by_the_mean(
     declare(tmp_path, json.dumps(declared))
     with pytest.raises(ModelDirError, match="pooling"):
         pooling_of(tmp_path)
+
+
+def test_a_broken_embedding_is_refused_and_never_averaged() -> None:
+    sound, broken = Table([[1.0, 0.0], [0.6, 0.8]]), Table([[1.0, 0.0], [math.nan, 0.8]])
+    batches = (padded_batch(BERT, [[0, 0], [1]]),)
+    pooling = pooling_of(Path("nowhere"))
+    for pair in ((sound, broken), (broken, sound)):
+        with pytest.raises(ModelDirError, match="An embedding is NaN or infinite"):
+            evaluate_embeddings(*pair, batches, pooling, silent)
 
 
 def test_a_perplexity_beyond_all_numbers_is_refused(tiny_llama: Path) -> None:

@@ -96,13 +96,13 @@ def test_relative_error_of_half_precision_weights_is_computed_in_float64() -> No
     assert math.isclose(grams.relative_error(before, after), explicit, rel_tol=1e-3)
 
 
-def test_relative_error_of_unchanged_weights_on_equal_inputs_is_zero_and_never_negative() -> None:
+def test_relative_error_of_unchanged_weights_is_never_negative() -> None:
     for seed in range(20):
         rows, weight = gaussian(30, 12, seed=seed), gaussian(7, 12, seed=seed + 50)
         grams = Grams.empty(12, CPU)
-        grams.add(rows, rows)
-        error = grams.relative_error(weight, weight)
-        assert 0 <= error < 1e-12
+        # Inputs that differ in their last bit: rounding alone decides the sign of the sum.
+        grams.add(rows, rows * (1 + 1e-7))
+        assert 0 <= grams.relative_error(weight, weight) < 1e-6
 
 
 def test_relative_error_is_zero_where_the_dense_layer_outputs_nothing() -> None:
