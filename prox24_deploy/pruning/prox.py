@@ -118,6 +118,8 @@ def _prox_cells(z: Tensor, lam: Tensor, newton_iterations: int) -> Tensor:
     rank_w, lam_w = rank[:, index], lam[index]
     ordered = torch.empty_like(magnitude[:, index]).scatter_(0, rank_w, magnitude[:, index])
     solved = _solve_sorted(ordered, lam_w, newton_iterations).gather(0, rank_w)
+    # No element grows; scaling by λ and back could round one up.
+    solved = torch.minimum(solved, magnitude[:, index])
     result[:, index] = torch.copysign(solved, z[:, index]).where(solved > 0, 0.0)
     return result
 

@@ -120,7 +120,8 @@ def _solve(m1: Any, m2: Any, m3: Any, m4: Any, lam: Any, tolerance: Any) -> Any:
         u3 = max(y3 - (u1 * u2 + u1 * u4 + u2 * u4), zero)
         u2 = max(y2 - (u1 * u3 + u1 * u4 + u3 * u4), zero)
         u1 = max(y1 - (u2 * u3 + u2 * u4 + u3 * u4), zero)
-        return u1 / lam, u2 / lam, u3 / lam, u4 / lam
+        # No element grows; scaling by λ and back could round one up.
+        return min(u1 / lam, m1), min(u2 / lam, m2), min(u3 / lam, m3), min(u4 / lam, m4)
     return m1, m2, zero, zero
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import Array, prox_minimum, prox_objective
 
@@ -160,6 +160,7 @@ def test_a_power_of_two_scales_out(cell: list[float], lam: float, exponent: int)
 
 @settings(deadline=None, max_examples=80)
 @given(cell=CELL, lam=LAM, factor=st.floats(1.001, 10.0))
+@example(cell=[0.0, 1.0, 1.0, 1.93], lam=0.625, factor=2.0)
 def test_a_larger_lambda_never_has_the_larger_regulariser(
     cell: list[float], lam: float, factor: float
 ) -> None:
