@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from prox24_deploy.artifacts import DType
-from prox24_deploy.options import DeviceChoice, Method, Preset
+from prox24_deploy.options import DeviceChoice, Method, Preset, Refinement
 
 _COMMON = {"-v", "--verbose", "--debug"}
 
@@ -32,7 +32,13 @@ EvaluationOpt = Annotated[
 ]
 TokensOpt = Annotated[int, typer.Option(min=1024, help="Calibration tokens to use.")]
 EvaluationTokensOpt = Annotated[int, typer.Option(min=1024, help="Evaluation tokens to use.")]
-MethodOpt = Annotated[Method, typer.Option(help="Pruning method; all are refined on their mask.")]
+MethodOpt = Annotated[
+    Method, typer.Option(help="Pruning method; ista is the literal one of the paper.")
+]
+RefinementOpt = Annotated[
+    Refinement,
+    typer.Option(help="Update of the kept weights; auto: gradient for ista, else conjugate."),
+]
 PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
 DTypeOpt = Annotated[DType, typer.Option(help="Precision of the exported models.")]
 BackendOpt = Annotated[list[str] | None, typer.Option(help="auto or onnxruntime; repeatable.")]

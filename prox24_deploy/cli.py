@@ -34,6 +34,7 @@ from prox24_deploy.arguments import (
     OutOpt,
     PresetOpt,
     RecipeOpt,
+    RefinementOpt,
     SeedOpt,
     ShapesOpt,
     TokensOpt,
@@ -122,6 +123,7 @@ def build(
     evaluation_tokens: EvaluationTokensOpt = _TEXT.evaluation_tokens,
     method: MethodOpt = "prox",
     preset: PresetOpt = "default",
+    refinement: RefinementOpt = "auto",
     dtype: DTypeOpt = "float32",
     backend: BackendOpt = None,
     shapes: ShapesOpt = None,
@@ -136,7 +138,7 @@ def build(
     options = BuildOptions(
         recipe,
         _text_options(calibration, evaluation, calibration_tokens, evaluation_tokens, seed),
-        PruneOptions(method, preset),
+        PruneOptions(method, preset, refinement=refinement),
         device,
         dtype,
         _engine_options(backend, shapes),
@@ -162,6 +164,7 @@ def prune(
     evaluation_tokens: EvaluationTokensOpt = _TEXT.evaluation_tokens,
     method: MethodOpt = "prox",
     preset: PresetOpt = "default",
+    refinement: RefinementOpt = "auto",
     device: DeviceOpt = "auto",
     seed: SeedOpt = 0,
     fresh: FreshOpt = False,
@@ -173,7 +176,7 @@ def prune(
     options = BuildOptions(
         recipe,
         _text_options(calibration, evaluation, calibration_tokens, evaluation_tokens, seed),
-        PruneOptions(method, preset),
+        PruneOptions(method, preset, refinement=refinement),
         device,
     )
     root = out or _default_out(model_dir)

@@ -8,7 +8,8 @@ from typing import Literal
 from prox24_deploy.artifacts import DType
 from prox24_deploy.errors import UsageError
 
-Method = Literal["prox", "sparsegpt", "wanda", "magnitude"]
+Method = Literal["prox", "ista", "sparsegpt", "wanda", "magnitude"]
+Refinement = Literal["auto", "conjugate-gradient", "gradient", "none"]
 Preset = Literal["fast", "default", "best"]
 Target = Literal["asymmetric", "symmetric"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -30,12 +31,14 @@ class PruneOptions:
     """How to prune.
 
     `target` "asymmetric" matches the dense model's outputs from the pruned model's inputs,
-    "symmetric" matches the dense layer on the pruned model's inputs.
+    "symmetric" matches the dense layer on the pruned model's inputs. `refinement` is how the kept
+    weights are updated once the mask is fixed; "auto" takes the one that belongs to the method.
     """
 
     method: Method = "prox"
     preset: Preset = "default"
     target: Target = "asymmetric"
+    refinement: Refinement = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -303,7 +303,13 @@ def _solve(weight: Tensor, grams: Grams, options: PruneOptions, names: list[str]
         raise ModelDirError(
             f"Layer {names[0]}: {error}; its activations overflow or the checkpoint is damaged."
         ) from error
-    return solve_layer(weight, problem, method=options.method, options=PRESETS[options.preset])
+    return solve_layer(
+        weight,
+        problem,
+        method=options.method,
+        options=PRESETS[options.preset],
+        refinement=options.refinement,
+    )
 
 
 def _error(grams: Grams, before: Tensor, after: Tensor, path: str) -> float:

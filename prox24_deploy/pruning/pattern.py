@@ -67,6 +67,21 @@ def first_violation(
     return (*outer[:axis], cell * group, *outer[axis:])
 
 
+def unfinished_fraction(weight: Tensor) -> float:
+    """Fraction of cells along the last axis with more than two non-zeros."""
+    return float(((_cells(weight, -1, 4) != 0).sum(-1) > 2).float().mean())
+
+
+def settle_mask(iterate: Tensor, fallback: Tensor) -> Tensor:
+    """The 2:4 mask of a solver's last iterate, (rows, d) bool.
+
+    Keeps the largest non-zeros of `iterate`; cells with fewer than two are filled by |fallback|.
+    """
+    bonus = fallback.abs().amax(1, keepdim=True)
+    filler = fallback.abs().clamp(max=bonus)
+    return mask_24(torch.where(iterate != 0, iterate.abs() + bonus, filler))
+
+
 def _cells(tensor: Tensor, axis: int, group: int) -> Tensor:
     """View with the groups as a new last dimension: (..., length / group, group)."""
     length = tensor.shape[axis]

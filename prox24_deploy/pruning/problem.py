@@ -44,6 +44,22 @@ class LayerProblem:
         """Undo the normalisation: W = W̃ / n, (rows, d)."""
         return candidate / self.scale
 
+    def unscaled(self) -> "LayerProblem":
+        """The same minimisation in the units of the weights, its mean diagonal brought to 1."""
+        curvature = self.curvature * (self.scale[:, None] * self.scale[None, :])
+        size = curvature.diagonal().mean()
+        return LayerProblem(
+            start=self.start / self.scale,
+            curvature=curvature / size,
+            linear=self.linear * self.scale / size,
+            scale=torch.ones_like(self.scale),
+            dead=self.dead,
+        )
+
+    def largest_curvature(self) -> float:
+        """L, the largest eigenvalue of A; gradient steps of 1/L never raise the loss."""
+        return float(torch.linalg.eigvalsh(self.curvature)[-1])
+
 
 def damping_for(features: int, tokens: int) -> float:
     """Damping δ in normalised units: clip(0.4 · d_in / tokens, 0.01, 0.3)."""

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from prox24_deploy.pruning.baselines import magnitude_mask, sparsegpt, wanda_mask
-from prox24_deploy.pruning.pattern import is_24, mask_24
+from prox24_deploy.pruning.ista import IstaOptions, ista
+from prox24_deploy.pruning.pattern import is_24, mask_24, settle_mask, unfinished_fraction
 from prox24_deploy.pruning.problem import LayerProblem
 from prox24_deploy.pruning.prox import prox_24
-from prox24_deploy.pruning.refine import masked_conjugate_gradient
+from prox24_deploy.pruning.refine import masked_conjugate_gradient, masked_gradient
 
-Method = Literal["prox", "sparsegpt", "wanda", "magnitude"]
+Method = Literal["prox", "ista", "sparsegpt", "wanda", "magnitude"]
+Refinement = Literal["auto", "conjugate-gradient", "gradient", "none"]
 Preset = Literal["fast", "default", "best"]
 
 
@@ -52,6 +54,9 @@ PRESETS: dict[Preset, AdmmOptions] = {
 }
 
 
+_PAPER = IstaOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSolution:
     """A pruned layer.
@@ -76,16 +81,20 @@ def solve_layer(
     *,
     method: Method = "prox",
     options: AdmmOptions = PRESETS["default"],
-    refine_iterations: int = 50,
+    ista_options: IstaOptions = _PAPER,
+    refinement: Refinement = "auto",
 ) -> LayerSolution:
     """Prune the rows of one problem to 2:4.
 
     Args:
         weight: W0, (rows, d), d a multiple of four, as given to `layer_problem`.
         problem: its quadratic.
-        method: "prox", or a baseline; every method is refined on its mask.
+        method: "prox", the paper's literal "ista", or a baseline.
         options: schedule of "prox".
-        refine_iterations: conjugate gradient steps on the mask; 0 leaves the method's own weights.
+        ista_options: schedule of "ista".
+        refinement: of the kept weights on the mask found: conjugate gradients, the masked gradient
+            steps of the paper, or "none", which leaves the method's own weights. "auto" takes the
+            gradient for "ista" and conjugate gradients for all others.
 
     Returns:
         The solution. Weights that are 2:4 already come back bit-identical.
@@ -95,31 +104,45 @@ def solve_layer(
     """
     if is_24(weight):
         return LayerSolution(weight, mask_24(weight.abs()), 0, "unchanged")
-    candidate, mask, iterations = _propose(problem, method, options)
-    solution = masked_conjugate_gradient(problem, mask, candidate, iterations=refine_iterations)
+    candidate, mask, iterations = _propose(problem, method, options, ista_options)
+    if refinement == "auto":
+        refinement = "gradient" if method == "ista" else "conjugate-gradient"
+    solution = _refine(problem, mask, candidate, refinement)
     used: str = method
     if method == "prox":
         rival, rival_mask = sparsegpt(problem)
         if float(problem.loss(rival).sum()) < float(problem.loss(solution).sum()):
             mask, used = rival_mask, "sparsegpt"
-            solution = masked_conjugate_gradient(problem, mask, rival, iterations=refine_iterations)
+            solution = _refine(problem, mask, rival, refinement)
     result = problem.to_weight(solution).masked_fill(~mask | problem.dead, 0.0)
     return LayerSolution(result, mask, iterations, used)
 
 
 def _propose(
-    problem: LayerProblem, method: Method, options: AdmmOptions
+    problem: LayerProblem, method: Method, options: AdmmOptions, ista_options: IstaOptions
 ) -> tuple[Tensor, Tensor, int]:
     """Return normalised weights, mask and iterations of one method, before refinement."""
     match method:
         case "prox":
             return prox_admm(problem, options)
+        case "ista":
+            return ista(problem, ista_options)
         case "sparsegpt":
             weight, mask = sparsegpt(problem)
             return weight, mask, 0
         case "wanda" | "magnitude":
             mask = wanda_mask(problem) if method == "wanda" else magnitude_mask(problem)
             return problem.start.masked_fill(~mask, 0.0), mask, 0
+
+
+def _refine(problem: LayerProblem, mask: Tensor, start: Tensor, kind: Refinement) -> Tensor:
+    match kind:
+        case "none":
+            return start
+        case "gradient":
+            return masked_gradient(problem, mask, start)
+        case _:
+            return masked_conjugate_gradient(problem, mask, start)
 
 
 def prox_admm(problem: LayerProblem, options: AdmmOptions) -> tuple[Tensor, Tensor, int]:
@@ -142,21 +165,9 @@ def prox_admm(problem: LayerProblem, options: AdmmOptions) -> tuple[Tensor, Tens
         split = prox_24(weight + dual, lam / rho, newton_iterations=options.newton_iterations)
         dual = dual + weight - split
         iterations += 1
-        if iterations % options.check_every == 0 and _unfinished(split) < max(
+        if iterations % options.check_every == 0 and unfinished_fraction(split) < max(
             options.straggler_fraction, torch.finfo(split.dtype).tiny
         ):
             break
-    mask = _final_mask(split, weight)
+    mask = settle_mask(split, weight)
     return split.masked_fill(~mask, 0.0), mask, iterations
-
-
-def _unfinished(split: Tensor) -> float:
-    """Fraction of cells with more than two non-zeros."""
-    cells = (split != 0).unflatten(-1, (-1, 4)).sum(-1) > 2
-    return float(cells.float().mean())
-
-
-def _final_mask(split: Tensor, weight: Tensor) -> Tensor:
-    """Keep the non-zeros of the split variable; fill up to two, and break ties, by |W̃|."""
-    bonus = weight.abs().amax(1, keepdim=True)
-    return mask_24(torch.where(split != 0, split.abs() + bonus, weight.abs().clamp(max=bonus)))

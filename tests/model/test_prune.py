@@ -177,7 +177,7 @@ def test_a_resumed_run_gives_the_same_bits_and_solves_only_the_rest(
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("method", ["ista", "sparsegpt", "wanda", "magnitude"])
 def test_every_method_prunes_a_whole_model(
     tiny_bert: Path, prose: Path, tmp_path: Path, method: Method
 ) -> None:

@@ -292,7 +292,7 @@ def nest() -> Nest:
     return Nest().eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("method", ["prox", "sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("method", ["prox", "ista", "sparsegpt", "wanda", "magnitude"])
 def test_every_method_prunes_a_decoder_in_half_precision(
     tiny_llama: Path, tmp_path: Path, method: str
 ) -> None:
