@@ -39,6 +39,13 @@ RefinementOpt = Annotated[
     Refinement,
     typer.Option(help="Update of the kept weights; auto: gradient for ista, else conjugate."),
 ]
+ReconstructOpt = Annotated[
+    bool | None,
+    typer.Option(
+        "--reconstruct/--no-reconstruct",
+        help="Tune each block as a whole, masks fixed; default: with preset best only.",
+    ),
+]
 PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
 DTypeOpt = Annotated[DType, typer.Option(help="Precision of the exported models.")]
 BackendOpt = Annotated[list[str] | None, typer.Option(help="auto or onnxruntime; repeatable.")]

@@ -63,7 +63,11 @@ class LayerRecord:
 
 @dataclass(frozen=True, slots=True)
 class PruneResult:
-    """Result of the pruning stage. `state_sha256` hashes every weight file that was written."""
+    """Result of the pruning stage.
+
+    `state_sha256` hashes every weight file that was written; `reconstructed` says that the kept
+    weights of each block were tuned together after the layers were solved.
+    """
 
     method: str
     preset: str
@@ -75,6 +79,7 @@ class PruneResult:
     damping: tuple[float, float]
     state_sha256: str
     seconds: float
+    reconstructed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,29 +18,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from prox24_deploy import __version__, tables
-from prox24_deploy.arguments import (
-    BackendOpt,
-    BundleArg,
-    CalibrationOpt,
-    DeviceOpt,
-    DTypeOpt,
-    EvaluationOpt,
-    EvaluationTokensOpt,
-    FreshOpt,
-    JsonOpt,
-    MethodOpt,
-    ModelArg,
-    OutOpt,
-    PresetOpt,
-    RecipeOpt,
-    RefinementOpt,
-    SeedOpt,
-    ShapesOpt,
-    TokensOpt,
-    hoist_common,
-    join_shapes,
-)
+from prox24_deploy import __version__, arguments, tables
 from prox24_deploy.errors import BundleError, Prox24Error
 from prox24_deploy.options import (
     BuildOptions,
@@ -80,18 +58,18 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     # From 1.29 on ONNX Runtime writes to ~/.cache and reports hashes of models to its vendor.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    arguments = hoist_common(join_shapes(sys.argv[1:]))
+    line = arguments.hoist_common(arguments.join_shapes(sys.argv[1:]))
     try:
-        app(args=arguments, prog_name="prox24-deploy")
+        app(args=line, prog_name="prox24-deploy")
     except (Prox24Error, OSError) as error:
-        _fail(error, debug="--debug" in arguments)
+        _fail(error, debug="--debug" in line)
     except SystemExit as stop:
         # typer turns an interrupt from the keyboard into this code and says nothing.
         if stop.code == EXIT_INTERRUPTED:
             stderr.print("Interrupted; finished stages are kept, run the same command to go on.")
         raise
     except Exception as error:  # the one place where a fault of ours becomes an exit code
-        _fail(error, debug="--debug" in arguments)
+        _fail(error, debug="--debug" in line)
 
 
 @app.callback(invoke_without_command=True)
@@ -114,23 +92,24 @@ def common(
 
 @app.command()
 def build(
-    model_dir: ModelArg,
-    out: OutOpt = None,
-    recipe: RecipeOpt = None,
-    calibration: CalibrationOpt = None,
-    evaluation: EvaluationOpt = None,
-    calibration_tokens: TokensOpt = _TEXT.calibration_tokens,
-    evaluation_tokens: EvaluationTokensOpt = _TEXT.evaluation_tokens,
-    method: MethodOpt = "prox",
-    preset: PresetOpt = "default",
-    refinement: RefinementOpt = "auto",
-    dtype: DTypeOpt = "float32",
-    backend: BackendOpt = None,
-    shapes: ShapesOpt = None,
-    device: DeviceOpt = "auto",
-    seed: SeedOpt = 0,
-    fresh: FreshOpt = False,
-    as_json: JsonOpt = False,
+    model_dir: arguments.ModelArg,
+    out: arguments.OutOpt = None,
+    recipe: arguments.RecipeOpt = None,
+    calibration: arguments.CalibrationOpt = None,
+    evaluation: arguments.EvaluationOpt = None,
+    calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
+    evaluation_tokens: arguments.EvaluationTokensOpt = _TEXT.evaluation_tokens,
+    method: arguments.MethodOpt = "prox",
+    preset: arguments.PresetOpt = "default",
+    refinement: arguments.RefinementOpt = "auto",
+    reconstruct: arguments.ReconstructOpt = None,
+    dtype: arguments.DTypeOpt = "float32",
+    backend: arguments.BackendOpt = None,
+    shapes: arguments.ShapesOpt = None,
+    device: arguments.DeviceOpt = "auto",
+    seed: arguments.SeedOpt = 0,
+    fresh: arguments.FreshOpt = False,
+    as_json: arguments.JsonOpt = False,
 ) -> None:
     """Prune, export, prove, compile, measure and report: everything, into one bundle."""
     from prox24_deploy import pipeline
@@ -138,7 +117,7 @@ def build(
     options = BuildOptions(
         recipe,
         _text_options(calibration, evaluation, calibration_tokens, evaluation_tokens, seed),
-        PruneOptions(method, preset, refinement=refinement),
+        PruneOptions(method, preset, refinement=refinement, reconstruct=reconstruct),
         device,
         dtype,
         _engine_options(backend, shapes),
@@ -155,20 +134,21 @@ def build(
 
 @app.command()
 def prune(
-    model_dir: ModelArg,
-    out: OutOpt = None,
-    recipe: RecipeOpt = None,
-    calibration: CalibrationOpt = None,
-    evaluation: EvaluationOpt = None,
-    calibration_tokens: TokensOpt = _TEXT.calibration_tokens,
-    evaluation_tokens: EvaluationTokensOpt = _TEXT.evaluation_tokens,
-    method: MethodOpt = "prox",
-    preset: PresetOpt = "default",
-    refinement: RefinementOpt = "auto",
-    device: DeviceOpt = "auto",
-    seed: SeedOpt = 0,
-    fresh: FreshOpt = False,
-    as_json: JsonOpt = False,
+    model_dir: arguments.ModelArg,
+    out: arguments.OutOpt = None,
+    recipe: arguments.RecipeOpt = None,
+    calibration: arguments.CalibrationOpt = None,
+    evaluation: arguments.EvaluationOpt = None,
+    calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
+    evaluation_tokens: arguments.EvaluationTokensOpt = _TEXT.evaluation_tokens,
+    method: arguments.MethodOpt = "prox",
+    preset: arguments.PresetOpt = "default",
+    refinement: arguments.RefinementOpt = "auto",
+    reconstruct: arguments.ReconstructOpt = None,
+    device: arguments.DeviceOpt = "auto",
+    seed: arguments.SeedOpt = 0,
+    fresh: arguments.FreshOpt = False,
+    as_json: arguments.JsonOpt = False,
 ) -> None:
     """Prune only: OUT becomes a bundle with the pruned model directory."""
     from prox24_deploy import pipeline
@@ -176,7 +156,7 @@ def prune(
     options = BuildOptions(
         recipe,
         _text_options(calibration, evaluation, calibration_tokens, evaluation_tokens, seed),
-        PruneOptions(method, preset, refinement=refinement),
+        PruneOptions(method, preset, refinement=refinement, reconstruct=reconstruct),
         device,
     )
     root = out or _default_out(model_dir)
@@ -191,7 +171,11 @@ def prune(
 
 
 @app.command()
-def export(bundle: BundleArg, dtype: DTypeOpt = "float32", as_json: JsonOpt = False) -> None:
+def export(
+    bundle: arguments.BundleArg,
+    dtype: arguments.DTypeOpt = "float32",
+    as_json: arguments.JsonOpt = False,
+) -> None:
     """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the file."""
     from prox24_deploy import pipeline
 
@@ -211,7 +195,9 @@ def export(bundle: BundleArg, dtype: DTypeOpt = "float32", as_json: JsonOpt = Fa
 
 @app.command("compile")
 def compile_engines(
-    bundle: BundleArg, backend: BackendOpt = None, as_json: JsonOpt = False
+    bundle: arguments.BundleArg,
+    backend: arguments.BackendOpt = None,
+    as_json: arguments.JsonOpt = False,
 ) -> None:
     """Compile engines from the ONNX twins of a bundle."""
     from prox24_deploy import pipeline
@@ -228,7 +214,11 @@ def compile_engines(
 
 
 @app.command()
-def bench(bundle: BundleArg, shapes: ShapesOpt = None, as_json: JsonOpt = False) -> None:
+def bench(
+    bundle: arguments.BundleArg,
+    shapes: arguments.ShapesOpt = None,
+    as_json: arguments.JsonOpt = False,
+) -> None:
     """Measure dense against sparse latency of a bundle's engines, interleaved."""
     from prox24_deploy import pipeline
 
@@ -246,7 +236,7 @@ def check(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Weights that may be dense, as globs; repeatable.")
     ] = None,
-    as_json: JsonOpt = False,
+    as_json: arguments.JsonOpt = False,
 ) -> None:
     """Check the 2:4 pattern of every weight along its reduction axis; exit 4 if it is violated.
 
@@ -264,7 +254,7 @@ def check(
 
 
 @app.command()
-def verify(bundle: BundleArg, as_json: JsonOpt = False) -> None:
+def verify(bundle: arguments.BundleArg, as_json: arguments.JsonOpt = False) -> None:
     """Re-hash every file of a bundle against its manifest."""
     from prox24_deploy.release.manifest import read_manifest
     from prox24_deploy.release.manifest import verify as faults_of
@@ -282,7 +272,7 @@ def verify(bundle: BundleArg, as_json: JsonOpt = False) -> None:
 
 
 @app.command()
-def doctor(as_json: JsonOpt = False) -> None:
+def doctor(as_json: arguments.JsonOpt = False) -> None:
     """Say what this machine can do, and how to get what is missing."""
     from prox24_deploy.release.environment import diagnose
 

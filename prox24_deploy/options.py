@@ -33,12 +33,19 @@ class PruneOptions:
     `target` "asymmetric" matches the dense model's outputs from the pruned model's inputs,
     "symmetric" matches the dense layer on the pruned model's inputs. `refinement` is how the kept
     weights are updated once the mask is fixed; "auto" takes the one that belongs to the method.
+    `reconstruct` None means: in preset "best" only.
     """
 
     method: Method = "prox"
     preset: Preset = "default"
     target: Target = "asymmetric"
     refinement: Refinement = "auto"
+    reconstruct: bool | None = None
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether to tune each block as a whole once its layers are solved."""
+        return self.preset == "best" if self.reconstruct is None else self.reconstruct
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 MIN_TOKENS = 1024
 _HELD_OUT_SHARE = 0.2
-# Tokens per forward pass; a memory bound, padding included.
-_BATCH_TOKENS = 4096
+# Tokens per forward pass, padding included, and per step of block reconstruction.
+_BATCH_TOKENS = 2048
 _SHORTEST_BUILTIN = 60
 
 

@@ -53,7 +53,7 @@ def evaluate_text_generation(
         progress("evaluate", i, len(batches))
         logits = [run_model(m, batch, "text-generation").logits[:, :-1] for m in (dense, sparse)]
         targets = batch.inputs["input_ids"][:, 1:].to(logits[0].device)
-        nll.append(torch.stack([_window_nll(part, targets) for part in logits]))
+        nll.append(torch.stack([window_nll(part, targets) for part in logits]))
         same = logits[0].argmax(-1) == logits[1].argmax(-1)
         agree.append(same.double().mean(1))
     progress("evaluate", len(batches), len(batches))
@@ -97,7 +97,7 @@ def evaluate_embeddings(
     parts: list[Tensor] = []
     for i, batch in enumerate(batches):
         progress("evaluate", i, len(batches))
-        both = [_embed(model, batch, pooling) for model in (dense, sparse)]
+        both = [embed(model, batch, pooling) for model in (dense, sparse)]
         parts.append(torch.stack(both))
     progress("evaluate", len(batches), len(batches))
     embeddings = torch.cat(parts, dim=1)
@@ -144,7 +144,7 @@ def pooling_of(model_dir: Path) -> Pooling:
     return _POOLINGS[chosen.pop()] if chosen else _mean_tokens
 
 
-def _window_nll(logits: Tensor, targets: Tensor) -> Tensor:
+def window_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean negative log-likelihood per window: (windows,)."""
     loss = nn.functional.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), reduction="none"
@@ -164,7 +164,8 @@ def _perplexity(losses: Tensor, which: str) -> Estimate:
     return Estimate(value, value * mean.standard_error)
 
 
-def _embed(model: nn.Module, batch: Batch, pooling: Pooling) -> Tensor:
+def embed(model: nn.Module, batch: Batch, pooling: Pooling) -> Tensor:
+    """Embeddings of unit length, (texts, hidden), float64."""
     hidden = run_model(model, batch, "feature-extraction").last_hidden_state
     pooled = pooling(hidden, batch.real.to(hidden.device))
     return nn.functional.normalize(pooled.double(), dim=-1)

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,20 +13,13 @@ from torch import Tensor, nn
 
 from prox24_deploy.artifacts import LayerRecord, PruneResult
 from prox24_deploy.errors import CalibrationError, ModelDirError, RecipeError
-from prox24_deploy.model.blocks import (
-    BlockCall,
-    find_blocks,
-    layer_input,
-    real_rows,
-    record_calls,
-    run_block,
-    shared_inputs,
-    target_layers,
-)
+from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
 from prox24_deploy.model.calibration import Batch, Samples, thin
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype, write_pruned
 from prox24_deploy.model.directory import ModelDir, load_model
+from prox24_deploy.model.flow import Flow, Twin, advance, collect, linear, start_flow
 from prox24_deploy.model.grams import Grams
+from prox24_deploy.model.reconstruct import AdamOptions, reconstruct_block, require_batches
 from prox24_deploy.options import PruneOptions
 from prox24_deploy.pruning.pattern import is_24
 from prox24_deploy.pruning.problem import damping_for, layer_problem
@@ -47,26 +40,6 @@ class PrunedState:
 
     weights: dict[str, Tensor]
     layers: tuple[LayerRecord, ...]
-
-
-@dataclass(slots=True)
-class _Flow:
-    """One set of batches on its way through the blocks, dense and pruned side by side."""
-
-    batches: tuple[Batch, ...]
-    calls: list[list[BlockCall]]
-    dense: list[Tensor]
-    pruned: list[Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class _Twin:
-    """One block twice: as it was, and being pruned."""
-
-    index: int
-    prefix: str
-    dense: nn.Module
-    pruned: nn.Module
 
 
 @torch.no_grad()
@@ -104,14 +77,16 @@ def prune_model(
     """
     if not calibration:
         raise CalibrationError("There is no calibration batch; pass more text.")
+    if options.reconstructs:
+        require_batches(len(calibration))
     blocks = find_blocks(model, recipe)
     target_layers(blocks[0], recipe)
-    flows = [_start_flow(model, blocks, recipe, part) for part in (calibration, held_out)]
+    flows = [start_flow(model, blocks, recipe, part) for part in (calibration, held_out)]
     weights: dict[str, Tensor] = {}
     records: list[LayerRecord] = []
     for index, block in enumerate(blocks):
         progress("prune", index, len(blocks))
-        twin = _Twin(index, f"{recipe.blocks}.{index}", deepcopy(block), block)
+        twin = Twin(index, f"{recipe.blocks}.{index}", deepcopy(block), block)
         done = store.load(index)
         if done is None:
             done = _prune_block(twin, recipe, flows, options, stored_dtype)
@@ -120,7 +95,7 @@ def prune_model(
         weights.update({f"{twin.prefix}.{name}.weight": w for name, w in done[0].items()})
         records.extend(done[1])
         if index + 1 < len(blocks):
-            _advance(twin, flows)
+            advance(twin, flows)
     progress("prune", len(blocks), len(blocks))
     records.extend(_layers_outside(model, recipe, {record.name for record in records}))
     return PrunedState(weights, tuple(records))
@@ -185,30 +160,14 @@ def prune_directory(
         damping=(damping_for(min(widths), tokens), damping_for(max(widths), tokens)),
         state_sha256=digest,
         seconds=time.perf_counter() - began,
+        reconstructed=options.reconstructs,
     )
 
 
-def _start_flow(
-    model: nn.Module, blocks: nn.ModuleList, recipe: Recipe, batches: tuple[Batch, ...]
-) -> _Flow:
-    recorded = [record_calls(model, blocks, batch, recipe.task) for batch in batches]
-    hidden = [first for first, _ in recorded]
-    return _Flow(batches, [calls for _, calls in recorded], hidden, list(hidden))
-
-
-def _advance(twin: _Twin, flows: list[_Flow]) -> None:
-    """Carry both streams through the block."""
-    for flow in flows:
-        for i, calls in enumerate(flow.calls):
-            call = calls[twin.index]
-            flow.dense[i] = run_block(twin.dense, call, flow.dense[i])
-            flow.pruned[i] = run_block(twin.pruned, call, flow.pruned[i])
-
-
 def _prune_block(
-    twin: _Twin,
+    twin: Twin,
     recipe: Recipe,
-    flows: list[_Flow],
+    flows: list[Flow],
     options: PruneOptions,
     stored_dtype: Callable[[str], torch.dtype],
 ) -> tuple[dict[str, Tensor], tuple[LayerRecord, ...]]:
@@ -227,6 +186,8 @@ def _prune_block(
         _apply(twin.pruned, done)
         solved.update(done)
         records.extend(made)
+    if options.reconstructs:
+        records = _reconstruct(twin, groups, solved, records, flows)
     for name in [n for n in layers if n not in solved]:
         reason = "no forward pass on calibration text reaches it"
         records.append(_skipped(f"{twin.prefix}.{name}", layers[name], reason))
@@ -234,18 +195,18 @@ def _prune_block(
 
 
 def _prune_group(
-    twin: _Twin,
+    twin: Twin,
     group: list[str],
-    flows: list[_Flow],
+    flows: list[Flow],
     options: PruneOptions,
     stored_dtype: Callable[[str], torch.dtype],
 ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
     """Solve layers that share one input as one stacked problem."""
     began = time.perf_counter()
     names = [f"{twin.prefix}.{name}" for name in group]
-    layers = [_linear(twin.pruned, name) for name in group]
+    layers = [linear(twin.pruned, name) for name in group]
     before = torch.cat([layer.weight for layer in layers])
-    calibration, held_out = (_collect(twin, group[0], flow) for flow in flows)
+    calibration, held_out = (collect(twin, group[0], flow) for flow in flows)
     solution = _solve(before, calibration, options, names)
     seconds = (time.perf_counter() - began) / len(group)
     solved: dict[str, Tensor] = {}
@@ -278,16 +239,31 @@ def _prune_group(
     return solved, records
 
 
-def _collect(twin: _Twin, name: str, flow: _Flow) -> Grams:
-    """Gram matrices of one layer's input over all batches of a flow."""
-    dense_layer, pruned_layer = (_linear(block, name) for block in (twin.dense, twin.pruned))
-    grams = Grams.empty(pruned_layer.in_features, pruned_layer.weight.device)
-    for i, batch in enumerate(flow.batches):
-        call = flow.calls[i][twin.index]
-        dense = layer_input(twin.dense, call, flow.dense[i], dense_layer)
-        pruned = layer_input(twin.pruned, call, flow.pruned[i], pruned_layer)
-        grams.add(real_rows(dense, batch.real), real_rows(pruned, batch.real))
-    return grams
+def _reconstruct(
+    twin: Twin,
+    groups: list[list[str]],
+    solved: dict[str, Tensor],
+    records: list[LayerRecord],
+    flows: list[Flow],
+) -> list[LayerRecord]:
+    """Tune the block, round its weights into `solved` and measure its layers once more."""
+    known = {record.name.removeprefix(f"{twin.prefix}."): record for record in records}
+    names = [name for name in solved if known[name].method != "unchanged"]
+    if names:
+        reconstruct_block(twin, names, flows[0], AdamOptions())
+    for name in names:
+        solved[name] = linear(twin.pruned, name).weight.to(solved[name].dtype)
+    _apply(twin.pruned, solved)
+    for group in groups:
+        grams = [collect(twin, group[0], flow) for flow in flows]
+        for name in group:
+            before, after = (linear(block, name).weight for block in (twin.dense, twin.pruned))
+            errors = [
+                _error(part, before, after, known[name].name) if part.tokens else None
+                for part in grams
+            ]
+            known[name] = replace(known[name], relative_error=errors[0], held_out_error=errors[1])
+    return list(known.values())
 
 
 def _solve(weight: Tensor, grams: Grams, options: PruneOptions, names: list[str]) -> LayerSolution:
@@ -324,14 +300,7 @@ def _error(grams: Grams, before: Tensor, after: Tensor, path: str) -> float:
 
 def _apply(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
-        _linear(block, name).weight.copy_(weight)
-
-
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    layer = block.get_submodule(name)
-    if not isinstance(layer, nn.Linear):
-        raise TypeError(f"{name} is a {type(layer).__name__}, expected a Linear")
-    return layer
+        linear(block, name).weight.copy_(weight)
 
 
 def _layers_outside(model: nn.Module, recipe: Recipe, known: set[str]) -> list[LayerRecord]:

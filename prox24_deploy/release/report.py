@@ -137,6 +137,7 @@ def _pruning(prune: PruneResult, export: ExportResult) -> Pruning:
         calibration=prune.calibration,
         held_out=prune.held_out,
         damping=prune.damping,
+        reconstructed=prune.reconstructed,
         seconds=prune.seconds,
         layers=layers,
         totals=totals,

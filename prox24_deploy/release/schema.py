@@ -73,6 +73,7 @@ class Pruning(_Part):
     calibration: TextSource
     held_out: TextSource
     damping: tuple[float, float]
+    reconstructed: bool
     seconds: float
     layers: tuple[LayerRecord, ...]
     totals: PruningTotals

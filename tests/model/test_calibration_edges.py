@@ -263,10 +263,10 @@ def test_batches_are_as_large_as_the_bound_allows_and_no_larger() -> None:
     widths = [batch.real.shape[1] for batch in batches]
     assert widths == sorted(widths)
     for batch, following in zip(batches, (*batches[1:], None), strict=True):
-        assert batch.real.numel() <= 4096
+        assert batch.real.numel() <= 2048
         # One row more would have been one too many.
         shortest = int(following.real.sum(1).min()) if following else 10**6
-        assert (len(batch.real) + 1) * shortest > 4096
+        assert (len(batch.real) + 1) * shortest > 2048
 
 
 def test_a_row_longer_than_the_bound_is_a_batch_of_its_own() -> None:

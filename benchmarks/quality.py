@@ -1,0 +1,348 @@
+"""Quality of every pruning method on one model, layer by layer and end to end.
+
+Layer by layer, every method gets the same weights and the same Gram matrices of the dense model;
+the loss is the relative squared output error on held-out text. End to end, every method prunes a
+fresh copy of the model; the loss is the rise of the log-perplexity (decoders) or 1 - cosine of the
+embeddings (encoders) on evaluation text, and ratios have paired standard errors.
+
+    python benchmarks/quality.py MODEL_DIR [--calibration F --evaluation F] [--part layers|model]
+
+Prints tables, the bars that hold for all-MiniLM-L6-v2 (layers) and for decoders (model) beside what
+was reached, and one JSON line.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from prox24_deploy.model.blocks import find_blocks, run_model, shared_inputs, target_layers
+from prox24_deploy.model.calibration import thin
+from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
+from prox24_deploy.model.directory import load_model
+from prox24_deploy.model.evaluate import embed, pooling_of, window_nll
+from prox24_deploy.model.flow import Flow, Twin, advance, collect, linear, start_flow
+from prox24_deploy.model.prune import prune_model
+from prox24_deploy.options import BuildOptions, PruneOptions, TextOptions
+from prox24_deploy.pruning.ista import IstaOptions
+from prox24_deploy.pruning.problem import LayerProblem, damping_for, layer_problem
+from prox24_deploy.pruning.solver import PRESETS, solve_layer
+from prox24_deploy.stages import Subject, read_subject
+
+FASTER = IstaOptions(precondition=True, momentum=0.9)
+Solve = Callable[[Tensor, LayerProblem], Tensor]
+
+
+def _solver(method: str, **options: object) -> Solve:
+    return lambda weight, problem: (
+        solve_layer(weight, problem, method=method, **options).weight  # type: ignore[arg-type]
+    )
+
+
+LAYER_METHODS: dict[str, Solve] = {
+    "magnitude": _solver("magnitude", refinement="none"),
+    "magnitude + cg": _solver("magnitude"),
+    "wanda": _solver("wanda", refinement="none"),
+    "wanda + gradient": _solver("wanda", refinement="gradient"),
+    "wanda + cg": _solver("wanda"),
+    "sparsegpt": _solver("sparsegpt", refinement="none"),
+    "sparsegpt + gradient": _solver("sparsegpt", refinement="gradient"),
+    "sparsegpt + cg": _solver("sparsegpt"),
+    "ista (paper)": _solver("ista"),
+    "ista, preconditioned, momentum + cg": _solver(
+        "ista", ista_options=FASTER, refinement="conjugate-gradient"
+    ),
+    "prox fast": _solver("prox", options=PRESETS["fast"]),
+    "prox default": _solver("prox"),
+    "prox best": _solver("prox", options=PRESETS["best"]),
+}
+MODEL_METHODS: dict[str, PruneOptions] = {
+    "magnitude": PruneOptions("magnitude", refinement="none"),
+    "wanda": PruneOptions("wanda", refinement="none"),
+    "wanda + cg": PruneOptions("wanda", target="symmetric"),
+    "sparsegpt": PruneOptions("sparsegpt", target="symmetric", refinement="none"),
+    "sparsegpt + cg": PruneOptions("sparsegpt", target="symmetric"),
+    "ista (paper)": PruneOptions("ista", target="symmetric"),
+    "prox symmetric": PruneOptions(target="symmetric"),
+    "prox default": PruneOptions(),
+    "prox best, no reconstruction": PruneOptions(preset="best", reconstruct=False),
+    "prox default + reconstruction": PruneOptions(reconstruct=True),
+    "prox best": PruneOptions(preset="best"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """`method` over `rival` must not exceed `limit`."""
+
+    method: str
+    rival: str
+    limit: float
+
+
+LAYER_BARS = (
+    Bar("prox default", "sparsegpt", 0.66),
+    Bar("prox default", "sparsegpt + cg", 0.90),
+    Bar("prox default", "wanda + cg", 0.80),
+)
+WORST_BARS = (Bar("prox default", "sparsegpt", 0.80), Bar("prox default", "sparsegpt + cg", 1.0))
+DECODER_BARS = (
+    Bar("prox default", "sparsegpt", 0.77),
+    Bar("prox default", "sparsegpt + cg", 0.92),
+    Bar("prox best", "sparsegpt", 0.60),
+)
+ENCODER_BARS = (
+    Bar("prox default", "sparsegpt", 0.62),
+    Bar("prox default + reconstruction", "sparsegpt", 0.52),
+)
+SOLVER_SECONDS = 60.0
+
+
+@torch.no_grad()
+def layer_losses(
+    subject: Subject, device: torch.device
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Held-out loss by method and layer, and solver seconds by method."""
+    model = load_model(subject.directory, subject.recipe, device)
+    blocks = find_blocks(model, subject.recipe)
+    flows = [
+        start_flow(model, blocks, subject.recipe, batches)
+        for batches in (subject.calibration.batches, thin(subject.held_out, 32768))
+    ]
+    losses: dict[str, dict[str, float]] = {name: {} for name in LAYER_METHODS}
+    seconds = dict.fromkeys(LAYER_METHODS, 0.0)
+    for index, block in enumerate(blocks):
+        twin = Twin(index, f"{subject.recipe.blocks}.{index}", block, block)
+        layers = target_layers(block, subject.recipe)
+        for group in shared_inputs(block, layers, flows[0].calls[0][index], flows[0].dense[0]):
+            _solve_group(twin, group, flows, losses, seconds)
+        advance(twin, flows)
+        print(f"{twin.prefix} done", file=sys.stderr)
+    return losses, seconds
+
+
+def _solve_group(
+    twin: Twin,
+    group: list[str],
+    flows: list[Flow],
+    losses: dict[str, dict[str, float]],
+    seconds: dict[str, float],
+) -> None:
+    """Add the losses and times of layers that share one input."""
+    weights = [linear(twin.dense, name).weight for name in group]
+    stacked = torch.cat(weights)
+    grams, held_out = (collect(twin, group[0], flow) for flow in flows)
+    damping = damping_for(stacked.shape[1], grams.tokens)
+    for name, solve in LAYER_METHODS.items():
+        began = time.perf_counter()
+        # SparseGPT with the damping of its authors; all others by the rule of this project.
+        own = 0.01 if name == "sparsegpt" else damping
+        problem = layer_problem(stacked, grams.pruned / grams.tokens, own)
+        parts = solve(stacked, problem).split([len(weight) for weight in weights])
+        seconds[name] += time.perf_counter() - began
+        for layer, before, after in zip(group, weights, parts, strict=True):
+            losses[name][f"{twin.prefix}.{layer}"] = held_out.relative_error(before, after)
+
+
+@torch.no_grad()
+def model_losses(
+    subject: Subject, model_dir: Path, methods: list[str], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Loss per evaluation sample by method, and seconds of pruning by method."""
+    dense = load_model(subject.directory, subject.recipe, device)
+    score = _scorer(subject, model_dir, dense)
+    losses, seconds = {}, {}
+    for name in methods:
+        model = deepcopy(dense)
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            prune_model(
+                model,
+                subject.recipe,
+                subject.calibration.batches,
+                (),
+                MODEL_METHODS[name],
+                stored_dtype=lambda parameter: stored_dtype(subject.directory, parameter),
+                store=BlockStore(Path(folder)),
+                progress=lambda *_: None,
+            )
+        seconds[name] = time.perf_counter() - began
+        losses[name] = score(model)
+        print(f"{name}: {float(losses[name].mean()):.4f}, {seconds[name]:.0f} s", file=sys.stderr)
+    return losses, seconds
+
+
+def _scorer(subject: Subject, model_dir: Path, dense: nn.Module) -> Callable[[nn.Module], Tensor]:
+    """Loss per sample of a pruned model: rise of the NLL, or 1 - cosine."""
+    batches, task = subject.held_out.batches, subject.recipe.task
+    if task == "text-generation":
+
+        def nll(model: nn.Module) -> Tensor:
+            parts = []
+            for batch in batches:
+                logits = run_model(model, batch, task).logits[:, :-1]
+                targets = batch.inputs["input_ids"][:, 1:].to(logits.device)
+                parts.append(window_nll(logits, targets))
+            return torch.cat(parts)
+
+        reference = nll(dense)
+        return lambda model: nll(model) - reference
+
+    pooling = pooling_of(model_dir)
+    expected = [embed(dense, batch, pooling) for batch in batches]
+    return lambda model: torch.cat(
+        [
+            1 - (embed(model, batch, pooling) * target).sum(1)
+            for batch, target in zip(batches, expected, strict=True)
+        ]
+    )
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(math.log(value) for value in values))
+
+
+def paired_ratio(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """Ratio of two means over the same samples, with its standard error by the delta method."""
+    ratio = float(first.mean() / second.mean())
+    spread = (first - ratio * second).std() / math.sqrt(len(first))
+    return ratio, float(spread / second.mean())
+
+
+def report_layers(subject: Subject, device: torch.device, console: Console) -> dict[str, object]:
+    """Print the table and the bars of the layer-wise part."""
+    losses, seconds = layer_losses(subject, device)
+
+    def ratios(method: str, rival: str) -> list[float]:
+        return [losses[method][layer] / losses[rival][layer] for layer in losses[rival]]
+
+    table = Table("method", "mean loss", "/ sparsegpt", "worst layer", "solver s", box=None)
+    rows = {}
+    for name in LAYER_METHODS:
+        against = ratios(name, "sparsegpt")
+        rows[name] = {
+            "loss": statistics.fmean(losses[name].values()),
+            "ratio": geometric_mean(against),
+            "worst": max(against),
+            "seconds": seconds[name],
+        }
+        cells = (f"{rows[name]['loss']:.4f}", *(f"{rows[name][k]:.3f}" for k in ("ratio", "worst")))
+        table.add_row(name, *cells, f"{seconds[name]:.1f}")
+    console.print(table)
+    bars = [
+        *((bar, "mean", geometric_mean(ratios(bar.method, bar.rival))) for bar in LAYER_BARS),
+        *((bar, "worst layer", max(ratios(bar.method, bar.rival))) for bar in WORST_BARS),
+        (Bar("prox default", "seconds of solver", SOLVER_SECONDS), "", seconds["prox default"]),
+    ]
+    return {"methods": rows, "bars": _print_bars(bars, console)}
+
+
+def report_model(
+    subject: Subject,
+    model_dir: Path,
+    methods: list[str],
+    device: torch.device,
+    console: Console,
+) -> dict[str, object]:
+    """Print the table and the bars of the end-to-end part."""
+    losses, seconds = model_losses(subject, model_dir, methods, device)
+    decoder = subject.recipe.task == "text-generation"
+    table = Table("method", "loss", "/ sparsegpt", "seconds", box=None)
+    rows = {}
+    for name in methods:
+        loss = losses[name]
+        error = float(loss.std()) / math.sqrt(len(loss))
+        ratio = paired_ratio(loss, losses["sparsegpt"])
+        rows[name] = {
+            "loss": float(loss.mean()), "standard_error": error,
+            "ratio": ratio[0], "ratio_standard_error": ratio[1], "seconds": seconds[name],
+        }  # fmt: skip
+        table.add_row(
+            name,
+            f"{rows[name]['loss']:.4f} ± {error:.4f}",
+            f"{ratio[0]:.3f} ± {ratio[1]:.3f}",
+            f"{seconds[name]:.0f}",
+        )
+    console.print(table)
+    bars = [
+        (bar, "", paired_ratio(losses[bar.method], losses[bar.rival])[0])
+        for bar in (DECODER_BARS if decoder else ENCODER_BARS)
+        if {bar.method, bar.rival} <= losses.keys()
+    ]
+    return {
+        "loss": "log-perplexity - dense" if decoder else "1 - cosine to dense",
+        "samples": len(losses["sparsegpt"]),
+        "methods": rows,
+        "bars": _print_bars(bars, console),
+    }
+
+
+def _print_bars(found: list[tuple[Bar, str, float]], console: Console) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for bar, kind, reached in found:
+        verdict = "reached" if reached <= bar.limit else "MISSED"
+        console.print(
+            f"{bar.method} / {bar.rival} {kind}: {reached:.3f}, limit {bar.limit}: {verdict}",
+            highlight=False,
+        )
+        rows.append(
+            {"method": bar.method, "rival": bar.rival, "kind": kind, "limit": bar.limit,
+             "reached": reached}
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model_dir", type=Path)
+    parser.add_argument("--calibration", type=Path, action="append", default=[])
+    parser.add_argument("--evaluation", type=Path, action="append", default=[])
+    parser.add_argument("--calibration-tokens", type=int, default=65536)
+    parser.add_argument("--evaluation-tokens", type=int, default=32768)
+    parser.add_argument("--part", choices=("layers", "model", "both"), default="both")
+    parser.add_argument("--methods", nargs="+", choices=MODEL_METHODS, default=[*MODEL_METHODS])
+    parser.add_argument("--recipe", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    text = replace(
+        TextOptions(),
+        calibration=tuple(arguments.calibration),
+        evaluation=tuple(arguments.evaluation),
+        calibration_tokens=arguments.calibration_tokens,
+        evaluation_tokens=arguments.evaluation_tokens,
+    )
+    options = BuildOptions(recipe=arguments.recipe, text=text)
+    subject = read_subject(arguments.model_dir, Path("unused"), options)
+    device = torch.device(arguments.device)
+    console = Console(width=100)
+    result: dict[str, object] = {
+        "benchmark": "quality",
+        "model": arguments.model_dir.name,
+        "calibration_tokens": subject.calibration.source.tokens,
+        "device": arguments.device,
+    }
+    if arguments.part != "model":
+        result["layers"] = report_layers(subject, device, console)
+    if arguments.part != "layers":
+        methods = [n for n in MODEL_METHODS if n in {*arguments.methods, "sparsegpt"}]
+        result["end_to_end"] = report_model(subject, arguments.model_dir, methods, device, console)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Block reconstruction: what it improves, what it must not touch, when it stops."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from opened import Opened, open_tiny
+from test_prune import by_name, prune_opened
+
+from prox24_deploy.errors import CalibrationError
+from prox24_deploy.model.blocks import find_blocks, run_model
+from prox24_deploy.model.flow import Flow, Twin, linear, start_flow
+from prox24_deploy.model.reconstruct import AdamOptions, Reconstruction, reconstruct_block
+from prox24_deploy.options import PruneOptions
+from prox24_deploy.pruning.pattern import is_24, project_24
+
+PLAIN = PruneOptions(preset="fast")
+TUNED = PruneOptions(preset="fast", reconstruct=True)
+
+
+@pytest.fixture(params=["tiny_bert", "tiny_llama"])
+def family(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
+def first_block(opened: Opened, dense: Opened) -> tuple[Twin, Flow]:
+    """The first block, its targets projected by magnitude, and text in front of it."""
+    blocks = find_blocks(opened.model, opened.recipe)
+    flow = start_flow(opened.model, blocks, opened.recipe, opened.batches)
+    twin = Twin(0, "block", find_blocks(dense.model, dense.recipe)[0], blocks[0])
+    for name in names_of(twin):
+        layer = linear(twin.pruned, name)
+        layer.weight.copy_(project_24(layer.weight))
+    return twin, flow
+
+
+def names_of(twin: Twin) -> list[str]:
+    return [n for n, m in twin.pruned.named_modules() if isinstance(m, torch.nn.Linear)]
+
+
+@torch.no_grad()
+def tuned(
+    family: Path, prose: Path, options: AdamOptions
+) -> tuple[Twin, dict[str, torch.Tensor], Reconstruction]:
+    twin, flow = first_block(open_tiny(family, prose), open_tiny(family, prose))
+    before = {name: p.clone() for name, p in twin.pruned.named_parameters()}
+    return twin, before, reconstruct_block(twin, names_of(twin), flow, options)
+
+
+def test_it_lowers_the_withheld_error_and_moves_kept_weights_only(
+    family: Path, prose: Path
+) -> None:
+    twin, before, result = tuned(family, prose, AdamOptions(steps=60))
+    assert result.after < 0.8 * result.before
+    for name, parameter in twin.pruned.named_parameters():
+        assert not parameter.requires_grad
+        if name.removesuffix(".weight") not in names_of(twin):
+            assert torch.equal(parameter, before[name]), name
+            continue
+        assert is_24(parameter), name
+        assert bool((parameter[before[name] == 0] == 0).all()), name
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_steps_that_only_harm_leave_every_bit_as_it_was(family: Path, prose: Path) -> None:
+    options = AdamOptions(steps=200, learning_rate=50.0, check_every=2, patience=3)
+    twin, before, result = tuned(family, prose, options)
+    assert (result.after, result.steps) == (result.before, 6)
+    for name, parameter in twin.pruned.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_the_same_bits_come_out_twice(tiny_llama: Path, prose: Path) -> None:
+    first, second = (tuned(tiny_llama, prose, AdamOptions(steps=25))[0] for _ in "ab")
+    for name in names_of(first):
+        assert torch.equal(linear(first.pruned, name).weight, linear(second.pruned, name).weight)
+
+
+def test_the_whole_model_comes_nearer_to_the_dense_one(
+    family: Path, prose: Path, tmp_path: Path
+) -> None:
+    dense = open_tiny(family, prose)
+    distance = {}
+    for name, options in {"plain": PLAIN, "tuned": TUNED}.items():
+        opened = open_tiny(family, prose)
+        state = prune_opened(opened, tmp_path / name, options)
+        assert all(is_24(weight) for weight in state.weights.values())
+        with torch.no_grad():
+            outputs = [run_model(o.model, o.batches[0], o.recipe.task)[0] for o in (dense, opened)]
+        distance[name] = float((outputs[0] - outputs[1]).square().sum())
+    assert distance["tuned"] < 0.95 * distance["plain"]
+
+
+def test_recorded_errors_belong_to_the_tuned_weights(
+    tiny_llama: Path, prose: Path, tmp_path: Path
+) -> None:
+    """The first group of a model sees the same inputs in both models: recompute its error."""
+    opened, dense = open_tiny(tiny_llama, prose), open_tiny(tiny_llama, prose)
+    state = prune_opened(opened, tmp_path, TUNED)
+    blocks = find_blocks(dense.model, dense.recipe)
+    flow = start_flow(dense.model, blocks, dense.recipe, dense.batches[1:])
+    inputs = torch.cat([
+        blocks[0].get_submodule("input_layernorm")(hidden)[batch.real]
+        for hidden, batch in zip(flow.dense, flow.batches, strict=True)
+    ]).double()  # fmt: skip
+    for part in ("q_proj", "v_proj"):
+        name = f"model.layers.0.self_attn.{part}"
+        w0 = linear(blocks[0], f"self_attn.{part}").weight.double()
+        change = inputs @ (state.weights[f"{name}.weight"].double() - w0).T
+        error = float(change.square().sum() / (inputs @ w0.T).square().sum())
+        assert error == pytest.approx(by_name(state)[name].relative_error, rel=1e-3)
+
+
+def test_layers_that_were_24_already_keep_their_bits(
+    tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    opened = open_tiny(tiny_bert, prose)
+    layer = opened.model.get_submodule("encoder.layer.1.output.dense")
+    layer.get_parameter("weight").copy_(project_24(layer.get_parameter("weight")))
+    before = layer.get_parameter("weight").clone()
+    state = prune_opened(opened, tmp_path, TUNED)
+    assert torch.equal(state.weights["encoder.layer.1.output.dense.weight"], before)
+
+
+def test_one_batch_is_refused_before_anything_is_solved(
+    tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    opened = open_tiny(tiny_bert, prose)
+    few = replace(opened, batches=opened.batches[:2])
+    with pytest.raises(CalibrationError, match="at least two batches of calibration text"):
+        prune_opened(few, tmp_path, TUNED)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_best_preset_reconstructs_unasked() -> None:
+    assert PruneOptions(preset="best").reconstructs
+    assert not PruneOptions().reconstructs
+    assert not PruneOptions(preset="best", reconstruct=False).reconstructs
+    assert TUNED.reconstructs
