@@ -37,7 +37,7 @@ class AdamOptions:
     """
 
     steps: int = 200
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     check_every: int = 20
     patience: int = 4
 
