@@ -29,12 +29,21 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Twin:
-    """One block twice: as it was, and being pruned. `prefix` is its path in the model."""
+    """One block twice: as it was, and being pruned.
+
+    Attributes:
+        index: of the block among its likes.
+        prefix: its path in the model.
+        dense: as it was.
+        pruned: being pruned.
+        following: the next block, not yet pruned; None after the last.
+    """
 
     index: int
     prefix: str
     dense: nn.Module
     pruned: nn.Module
+    following: nn.Module | None = None
 
 
 def start_flow(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -84,9 +85,9 @@ def prune_model(
     flows = [start_flow(model, blocks, recipe, part) for part in (calibration, held_out)]
     weights: dict[str, Tensor] = {}
     records: list[LayerRecord] = []
-    for index, block in enumerate(blocks):
+    for index, (block, following) in enumerate(zip_longest(blocks, list(blocks)[1:])):
         progress("prune", index, len(blocks))
-        twin = Twin(index, f"{recipe.blocks}.{index}", deepcopy(block), block)
+        twin = Twin(index, f"{recipe.blocks}.{index}", deepcopy(block), block, following)
         done = store.load(index)
         if done is None:
             done = _prune_block(twin, recipe, flows, options, stored_dtype)

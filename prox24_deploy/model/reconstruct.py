@@ -1,13 +1,14 @@
-"""Block reconstruction: tune the kept weights of one block together against the dense block.
+"""Block reconstruction: tune the kept weights of one block together against the dense model.
 
 Layer by layer, each weight matrix is the best for its own output; what the block as a whole puts
-out is not. Adam on the kept weights, masks fixed, minimises the squared difference between the
-block's output on the pruned model's hidden states and the dense block's output in the dense model.
-Part of the calibration text is withheld to choose the step at which to stop.
+out is not. Adam on the kept weights, masks fixed, minimises the squared difference between pruned
+and dense hidden states after the block and, since what matters is what later blocks make of it,
+also after the next block, which is still dense. A trial on seven eighths of the calibration text
+tells on the rest for how many steps this helps; then all of the text is trained on.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from prox24_deploy.pruning.pattern import mask_24
 
 log = logging.getLogger(__name__)
 
-# Every eighth batch chooses the step; the others are trained on.
+# Every eighth batch watches the trial; the others are trained on.
 _WITHHELD = 8
 
 
@@ -29,22 +30,20 @@ class AdamOptions:
     """Schedule of one block.
 
     Attributes:
-        steps: of one batch each.
+        steps: of one batch each, at most.
         learning_rate: relative to the root mean square of a layer's kept weights; falls to zero
             along a cosine.
-        check_every: steps between measurements on withheld batches.
-        patience: measurements without a new best after which to stop.
+        check_every: steps between measurements on withheld batches in the trial.
     """
 
-    steps: int = 200
+    steps: int = 400
     learning_rate: float = 0.01
     check_every: int = 20
-    patience: int = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Reconstruction:
-    """Relative squared error of a block's output on withheld batches, before and after."""
+    """Relative squared error on withheld batches before and after the trial, and steps taken."""
 
     before: float
     after: float
@@ -76,78 +75,98 @@ def reconstruct_block(
         options: schedule.
 
     Returns:
-        Errors on withheld batches; `after` is never above `before`, and equal to it if no step
-        helped, in which case the weights are what they were.
+        Errors of the trial; if no step of it helped, `after` equals `before` and the weights are
+        what they were.
     """
     require_batches(len(flow.batches))
-    targets = [
-        run_block(twin.dense, calls[twin.index], hidden)
-        for calls, hidden in zip(flow.calls, flow.dense, strict=True)
-    ]
-    withheld = list(range(0, len(flow.batches), _WITHHELD))
-    trained = [i for i in range(len(flow.batches)) if i % _WITHHELD]
-    layers = [linear(twin.pruned, name) for name in names]
-    # A kept weight may be zero: the mask has two marks per cell whatever the weights are.
-    masks = [mask_24(layer.weight.abs()) for layer in layers]
-    before = best = _withheld_error(twin, flow, targets, withheld)
-    kept, kept_step, taken = [layer.weight.clone() for layer in layers], 0, 0
-    training = _Training(twin, flow, targets, layers, masks, options)
-    order = _order(trained, options.steps, seed=twin.index)
-    for taken, batch in enumerate(order, start=1):
-        training.step(batch)
-        if taken % options.check_every == 0:
-            error = _withheld_error(twin, flow, targets, withheld)
-            if error < best:
-                best, kept_step = error, taken
-                kept = [layer.weight.clone() for layer in layers]
-            elif taken - kept_step >= options.patience * options.check_every:
+    everything = list(range(len(flow.batches)))
+    trained, withheld = [i for i in everything if i % _WITHHELD], everything[::_WITHHELD]
+    training = _Training(twin, names, flow, options)
+    before = training.error(withheld)
+    after, steps = before, 0
+    for taken in training.steps(trained):
+        if taken % options.check_every == 0 or taken == options.steps:
+            error = training.error(withheld)
+            if error >= before:
                 break
-    for layer, weight in zip(layers, kept, strict=True):
-        layer.weight.copy_(weight)
-    log.info("%s: block error %.4f, reconstructed %.4f", twin.prefix, before, best)
-    return Reconstruction(before, best, taken)
+            after, steps = error, taken
+    training.reset()
+    for taken in training.steps(everything):
+        if taken >= steps:
+            break
+    log.info("%s: block error %.4f, reconstructed %.4f", twin.prefix, before, after)
+    return Reconstruction(before, after, steps)
 
 
 class _Training:
-    """Adam over the masked weights of one block."""
+    """Adam over the masked weights of one block, from the weights it had at first."""
 
-    def __init__(
-        self,
-        twin: Twin,
-        flow: Flow,
-        targets: list[Tensor],
-        layers: list[nn.Linear],
-        masks: list[Tensor],
-        options: AdamOptions,
-    ) -> None:
-        self._twin, self._flow, self._targets = twin, flow, targets
-        self._layers, self._masks = layers, masks
-        groups = [
-            {
-                "params": [layer.weight],
-                "lr": options.learning_rate * float(layer.weight[mask].square().mean().sqrt()),
-            }
-            for layer, mask in zip(layers, masks, strict=True)
+    def __init__(self, twin: Twin, names: Sequence[str], flow: Flow, options: AdamOptions) -> None:
+        self._twin, self._flow, self._options = twin, flow, options
+        self._weights = [linear(twin.pruned, name).weight for name in names]
+        self._start = [weight.clone() for weight in self._weights]
+        # A kept weight may be zero: the mask has two marks per cell whatever the weights are.
+        self._masks = [mask_24(weight.abs()) for weight in self._weights]
+        self._targets = [
+            self._outputs(twin.dense, batch, hidden) for batch, hidden in enumerate(flow.dense)
         ]
-        self._adam = torch.optim.Adam(groups)
-        self._decay = torch.optim.lr_scheduler.CosineAnnealingLR(self._adam, options.steps)
 
-    def step(self, batch: int) -> None:
-        weights = [layer.weight for layer in self._layers]
-        for weight in weights:
+    def reset(self) -> None:
+        """Go back to the first weights."""
+        for weight, start in zip(self._weights, self._start, strict=True):
+            weight.copy_(start)
+
+    def steps(self, batches: list[int]) -> Iterator[int]:
+        """Take the steps of the schedule one by one; yields how many have been taken."""
+        steps = self._options.steps
+        adam = torch.optim.Adam(
+            {
+                "params": [weight],
+                "lr": self._options.learning_rate * float(weight[mask].square().mean().sqrt()),
+            }
+            for weight, mask in zip(self._weights, self._masks, strict=True)
+        )
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+        for taken, batch in enumerate(_order(batches, steps, self._twin.index), start=1):
+            for weight, gradient in zip(self._weights, self._gradients(batch), strict=True):
+                weight.grad = gradient
+            adam.step()
+            decay.step()
+            adam.zero_grad()
+            yield taken
+
+    def error(self, batches: list[int]) -> float:
+        """Mean relative squared error of the outputs over some batches."""
+        return sum(float(self._error(batch)) for batch in batches) / len(batches)
+
+    def _gradients(self, batch: int) -> list[Tensor]:
+        for weight in self._weights:
             weight.requires_grad_(True)
         try:
             with torch.enable_grad():
-                difference, reference = _squares(self._twin, self._flow, self._targets, batch)
-                gradients = torch.autograd.grad(difference / reference, weights)
+                gradients = torch.autograd.grad(self._error(batch), self._weights)
         finally:
-            for weight in weights:
+            for weight in self._weights:
                 weight.requires_grad_(False)
-        for weight, mask, gradient in zip(weights, self._masks, gradients, strict=True):
-            weight.grad = gradient.masked_fill(~mask, 0.0)
-        self._adam.step()
-        self._decay.step()
-        self._adam.zero_grad()
+        pairs = zip(gradients, self._masks, strict=True)
+        return [gradient.masked_fill(~mask, 0.0) for gradient, mask in pairs]
+
+    def _error(self, batch: int) -> Tensor:
+        outputs = self._outputs(self._twin.pruned, batch, self._flow.pruned[batch])
+        errors = [
+            (output - target).square().sum() / target.square().sum()
+            for output, target in zip(outputs, self._targets[batch], strict=True)
+        ]
+        return torch.stack(errors).mean()
+
+    def _outputs(self, block: nn.Module, batch: int, hidden: Tensor) -> list[Tensor]:
+        """Hidden states after the block and after the next one, (tokens, hidden) each."""
+        calls, index = self._flow.calls[batch], self._twin.index
+        outputs = [run_block(block, calls[index], hidden)]
+        if self._twin.following is not None:
+            outputs.append(run_block(self._twin.following, calls[index + 1], outputs[0]))
+        real = self._flow.batches[batch].real.to(hidden.device)
+        return [output[real] for output in outputs]
 
 
 def _order(batches: list[int], steps: int, seed: int) -> list[int]:
@@ -157,20 +176,3 @@ def _order(batches: list[int], steps: int, seed: int) -> list[int]:
     while len(drawn) < steps:
         drawn += [batches[i] for i in torch.randperm(len(batches), generator=generator)]
     return drawn[:steps]
-
-
-def _withheld_error(twin: Twin, flow: Flow, targets: list[Tensor], withheld: list[int]) -> float:
-    difference = reference = 0.0
-    for batch in withheld:
-        parts = _squares(twin, flow, targets, batch)
-        difference += float(parts[0])
-        reference += float(parts[1])
-    return difference / reference
-
-
-def _squares(twin: Twin, flow: Flow, targets: list[Tensor], batch: int) -> tuple[Tensor, Tensor]:
-    """Squared difference of the two blocks' outputs, and of the dense one, without padding."""
-    output = run_block(twin.pruned, flow.calls[batch][twin.index], flow.pruned[batch])
-    real = flow.batches[batch].real.to(output.device)
-    target = targets[batch][real]
-    return (output[real] - target).square().sum(), target.square().sum()
