@@ -67,7 +67,7 @@ def prox_24(weight: Tensor, lam: Tensor | float, *, newton_iterations: int = 8) 
         weight: z, shape (..., 4 n), float32 or float64, finite.
         lam: λ ≥ 0, a number or a tensor broadcastable to (..., 1). λ = 0 is the identity.
         newton_iterations: of the eager form, where 8 give an objective within 1e-12 of the optimum
-            in float64; the compiled one stops each cell when it has converged.
+            in float64; the compiled one has its own number.
 
     Returns:
         The minimiser, shape and dtype of `weight`; zeros are +0.0. On a tie between supports the

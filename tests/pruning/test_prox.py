@@ -119,6 +119,33 @@ def test_more_cells_than_one_chunk_are_the_chunks_one_by_one() -> None:
         assert torch.equal(together[row], prox_24(weight[row], 0.6))
 
 
+@pytest.mark.parametrize("per_row", [1, 7, 511, 512, 513, 1300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cell_does_not_depend_on_its_block(per_row: int, dtype: torch.dtype) -> None:
+    """Rows may start anywhere in a block of 512 cells, beside rows with more or no work."""
+    lam = torch.tensor([0.3, 0.0, 1.0, 100.0, 1e-9, 0.6, 3.0], dtype=dtype)[:, None]
+    weight = torch.randn(7, 4 * per_row, generator=torch.Generator().manual_seed(6), dtype=dtype)
+    together = prox_24(weight, lam)
+    for row in range(7):
+        alone = prox_24(weight[row], float(lam[row]))
+        assert torch.equal(together[row], alone)
+        assert torch.equal(prox_24(weight[row, :4], float(lam[row])), alone[:4])
+    backwards = prox_24(weight.unflatten(1, (-1, 4)).flip(0, 1).flatten(1), lam.flip(0))
+    assert torch.equal(backwards.unflatten(1, (-1, 4)).flip(0, 1).flatten(1), together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_degenerate_cells_share_a_block_with_any_other(dtype: torch.dtype) -> None:
+    """Ties, zeros and vanishing roots take the same vector instructions as their neighbours."""
+    cells = np.concatenate(list(FAMILIES.values()))
+    for lam in LAMBDAS:
+        weight = torch.from_numpy(cells).to(dtype)
+        alone = torch.cat([prox_24(cell, lam) for cell in weight])
+        assert bool(alone.isfinite().all())
+        assert torch.equal(prox_24(weight, lam).flatten(), alone)
+        assert torch.equal(prox_24(weight.flatten(), lam), alone)
+
+
 def test_the_last_axis_must_be_whole_cells() -> None:
     with pytest.raises(ValueError, match="last axis has length 6"):
         prox_24(torch.zeros(2, 6), 1.0)
