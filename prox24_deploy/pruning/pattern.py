@@ -77,9 +77,9 @@ def settle_mask(iterate: Tensor, fallback: Tensor) -> Tensor:
 
     Keeps the largest non-zeros of `iterate`; cells with fewer than two are filled by |fallback|.
     """
-    bonus = fallback.abs().amax(1, keepdim=True)
-    filler = fallback.abs().clamp(max=bonus)
-    return mask_24(torch.where(iterate != 0, iterate.abs() + bonus, filler))
+    kept = mask_24(iterate.abs()) & (iterate != 0)
+    # Two comparisons: one sum of both sizes would round away what tells tiny weights apart.
+    return mask_24(fallback.abs().masked_fill(kept, torch.inf))
 
 
 def _cells(tensor: Tensor, axis: int, group: int) -> Tensor:

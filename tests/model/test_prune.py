@@ -258,3 +258,22 @@ def test_the_head_keeps_the_embeddings_bits(tiny_llama: Path, prose: Path, tmp_p
     before = opened.model.get_submodule("lm_head").get_parameter("weight").clone()
     prune_opened(opened, tmp_path)
     assert torch.equal(opened.model.get_submodule("lm_head").get_parameter("weight"), before)
+
+
+def test_a_head_of_its_own_stays_dense_whatever_the_recipe_asks_for(
+    tiny_llama: Path, prose: Path, tmp_path: Path
+) -> None:
+    opened = open_tiny(tiny_llama, prose)
+    head = opened.model.get_submodule("lm_head")
+    embeddings = opened.model.get_submodule("model.embed_tokens").get_parameter("weight")
+    head.register_parameter("weight", nn.Parameter(embeddings.flip(0), requires_grad=False))
+    before = embeddings.clone()
+    everything = opened.recipe.model_copy(update={"targets": ["*"]})
+    state = prune_opened(
+        replace(opened, recipe=everything), tmp_path, PruneOptions(method="magnitude")
+    )
+    assert torch.equal(head.get_parameter("weight"), before.flip(0))
+    assert torch.equal(embeddings, before)
+    skipped = {r.name: r.reason for r in state.layers if r.status == "skipped"}
+    assert skipped == {"lm_head": "not a target of recipe llama"}
+    assert all(name.startswith("model.layers.") for name in state.weights)
