@@ -33,7 +33,8 @@ from prox24_deploy.model.calibration import thin
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.model.directory import load_model
 from prox24_deploy.model.evaluate import embed, pooling_of, window_nll
-from prox24_deploy.model.flow import Flow, Twin, advance, collect, linear, start_flow
+from prox24_deploy.model.flow import Flow, Twin, advance, collect, start_flow
+from prox24_deploy.model.layers import layer_at, to_matrix
 from prox24_deploy.model.prune import prune_model
 from prox24_deploy.options import BuildOptions, PruneOptions, TextOptions
 from prox24_deploy.pruning.ista import IstaOptions
@@ -141,7 +142,8 @@ def _solve_group(
     seconds: dict[str, float],
 ) -> None:
     """Add the losses and times of layers that share one input."""
-    weights = [linear(twin.dense, name).weight for name in group]
+    layers = [layer_at(twin.dense, name) for name in group]
+    weights = [to_matrix(layer, layer.weight) for layer in layers]
     stacked = torch.cat(weights)
     grams, held_out = (collect(twin, group[0], flow) for flow in flows)
     damping = damping_for(stacked.shape[1], grams.tokens)

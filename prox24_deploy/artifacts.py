@@ -43,9 +43,10 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """What happened to one linear layer.
+    """What happened to one layer.
 
-    `shape` is (out_features, in_features). Errors are ||Y - Y'||^2 / ||Y||^2, where Y is the output
+    `shape` is that of its matrix, (out_features, in_features); of a convolution (out_channels,
+    height · width · in_channels). Errors are ||Y - Y'||^2 / ||Y||^2, where Y is the output
     of the dense layer in the dense model and Y' that of the pruned layer in the pruned model (bias
     excluded), on calibration and on held-out text; None for a skipped layer.
     """

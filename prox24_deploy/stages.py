@@ -47,6 +47,8 @@ Twin = Literal["dense", "sparse"]
 
 TWINS: tuple[Twin, ...] = ("dense", "sparse")
 _STAGES = ("prune", "export", "compile", "bench", "evaluate")
+# What the configurations of different families call the number of positions.
+_POSITION_KEYS = ("max_position_embeddings", "n_positions")
 _REPORT_FILES = ("report.json", "report.html", "summary.md", "junit.xml", "benchmark.json")
 
 
@@ -373,7 +375,8 @@ def _config(bundle: Bundle) -> dict[str, Any]:
 
 def _longest_of(config: dict[str, Any], recipe: Recipe) -> int:
     """Tokens that the model accepts at most; the recipe's length where it does not say."""
-    return int(config.get("max_position_embeddings") or recipe.sequence_length)
+    known = (config.get(key) for key in _POSITION_KEYS)
+    return int(next(filter(None, known), recipe.sequence_length))
 
 
 def _device(choice: DeviceChoice) -> "torch.device":

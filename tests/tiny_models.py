@@ -11,9 +11,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 SPECIAL = ("<|endoftext|>", "[PAD]", "[CLS]", "[SEP]")
@@ -60,6 +64,45 @@ def write_tiny_llama(
     # transformers wraps `to` in a decorator that loses its signature.
     torch.nn.Module.to(model, dtype)
     model.save_pretrained(path, max_shard_size=shard)
+    _byte_tokenizer(None).save_pretrained(path)
+    return path
+
+
+def write_tiny_gpt2(path: Path, *, seed: int = 0) -> Path:
+    """A GPT-2 decoder, two blocks of four Conv1D layers; float32."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=128,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.2,
+    )
+    GPT2LMHeadModel(config).save_pretrained(path)
+    _byte_tokenizer(None).save_pretrained(path)
+    return path
+
+
+def write_tiny_qwen3(path: Path, *, seed: int = 0) -> Path:
+    """A Qwen3 decoder with grouped queries, two blocks of seven layers; float32."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.2,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(path)
     _byte_tokenizer(None).save_pretrained(path)
     return path
 

@@ -1,6 +1,6 @@
 """Find the repeated blocks of a model and run them one at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.errors import RecipeError
 from prox24_deploy.model.calibration import Batch
+from prox24_deploy.model.layers import Layer, input_rows, is_layer, same_rows
 from prox24_deploy.recipe import Recipe
 
 
@@ -58,22 +59,22 @@ def find_blocks(model: nn.Module, recipe: Recipe) -> nn.ModuleList:
     return blocks
 
 
-def target_layers(block: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
-    """The linear layers of one block that the recipe asks to prune, by path inside the block.
+def target_layers(block: nn.Module, recipe: Recipe) -> dict[str, Layer]:
+    """The layers of one block that the recipe asks to prune, by path inside the block.
 
     Raises:
-        RecipeError: a target pattern matches no linear layer.
+        RecipeError: a target pattern matches no layer of a kind that can be pruned.
     """
-    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    known = {name: m for name, m in block.named_modules() if is_layer(m)}
     for pattern in recipe.targets:
-        if not any(fnmatch(name, pattern) for name in linears):
+        if not any(fnmatch(name, pattern) for name in known):
             raise RecipeError(
-                f"Recipe {recipe.family} target {pattern!r} matches no linear layer of a "
-                f"{type(block).__name__}; its layers are {', '.join(linears)}."
+                f"Recipe {recipe.family} target {pattern!r} matches no linear layer or convolution "
+                f"of a {type(block).__name__}; its layers are {', '.join(known)}."
             )
     return {
         name: module
-        for name, module in linears.items()
+        for name, module in known.items()
         if any(fnmatch(name, pattern) for pattern in recipe.targets)
         and not any(fnmatch(name, pattern) for pattern in recipe.ignore)
     }
@@ -121,8 +122,8 @@ def run_block(block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
     return output
 
 
-def layer_input(block: nn.Module, call: BlockCall, hidden: Tensor, layer: nn.Module) -> Tensor:
-    """Run a block only as far as `layer` and return that layer's input."""
+def layer_input(block: nn.Module, call: BlockCall, hidden: Tensor, layer: Layer) -> Tensor:
+    """Run a block only as far as `layer` and return the rows of its input, (batch, ..., d)."""
     seen: list[Tensor] = []
 
     def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -136,18 +137,25 @@ def layer_input(block: nn.Module, call: BlockCall, hidden: Tensor, layer: nn.Mod
         pass
     finally:
         handle.remove()
-    return seen[0]
+    return input_rows(layer, seen[0])
 
 
 def shared_inputs(
-    block: nn.Module, layers: dict[str, nn.Linear], call: BlockCall, hidden: Tensor
+    block: nn.Module, layers: Mapping[str, Layer], call: BlockCall, hidden: Tensor
 ) -> list[list[str]]:
-    """Group layers that are fed the same tensor, in the order in which a forward reaches them."""
+    """Group layers that are fed the same rows, in the order in which a forward reaches them."""
     seen: list[tuple[Tensor, list[str]]] = []
     with _recorded_inputs(layers) as events:
         run_block(block, call, hidden)
     for name, tensor in events:
-        group = next((names for known, names in seen if known is tensor), None)
+        group = next(
+            (
+                names
+                for known, names in seen
+                if known is tensor and same_rows(layers[names[0]], layers[name])
+            ),
+            None,
+        )
         if group is None:
             seen.append((tensor, [name]))
         elif name not in group:
@@ -156,7 +164,7 @@ def shared_inputs(
 
 
 @contextmanager
-def _recorded_inputs(layers: dict[str, nn.Linear]) -> Iterator[list[tuple[str, Tensor]]]:
+def _recorded_inputs(layers: Mapping[str, Layer]) -> Iterator[list[tuple[str, Tensor]]]:
     """Record (name, input tensor) of every call; holding the tensors keeps identity meaningful."""
     events: list[tuple[str, Tensor]] = []
     handles = []
@@ -174,17 +182,22 @@ def _recorded_inputs(layers: dict[str, nn.Linear]) -> Iterator[list[tuple[str, T
 
 
 def real_rows(tensor: Tensor, real: Tensor) -> Tensor:
-    """Rows (tokens, features) of the positions that are not padding.
+    """Rows (tokens, d) that are not padding.
+
+    Args:
+        tensor: (batch, positions, d), or (batch, ..., d) where `real` speaks of whole samples.
+        real: (batch, positions) bool, or (batch,) for samples that are never padded.
 
     Raises:
         RecipeError: the tensor does not have one row per position.
     """
-    if tensor.shape[:-1] != real.shape:
+    expected = tensor.shape[:-1] if real.ndim > 1 else tensor.shape[:1]
+    if expected != real.shape:
         raise RecipeError(
             f"A target layer receives inputs of shape {tuple(tensor.shape)}, expected "
             f"{tuple(real.shape)} positions; list it under `ignore`."
         )
-    return tensor[real.to(tensor.device)]
+    return tensor[real.to(tensor.device)].reshape(-1, tensor.shape[-1])
 
 
 def _take_hidden(

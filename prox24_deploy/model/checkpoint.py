@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import torch
@@ -119,7 +120,12 @@ def stored_dtype(directory: ModelDir, parameter: str) -> torch.dtype:
 
 
 def write_pruned(
-    directory: ModelDir, recipe_text: str, weights: Mapping[str, Tensor], out: Path
+    directory: ModelDir,
+    recipe_text: str,
+    weights: Mapping[str, Tensor],
+    out: Path,
+    *,
+    axes: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """Copy a model directory with some weights replaced by 2:4 ones, and prove it.
 
@@ -131,6 +137,7 @@ def write_pruned(
         recipe_text: TOML, stored as recipe.toml.
         weights: parameter name in the built model to its new value, in the stored dtype.
         out: a folder that does not exist yet.
+        axes: parameter name to the axis of its groups, where that is not 1.
 
     Returns:
         sha256 over all weight files.
@@ -138,7 +145,10 @@ def write_pruned(
     Raises:
         SparsityLostError: a weight read back from disk is not 2:4.
     """
-    replaced = {checkpoint_name(directory, name): tensor for name, tensor in weights.items()}
+    replaced = {
+        checkpoint_name(directory, name): (tensor, axes.get(name, 1))
+        for name, tensor in weights.items()
+    }
     out.mkdir(parents=True)
     for file in companion_files(directory.path):
         target = out / file.relative_to(directory.path)
@@ -155,13 +165,14 @@ def write_pruned(
     return digest.hexdigest()
 
 
-def _rewrite_shard(shard: Path, replaced: Mapping[str, Tensor], target: Path) -> None:
+def _rewrite_shard(shard: Path, replaced: Mapping[str, tuple[Tensor, int]], target: Path) -> None:
+    """Write one weight file; `replaced` has the new value and the axis of its groups by name."""
     with safe_open(shard, framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         metadata = dict(handle.metadata() or {"format": "pt"})
     pruned = sorted(tensors.keys() & replaced.keys())
     for name in pruned:
-        old, new = tensors[name], replaced[name]
+        old, (new, _) = tensors[name], replaced[name]
         if old.shape != new.shape or old.dtype != new.dtype:
             raise ModelDirError(
                 f"Tensor {name} of {shard} is {old.dtype} {tuple(old.shape)}, the pruned one "
@@ -169,14 +180,15 @@ def _rewrite_shard(shard: Path, replaced: Mapping[str, Tensor], target: Path) ->
             )
         tensors[name] = new.contiguous().cpu()
     if pruned:
-        metadata[SPARSE_KEY] = json.dumps(dict.fromkeys(pruned, 1))
+        metadata[SPARSE_KEY] = json.dumps({name: replaced[name][1] for name in pruned})
     write_tensors(target, tensors, metadata)
     with safe_open(target, framework="pt") as handle:
         for name in pruned:
-            if (bad := first_violation(handle.get_tensor(name), 1)) is not None:
+            axis = replaced[name][1]
+            if (bad := first_violation(handle.get_tensor(name), axis)) is not None:
                 raise SparsityLostError(
-                    f"Weight {name} in {target} is not 2:4 along axis 1: the group at {bad} has "
-                    "more than two non-zeros; this is a fault of the pruning stage, report it."
+                    f"Weight {name} in {target} is not 2:4 along axis {axis}: the group at {bad} "
+                    "has more than two non-zeros; this is a fault of the pruning stage, report it."
                 )
 
 

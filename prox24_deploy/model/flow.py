@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from prox24_deploy.model.blocks import BlockCall, layer_input, real_rows, record_calls, run_block
 from prox24_deploy.model.calibration import Batch
 from prox24_deploy.model.grams import Grams
+from prox24_deploy.model.layers import layer_at, matrix_shape
 from prox24_deploy.recipe import Recipe
 
 
@@ -66,19 +67,11 @@ def advance(twin: Twin, flows: list[Flow]) -> None:
 
 def collect(twin: Twin, name: str, flow: Flow) -> Grams:
     """Gram matrices of one layer's input over all batches of a flow."""
-    dense_layer, pruned_layer = (linear(block, name) for block in (twin.dense, twin.pruned))
-    grams = Grams.empty(pruned_layer.in_features, pruned_layer.weight.device)
+    dense_layer, pruned_layer = (layer_at(block, name) for block in (twin.dense, twin.pruned))
+    grams = Grams.empty(matrix_shape(pruned_layer)[1], pruned_layer.weight.device)
     for i, batch in enumerate(flow.batches):
         call = flow.calls[i][twin.index]
         dense = layer_input(twin.dense, call, flow.dense[i], dense_layer)
         pruned = layer_input(twin.pruned, call, flow.pruned[i], pruned_layer)
         grams.add(real_rows(dense, batch.real), real_rows(pruned, batch.real))
     return grams
-
-
-def linear(block: nn.Module, name: str) -> nn.Linear:
-    """The linear layer at a path inside a block."""
-    layer = block.get_submodule(name)
-    if not isinstance(layer, nn.Linear):
-        raise TypeError(f"{name} is a {type(layer).__name__}, expected a Linear")
-    return layer

@@ -18,8 +18,18 @@ from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
 from prox24_deploy.model.calibration import Batch, Samples, thin
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype, write_pruned
 from prox24_deploy.model.directory import ModelDir, load_model
-from prox24_deploy.model.flow import Flow, Twin, advance, collect, linear, start_flow
+from prox24_deploy.model.flow import Flow, Twin, advance, collect, start_flow
 from prox24_deploy.model.grams import Grams
+from prox24_deploy.model.layers import (
+    Layer,
+    from_matrix,
+    is_layer,
+    layer_at,
+    matrix_shape,
+    obstacle,
+    reduction_axis,
+    to_matrix,
+)
 from prox24_deploy.model.reconstruct import AdamOptions, reconstruct_block, require_batches
 from prox24_deploy.options import PruneOptions
 from prox24_deploy.pruning.pattern import is_24
@@ -30,16 +40,22 @@ from prox24_deploy.recipe import Recipe
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-_CELL = 4
 # Held-out text for the error of each layer; the accuracy figures use all of it.
 _HELD_OUT_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class PrunedState:
-    """New weights by parameter name, in the dtype of the checkpoint, and what was done."""
+    """What pruning a model gave.
+
+    Attributes:
+        weights: new values by parameter name, in layout and dtype of the checkpoint.
+        axes: the axis of the groups in each of them.
+        layers: what was done to each layer.
+    """
 
     weights: dict[str, Tensor]
+    axes: dict[str, int]
     layers: tuple[LayerRecord, ...]
 
 
@@ -99,7 +115,8 @@ def prune_model(
             advance(twin, flows)
     progress("prune", len(blocks), len(blocks))
     records.extend(_layers_outside(model, recipe, {record.name for record in records}))
-    return PrunedState(weights, tuple(records))
+    axes = {name: reduction_axis(layer_at(model, name.removesuffix(".weight"))) for name in weights}
+    return PrunedState(weights, axes, tuple(records))
 
 
 def prune_directory(
@@ -147,7 +164,7 @@ def prune_directory(
             f"No target of recipe {recipe.family} can be pruned in {directory.path}: {first.name} "
             f"and the others are skipped, because {first.reason}."
         )
-    digest = write_pruned(directory, recipe_text, state.weights, out)
+    digest = write_pruned(directory, recipe_text, state.weights, out, axes=state.axes)
     widths = [layer.shape[1] for layer in state.layers if layer.status == "pruned"]
     tokens = calibration.source.tokens
     return PruneResult(
@@ -175,10 +192,9 @@ def _prune_block(
     """Solve every target of one block; returns stored weights and records by layer path."""
     layers = target_layers(twin.pruned, recipe)
     records: list[LayerRecord] = []
-    for name in [n for n, layer in layers.items() if layer.in_features % _CELL]:
+    for name in [n for n, layer in layers.items() if obstacle(layer)]:
         layer = layers.pop(name)
-        reason = f"in_features {layer.in_features} is not a multiple of {_CELL}"
-        records.append(_skipped(f"{twin.prefix}.{name}", layer, reason))
+        records.append(_skipped(f"{twin.prefix}.{name}", layer, obstacle(layer)))
     solved: dict[str, Tensor] = {}
     first = flows[0]
     groups = shared_inputs(twin.pruned, layers, first.calls[0][twin.index], first.pruned[0])
@@ -205,8 +221,8 @@ def _prune_group(
     """Solve layers that share one input as one stacked problem."""
     began = time.perf_counter()
     names = [f"{twin.prefix}.{name}" for name in group]
-    layers = [linear(twin.pruned, name) for name in group]
-    before = torch.cat([layer.weight for layer in layers])
+    layers = [layer_at(twin.pruned, name) for name in group]
+    before = torch.cat([to_matrix(layer, layer.weight) for layer in layers])
     calibration, held_out = (collect(twin, group[0], flow) for flow in flows)
     solution = _solve(before, calibration, options, names)
     seconds = (time.perf_counter() - began) / len(group)
@@ -214,13 +230,13 @@ def _prune_group(
     records = []
     start = 0
     for name, path, layer in zip(group, names, layers, strict=True):
-        rows = slice(start, start + len(layer.weight))
+        rows = slice(start, start + matrix_shape(layer)[0])
         start = rows.stop
         # Solved with its group or not, a layer that is 2:4 already keeps its bits.
-        unchanged = is_24(layer.weight)
-        chosen = layer.weight if unchanged else solution.weight[rows]
-        solved[name] = chosen.to(stored_dtype(f"{path}.weight"))
-        after = solved[name].float()
+        unchanged = is_24(before[rows])
+        chosen = before[rows] if unchanged else solution.weight[rows]
+        solved[name] = from_matrix(layer, chosen).to(stored_dtype(f"{path}.weight"))
+        after = to_matrix(layer, solved[name]).float()
         records.append(
             LayerRecord(
                 name=path,
@@ -253,12 +269,13 @@ def _reconstruct(
     if names:
         reconstruct_block(twin, names, flows[0], AdamOptions())
     for name in names:
-        solved[name] = linear(twin.pruned, name).weight.to(solved[name].dtype)
+        solved[name] = layer_at(twin.pruned, name).weight.to(solved[name].dtype)
     _apply(twin.pruned, solved)
     for group in groups:
         grams = [collect(twin, group[0], flow) for flow in flows]
         for name in group:
-            before, after = (linear(block, name).weight for block in (twin.dense, twin.pruned))
+            layers = (layer_at(block, name) for block in (twin.dense, twin.pruned))
+            before, after = (to_matrix(layer, layer.weight) for layer in layers)
             errors = [
                 _error(part, before, after, known[name].name) if part.tokens else None
                 for part in grams
@@ -301,17 +318,17 @@ def _error(grams: Grams, before: Tensor, after: Tensor, path: str) -> float:
 
 def _apply(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
-        linear(block, name).weight.copy_(weight)
+        layer_at(block, name).weight.copy_(weight)
 
 
 def _layers_outside(model: nn.Module, recipe: Recipe, known: set[str]) -> list[LayerRecord]:
-    """Every linear layer that was not a target, by name and with the reason."""
+    """Every layer of a kind that could be pruned but was not a target, with the reason."""
     embeddings = {
         id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)
     }
     skipped = []
     for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear) or name in known:
+        if not is_layer(layer) or name in known:
             continue
         tied = embeddings.get(id(layer.weight))
         reason = (
@@ -321,6 +338,5 @@ def _layers_outside(model: nn.Module, recipe: Recipe, known: set[str]) -> list[L
     return skipped
 
 
-def _skipped(name: str, layer: nn.Linear, reason: str) -> LayerRecord:
-    shape = (layer.out_features, layer.in_features)
-    return LayerRecord(name, shape, "skipped", reason, "", None, None, 0, 0.0)
+def _skipped(name: str, layer: Layer, reason: str) -> LayerRecord:
+    return LayerRecord(name, matrix_shape(layer), "skipped", reason, "", None, None, 0, 0.0)

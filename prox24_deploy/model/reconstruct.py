@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from prox24_deploy.errors import CalibrationError
 from prox24_deploy.model.blocks import run_block
-from prox24_deploy.model.flow import Flow, Twin, linear
+from prox24_deploy.model.flow import Flow, Twin
+from prox24_deploy.model.layers import layer_at, reduction_axis
 from prox24_deploy.pruning.pattern import mask_24
 
 log = logging.getLogger(__name__)
@@ -109,10 +110,11 @@ class _Training:
 
     def __init__(self, twin: Twin, names: Sequence[str], flow: Flow, options: AdamOptions) -> None:
         self._twin, self._flow, self._options = twin, flow, options
-        self._weights = [linear(twin.pruned, name).weight for name in names]
+        layers = [layer_at(twin.pruned, name) for name in names]
+        self._weights = [layer.weight for layer in layers]
         self._start = [weight.clone() for weight in self._weights]
         # A kept weight may be zero: the mask has two marks per cell whatever the weights are.
-        self._masks = [mask_24(weight.abs()) for weight in self._weights]
+        self._masks = [mask_24(layer.weight.abs(), reduction_axis(layer)) for layer in layers]
         self._targets = [
             self._outputs(twin.dense, batch, hidden) for batch, hidden in enumerate(flow.dense)
         ]

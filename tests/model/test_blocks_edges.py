@@ -217,7 +217,10 @@ def test_a_target_that_matches_only_another_kind_of_layer_is_refused(
     with pytest.raises(RecipeError) as caught:
         target_layers(block, wrong)
     text = str(caught.value)
-    assert "target 'input_layernorm' matches no linear layer of a LlamaDecoderLayer" in text
+    assert (
+        "target 'input_layernorm' matches no linear layer or convolution of a LlamaDecoderLayer"
+        in text
+    )
     assert all(name in text for name in LLAMA_TARGETS)
 
 

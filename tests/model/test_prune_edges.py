@@ -277,7 +277,7 @@ def test_a_stored_block_is_used_as_it_is(
 
 def test_a_stored_block_of_another_model_is_not_applied(tiny_bert: Path, tmp_path: Path) -> None:
     BlockStore(tmp_path).save(0, {"attention.self": torch.zeros(32, 32)}, ())
-    with pytest.raises(TypeError, match=r"attention\.self is a BertSelfAttention, expected a Lin"):
+    with pytest.raises(TypeError, match=r"attention\.self is a BertSelfAttention, expected Linear"):
         run(load(tiny_bert, RECIPES["bert"]), RECIPES["bert"], tmp_path)
 
 

@@ -10,7 +10,8 @@ from test_prune import by_name, prune_opened
 
 from prox24_deploy.errors import CalibrationError
 from prox24_deploy.model.blocks import find_blocks, run_block, run_model
-from prox24_deploy.model.flow import Flow, Twin, linear, start_flow
+from prox24_deploy.model.flow import Flow, Twin, start_flow
+from prox24_deploy.model.layers import layer_at as linear
 from prox24_deploy.model.reconstruct import AdamOptions, Reconstruction, reconstruct_block
 from prox24_deploy.options import PruneOptions
 from prox24_deploy.pruning.pattern import is_24, project_24
