@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prox24_deploy.errors import RecipeError
+from prox24_deploy.options import Method, Preset, Refinement
 
 RECIPE_FILE = "recipe.toml"
 
@@ -38,13 +39,27 @@ class Limits(_Table):
     max_slowdown: Annotated[float, Field(ge=0, le=10)] = 0.02
 
 
+class Override(_Table):
+    """Other options for some layers; what is None stays as the command line says.
+
+    `layers` is a glob over module paths, relative to a block or from the model on. Where several
+    overrides match a layer, a later one wins.
+    """
+
+    layers: str
+    method: Method | None = None
+    preset: Preset | None = None
+    refinement: Refinement | None = None
+
+
 class Recipe(_Table):
     """Everything that is specific to a model family.
 
     `blocks` is the dotted path of the list of repeated blocks in the model that `task` opens;
-    `targets` and `ignore` are glob patterns over module paths relative to a block. Weights matching
-    `optional_weights` (globs over full names) may be absent from a checkpoint. `sequence_length` is
-    that of calibration and evaluation samples, in tokens, where the model allows as many.
+    `targets` and `ignore` are glob patterns over module paths relative to a block; `overrides`
+    prune some of the targets in another way. Weights matching `optional_weights` (globs over full
+    names) may be absent from a checkpoint. `sequence_length` is that of calibration and evaluation
+    samples, in tokens, where the model allows as many.
     """
 
     family: str
@@ -53,6 +68,7 @@ class Recipe(_Table):
     blocks: str
     targets: Annotated[list[str], Field(min_length=1)]
     ignore: list[str] = []
+    overrides: list[Override] = []
     optional_weights: list[str] = []
     sequence_length: Annotated[int, Field(ge=8)] = 512
     opset: Annotated[int, Field(ge=18, le=24)] = 20
@@ -133,6 +149,7 @@ def _first_problem(error: ValidationError) -> str:
             "inputs": TensorSpec,
             "outputs": TensorSpec,
             "limits": Limits,
+            "overrides": Override,
         }
         inner = tables.get(str(problem["loc"][0])) if len(problem["loc"]) > 1 else None
         place = problem["loc"][0] if inner else "a recipe"

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "artifacts": set(),
     "errors": set(),
     "options": {"artifacts", "errors"},
-    "recipe": {"errors"},
+    "recipe": {"errors", "options"},
 }
 
 

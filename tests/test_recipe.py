@@ -179,7 +179,8 @@ def test_a_folder_named_like_a_recipe_is_none(tmp_path: Path) -> None:
 def test_an_unknown_family_lists_the_known_ones_and_the_remedy(tmp_path: Path) -> None:
     message = (
         rf"No recipe supports model_type 'perceiver' of {tmp_path}; shipped families are "
-        r"bert \(bert\), gpt2 \(gpt2\), llama \(llama\), qwen3 \(qwen3\); copy the nearest one, .* pass it with --recipe\.$"
+        r"bert \(bert\), gpt2 \(gpt2\), llama \(llama\), qwen3 \(qwen3\); "
+        r"copy the nearest one, .* pass it with --recipe\.$"
     )
     with pytest.raises(RecipeError, match=message):
         select_recipe(tmp_path, "perceiver", None)

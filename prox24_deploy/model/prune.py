@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from itertools import zip_longest
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from prox24_deploy.options import PruneOptions
 from prox24_deploy.pruning.pattern import is_24
 from prox24_deploy.pruning.problem import damping_for, layer_problem
 from prox24_deploy.pruning.solver import PRESETS, LayerSolution, solve_layer
-from prox24_deploy.recipe import Recipe
+from prox24_deploy.recipe import Override, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def prune_model(
     if options.reconstructs:
         require_batches(len(calibration))
     blocks = find_blocks(model, recipe)
-    target_layers(blocks[0], recipe)
+    _require_overrides(recipe, blocks)
     flows = [start_flow(model, blocks, recipe, part) for part in (calibration, held_out)]
     weights: dict[str, Tensor] = {}
     records: list[LayerRecord] = []
@@ -199,16 +200,49 @@ def _prune_block(
     first = flows[0]
     groups = shared_inputs(twin.pruned, layers, first.calls[0][twin.index], first.pruned[0])
     for group in groups:
-        done, made = _prune_group(twin, group, flows, options, stored_dtype)
-        _apply(twin.pruned, done)
-        solved.update(done)
-        records.extend(made)
+        for part, own in _by_options(twin, group, recipe, options):
+            done, made = _prune_group(twin, part, flows, own, stored_dtype)
+            _apply(twin.pruned, done)
+            solved.update(done)
+            records.extend(made)
     if options.reconstructs:
         records = _reconstruct(twin, groups, solved, records, flows)
     for name in [n for n in layers if n not in solved]:
         reason = "no forward pass on calibration text reaches it"
         records.append(_skipped(f"{twin.prefix}.{name}", layers[name], reason))
     return solved, tuple(records)
+
+
+def _by_options(
+    twin: Twin, group: list[str], recipe: Recipe, options: PruneOptions
+) -> list[tuple[list[str], PruneOptions]]:
+    """Split a group by what the recipe's overrides make of the options for each of its layers."""
+    parts: dict[PruneOptions, list[str]] = {}
+    for name in group:
+        own = options
+        for override in recipe.overrides:
+            if _concerns(override, twin.prefix, name):
+                own = replace(own, **override.model_dump(exclude={"layers"}, exclude_none=True))
+        parts.setdefault(own, []).append(name)
+    return [(names, own) for own, names in parts.items()]
+
+
+def _require_overrides(recipe: Recipe, blocks: nn.ModuleList) -> None:
+    paths = [
+        (f"{recipe.blocks}.{i}", name)
+        for i, block in enumerate(blocks)
+        for name in target_layers(block, recipe)
+    ]
+    for override in recipe.overrides:
+        if not any(_concerns(override, prefix, name) for prefix, name in paths):
+            raise RecipeError(
+                f"Recipe {recipe.family} overrides {override.layers!r}, which matches no target "
+                f"layer; they are named like {'.'.join(paths[0])} or {paths[0][1]}."
+            )
+
+
+def _concerns(override: Override, prefix: str, name: str) -> bool:
+    return any(fnmatch(path, override.layers) for path in (name, f"{prefix}.{name}"))
 
 
 def _prune_group(

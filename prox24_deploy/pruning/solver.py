@@ -148,6 +148,9 @@ def _refine(problem: LayerProblem, mask: Tensor, start: Tensor, kind: Refinement
 def prox_admm(problem: LayerProblem, options: AdmmOptions) -> tuple[Tensor, Tensor, int]:
     """Minimise the quadratic plus λ R with λ growing until every cell is 2:4.
 
+    ADMM on a function that is not convex need not descend. Of the iterates at which convergence is
+    tested, projected to 2:4, each row takes the one with the lowest loss.
+
     Returns:
         (weights, mask, iterations): normalised weights (rows, d), not yet refined, masked.
     """
@@ -159,15 +162,39 @@ def prox_admm(problem: LayerProblem, options: AdmmOptions) -> tuple[Tensor, Tens
     base = options.start / torch.where(row_scale > 0, row_scale, 1.0)
     split, dual = problem.start, torch.zeros_like(problem.start)
     weight, iterations = problem.start, 0
+    best = _Best(problem)
     while iterations < options.max_iterations:
         lam = base * options.growth**iterations
         weight = (problem.linear + rho * (split - dual)) @ inverse
         split = prox_24(weight + dual, lam / rho, newton_iterations=options.newton_iterations)
         dual = dual + weight - split
         iterations += 1
-        if iterations % options.check_every == 0 and unfinished_fraction(split) < max(
-            options.straggler_fraction, torch.finfo(split.dtype).tiny
-        ):
-            break
-    mask = settle_mask(split, weight)
-    return split.masked_fill(~mask, 0.0), mask, iterations
+        if iterations % options.check_every == 0:
+            best.offer(split, weight)
+            if unfinished_fraction(split) < max(
+                options.straggler_fraction, torch.finfo(split.dtype).tiny
+            ):
+                break
+    if iterations % options.check_every:
+        best.offer(split, weight)
+    return best.weight, best.mask, iterations
+
+
+class _Best:
+    """The best 2:4 weights of every row so far, by loss; those of magnitude before any offer."""
+
+    def __init__(self, problem: LayerProblem) -> None:
+        self._problem = problem
+        self.mask = mask_24(problem.start.abs())
+        self.weight = problem.start.masked_fill(~self.mask, 0.0)
+        self._loss = torch.full_like(problem.start[:, 0], torch.inf)
+
+    def offer(self, iterate: Tensor, fallback: Tensor) -> None:
+        """Project an iterate and keep the rows that are better than before."""
+        mask = settle_mask(iterate, fallback)
+        weight = iterate.masked_fill(~mask, 0.0)
+        loss = self._problem.loss(weight)
+        better = loss <= self._loss
+        self._loss = torch.where(better, loss, self._loss)
+        self.weight = torch.where(better[:, None], weight, self.weight)
+        self.mask = torch.where(better[:, None], mask, self.mask)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from prox24_deploy.artifacts import LayerRecord
-from prox24_deploy.errors import CalibrationError, ModelDirError
+from prox24_deploy.errors import CalibrationError, ModelDirError, RecipeError
 from prox24_deploy.model import prune
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.calibration import Batch
@@ -20,7 +20,7 @@ from prox24_deploy.model.prune import PrunedState, prune_model
 from prox24_deploy.options import Method, PruneOptions, Target
 from prox24_deploy.pruning.pattern import is_24, project_24
 from prox24_deploy.pruning.solver import LayerSolution
-from prox24_deploy.recipe import Recipe
+from prox24_deploy.recipe import Override, Recipe
 
 FAST = PruneOptions(preset="fast")
 
@@ -277,3 +277,35 @@ def test_a_head_of_its_own_stays_dense_whatever_the_recipe_asks_for(
     skipped = {r.name: r.reason for r in state.layers if r.status == "skipped"}
     assert skipped == {"lm_head": "not a target of recipe llama"}
     assert all(name.startswith("model.layers.") for name in state.weights)
+
+
+def test_an_override_of_the_recipe_prunes_its_layers_in_another_way(
+    tiny_llama: Path, prose: Path, tmp_path: Path
+) -> None:
+    """Queries and values share an input and a problem; the override takes the values out of it."""
+    opened = open_tiny(tiny_llama, prose)
+    overrides = [
+        Override(layers="self_attn.v_proj", method="wanda", refinement="none"),
+        Override(layers="model.layers.1.mlp.*", method="magnitude"),
+    ]
+    recipe = opened.recipe.model_copy(update={"overrides": overrides})
+    dense = opened.model.get_submodule("model.layers.0.self_attn.v_proj").get_parameter("weight")
+    before = dense.clone()
+    state = prune_opened(replace(opened, recipe=recipe), tmp_path)
+    methods = {record.name: record.method for record in state.layers if record.method}
+    assert methods["model.layers.0.self_attn.q_proj"] in {"prox", "sparsegpt"}
+    assert methods["model.layers.0.self_attn.v_proj"] == "wanda"
+    assert methods["model.layers.1.mlp.up_proj"] == "magnitude"
+    assert methods["model.layers.0.mlp.up_proj"] in {"prox", "sparsegpt"}
+    pruned = state.weights["model.layers.0.self_attn.v_proj.weight"].float()
+    kept = pruned != 0
+    torch.testing.assert_close(pruned[kept], before[kept], rtol=1e-3, atol=1e-6)
+
+
+def test_an_override_that_matches_nothing_is_refused(
+    tiny_llama: Path, prose: Path, tmp_path: Path
+) -> None:
+    opened = open_tiny(tiny_llama, prose)
+    recipe = opened.recipe.model_copy(update={"overrides": [Override(layers="mlp.gate")]})
+    with pytest.raises(RecipeError, match=r"overrides 'mlp\.gate', which matches no target layer"):
+        prune_opened(replace(opened, recipe=recipe), tmp_path)
