@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
-from prox24_deploy.model.blocks import find_blocks, run_model, shared_inputs, target_layers
+from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
 from prox24_deploy.model.calibration import thin
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.model.directory import load_model
-from prox24_deploy.model.evaluate import embed, pooling_of, window_nll
+from prox24_deploy.model.evaluate import loss_against, loss_name, pooling_of
 from prox24_deploy.model.flow import Flow, Twin, advance, collect, start_flow
 from prox24_deploy.model.layers import layer_at, to_matrix
 from prox24_deploy.model.prune import prune_model
@@ -164,7 +164,8 @@ def model_losses(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Loss per evaluation sample by method, and seconds of pruning by method."""
     dense = load_model(subject.directory, subject.recipe, device)
-    score = _scorer(subject, model_dir, dense)
+    recipe = subject.recipe
+    score = loss_against(dense, recipe.task, subject.held_out.batches, pooling_of(model_dir))
     losses, seconds = {}, {}
     for name in methods:
         model = deepcopy(dense)
@@ -184,32 +185,6 @@ def model_losses(
         losses[name] = score(model)
         print(f"{name}: {float(losses[name].mean()):.4f}, {seconds[name]:.0f} s", file=sys.stderr)
     return losses, seconds
-
-
-def _scorer(subject: Subject, model_dir: Path, dense: nn.Module) -> Callable[[nn.Module], Tensor]:
-    """Loss per sample of a pruned model: rise of the NLL, or 1 - cosine."""
-    batches, task = subject.held_out.batches, subject.recipe.task
-    if task == "text-generation":
-
-        def nll(model: nn.Module) -> Tensor:
-            parts = []
-            for batch in batches:
-                logits = run_model(model, batch, task).logits[:, :-1]
-                targets = batch.inputs["input_ids"][:, 1:].to(logits.device)
-                parts.append(window_nll(logits, targets))
-            return torch.cat(parts)
-
-        reference = nll(dense)
-        return lambda model: nll(model) - reference
-
-    pooling = pooling_of(model_dir)
-    expected = [embed(dense, batch, pooling) for batch in batches]
-    return lambda model: torch.cat(
-        [
-            1 - (embed(model, batch, pooling) * target).sum(1)
-            for batch, target in zip(batches, expected, strict=True)
-        ]
-    )
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -284,7 +259,7 @@ def report_model(
         if {bar.method, bar.rival} <= losses.keys()
     ]
     return {
-        "loss": "log-perplexity - dense" if decoder else "1 - cosine to dense",
+        "loss": loss_name(subject.recipe.task),
         "samples": len(losses["sparsegpt"]),
         "methods": rows,
         "bars": _print_bars(bars, console),

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from prox24_deploy.artifacts import DType
-from prox24_deploy.options import DeviceChoice, Method, Preset, Refinement
+from prox24_deploy.options import (
+    DeviceChoice,
+    EngineOptions,
+    Method,
+    Preset,
+    PruneOptions,
+    Refinement,
+    TextOptions,
+    parse_shapes,
+)
 
 _COMMON = {"-v", "--verbose", "--debug"}
 
@@ -46,6 +55,22 @@ ReconstructOpt = Annotated[
         help="Tune each block as a whole, masks fixed; default: with preset best only.",
     ),
 ]
+IncludeOpt = Annotated[
+    list[str] | None,
+    typer.Option(help="Prune only targets whose path this glob matches; repeatable."),
+]
+ExcludeOpt = Annotated[
+    list[str] | None, typer.Option(help="Leave targets dense whose path this glob matches.")
+]
+MaxLossOpt = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Prune the least harmful layers while the loss rises by no more than this."
+    ),
+]
+LayersOpt = Annotated[
+    int | None, typer.Option("--layers", min=1, help="Prune only the N least harmful layers.")
+]
 PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
 DTypeOpt = Annotated[DType, typer.Option(help="Precision of the exported models.")]
 BackendOpt = Annotated[list[str] | None, typer.Option(help="auto or onnxruntime; repeatable.")]
@@ -56,6 +81,61 @@ DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where to prune and evalua
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 FreshOpt = Annotated[bool, typer.Option("--fresh", help="Run every stage again.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def text_options(
+    calibration: list[Path] | None,
+    evaluation: list[Path] | None,
+    calibration_tokens: int,
+    evaluation_tokens: int,
+    seed: int,
+) -> TextOptions:
+    """The options about text as one record."""
+    return TextOptions(
+        tuple(calibration or ()),
+        tuple(evaluation or ()),
+        calibration_tokens,
+        evaluation_tokens,
+        seed,
+    )
+
+
+def prune_options(
+    method: Method,
+    preset: Preset,
+    refinement: Refinement,
+    reconstruct: bool | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    max_loss: float | None,
+    layers: int | None,
+) -> PruneOptions:
+    """The options about pruning as one record."""
+    return PruneOptions(
+        method,
+        preset,
+        refinement=refinement,
+        reconstruct=reconstruct,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        max_loss=max_loss,
+        max_layers=layers,
+    )
+
+
+def engine_options(backends: list[str] | None, shapes: list[str] | None) -> EngineOptions:
+    """The options about engines as one record.
+
+    Raises:
+        UsageError: a shape is not understood.
+    """
+    default = EngineOptions()
+    parsed = parse_shapes(shapes or ())
+    return EngineOptions(
+        tuple(backends or default.backends),
+        parsed.get("batch", default.batches),
+        parsed.get("sequence", default.sequences),
+    )
 
 
 def join_shapes(arguments: Sequence[str]) -> list[str]:

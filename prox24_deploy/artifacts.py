@@ -63,11 +63,57 @@ class LayerRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value with the standard error of its mean."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSensitivity:
+    """Rise of the model's loss when this layer alone is pruned; `weights` counts its elements."""
+
+    name: str
+    weights: int
+    loss: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """Rise of the model's loss with the least harmful `layers` pruned, `weights` elements."""
+
+    layers: int
+    weights: int
+    loss: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What pruning costs layer by layer and in sum, on calibration text that was withheld.
+
+    `metric` names the loss, "log-perplexity" or "1 - embedding cosine", averaged over `samples`.
+    `layers` are in the order of the harm per weight, the least first; `curve` has some of the
+    prefixes of that order, and the first `chosen` layers were pruned. Each layer was solved alone,
+    on inputs of the dense model; the whole model, solved in sequence, usually loses less.
+    """
+
+    metric: str
+    samples: int
+    layers: tuple[LayerSensitivity, ...]
+    curve: tuple[CurvePoint, ...]
+    max_loss: float | None
+    max_layers: int | None
+    chosen: int
+
+
+@dataclass(frozen=True, slots=True)
 class PruneResult:
     """Result of the pruning stage.
 
     `state_sha256` hashes every weight file that was written; `reconstructed` says that the kept
-    weights of each block were tuned together after the layers were solved.
+    weights of each block were tuned together after the layers were solved. `sensitivity` is there
+    where a budget chose the layers.
     """
 
     method: str
@@ -81,14 +127,7 @@ class PruneResult:
     state_sha256: str
     seconds: float
     reconstructed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A value with the standard error of its mean."""
-
-    value: float
-    standard_error: float
+    sensitivity: Sensitivity | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,7 @@ from rich.table import Table
 
 from prox24_deploy import __version__, arguments, tables
 from prox24_deploy.errors import BundleError, Prox24Error
-from prox24_deploy.options import (
-    BuildOptions,
-    EngineOptions,
-    PruneOptions,
-    TextOptions,
-    parse_shapes,
-)
+from prox24_deploy.options import BuildOptions, TextOptions
 
 if TYPE_CHECKING:
     from prox24_deploy.release.report import Report
@@ -103,6 +97,10 @@ def build(
     preset: arguments.PresetOpt = "default",
     refinement: arguments.RefinementOpt = "auto",
     reconstruct: arguments.ReconstructOpt = None,
+    include: arguments.IncludeOpt = None,
+    exclude: arguments.ExcludeOpt = None,
+    max_loss: arguments.MaxLossOpt = None,
+    layers: arguments.LayersOpt = None,
     dtype: arguments.DTypeOpt = "float32",
     backend: arguments.BackendOpt = None,
     shapes: arguments.ShapesOpt = None,
@@ -116,11 +114,15 @@ def build(
 
     options = BuildOptions(
         recipe,
-        _text_options(calibration, evaluation, calibration_tokens, evaluation_tokens, seed),
-        PruneOptions(method, preset, refinement=refinement, reconstruct=reconstruct),
+        arguments.text_options(
+            calibration, evaluation, calibration_tokens, evaluation_tokens, seed
+        ),
+        arguments.prune_options(
+            method, preset, refinement, reconstruct, include, exclude, max_loss, layers
+        ),
         device,
         dtype,
-        _engine_options(backend, shapes),
+        arguments.engine_options(backend, shapes),
     )
     root = out or _default_out(model_dir)
     with _progress() as progress:
@@ -145,6 +147,10 @@ def prune(
     preset: arguments.PresetOpt = "default",
     refinement: arguments.RefinementOpt = "auto",
     reconstruct: arguments.ReconstructOpt = None,
+    include: arguments.IncludeOpt = None,
+    exclude: arguments.ExcludeOpt = None,
+    max_loss: arguments.MaxLossOpt = None,
+    layers: arguments.LayersOpt = None,
     device: arguments.DeviceOpt = "auto",
     seed: arguments.SeedOpt = 0,
     fresh: arguments.FreshOpt = False,
@@ -155,8 +161,12 @@ def prune(
 
     options = BuildOptions(
         recipe,
-        _text_options(calibration, evaluation, calibration_tokens, evaluation_tokens, seed),
-        PruneOptions(method, preset, refinement=refinement, reconstruct=reconstruct),
+        arguments.text_options(
+            calibration, evaluation, calibration_tokens, evaluation_tokens, seed
+        ),
+        arguments.prune_options(
+            method, preset, refinement, reconstruct, include, exclude, max_loss, layers
+        ),
         device,
     )
     root = out or _default_out(model_dir)
@@ -203,7 +213,9 @@ def compile_engines(
     from prox24_deploy import pipeline
 
     with _progress() as progress:
-        result = pipeline.compile_engines(bundle, _engine_options(backend, None), progress=progress)
+        result = pipeline.compile_engines(
+            bundle, arguments.engine_options(backend, None), progress=progress
+        )
     if as_json:
         _print_json(asdict(result))
         return
@@ -223,7 +235,7 @@ def bench(
     from prox24_deploy import pipeline
 
     with _progress() as progress:
-        result = pipeline.bench(bundle, _engine_options(None, shapes), progress=progress)
+        result = pipeline.bench(bundle, arguments.engine_options(None, shapes), progress=progress)
     if as_json:
         _print_json(asdict(result))
         return
@@ -281,32 +293,6 @@ def doctor(as_json: arguments.JsonOpt = False) -> None:
         _print_json({"findings": [asdict(finding) for finding in findings]})
         return
     _print_table(tables.findings(findings))
-
-
-def _text_options(
-    calibration: list[Path] | None,
-    evaluation: list[Path] | None,
-    calibration_tokens: int,
-    evaluation_tokens: int,
-    seed: int,
-) -> TextOptions:
-    return TextOptions(
-        tuple(calibration or ()),
-        tuple(evaluation or ()),
-        calibration_tokens,
-        evaluation_tokens,
-        seed,
-    )
-
-
-def _engine_options(backends: list[str] | None, shapes: list[str] | None) -> EngineOptions:
-    default = EngineOptions()
-    parsed = parse_shapes(shapes or ())
-    return EngineOptions(
-        tuple(backends or default.backends),
-        parsed.get("batch", default.batches),
-        parsed.get("sequence", default.sequences),
-    )
 
 
 def _default_out(model_dir: Path) -> Path:

@@ -34,6 +34,11 @@ class PruneOptions:
     "symmetric" matches the dense layer on the pruned model's inputs. `refinement` is how the kept
     weights are updated once the mask is fixed; "auto" takes the one that belongs to the method.
     `reconstruct` None means: in preset "best" only.
+
+    `include` and `exclude` are globs over module paths, relative to a block or from the model on:
+    of the recipe's targets, those are pruned that an `include` matches (any, if there is none) and
+    no `exclude` does. `max_loss` bounds the rise of the model's loss on withheld calibration text,
+    `max_layers` the number of layers; the least harmful layers are then pruned, as many as fit.
     """
 
     method: Method = "prox"
@@ -41,6 +46,15 @@ class PruneOptions:
     target: Target = "asymmetric"
     refinement: Refinement = "auto"
     reconstruct: bool | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    max_loss: float | None = None
+    max_layers: int | None = None
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the sensitivity of each layer decides which are pruned."""
+        return self.max_loss is not None or self.max_layers is not None
 
     @property
     def reconstructs(self) -> bool:

@@ -305,3 +305,30 @@ def test_nothing_is_written_outside_the_output(
     assert {name: snapshot(place) for name, place in places.items()} == {
         name: {} for name in places
     }
+
+
+def test_a_budget_prunes_the_least_harmful_layers_and_globs_narrow_the_rest(
+    tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    line = (
+        "build", tiny_bert, "-o", bundle, "--calibration", prose, "--layers", "3",
+        "--exclude", "intermediate.dense", "--preset", "fast", *SMALL,
+    )  # fmt: skip
+    run = run_cli(*line)
+    assert run.code == 0, run.err
+    report = read_report(bundle)
+    budget = report.pruning.sensitivity
+    assert budget is not None
+    assert (budget.chosen, budget.max_layers, budget.max_loss) == (3, 3, None)
+    pruned = {layer.name for layer in report.pruning.layers if layer.status == "pruned"}
+    assert pruned == {layer.name for layer in budget.layers[:3]}
+    assert len(budget.layers) == ENCODER_LAYERS - 2
+    reasons = {layer.reason for layer in report.pruning.layers if layer.status == "skipped"}
+    assert "excluded by --exclude intermediate.dense" in reasons
+    assert any(reason.startswith("left dense within --layers 3") for reason in reasons)
+    proven = {c.module for c in report.sparsity.tensors if c.expected and c.is_24}
+    assert proven == pruned
+    refused = run_cli(*line[:4], "--calibration", prose, "--max-loss", "1e-9", *SMALL)
+    assert refused.code == 2
+    assert "more than --max-loss 1e-09; raise the limit." in refused.err

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -113,6 +113,31 @@ def evaluate_embeddings(
     )
 
 
+def loss_name(task: str) -> str:
+    """What `loss_against` measures for a task."""
+    return "log-perplexity" if task == "text-generation" else "1 - embedding cosine"
+
+
+def loss_against(
+    dense: nn.Module, task: str, batches: Sequence[Batch], pooling: Pooling
+) -> Callable[[nn.Module], Tensor]:
+    """A function from a model to its loss per sample, (samples,), float64, 0 for `dense` itself.
+
+    The loss is the rise of the log-perplexity over `dense` where the task is text generation, else
+    one less the cosine of the embeddings. `dense` is run at once and may change afterwards.
+    """
+    if task == "text-generation":
+        reference = _window_losses(dense, batches)
+        return lambda model: _window_losses(model, batches) - reference
+    expected = [embed(dense, batch, pooling) for batch in batches]
+    return lambda model: torch.cat(
+        [
+            1 - (embed(model, batch, pooling) * target).sum(1)
+            for batch, target in zip(batches, expected, strict=True)
+        ]
+    )
+
+
 def mean_estimate(values: Tensor) -> Estimate:
     """Mean with its standard error; 0 for a single value."""
     values = values.double()
@@ -150,6 +175,14 @@ def window_nll(logits: Tensor, targets: Tensor) -> Tensor:
         logits.float().flatten(0, 1), targets.flatten(), reduction="none"
     )
     return loss.view(targets.shape).double().mean(1)
+
+
+def _window_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    parts = []
+    for batch in batches:
+        logits = run_model(model, batch, "text-generation").logits[:, :-1]
+        parts.append(window_nll(logits, batch.inputs["input_ids"][:, 1:].to(logits.device)))
+    return torch.cat(parts)
 
 
 def _perplexity(losses: Tensor, which: str) -> Estimate:

@@ -6,37 +6,37 @@ import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import LayerRecord, PruneResult
 from prox24_deploy.errors import CalibrationError, ModelDirError, RecipeError
-from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
+from prox24_deploy.model.blocks import find_blocks, shared_inputs
 from prox24_deploy.model.calibration import Batch, Samples, thin
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype, write_pruned
 from prox24_deploy.model.directory import ModelDir, load_model
+from prox24_deploy.model.evaluate import pooling_of
 from prox24_deploy.model.flow import Flow, Twin, advance, collect, start_flow
 from prox24_deploy.model.grams import Grams
 from prox24_deploy.model.layers import (
     Layer,
-    from_matrix,
     is_layer,
     layer_at,
     matrix_shape,
-    obstacle,
     reduction_axis,
     to_matrix,
 )
 from prox24_deploy.model.reconstruct import AdamOptions, reconstruct_block, require_batches
+from prox24_deploy.model.selection import by_options, left_dense, prunable, require_matches
+from prox24_deploy.model.sensitivity import SensitivityStore, measure_sensitivity, over_budget
+from prox24_deploy.model.solve import solve_group
 from prox24_deploy.options import PruneOptions
-from prox24_deploy.pruning.pattern import is_24
-from prox24_deploy.pruning.problem import damping_for, layer_problem
-from prox24_deploy.pruning.solver import PRESETS, LayerSolution, solve_layer
-from prox24_deploy.recipe import Override, Recipe
+from prox24_deploy.pruning.problem import damping_for
+from prox24_deploy.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def prune_model(
     stored_dtype: Callable[[str], torch.dtype],
     store: BlockStore,
     progress: Progress,
+    dense: Mapping[str, str] = MappingProxyType({}),
 ) -> PrunedState:
     """Prune all target layers of `model` in place.
 
@@ -87,6 +88,7 @@ def prune_model(
         stored_dtype: parameter name to the dtype in which the checkpoint stores it.
         store: solved blocks of an interrupted run of the same inputs and options.
         progress: called with (label, done, total) after each block.
+        dense: full path of each target to leave dense, with the reason.
 
     Raises:
         ModelDirError: activations or weights of a layer are NaN or infinite.
@@ -98,7 +100,7 @@ def prune_model(
     if options.reconstructs:
         require_batches(len(calibration))
     blocks = find_blocks(model, recipe)
-    _require_overrides(recipe, blocks)
+    require_matches(recipe, blocks)
     flows = [start_flow(model, blocks, recipe, part) for part in (calibration, held_out)]
     weights: dict[str, Tensor] = {}
     records: list[LayerRecord] = []
@@ -107,7 +109,7 @@ def prune_model(
         twin = Twin(index, f"{recipe.blocks}.{index}", deepcopy(block), block, following)
         done = store.load(index)
         if done is None:
-            done = _prune_block(twin, recipe, flows, options, stored_dtype)
+            done = _prune_block(twin, recipe, flows, options, stored_dtype, dense)
             store.save(index, *done)
         _apply(block, done[0])
         weights.update({f"{twin.prefix}.{name}.weight": w for name, w in done[0].items()})
@@ -149,6 +151,20 @@ def prune_directory(
     """
     began = time.perf_counter()
     model = load_model(directory, recipe, device)
+    dense = left_dense(recipe, find_blocks(model, recipe), options)
+    sensitivity = SensitivityStore(solved).load()
+    if options.has_budget and sensitivity is None:
+        sensitivity = measure_sensitivity(
+            model,
+            recipe,
+            calibration.batches,
+            options,
+            pooling=pooling_of(directory.path),
+            dense=dense,
+            stored_dtype=lambda name: stored_dtype(directory, name),
+            progress=progress,
+        )
+        SensitivityStore(solved).save(sensitivity)
     state = prune_model(
         model,
         recipe,
@@ -158,6 +174,7 @@ def prune_directory(
         stored_dtype=lambda name: stored_dtype(directory, name),
         store=BlockStore(solved),
         progress=progress,
+        dense={**dense, **(over_budget(sensitivity) if sensitivity else {})},
     )
     if not state.weights:
         first = next(layer for layer in state.layers if layer.name.startswith(recipe.blocks))
@@ -180,6 +197,7 @@ def prune_directory(
         state_sha256=digest,
         seconds=time.perf_counter() - began,
         reconstructed=options.reconstructs,
+        sensitivity=sensitivity,
     )
 
 
@@ -189,18 +207,19 @@ def _prune_block(
     flows: list[Flow],
     options: PruneOptions,
     stored_dtype: Callable[[str], torch.dtype],
+    dense: Mapping[str, str],
 ) -> tuple[dict[str, Tensor], tuple[LayerRecord, ...]]:
     """Solve every target of one block; returns stored weights and records by layer path."""
-    layers = target_layers(twin.pruned, recipe)
-    records: list[LayerRecord] = []
-    for name in [n for n, layer in layers.items() if obstacle(layer)]:
-        layer = layers.pop(name)
-        records.append(_skipped(f"{twin.prefix}.{name}", layer, obstacle(layer)))
+    layers, obstacles = prunable(twin, recipe, dense)
+    records = [
+        _skipped(f"{twin.prefix}.{name}", layer_at(twin.pruned, name), reason)
+        for name, reason in obstacles.items()
+    ]
     solved: dict[str, Tensor] = {}
     first = flows[0]
     groups = shared_inputs(twin.pruned, layers, first.calls[0][twin.index], first.pruned[0])
     for group in groups:
-        for part, own in _by_options(twin, group, recipe, options):
+        for part, own in by_options(twin.prefix, group, recipe, options):
             done, made = _prune_group(twin, part, flows, own, stored_dtype)
             _apply(twin.pruned, done)
             solved.update(done)
@@ -213,38 +232,6 @@ def _prune_block(
     return solved, tuple(records)
 
 
-def _by_options(
-    twin: Twin, group: list[str], recipe: Recipe, options: PruneOptions
-) -> list[tuple[list[str], PruneOptions]]:
-    """Split a group by what the recipe's overrides make of the options for each of its layers."""
-    parts: dict[PruneOptions, list[str]] = {}
-    for name in group:
-        own = options
-        for override in recipe.overrides:
-            if _concerns(override, twin.prefix, name):
-                own = replace(own, **override.model_dump(exclude={"layers"}, exclude_none=True))
-        parts.setdefault(own, []).append(name)
-    return [(names, own) for own, names in parts.items()]
-
-
-def _require_overrides(recipe: Recipe, blocks: nn.ModuleList) -> None:
-    paths = [
-        (f"{recipe.blocks}.{i}", name)
-        for i, block in enumerate(blocks)
-        for name in target_layers(block, recipe)
-    ]
-    for override in recipe.overrides:
-        if not any(_concerns(override, prefix, name) for prefix, name in paths):
-            raise RecipeError(
-                f"Recipe {recipe.family} overrides {override.layers!r}, which matches no target "
-                f"layer; they are named like {'.'.join(paths[0])} or {paths[0][1]}."
-            )
-
-
-def _concerns(override: Override, prefix: str, name: str) -> bool:
-    return any(fnmatch(path, override.layers) for path in (name, f"{prefix}.{name}"))
-
-
 def _prune_group(
     twin: Twin,
     group: list[str],
@@ -252,42 +239,31 @@ def _prune_group(
     options: PruneOptions,
     stored_dtype: Callable[[str], torch.dtype],
 ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
-    """Solve layers that share one input as one stacked problem."""
+    """Solve layers that share one input and measure their errors."""
     began = time.perf_counter()
-    names = [f"{twin.prefix}.{name}" for name in group]
-    layers = [layer_at(twin.pruned, name) for name in group]
-    before = torch.cat([to_matrix(layer, layer.weight) for layer in layers])
     calibration, held_out = (collect(twin, group[0], flow) for flow in flows)
-    solution = _solve(before, calibration, options, names)
+    solved = solve_group(twin, group, calibration, options, stored_dtype)
     seconds = (time.perf_counter() - began) / len(group)
-    solved: dict[str, Tensor] = {}
     records = []
-    start = 0
-    for name, path, layer in zip(group, names, layers, strict=True):
-        rows = slice(start, start + matrix_shape(layer)[0])
-        start = rows.stop
-        # Solved with its group or not, a layer that is 2:4 already keeps its bits.
-        unchanged = is_24(before[rows])
-        chosen = before[rows] if unchanged else solution.weight[rows]
-        solved[name] = from_matrix(layer, chosen).to(stored_dtype(f"{path}.weight"))
-        after = to_matrix(layer, solved[name]).float()
+    for name, found in solved.items():
+        path, layer = f"{twin.prefix}.{name}", layer_at(twin.pruned, name)
+        before = to_matrix(layer, layer.weight)
+        after = to_matrix(layer, found.weight).float()
         records.append(
             LayerRecord(
                 name=path,
-                shape=(after.shape[0], after.shape[1]),
+                shape=matrix_shape(layer),
                 status="pruned",
                 reason="",
-                method="unchanged" if unchanged else solution.used,
-                relative_error=_error(calibration, before[rows], after, path),
-                held_out_error=(
-                    _error(held_out, before[rows], after, path) if held_out.tokens else None
-                ),
-                iterations=0 if unchanged else solution.iterations,
+                method=found.method,
+                relative_error=_error(calibration, before, after, path),
+                held_out_error=_error(held_out, before, after, path) if held_out.tokens else None,
+                iterations=found.iterations,
                 seconds=seconds,
             )
         )
         log.info("%s: error %.4f, %.1f s", path, records[-1].relative_error, seconds)
-    return solved, records
+    return {name: found.weight for name, found in solved.items()}, records
 
 
 def _reconstruct(
@@ -316,28 +292,6 @@ def _reconstruct(
             ]
             known[name] = replace(known[name], relative_error=errors[0], held_out_error=errors[1])
     return list(known.values())
-
-
-def _solve(weight: Tensor, grams: Grams, options: PruneOptions, names: list[str]) -> LayerSolution:
-    features = weight.shape[1]
-    try:
-        problem = layer_problem(
-            weight,
-            grams.pruned / grams.tokens,
-            damping_for(features, grams.tokens),
-            grams.cross / grams.tokens if options.target == "asymmetric" else None,
-        )
-    except ValueError as error:
-        raise ModelDirError(
-            f"Layer {names[0]}: {error}; its activations overflow or the checkpoint is damaged."
-        ) from error
-    return solve_layer(
-        weight,
-        problem,
-        method=options.method,
-        options=PRESETS[options.preset],
-        refinement=options.refinement,
-    )
 
 
 def _error(grams: Grams, before: Tensor, after: Tensor, path: str) -> float:

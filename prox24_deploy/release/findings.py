@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from prox24_deploy.artifacts import (
     CompileResult,
+    Estimate,
     EvaluateResult,
     ExportResult,
     LatencyRow,
@@ -12,6 +13,7 @@ from prox24_deploy.artifacts import (
     Metric,
     NumericsCheck,
     PruneResult,
+    Sensitivity,
     TensorCheck,
     Verdict,
 )
@@ -19,6 +21,7 @@ from prox24_deploy.release.schema import Check
 
 TOKENS_PER_FEATURE = 10
 NAMES_IN_A_SENTENCE = 8
+_NORMAL_95 = 1.96
 
 
 def find_warnings(
@@ -51,6 +54,7 @@ def find_checks(
         *(_sparsity_check(check) for check in export.sparsity if check.expected),
         *(_numerics_check(check) for check in export.numerics),
         *(_accuracy_check(metric) for metric in evaluate.metrics),
+        *_budget_checks(prune.sensitivity, evaluate.metrics),
         *(_latency_check(row) for row in latency),
     )
 
@@ -211,6 +215,38 @@ def _accuracy_check(metric: Metric) -> Check:
         verdict="pass" if finite else "fail",
         message=f"{figures}; {reason}",
     )
+
+
+def _budget_checks(budget: Sensitivity | None, metrics: Sequence[Metric]) -> Iterator[Check]:
+    """The loss on evaluation text against the limit that chose the layers on calibration text."""
+    if budget is None or budget.max_loss is None:
+        return
+    loss = _loss(budget.metric, metrics)
+    if loss.value <= budget.max_loss:
+        verdict: Verdict = "pass"
+    else:
+        beyond = loss.value - _NORMAL_95 * loss.standard_error > budget.max_loss
+        verdict = "fail" if beyond else "inconclusive"
+    yield Check(
+        name=f"{budget.metric} within --max-loss",
+        kind="accuracy",
+        value=loss.value if math.isfinite(loss.value) else None,
+        limit=budget.max_loss,
+        gated=True,
+        verdict=verdict,
+        message=f"Pruning {budget.chosen} of {len(budget.layers)} layers costs {loss.value:.4g} ± "
+        f"{loss.standard_error:.2g} {budget.metric} on evaluation text, limit {budget.max_loss:g}",
+    )
+
+
+def _loss(name: str, metrics: Sequence[Metric]) -> Estimate:
+    """The loss of a budget among the metrics: a difference, or one less an agreement."""
+    for metric in metrics:
+        if metric.name == name and metric.difference:
+            return metric.difference
+        if f"1 - {metric.name}" == name and metric.agreement:
+            return Estimate(1 - metric.agreement.value, metric.agreement.standard_error)
+    raise ValueError(f"no metric among {[m.name for m in metrics]} tells the {name} of a budget")
 
 
 def _latency_check(row: LatencyRow) -> Check:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
-from prox24_deploy.artifacts import LatencyRow, LayerRecord, Timing
+from prox24_deploy.artifacts import CurvePoint, LatencyRow, LayerRecord, Sensitivity, Timing
 
 WIDTH = 320
 PLOT_LEFT = 46
@@ -69,6 +69,38 @@ def latency_plot(row: LatencyRow, index: int) -> str:
     )
     title = f"Latency of {row.backend} at batch {row.batch}, sequence {row.sequence}"
     return _svg(f"latency-{index}", 160, title, described, body)
+
+
+def sensitivity_plot(found: Sensitivity) -> str:
+    """Loss of the model against the share of weights pruned, with the limit and what was chosen."""
+    total = sum(layer.weights for layer in found.layers)
+    low, high = _loss_range(found)
+    top, bottom = 12, 150
+    across, up = _linear(0, 1, PLOT_LEFT, PLOT_RIGHT), _linear(low, high, bottom, top)
+    body = []
+    for tick in nice_ticks(low, high):
+        body.append(_line(PLOT_LEFT, up(tick), PLOT_RIGHT, up(tick), "grid"))
+        body.append(_text(PLOT_LEFT - 6, up(tick) + 4, f"{tick:g}", "axis", "end"))
+    body += [
+        _text(across(percent / 100), bottom + 17, f"{percent} %", "axis", "middle")
+        for percent in (0, 25, 50, 75, 100)
+    ]
+    if found.max_loss is not None:
+        body.append(_line(PLOT_LEFT, up(found.max_loss), PLOT_RIGHT, up(found.max_loss), "p90"))
+    spots = [(across(p.weights / total), up(p.loss.value)) for p in found.curve]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(across(0), up(0)), *spots])
+    body.append(f'<polyline points="{path}" class="curve"/>')
+    for (x, y), point in zip(spots, found.curve, strict=True):
+        error = up(0) - up(point.loss.standard_error)
+        # A form of its own for what was chosen, not only a colour.
+        style = "chosen" if point.layers == found.chosen else "calibration"
+        body.append(_line(x, y - error, x, y + error, "stem"))
+        body.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{5 if style == "chosen" else 3}" '
+            f'class="{style}"><title>{escape(_point_words(point))}</title></circle>'
+        )
+    described = "; ".join(_point_words(point) for point in found.curve)
+    return _svg("sensitivity", 172, f"{found.metric} against weights pruned", described, body)
 
 
 def bar_plot(name: str, title: str, bars: Sequence[tuple[str, float, str, str]]) -> str:
@@ -160,6 +192,22 @@ def _log_axis(layers: Sequence[LayerRecord]) -> tuple[float, float, list[float]]
     if len(ticks) > MOST_LOG_TICKS:
         ticks = [tick for tick in ticks if tick in steps[::3]]
     return low, high, ticks
+
+
+def _loss_range(found: Sensitivity) -> tuple[float, float]:
+    """From zero, or less where pruning helped by chance, to the highest point or the limit."""
+    errors = [point.loss.standard_error for point in found.curve]
+    values = [point.loss.value for point in found.curve]
+    high = max(value + error for value, error in zip(values, errors, strict=True))
+    low = min(value - error for value, error in zip(values, errors, strict=True))
+    return min(low, 0.0), 1.05 * max(high, found.max_loss or 0.0, 1e-6)
+
+
+def _point_words(point: CurvePoint) -> str:
+    return (
+        f"{point.layers} layers, {point.weights:,} weights: {point.loss.value:.4g} ± "
+        f"{point.loss.standard_error:.2g}"
+    )
 
 
 def _block_ticks(span: tuple[int, int]) -> list[int]:

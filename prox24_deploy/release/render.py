@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from prox24_deploy.artifacts import Estimate, Interval, LayerRecord
 from prox24_deploy.release.findings import row_name
-from prox24_deploy.release.plots import bar_plot, error_plots, latency_plot
+from prox24_deploy.release.plots import bar_plot, error_plots, latency_plot, sensitivity_plot
 from prox24_deploy.release.schema import Check, Report, Sizes
 
 WORST_LAYERS = 5
@@ -31,7 +31,9 @@ _NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff
 
 def render_html(report: Report) -> str:
     """One page that needs no other file, no script and no network."""
+    budget = report.pruning.sensitivity
     plots = {
+        "sensitivity": [Markup(sensitivity_plot(budget))] if budget else [],
         "errors": [Markup(plot) for plot in error_plots(report.pruning.layers)],
         "latency": [Markup(latency_plot(row, i)) for i, row in enumerate(report.latency)],
         "sizes": [Markup(plot) for plot in _size_plots(report.sizes)],

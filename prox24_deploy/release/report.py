@@ -138,6 +138,7 @@ def _pruning(prune: PruneResult, export: ExportResult) -> Pruning:
         held_out=prune.held_out,
         damping=prune.damping,
         reconstructed=prune.reconstructed,
+        sensitivity=prune.sensitivity,
         seconds=prune.seconds,
         layers=layers,
         totals=totals,

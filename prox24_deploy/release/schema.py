@@ -1,7 +1,8 @@
 """The shape of `report.json`, the single source of every other report file.
 
 The records of the stages appear as they are; what is defined here is only what the report adds to
-them. Any change of a key raises `SCHEMA_VERSION`, because unknown keys are errors.
+them. From the first release on, any change of a key raises `SCHEMA_VERSION`, because unknown
+keys are errors.
 """
 
 import json
@@ -17,6 +18,7 @@ from prox24_deploy.artifacts import (
     LayerRecord,
     Metric,
     ModelInfo,
+    Sensitivity,
     TensorCheck,
     TextSource,
     Verdict,
@@ -74,6 +76,7 @@ class Pruning(_Part):
     held_out: TextSource
     damping: tuple[float, float]
     reconstructed: bool
+    sensitivity: Sensitivity | None
     seconds: float
     layers: tuple[LayerRecord, ...]
     totals: PruningTotals

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from prox24_deploy.artifacts import LayerRecord, PruneResult
 from prox24_deploy.errors import ModelDirError, Prox24Error, RecipeError
 from prox24_deploy.model import prune
+from prox24_deploy.model import solve as solve_module
 from prox24_deploy.model.calibration import Batch, Samples, make_samples, read_texts
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.model.directory import load_tokenizer, open_model_dir
@@ -109,7 +110,7 @@ def solve(path: Path, family: str, store: Path, options: PruneOptions) -> Solved
 
     dtype = {"bert": torch.float32, "llama": torch.float16}[family]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune, "layer_problem", noted)
+        patch.setattr(solve_module, "layer_problem", noted)
         state = run(
             pruned,
             recipe,
@@ -266,7 +267,7 @@ def test_a_stored_block_is_used_as_it_is(
     def refuse(*_: object) -> None:
         raise AssertionError("solved again")
 
-    monkeypatch.setattr(prune, "_solve", refuse)
+    monkeypatch.setattr(prune, "solve_group", refuse)
     model = load(tiny_bert, recipe)
     again = run(model, recipe, tmp_path)
     assert again.layers == first.layers

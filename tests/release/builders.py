@@ -1,5 +1,6 @@
 """Realistic records of one build, for the tests of the report."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -8,6 +9,7 @@ import numpy as np
 from prox24_deploy.artifacts import (
     BenchResult,
     CompileResult,
+    CurvePoint,
     Engine,
     EngineEvidence,
     Estimate,
@@ -16,11 +18,13 @@ from prox24_deploy.artifacts import (
     LatencyRow,
     LayerEvidence,
     LayerRecord,
+    LayerSensitivity,
     Metric,
     ModelInfo,
     NumericsCheck,
     OnnxModel,
     PruneResult,
+    Sensitivity,
     TensorCheck,
     TextSource,
     Verdict,
@@ -188,6 +192,31 @@ def make_row(
 
 def with_layers(records: Records, layers: tuple[LayerRecord, ...]) -> Records:
     return replace(records, prune=replace(records.prune, layers=layers))
+
+
+def with_budget(records: Records, max_loss: float | None, cosine: float = 0.97) -> Records:
+    """Half of the layers chosen by a budget; the embeddings keep `cosine` ± 0.001."""
+    pruned = [layer for layer in records.prune.layers if layer.status == "pruned"]
+    alone = tuple(
+        LayerSensitivity(layer.name, math.prod(layer.shape), Estimate(1e-4 * (i + 1), 2e-5))
+        for i, layer in enumerate(pruned)
+    )
+    curve = tuple(
+        CurvePoint(n, sum(layer.weights for layer in alone[:n]), Estimate(5e-4 * n**1.3, 1e-4 * n))
+        for n in (1, len(alone) // 2, len(alone))
+    )
+    budget = Sensitivity("1 - embedding cosine", 64, alone, curve, max_loss, None, len(alone) // 2)
+    metrics = tuple(
+        replace(metric, agreement=Estimate(cosine, 0.001))
+        if metric.name == "embedding cosine"
+        else metric
+        for metric in records.evaluate.metrics
+    )
+    return replace(
+        records,
+        prune=replace(records.prune, sensitivity=budget),
+        evaluate=replace(records.evaluate, metrics=metrics),
+    )
 
 
 def with_sparsity_lost(records: Records) -> Records:

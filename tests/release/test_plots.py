@@ -2,9 +2,16 @@ import re
 from dataclasses import replace
 
 import pytest
-from builders import make_layers, make_row
+from builders import make_layers, make_records, make_row, with_budget
 
-from prox24_deploy.release.plots import error_plots, latency_plot, nice_ticks, split_name
+from prox24_deploy.artifacts import Estimate
+from prox24_deploy.release.plots import (
+    error_plots,
+    latency_plot,
+    nice_ticks,
+    sensitivity_plot,
+    split_name,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,3 +75,21 @@ def test_a_layer_outside_the_blocks_does_not_stretch_their_axis() -> None:
     layers = make_layers(6)
     outside = replace(layers[0], name="pooler.dense", status="skipped", relative_error=None)
     assert error_plots([*layers, outside]) == error_plots(layers)
+
+
+def test_the_curve_of_a_budget_stays_in_its_frame_and_marks_what_was_chosen() -> None:
+    budget = with_budget(make_records(), 0.05).prune.sensitivity
+    assert budget is not None
+    helped = replace(budget.curve[0], loss=Estimate(-0.01, 0.02))
+    for found in (budget, replace(budget, curve=(helped, *budget.curve[1:]), max_loss=None)):
+        plot = sensitivity_plot(found)
+        assert plot.count('class="chosen"') == 1
+        assert plot.count('class="p90"') == (found.max_loss is not None)
+        spots = re.findall(r'<circle cx="([\d.-]+)" cy="([\d.-]+)"', plot)
+        assert len(spots) == len(found.curve)
+        for x, y in spots:
+            assert 46 <= float(x) <= 308
+            assert 12 <= float(y) <= 150
+        across = [float(x) for x, _ in spots]
+        assert across == sorted(across)
+        assert across[-1] == 308

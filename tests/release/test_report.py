@@ -13,6 +13,7 @@ from builders import (
     all_skipped,
     make_records,
     make_row,
+    with_budget,
     with_latency,
     with_layers,
     with_numerics_failed,
@@ -20,7 +21,7 @@ from builders import (
 )
 from markupsafe import escape
 
-from prox24_deploy.artifacts import Estimate, Verdict
+from prox24_deploy.artifacts import Estimate, Metric, Verdict
 from prox24_deploy.errors import BundleError
 from prox24_deploy.release.render import markdown
 from prox24_deploy.release.report import (
@@ -331,3 +332,49 @@ def test_other_figure_that_is_not_finite_is_refused_and_nothing_is_written(
     with pytest.raises(BundleError, match=r"'timings\.prune'"):
         write_report(broken, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("max_loss", "verdict"), [(0.031, "pass"), (0.029, "inconclusive"), (0.02, "fail")]
+)
+def test_the_limit_of_a_budget_gates_the_loss_on_evaluation_text(
+    records: Records, tmp_path: Path, max_loss: float, verdict: Verdict
+) -> None:
+    """The cosine is 0.97 ± 0.001: the loss 0.030 lies within, about and beyond the limits."""
+    report = with_budget(records, max_loss, cosine=0.97).report()
+    assert report.verdict == verdict
+    (check,) = [check for check in report.checks if "--max-loss" in check.name]
+    assert check.value == pytest.approx(0.03)
+    assert check.limit == max_loss
+    assert "17 of 35 layers costs 0.03 ± 0.001 1 - embedding cosine" in check.message
+    page = written(report, tmp_path, "report.html")
+    assert "17 of 35 layers were pruned" in page
+    assert load_report(tmp_path / "report.json") == report
+
+
+def test_a_budget_without_a_limit_of_loss_gates_nothing(records: Records, tmp_path: Path) -> None:
+    report = with_budget(records, None).report()
+    assert report.verdict == "pass"
+    assert not any("--max-loss" in check.name for check in report.checks)
+    assert ">limit<" not in written(report, tmp_path, "report.html")
+
+
+def test_a_budget_of_a_decoder_is_held_to_the_difference_of_log_perplexity(
+    records: Records,
+) -> None:
+    budgeted = with_budget(records, 0.25)
+    assert budgeted.prune.sensitivity is not None
+    prune = replace(
+        budgeted.prune,
+        sensitivity=replace(budgeted.prune.sensitivity, metric="log-perplexity"),
+    )
+    metric = Metric(
+        "log-perplexity", False, 64, Estimate(2.5, 0.05), Estimate(2.8, 0.05), Estimate(0.3, 0.01),
+        None,
+    )  # fmt: skip
+    evaluate = replace(budgeted.evaluate, metrics=(metric,))
+    report = replace(budgeted, prune=prune, evaluate=evaluate).report()
+    assert report.verdict == "fail"
+    assert report.regressions[0].value == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="no metric among"):
+        replace(budgeted, prune=prune).report()
