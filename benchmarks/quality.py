@@ -6,9 +6,10 @@ fresh copy of the model; the loss is the rise of the log-perplexity (decoders) o
 embeddings (encoders) on evaluation text, and ratios have paired standard errors.
 
     python benchmarks/quality.py MODEL_DIR [--calibration F --evaluation F] [--part layers|model]
+        [--plot FILE]
 
 Prints tables, the bars that hold for all-MiniLM-L6-v2 (layers) and for decoders (model) beside what
-was reached, and one JSON line.
+was reached, and one JSON line. --plot draws both parts; it needs the `bench` extra.
 """
 
 import argparse
@@ -21,11 +22,14 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rivals import GRADUAL_DAMPING, gradual_admm
 from torch import Tensor
 
 from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
@@ -39,6 +43,7 @@ from prox24_deploy.model.prune import prune_model
 from prox24_deploy.options import BuildOptions, PruneOptions, TextOptions
 from prox24_deploy.pruning.ista import IstaOptions
 from prox24_deploy.pruning.problem import LayerProblem, damping_for, layer_problem
+from prox24_deploy.pruning.refine import masked_conjugate_gradient
 from prox24_deploy.pruning.solver import PRESETS, solve_layer
 from prox24_deploy.stages import Subject, read_subject
 
@@ -52,6 +57,13 @@ def _solver(method: str, **options: object) -> Solve:
     )
 
 
+def _admm_pruning(_: Tensor, problem: LayerProblem, *, refine: bool) -> Tensor:
+    found, mask = gradual_admm(problem)
+    if refine:
+        found = masked_conjugate_gradient(problem, mask, found)
+    return problem.to_weight(found)
+
+
 LAYER_METHODS: dict[str, Solve] = {
     "magnitude": _solver("magnitude", refinement="none"),
     "magnitude + cg": _solver("magnitude"),
@@ -61,6 +73,8 @@ LAYER_METHODS: dict[str, Solve] = {
     "sparsegpt": _solver("sparsegpt", refinement="none"),
     "sparsegpt + gradient": _solver("sparsegpt", refinement="gradient"),
     "sparsegpt + cg": _solver("sparsegpt"),
+    "admm-pruning": partial(_admm_pruning, refine=False),
+    "admm-pruning + cg": partial(_admm_pruning, refine=True),
     "ista (paper)": _solver("ista"),
     "ista, preconditioned, momentum + cg": _solver(
         "ista", ista_options=FASTER, refinement="conjugate-gradient"
@@ -97,8 +111,15 @@ LAYER_BARS = (
     Bar("prox default", "sparsegpt", 0.66),
     Bar("prox default", "sparsegpt + cg", 0.90),
     Bar("prox default", "wanda + cg", 0.80),
+    Bar("prox default", "admm-pruning + cg", 0.94),
 )
-WORST_BARS = (Bar("prox default", "sparsegpt", 0.80), Bar("prox default", "sparsegpt + cg", 1.0))
+WORST_BARS = (
+    Bar("prox default", "sparsegpt", 0.80),
+    Bar("prox default", "sparsegpt + cg", 1.0),
+    Bar("prox default", "admm-pruning + cg", 1.0),
+)
+# The damping of their authors; every other method, and every refinement, gets this project's rule.
+OWN_DAMPING = {"sparsegpt": 0.01, "admm-pruning": GRADUAL_DAMPING}
 DECODER_BARS = (
     Bar("prox default", "sparsegpt", 0.77),
     Bar("prox default", "sparsegpt + cg", 0.92),
@@ -149,8 +170,7 @@ def _solve_group(
     damping = damping_for(stacked.shape[1], grams.tokens)
     for name, solve in LAYER_METHODS.items():
         began = time.perf_counter()
-        # SparseGPT with the damping of its authors; all others by the rule of this project.
-        own = 0.01 if name == "sparsegpt" else damping
+        own = OWN_DAMPING.get(name, damping)
         problem = layer_problem(stacked, grams.pruned / grams.tokens, own)
         parts = solve(stacked, problem).split([len(weight) for weight in weights])
         seconds[name] += time.perf_counter() - began
@@ -206,7 +226,7 @@ def report_layers(subject: Subject, device: torch.device, console: Console) -> d
         return [losses[method][layer] / losses[rival][layer] for layer in losses[rival]]
 
     table = Table("method", "mean loss", "/ sparsegpt", "worst layer", "solver s", box=None)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in LAYER_METHODS:
         against = ratios(name, "sparsegpt")
         rows[name] = {
@@ -214,6 +234,7 @@ def report_layers(subject: Subject, device: torch.device, console: Console) -> d
             "ratio": geometric_mean(against),
             "worst": max(against),
             "seconds": seconds[name],
+            "ratios": against,
         }
         cells = (f"{rows[name]['loss']:.4f}", *(f"{rows[name][k]:.3f}" for k in ("ratio", "worst")))
         table.add_row(name, *cells, f"{seconds[name]:.1f}")
@@ -266,6 +287,36 @@ def report_model(
     }
 
 
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw the ratios to SparseGPT: one dot per layer, and the whole model with its error."""
+    from matplotlib.figure import Figure
+
+    parts = [part for part in ("layers", "end_to_end") if part in result]
+    figure = Figure(figsize=(6.5 * len(parts), 5), layout="constrained")
+    for part, axes in zip(parts, figure.subplots(1, len(parts), squeeze=False)[0], strict=True):
+        methods = result[part]["methods"]
+        for height, row in enumerate(methods.values()):
+            if part == "layers":
+                axes.plot(row["ratios"], [height] * len(row["ratios"]), ".", color="0.65")
+                axes.plot(row["ratio"], height, "D", color="C0")
+            else:
+                error = 1.96 * row["ratio_standard_error"]
+                axes.errorbar(
+                    row["ratio"], height, xerr=error, fmt="D", capsize=3, color="tab:blue"
+                )
+        axes.set_yticks(range(len(methods)), labels=list(methods))
+        axes.axvline(1, color="0.8", zorder=0)
+        axes.set_xscale("log")
+        for formatted in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            formatted("{x:g}")
+        axes.invert_yaxis()
+        titles = {"layers": "loss of each layer, held-out", "end_to_end": "loss of the model, 95 %"}
+        axes.set_title(titles[part])
+        axes.set_xlabel("ratio to SparseGPT")
+    figure.suptitle(str(result["model"]))
+    figure.savefig(path)
+
+
 def _print_bars(found: list[tuple[Bar, str, float]], console: Console) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for bar, kind, reached in found:
@@ -293,6 +344,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--plot", type=Path, help="draw to this file: .svg, .png or .pdf")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -307,7 +359,7 @@ def main() -> None:
     subject = read_subject(arguments.model_dir, Path("unused"), options)
     device = torch.device(arguments.device)
     console = Console(width=100)
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "benchmark": "quality",
         "model": arguments.model_dir.name,
         "calibration_tokens": subject.calibration.source.tokens,
@@ -318,6 +370,8 @@ def main() -> None:
     if arguments.part != "layers":
         methods = [n for n in MODEL_METHODS if n in {*arguments.methods, "sparsegpt"}]
         result["end_to_end"] = report_model(subject, arguments.model_dir, methods, device, console)
+    if arguments.plot:
+        draw(result, arguments.plot)
     print(json.dumps(result))
 
 
