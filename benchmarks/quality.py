@@ -40,7 +40,7 @@ from prox24_deploy.options import BuildOptions, PruneOptions, TextOptions
 from prox24_deploy.pruning.ista import IstaOptions
 from prox24_deploy.pruning.problem import LayerProblem, damping_for, layer_problem
 from prox24_deploy.pruning.solver import PRESETS, solve_layer
-from prox24_deploy.stages import Subject, read_subject
+from prox24_deploy.subject import Subject, read_subject
 
 FASTER = IstaOptions(precondition=True, momentum=0.9)
 Solve = Callable[[Tensor, LayerProblem], Tensor]
