@@ -28,10 +28,12 @@ def evaluate_models(
     model_dir: Path,
     progress: Progress,
 ) -> EvaluateResult:
-    """Measure what the task calls for: perplexity, or agreement of embeddings."""
+    """Measure what the task calls for: perplexity, classes, or agreement of embeddings."""
     began = time.perf_counter()
     if task == "text-generation":
         metrics = evaluate_text_generation(dense, sparse, held_out.batches, progress)
+    elif task.endswith("-classification"):
+        metrics = evaluate_classes(dense, sparse, held_out.batches, progress)
     else:
         pooling = pooling_of(model_dir)
         metrics = evaluate_embeddings(dense, sparse, held_out.batches, pooling, progress)
@@ -111,6 +113,53 @@ def evaluate_embeddings(
         Metric("embedding cosine", True, texts, None, None, None, mean_estimate(cosine)),
         Metric("nearest-neighbour agreement", True, texts, None, None, None, mean_estimate(same)),
     )
+
+
+@torch.no_grad()
+def evaluate_classes(
+    dense: nn.Module, sparse: nn.Module, batches: tuple[Batch, ...], progress: Progress
+) -> tuple[Metric, ...]:
+    """How far a classifier without labelled text stays with the dense one, text by text.
+
+    Several classes give top-1 agreement and the divergence KL(dense, sparse) in nats; a single
+    score, as a reranker gives it, has no classes and gives the mean change of the score, in
+    standard deviations of the dense one. A classifier of tokens counts as the mean over the tokens
+    of each text.
+
+    Raises:
+        ModelDirError: a logit is NaN or infinite.
+    """
+    parts: list[Tensor] = []
+    for i, batch in enumerate(batches):
+        progress("evaluate", i, len(batches))
+        logits = [run_model(m, batch, "text-classification").logits for m in (dense, sparse)]
+        if not all(bool(part.isfinite().all()) for part in logits):
+            raise ModelDirError("A logit is NaN or infinite; check the checkpoint and the text.")
+        parts.append(_class_figures(logits[0].double(), logits[1].double(), batch.real))
+    progress("evaluate", len(batches), len(batches))
+    first, second = torch.cat(parts, dim=1)
+    texts = len(first)
+    if dense.config.num_labels == 1:  # type: ignore[union-attr]  # of a transformers model
+        change = (first - second).abs() / first.std().clamp(min=torch.finfo(first.dtype).tiny)
+        return (Metric("score change", False, texts, None, None, None, mean_estimate(change)),)
+    return (
+        Metric("top-1 agreement", True, texts, None, None, None, mean_estimate(first)),
+        Metric("KL divergence", False, texts, None, None, None, mean_estimate(second)),
+    )
+
+
+def _class_figures(dense: Tensor, sparse: Tensor, real: Tensor) -> Tensor:
+    """(2, texts): agreement and divergence, or both scores where there is but one."""
+    if dense.shape[-1] == 1:
+        figures = torch.stack([dense[..., 0], sparse[..., 0]])
+    else:
+        same = (dense.argmax(-1) == sparse.argmax(-1)).double()
+        logs = [part.log_softmax(-1) for part in (dense, sparse)]
+        figures = torch.stack([same, (logs[0].exp() * (logs[0] - logs[1])).sum(-1)])
+    if figures.ndim == 2:
+        return figures
+    weight = real.to(figures.device, figures.dtype)
+    return (figures * weight).sum(-1) / weight.sum(-1)
 
 
 def mean_estimate(values: Tensor) -> Estimate:
