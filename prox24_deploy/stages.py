@@ -239,6 +239,7 @@ def evaluate(
             subject.held_out,
             subject.directory.path,
             progress,
+            embedding=subject.recipe.embedding,
         )
 
     return bundle.stage("evaluate", EvaluateResult, inputs, [], run)

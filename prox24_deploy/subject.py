@@ -47,7 +47,7 @@ def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
     texts = read_texts(text.calibration, text.evaluation, text.seed)
     tokenizer = load_tokenizer(directory)
     if recipe.task == "feature-extraction":
-        pooling_of(model_dir)
+        pooling_of(model_dir, recipe.embedding)
     budgets = (text.calibration_tokens, text.evaluation_tokens)
     longest = min(recipe.sequence_length, longest_of(directory.config, recipe))
     calibration, held_out = (

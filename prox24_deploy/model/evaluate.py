@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import Estimate, EvaluateResult, Metric
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.errors import ModelDirError, RecipeError
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.calibration import Batch, Samples
+from prox24_deploy.recipe import Embedding
 
 Progress = Callable[[str, int, int], None]
 Pooling = Callable[[Tensor, Tensor], Tensor]
@@ -27,6 +28,8 @@ def evaluate_models(
     held_out: Samples,
     model_dir: Path,
     progress: Progress,
+    *,
+    embedding: Embedding | None = None,
 ) -> EvaluateResult:
     """Measure what the task calls for: perplexity, classes, or agreement of embeddings."""
     began = time.perf_counter()
@@ -35,7 +38,7 @@ def evaluate_models(
     elif task.endswith("-classification"):
         metrics = evaluate_classes(dense, sparse, held_out.batches, progress)
     else:
-        pooling = pooling_of(model_dir)
+        pooling = pooling_of(model_dir, embedding)
         metrics = evaluate_embeddings(dense, sparse, held_out.batches, pooling, progress)
     return EvaluateResult(metrics, held_out.source, time.perf_counter() - began)
 
@@ -169,15 +172,35 @@ def mean_estimate(values: Tensor) -> Estimate:
     return Estimate(float(values.mean()), spread / math.sqrt(len(values)))
 
 
-def pooling_of(model_dir: Path) -> Pooling:
-    """The pooling a sentence-transformers directory declares; the mean over tokens otherwise.
+def pooling_of(model_dir: Path, embedding: Embedding | None = None) -> Pooling:
+    """The pooling of a recipe, else what the directory declares, else the mean over tokens.
 
     Raises:
-        ModelDirError: the declaration cannot be read, or asks for neither the mean nor [CLS].
+        ModelDirError: the declaration of a sentence-transformers directory cannot be read, or asks
+            for neither the mean nor [CLS].
+        RecipeError: it asks for another pooling than the recipe.
     """
     declared = model_dir / "1_Pooling" / "config.json"
     if not declared.is_file():
-        return _mean_tokens
+        return _POOLINGS[embedding.pooling] if embedding else _mean_tokens
+    found = _declared_pooling(declared)
+    if embedding and found is not _POOLINGS[embedding.pooling]:
+        raise RecipeError(
+            f"The recipe pools by {embedding.pooling!r}, but {declared} declares another pooling; "
+            "correct `pooling` under [embedding]."
+        )
+    return found
+
+
+def window_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood per window: (windows,)."""
+    loss = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    return loss.view(targets.shape).double().mean(1)
+
+
+def _declared_pooling(declared: Path) -> Pooling:
     try:
         options = json.loads(declared.read_text(encoding="utf-8"))
         flags = {n for n, on in options.items() if n.startswith("pooling_mode_") and on is True}
@@ -191,14 +214,6 @@ def pooling_of(model_dir: Path) -> Pooling:
             "embeddings pooled otherwise cannot be compared yet."
         )
     return _POOLINGS[chosen.pop()] if chosen else _mean_tokens
-
-
-def window_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood per window: (windows,)."""
-    loss = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
-    )
-    return loss.view(targets.shape).double().mean(1)
 
 
 def _perplexity(losses: Tensor, which: str) -> Estimate:
