@@ -36,16 +36,17 @@ from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
 from prox24_deploy.model.calibration import thin
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.model.directory import load_model
-from prox24_deploy.model.evaluate import loss_against, loss_name, pooling_of
+from prox24_deploy.model.evaluate import pooling_of
 from prox24_deploy.model.flow import Flow, Twin, advance, collect, start_flow
 from prox24_deploy.model.layers import layer_at, to_matrix
+from prox24_deploy.model.losses import loss_against
 from prox24_deploy.model.prune import prune_model
 from prox24_deploy.options import BuildOptions, PruneOptions, TextOptions
 from prox24_deploy.pruning.ista import IstaOptions
 from prox24_deploy.pruning.problem import LayerProblem, damping_for, layer_problem
 from prox24_deploy.pruning.refine import masked_conjugate_gradient
 from prox24_deploy.pruning.solver import PRESETS, solve_layer
-from prox24_deploy.stages import Subject, read_subject
+from prox24_deploy.subject import Subject, read_subject
 
 FASTER = IstaOptions(precondition=True, momentum=0.9)
 Solve = Callable[[Tensor, LayerProblem], Tensor]
@@ -180,12 +181,13 @@ def _solve_group(
 
 @torch.no_grad()
 def model_losses(
-    subject: Subject, model_dir: Path, methods: list[str], device: torch.device
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Loss per evaluation sample by method, and seconds of pruning by method."""
-    dense = load_model(subject.directory, subject.recipe, device)
+    subject: Subject, methods: list[str], device: torch.device
+) -> tuple[str, dict[str, Tensor], dict[str, float]]:
+    """Name of the loss, loss per evaluation sample by method, seconds of pruning by method."""
     recipe = subject.recipe
-    score = loss_against(dense, recipe.task, subject.held_out.batches, pooling_of(model_dir))
+    dense = load_model(subject.directory, recipe, device)
+    pooling = pooling_of(subject.directory.path, recipe.embedding)
+    loss = loss_against(dense, recipe.task, subject.held_out.batches, pooling)
     losses, seconds = {}, {}
     for name in methods:
         model = deepcopy(dense)
@@ -193,7 +195,7 @@ def model_losses(
         with tempfile.TemporaryDirectory() as folder:
             prune_model(
                 model,
-                subject.recipe,
+                recipe,
                 subject.calibration.batches,
                 (),
                 MODEL_METHODS[name],
@@ -202,9 +204,9 @@ def model_losses(
                 progress=lambda *_: None,
             )
         seconds[name] = time.perf_counter() - began
-        losses[name] = score(model)
+        losses[name] = loss.of(model)
         print(f"{name}: {float(losses[name].mean()):.4f}, {seconds[name]:.0f} s", file=sys.stderr)
-    return losses, seconds
+    return loss.name, losses, seconds
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -248,14 +250,10 @@ def report_layers(subject: Subject, device: torch.device, console: Console) -> d
 
 
 def report_model(
-    subject: Subject,
-    model_dir: Path,
-    methods: list[str],
-    device: torch.device,
-    console: Console,
+    subject: Subject, methods: list[str], device: torch.device, console: Console
 ) -> dict[str, object]:
     """Print the table and the bars of the end-to-end part."""
-    losses, seconds = model_losses(subject, model_dir, methods, device)
+    kind, losses, seconds = model_losses(subject, methods, device)
     decoder = subject.recipe.task == "text-generation"
     table = Table("method", "loss", "/ sparsegpt", "seconds", box=None)
     rows = {}
@@ -280,7 +278,7 @@ def report_model(
         if {bar.method, bar.rival} <= losses.keys()
     ]
     return {
-        "loss": loss_name(subject.recipe.task),
+        "loss": kind,
         "samples": len(losses["sparsegpt"]),
         "methods": rows,
         "bars": _print_bars(bars, console),
@@ -369,7 +367,7 @@ def main() -> None:
         result["layers"] = report_layers(subject, device, console)
     if arguments.part != "layers":
         methods = [n for n in MODEL_METHODS if n in {*arguments.methods, "sparsegpt"}]
-        result["end_to_end"] = report_model(subject, arguments.model_dir, methods, device, console)
+        result["end_to_end"] = report_model(subject, methods, device, console)
     if arguments.plot:
         draw(result, arguments.plot)
     print(json.dumps(result))

@@ -92,7 +92,8 @@ class CurvePoint:
 class Sensitivity:
     """What pruning costs layer by layer and in sum, on calibration text that was withheld.
 
-    `metric` names the loss, "log-perplexity" or "1 - embedding cosine", averaged over `samples`.
+    `metric` names the loss, such as "log-perplexity" or "1 - embedding cosine", averaged over
+    `samples`.
     `layers` are in the order of the harm per weight, the least first; `curve` has some of the
     prefixes of that order, and the first `chosen` layers were pruned. Each layer was solved alone,
     on inputs of the dense model; the whole model, solved in sequence, usually loses less.

@@ -14,6 +14,7 @@ from prox24_deploy.artifacts import (
 from prox24_deploy.options import BuildOptions, EngineOptions
 from prox24_deploy.release.bundle import open_bundle
 from prox24_deploy.release.report import Report
+from prox24_deploy.subject import read_subject
 
 Progress = Callable[[str, int, int], None]
 
@@ -28,7 +29,7 @@ def build(
     Raises:
         Prox24Error: any of its kinds; the stages finished until then are kept.
     """
-    subject = stages.read_subject(model_dir, out, options)
+    subject = read_subject(model_dir, out, options)
     backends = stages.open_backends(options.engine)
     with open_bundle(out, fresh=fresh) as bundle:
         stages.describe(bundle, subject, options)
@@ -44,7 +45,7 @@ def prune(
     model_dir: Path, out: Path, options: BuildOptions, *, fresh: bool, progress: Progress
 ) -> PruneResult:
     """Run only the pruning stage: `out` becomes a bundle with `pruned/`."""
-    subject = stages.read_subject(model_dir, out, options)
+    subject = read_subject(model_dir, out, options)
     with open_bundle(out, fresh=fresh) as bundle:
         stages.describe(bundle, subject, options)
         return stages.prune(bundle, subject, options.prune, options.device, progress)

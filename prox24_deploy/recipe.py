@@ -6,6 +6,8 @@ the shipped recipe whose `model_types` lists the model.
 
 import importlib.resources
 import tomllib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +17,14 @@ from prox24_deploy.errors import RecipeError
 from prox24_deploy.options import Method, Preset, Refinement
 
 RECIPE_FILE = "recipe.toml"
+# The output that `[embedding]` computes.
+EMBEDDING = "sentence_embedding"
+_CACHE_AXIS = "past"
+_SUM = " + "
+
+Task = Literal[
+    "feature-extraction", "text-generation", "text-classification", "token-classification"
+]
 
 
 class _Table(BaseModel):
@@ -22,11 +32,33 @@ class _Table(BaseModel):
 
 
 class TensorSpec(_Table):
-    """One graph input or output: an integer axis is static, a name makes it dynamic."""
+    """One graph input or output: an integer axis is static, a name makes it dynamic.
+
+    An axis may also be a sum of names, as in "past + sequence".
+    """
 
     name: str
     dtype: Literal["int64", "float"]
     axes: list[str | int]
+
+
+class Head(_Table):
+    """Another task that models of a family are saved for, with what differs from the recipe.
+
+    It applies where `architectures` of config.json matches one of these globs.
+    """
+
+    task: Task
+    architectures: Annotated[list[str], Field(min_length=1)]
+    blocks: str
+    outputs: Annotated[list[TensorSpec], Field(min_length=1)]
+
+
+class Embedding(_Table):
+    """How the graph turns hidden states into the output `sentence_embedding`, (batch, hidden)."""
+
+    pooling: Literal["mean", "cls"]
+    normalize: bool
 
 
 class Limits(_Table):
@@ -60,11 +92,16 @@ class Recipe(_Table):
     prune some of the targets in another way. Weights matching `optional_weights` (globs over full
     names) may be absent from a checkpoint. `sequence_length` is that of calibration and evaluation
     samples, in tokens, where the model allows as many.
+
+    With `cache` the graph also takes `past_key_values.N.key` and `.value`, (batch, heads, past,
+    head size), where `past` may be 0, and gives `present.N.key` and `.value`; pruning and
+    evaluation run without. `attention` is the implementation of attention that the model is
+    opened with.
     """
 
     family: str
     model_types: list[str]
-    task: Literal["feature-extraction", "text-generation"]
+    task: Task
     blocks: str
     targets: Annotated[list[str], Field(min_length=1)]
     ignore: list[str] = []
@@ -72,8 +109,12 @@ class Recipe(_Table):
     optional_weights: list[str] = []
     sequence_length: Annotated[int, Field(ge=8)] = 512
     opset: Annotated[int, Field(ge=18, le=24)] = 20
+    attention: Literal["default", "eager"] = "default"
+    cache: bool = False
     inputs: Annotated[list[TensorSpec], Field(min_length=1)]
     outputs: Annotated[list[TensorSpec], Field(min_length=1)]
+    heads: list[Head] = []
+    embedding: Embedding | None = None
     limits: Limits = Limits()
 
     @model_validator(mode="after")
@@ -82,6 +123,50 @@ class Recipe(_Table):
         if len(set(names)) != len(names):
             raise ValueError(f"input and output names must differ, got {names}")
         return self
+
+    @model_validator(mode="after")
+    def _past_needs_a_cache(self) -> "Recipe":
+        if self.cache != (_CACHE_AXIS in dynamic_names(self.inputs)):
+            raise ValueError(
+                f"cache = {str(self.cache).lower()} needs an attention_mask with the axis "
+                f"{'past + sequence' if self.cache else 'sequence'!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _embedding_has_its_tensors(self) -> "Recipe":
+        masked = "attention_mask" in [spec.name for spec in self.inputs]
+        given = EMBEDDING in [spec.name for spec in self.outputs]
+        if given != (self.embedding is not None) or (given and not masked):
+            raise ValueError(
+                f"[embedding] goes with the output {EMBEDDING!r} and the input 'attention_mask'"
+            )
+        return self
+
+    def for_architecture(self, architecture: str) -> "Recipe":
+        """What applies to a model of this class: the first matching head, else the recipe itself.
+
+        A head takes the place of the sentence embedding too.
+        """
+        for head in self.heads:
+            if any(fnmatch(architecture, pattern) for pattern in head.architectures):
+                update = {"task": head.task, "blocks": head.blocks, "outputs": head.outputs}
+                return self.model_copy(update=update | {"heads": [], "embedding": None})
+        return self
+
+
+def dynamic_names(specs: Sequence[TensorSpec]) -> list[str]:
+    """Names of the dynamic axes, in order of appearance; a sum counts as its terms."""
+    axes = [axis for spec in specs for axis in spec.axes if isinstance(axis, str)]
+    return list(dict.fromkeys(name for axis in axes for name in axis.split(_SUM)))
+
+
+def shape_of(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Shape of a tensor whose dynamic axes have these sizes."""
+    return tuple(
+        axis if isinstance(axis, int) else sum(sizes[name] for name in axis.split(_SUM))
+        for axis in spec.axes
+    )
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -150,6 +235,8 @@ def _first_problem(error: ValidationError) -> str:
             "outputs": TensorSpec,
             "limits": Limits,
             "overrides": Override,
+            "heads": Head,
+            "embedding": Embedding,
         }
         inner = tables.get(str(problem["loc"][0])) if len(problem["loc"]) > 1 else None
         place = problem["loc"][0] if inner else "a recipe"

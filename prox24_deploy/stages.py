@@ -7,7 +7,7 @@ torch and the engines are imported by the stage that needs them.
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,67 +29,23 @@ from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.errors import BackendMissingError, BundleError
 from prox24_deploy.options import BuildOptions, DeviceChoice, EngineOptions, PruneOptions
-from prox24_deploy.recipe import Recipe, parse_recipe, select_recipe
+from prox24_deploy.recipe import Recipe, parse_recipe
 from prox24_deploy.release.bundle import Bundle, stage_key
 from prox24_deploy.release.environment import machine, versions
 from prox24_deploy.release.manifest import write_manifest
 from prox24_deploy.release.measure import conditions, measure_latency
 from prox24_deploy.release.report import Report, assemble_report, write_report
+from prox24_deploy.subject import Subject, longest_of
 
 if TYPE_CHECKING:
     import torch
-
-    from prox24_deploy.model.calibration import Samples
-    from prox24_deploy.model.directory import ModelDir
 
 Progress = Callable[[str, int, int], None]
 Twin = Literal["dense", "sparse"]
 
 TWINS: tuple[Twin, ...] = ("dense", "sparse")
 _STAGES = ("prune", "export", "compile", "bench", "evaluate")
-# What the configurations of different families call the number of positions.
-_POSITION_KEYS = ("max_position_embeddings", "n_positions")
 _REPORT_FILES = ("report.json", "report.html", "summary.md", "junit.xml", "benchmark.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """The model to build and its text, read and checked before anything is written."""
-
-    directory: "ModelDir"
-    recipe: Recipe
-    recipe_text: str
-    calibration: "Samples"
-    held_out: "Samples"
-
-
-def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
-    """Read and check everything that can be wrong with the input; writes nothing.
-
-    Raises:
-        ModelDirError, RecipeError, CalibrationError: the input cannot be used.
-        BundleError: `out` lies in the model directory.
-    """
-    from prox24_deploy.model.calibration import make_samples, read_texts
-    from prox24_deploy.model.directory import load_tokenizer, open_model_dir
-    from prox24_deploy.model.evaluate import pooling_of
-
-    directory = open_model_dir(model_dir)
-    if out.resolve().is_relative_to(model_dir.resolve()):
-        raise BundleError(f"Output {out} lies in the model directory {model_dir}; pass another -o.")
-    recipe, recipe_text = select_recipe(model_dir, directory.model_type, options.recipe)
-    text = options.text
-    texts = read_texts(text.calibration, text.evaluation, text.seed)
-    tokenizer = load_tokenizer(directory)
-    if recipe.task == "feature-extraction":
-        pooling_of(model_dir)
-    budgets = (text.calibration_tokens, text.evaluation_tokens)
-    longest = min(recipe.sequence_length, _longest_of(directory.config, recipe))
-    calibration, held_out = (
-        make_samples(part, tokenizer, recipe, tokens=tokens, max_length=longest)
-        for part, tokens in zip(texts, budgets, strict=True)
-    )
-    return Subject(directory, recipe, recipe_text, calibration, held_out)
 
 
 def open_backends(options: EngineOptions) -> tuple[Backend, ...]:
@@ -218,7 +174,7 @@ def bench(
 ) -> BenchResult:
     """Time dense against sparse with every backend at every shape."""
     recipe = _recipe(bundle)
-    longest = min(_longest_of(_config(bundle), recipe), max(options.sequences))
+    longest = min(longest_of(_config(bundle), recipe), max(options.sequences))
     shapes = sorted({(b, min(s, longest)) for b in options.batches for s in options.sequences})
     inputs = {
         "engines": [asdict(engine) for engine in compiled.engines],
@@ -228,9 +184,13 @@ def bench(
     }
 
     def run() -> BenchResult:
+        from prox24_deploy.graph.signature import read_inputs
+
         began = time.perf_counter()
         rows: list[LatencyRow] = []
-        feeds = random_feeds(recipe, int(_config(bundle)["vocab_size"]))
+        first = compiled.engines[0]
+        graph_inputs = read_inputs(bundle.root / first.onnx)
+        feeds = random_feeds(graph_inputs, first.dtype, int(_config(bundle)["vocab_size"]))
         for i, backend in enumerate(backends):
             pair = {e.twin: e for e in compiled.engines if e.backend == backend.name}
             for j, shape in enumerate(shapes):
@@ -279,6 +239,7 @@ def evaluate(
             subject.held_out,
             subject.directory.path,
             progress,
+            embedding=subject.recipe.embedding,
         )
 
     return bundle.stage("evaluate", EvaluateResult, inputs, [], run)
@@ -365,18 +326,13 @@ def _model(bundle: Bundle) -> ModelInfo:
 
 
 def _recipe(bundle: Bundle) -> Recipe:
-    return parse_recipe(bundle.manifest.recipe, f"of {bundle.root}")
+    whole = parse_recipe(bundle.manifest.recipe, f"of {bundle.root}")
+    return whole.for_architecture(_model(bundle).architecture)
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((bundle.root / "pruned" / "config.json").read_bytes())
     return config
-
-
-def _longest_of(config: dict[str, Any], recipe: Recipe) -> int:
-    """Tokens that the model accepts at most; the recipe's length where it does not say."""
-    known = (config.get(key) for key in _POSITION_KEYS)
-    return int(next(filter(None, known), recipe.sequence_length))
 
 
 def _device(choice: DeviceChoice) -> "torch.device":

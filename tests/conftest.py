@@ -1,5 +1,6 @@
 """Fixtures that more than one room uses."""
 
+import importlib.util
 import os
 import random
 from pathlib import Path
@@ -50,7 +51,11 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip, by name, a test whose hardware is missing; fail it if PROX24_REQUIRE names it."""
     required = os.environ.get("PROX24_REQUIRE", "").split(",")
-    for name, available in (("gpu", torch.cuda.is_available()),):
+    found = {
+        "gpu": torch.cuda.is_available(),
+        "tensorrt_rtx": importlib.util.find_spec("tensorrt_rtx") is not None,
+    }
+    for name, available in found.items():
         if item.get_closest_marker(name) and not available:
             (pytest.fail if name in required else pytest.skip)(f"needs {name}, not found here")
 

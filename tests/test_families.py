@@ -1,13 +1,20 @@
-"""Every shipped family from a model directory to a proven bundle."""
+"""Every shipped family: each in three dtypes to a proven file, some to a whole bundle."""
 
+import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import run_cli
+from families import CAPABILITIES, DTYPES, NO_KERNELS, Row, require, table
 from safetensors import safe_open
+from tiny_families import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
+from prox24_deploy.recipe import parse_recipe, shipped_recipes
 from prox24_deploy.release.schema import load_report
 
 AXES = {"tiny_gpt2": 0, "tiny_qwen3": 1}
@@ -36,3 +43,77 @@ def test_a_family_is_built_and_proven(
     model = AutoModelForCausalLM.from_pretrained(out / "pruned")
     with torch.no_grad():
         assert bool(model(input_ids=torch.arange(8)[None]).logits.isfinite().all())
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[tuple[str, str], Row]:
+    """The table of all families, made by the command that prints it."""
+    command = Path(__file__).parents[1] / "benchmarks" / "families.py"
+    ran = subprocess.run([sys.executable, str(command)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = [Row(**row) for row in json.loads(ran.stdout.splitlines()[-1])["families"]]
+    return {(row.family, row.dtype): row for row in found}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_exported_and_proven_in_every_dtype(
+    family: str, rows: dict[tuple[str, str], Row]
+) -> None:
+    tolerances = {"float32": 1e-4, "float16": 2e-2}
+    for dtype in DTYPES:
+        row = rows[family, dtype]
+        assert row.pruned == row.proven == row.same_bits > 0
+        if dtype == "bfloat16":
+            assert row.difference == NO_KERNELS
+        else:
+            assert isinstance(row.difference, float)
+            assert 0 < row.difference <= tolerances[dtype]
+
+
+@pytest.mark.slow
+@pytest.mark.tensorrt_rtx
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_builds_for_tensorrt_rtx_in_every_dtype(
+    family: str, rows: dict[tuple[str, str], Row]
+) -> None:
+    for dtype in DTYPES:
+        plans = rows[family, dtype].plans
+        assert list(plans) == list(CAPABILITIES)
+        assert all(int(plan.removesuffix(" B")) > 0 for plan in plans.values())
+
+
+def test_every_model_type_and_head_of_a_recipe_has_a_row() -> None:
+    models = [tiny_model(row) for row in FAMILIES]
+    opened = {(model.config.model_type, type(model).__name__) for model in models}  # type: ignore[union-attr]
+    for family, text in shipped_recipes().items():
+        recipe = parse_recipe(text, family)
+        known = [name for kind, name in opened if kind in recipe.model_types]
+        tasks = {recipe.for_architecture(name).task for name in known}
+        assert "text-classification" in tasks or not recipe.heads, family
+        assert recipe.task in tasks, family
+        for kind in recipe.model_types:
+            assert kind in {kind for kind, _ in opened}
+
+
+SOUND = Row("x", "float32", 1, 3, 3, 3, 1e-7, {"SM86": "9 B", "SM120": "9 B"}, 1.0)
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        replace(SOUND, proven=2),
+        replace(SOUND, same_bits=2),
+        replace(SOUND, pruned=0, proven=0, same_bits=0),
+        replace(SOUND, difference=NO_KERNELS),
+        replace(SOUND, dtype="bfloat16"),
+        replace(SOUND, plans={"SM86": "9 B", "SM120": "failed"}),
+    ],
+)
+def test_a_row_that_falls_short_fails_the_table(spoiled: Row) -> None:
+    require(SOUND)
+    with pytest.raises(AssertionError):
+        require(spoiled)
+    assert "x" in table([spoiled]).splitlines()[2]

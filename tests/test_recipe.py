@@ -6,7 +6,14 @@ import pytest
 from pydantic import ValidationError
 
 from prox24_deploy.errors import RecipeError
-from prox24_deploy.recipe import parse_recipe, read_recipe, select_recipe, shipped_recipes
+from prox24_deploy.recipe import (
+    dynamic_names,
+    parse_recipe,
+    read_recipe,
+    select_recipe,
+    shape_of,
+    shipped_recipes,
+)
 
 EXPORT = Path(__file__).parents[1] / "export"
 HEAD = """
@@ -82,7 +89,7 @@ BLOCKS = 'blocks = "layers"\n'
         ('axes = ["batch", "sequence"]', "axes = [1.5]", r"key 'inputs\.0\.axes\.0.*got 1\.5\."),
         ('targets = ["*"]', "targets = []", r"key 'targets': .* at least 1 item .*got \[\]\."),
         ('targets = ["*"]', 'targets = "*"', r"key 'targets': .* valid list, got '\*'\."),
-        ('task = "feature-extraction"', 'task = "chat"', "key 'task': .*'text-generation', got"),
+        ('task = "feature-extraction"', 'task = "chat"', "key 'task': .*'text-generation', .* got"),
         (BLOCKS, BLOCKS + 'opset = "20"\n', "key 'opset': .* valid integer, got '20'"),
         (BLOCKS, BLOCKS + "opset = true\n", "key 'opset': .* valid integer, got True"),
         (BLOCKS, BLOCKS + "opset = 17\n", "key 'opset': .* equal to 18, got 17"),
@@ -104,6 +111,59 @@ def test_a_wrong_recipe_is_one_sentence_with_its_place(old: str, new: str, match
     assert "\n" not in str(caught.value)
 
 
+HEADED = (
+    MINIMAL
+    + """
+[[heads]]
+task = "text-classification"
+architectures = ["*ForSequenceClassification"]
+blocks = "mine.layers"
+outputs = [{ name = "logits", dtype = "float", axes = ["batch", "labels"] }]
+"""
+)
+CACHED = MINIMAL.replace("blocks", "cache = true\nblocks").replace(
+    INPUTS, INPUTS + INPUTS.replace("input_ids", "attention_mask").replace('"seq', '"past + seq')
+)
+POOLED = MINIMAL.replace("last_hidden_state", "sentence_embedding").replace(
+    INPUTS, INPUTS + INPUTS.replace("input_ids", "attention_mask")
+)
+POOLING = '[embedding]\npooling = "mean"\nnormalize = true\n'
+
+
+def test_a_head_replaces_task_blocks_and_outputs_for_its_architectures_alone() -> None:
+    recipe = parse_recipe(HEADED, "memory")
+    head = recipe.for_architecture("MineForSequenceClassification")
+    assert (head.task, head.blocks) == ("text-classification", "mine.layers")
+    assert [spec.name for spec in head.outputs] == ["logits"]
+    assert (head.targets, head.inputs, head.family) == (recipe.targets, recipe.inputs, "mine")
+    assert recipe.for_architecture("MineForMaskedLM") == recipe
+
+
+def test_a_cache_and_its_axis_go_together() -> None:
+    recipe = parse_recipe(CACHED, "memory")
+    assert recipe.cache
+    assert dynamic_names(recipe.inputs) == ["batch", "sequence", "past"]
+    with pytest.raises(RecipeError, match=r"cache = true needs .* with the axis 'past \+ sequence"):
+        parse_recipe(CACHED.replace("past + ", ""), "memory")
+    with pytest.raises(RecipeError, match=r"cache = false needs an attention_mask .* 'sequence'"):
+        parse_recipe(CACHED.replace("cache = true", "cache = false"), "memory")
+
+
+def test_a_sum_of_axes_has_the_sum_of_their_sizes() -> None:
+    spec = parse_recipe(CACHED, "memory").inputs[1]
+    assert shape_of(spec, {"batch": 2, "past": 3, "sequence": 4}) == (2, 7)
+
+
+def test_an_embedding_needs_its_output_and_a_mask() -> None:
+    embedding = parse_recipe(POOLED + POOLING, "memory").embedding
+    assert embedding is not None
+    assert (embedding.pooling, embedding.normalize) == ("mean", True)
+    unmasked = MINIMAL.replace("last_hidden_state", "sentence_embedding")
+    for text in (POOLED, MINIMAL + POOLING, unmasked + POOLING):
+        with pytest.raises(RecipeError, match=r"\[embedding\] goes with the output 'sentence_em"):
+            parse_recipe(text, "memory")
+
+
 @pytest.mark.parametrize(
     ("value", "got"), [("-0.01", "-0.01"), ("10.5", "10.5"), ("nan", "nan"), ('"2 %"', "'2 %'")]
 )
@@ -123,6 +183,8 @@ def test_a_limit_at_the_border_is_taken(value: str) -> None:
     [
         (OUTPUTS, f"{OUTPUTS}[limits]\nmax_slowdwn = 0.1\n", "max_slowdown"),
         ('name = "input_ids"', 'nam = "input_ids"', "name, dtype, axes"),
+        (OUTPUTS, f"{OUTPUTS}[embedding]\npool = 1\n", "keys of embedding are pooling, normalize"),
+        (OUTPUTS, f"{OUTPUTS}[[heads]]\nx = 1\n", "keys of heads are task, architectures, blocks"),
     ],
 )
 def test_an_unknown_key_of_a_table_is_told_with_the_keys_of_that_table(
@@ -179,7 +241,7 @@ def test_a_folder_named_like_a_recipe_is_none(tmp_path: Path) -> None:
 def test_an_unknown_family_lists_the_known_ones_and_the_remedy(tmp_path: Path) -> None:
     message = (
         rf"No recipe supports model_type 'perceiver' of {tmp_path}; shipped families are "
-        r"bert \(bert\), gpt2 \(gpt2\), llama \(llama\), qwen3 \(qwen3\); "
+        r"bert \(bert\), .*, roberta \(roberta, xlm-roberta\); "
         r"copy the nearest one, .* pass it with --recipe\.$"
     )
     with pytest.raises(RecipeError, match=message):

@@ -10,6 +10,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -27,7 +29,24 @@ VOCABULARY = len(SPECIAL) + 256
 def write_tiny_bert(path: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2) -> Path:
     """A BERT encoder without a pooler's weights, two blocks of six linear layers; float32."""
     torch.manual_seed(seed)
-    config = BertConfig(
+    BertModel(_bert(hidden, layers), add_pooling_layer=False).save_pretrained(path)
+    _byte_tokenizer("[CLS] $A [SEP]").save_pretrained(path)
+    return path
+
+
+def write_tiny_classifier(path: Path, kind: str = "Sequence", *, labels: int = 3) -> Path:
+    """A BERT classifier of whole texts ("Sequence") or of tokens ("Token"); float32."""
+    torch.manual_seed(0)
+    heads = {"Sequence": BertForSequenceClassification, "Token": BertForTokenClassification}
+    config = _bert(32, 2)
+    config.num_labels = labels
+    heads[kind](config).save_pretrained(path)
+    _byte_tokenizer("[CLS] $A [SEP]").save_pretrained(path)
+    return path
+
+
+def _bert(hidden: int, layers: int) -> BertConfig:
+    return BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -37,9 +56,6 @@ def write_tiny_bert(path: Path, *, seed: int = 0, hidden: int = 32, layers: int 
         pad_token_id=1,
         initializer_range=0.2,
     )
-    BertModel(config, add_pooling_layer=False).save_pretrained(path)
-    _byte_tokenizer("[CLS] $A [SEP]").save_pretrained(path)
-    return path
 
 
 def write_tiny_llama(

@@ -12,7 +12,8 @@ import onnx_ir as ir
 from torch import nn
 
 from prox24_deploy.errors import ExportError
-from prox24_deploy.graph.module import RecipeModule, dynamic_names
+from prox24_deploy.graph.module import RecipeModule
+from prox24_deploy.graph.signature import Signature, axes_of
 from prox24_deploy.graph.weights import (
     MODULE_KEY,
     SPARSE_KEY,
@@ -20,7 +21,7 @@ from prox24_deploy.graph.weights import (
     find_weights,
     scoped_module,
 )
-from prox24_deploy.recipe import Recipe, TensorSpec
+from prox24_deploy.recipe import TensorSpec, dynamic_names
 
 
 def annotate(model: ir.Model, source: nn.Module, sparse: Sequence[str]) -> None:
@@ -47,24 +48,27 @@ def annotate(model: ir.Model, source: nn.Module, sparse: Sequence[str]) -> None:
         model.metadata_props[SPARSE_KEY] = json.dumps(sorted(set(sparse)))
 
 
-def require_signature(graph: ir.Graph, recipe: Recipe) -> None:
-    """Do nothing if inputs and outputs have the names and axes of the recipe.
+def settle_signature(graph: ir.Graph, signature: Signature) -> None:
+    """Check names and axes of inputs and outputs, and write sums of axes as the recipe does.
 
     An axis of an output whose name is no input's is documentation and is not compared.
 
     Raises:
         ExportError: names the tensor, what the recipe says and what the graph has.
     """
-    shared = set(dynamic_names(recipe.inputs))
-    pairs = [*zip(recipe.inputs, graph.inputs, strict=True)]
-    pairs += zip(recipe.outputs, graph.outputs, strict=True)
+    shared = set(dynamic_names(signature.inputs))
+    pairs = [*zip(signature.inputs, graph.inputs, strict=True)]
+    pairs += zip(signature.outputs, graph.outputs, strict=True)
     for spec, value in pairs:
-        axes = _axes(value)
+        axes = axes_of(value)
         if value.name != spec.name or not _agrees(spec, axes, shared):
             raise ExportError(
                 f"The exported graph has {value.name!r} with axes {axes} where the recipe says "
                 f"{spec.name!r} with axes {spec.axes}; correct the recipe."
             )
+        if any(_is_sum(axis) for axis in spec.axes):
+            pairs_of_axes = zip(spec.axes, axes, strict=True)
+            value.shape = ir.Shape([s if _is_sum(s) else found for s, found in pairs_of_axes])
 
 
 def _keep_only_module(node: ir.Node, modules: Collection[str]) -> None:
@@ -116,18 +120,20 @@ def _rename(value: ir.Value, name: str) -> None:
         value.name = name
 
 
-def _axes(value: ir.Value) -> list[str | int]:
-    if value.shape is None:
-        return []
-    return [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
-
-
 def _agrees(spec: TensorSpec, axes: Sequence[str | int], shared: set[str]) -> bool:
     if len(axes) != len(spec.axes):
         return False
-    compared = [axis for axis in zip(spec.axes, axes, strict=True) if _is_fixed(axis[0], shared)]
-    return all(said == found for said, found in compared)
+    return all(
+        _terms(said) == _terms(found)
+        for said, found in zip(spec.axes, axes, strict=True)
+        if isinstance(said, int) or set(_terms(said)) <= shared
+    )
 
 
-def _is_fixed(axis: str | int, shared: set[str]) -> bool:
-    return isinstance(axis, int) or axis in shared
+def _terms(axis: str | int) -> list[str]:
+    """The names that a sum adds up, in no particular order."""
+    return sorted(str(axis).split(" + "))
+
+
+def _is_sum(axis: str | int) -> bool:
+    return len(_terms(axis)) > 1

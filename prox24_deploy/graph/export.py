@@ -18,16 +18,15 @@ from torch import nn
 
 from prox24_deploy.artifacts import DType
 from prox24_deploy.errors import BundleError, ExportError
-from prox24_deploy.graph.annotate import annotate, require_signature
+from prox24_deploy.graph.annotate import annotate, settle_signature
 from prox24_deploy.graph.check import check_path, require_24
 from prox24_deploy.graph.module import (
     TORCH_DTYPES,
     RecipeModule,
     copy_with,
-    dynamic_names,
     to_dtype,
 )
-from prox24_deploy.recipe import Recipe
+from prox24_deploy.recipe import Recipe, TensorSpec, dynamic_names, shape_of
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -68,9 +67,9 @@ def export_onnx(
     """
     _require_modules(model, sparse)
     _require_replaceable(out)
-    copy = copy_with(model, to_dtype(dtype))
-    graph = _to_onnx(RecipeModule(copy, recipe).eval(), recipe, dtype)
-    require_signature(graph.graph, recipe)
+    module = RecipeModule(copy_with(model, to_dtype(dtype)), recipe).eval()
+    graph = _to_onnx(module, recipe, dtype)
+    settle_signature(graph.graph, module.signature)
     annotate(graph, model, sparse)
     return _publish(graph, out, bool(sparse))
 
@@ -112,25 +111,21 @@ def _require_replaceable(out: Path) -> None:
 
 
 def _to_onnx(module: RecipeModule, recipe: Recipe, dtype: DType) -> ir.Model:
-    names = dynamic_names(recipe.inputs)
+    signature = module.signature
+    names = dynamic_names(signature.inputs)
     sizes = dict(zip(names, _trace_sizes(len(names)), strict=True))
     dims = {name: torch.export.Dim(name) for name in names}
     device = next(module.parameters()).device
     examples = tuple(
         torch.ones(
-            [axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes],
+            shape_of(spec, sizes),
             dtype=torch.int64 if spec.dtype == "int64" else TORCH_DTYPES[dtype],
             device=device,
         )
-        for spec in recipe.inputs
+        for spec in signature.inputs
     )
     # One more tuple, since `forward` takes its inputs as one variadic parameter.
-    shapes = (
-        tuple(
-            {i: dims[axis] for i, axis in enumerate(spec.axes) if isinstance(axis, str)}
-            for spec in recipe.inputs
-        ),
-    )
+    shapes = (tuple(_dynamic_axes(spec, dims) for spec in signature.inputs),)
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -139,8 +134,8 @@ def _to_onnx(module: RecipeModule, recipe: Recipe, dtype: DType) -> ir.Model:
                 dynamo=True,
                 verbose=False,
                 opset_version=recipe.opset,
-                input_names=[spec.name for spec in recipe.inputs],
-                output_names=[spec.name for spec in recipe.outputs],
+                input_names=[spec.name for spec in signature.inputs],
+                output_names=[spec.name for spec in signature.outputs],
                 dynamic_shapes=shapes,
             )
     except OSError:
@@ -152,6 +147,13 @@ def _to_onnx(module: RecipeModule, recipe: Recipe, dtype: DType) -> ir.Model:
             f"torch.onnx.export returned nothing for family {recipe.family!r}; try another opset."
         )
     return program.model
+
+
+def _dynamic_axes(
+    spec: TensorSpec, dims: dict[str, torch.export.Dim]
+) -> dict[int, torch.export.Dim | str]:
+    """The exporter's dimensions by axis; it finds out itself what a sum is equal to."""
+    return {i: dims.get(axis, axis) for i, axis in enumerate(spec.axes) if isinstance(axis, str)}
 
 
 def _trace_sizes(count: int) -> list[int]:

@@ -1,14 +1,17 @@
 """Adapt a Hugging Face module to the graph that a recipe describes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from prox24_deploy.artifacts import DType
 from prox24_deploy.errors import ExportError
-from prox24_deploy.recipe import Recipe, TensorSpec
+from prox24_deploy.graph.signature import signature_of
+from prox24_deploy.recipe import EMBEDDING, Embedding, Recipe
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     "float32": torch.float32,
@@ -20,7 +23,7 @@ Convert = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class RecipeModule(nn.Module):
-    """Calls a model with the recipe's inputs, in order, and returns the recipe's outputs.
+    """Calls a model with the inputs of its signature, in order, and returns the outputs.
 
     The model sits under the attribute `wrapped`, so each of its module paths has the prefix
     "wrapped." in the exported graph.
@@ -31,20 +34,38 @@ class RecipeModule(nn.Module):
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.wrapped = model
+        self.signature = signature_of(recipe, model)
         self._inputs = [spec.name for spec in recipe.inputs]
         self._outputs = [spec.name for spec in recipe.outputs]
+        self._cache = recipe.cache
+        self._embedding = recipe.embedding
         # Without this a decoder returns its key/value cache as a second, unasked-for result.
-        self._options = {"use_cache": False} if recipe.task == "text-generation" else {}
+        self._options = {"use_cache": recipe.cache} if recipe.task == "text-generation" else {}
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the outputs in recipe order.
+        """Return the outputs of the recipe in its order, then keys and values of each layer.
 
         Raises:
             ExportError: the model has no output of that name.
         """
-        feeds = dict(zip(self._inputs, inputs, strict=True))
+        count = len(self._inputs)
+        feeds: dict[str, Any] = dict(zip(self._inputs, inputs[:count], strict=True))
+        if self._cache:
+            past = inputs[count:]
+            _tie_lengths(feeds["attention_mask"], feeds["input_ids"], past[0])
+            feeds["past_key_values"] = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         result = self.wrapped(**feeds, **self._options)
-        return tuple(_output(result, name) for name in self._outputs)
+        outputs = [self._output(result, name, feeds) for name in self._outputs]
+        if self._cache:
+            for layer in result.past_key_values.layers:
+                outputs += [layer.keys, layer.values]
+        return tuple(outputs)
+
+    def _output(self, result: object, name: str, feeds: dict[str, Any]) -> torch.Tensor:
+        if name == EMBEDDING and self._embedding is not None:
+            hidden = _output(result, "last_hidden_state")
+            return _embed(hidden, feeds["attention_mask"], self._embedding)
+        return _output(result, name)
 
 
 def copy_with(model: nn.Module, convert: Convert) -> nn.Module:
@@ -99,11 +120,6 @@ def rounded_to(dtype: DType) -> Convert:
     return convert
 
 
-def dynamic_names(specs: Sequence[TensorSpec]) -> list[str]:
-    """Names of the dynamic axes, in order of appearance."""
-    return list(dict.fromkeys(axis for spec in specs for axis in spec.axes if type(axis) is str))
-
-
 def _converted_parameter(name: str, parameter: nn.Parameter, convert: Convert) -> nn.Parameter:
     if not parameter.is_floating_point():
         return parameter
@@ -119,3 +135,18 @@ def _output(result: object, name: str) -> torch.Tensor:
             "outputs of the recipe."
         )
     return value
+
+
+def _tie_lengths(mask: torch.Tensor, ids: torch.Tensor, past: torch.Tensor) -> None:
+    """Tell the exporter that the mask covers the past and the new tokens, and nothing else."""
+    torch._check(mask.shape[1] == past.shape[2] + ids.shape[1])
+
+
+def _embed(hidden: torch.Tensor, mask: torch.Tensor, embedding: Embedding) -> torch.Tensor:
+    """Sentence embeddings, (batch, hidden), of hidden states, (batch, sequence, hidden)."""
+    if embedding.pooling == "cls":
+        pooled = hidden[:, 0]
+    else:
+        weight = mask[..., None].to(hidden.dtype)
+        pooled = (hidden * weight).sum(1) / weight.sum(1)
+    return nn.functional.normalize(pooled, dim=-1) if embedding.normalize else pooled

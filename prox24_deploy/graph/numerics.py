@@ -1,6 +1,7 @@
 """Compare an exported file in ONNX Runtime with the module it was exported from."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,11 +15,14 @@ from torch import nn
 from prox24_deploy.artifacts import DType, NumericsCheck
 from prox24_deploy.errors import ExportError
 from prox24_deploy.graph.groups import Array
-from prox24_deploy.graph.module import RecipeModule, copy_with, dynamic_names, rounded_to
-from prox24_deploy.recipe import Recipe, TensorSpec
+from prox24_deploy.graph.module import RecipeModule, copy_with, rounded_to
+from prox24_deploy.graph.signature import Signature
+from prox24_deploy.recipe import Recipe, TensorSpec, dynamic_names, shape_of
 
-# Sizes of the first two dynamic axes: batch and sequence of text models.
+# Sizes of the first dynamic axes: batch and sequence of text models.
 _SIZES = ((1, 8), (2, 17), (3, 5))
+# The same and past: prefill, also of a padded batch, a second chunk, and one step of decoding.
+_CACHED_SIZES = ((1, 8, 0), (2, 6, 0), (2, 5, 9), (3, 1, 7))
 _FURTHER_SIZE = 4
 
 # Of the largest magnitude of the output. Float16 rounds activations at every operator.
@@ -40,8 +44,10 @@ def compare_with_torch(
 
     The reference is always computed in float32; for float16, from weights rounded to float16.
     The largest absolute difference over three shapes may be 1e-4 (float32) or 2e-2 (float16) of
-    the largest magnitude of the output. Rows with a batch index of 1 and above are padded on the
-    right, and positions that the attention mask excludes are not compared.
+    the largest magnitude of the output. A graph with a cache is run over prefill from an empty
+    past, over a second chunk and over one decoded token, on random keys and values. Rows with a
+    batch index of 1 and above are padded on the right, with a cache on the left, and positions
+    that the attention mask excludes are not compared.
 
     Args:
         model: the float32 module that was exported; it is not changed.
@@ -63,14 +69,15 @@ def compare_with_torch(
         return ()
     session = _open(path)
     reference = RecipeModule(copy_with(model, rounded_to(dtype)), recipe).eval()
+    signature = reference.signature
     generator = np.random.default_rng(seed)
     runs = []
-    for sizes in _sizes(recipe):
-        feeds = _feeds(recipe, sizes, vocabulary, generator)
-        runs.append(_differences(session, reference, recipe, dtype, feeds))
+    for sizes in _sizes(signature):
+        feeds = _feeds(signature, sizes, vocabulary, generator)
+        runs.append(_differences(session, reference, dtype, feeds))
     return tuple(
         _judge([run[i] for run in runs], spec.name, path, _RELATIVE[dtype], twin)
-        for i, spec in enumerate(recipe.outputs)
+        for i, spec in enumerate(signature.outputs)
     )
 
 
@@ -100,25 +107,29 @@ def _open(path: Path) -> ort.InferenceSession:
     return session
 
 
-def _sizes(recipe: Recipe) -> list[dict[str, int]]:
-    names = dynamic_names(recipe.inputs)
-    further = dict.fromkeys(names[2:], _FURTHER_SIZE)
-    return [dict(zip(names, sizes, strict=False)) | further for sizes in _SIZES]
+def _sizes(signature: Signature) -> list[dict[str, int]]:
+    names = dynamic_names(signature.inputs)
+    table: Sequence[tuple[int, ...]] = _CACHED_SIZES if "past" in names else _SIZES
+    further = dict.fromkeys(names[len(table[0]) :], _FURTHER_SIZE)
+    return [dict(zip(names, sizes, strict=False)) | further for sizes in table]
 
 
 def _feeds(
-    recipe: Recipe, sizes: dict[str, int], vocabulary: int, generator: np.random.Generator
+    signature: Signature, sizes: dict[str, int], vocabulary: int, generator: np.random.Generator
 ) -> dict[str, Array]:
-    """Random tokens, a right-padded mask, zeros for other integers, normal floats (float32)."""
+    """Random tokens, a padded mask, zeros for other integers, normal floats (float32)."""
     feeds: dict[str, Array] = {}
-    for spec in recipe.inputs:
-        shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes)
+    for spec in signature.inputs:
+        shape = shape_of(spec, sizes)
         if spec.dtype == "float":
             feeds[spec.name] = generator.standard_normal(shape, dtype=np.float32)
         elif spec.name.endswith("input_ids"):
             feeds[spec.name] = generator.integers(vocabulary, size=shape)
         elif _is_mask(spec):
-            feeds[spec.name] = _right_padded(shape)
+            feeds[spec.name] = _padded(shape, left="past" in sizes)
+        elif spec.name == "position_ids":
+            counted = np.maximum(feeds["attention_mask"].cumsum(1) - 1, 0)
+            feeds[spec.name] = counted[:, -shape[1] :]
         else:
             feeds[spec.name] = np.zeros(shape, np.int64)
     return feeds
@@ -128,30 +139,31 @@ def _is_mask(spec: TensorSpec) -> bool:
     return spec.name.endswith("attention_mask") and len(spec.axes) == 2
 
 
-def _right_padded(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """Row i of a (batch, sequence) mask ends in i zeros, and starts with a one."""
-    batch, sequence = shape
-    kept = np.maximum(1, sequence - np.arange(batch))
-    return (np.arange(sequence) < kept[:, None]).astype(np.int64)
+def _padded(shape: tuple[int, ...], *, left: bool) -> npt.NDArray[np.int64]:
+    """Row i of a (batch, positions) mask has i zeros at one end, and at least a single one."""
+    batch, positions = shape
+    kept = np.maximum(1, positions - np.arange(batch))
+    mask = (np.arange(positions) < kept[:, None]).astype(np.int64)
+    return mask[:, ::-1].copy() if left else mask
 
 
 def _differences(
     session: ort.InferenceSession,
     reference: RecipeModule,
-    recipe: Recipe,
     dtype: DType,
     feeds: dict[str, Array],
 ) -> list[_Difference]:
+    signature = reference.signature
     given = {
         name: feed.astype(np.dtype(dtype)) if feed.dtype == np.float32 else feed
         for name, feed in feeds.items()
     }
-    found = session.run([spec.name for spec in recipe.outputs], given)
+    found = session.run([spec.name for spec in signature.outputs], given)
     # The reference sees the inputs as rounded for the file.
     expected = _torch_outputs(reference, [_reference_input(feed) for feed in given.values()])
     return [
-        _difference(spec, mine, theirs, recipe, feeds)
-        for spec, mine, theirs in zip(recipe.outputs, found, expected, strict=True)
+        _difference(spec, mine, theirs, signature, feeds)
+        for spec, mine, theirs in zip(signature.outputs, found, expected, strict=True)
     ]
 
 
@@ -168,7 +180,7 @@ def _torch_outputs(reference: RecipeModule, inputs: list[torch.Tensor]) -> list[
 
 
 def _difference(
-    spec: TensorSpec, found: Array, expected: Array, recipe: Recipe, feeds: dict[str, Array]
+    spec: TensorSpec, found: Array, expected: Array, signature: Signature, feeds: dict[str, Array]
 ) -> _Difference:
     """Largest difference at the positions that no mask excludes."""
     if found.shape != expected.shape:
@@ -177,15 +189,28 @@ def _difference(
             f"gives {expected.shape}; correct the axes of the recipe, or export the file again."
         )
     kept = np.ones(expected.shape, np.bool_)
-    for mask in filter(_is_mask, recipe.inputs):
-        if spec.axes[:2] == mask.axes:
-            kept &= (
-                feeds[mask.name].astype(np.bool_).reshape(*kept.shape[:2], *[1] * (kept.ndim - 2))
-            )
+    for mask in filter(_is_mask, signature.inputs):
+        kept &= _unmasked(spec, expected.shape, mask, feeds[mask.name])
     gap = np.abs(found.astype(np.float64) - expected)[kept]
     return _Difference(
         expected.shape, float(gap.max(initial=0.0)), float(np.abs(expected[kept]).max(initial=0.0))
     )
+
+
+def _unmasked(
+    spec: TensorSpec, shape: tuple[int, ...], mask_spec: TensorSpec, mask: Array
+) -> npt.NDArray[np.bool_]:
+    """Which elements lie at positions that the mask keeps, broadcastable to `shape`.
+
+    A mask over "past + sequence" speaks, with its last columns, of a tensor over "sequence" too.
+    """
+    batch, positions = mask_spec.axes
+    named = [name for name in (positions, str(positions).split(" + ")[-1]) if name in spec.axes]
+    if spec.axes[0] != batch or not named:
+        return np.ones([1] * len(shape), np.bool_)
+    place = spec.axes.index(named[0])
+    view = [shape[i] if i in (0, place) else 1 for i in range(len(shape))]
+    return mask[:, mask.shape[1] - shape[place] :].astype(np.bool_).reshape(view)
 
 
 def _judge(

@@ -185,12 +185,15 @@ def real_rows(tensor: Tensor, real: Tensor) -> Tensor:
     """Rows (tokens, d) that are not padding.
 
     Args:
-        tensor: (batch, positions, d), or (batch, ..., d) where `real` speaks of whole samples.
+        tensor: (batch, positions, d), or (batch, ..., d) where `real` speaks of whole samples, or
+            (batch · positions, d), in any order, where nothing is padding.
         real: (batch, positions) bool, or (batch,) for samples that are never padded.
 
     Raises:
         RecipeError: the tensor does not have one row per position.
     """
+    if tensor.shape[:-1] == (real.numel(),) and bool(real.all()):
+        return tensor
     expected = tensor.shape[:-1] if real.ndim > 1 else tensor.shape[:1]
     if expected != real.shape:
         raise RecipeError(

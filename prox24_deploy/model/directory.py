@@ -59,6 +59,11 @@ class ModelDir:
         """`model_type` of config.json."""
         return str(self.config["model_type"])
 
+    @property
+    def architecture(self) -> str:
+        """The class that the model was saved from, "unknown" where config.json does not say."""
+        return str((self.config.get("architectures") or ["unknown"])[0])
+
 
 def open_model_dir(path: Path) -> ModelDir:
     """Read and check a model directory without building the model.
@@ -105,6 +110,8 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
     auto = {
         "feature-extraction": transformers.AutoModel,
         "text-generation": transformers.AutoModelForCausalLM,
+        "text-classification": transformers.AutoModelForSequenceClassification,
+        "token-classification": transformers.AutoModelForTokenClassification,
     }[recipe.task]
     try:
         model, info = auto.from_pretrained(
@@ -115,6 +122,7 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
             dtype=torch.float32,
             # Reported below by name; the library's own message names nothing.
             ignore_mismatched_sizes=True,
+            attn_implementation=None if recipe.attention == "default" else recipe.attention,
             output_loading_info=True,
         )
     except MemoryError:
@@ -163,12 +171,11 @@ def model_info(directory: ModelDir, recipe: Recipe) -> ModelInfo:
     by_dtype = Counter(dict.fromkeys({t.dtype for t in floats}, 0))
     for tensor in floats:
         by_dtype[tensor.dtype] += tensor.numel
-    architectures = directory.config.get("architectures") or ["unknown"]
     return ModelInfo(
         path=str(directory.path.resolve()),
         sha256=directory.sha256,
         model_type=directory.model_type,
-        architecture=str(architectures[0]),
+        architecture=directory.architecture,
         family=recipe.family,
         task=recipe.task,
         parameters=by_dtype.total(),

@@ -3,16 +3,17 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import Estimate, EvaluateResult, Metric
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.errors import ModelDirError, RecipeError
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.calibration import Batch, Samples
+from prox24_deploy.recipe import Embedding
 
 Progress = Callable[[str, int, int], None]
 Pooling = Callable[[Tensor, Tensor], Tensor]
@@ -27,13 +28,17 @@ def evaluate_models(
     held_out: Samples,
     model_dir: Path,
     progress: Progress,
+    *,
+    embedding: Embedding | None = None,
 ) -> EvaluateResult:
-    """Measure what the task calls for: perplexity, or agreement of embeddings."""
+    """Measure what the task calls for: perplexity, classes, or agreement of embeddings."""
     began = time.perf_counter()
     if task == "text-generation":
         metrics = evaluate_text_generation(dense, sparse, held_out.batches, progress)
+    elif task.endswith("-classification"):
+        metrics = evaluate_classes(dense, sparse, held_out.batches, progress)
     else:
-        pooling = pooling_of(model_dir)
+        pooling = pooling_of(model_dir, embedding)
         metrics = evaluate_embeddings(dense, sparse, held_out.batches, pooling, progress)
     return EvaluateResult(metrics, held_out.source, time.perf_counter() - began)
 
@@ -113,29 +118,51 @@ def evaluate_embeddings(
     )
 
 
-def loss_name(task: str) -> str:
-    """What `loss_against` measures for a task."""
-    return "log-perplexity" if task == "text-generation" else "1 - embedding cosine"
+@torch.no_grad()
+def evaluate_classes(
+    dense: nn.Module, sparse: nn.Module, batches: tuple[Batch, ...], progress: Progress
+) -> tuple[Metric, ...]:
+    """How far a classifier without labelled text stays with the dense one, text by text.
 
+    Several classes give top-1 agreement and the divergence KL(dense, sparse) in nats; a single
+    score, as a reranker gives it, has no classes and gives the mean change of the score, in
+    standard deviations of the dense one. A classifier of tokens counts as the mean over the tokens
+    of each text.
 
-def loss_against(
-    dense: nn.Module, task: str, batches: Sequence[Batch], pooling: Pooling
-) -> Callable[[nn.Module], Tensor]:
-    """A function from a model to its loss per sample, (samples,), float64, 0 for `dense` itself.
-
-    The loss is the rise of the log-perplexity over `dense` where the task is text generation, else
-    one less the cosine of the embeddings. `dense` is run at once and may change afterwards.
+    Raises:
+        ModelDirError: a logit is NaN or infinite.
     """
-    if task == "text-generation":
-        reference = _window_losses(dense, batches)
-        return lambda model: _window_losses(model, batches) - reference
-    expected = [embed(dense, batch, pooling) for batch in batches]
-    return lambda model: torch.cat(
-        [
-            1 - (embed(model, batch, pooling) * target).sum(1)
-            for batch, target in zip(batches, expected, strict=True)
-        ]
+    parts: list[Tensor] = []
+    for i, batch in enumerate(batches):
+        progress("evaluate", i, len(batches))
+        logits = [run_model(m, batch, "text-classification").logits for m in (dense, sparse)]
+        if not all(bool(part.isfinite().all()) for part in logits):
+            raise ModelDirError("A logit is NaN or infinite; check the checkpoint and the text.")
+        parts.append(class_figures(logits[0].double(), logits[1].double(), batch.real))
+    progress("evaluate", len(batches), len(batches))
+    first, second = torch.cat(parts, dim=1)
+    texts = len(first)
+    if dense.config.num_labels == 1:  # type: ignore[union-attr]  # of a transformers model
+        change = (first - second).abs() / first.std().clamp(min=torch.finfo(first.dtype).tiny)
+        return (Metric("score change", False, texts, None, None, None, mean_estimate(change)),)
+    return (
+        Metric("top-1 agreement", True, texts, None, None, None, mean_estimate(first)),
+        Metric("KL divergence", False, texts, None, None, None, mean_estimate(second)),
     )
+
+
+def class_figures(dense: Tensor, sparse: Tensor, real: Tensor) -> Tensor:
+    """(2, texts): agreement and divergence, or both scores where there is but one."""
+    if dense.shape[-1] == 1:
+        figures = torch.stack([dense[..., 0], sparse[..., 0]])
+    else:
+        same = (dense.argmax(-1) == sparse.argmax(-1)).double()
+        logs = [part.log_softmax(-1) for part in (dense, sparse)]
+        figures = torch.stack([same, (logs[0].exp() * (logs[0] - logs[1])).sum(-1)])
+    if figures.ndim == 2:
+        return figures
+    weight = real.to(figures.device, figures.dtype)
+    return (figures * weight).sum(-1) / weight.sum(-1)
 
 
 def mean_estimate(values: Tensor) -> Estimate:
@@ -145,15 +172,35 @@ def mean_estimate(values: Tensor) -> Estimate:
     return Estimate(float(values.mean()), spread / math.sqrt(len(values)))
 
 
-def pooling_of(model_dir: Path) -> Pooling:
-    """The pooling a sentence-transformers directory declares; the mean over tokens otherwise.
+def pooling_of(model_dir: Path, embedding: Embedding | None = None) -> Pooling:
+    """The pooling of a recipe, else what the directory declares, else the mean over tokens.
 
     Raises:
-        ModelDirError: the declaration cannot be read, or asks for neither the mean nor [CLS].
+        ModelDirError: the declaration of a sentence-transformers directory cannot be read, or asks
+            for neither the mean nor [CLS].
+        RecipeError: it asks for another pooling than the recipe.
     """
     declared = model_dir / "1_Pooling" / "config.json"
     if not declared.is_file():
-        return _mean_tokens
+        return _POOLINGS[embedding.pooling] if embedding else _mean_tokens
+    found = _declared_pooling(declared)
+    if embedding and found is not _POOLINGS[embedding.pooling]:
+        raise RecipeError(
+            f"The recipe pools by {embedding.pooling!r}, but {declared} declares another pooling; "
+            "correct `pooling` under [embedding]."
+        )
+    return found
+
+
+def window_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood per window: (windows,)."""
+    loss = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    return loss.view(targets.shape).double().mean(1)
+
+
+def _declared_pooling(declared: Path) -> Pooling:
     try:
         options = json.loads(declared.read_text(encoding="utf-8"))
         flags = {n for n, on in options.items() if n.startswith("pooling_mode_") and on is True}
@@ -167,22 +214,6 @@ def pooling_of(model_dir: Path) -> Pooling:
             "embeddings pooled otherwise cannot be compared yet."
         )
     return _POOLINGS[chosen.pop()] if chosen else _mean_tokens
-
-
-def window_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood per window: (windows,)."""
-    loss = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
-    )
-    return loss.view(targets.shape).double().mean(1)
-
-
-def _window_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    parts = []
-    for batch in batches:
-        logits = run_model(model, batch, "text-generation").logits[:, :-1]
-        parts.append(window_nll(logits, batch.inputs["input_ids"][:, 1:].to(logits.device)))
-    return torch.cat(parts)
 
 
 def _perplexity(losses: Tensor, which: str) -> Estimate:

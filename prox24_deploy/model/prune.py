@@ -159,7 +159,7 @@ def prune_directory(
             recipe,
             calibration.batches,
             options,
-            pooling=pooling_of(directory.path),
+            pooling=pooling_of(directory.path, recipe.embedding),
             dense=dense,
             stored_dtype=lambda name: stored_dtype(directory, name),
             progress=progress,

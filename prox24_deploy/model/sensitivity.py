@@ -20,9 +20,10 @@ from prox24_deploy.artifacts import CurvePoint, LayerSensitivity, Sensitivity
 from prox24_deploy.errors import CalibrationError, UsageError
 from prox24_deploy.model.blocks import find_blocks, shared_inputs
 from prox24_deploy.model.calibration import Batch
-from prox24_deploy.model.evaluate import Pooling, loss_against, loss_name, mean_estimate
+from prox24_deploy.model.evaluate import Pooling, mean_estimate
 from prox24_deploy.model.flow import Twin, advance, collect, start_flow
 from prox24_deploy.model.layers import layer_at
+from prox24_deploy.model.losses import Loss, loss_against
 from prox24_deploy.model.selection import by_options, prunable
 from prox24_deploy.model.solve import solve_group
 from prox24_deploy.options import PruneOptions
@@ -31,7 +32,6 @@ from prox24_deploy.recipe import Recipe
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-Loss = Callable[[nn.Module], Tensor]
 
 # Every eighth batch measures, but not more than eight of them: each layer costs one pass over all.
 _WITHHELD, _MOST_BATCHES = 8, 8
@@ -109,7 +109,7 @@ def measure_sensitivity(
     prefixes = _Prefixes(model, layers, solved, loss, progress)
     chosen = _choose(prefixes, options)
     return Sensitivity(
-        metric=loss_name(recipe.task),
+        metric=loss.name,
         samples=sum(len(batch.real) for batch in measuring),
         layers=layers,
         curve=prefixes.points,
@@ -167,7 +167,7 @@ def _each_alone(
     for i, (name, weight) in enumerate(solved.items()):
         progress("sensitivity", i, len(solved))
         with _replaced(model, {name: weight}):
-            found.append(LayerSensitivity(name, weight.numel(), mean_estimate(loss(model))))
+            found.append(LayerSensitivity(name, weight.numel(), mean_estimate(loss.of(model))))
         log.info("%s: pruned alone costs %.4g", name, found[-1].loss.value)
     return tuple(sorted(found, key=lambda layer: (layer.loss.value / layer.weights, layer.name)))
 
@@ -201,7 +201,7 @@ class _Prefixes:
             self._progress("sensitivity", len(self._found), _CURVE_POINTS)
             first = self._layers[:count]
             with _replaced(self._model, {layer.name: self._solved[layer.name] for layer in first}):
-                estimate = mean_estimate(self._loss(self._model))
+                estimate = mean_estimate(self._loss.of(self._model))
             weights = sum(layer.weights for layer in first)
             self._found[count] = CurvePoint(count, weights, estimate)
         return self._found[count].loss.value

@@ -240,10 +240,10 @@ def _budget_checks(budget: Sensitivity | None, metrics: Sequence[Metric]) -> Ite
 
 
 def _loss(name: str, metrics: Sequence[Metric]) -> Estimate:
-    """The loss of a budget among the metrics: a difference, or one less an agreement."""
+    """The loss of a budget among the metrics: a difference, a figure of both models, or 1 - it."""
     for metric in metrics:
-        if metric.name == name and metric.difference:
-            return metric.difference
+        if metric.name == name and (found := metric.difference or metric.agreement):
+            return found
         if f"1 - {metric.name}" == name and metric.agreement:
             return Estimate(1 - metric.agreement.value, metric.agreement.standard_error)
     raise ValueError(f"no metric among {[m.name for m in metrics]} tells the {name} of a budget")

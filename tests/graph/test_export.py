@@ -26,7 +26,8 @@ from prox24_deploy.artifacts import DType
 from prox24_deploy.graph.check import check_path, require_24
 from prox24_deploy.graph.export import export_onnx, hash_onnx
 from prox24_deploy.graph.numerics import compare_with_torch
-from prox24_deploy.recipe import Recipe
+from prox24_deploy.graph.signature import signature_of
+from prox24_deploy.recipe import Recipe, shape_of
 
 MODELS = {"bert": tiny_bert, "llama": tiny_llama}
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -97,15 +98,30 @@ def test_initializers_have_the_names_of_the_checkpoint(export: Export) -> None:
     assert not [name for name in names if name.startswith("wrapped")]
 
 
+def axes(value: onnx.ValueInfoProto) -> list[str | int]:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
 def test_inputs_and_outputs_are_those_of_the_recipe(export: Export) -> None:
     graph = export.graph()
-    for spec, value in zip(export.recipe.inputs, graph.input, strict=True):
-        dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        assert (value.name, dims) == (spec.name, spec.axes)
-    for spec, value in zip(export.recipe.outputs, graph.output, strict=True):
-        dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        width = VOCABULARY if export.family == "llama" else 32
-        assert (value.name, dims) == (spec.name, [*spec.axes[:2], width])
+    signature = signature_of(export.recipe, export.model)
+    for spec, value in zip(signature.inputs, graph.input, strict=True):
+        assert (value.name, axes(value)) == (spec.name, spec.axes)
+    (main, *cached), (value, *present) = signature.outputs, graph.output
+    width = VOCABULARY if export.family == "llama" else 32
+    assert (value.name, axes(value)) == (main.name, [*main.axes[:2], width])
+    for spec, value in zip(cached, present, strict=True):
+        assert (value.name, axes(value)) == (spec.name, spec.axes)
+
+
+def test_a_decoder_takes_and_gives_keys_and_values_of_each_layer(export: Export) -> None:
+    names = [f"{layer}.{part}" for layer in (0, 1) for part in ("key", "value")]
+    expected = names if export.family == "llama" else []
+    graph = export.graph()
+    past = {value.name: axes(value) for value in graph.input if "past" in value.name}
+    assert past == {f"past_key_values.{n}": ["batch", 2, "past", 8] for n in expected}
+    present = {value.name: axes(value) for value in graph.output[1:]}
+    assert present == {f"present.{n}": ["batch", 2, "past + sequence", 8] for n in expected}
 
 
 def test_file_has_the_opset_of_the_recipe_and_external_data(export: Export) -> None:
@@ -149,15 +165,20 @@ def test_export_leaves_the_model_as_it_was(export: Export) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 33), (5, 2)])
 def test_any_batch_and_sequence_can_be_run(export: Export, shape: tuple[int, int]) -> None:
     session = ort.InferenceSession(export.path, providers=["CPUExecutionProvider"])
-    feeds = {spec.name: np.ones(shape, np.int64) for spec in export.recipe.inputs}
-    (output,) = session.run(None, feeds)
+    floats = NUMPY[export.dtype]
+    sizes = {"batch": shape[0], "sequence": shape[1], "past": 0}
+    feeds = {
+        spec.name: np.ones(shape_of(spec, sizes), {"int64": np.int64}.get(spec.dtype, floats))
+        for spec in signature_of(export.recipe, export.model).inputs
+    }
+    output = session.run(None, feeds)[0]
     assert output.shape[:2] == shape
     assert output.dtype == NUMPY[export.dtype]
     assert np.isfinite(output).all()
 
 
 def test_file_computes_what_the_module_computes(export: Export) -> None:
-    (check,) = compare_with_torch(
+    check, *cached = compare_with_torch(
         export.model,
         export.path,
         export.recipe,
@@ -166,31 +187,43 @@ def test_file_computes_what_the_module_computes(export: Export) -> None:
         vocabulary=VOCABULARY,
     )
     assert (check.output, check.passed) == (export.recipe.outputs[0].name, True)
-    assert [shape[:2] for shape in check.shapes] == [(1, 8), (2, 17), (3, 5)]
+    shapes = {
+        "bert": [(1, 8), (2, 17), (3, 5)],
+        "llama": [(1, 8), (2, 6), (2, 5), (3, 1)],
+    }
+    assert [shape[:2] for shape in check.shapes] == shapes[export.family]
     assert 0 < check.max_abs_difference <= check.tolerance
+    assert len(cached) == {"bert": 0, "llama": 4}[export.family]
+    for check in cached:
+        # Prefill from an empty past, of one row and of a padded batch; a second chunk; one token.
+        assert check.shapes == ((1, 2, 8, 8), (2, 2, 6, 8), (2, 2, 14, 8), (3, 2, 8, 8))
+        assert 0 < check.max_abs_difference <= check.tolerance
 
 
 AGAIN = """
 import sys
 from pathlib import Path
 import torch
-from graph_models import block_linears, shipped_recipe, tiny_bert
+from graph_models import block_linears, shipped_recipe, tiny_bert, tiny_llama
 from prox24_deploy.graph.export import export_onnx, hash_onnx
 torch.set_num_threads(1)
-model = tiny_bert()
+family, dtype, out = sys.argv[1:]
+model = {"bert": tiny_bert, "llama": tiny_llama}[family]()
 export_onnx(
-    model, shipped_recipe("bert"), Path(sys.argv[1]), dtype="float32", sparse=block_linears(model)
+    model, shipped_recipe(family), Path(out), dtype=dtype, sparse=block_linears(model)
 )
-print(hash_onnx(Path(sys.argv[1]))[0])
+print(hash_onnx(Path(out))[0])
 """
 
 
-@pytest.mark.parametrize("export", [("bert", "float32")], indirect=True, ids="-".join)
+@pytest.mark.parametrize(
+    "export", [("bert", "float32"), ("llama", "float16")], indirect=True, ids="-".join
+)
 def test_another_process_writes_the_same_bytes(export: Export, tmp_path: Path) -> None:
-    here = str(Path(__file__).parent)
+    here, again = str(Path(__file__).parent), str(tmp_path / "again")
     environment = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": here}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", AGAIN, str(tmp_path / "again")],
+        [sys.executable, "-W", "ignore", "-c", AGAIN, export.family, export.dtype, again],
         env=environment,
         check=True,
         capture_output=True,

@@ -26,6 +26,7 @@ def open_tiny(path: Path, text: Path, tokens: int = 7000, length: int = 64) -> O
     """Every call builds a new model, so that one may be changed."""
     directory = open_model_dir(path)
     recipe, recipe_text = select_recipe(path, directory.model_type, None)
+    recipe = recipe.for_architecture(directory.architecture)
     texts, _ = read_texts([text], [text], 0)
     tokenizer = load_tokenizer(directory)
     samples = make_samples(texts, tokenizer, recipe, tokens=tokens, max_length=length)

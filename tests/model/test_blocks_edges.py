@@ -261,4 +261,9 @@ def test_rows_of_padding_are_dropped_for_any_number_of_axes() -> None:
 @pytest.mark.parametrize("shape", [(6, 4), (3, 2, 4), (2, 3, 1, 4), (2, 4)])
 def test_inputs_without_a_row_for_each_position_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(RecipeError, match=r"expected \(2, 3\) positions; list it under `ignore`"):
-        real_rows(torch.zeros(shape), torch.ones(2, 3, dtype=torch.bool))
+        real_rows(torch.zeros(shape), torch.tensor([[True, True, True], [True, True, False]]))
+
+
+def test_flattened_inputs_are_taken_where_no_order_could_matter() -> None:
+    tensor = torch.arange(24.0).view(6, 4)
+    assert real_rows(tensor, torch.ones(2, 3, dtype=torch.bool)) is tensor

@@ -11,6 +11,7 @@ from opened import open_tiny
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import TextSource
+from prox24_deploy.errors import RecipeError
 from prox24_deploy.model.calibration import Samples
 from prox24_deploy.model.evaluate import (
     evaluate_embeddings,
@@ -19,6 +20,7 @@ from prox24_deploy.model.evaluate import (
     mean_estimate,
     pooling_of,
 )
+from prox24_deploy.recipe import Embedding
 
 
 def quiet(*_: object) -> None:
@@ -151,3 +153,17 @@ def test_the_task_decides_the_headline(
 def test_one_value_has_no_spread() -> None:
     estimate = mean_estimate(torch.tensor([2.0]))
     assert (estimate.value, estimate.standard_error) == (2.0, 0.0)
+
+
+def test_the_recipe_and_the_directory_must_pool_alike(tmp_path: Path) -> None:
+    cls = Embedding(pooling="cls", normalize=True)
+    hidden, real = torch.tensor([[[1.0, 2.0], [3.0, 6.0]]]), torch.tensor([[True, True]])
+    assert pooling_of(tmp_path, cls)(hidden, real).tolist() == [[1.0, 2.0]]
+    declared = tmp_path / "1_Pooling" / "config.json"
+    declared.parent.mkdir()
+    declared.write_text('{"pooling_mode": "cls"}', encoding="utf-8")
+    assert pooling_of(tmp_path, cls)(hidden, real).tolist() == [[1.0, 2.0]]
+    declared.write_text('{"pooling_mode": "mean"}', encoding="utf-8")
+    message = r"The recipe pools by 'cls', but .*config\.json declares another .* under \[embedd"
+    with pytest.raises(RecipeError, match=message):
+        pooling_of(tmp_path, cls)

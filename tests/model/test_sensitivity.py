@@ -14,7 +14,8 @@ from prox24_deploy.errors import CalibrationError, UsageError
 from prox24_deploy.model import sensitivity
 from prox24_deploy.model.blocks import find_blocks
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
-from prox24_deploy.model.evaluate import embed, loss_against, pooling_of
+from prox24_deploy.model.evaluate import embed, pooling_of
+from prox24_deploy.model.losses import loss_against
 from prox24_deploy.model.prune import prune_model
 from prox24_deploy.model.selection import left_dense
 from prox24_deploy.model.sensitivity import SensitivityStore, measure_sensitivity, over_budget
@@ -197,7 +198,7 @@ def test_the_loss_of_the_dense_model_is_zero(family: Path, prose: Path) -> None:
         loss = loss_against(
             opened.model, opened.recipe.task, opened.batches, pooling_of(opened.directory.path)
         )
-        values = loss(opened.model)
+        values = loss.of(opened.model)
     assert len(values) == sum(len(batch.real) for batch in opened.batches)
     torch.testing.assert_close(values, torch.zeros_like(values), rtol=0, atol=1e-12)
 

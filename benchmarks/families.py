@@ -1,0 +1,222 @@
+"""Every model family in every dtype, from a model directory to ONNX and TensorRT-RTX, in one table.
+
+    python benchmarks/families.py [ROW ...] [--jobs N]
+
+The models are tiny and random, their weights projected to 2:4 by magnitude. The command fails
+unless every row is exported, agrees with PyTorch, is proven 2:4, carries the bits of the checkpoint
+and, where TensorRT-RTX is installed, builds for SM86 and SM120.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 - makes "bfloat16" a dtype that numpy knows
+import onnx
+import torch
+from onnx import numpy_helper
+from safetensors import safe_open
+from tiny_families import FAMILIES, VOCABULARY, tiny_model
+from torch import nn
+
+from prox24_deploy.artifacts import DType
+from prox24_deploy.engines.tensorrt_rtx import ShapeRange, compile_plans
+from prox24_deploy.errors import BackendMissingError
+from prox24_deploy.graph.check import check_path, require_24
+from prox24_deploy.graph.export import export_onnx
+from prox24_deploy.graph.module import TORCH_DTYPES
+from prox24_deploy.graph.numerics import compare_with_torch
+from prox24_deploy.graph.signature import read_inputs
+from prox24_deploy.model.blocks import find_blocks, target_layers
+from prox24_deploy.model.checkpoint import checkpoint_name
+from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
+from prox24_deploy.model.layers import reduction_axis
+from prox24_deploy.pruning.pattern import mask_24
+from prox24_deploy.recipe import Recipe, select_recipe, shape_of
+
+DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16")
+CAPABILITIES = ("SM86", "SM120")
+NO_KERNELS = "no bfloat16 kernels"
+NOT_INSTALLED = "not installed"
+# Least, usual and largest size of each axis in the optimisation profile.
+_RANGES = {"batch": (1, 2, 4), "sequence": (1, 8, 32), "past": (0, 8, 32)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one model did in one dtype.
+
+    `difference` is ONNX Runtime's largest from PyTorch over all outputs, relative to the largest
+    magnitude of each, or why there is none. `plans` says of each capability what came of it.
+    """
+
+    family: str
+    dtype: DType
+    outputs: int
+    pruned: int
+    proven: int
+    same_bits: int
+    difference: float | str
+    plans: dict[str, str]
+    seconds: float
+
+
+def measure(family: str, dtype: DType) -> Row:
+    """Take one model through everything; every failure but a missing TensorRT-RTX is raised."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        directory, recipe, names = write_pruned(root / "model", family, dtype)
+        model = load_model(directory, recipe, torch.device("cpu"))
+        path = export_onnx(model, recipe, root / "onnx", dtype=dtype, sparse=names)
+        require_24(report := check_path(path))
+        checks = compare_with_torch(
+            model, path, recipe, dtype=dtype, twin="sparse", vocabulary=VOCABULARY
+        )
+        # The tolerance is a fixed part of the largest magnitude: 1e-4 or 2e-2.
+        part = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 0.0}[dtype]
+        ratios = [part * check.max_abs_difference / check.tolerance for check in checks]
+        return Row(
+            family,
+            dtype,
+            len(onnx.load(path, load_external_data=False).graph.output),
+            len(names),
+            sum(check.expected and check.is_24 for check in report.tensors),
+            same_bits(directory, path, names),
+            max(ratios) if ratios else NO_KERNELS,
+            build_plans(path, root / "plans"),
+            time.perf_counter() - began,
+        )
+
+
+def write_pruned(path: Path, family: str, dtype: DType) -> tuple[ModelDir, Recipe, list[str]]:
+    """Write the family's model in `dtype` with all targets 2:4; also returns their names."""
+    model = tiny_model(family)
+    model.save_pretrained(path)  # type: ignore[operator]  # a transformers model
+    directory = open_model_dir(path)
+    recipe, _ = select_recipe(path, directory.model_type, None)
+    recipe = recipe.for_architecture(directory.architecture)
+    names = targets(model, recipe)
+    for name in names:
+        layer = model.get_submodule(name)
+        weight = layer.get_parameter("weight")
+        kept = mask_24(weight.data.abs(), reduction_axis(layer))  # type: ignore[arg-type]
+        weight.data = torch.where(kept, weight.data, 0.0)
+    nn.Module.to(model, TORCH_DTYPES[dtype])
+    model.save_pretrained(path)  # type: ignore[operator]
+    return open_model_dir(path), recipe, names
+
+
+def targets(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Module paths of every layer that the recipe prunes."""
+    return [
+        f"{recipe.blocks}.{i}.{name}"
+        for i, block in enumerate(find_blocks(model, recipe))
+        for name in target_layers(block, recipe)
+    ]
+
+
+def same_bits(directory: ModelDir, path: Path, names: Sequence[str]) -> int:
+    """How many weights have the bytes of the checkpoint in the ONNX file, plain or transposed."""
+    stored = {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer
+    }
+    return sum(
+        any(
+            f"{name}.{suffix}" in stored
+            and stored[f"{name}.{suffix}"].tobytes() == _bytes(directory, name, transposed)
+            for suffix, transposed in (("weight_t", True), ("weight", False))
+        )
+        for name in names
+    )
+
+
+def _bytes(directory: ModelDir, name: str, transposed: bool) -> bytes:
+    tensor_name = checkpoint_name(directory, f"{name}.weight")
+    with safe_open(directory.tensors[tensor_name].shard, framework="pt") as handle:
+        tensor: torch.Tensor = handle.get_tensor(tensor_name)
+    tensor = (tensor.T if transposed else tensor).contiguous()
+    return tensor.view(torch.uint8).numpy().tobytes()
+
+
+def build_plans(path: Path, out: Path) -> dict[str, str]:
+    """Compile for every capability with one profile over all dynamic axes."""
+    ranges: dict[str, ShapeRange] = {}
+    for spec in read_inputs(path):
+        least, usual, most = (
+            shape_of(spec, {axis: sizes[i] for axis, sizes in _RANGES.items()}) for i in range(3)
+        )
+        ranges[spec.name] = (least, usual, most)
+    try:
+        plans = compile_plans(path, out, CAPABILITIES, ranges)
+    except BackendMissingError:
+        return dict.fromkeys(CAPABILITIES, NOT_INSTALLED)
+    return {name: f"{plan.stat().st_size} B" for name, plan in plans.items()}
+
+
+def require(row: Row) -> None:
+    """Assert what every row must reach."""
+    assert row.pruned == row.proven == row.same_bits > 0, row
+    assert (row.difference == NO_KERNELS) == (row.dtype == "bfloat16"), row
+    assert all(plan == NOT_INSTALLED or plan.endswith(" B") for plan in row.plans.values()), row
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text."""
+    head = ["family", "dtype", "outputs", "ONNX Runtime", "2:4", "same bits", *CAPABILITIES, "s"]
+    cells = [
+        [
+            row.family,
+            row.dtype,
+            str(row.outputs),
+            row.difference if isinstance(row.difference, str) else f"{row.difference:.1e}",
+            f"{row.proven}/{row.pruned}",
+            f"{row.same_bits}/{row.pruned}",
+            *(row.plans[name] for name in CAPABILITIES),
+            f"{row.seconds:.1f}",
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    lines = [head, ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", default=list(FAMILIES), metavar="ROW")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options: Any = parser.parse_args(arguments)
+    began = time.perf_counter()
+    pairs = [(family, dtype) for family in options.rows for dtype in DTYPES]
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), _prepare) as pool:
+        rows = list(pool.map(measure, *zip(*pairs, strict=True)))
+    seconds = time.perf_counter() - began
+    print(table(rows))
+    print(json.dumps({"families": [asdict(row) for row in rows], "seconds": round(seconds, 1)}))
+    for row in rows:
+        require(row)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,89 @@
+"""One tiny random model for every family and head that a shipped recipe knows: two layers each."""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+VOCABULARY = 96
+_IDS = {"vocab_size": VOCABULARY, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+# Far from the tiny default of 0.02, so that every layer matters for the outputs that are compared.
+_SPREAD = {"initializer_range": 0.2}
+_COMMON = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 80,
+    **_IDS,
+    **_SPREAD,
+}
+_GROUPED = _COMMON | {"num_key_value_heads": 2, "head_dim": 8}
+_SLIDING = _GROUPED | {"sliding_window": 6}
+_ALTERNATING = ["sliding_attention", "full_attention"]
+_GPT2 = {"n_positions": 80, "n_embd": 32, "n_layer": 2, "n_head": 4, **_IDS, **_SPREAD}
+_OPT = {
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 64,
+    "max_position_embeddings": 80,
+    "init_std": 0.2,
+    **_IDS,
+}
+_DISTILBERT = {
+    "dim": 32,
+    "hidden_dim": 64,
+    "n_layers": 2,
+    "n_heads": 4,
+    "max_position_embeddings": 80,
+    **_IDS,
+    **_SPREAD,
+}
+_MODERNBERT = _COMMON | {
+    "layer_types": _ALTERNATING,
+    "local_attention": 8,
+    "cls_token_id": 0,
+    "sep_token_id": 2,
+}
+
+# Class of transformers and options of its configuration.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", _GROUPED | {"tie_word_embeddings": True}),
+    "mistral": ("MistralForCausalLM", _SLIDING),
+    "qwen2": ("Qwen2ForCausalLM", _COMMON | {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3ForCausalLM", _GROUPED),
+    "gemma": ("GemmaForCausalLM", _GROUPED),
+    "gemma2": ("Gemma2ForCausalLM", _SLIDING),
+    "gemma3_text": ("Gemma3ForCausalLM", _SLIDING | {"layer_types": _ALTERNATING}),
+    "phi": ("PhiForCausalLM", _COMMON),
+    "phi3": ("Phi3ForCausalLM", _COMMON),
+    "gpt2": ("GPT2LMHeadModel", _GPT2),
+    "opt": ("OPTForCausalLM", _OPT),
+    "bert": ("BertModel", _COMMON),
+    "bert, text classes": ("BertForSequenceClassification", _COMMON),
+    "bert, token classes": ("BertForTokenClassification", _COMMON),
+    "roberta": ("RobertaModel", _COMMON),
+    "roberta, text classes": ("RobertaForSequenceClassification", _COMMON),
+    "xlm-roberta, token classes": ("XLMRobertaForTokenClassification", _COMMON),
+    "distilbert": ("DistilBertModel", _DISTILBERT),
+    "distilbert, text classes": ("DistilBertForSequenceClassification", _DISTILBERT),
+    "mpnet": ("MPNetModel", _COMMON),
+    "mpnet, text classes": ("MPNetForSequenceClassification", _COMMON),
+    "modernbert": ("ModernBertModel", _MODERNBERT),
+    "modernbert, text classes": ("ModernBertForSequenceClassification", _MODERNBERT),
+}
+
+
+def tiny_model(row: str, **options: Any) -> nn.Module:
+    """The model of one row, the same in every process; float32, evaluation mode.
+
+    `options` of its configuration win over those of the row.
+    """
+    torch.manual_seed(0)
+    name, known = FAMILIES[row]
+    made = getattr(transformers, name)
+    model: nn.Module = made(made.config_class(**(known | options)))
+    return model.eval()

@@ -1,0 +1,87 @@
+"""Every family runs block by block: its calls are recorded, its targets found and pruned."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_families import FAMILIES, VOCABULARY, tiny_model
+
+from prox24_deploy.model.blocks import find_blocks, run_block, run_model, target_layers
+from prox24_deploy.model.calibration import Batch
+from prox24_deploy.model.checkpoint import BlockStore
+from prox24_deploy.model.flow import start_flow
+from prox24_deploy.model.layers import reduction_axis
+from prox24_deploy.model.prune import prune_model
+from prox24_deploy.options import PruneOptions
+from prox24_deploy.pruning.pattern import is_24
+from prox24_deploy.recipe import Recipe, parse_recipe, shipped_recipes
+
+RECIPES = [parse_recipe(text, family) for family, text in shipped_recipes().items()]
+
+
+def recipe_of(model: torch.nn.Module) -> Recipe:
+    kind = model.config.model_type  # type: ignore[union-attr]
+    (recipe,) = [recipe for recipe in RECIPES if kind in recipe.model_types]
+    return recipe.for_architecture(type(model).__name__)
+
+
+def batch(recipe: Recipe) -> Batch:
+    """Three rows of twelve tokens, the last padded on the right unless the model is causal."""
+    ids = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
+    real = torch.ones(3, 12, dtype=torch.bool)
+    if recipe.task != "text-generation":
+        real[2, 7:] = False
+    ids[~real] = 1
+    known = {
+        "input_ids": ids,
+        "attention_mask": real.long(),
+        "token_type_ids": torch.zeros_like(ids),
+    }
+    names = [spec.name for spec in recipe.inputs]
+    return Batch({name: known[name] for name in names if name in known}, real)
+
+
+@pytest.mark.parametrize("row", FAMILIES)
+@torch.no_grad()
+def test_blocks_run_one_at_a_time_give_what_the_model_gives(row: str) -> None:
+    model = tiny_model(row)
+    recipe = recipe_of(model)
+    blocks = find_blocks(model, recipe)
+    part = batch(recipe)
+    flow = start_flow(model, blocks, recipe, (part,))
+    seen: list[torch.Tensor | tuple[torch.Tensor, ...]] = []
+    blocks[-1].register_forward_hook(lambda _, __, out: seen.append(out))
+    run_model(model, part, recipe.task)
+    hidden = flow.dense[0]
+    for block, call in zip(blocks, flow.calls[0], strict=True):
+        hidden = run_block(block, call, hidden)
+    output = seen[0]
+    expected = output[0] if isinstance(output, tuple) else output
+    assert torch.equal(hidden[part.real], expected[part.real])
+
+
+@pytest.mark.parametrize("row", FAMILIES)
+def test_every_target_is_pruned_and_nothing_else(row: str, tmp_path: Path) -> None:
+    model = tiny_model(row)
+    recipe = recipe_of(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    blocks = find_blocks(model, recipe)
+    names = [
+        f"{recipe.blocks}.{i}.{name}.weight"
+        for i, block in enumerate(blocks)
+        for name in target_layers(block, recipe)
+    ]
+    state = prune_model(
+        model, recipe, (batch(recipe),), (batch(recipe),), PruneOptions(method="magnitude"),
+        stored_dtype=lambda _: torch.float32, store=BlockStore(tmp_path),
+        progress=lambda *_: None,
+    )  # fmt: skip
+    assert sorted(state.weights) == sorted(names)
+    for name in names:
+        axis = reduction_axis(model.get_submodule(name.removesuffix(".weight")))  # type: ignore[arg-type]
+        assert is_24(model.get_parameter(name), axis)
+    pruned = [layer for layer in state.layers if layer.status == "pruned"]
+    assert all(0 < float(layer.relative_error or math.nan) < 1 for layer in pruned)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == set(names)
