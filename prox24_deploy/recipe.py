@@ -6,7 +6,7 @@ the shipped recipe whose `model_types` lists the model.
 
 import importlib.resources
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal
@@ -203,8 +203,15 @@ def shipped_recipes() -> dict[str, str]:
     }
 
 
-def select_recipe(model_dir: Path, model_type: str, explicit: Path | None) -> tuple[Recipe, str]:
+def select_recipe(
+    model_dir: Path,
+    model_type: str,
+    explicit: Path | None,
+    suggest: Callable[[], str] = str,
+) -> tuple[Recipe, str]:
     """Choose the one recipe that applies and return it with its TOML text.
+
+    `suggest` is asked for the TOML of a recipe to try where none applies, "" for none.
 
     Raises:
         RecipeError: the chosen recipe cannot be read, or no shipped recipe knows `model_type`.
@@ -218,10 +225,17 @@ def select_recipe(model_dir: Path, model_type: str, explicit: Path | None) -> tu
         if model_type in recipe.model_types:
             return recipe, text
     known = ", ".join(f"{name} ({', '.join(r.model_types)})" for name, (r, _) in shipped.items())
+    skeleton = suggest()
+    remedy = (
+        "copy the nearest one, adapt its blocks, targets, inputs and outputs, and pass it with "
+        "--recipe."
+    )
+    if skeleton:
+        drawn = "this one was drawn from the model, save it, correct it and pass it with --recipe:"
+        remedy = f"{drawn}\n\n{skeleton}"
     raise RecipeError(
         f"No recipe supports model_type {model_type!r} of {model_dir}; shipped families are "
-        f"{known}; copy the nearest one, adapt its blocks, targets, inputs and outputs, and pass "
-        "it with --recipe."
+        f"{known}; {remedy}"
     )
 
 
