@@ -137,6 +137,7 @@ def auto_classes() -> dict[Task, Any]:
     transformers = quiet_transformers()
     return {
         "feature-extraction": transformers.AutoModel,
+        "text-encoding": transformers.AutoModelForTextEncoding,
         "text-generation": transformers.AutoModelForCausalLM,
         "text-classification": transformers.AutoModelForSequenceClassification,
         "token-classification": transformers.AutoModelForTokenClassification,

@@ -18,6 +18,7 @@ _TASKS: tuple[tuple[str, Task], ...] = (
     ("LMHeadModel", "text-generation"),
     ("ForSequenceClassification", "text-classification"),
     ("ForTokenClassification", "token-classification"),
+    ("EncoderModel", "text-encoding"),
     ("", "feature-extraction"),
 )
 _OUTPUTS: dict[Task, tuple[str, str]] = {
@@ -25,7 +26,18 @@ _OUTPUTS: dict[Task, tuple[str, str]] = {
     "text-classification": ("logits", '"batch", "labels"'),
     "token-classification": ("logits", '"batch", "sequence", "labels"'),
     "feature-extraction": ("last_hidden_state", '"batch", "sequence", "hidden"'),
+    "text-encoding": ("last_hidden_state", '"batch", "sequence", "hidden"'),
 }
+
+
+def advise(directory: ModelDir) -> str:
+    """How to go on with a model of an unknown family, as the end of a sentence; "" if unknown."""
+    if directory.config.get("is_encoder_decoder"):
+        return "it is an encoder-decoder, whose two graphs cannot be exported yet."
+    if skeleton := skeleton_recipe(directory):
+        how = "this one was drawn from the model, save it, correct it and pass it with --recipe"
+        return f"{how}:\n\n{skeleton}"
+    return ""
 
 
 def skeleton_recipe(directory: ModelDir) -> str:
