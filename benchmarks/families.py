@@ -27,12 +27,12 @@ import onnx
 import torch
 from onnx import numpy_helper
 from safetensors import safe_open
-from tiny_families import FAMILIES, VOCABULARY, tiny_model
+from tiny_families import FAMILIES, REFUSED, VOCABULARY, tiny_model
 from torch import nn
 
 from prox24_deploy.artifacts import DType
 from prox24_deploy.engines.tensorrt_rtx import ShapeRange, compile_plans
-from prox24_deploy.errors import BackendMissingError
+from prox24_deploy.errors import BackendMissingError, RecipeError
 from prox24_deploy.graph.check import check_path, require_24
 from prox24_deploy.graph.export import export_onnx
 from prox24_deploy.graph.module import TORCH_DTYPES
@@ -42,6 +42,7 @@ from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.checkpoint import checkpoint_name
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.model.layers import reduction_axis
+from prox24_deploy.model.skeleton import advise
 from prox24_deploy.pruning.pattern import mask_24
 from prox24_deploy.recipe import Recipe, select_recipe, shape_of
 
@@ -100,13 +101,30 @@ def measure(family: str, dtype: DType) -> Row:
         )
 
 
+def refusal(family: str) -> str:
+    """What a family that cannot be exported is told; fails if it is not refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model(family).save_pretrained(folder)  # type: ignore[operator]  # of transformers
+        directory = open_model_dir(Path(folder))
+        try:
+            recipe_for(directory)
+        except RecipeError as error:
+            return str(error).replace(f" of {folder}", "")
+    raise AssertionError(f"{family} is not refused any more; give it a row of its own")
+
+
+def recipe_for(directory: ModelDir) -> Recipe:
+    """The shipped recipe that a build of this directory would take."""
+    recipe, _ = select_recipe(directory.path, directory.model_type, None, lambda: advise(directory))
+    return recipe.for_architecture(directory.architecture)
+
+
 def write_pruned(path: Path, family: str, dtype: DType) -> tuple[ModelDir, Recipe, list[str]]:
     """Write the family's model in `dtype` with all targets 2:4; also returns their names."""
     model = tiny_model(family)
     model.save_pretrained(path)  # type: ignore[operator]  # a transformers model
     directory = open_model_dir(path)
-    recipe, _ = select_recipe(path, directory.model_type, None)
-    recipe = recipe.for_architecture(directory.architecture)
+    recipe = recipe_for(directory)
     names = targets(model, recipe)
     for name in names:
         layer = model.get_submodule(name)
@@ -212,10 +230,14 @@ def main(arguments: Sequence[str]) -> None:
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), _prepare) as pool:
         rows = list(pool.map(measure, *zip(*pairs, strict=True)))
     seconds = time.perf_counter() - began
+    refused = {family: refusal(family) for family in REFUSED}
     print(table(rows))
+    print("\nNot exported:\n" + "\n".join(f"{name}: {why}" for name, why in refused.items()))
     print(json.dumps({"families": [asdict(row) for row in rows], "seconds": round(seconds, 1)}))
     for row in rows:
         require(row)
+    for family, (_, _, why) in REFUSED.items():
+        assert refused[family].endswith(why), refused[family]
 
 
 if __name__ == "__main__":

@@ -49,6 +49,19 @@ _MODERNBERT = _COMMON | {
     "sep_token_id": 2,
 }
 
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, **_IDS}
+_BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "decoder_start_token_id": 2,
+    **_IDS,
+}
+
 # Class of transformers and options of its configuration.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", _GROUPED | {"tie_word_embeddings": True}),
@@ -74,6 +87,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mpnet, text classes": ("MPNetForSequenceClassification", _COMMON),
     "modernbert": ("ModernBertModel", _MODERNBERT),
     "modernbert, text classes": ("ModernBertForSequenceClassification", _MODERNBERT),
+    "t5, encoder": ("T5EncoderModel", _T5),
+    "t5, gated encoder": ("T5EncoderModel", _T5 | {"feed_forward_proj": "gated-gelu"}),
+}
+
+# Families that cannot be exported today, and how they are refused.
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "t5": (
+        "T5ForConditionalGeneration",
+        _T5,
+        "Recipe t5 does not support T5ForConditionalGeneration: only encoders (T5EncoderModel) are "
+        "exported yet, and its decoder would be lost.",
+    ),
+    "bart": (
+        "BartForConditionalGeneration",
+        _BART,
+        "it is an encoder-decoder, whose two graphs cannot be exported yet.",
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        _BART,
+        "it is an encoder-decoder, whose two graphs cannot be exported yet.",
+    ),
 }
 
 
@@ -83,7 +118,7 @@ def tiny_model(row: str, **options: Any) -> nn.Module:
     `options` of its configuration win over those of the row.
     """
     torch.manual_seed(0)
-    name, known = FAMILIES[row]
+    name, known = FAMILIES[row] if row in FAMILIES else REFUSED[row][:2]
     made = getattr(transformers, name)
     model: nn.Module = made(made.config_class(**(known | options)))
     return model.eval()

@@ -6,7 +6,7 @@ the shipped recipe whose `model_types` lists the model.
 
 import importlib.resources
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +23,11 @@ _CACHE_AXIS = "past"
 _SUM = " + "
 
 Task = Literal[
-    "feature-extraction", "text-generation", "text-classification", "token-classification"
+    "feature-extraction",
+    "text-encoding",
+    "text-generation",
+    "text-classification",
+    "token-classification",
 ]
 
 
@@ -52,6 +56,13 @@ class Head(_Table):
     architectures: Annotated[list[str], Field(min_length=1)]
     blocks: str
     outputs: Annotated[list[TensorSpec], Field(min_length=1)]
+
+
+class Unsupported(_Table):
+    """Architectures of a family, as globs, that are refused, and why; `reason` ends a sentence."""
+
+    architectures: Annotated[list[str], Field(min_length=1)]
+    reason: str
 
 
 class Embedding(_Table):
@@ -114,6 +125,7 @@ class Recipe(_Table):
     inputs: Annotated[list[TensorSpec], Field(min_length=1)]
     outputs: Annotated[list[TensorSpec], Field(min_length=1)]
     heads: list[Head] = []
+    unsupported: list[Unsupported] = []
     embedding: Embedding | None = None
     limits: Limits = Limits()
 
@@ -147,7 +159,15 @@ class Recipe(_Table):
         """What applies to a model of this class: the first matching head, else the recipe itself.
 
         A head takes the place of the sentence embedding too.
+
+        Raises:
+            RecipeError: the recipe says that this class is not supported.
         """
+        for refused in self.unsupported:
+            if any(fnmatch(architecture, pattern) for pattern in refused.architectures):
+                raise RecipeError(
+                    f"Recipe {self.family} does not support {architecture}: {refused.reason}."
+                )
         for head in self.heads:
             if any(fnmatch(architecture, pattern) for pattern in head.architectures):
                 update = {"task": head.task, "blocks": head.blocks, "outputs": head.outputs}
@@ -203,8 +223,15 @@ def shipped_recipes() -> dict[str, str]:
     }
 
 
-def select_recipe(model_dir: Path, model_type: str, explicit: Path | None) -> tuple[Recipe, str]:
+def select_recipe(
+    model_dir: Path,
+    model_type: str,
+    explicit: Path | None,
+    advise: Callable[[], str] = str,
+) -> tuple[Recipe, str]:
     """Choose the one recipe that applies and return it with its TOML text.
+
+    `advise` is asked how to go on where none applies; "" leaves it at general advice.
 
     Raises:
         RecipeError: the chosen recipe cannot be read, or no shipped recipe knows `model_type`.
@@ -218,10 +245,13 @@ def select_recipe(model_dir: Path, model_type: str, explicit: Path | None) -> tu
         if model_type in recipe.model_types:
             return recipe, text
     known = ", ".join(f"{name} ({', '.join(r.model_types)})" for name, (r, _) in shipped.items())
+    remedy = advise() or (
+        "copy the nearest one, adapt its blocks, targets, inputs and outputs, and pass it with "
+        "--recipe."
+    )
     raise RecipeError(
         f"No recipe supports model_type {model_type!r} of {model_dir}; shipped families are "
-        f"{known}; copy the nearest one, adapt its blocks, targets, inputs and outputs, and pass "
-        "it with --recipe."
+        f"{known}; {remedy}"
     )
 
 
@@ -236,6 +266,7 @@ def _first_problem(error: ValidationError) -> str:
             "limits": Limits,
             "overrides": Override,
             "heads": Head,
+            "unsupported": Unsupported,
             "embedding": Embedding,
         }
         inner = tables.get(str(problem["loc"][0])) if len(problem["loc"]) > 1 else None

@@ -37,16 +37,19 @@ def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
     from prox24_deploy.model.calibration import make_samples, read_texts
     from prox24_deploy.model.directory import load_tokenizer, open_model_dir
     from prox24_deploy.model.evaluate import pooling_of
+    from prox24_deploy.model.skeleton import advise
 
     directory = open_model_dir(model_dir)
     if out.resolve().is_relative_to(model_dir.resolve()):
         raise BundleError(f"Output {out} lies in the model directory {model_dir}; pass another -o.")
-    recipe, recipe_text = select_recipe(model_dir, directory.model_type, options.recipe)
+    recipe, recipe_text = select_recipe(
+        model_dir, directory.model_type, options.recipe, lambda: advise(directory)
+    )
     recipe = recipe.for_architecture(directory.architecture)
     text = options.text
     texts = read_texts(text.calibration, text.evaluation, text.seed)
     tokenizer = load_tokenizer(directory)
-    if recipe.task == "feature-extraction":
+    if recipe.task in {"feature-extraction", "text-encoding"}:
         pooling_of(model_dir, recipe.embedding)
     budgets = (text.calibration_tokens, text.evaluation_tokens)
     longest = min(recipe.sequence_length, longest_of(directory.config, recipe))

@@ -139,6 +139,15 @@ def test_a_head_replaces_task_blocks_and_outputs_for_its_architectures_alone() -
     assert recipe.for_architecture("MineForMaskedLM") == recipe
 
 
+def test_an_unsupported_architecture_is_refused_with_its_reason() -> None:
+    refused = '[[unsupported]]\narchitectures = ["MineFor*"]\nreason = "its head is odd"\n'
+    recipe = parse_recipe(MINIMAL + refused, "memory")
+    assert recipe.for_architecture("MineModel") == recipe
+    message = r"^Recipe mine does not support MineForSums: its head is odd\.$"
+    with pytest.raises(RecipeError, match=message):
+        recipe.for_architecture("MineForSums")
+
+
 def test_a_cache_and_its_axis_go_together() -> None:
     recipe = parse_recipe(CACHED, "memory")
     assert recipe.cache
@@ -184,6 +193,7 @@ def test_a_limit_at_the_border_is_taken(value: str) -> None:
         (OUTPUTS, f"{OUTPUTS}[limits]\nmax_slowdwn = 0.1\n", "max_slowdown"),
         ('name = "input_ids"', 'nam = "input_ids"', "name, dtype, axes"),
         (OUTPUTS, f"{OUTPUTS}[embedding]\npool = 1\n", "keys of embedding are pooling, normalize"),
+        (OUTPUTS, f"{OUTPUTS}[[unsupported]]\nx = 1\n", "of unsupported are architectures, reason"),
         (OUTPUTS, f"{OUTPUTS}[[heads]]\nx = 1\n", "keys of heads are task, architectures, blocks"),
     ],
 )
@@ -238,10 +248,15 @@ def test_a_folder_named_like_a_recipe_is_none(tmp_path: Path) -> None:
     assert select_recipe(tmp_path, "bert", None)[0].family == "bert"
 
 
+def test_advice_on_an_unknown_family_takes_the_place_of_the_general_one(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"t5 \(t5\); try this:\n\nfamily = 1$"):
+        select_recipe(tmp_path, "perceiver", None, lambda: "try this:\n\nfamily = 1")
+
+
 def test_an_unknown_family_lists_the_known_ones_and_the_remedy(tmp_path: Path) -> None:
     message = (
         rf"No recipe supports model_type 'perceiver' of {tmp_path}; shipped families are "
-        r"bert \(bert\), .*, roberta \(roberta, xlm-roberta\); "
+        r"bert \(bert\), .*, roberta \(roberta, xlm-roberta\), t5 \(t5\); "
         r"copy the nearest one, .* pass it with --recipe\.$"
     )
     with pytest.raises(RecipeError, match=message):

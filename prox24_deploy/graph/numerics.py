@@ -1,7 +1,7 @@
 """Compare an exported file in ONNX Runtime with the module it was exported from."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,8 @@ from torch import nn
 
 from prox24_deploy.artifacts import DType, NumericsCheck
 from prox24_deploy.errors import ExportError
+from prox24_deploy.graph.activations import range_guard, watched
+from prox24_deploy.graph.bisect import first_difference
 from prox24_deploy.graph.groups import Array
 from prox24_deploy.graph.module import RecipeModule, copy_with, rounded_to
 from prox24_deploy.graph.signature import Signature
@@ -63,7 +65,8 @@ def compare_with_torch(
         One passed check per output, or nothing for bfloat16.
 
     Raises:
-        ExportError: the file does not load, or an output differs by more than the tolerance.
+        ExportError: the file does not load, an activation does not fit `dtype`, or an output
+            differs by more than the tolerance; names the module where the difference begins.
     """
     if dtype == "bfloat16":
         return ()
@@ -71,12 +74,16 @@ def compare_with_torch(
     reference = RecipeModule(copy_with(model, rounded_to(dtype)), recipe).eval()
     signature = reference.signature
     generator = np.random.default_rng(seed)
-    runs = []
-    for sizes in _sizes(signature):
-        feeds = _feeds(signature, sizes, vocabulary, generator)
-        runs.append(_differences(session, reference, dtype, feeds))
+    feeds = [_feeds(signature, sizes, vocabulary, generator) for sizes in _sizes(signature)]
+    runs = [_differences(session, reference, dtype, each) for each in feeds]
+
+    def culprit(run: int) -> str:
+        # The first row of a batch is never padded.
+        row = {spec.name: _first_row(spec, feeds[run][spec.name]) for spec in signature.inputs}
+        return first_difference(reference, path, _as_given(row, dtype), _RELATIVE[dtype])
+
     return tuple(
-        _judge([run[i] for run in runs], spec.name, path, _RELATIVE[dtype], twin)
+        _judge([run[i] for run in runs], spec.name, path, _RELATIVE[dtype], twin, culprit)
         for i, spec in enumerate(signature.outputs)
     )
 
@@ -154,17 +161,28 @@ def _differences(
     feeds: dict[str, Array],
 ) -> list[_Difference]:
     signature = reference.signature
-    given = {
-        name: feed.astype(np.dtype(dtype)) if feed.dtype == np.float32 else feed
-        for name, feed in feeds.items()
-    }
+    given = _as_given(feeds, dtype)
     found = session.run([spec.name for spec in signature.outputs], given)
     # The reference sees the inputs as rounded for the file.
-    expected = _torch_outputs(reference, [_reference_input(feed) for feed in given.values()])
+    inputs = [_reference_input(feed) for feed in given.values()]
+    with watched(reference.wrapped, range_guard(dtype)):
+        expected = _torch_outputs(reference, inputs)
     return [
         _difference(spec, mine, theirs, signature, feeds)
         for spec, mine, theirs in zip(signature.outputs, found, expected, strict=True)
     ]
+
+
+def _as_given(feeds: dict[str, Array], dtype: DType) -> dict[str, Array]:
+    """Feeds whose floats have the dtype of the file."""
+    return {
+        name: feed.astype(np.dtype(dtype)) if feed.dtype == np.float32 else feed
+        for name, feed in feeds.items()
+    }
+
+
+def _first_row(spec: TensorSpec, feed: Array) -> Array:
+    return feed[:1] if spec.axes[:1] == ["batch"] else feed
 
 
 def _reference_input(feed: Array) -> torch.Tensor:
@@ -219,16 +237,20 @@ def _judge(
     path: Path,
     relative: float,
     twin: Literal["dense", "sparse"],
+    culprit: Callable[[int], str],
 ) -> NumericsCheck:
     # A NaN counts as the worst: max() alone would let it pass or not by its place in the list.
     worst = max(differences, key=lambda each: (math.isnan(each.largest), each.largest))
     tolerance = relative * max(each.scale for each in differences)
     passed = worst.largest <= tolerance
     if not passed:
+        module = culprit(differences.index(worst))
+        begins = f"at module {module}" if module else "outside the modules that can be compared"
         raise ExportError(
             f"Output {output!r} of {path} at shape {worst.shape} differs from PyTorch by "
             f"{worst.largest:.3g}, more than the tolerance {tolerance:.3g} ({relative:g} of its "
-            "largest magnitude); the file must not be used, try another opset or dtype."
+            f"largest magnitude), and the difference begins {begins}; the file must not be used, "
+            "try another opset or dtype."
         )
     shapes = tuple(each.shape for each in differences)
     return NumericsCheck(twin, output, shapes, worst.largest, tolerance, passed)

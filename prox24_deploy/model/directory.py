@@ -16,7 +16,7 @@ from torch import nn
 
 from prox24_deploy.artifacts import ModelInfo
 from prox24_deploy.errors import ModelDirError
-from prox24_deploy.recipe import Recipe
+from prox24_deploy.recipe import Recipe, Task
 
 log = logging.getLogger(__name__)
 
@@ -106,13 +106,7 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
     Raises:
         ModelDirError: transformers refuses the directory, or weights are missing from it.
     """
-    transformers = _quiet_transformers()
-    auto = {
-        "feature-extraction": transformers.AutoModel,
-        "text-generation": transformers.AutoModelForCausalLM,
-        "text-classification": transformers.AutoModelForSequenceClassification,
-        "token-classification": transformers.AutoModelForTokenClassification,
-    }[recipe.task]
+    auto = auto_classes()[recipe.task]
     try:
         model, info = auto.from_pretrained(
             directory.path,
@@ -138,13 +132,34 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
     return built
 
 
+def auto_classes() -> dict[Task, Any]:
+    """The class of transformers that opens a model for each task."""
+    transformers = quiet_transformers()
+    return {
+        "feature-extraction": transformers.AutoModel,
+        "text-encoding": transformers.AutoModelForTextEncoding,
+        "text-generation": transformers.AutoModelForCausalLM,
+        "text-classification": transformers.AutoModelForSequenceClassification,
+        "token-classification": transformers.AutoModelForTokenClassification,
+    }
+
+
+def quiet_transformers() -> Any:
+    """Import transformers with its own progress bars and advice switched off."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
 def load_tokenizer(directory: ModelDir) -> Any:
     """Open the tokenizer of the directory (a transformers tokenizer).
 
     Raises:
         ModelDirError: there is none, or it cannot be opened without remote code.
     """
-    transformers = _quiet_transformers()
+    transformers = quiet_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             directory.path, local_files_only=True, trust_remote_code=False
@@ -181,15 +196,6 @@ def model_info(directory: ModelDir, recipe: Recipe) -> ModelInfo:
         parameters=by_dtype.total(),
         source_dtype=str(by_dtype.most_common(1)[0][0]).removeprefix("torch."),
     )
-
-
-def _quiet_transformers() -> Any:
-    """Import transformers with its own progress bars and advice switched off."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""Write the recipe that a model of an unknown family seems to need."""
+
+import inspect
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from prox24_deploy.model.directory import ModelDir, auto_classes, quiet_transformers
+from prox24_deploy.model.layers import is_layer
+from prox24_deploy.recipe import Task
+
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# How class names of transformers end; the first that fits decides.
+_TASKS: tuple[tuple[str, Task], ...] = (
+    ("ForCausalLM", "text-generation"),
+    ("LMHeadModel", "text-generation"),
+    ("ForSequenceClassification", "text-classification"),
+    ("ForTokenClassification", "token-classification"),
+    ("EncoderModel", "text-encoding"),
+    ("", "feature-extraction"),
+)
+_OUTPUTS: dict[Task, tuple[str, str]] = {
+    "text-generation": ("logits", '"batch", "sequence", "vocabulary"'),
+    "text-classification": ("logits", '"batch", "labels"'),
+    "token-classification": ("logits", '"batch", "sequence", "labels"'),
+    "feature-extraction": ("last_hidden_state", '"batch", "sequence", "hidden"'),
+    "text-encoding": ("last_hidden_state", '"batch", "sequence", "hidden"'),
+}
+
+
+def advise(directory: ModelDir) -> str:
+    """How to go on with a model of an unknown family, as the end of a sentence; "" if unknown."""
+    if directory.config.get("is_encoder_decoder"):
+        return "it is an encoder-decoder, whose two graphs cannot be exported yet."
+    if skeleton := skeleton_recipe(directory):
+        how = "this one was drawn from the model, save it, correct it and pass it with --recipe"
+        return f"{how}:\n\n{skeleton}"
+    return ""
+
+
+def skeleton_recipe(directory: ModelDir) -> str:
+    """TOML of a recipe with the list of blocks and their linear layers as found in the model.
+
+    The model is built from its configuration without memory for weights. What is written is a
+    starting point: whether it exports, and which targets cost too much, only a build can tell.
+
+    Returns:
+        "" where the model cannot be built, reads no tokens, or has no list of blocks with layers
+        that can be pruned.
+    """
+    architecture = directory.architecture
+    task = next(task for suffix, task in _TASKS if architecture.endswith(suffix))
+    model = _without_weights(directory, task)
+    found = _largest_list(model) if model is not None else None
+    inputs = _inputs_of(model) if model is not None else []
+    if found is None or "input_ids" not in inputs:
+        return ""
+    path, blocks = found
+    return _toml(directory.model_type, task, path, _layer_names(blocks), inputs)
+
+
+def _without_weights(directory: ModelDir, task: Task) -> nn.Module | None:
+    transformers = quiet_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            directory.path, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            model: nn.Module = auto_classes()[task].from_config(config, trust_remote_code=False)
+    except Exception:
+        return None
+    return model
+
+
+def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The list of modules with the most weights in layers that can be pruned; the outermost."""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    sizes = [sum(m.weight.numel() for m in part.modules() if is_layer(m)) for _, part in lists]
+    best = max(range(len(lists)), key=sizes.__getitem__, default=0)
+    return lists[best] if lists and sizes[best] else None
+
+
+def _layer_names(blocks: nn.ModuleList) -> list[str]:
+    return list(
+        dict.fromkeys(
+            name for block in blocks for name, module in block.named_modules() if is_layer(module)
+        )
+    )
+
+
+def _inputs_of(model: nn.Module) -> list[str]:
+    known = inspect.signature(model.forward).parameters
+    return [name for name in _TEXT_INPUTS if name in known]
+
+
+def _toml(kind: str, task: Task, blocks: str, targets: Sequence[str], inputs: Sequence[str]) -> str:
+    cache = task == "text-generation"
+    lines = [
+        f"family = {json.dumps(kind)}",
+        f"model_types = [{json.dumps(kind)}]",
+        f"task = {json.dumps(task)}",
+        f"blocks = {json.dumps(blocks)}",
+        f"targets = {json.dumps(list(targets))}",
+        *(["cache = true"] if cache else []),
+        "inputs = [",
+    ]
+    for name in inputs:
+        length = "past + sequence" if cache and name == "attention_mask" else "sequence"
+        lines.append(f'    {{ name = "{name}", dtype = "int64", axes = ["batch", "{length}"] }},')
+    output, axes = _OUTPUTS[task]
+    lines += ["]", f'outputs = [{{ name = "{output}", dtype = "float", axes = [{axes}] }}]']
+    return "\n".join(lines) + "\n"
