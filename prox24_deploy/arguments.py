@@ -32,14 +32,17 @@ RecipeOpt = Annotated[
 CalibrationOpt = Annotated[
     list[Path] | None,
     typer.Option(
-        help="Text or JSONL to calibrate on; repeatable. Default: text of CPython's docs."
+        help="Text, JSONL or folder of images to calibrate on; repeatable. Default: CPython's docs."
     ),
 ]
 EvaluationOpt = Annotated[
     list[Path] | None,
-    typer.Option(help="Held-out text or JSONL; repeatable. Default: a fifth of the calibration."),
+    typer.Option(help="Held-out text or images; repeatable. Default: a fifth of calibration."),
 ]
 TokensOpt = Annotated[int, typer.Option(min=1024, help="Calibration tokens to use.")]
+ImagesOpt = Annotated[
+    int, typer.Option(min=16, help="Images to use, of calibration and of evaluation; not of text.")
+]
 EvaluationTokensOpt = Annotated[int, typer.Option(min=1024, help="Evaluation tokens to use.")]
 MethodOpt = Annotated[
     Method, typer.Option(help="Pruning method; ista is the literal one of the paper.")
@@ -88,6 +91,7 @@ def text_options(
     evaluation: list[Path] | None,
     calibration_tokens: int,
     evaluation_tokens: int,
+    images: int,
     seed: int,
 ) -> TextOptions:
     """The options about text as one record."""
@@ -97,6 +101,7 @@ def text_options(
         calibration_tokens,
         evaluation_tokens,
         seed,
+        images,
     )
 
 

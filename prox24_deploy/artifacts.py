@@ -17,7 +17,7 @@ class TextSource:
     """Where text came from and how much of it was used.
 
     `kind` is "file" for text of the user's, "builtin" for the text shipped with CPython and
-    "split" for a part of the calibration text that was held out.
+    "split" for a part of the calibration text that was held out. Images count as one unit each.
     """
 
     kind: Literal["file", "builtin", "split"]
@@ -25,6 +25,7 @@ class TextSource:
     sha256: str
     samples: int
     tokens: int
+    unit: Literal["token", "image"] = "token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class LayerRecord:
     `shape` is that of its matrix, (out_features, in_features); of a convolution (out_channels,
     height · width · in_channels). Errors are ||Y - Y'||^2 / ||Y||^2, where Y is the output
     of the dense layer in the dense model and Y' that of the pruned layer in the pruned model (bias
-    excluded), on calibration and on held-out text; None for a skipped layer.
+    excluded), on calibration and on held-out text; None for a skipped layer. `rows` counts the
+    inputs that it was calibrated on: tokens, patches or pixels.
     """
 
     name: str
@@ -60,6 +62,7 @@ class LayerRecord:
     held_out_error: float | None
     iterations: int
     seconds: float
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +289,7 @@ class LatencyRow:
     """Dense against sparse at one shape, interleaved; `speedup` is dense over sparse time.
 
     `gated` is False where the backend has no sparse kernels: the row informs and cannot fail.
+    `sequence` is 0 for a graph that has no such axis.
     """
 
     backend: str

@@ -93,6 +93,7 @@ def build(
     evaluation: arguments.EvaluationOpt = None,
     calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
     evaluation_tokens: arguments.EvaluationTokensOpt = _TEXT.evaluation_tokens,
+    images: arguments.ImagesOpt = _TEXT.images,
     method: arguments.MethodOpt = "prox",
     preset: arguments.PresetOpt = "default",
     refinement: arguments.RefinementOpt = "auto",
@@ -115,7 +116,7 @@ def build(
     options = BuildOptions(
         recipe,
         arguments.text_options(
-            calibration, evaluation, calibration_tokens, evaluation_tokens, seed
+            calibration, evaluation, calibration_tokens, evaluation_tokens, images, seed
         ),
         arguments.prune_options(
             method, preset, refinement, reconstruct, include, exclude, max_loss, layers
@@ -143,6 +144,7 @@ def prune(
     evaluation: arguments.EvaluationOpt = None,
     calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
     evaluation_tokens: arguments.EvaluationTokensOpt = _TEXT.evaluation_tokens,
+    images: arguments.ImagesOpt = _TEXT.images,
     method: arguments.MethodOpt = "prox",
     preset: arguments.PresetOpt = "default",
     refinement: arguments.RefinementOpt = "auto",
@@ -162,7 +164,7 @@ def prune(
     options = BuildOptions(
         recipe,
         arguments.text_options(
-            calibration, evaluation, calibration_tokens, evaluation_tokens, seed
+            calibration, evaluation, calibration_tokens, evaluation_tokens, images, seed
         ),
         arguments.prune_options(
             method, preset, refinement, reconstruct, include, exclude, max_loss, layers

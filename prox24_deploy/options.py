@@ -17,13 +17,14 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """Calibration and evaluation text, and how many tokens of it."""
+    """Calibration and evaluation text and how many tokens of it, or folders and how many images."""
 
     calibration: tuple[Path, ...] = ()
     evaluation: tuple[Path, ...] = ()
     calibration_tokens: int = 65536
     evaluation_tokens: int = 32768
     seed: int = 0
+    images: int = 1024
 
 
 @dataclass(frozen=True, slots=True)

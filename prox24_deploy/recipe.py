@@ -19,6 +19,8 @@ from prox24_deploy.options import Method, Preset, Refinement
 RECIPE_FILE = "recipe.toml"
 # The output that `[embedding]` computes.
 EMBEDDING = "sentence_embedding"
+# The input that makes a recipe one for images.
+PIXELS = "pixel_values"
 _CACHE_AXIS = "past"
 _SUM = " + "
 
@@ -28,6 +30,8 @@ Task = Literal[
     "text-generation",
     "text-classification",
     "token-classification",
+    "image-classification",
+    "image-feature-extraction",
 ]
 
 
@@ -56,6 +60,7 @@ class Head(_Table):
     architectures: Annotated[list[str], Field(min_length=1)]
     blocks: str
     outputs: Annotated[list[TensorSpec], Field(min_length=1)]
+    model_class: str | None = None
 
 
 class Unsupported(_Table):
@@ -107,7 +112,10 @@ class Recipe(_Table):
     With `cache` the graph also takes `past_key_values.N.key` and `.value`, (batch, heads, past,
     head size), where `past` may be 0, and gives `present.N.key` and `.value`; pruning and
     evaluation run without. `attention` is the implementation of attention that the model is
-    opened with.
+    opened with, `model_class` a class of transformers in place of the one that `task` stands for.
+
+    A recipe with the input `pixel_values` is for images: the axes of it that are named "channels",
+    "height" and "width" become those of what the model's own image processor makes.
     """
 
     family: str
@@ -124,6 +132,7 @@ class Recipe(_Table):
     cache: bool = False
     inputs: Annotated[list[TensorSpec], Field(min_length=1)]
     outputs: Annotated[list[TensorSpec], Field(min_length=1)]
+    model_class: str | None = None
     heads: list[Head] = []
     unsupported: list[Unsupported] = []
     embedding: Embedding | None = None
@@ -170,9 +179,23 @@ class Recipe(_Table):
                 )
         for head in self.heads:
             if any(fnmatch(architecture, pattern) for pattern in head.architectures):
-                update = {"task": head.task, "blocks": head.blocks, "outputs": head.outputs}
-                return self.model_copy(update=update | {"heads": [], "embedding": None})
+                update = head.model_dump(exclude={"architectures", "outputs"})
+                update |= {"outputs": head.outputs, "heads": [], "embedding": None}
+                return self.model_copy(update=update)
         return self
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model takes images, not text."""
+        return any(spec.name == PIXELS for spec in self.inputs)
+
+    def with_sizes(self, sizes: Mapping[str, int]) -> "Recipe":
+        """The recipe with these axes of its inputs made static."""
+        inputs = [
+            spec.model_copy(update={"axes": [sizes.get(str(axis), axis) for axis in spec.axes]})
+            for spec in self.inputs
+        ]
+        return self.model_copy(update={"inputs": inputs})
 
 
 def dynamic_names(specs: Sequence[TensorSpec]) -> list[str]:

@@ -35,7 +35,7 @@ from prox24_deploy.release.environment import machine, versions
 from prox24_deploy.release.manifest import write_manifest
 from prox24_deploy.release.measure import conditions, measure_latency
 from prox24_deploy.release.report import Report, assemble_report, write_report
-from prox24_deploy.subject import Subject, longest_of
+from prox24_deploy.subject import Subject, fitted_recipe, longest_of
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +175,8 @@ def bench(
     """Time dense against sparse with every backend at every shape."""
     recipe = _recipe(bundle)
     longest = min(longest_of(_config(bundle), recipe), max(options.sequences))
-    shapes = sorted({(b, min(s, longest)) for b in options.batches for s in options.sequences})
+    lengths = {0} if recipe.reads_images else {min(s, longest) for s in options.sequences}
+    shapes = sorted((batch, length) for batch in options.batches for length in lengths)
     inputs = {
         "engines": [asdict(engine) for engine in compiled.engines],
         "shapes": [list(shape) for shape in shapes],
@@ -190,7 +191,7 @@ def bench(
         rows: list[LatencyRow] = []
         first = compiled.engines[0]
         graph_inputs = read_inputs(bundle.root / first.onnx)
-        feeds = random_feeds(graph_inputs, first.dtype, int(_config(bundle)["vocab_size"]))
+        feeds = random_feeds(graph_inputs, first.dtype, _vocabulary(_config(bundle)))
         for i, backend in enumerate(backends):
             pair = {e.twin: e for e in compiled.engines if e.backend == backend.name}
             for j, shape in enumerate(shapes):
@@ -308,7 +309,7 @@ def _export_twins(
             recipe,
             dtype=dtype,
             twin=twin,
-            vocabulary=int(dense.config["vocab_size"]),
+            vocabulary=_vocabulary(dense.config),
             seed=bundle.manifest.seed,
         )
         sha256, size = hash_onnx(folder)
@@ -326,13 +327,20 @@ def _model(bundle: Bundle) -> ModelInfo:
 
 
 def _recipe(bundle: Bundle) -> Recipe:
+    from prox24_deploy.model.directory import open_model_dir
+
     whole = parse_recipe(bundle.manifest.recipe, f"of {bundle.root}")
-    return whole.for_architecture(_model(bundle).architecture)
+    return fitted_recipe(whole, open_model_dir(bundle.root / "pruned"))
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((bundle.root / "pruned" / "config.json").read_bytes())
     return config
+
+
+def _vocabulary(config: dict[str, Any]) -> int:
+    """Number of tokens; 1 for a model that reads none."""
+    return int(config.get("vocab_size", 1))
 
 
 def _device(choice: DeviceChoice) -> "torch.device":

@@ -1,11 +1,11 @@
-"""The model to build and the text to build it with, read and checked before any work."""
+"""The model to build and the text or images to build it with, read and checked before any work."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prox24_deploy.errors import BundleError
-from prox24_deploy.options import BuildOptions
+from prox24_deploy.options import BuildOptions, TextOptions
 from prox24_deploy.recipe import Recipe, select_recipe
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _POSITION_KEYS = ("max_position_embeddings", "n_positions")
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model to build, the recipe that fits its architecture, and its text."""
+    """The model to build, the recipe that fits its architecture, and its text or images."""
 
     directory: "ModelDir"
     recipe: Recipe
@@ -34,9 +34,7 @@ def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
         ModelDirError, RecipeError, CalibrationError: the input cannot be used.
         BundleError: `out` lies in the model directory.
     """
-    from prox24_deploy.model.calibration import make_samples, read_texts
-    from prox24_deploy.model.directory import load_tokenizer, open_model_dir
-    from prox24_deploy.model.evaluate import pooling_of
+    from prox24_deploy.model.directory import open_model_dir
     from prox24_deploy.model.skeleton import advise
 
     directory = open_model_dir(model_dir)
@@ -45,19 +43,56 @@ def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
     recipe, recipe_text = select_recipe(
         model_dir, directory.model_type, options.recipe, lambda: advise(directory)
     )
+    recipe = fitted_recipe(recipe, directory)
+    read = _read_images if recipe.reads_images else _read_text
+    calibration, held_out = read(directory, recipe, options.text)
+    return Subject(directory, recipe, recipe_text, calibration, held_out)
+
+
+def fitted_recipe(recipe: Recipe, directory: "ModelDir") -> Recipe:
+    """The recipe for the class of this model and, for images, with the sizes of its processor."""
     recipe = recipe.for_architecture(directory.architecture)
-    text = options.text
+    if not recipe.reads_images:
+        return recipe
+    from prox24_deploy.model.directory import load_image_processor
+    from prox24_deploy.model.images import pixel_sizes
+
+    return recipe.with_sizes(pixel_sizes(load_image_processor(directory)))
+
+
+def _read_text(
+    directory: "ModelDir", recipe: Recipe, text: TextOptions
+) -> tuple["Samples", "Samples"]:
+    from prox24_deploy.model.calibration import make_samples, read_texts
+    from prox24_deploy.model.directory import load_tokenizer
+    from prox24_deploy.model.evaluate import pooling_of
+
     texts = read_texts(text.calibration, text.evaluation, text.seed)
     tokenizer = load_tokenizer(directory)
     if recipe.task in {"feature-extraction", "text-encoding"}:
-        pooling_of(model_dir, recipe.embedding)
+        pooling_of(directory.path, recipe.embedding)
     budgets = (text.calibration_tokens, text.evaluation_tokens)
     longest = min(recipe.sequence_length, longest_of(directory.config, recipe))
     calibration, held_out = (
         make_samples(part, tokenizer, recipe, tokens=tokens, max_length=longest)
         for part, tokens in zip(texts, budgets, strict=True)
     )
-    return Subject(directory, recipe, recipe_text, calibration, held_out)
+    return calibration, held_out
+
+
+def _read_images(
+    directory: "ModelDir", _: Recipe, options: TextOptions
+) -> tuple["Samples", "Samples"]:
+    from prox24_deploy.model.directory import load_image_processor
+    from prox24_deploy.model.images import make_image_samples, read_images
+
+    images = read_images(options.calibration, options.evaluation, options.seed)
+    processor = load_image_processor(directory)
+    labels = {str(name): int(i) for i, name in directory.config.get("id2label", {}).items()}
+    calibration, held_out = (
+        make_image_samples(part, processor, labels, limit=options.images) for part in images
+    )
+    return calibration, held_out
 
 
 def longest_of(config: dict[str, Any], recipe: Recipe) -> int:

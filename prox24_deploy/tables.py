@@ -42,7 +42,7 @@ def latency(rows: Sequence[LatencyRow]) -> Table:
         table.add_row(
             row.backend,
             str(row.batch),
-            str(row.sequence),
+            str(row.sequence or ""),
             f"{row.dense.median_ms:.2f}",
             f"{row.sparse.median_ms:.2f}",
             f"{row.speedup.value:.2f}×",

@@ -42,7 +42,9 @@ def annotate(model: ir.Model, source: nn.Module, sparse: Sequence[str]) -> None:
         for value in _values(graph):
             value.metadata_props.clear()
     _strip_prefix(model.graph.initializers.values())
-    _name_folded(find_weights(model), linear)
+    weights = find_weights(model)
+    _name_fused(weights, frozenset(n for n, part in modules.items() if isinstance(part, nn.Conv2d)))
+    _name_folded(weights, linear)
     model.metadata_props.clear()
     if sparse:
         model.metadata_props[SPARSE_KEY] = json.dumps(sorted(set(sparse)))
@@ -91,6 +93,15 @@ def _strip_prefix(initializers: Iterable[ir.Value]) -> None:
         name = value.name or ""
         if name.startswith(RecipeModule.PREFIX):
             _rename(value, name.removeprefix(RecipeModule.PREFIX))
+
+
+def _name_fused(weights: Sequence[ConstantWeight], convolutions: frozenset[str]) -> None:
+    """Give back to a convolution the node that the exporter fused with the norm behind it."""
+    for weight in weights:
+        module, _, parameter = (weight.value.name or "").rpartition(".")
+        if parameter == "weight" and module in convolutions:
+            for node in weight.nodes:
+                node.metadata_props[MODULE_KEY] = module
 
 
 def _name_folded(weights: Sequence[ConstantWeight], linear: frozenset[str]) -> None:

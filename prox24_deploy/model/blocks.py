@@ -185,22 +185,24 @@ def real_rows(tensor: Tensor, real: Tensor) -> Tensor:
     """Rows (tokens, d) that are not padding.
 
     Args:
-        tensor: (batch, positions, d), or (batch, ..., d) where `real` speaks of whole samples, or
-            (batch · positions, d), in any order, where nothing is padding.
+        tensor: (batch, positions, d), or (batch · positions, d), in any order, where nothing is
+            padding; of samples that are never padded any shape (..., d), since a model may cut
+            them into windows.
         real: (batch, positions) bool, or (batch,) for samples that are never padded.
 
     Raises:
         RecipeError: the tensor does not have one row per position.
     """
+    if real.ndim == 1:
+        return tensor.reshape(-1, tensor.shape[-1])
     if tensor.shape[:-1] == (real.numel(),) and bool(real.all()):
         return tensor
-    expected = tensor.shape[:-1] if real.ndim > 1 else tensor.shape[:1]
-    if expected != real.shape:
+    if tensor.shape[:-1] != real.shape:
         raise RecipeError(
             f"A target layer receives inputs of shape {tuple(tensor.shape)}, expected "
             f"{tuple(real.shape)} positions; list it under `ignore`."
         )
-    return tensor[real.to(tensor.device)].reshape(-1, tensor.shape[-1])
+    return tensor[real.to(tensor.device)]
 
 
 def _take_hidden(

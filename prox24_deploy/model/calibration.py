@@ -31,8 +31,8 @@ class Batch:
     """One forward pass: model inputs and which positions are real.
 
     Attributes:
-        inputs: name to tensor (batch, sequence), int64.
-        real: (batch, sequence) bool, False on padding.
+        inputs: name to tensor: (batch, sequence) int64, or pixels (batch, channels, height, width).
+        real: (batch, sequence) bool, False on padding; (batch,) for images, which have none.
     """
 
     inputs: dict[str, Tensor]
@@ -41,10 +41,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Token batches and where their text came from."""
+    """Batches and where their text or images came from.
+
+    `labels` has the class of each image, (samples,) int64 in the order of the batches, where the
+    user's folders tell.
+    """
 
     batches: tuple[Batch, ...]
     source: TextSource
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,12 @@ import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from prox24_deploy.artifacts import LayerRecord
 from prox24_deploy.errors import ModelDirError, RecipeError, SparsityLostError
 from prox24_deploy.model.directory import INDEX_FILE, ModelDir, companion_files, is_single
+from prox24_deploy.model.layers import is_layer
 from prox24_deploy.pruning.pattern import first_violation
 from prox24_deploy.recipe import RECIPE_FILE
 
@@ -96,22 +97,62 @@ def checkpoint_name(directory: ModelDir, parameter: str) -> str:
     """Map a parameter of the built model to its tensor in the checkpoint.
 
     A model opened for one task may carry a prefix less than the checkpoint it came from
-    (`encoder.…` against `bert.encoder.…`).
+    (`encoder.…` against `bert.encoder.…`); other names must be known to `directory.renamed`.
 
     Raises:
         RecipeError: no tensor, or more than one, can be meant.
     """
-    if parameter in directory.tensors:
-        return parameter
-    suffix = f".{parameter}"
-    found = [name for name in directory.tensors if name.endswith(suffix)]
-    found += [n for n in directory.tensors if parameter.endswith(f".{n}") and n not in found]
+    found = _same_names(directory, parameter)
     if len(found) != 1:
         raise RecipeError(
             f"Weight {parameter} of the built model matches {len(found)} tensors of "
             f"{directory.path}, expected one; its weights cannot be written back."
         )
     return found[0]
+
+
+def renamed_tensors(directory: ModelDir, model: nn.Module) -> dict[str, str]:
+    """Find the weights of layers that the checkpoint stores under other names, by their values.
+
+    Some model classes keep the names of older checkpoints on disk and rename them when they load.
+
+    Args:
+        directory: the checkpoint.
+        model: as opened from it in float32, not yet changed.
+
+    Returns:
+        Parameter to tensor, for those whose names tell nothing and whose values tell one tensor.
+    """
+    missing = {
+        f"{name}.weight": layer.weight
+        for name, layer in model.named_modules()
+        if is_layer(layer) and not _same_names(directory, f"{name}.weight")
+    }
+    if not missing:
+        return {}
+    stored: dict[str, list[str]] = {}
+    for name, tensor in directory.tensors.items():
+        with safe_open(tensor.shard, framework="pt") as handle:
+            stored.setdefault(_digest(handle.get_tensor(name)), []).append(name)
+    found = {parameter: stored.get(_digest(weight), []) for parameter, weight in missing.items()}
+    return {parameter: names[0] for parameter, names in found.items() if len(names) == 1}
+
+
+def _digest(tensor: Tensor) -> str:
+    values = tensor.detach().float().cpu().contiguous()
+    content = hashlib.sha256(repr(tuple(values.shape)).encode())
+    content.update(values.numpy().tobytes())
+    return content.hexdigest()
+
+
+def _same_names(directory: ModelDir, parameter: str) -> list[str]:
+    if parameter in directory.renamed:
+        return [directory.renamed[parameter]]
+    if parameter in directory.tensors:
+        return [parameter]
+    suffix = f".{parameter}"
+    found = [name for name in directory.tensors if name.endswith(suffix)]
+    return found + [n for n in directory.tensors if parameter.endswith(f".{n}") and n not in found]
 
 
 def stored_dtype(directory: ModelDir, parameter: str) -> torch.dtype:

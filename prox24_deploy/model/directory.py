@@ -5,7 +5,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from prox24_deploy.artifacts import ModelInfo
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.errors import ModelDirError, RecipeError
 from prox24_deploy.recipe import Recipe, Task
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class ModelDir:
         shards: weight files, in name order.
         tensors: tensor name to what and where it is.
         sha256: over names and contents of weights and companions.
+        renamed: parameter of the built model to the tensor that it came from, where the model
+            class has other names than the checkpoint.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class ModelDir:
     shards: tuple[Path, ...]
     tensors: dict[str, StoredTensor]
     sha256: str
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
@@ -106,7 +109,7 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
     Raises:
         ModelDirError: transformers refuses the directory, or weights are missing from it.
     """
-    auto = auto_classes()[recipe.task]
+    auto = _class_of(recipe)
     try:
         model, info = auto.from_pretrained(
             directory.path,
@@ -141,7 +144,21 @@ def auto_classes() -> dict[Task, Any]:
         "text-generation": transformers.AutoModelForCausalLM,
         "text-classification": transformers.AutoModelForSequenceClassification,
         "token-classification": transformers.AutoModelForTokenClassification,
+        "image-classification": transformers.AutoModelForImageClassification,
+        "image-feature-extraction": transformers.AutoModel,
     }
+
+
+def _class_of(recipe: Recipe) -> Any:
+    if recipe.model_class is None:
+        return auto_classes()[recipe.task]
+    found = getattr(quiet_transformers(), recipe.model_class, None)
+    if not hasattr(found, "from_pretrained"):
+        raise RecipeError(
+            f"Recipe {recipe.family} names model_class {recipe.model_class!r}, which transformers "
+            "does not have; correct it or leave it out."
+        )
+    return found
 
 
 def quiet_transformers() -> Any:
@@ -178,6 +195,25 @@ def load_tokenizer(directory: ModelDir) -> Any:
             f"{', '.join(files)}; add it."
         )
     return tokenizer
+
+
+def load_image_processor(directory: ModelDir) -> Any:
+    """Open the image processor of the directory (a transformers image processor).
+
+    Raises:
+        ModelDirError: there is none, or it cannot be opened without remote code.
+    """
+    transformers = quiet_transformers()
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(
+            directory.path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        # A damaged preprocessor_config.json surfaces as whatever the processor's code runs into.
+        raise ModelDirError(
+            f"Model directory {directory.path} has no image processor that opens "
+            f"({_first_line(error)}); add preprocessor_config.json."
+        ) from error
 
 
 def model_info(directory: ModelDir, recipe: Recipe) -> ModelInfo:

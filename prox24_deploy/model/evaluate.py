@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def evaluate_models(
     if task == "text-generation":
         metrics = evaluate_text_generation(dense, sparse, held_out.batches, progress)
     elif task.endswith("-classification"):
-        metrics = evaluate_classes(dense, sparse, held_out.batches, progress)
+        metrics = evaluate_classes(dense, sparse, held_out.batches, progress, held_out.labels)
     else:
         pooling = pooling_of(model_dir, embedding)
         metrics = evaluate_embeddings(dense, sparse, held_out.batches, pooling, progress)
@@ -120,24 +121,30 @@ def evaluate_embeddings(
 
 @torch.no_grad()
 def evaluate_classes(
-    dense: nn.Module, sparse: nn.Module, batches: tuple[Batch, ...], progress: Progress
+    dense: nn.Module,
+    sparse: nn.Module,
+    batches: tuple[Batch, ...],
+    progress: Progress,
+    labels: Tensor | None = None,
 ) -> tuple[Metric, ...]:
-    """How far a classifier without labelled text stays with the dense one, text by text.
+    """How far a classifier stays with the dense one, and how often both are right, by sample.
 
-    Several classes give top-1 agreement and the divergence KL(dense, sparse) in nats; a single
-    score, as a reranker gives it, has no classes and gives the mean change of the score, in
-    standard deviations of the dense one. A classifier of tokens counts as the mean over the tokens
-    of each text.
+    With `labels`, (samples,), the accuracy of both comes first. Several classes give top-1
+    agreement and the divergence KL(dense, sparse) in nats; a single score, as a reranker gives it,
+    has no classes and gives the mean change of the score, in standard deviations of the dense one.
+    A classifier of tokens counts as the mean over the tokens of each text.
 
     Raises:
         ModelDirError: a logit is NaN or infinite.
     """
     parts: list[Tensor] = []
+    chosen: list[Tensor] = []
     for i, batch in enumerate(batches):
         progress("evaluate", i, len(batches))
         logits = [run_model(m, batch, "text-classification").logits for m in (dense, sparse)]
         if not all(bool(part.isfinite().all()) for part in logits):
-            raise ModelDirError("A logit is NaN or infinite; check the checkpoint and the text.")
+            raise ModelDirError("A logit is NaN or infinite; check the checkpoint and the inputs.")
+        chosen.append(torch.stack([part.argmax(-1) for part in logits]))
         parts.append(class_figures(logits[0].double(), logits[1].double(), batch.real))
     progress("evaluate", len(batches), len(batches))
     first, second = torch.cat(parts, dim=1)
@@ -146,8 +153,23 @@ def evaluate_classes(
         change = (first - second).abs() / first.std().clamp(min=torch.finfo(first.dtype).tiny)
         return (Metric("score change", False, texts, None, None, None, mean_estimate(change)),)
     return (
+        *(() if labels is None else (_accuracy(torch.cat(chosen, dim=1), labels),)),
         Metric("top-1 agreement", True, texts, None, None, None, mean_estimate(first)),
         Metric("KL divergence", False, texts, None, None, None, mean_estimate(second)),
+    )
+
+
+def _accuracy(chosen: Tensor, labels: Tensor) -> Metric:
+    """Share of samples whose class is the label, from the classes of both models, (2, samples)."""
+    dense, sparse = (chosen == labels.to(chosen.device)).double()
+    return Metric(
+        "accuracy",
+        True,
+        len(labels),
+        mean_estimate(dense),
+        mean_estimate(sparse),
+        mean_estimate(sparse - dense),
+        None,
     )
 
 
@@ -229,10 +251,22 @@ def _perplexity(losses: Tensor, which: str) -> Estimate:
 
 
 def embed(model: nn.Module, batch: Batch, pooling: Pooling) -> Tensor:
-    """Embeddings of unit length, (texts, hidden), float64."""
-    hidden = run_model(model, batch, "feature-extraction").last_hidden_state
+    """Embeddings of unit length, (samples, hidden), float64; of an image the mean of its states."""
+    result = run_model(model, batch, "feature-extraction")
+    if batch.real.ndim == 1:
+        return nn.functional.normalize(_image_states(result).double(), dim=-1)
+    hidden = result.last_hidden_state
     pooled = pooling(hidden, batch.real.to(hidden.device))
     return nn.functional.normalize(pooled.double(), dim=-1)
+
+
+def _image_states(result: Any) -> Tensor:
+    """What the model itself pools, else the mean over positions: (images, hidden)."""
+    for name in ("image_embeds", "pooler_output"):
+        if (pooled := getattr(result, name, None)) is not None:
+            return torch.as_tensor(pooled).flatten(1)
+    hidden: Tensor = result.last_hidden_state
+    return hidden.mean((2, 3)) if hidden.ndim == 4 else hidden.mean(1)
 
 
 def _mean_tokens(hidden: Tensor, real: Tensor) -> Tensor:

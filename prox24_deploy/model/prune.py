@@ -17,7 +17,12 @@ from prox24_deploy.artifacts import LayerRecord, PruneResult
 from prox24_deploy.errors import CalibrationError, ModelDirError, RecipeError
 from prox24_deploy.model.blocks import find_blocks, shared_inputs
 from prox24_deploy.model.calibration import Batch, Samples, thin
-from prox24_deploy.model.checkpoint import BlockStore, stored_dtype, write_pruned
+from prox24_deploy.model.checkpoint import (
+    BlockStore,
+    renamed_tensors,
+    stored_dtype,
+    write_pruned,
+)
 from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.model.evaluate import pooling_of
 from prox24_deploy.model.flow import Flow, Twin, advance, collect, start_flow
@@ -151,6 +156,7 @@ def prune_directory(
     """
     began = time.perf_counter()
     model = load_model(directory, recipe, device)
+    directory = replace(directory, renamed=renamed_tensors(directory, model))
     dense = left_dense(recipe, find_blocks(model, recipe), options)
     sensitivity = SensitivityStore(solved).load()
     if options.has_budget and sensitivity is None:
@@ -183,8 +189,7 @@ def prune_directory(
             f"and the others are skipped, because {first.reason}."
         )
     digest = write_pruned(directory, recipe_text, state.weights, out, axes=state.axes)
-    widths = [layer.shape[1] for layer in state.layers if layer.status == "pruned"]
-    tokens = calibration.source.tokens
+    damping = [damping_for(layer.shape[1], layer.rows) for layer in state.layers if layer.rows]
     return PruneResult(
         method=options.method,
         preset=options.preset,
@@ -193,7 +198,7 @@ def prune_directory(
         layers=state.layers,
         calibration=calibration.source,
         held_out=held_out.source,
-        damping=(damping_for(min(widths), tokens), damping_for(max(widths), tokens)),
+        damping=(min(damping), max(damping)),
         state_sha256=digest,
         seconds=time.perf_counter() - began,
         reconstructed=options.reconstructs,
@@ -260,6 +265,7 @@ def _prune_group(
                 held_out_error=_error(held_out, before, after, path) if held_out.tokens else None,
                 iterations=found.iterations,
                 seconds=seconds,
+                rows=calibration.tokens,
             )
         )
         log.info("%s: error %.4f, %.1f s", path, records[-1].relative_error, seconds)

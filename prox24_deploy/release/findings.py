@@ -69,7 +69,8 @@ def overall_verdict(checks: Sequence[Check]) -> Verdict:
 
 def row_name(row: LatencyRow) -> str:
     """Name of a latency row: backend and shape."""
-    return f"{row.backend}, batch {row.batch}, sequence {row.sequence}"
+    sequence = f", sequence {row.sequence}" if row.sequence else ""
+    return f"{row.backend}, batch {row.batch}{sequence}"
 
 
 def _text_warnings(prune: PruneResult, evaluate: EvaluateResult) -> Iterator[str]:
@@ -87,18 +88,19 @@ def _text_warnings(prune: PruneResult, evaluate: EvaluateResult) -> Iterator[str
 
 
 def _token_warnings(prune: PruneResult) -> Iterator[str]:
-    tokens = prune.calibration.tokens
     starved = [
         layer
         for layer in prune.layers
-        if layer.status == "pruned" and tokens < TOKENS_PER_FEATURE * layer.shape[1]
+        if layer.status == "pruned" and layer.rows < TOKENS_PER_FEATURE * layer.shape[1]
     ]
     if starved:
-        widest = max(layer.shape[1] for layer in starved)
+        worst = max(starved, key=lambda layer: layer.shape[1] / max(layer.rows, 1))
+        source, width = prune.calibration, worst.shape[1]
+        advised = math.ceil(source.tokens * TOKENS_PER_FEATURE * width / max(worst.rows, 1))
         yield (
-            f"Calibration has {tokens:,} tokens, fewer than {TOKENS_PER_FEATURE} per input feature "
-            f"for {_counted(len(starved), 'layer')} of up to {widest:,} features; at least "
-            f"{TOKENS_PER_FEATURE * widest:,} tokens are advised."
+            f"Calibration has {source.tokens:,} {source.unit}s, which give fewer than "
+            f"{TOKENS_PER_FEATURE} inputs per feature to {_counted(len(starved), 'layer')} of up "
+            f"to {width:,} features; at least {advised:,} {source.unit}s are advised."
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from prox24_deploy.artifacts import CurvePoint, LatencyRow, LayerRecord, Sensitivity, Timing
+from prox24_deploy.release.findings import row_name
 
 WIDTH = 320
 PLOT_LEFT = 46
@@ -67,7 +68,7 @@ def latency_plot(row: LatencyRow, index: int) -> str:
         f"{name}: median {timing.median_ms:.4g} ms, 90 % within {timing.p90_ms:.4g} ms"
         for name, timing in (("dense", row.dense), ("sparse", row.sparse))
     )
-    title = f"Latency of {row.backend} at batch {row.batch}, sequence {row.sequence}"
+    title = f"Latency of {row_name(row)}"
     return _svg(f"latency-{index}", 160, title, described, body)
 
 
