@@ -121,8 +121,13 @@ blocks = "mine.layers"
 outputs = [{ name = "logits", dtype = "float", axes = ["batch", "labels"] }]
 """
 )
-CACHED = MINIMAL.replace("blocks", "cache = true\nblocks").replace(
-    INPUTS, INPUTS + INPUTS.replace("input_ids", "attention_mask").replace('"seq', '"past + seq')
+CACHED = (
+    MINIMAL.replace("blocks", "cache = true\nblocks")
+    .replace("feature-extraction", "text-generation")
+    .replace(
+        INPUTS,
+        INPUTS + INPUTS.replace("input_ids", "attention_mask").replace('"seq', '"past + seq'),
+    )
 )
 POOLED = MINIMAL.replace("last_hidden_state", "sentence_embedding").replace(
     INPUTS, INPUTS + INPUTS.replace("input_ids", "attention_mask")
@@ -156,6 +161,8 @@ def test_a_cache_and_its_axis_go_together() -> None:
         parse_recipe(CACHED.replace("past + ", ""), "memory")
     with pytest.raises(RecipeError, match=r"cache = false needs an attention_mask .* 'sequence'"):
         parse_recipe(CACHED.replace("cache = true", "cache = false"), "memory")
+    with pytest.raises(RecipeError, match="needs the task 'text-generation', got 'text-encoding'"):
+        parse_recipe(CACHED.replace("text-generation", "text-encoding"), "memory")
 
 
 def test_a_sum_of_axes_has_the_sum_of_their_sizes() -> None:
