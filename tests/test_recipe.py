@@ -153,6 +153,14 @@ def test_an_unsupported_architecture_is_refused_with_its_reason() -> None:
         recipe.for_architecture("MineForSums")
 
 
+@pytest.mark.parametrize("path", sorted(EXPORT.glob("*.toml")), ids=lambda path: path.stem)
+def test_no_shipped_recipe_opens_a_question_answerer_without_its_head(path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"does not support T5ForQuestionAnswering: .* be lost\.$"
+    ):
+        read_recipe(path).for_architecture("T5ForQuestionAnswering")
+
+
 def test_a_cache_and_its_axis_go_together() -> None:
     recipe = parse_recipe(CACHED, "memory")
     assert recipe.cache
