@@ -154,11 +154,11 @@ def test_an_unsupported_architecture_is_refused_with_its_reason() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(EXPORT.glob("*.toml")), ids=lambda path: path.stem)
-def test_no_shipped_recipe_opens_a_question_answerer_without_its_head(path: Path) -> None:
-    with pytest.raises(
-        RecipeError, match=r"does not support T5ForQuestionAnswering: .* be lost\.$"
-    ):
-        read_recipe(path).for_architecture("T5ForQuestionAnswering")
+def test_no_recipe_for_text_opens_a_question_answerer_without_its_head(path: Path) -> None:
+    recipe = read_recipe(path)
+    if "input_ids" in [spec.name for spec in recipe.inputs]:
+        with pytest.raises(RecipeError, match=r"not support T5ForQuestionAnswering: .* be lost\.$"):
+            recipe.for_architecture("T5ForQuestionAnswering")
 
 
 def test_a_cache_and_its_axis_go_together() -> None:
@@ -264,14 +264,14 @@ def test_a_folder_named_like_a_recipe_is_none(tmp_path: Path) -> None:
 
 
 def test_advice_on_an_unknown_family_takes_the_place_of_the_general_one(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"t5 \(t5\); try this:\n\nfamily = 1$"):
+    with pytest.raises(RecipeError, match=r"\); try this:\n\nfamily = 1$"):
         select_recipe(tmp_path, "perceiver", None, lambda: "try this:\n\nfamily = 1")
 
 
 def test_an_unknown_family_lists_the_known_ones_and_the_remedy(tmp_path: Path) -> None:
     message = (
         rf"No recipe supports model_type 'perceiver' of {tmp_path}; shipped families are "
-        r"bert \(bert\), .*, roberta \(roberta, xlm-roberta\), t5 \(t5\); "
+        r"bert \(bert\), .*, roberta \(roberta, xlm-roberta\), t5 \(t5\).*; "
         r"copy the nearest one, .* pass it with --recipe\.$"
     )
     with pytest.raises(RecipeError, match=message):
