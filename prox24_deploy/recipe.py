@@ -152,6 +152,8 @@ class Recipe(_Table):
                 f"cache = {str(self.cache).lower()} needs an attention_mask with the axis "
                 f"{'past + sequence' if self.cache else 'sequence'!r}"
             )
+        if self.cache and self.task != "text-generation":
+            raise ValueError(f"cache = true needs the task 'text-generation', got {self.task!r}")
         return self
 
     @model_validator(mode="after")

@@ -6,13 +6,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from command_line import run_cli
 from families import CAPABILITIES, DTYPES, NO_KERNELS, Row, require, table
 from safetensors import safe_open
 from tiny_families import FAMILIES, tiny_model
-from transformers import AutoModelForCausalLM
+from tiny_models import write_tiny_classifier
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prox24_deploy.recipe import parse_recipe, shipped_recipes
 from prox24_deploy.release.schema import load_report
@@ -43,6 +45,56 @@ def test_a_family_is_built_and_proven(
     model = AutoModelForCausalLM.from_pretrained(out / "pruned")
     with torch.no_grad():
         assert bool(model(input_ids=torch.arange(8)[None]).logits.isfinite().all())
+
+
+SMALL = (
+    "--calibration-tokens", "4096", "--evaluation-tokens", "1024", "--method", "magnitude",
+    "--shapes", "batch=1", "sequence=8",
+)  # fmt: skip
+
+
+def test_a_classifier_is_built_with_its_head_and_judged_by_its_classes(
+    prose: Path, tmp_path: Path
+) -> None:
+    model_dir = write_tiny_classifier(tmp_path / "model")
+    out = tmp_path / "out"
+    done = run_cli("build", model_dir, "-o", out, "--calibration", prose, *SMALL)
+    assert done.code == 0, done.err
+    report = load_report(out / "report.json")
+    assert report.model.task == "text-classification"
+    assert report.accuracy.metric == "top-1 agreement"
+    (output,) = onnx.load(out / "onnx" / "sparse" / "model.onnx").graph.output
+    assert [dim.dim_value for dim in output.type.tensor_type.shape.dim][1:] == [3]
+    assert AutoModelForSequenceClassification.from_pretrained(out / "pruned").num_labels == 3
+
+
+def test_an_embedder_is_built_with_its_pooling_in_the_graph(
+    tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "embedder.toml"
+    shipped = shipped_recipes()["bert"]
+    start, end = shipped.index("outputs ="), shipped.index("[[heads]]")
+    recipe.write_text(
+        shipped[:start]
+        + """
+outputs = [
+    { name = "sentence_embedding", dtype = "float", axes = ["batch", "hidden"] },
+]
+[embedding]
+pooling = "cls"
+normalize = true
+"""
+        + shipped[end:],
+        encoding="utf-8",
+    )
+    out = tmp_path / "out"
+    done = run_cli(
+        "build", tiny_bert, "-o", out, "--calibration", prose, "--recipe", recipe, *SMALL
+    )
+    assert done.code == 0, done.err
+    (output,) = onnx.load(out / "onnx" / "sparse" / "model.onnx").graph.output
+    assert output.name == "sentence_embedding"
+    assert load_report(out / "report.json").accuracy.metric == "embedding cosine"
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +137,13 @@ def test_a_family_builds_for_tensorrt_rtx_in_every_dtype(
         assert all(int(plan.removesuffix(" B")) > 0 for plan in plans.values())
 
 
-def test_every_model_type_and_head_of_a_recipe_has_a_row() -> None:
+def test_every_model_type_and_head_of_a_text_recipe_has_a_row() -> None:
     models = [tiny_model(row) for row in FAMILIES]
     opened = {(model.config.model_type, type(model).__name__) for model in models}  # type: ignore[union-attr]
     for family, text in shipped_recipes().items():
         recipe = parse_recipe(text, family)
+        if "input_ids" not in [spec.name for spec in recipe.inputs]:
+            continue
         known = [name for kind, name in opened if kind in recipe.model_types]
         tasks = {recipe.for_architecture(name).task for name in known}
         assert "text-classification" in tasks or not recipe.heads, family

@@ -49,8 +49,10 @@ def range_guard(dtype: DType) -> See:
     limit = torch.finfo(TORCH_DTYPES[dtype]).max
 
     def see(name: str, output: torch.Tensor) -> None:
-        largest = float(output.abs().max()) if output.numel() else 0.0
-        if dtype == "float16" and largest > limit:
+        if dtype != "float16" or not output.numel():
+            return
+        largest = float(output.abs().max())
+        if largest > limit:
             raise ExportError(
                 f"Module {name} gives values up to {largest:g}, which do not fit {dtype}, whose "
                 f"limit is {limit:g}; export with --dtype bfloat16 or float32."

@@ -66,11 +66,13 @@ def axes_of(value: ir.Value) -> list[str | int]:
 
 
 def _cached_shapes(recipe: Recipe, model: nn.Module) -> list[tuple[torch.Size, ...]]:
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        one = torch.zeros((1, 1), dtype=torch.int64, device=device)
-        cache = getattr(model(input_ids=one, use_cache=True), _PAST, None)
-    layers = getattr(cache, "layers", None)
+    one = torch.zeros((1, 1), dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        with torch.inference_mode():
+            result = model(input_ids=one, use_cache=True)
+    except TypeError:  # it takes no such argument
+        result = None
+    layers = getattr(getattr(result, _PAST, None), "layers", None)
     if not layers:
         raise ExportError(
             f"{type(model).__name__} returns no key/value cache, but recipe {recipe.family} says "
