@@ -1,0 +1,53 @@
+"""Whether TensorRT may take a sparse kernel for a weight, by its documented and observed rules.
+
+An eligible weight is one that TensorRT times a sparse kernel for; it takes it only where that was
+faster. Sources: the section on sparsity of TensorRT's guide for types and operators;
+github.com/NVIDIA/TensorRT issues 2169 and 2271 for MatMul, 4054 for grouped convolutions; sizes
+that are no multiple of 8 and 16 fit no sparse tensor-core tile.
+"""
+
+from dataclasses import dataclass
+
+_SPARSE_OPS = ("MatMul", "Gemm", "Conv", "")
+_SPARSE_TYPES = ("float16", "bfloat16", "int8", "float8_e4m3fn")
+_N_MULTIPLE = 8
+_K_MULTIPLE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class GemmShape:
+    """A weight as a matrix multiplication sees it.
+
+    `n` counts outputs and `k` the elements that are summed, for a convolution output channels and
+    the input channels of one of its `groups`.
+    """
+
+    n: int
+    k: int
+    groups: int = 1
+
+
+def obstacles(op_type: str, domain: str, dtype: str, gemm: GemmShape) -> list[str]:
+    """Every rule that keeps TensorRT from sparse kernels; empty if it may take one.
+
+    Args:
+        op_type: operator that reads the weight, "" for a weight outside a graph.
+        domain: domain of the operator, "" for ONNX's own.
+        dtype: name of the type that is multiplied.
+        gemm: sizes of the multiplication.
+    """
+    found = []
+    if domain not in ("", "ai.onnx"):
+        found.append(f"TensorRT does not parse {op_type} of {domain}")
+    elif op_type not in _SPARSE_OPS:
+        found.append(f"TensorRT has sparse kernels for MatMul, Gemm and Conv, not for {op_type}")
+    if dtype not in _SPARSE_TYPES:
+        found.append(f"it is multiplied in {dtype}, not in one of {', '.join(_SPARSE_TYPES)}")
+    if gemm.groups > 1:
+        found.append(f"TensorRT has no sparse kernels for a convolution of {gemm.groups} groups")
+    outputs, inputs = ("output channels", "input channels") if op_type == "Conv" else ("N", "K")
+    if gemm.n % _N_MULTIPLE:
+        found.append(f"{outputs} = {gemm.n} is not a multiple of {_N_MULTIPLE}")
+    if gemm.k % _K_MULTIPLE:
+        found.append(f"{inputs} = {gemm.k} is not a multiple of {_K_MULTIPLE}")
+    return found
