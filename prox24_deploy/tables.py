@@ -63,7 +63,7 @@ def checks(tensors: Sequence[TensorCheck]) -> Table:
             str(tensor.axis),
             "×".join(map(str, tensor.shape)),
             f"{tensor.density:.3f}",
-            "yes" if tensor.is_24 else "no" if tensor.expected else "dense",
+            "yes" if tensor.is_24 else f"no: {tensor.reason}" if tensor.expected else "dense",
             "yes" if tensor.eligible else f"no: {tensor.ineligible_reason}",
         )
     return table

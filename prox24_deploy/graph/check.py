@@ -230,11 +230,9 @@ def _onnx_weight(weight: ConstantWeight, path: Path) -> _Weight:
     finding = inspect_groups(
         array, weight.view, weight.reduction, weight.axis, zero or 0, weight.reason
     )
-    problems = ["it is not 2:4"] if finding.reason else []
-    if weight.gemm is not None and weight.dtype is not None:
-        dtype = weight.dtype.numpy().name
-        problems += obstacles(node.op_type, node.domain, dtype, weight.gemm)
-    check = _row(finding, array, weight.axis, problems)
+    dtype = weight.dtype.numpy().name if weight.dtype is not None else ""
+    rules = obstacles(node.op_type, node.domain, dtype, weight.gemm)
+    check = _row(finding, array, weight.axis, rules)
     check = replace(
         check, tensor=name, module=module_of(node), node=node.name or "", op_type=node.op_type
     )
@@ -272,16 +270,15 @@ def _stored_weight(file: TensorFile, entry: TensorEntry, axis: int) -> _Weight:
     finding = inspect_groups(array, Strided.of(entry.shape), axis, axis, 0, "")
     outputs = entry.shape[:axis] or entry.shape[1:2]
     gemm = GemmShape(math.prod(outputs), entry.shape[axis])
-    problems = ["it is not 2:4"] if finding.reason else []
-    problems += obstacles("", "", array.dtype.name, gemm)
-    check = _row(finding, array, axis, problems)
+    check = _row(finding, array, axis, obstacles("", "", array.dtype.name, gemm))
     module = entry.name.removesuffix(".weight")
     check = replace(check, tensor=entry.name, module=module)
     return _Weight(check, frozenset({entry.name}))
 
 
-def _row(finding: Finding, array: Array, axis: int, problems: Sequence[str]) -> TensorCheck:
+def _row(finding: Finding, array: Array, axis: int, rules: Sequence[str]) -> TensorCheck:
     """Check of one stored tensor, still without the names of what reads it."""
+    problems = ["it is not proven 2:4", *rules] if finding.reason else rules
     return TensorCheck(
         tensor="",
         module="",

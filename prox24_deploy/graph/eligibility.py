@@ -27,22 +27,24 @@ class GemmShape:
     groups: int = 1
 
 
-def obstacles(op_type: str, domain: str, dtype: str, gemm: GemmShape) -> list[str]:
+def obstacles(op_type: str, domain: str, dtype: str, gemm: GemmShape | None) -> list[str]:
     """Every rule that keeps TensorRT from sparse kernels; empty if it may take one.
 
     Args:
         op_type: operator that reads the weight, "" for a weight outside a graph.
         domain: domain of the operator, "" for ONNX's own.
         dtype: name of the type that is multiplied.
-        gemm: sizes of the multiplication.
+        gemm: sizes of the multiplication, None where they are not known.
     """
     found = []
     if domain not in ("", "ai.onnx"):
         found.append(f"TensorRT does not parse {op_type} of {domain}")
     elif op_type not in _SPARSE_OPS:
         found.append(f"TensorRT has sparse kernels for MatMul, Gemm and Conv, not for {op_type}")
+    if gemm is None:
+        return found
     if dtype not in _SPARSE_TYPES:
-        found.append(f"it is multiplied in {dtype}, not in one of {', '.join(_SPARSE_TYPES)}")
+        found.append(f"{dtype} has no sparse kernels, {', '.join(_SPARSE_TYPES)} have")
     if gemm.groups > 1:
         found.append(f"TensorRT has no sparse kernels for a convolution of {gemm.groups} groups")
     outputs, inputs = ("output channels", "input channels") if op_type == "Conv" else ("N", "K")

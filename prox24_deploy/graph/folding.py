@@ -93,7 +93,7 @@ class Folder:
             return self._concat(node)
         source = self.fold(node.inputs[0]) if node.inputs else None
         if not isinstance(source, Folded):
-            return source
+            return source and replace(source, shape=_static_shape(value))
         match node.op_type:
             case "Identity" | "Cast" | "CastLike" | "QuantizeLinear" | "DequantizeLinear":
                 return _retyped(node, source)
@@ -220,6 +220,10 @@ class Folder:
             return read_integers(node.inputs[index], self._path)
         given = node.attributes.get_ints(attribute, None)
         return default if given is None else tuple(given)
+
+
+def _static_shape(value: ir.Value) -> tuple[int, ...] | None:
+    return value.shape.numpy() if value.shape is not None and value.shape.is_static() else None
 
 
 def _axis(axis: int, rank: int) -> int | None:

@@ -104,10 +104,16 @@ def find_weights(model: ir.Model, path: Path | None = None) -> list[ConstantWeig
 
 
 def module_of(node: ir.Node) -> str:
-    """Module path of a node: our own metadata, else the exporter's name scopes, else ""."""
+    """Module path of a node, "" where the file does not tell it.
+
+    Sources, first that tells: our own metadata, the name scopes of torch's exporter, and names that
+    are paths, as torch's TorchScript exporter and the builders that imitate it write them
+    (`/encoder/layer.0/dense/MatMul`).
+    """
     if MODULE_KEY in node.metadata_props:
         return node.metadata_props[MODULE_KEY]
-    return scoped_module(node.metadata_props)
+    root, *scopes = (node.name or "").rpartition("/")[0].split("/")
+    return scoped_module(node.metadata_props) or (".".join(scopes) if not root else "")
 
 
 def scoped_module(metadata: Mapping[str, str]) -> str:

@@ -208,6 +208,7 @@ def write_onnx(
     declared: Sequence[str] | None = None,
     functions: Sequence[onnx.FunctionProto] = (),
     external: bool = False,
+    opset: int = 20,
 ) -> Path:
     """Write a graph from input "x" to output "y"; nothing here infers or checks shapes."""
     graph = helper.make_graph(
@@ -217,7 +218,8 @@ def write_onnx(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("local", 1)]
+    domains = {"": opset, "local": 1, "com.microsoft": 1}
+    opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
     if declared is not None:
         helper.set_model_props(model, {"prox24.sparse_weights": json.dumps(list(declared))})
