@@ -70,7 +70,7 @@ class Folder:
     def __init__(self, constants: Collection[ir.Value], path: Path | None) -> None:
         self._constants = constants
         self._path = path
-        self._sources: dict[ir.Value, tuple[ir.Value, ir.TensorProtocol] | None] = {}
+        self._sources: dict[ir.Value, tuple[ir.Value, ir.TensorProtocol]] = {}
 
     def fold(self, value: ir.Value | None) -> Folded | Blocked | None:
         """Stored parts of a value, or why they cannot be told; None if inputs can change it."""
@@ -82,8 +82,7 @@ class Folder:
             part = Part(value, tensor, Strided.of(shape), (0,) * len(shape))
             return Folded((part,), shape, tensor.dtype)
         node = value.producer()
-        folded = self._follow(node, value) if node is not None else None
-        return folded if folded is not None else self._blocked(value)
+        return None if node is None else self._follow(node, value) or self._blocked(node, value)
 
     def _follow(self, node: ir.Node, value: ir.Value) -> Folded | Blocked | None:
         """Result of one node; None where its kind, or this use of it, is not followed."""
@@ -112,27 +111,21 @@ class Folder:
                 shape = self._new_shape(node, source.shape)
                 return None if shape is None else _renumbered(source, shape)
 
-    def _blocked(self, value: ir.Value) -> Blocked | None:
+    def _blocked(self, node: ir.Node, value: ir.Value) -> Blocked:
         """Name the largest stored tensor behind a value that is not followed."""
-        node = value.producer()
-        if node is None:
-            return None
-        found = self._largest(value)
-        if found is None:
-            return None
-        shape = value.shape.numpy() if value.shape and value.shape.is_static() else None
         reason = (
             f"{node.op_type} computes the weight from it in a way that the check does not follow"
         )
-        return Blocked(*found, shape, reason)
+        return Blocked(*self._largest(value), _static_shape(value), reason)
 
-    def _largest(self, value: ir.Value) -> tuple[ir.Value, ir.TensorProtocol] | None:
+    def _largest(self, value: ir.Value) -> tuple[ir.Value, ir.TensorProtocol]:
         if value not in self._sources:
             tensor, node = constant_of(value), value.producer()
-            inputs = node.inputs if node and tensor is None else ()
-            found = [self._largest(source) for source in inputs if source is not None]
-            stored = [(value, tensor)] if tensor is not None else [*filter(None, found)]
-            self._sources[value] = max(stored, key=lambda pair: pair[1].size, default=None)
+            inputs = node.inputs if node is not None and tensor is None else ()
+            sources = [source for source in inputs if source is not None]
+            found = [self._largest(source) for source in sources if source in self._constants]
+            stored = found if tensor is None else [(value, tensor)]
+            self._sources[value] = max(stored, key=lambda pair: pair[1].size)
         return self._sources[value]
 
     def _concat(self, node: ir.Node) -> Folded | Blocked | None:
