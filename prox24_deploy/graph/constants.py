@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from prox24_deploy.errors import UsageError
@@ -20,6 +19,11 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
         return ir.convenience.get_const_tensor(value)
     except ValueError:  # a Constant node that breaks the standard: no constant to speak of
         return None
+
+
+def input_of(node: ir.Node, index: int) -> ir.Value | None:
+    """Input of a node by its place, None where it is left out."""
+    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def constant_values(model: ir.Model) -> frozenset[ir.Value]:
@@ -56,15 +60,6 @@ def read_tensor(tensor: ir.TensorProtocol, name: str, path: Path | None) -> Arra
         raise UsageError(
             f"Tensor {name!r} of {path} cannot be read ({reason}); copy or export the file again."
         ) from error
-
-
-def read_integers(value: ir.Value | None, path: Path | None) -> tuple[int, ...] | None:
-    """Elements of a small constant of integers, None where `value` is no stored constant."""
-    tensor = constant_of(value)
-    if tensor is None or value is None:
-        return None
-    array = read_tensor(tensor, value.name or "", path)
-    return tuple(int(number) for number in np.asarray(array).reshape(-1))
 
 
 def release(tensor: ir.TensorProtocol) -> None:

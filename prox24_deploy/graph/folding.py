@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from prox24_deploy.graph.constants import (
     ONNX_DOMAINS,
     QUANTISERS,
     constant_of,
-    read_integers,
+    input_of,
+    read_tensor,
     sizes_of,
 )
 from prox24_deploy.graph.strided import Strided
@@ -90,7 +92,7 @@ class Folder:
             return None
         if node.op_type == "Concat":
             return self._concat(node)
-        source = self.fold(node.inputs[0]) if node.inputs else None
+        source = self.fold(input_of(node, 0))
         if not isinstance(source, Folded):
             return source and replace(source, shape=_static_shape(value))
         match node.op_type:
@@ -105,7 +107,7 @@ class Folder:
             case "Gather":
                 return self._selected(node, source)
             case "Expand":
-                shape = read_integers(node.inputs[1], self._path)
+                shape = self._integers(input_of(node, 1))
                 return None if shape is None else _renumbered(source, shape, expand=True)
             case _:
                 shape = self._new_shape(node, source.shape)
@@ -167,7 +169,7 @@ class Folder:
         axis = _axis(node.attributes.get_int("axis", 0), len(source.shape))
         if axis is None:
             return None
-        count = node.attributes.get_int("num_outputs", len(node.outputs))
+        count = max(1, node.attributes.get_int("num_outputs", len(node.outputs)))
         chunk = -(-source.shape[axis] // count)
         lengths = self._numbers(node, 1, "split", (chunk,) * count)
         if lengths is None or output >= len(lengths):
@@ -179,9 +181,9 @@ class Folder:
     def _selected(self, node: ir.Node, source: Folded) -> Folded | Blocked | None:
         """Gather of one scalar index, as `weight[i]` is exported."""
         axis = _axis(node.attributes.get_int("axis", 0), len(source.shape))
-        index = constant_of(node.inputs[1])
-        picked = read_integers(node.inputs[1], self._path)
-        if axis is None or index is None or not picked or len(index.shape):
+        index = self.fold(input_of(node, 1))
+        picked = self._integers(input_of(node, 1))
+        if axis is None or picked is None or index is None or index.shape:
             return None
         at = range(source.shape[axis])[picked[0] :][:1]
         rest = (*source.shape[:axis], *source.shape[axis + 1 :])
@@ -209,10 +211,23 @@ class Folder:
         self, node: ir.Node, index: int, attribute: str, default: tuple[int, ...] | None = None
     ) -> tuple[int, ...] | None:
         """Integers given as an input, or as an attribute in older operator sets."""
-        if index < len(node.inputs) and node.inputs[index] is not None:
-            return read_integers(node.inputs[index], self._path)
+        value = input_of(node, index)
+        if value is not None:
+            return self._integers(value)
         given = node.attributes.get_ints(attribute, None)
         return default if given is None else tuple(given)
+
+    def _integers(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        """Elements of a constant that says how to renumber another, as bounds and shapes do."""
+        source = self.fold(value)
+        if not isinstance(source, Folded):
+            return None
+        numbers = np.zeros(source.shape, np.int64)
+        for part in source.parts:
+            array = part.view.apply(read_tensor(part.tensor, part.value.name or "", self._path))
+            begins = zip(part.start, array.shape, strict=True)
+            numbers[tuple(slice(begin, begin + length) for begin, length in begins)] = array
+        return tuple(numbers.reshape(-1).tolist())
 
 
 def _static_shape(value: ir.Value) -> tuple[int, ...] | None:
@@ -236,7 +251,7 @@ def _retyped(node: ir.Node, source: Folded) -> Folded:
         parts = tuple(replace(part, is_float=True) for part in source.parts)
         return Folded(parts, source.shape, dtype)
     if node.op_type == "DequantizeLinear":
-        zero = node.inputs[2] if len(node.inputs) > 2 else None
+        zero = input_of(node, 2)
         parts = tuple(
             part if part.is_float else replace(part, zero_point=zero) for part in source.parts
         )
@@ -259,7 +274,7 @@ def _output_type(node: ir.Node, default: ir.DataType) -> ir.DataType:
 
 
 def _type_of(node: ir.Node, index: int) -> ir.DataType | None:
-    value = node.inputs[index] if index < len(node.inputs) else None
+    value = input_of(node, index)
     tensor = constant_of(value)
     return tensor.dtype if tensor is not None else value.dtype if value is not None else None
 

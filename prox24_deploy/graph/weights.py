@@ -12,7 +12,13 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from prox24_deploy.errors import UsageError
-from prox24_deploy.graph.constants import constant_of, constant_values, read_tensor, sizes_of
+from prox24_deploy.graph.constants import (
+    constant_of,
+    constant_values,
+    input_of,
+    read_tensor,
+    sizes_of,
+)
 from prox24_deploy.graph.eligibility import GemmShape
 from prox24_deploy.graph.folding import Blocked, Folded, Folder, Part
 from prox24_deploy.graph.groups import GROUP
@@ -199,7 +205,7 @@ def _weight(
         return _unproven(part, "its elements are repeated along the axis that is summed")
     zero = part.zero_point
     if zero is None and operand.zero_point is not None and not part.is_float:
-        zero = node.inputs[operand.zero_point] if operand.zero_point < len(node.inputs) else None
+        zero = input_of(node, operand.zero_point)
     gemm = GemmShape(math.prod(source.shape[i] for i in found.outputs), length, _groups(node))
     stored, reduction = view.storage_order(axis)
     return ConstantWeight(
@@ -225,7 +231,7 @@ def _groups(node: ir.Node) -> int:
 
 def _multiplied_in(node: ir.Node, operand: Operand, source: Folded) -> ir.DataType:
     """Type of the multiplication: that before dequantisation only if both operands pass one."""
-    other = node.inputs[0] if operand.index else node.inputs[1]
+    other = input_of(node, 0 if operand.index else 1)
     producer = other.producer() if other is not None else None
     both = producer is not None and producer.op_type == "DequantizeLinear"
     return source.quantized if source.quantized is not None and both else source.dtype

@@ -289,6 +289,13 @@ def test_expanded_batches_are_counted_once_and_repeated_inputs_are_refused(tmp_p
         ("Gather", [np.array(99)], {}),
         ("Concat", [array_24((4, 8), 0)], {"axis": 7}),
         ("Pad", [ints(0, 0, 0, 0)], {}),
+        # Damaged or unknown nodes are rows too, and no faults of the check.
+        ("Gather", [], {}),
+        ("Expand", [], {}),
+        ("Slice", [], {}),
+        ("Split", [], {"axis": 5}),
+        ("Reshape", [], {}),
+        ("Unsqueeze", [], {}),
     ],
 )
 def test_weight_that_is_computed_otherwise_is_a_row_with_the_reason(
@@ -301,6 +308,14 @@ def test_weight_that_is_computed_otherwise_is_a_row_with_the_reason(
     assert (check.tensor, check.is_24, check.axis) == ("w", False, -1)
     assert check.reason.startswith(f"{op} computes the weight from it in a way that the check")
     assert not check.eligible
+
+
+def test_node_of_another_domain_is_not_taken_for_the_one_it_is_named_like(tmp_path: Path) -> None:
+    nodes = [node("Flatten", ["w"], "f", domain="local"), node("MatMul", ["x", "f"], "y")]
+    path = write_onnx(tmp_path / "m.onnx", nodes, {"w": array_24((8, 8), 0)})
+    assert [(check.op_type, check.is_24) for check in check_onnx(path)] == [
+        ("Flatten", False), ("MatMul", False),
+    ]  # fmt: skip
 
 
 def test_reshape_that_mixes_axes_is_a_row_with_the_reason(tmp_path: Path) -> None:
