@@ -21,6 +21,7 @@ from prox24_deploy.graph.constants import (
     constant_of,
     input_of,
     read_tensor,
+    release,
     sizes_of,
 )
 from prox24_deploy.graph.strided import Strided
@@ -224,9 +225,11 @@ class Folder:
             return None
         numbers = np.zeros(source.shape, np.int64)
         for part in source.parts:
-            array = part.view.apply(read_tensor(part.tensor, part.value.name or "", self._path))
-            begins = zip(part.start, array.shape, strict=True)
-            numbers[tuple(slice(begin, begin + length) for begin, length in begins)] = array
+            begins = zip(part.start, part.view.shape, strict=True)
+            numbers[tuple(slice(begin, begin + length) for begin, length in begins)] = (
+                part.view.apply(read_tensor(part.tensor, part.value.name or "", self._path))
+            )
+            release(part.tensor)
         return tuple(numbers.reshape(-1).tolist())
 
 

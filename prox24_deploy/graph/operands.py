@@ -119,12 +119,16 @@ _SUM_NO_WEIGHT = frozenset(
 )  # fmt: skip
 
 
+_LOOPS = ("Loop", "Scan")
+
+
 def weight_operands(node: ir.Node) -> Iterator[Operand]:
     """Inputs of a node that may be weights.
 
-    Of a node that is not known, and is no operator of ONNX itself, every input may be one.
+    Of a node that is not known, and is no operator of ONNX itself, every input may be one; so may
+    every input that a loop passes to its body.
     """
-    if node.domain in ONNX_DOMAINS:
+    if node.domain in ONNX_DOMAINS and node.op_type not in _LOOPS:
         known = _STANDARD.get(node.op_type, ())
     elif node.domain != MICROSOFT or node.op_type not in (_CONTRIB.keys() | _SUM_NO_WEIGHT):
         known = _packed(*range(len(node.inputs)))
@@ -135,7 +139,7 @@ def weight_operands(node: ir.Node) -> Iterator[Operand]:
 
 def is_known(node: ir.Node) -> bool:
     """Whether it is known which inputs of a node are weights."""
-    return node.domain in ONNX_DOMAINS or node.op_type in _CONTRIB
+    return (_STANDARD if node.domain in ONNX_DOMAINS else _CONTRIB).get(node.op_type) is not None
 
 
 def reduction_of(node: ir.Node, operand: Operand, rank: int) -> Reduction | str | None:
@@ -156,6 +160,8 @@ def reduction_of(node: ir.Node, operand: Operand, rank: int) -> Reduction | str 
             found = Reduction(2, (1,))
         case "einsum":
             found = _of_einsum(node, operand.index)
+        case _ if node.op_type in _LOOPS:
+            found = f"{node.op_type} passes it to its body, into which the check does not follow it"
         case _:
             found = f"{node.op_type} keeps it in a form that the check does not read"
     if isinstance(found, Reduction) and max(found.axis, *found.outputs, 0) >= rank:

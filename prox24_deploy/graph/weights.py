@@ -17,6 +17,7 @@ from prox24_deploy.graph.constants import (
     constant_values,
     input_of,
     read_tensor,
+    release,
     sizes_of,
 )
 from prox24_deploy.graph.eligibility import GemmShape
@@ -97,13 +98,16 @@ def find_weights(model: ir.Model, path: Path | None = None) -> list[ConstantWeig
         path: the file of the model, None if it holds its tensors in memory.
 
     Raises:
-        UsageError: external data that is needed to follow a weight is missing or damaged.
+        UsageError: external data that is needed to follow a weight is missing or damaged, or a
+            weight is stored in a way that is not read (as a sparse initializer).
     """
     folder = Folder(constant_values(model), path)
     found: dict[tuple[object, ...], ConstantWeight] = {}
     for node in model.graph.all_nodes():
         for operand in weight_operands(node):
-            for weight in _weights_of(node, operand, folder.fold(node.inputs[operand.index])):
+            value = node.inputs[operand.index]
+            _require_defined(node, value, path)
+            for weight in _weights_of(node, operand, folder.fold(value)):
                 key = (weight.value, weight.view, weight.reduction, weight.axis, weight.reason)
                 found.setdefault(key, weight).nodes.append(node)
     return list(found.values())
@@ -162,6 +166,16 @@ def declared_modules(model: ir.Model, path: Path) -> frozenset[str] | None:
 
 def _not_onnx(path: Path) -> str:
     return f"{path} is not an ONNX model, or is damaged; pass a file that onnx.load can read."
+
+
+def _require_defined(node: ir.Node, value: ir.Value | None, path: Path | None) -> None:
+    if value is None or value.producer() is not None or value.is_graph_input():
+        return
+    if constant_of(value) is None:
+        raise UsageError(
+            f"Node {node.name!r} of {path} multiplies by {value.name!r}, which the file does not "
+            "hold as a dense tensor; store sparse initializers as dense ones."
+        )
 
 
 def _weights_of(
@@ -254,4 +268,5 @@ def zero_point_of(weight: ConstantWeight, path: Path) -> int | None:
     if tensor is None:
         return None
     points = np.unique(read_tensor(tensor, weight.zero_point.name or "", path).astype(np.int64))
+    release(tensor)
     return int(points[0]) if len(points) == 1 else None

@@ -10,9 +10,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 from graph_models import Array, array_24, node, write_onnx
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from prox24_deploy.artifacts import TensorCheck
+from prox24_deploy.errors import UsageError
 from prox24_deploy.graph.check import check_onnx
 
 MICROSOFT = "com.microsoft"
@@ -223,6 +225,32 @@ def test_tables_of_fused_operators_are_no_weights(tmp_path: Path) -> None:
     weights = {"cos": table, "sin": table, "table": table, "w": array_24((8, 24), 0)}
     check = only(write_onnx(tmp_path / "m.onnx", nodes, weights))
     assert (check.tensor, check.is_24, check.axis) == ("w", True, 0)
+
+
+def test_weight_that_a_loop_passes_to_its_body_is_a_row(tmp_path: Path) -> None:
+    def value(name: str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+
+    inner = [node("MatMul", ["state", "layer"], "next")]
+    body = helper.make_graph(inner, "body", [value("state"), value("layer")], [value("next")])
+    made = node("Scan", ["x", "w"], "y", body=body, num_scan_inputs=1)
+    check = only(write_onnx(tmp_path / "m.onnx", [made], {"w": array_24((3, 8, 8), 1)}))
+    assert (check.tensor, check.is_24) == ("w", False)
+    assert check.reason == "Scan passes it to its body, into which the check does not follow it"
+
+
+def test_sparse_initializer_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    values = numpy_helper.from_array(np.ones(2, np.float32), "w")
+    places = numpy_helper.from_array(np.array([0, 5], np.int64), "places")
+    path = write_onnx(tmp_path / "m.onnx", [node("MatMul", ["x", "w"], "y")], {})
+    model = onnx.load(path)
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [4, 4]))
+    path.write_bytes(model.SerializeToString())
+    message = (
+        r"'node_y' of .*m\.onnx multiplies by 'w', which the file does not hold as a dense ten"
+    )
+    with pytest.raises(UsageError, match=message):
+        check_onnx(path)
 
 
 def quantised(path: Path, weight: Array, *, both: bool) -> TensorCheck:
