@@ -26,6 +26,10 @@ from prox24_deploy.graph.constants import (
 )
 from prox24_deploy.graph.strided import Strided
 
+# No bound or shape has more numbers, and NumPy knows no more axes, than a sound file needs.
+_MOST_NUMBERS = 1024
+_MOST_AXES = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -137,7 +141,7 @@ class Folder:
         if len(folded) < len(sources):
             return next((source for source in sources if isinstance(source, Blocked)), None)
         axis = _axis(node.attributes.get_int("axis", 0), len(folded[0].shape))
-        if axis is None or any(len(source.shape) <= axis for source in folded):
+        if axis is None or len({_put(source.shape, axis, 0) for source in folded}) > 1:
             return None
         starts = accumulate((source.shape[axis] for source in folded), initial=0)
         parts = tuple(
@@ -221,7 +225,7 @@ class Folder:
     def _integers(self, value: ir.Value | None) -> tuple[int, ...] | None:
         """Elements of a constant that says how to renumber another, as bounds and shapes do."""
         source = self.fold(value)
-        if not isinstance(source, Folded):
+        if not isinstance(source, Folded) or math.prod(source.shape) > _MOST_NUMBERS:
             return None
         numbers = np.zeros(source.shape, np.int64)
         for part in source.parts:
@@ -316,7 +320,7 @@ def _renumbered(
     source: Folded, shape: Sequence[int], *, expand: bool = False
 ) -> Folded | Blocked | None:
     """Give the elements of one part another shape, if fixed strides still describe them."""
-    if len(source.parts) != 1:
+    if len(source.parts) != 1 or len(shape) > _MOST_AXES:
         return None
     part = source.parts[0]
     view = part.view.expand(shape) if expand else part.view.reshape(shape)

@@ -288,6 +288,9 @@ def test_expanded_batches_are_counted_once_and_repeated_inputs_are_refused(tmp_p
         ("Gather", [ints(0, 1, 2, 3)], {}),
         ("Gather", [np.array(99)], {}),
         ("Concat", [array_24((4, 8), 0)], {"axis": 7}),
+        ("Concat", [array_24((4, 4), 0)], {"axis": 0}),
+        ("Concat", [array_24((8,), 0)], {"axis": 0}),
+        ("Reshape", [np.ones(64, np.int64)], {}),
         ("Pad", [ints(0, 0, 0, 0)], {}),
         # Damaged or unknown nodes are rows too, and no faults of the check.
         ("Gather", [], {}),
@@ -308,6 +311,13 @@ def test_weight_that_is_computed_otherwise_is_a_row_with_the_reason(
     assert (check.tensor, check.is_24, check.axis) == ("w", False, -1)
     assert check.reason.startswith(f"{op} computes the weight from it in a way that the check")
     assert not check.eligible
+
+
+def test_shape_of_thousands_of_numbers_is_not_read(tmp_path: Path) -> None:
+    nodes = [node("Reshape", ["w", "shape"], "r"), node("MatMul", ["x", "r"], "y")]
+    weights = {"w": array_24((64, 64), 0), "shape": np.ones(2000, np.int64)}
+    check = row(tmp_path / "m.onnx", nodes, weights)
+    assert (check.tensor, check.is_24) == ("w", False)
 
 
 def test_node_of_another_domain_is_not_taken_for_the_one_it_is_named_like(tmp_path: Path) -> None:
