@@ -1,9 +1,10 @@
-"""Whether TensorRT may take a sparse kernel for a weight, by its documented and observed rules.
+"""Whether TensorRT may take a sparse kernel for a weight, by the rules that it was seen to follow.
 
-An eligible weight is one that TensorRT times a sparse kernel for; it takes it only where that was
-faster. Sources: the section on sparsity of TensorRT's guide for types and operators;
-github.com/NVIDIA/TensorRT issues 2169 and 2271 for MatMul, 4054 for grouped convolutions; sizes
-that are no multiple of 8 and 16 fit no sparse tensor-core tile.
+For an eligible weight TensorRT times sparse kernels too; it takes one only where that was faster,
+which channels below about 256 seldom are (github.com/NVIDIA/TensorRT, issue 3849). MatMul and Gemm
+are eligible besides Conv (issues 2169 and 2271), convolutions of several groups are not (4054).
+Sizes that are no multiple of 8 and 16, and types without sparse tensor-core instructions, are not.
+Batches of matrices follow the rules of one matrix here; what TensorRT does with them is not known.
 """
 
 from dataclasses import dataclass
