@@ -108,7 +108,8 @@ def find_weights(model: ir.Model, path: Path | None = None) -> list[ConstantWeig
             value = node.inputs[operand.index]
             _require_defined(node, value, path)
             for weight in _weights_of(node, operand, folder.fold(value)):
-                key = (weight.value, weight.view, weight.reduction, weight.axis, weight.reason)
+                place = (weight.value, weight.view, weight.reduction, weight.axis)
+                key = (*place, weight.zero_point, weight.reason)
                 found.setdefault(key, weight).nodes.append(node)
     return list(found.values())
 

@@ -386,6 +386,22 @@ def test_quantised_parts_keep_their_own_zero_points(tmp_path: Path) -> None:
     assert not bad_groups(multiplied_matrix(tmp_path / "m.onnx", 8))
 
 
+def test_one_tensor_under_two_zero_points_has_two_rows(tmp_path: Path) -> None:
+    nodes = [
+        node("DequantizeLinear", ["w", "scale"], "a"),
+        node("MatMul", ["x", "a"], "b"),
+        node("DequantizeLinear", ["w", "scale", "seven"], "c"),
+        node("MatMul", ["b", "c"], "y"),
+    ]
+    weights: dict[str, Array] = {
+        "w": (array_24((8, 8), 0) != 0).astype(np.uint8),
+        "scale": np.array(0.5, np.float32),
+        "seven": np.array(7, np.uint8),
+    }
+    checks = check_onnx(write_onnx(tmp_path / "m.onnx", nodes, weights))
+    assert [check.is_24 for check in checks] == [True, False]
+
+
 def test_external_bounds_of_a_slice_are_read(tmp_path: Path) -> None:
     nodes = [node("Slice", ["w", "b", "e", "a"], "s"), node("MatMul", ["x", "s"], "y")]
     weights = {"w": array_24((16, 12), 0), "b": ints(4), "e": ints(12), "a": ints(0)}
