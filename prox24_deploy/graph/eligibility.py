@@ -45,7 +45,7 @@ def obstacles(op_type: str, domain: str, dtype: str, gemm: GemmShape | None) -> 
     if gemm is None:
         return found
     if dtype not in _SPARSE_TYPES:
-        found.append(f"{dtype} has no sparse kernels, {', '.join(_SPARSE_TYPES)} have")
+        found.append(f"{dtype} has no sparse kernels")
     if gemm.groups > 1:
         found.append(f"TensorRT has no sparse kernels for a convolution of {gemm.groups} groups")
     outputs, inputs = ("output channels", "input channels") if op_type == "Conv" else ("N", "K")

@@ -1,5 +1,6 @@
 """Small files and models for the tests of the graph room."""
 
+import itertools
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -254,3 +256,24 @@ def write_safetensors(
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
     return path
+
+
+def ints(*values: int) -> Array:
+    return np.array(values, np.int64)
+
+
+def multiplied_matrix(path: Path, inputs: int) -> Array:
+    """The matrix (inputs, outputs) that a graph multiplies its input by."""
+    unit = np.eye(inputs, dtype=np.float32)
+    outputs: Any = ReferenceEvaluator(onnx.load(path)).run(None, {"x": unit})
+    return np.asarray(outputs[0])
+
+
+def bad_groups(matrix: Array) -> int:
+    """Groups of four along axis 0 with more than two non-zeros, counted one by one."""
+    starts = range(0, len(matrix) - len(matrix) % 4, 4)
+    columns = range(matrix.shape[1])
+    return sum(
+        sum(bool(matrix[start + i, column] != 0) for i in range(4)) > 2
+        for start, column in itertools.product(starts, columns)
+    )
