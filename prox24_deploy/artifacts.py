@@ -166,8 +166,11 @@ class TensorCheck:
 
     `module` is the module path where the file tells it, else "". `expected` says that the file (or
     the caller) declares this weight as 2:4. `first_violation` is the index of the first element of
-    the first group of four with more than two non-zeros, or None. `shape` and `axis` are those of
-    the stored tensor. `node` names the consumer ("" outside ONNX).
+    the first group of four with more than two non-zeros, or None. `axis` and that index are those
+    of the stored tensor; axis -1 means that it is not known. `part` is the slice of the stored
+    tensor that the weight is, "" for all of it, and `shape` the shape of that slice. `density` is
+    the share of its elements that are not zero. `node` names the consumer ("" outside ONNX).
+    `eligible` says that TensorRT may take a sparse kernel for it, `ineligible_reason` why not.
     """
 
     tensor: str
@@ -182,6 +185,9 @@ class TensorCheck:
     expected: bool
     first_violation: tuple[int, ...] | None
     reason: str
+    part: str = ""
+    eligible: bool = False
+    ineligible_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,14 +53,18 @@ def latency(rows: Sequence[LatencyRow]) -> Table:
 
 def checks(tensors: Sequence[TensorCheck]) -> Table:
     """Every weight that was looked at; "dense" marks one that nothing declares 2:4."""
-    table = _table("module or tensor", "axis", "shape", "density", "2:4")
+    table = _table(
+        "module or tensor", "type", "axis", "shape", "density", "2:4", "TensorRT eligible"
+    )
     for tensor in tensors:
         table.add_row(
-            tensor.module or tensor.tensor,
+            (tensor.module or tensor.tensor) + tensor.part,
+            tensor.dtype,
             str(tensor.axis),
             "×".join(map(str, tensor.shape)),
             f"{tensor.density:.3f}",
-            "yes" if tensor.is_24 else "no" if tensor.expected else "dense",
+            "yes" if tensor.is_24 else f"no: {tensor.reason}" if tensor.expected else "dense",
+            "yes" if tensor.eligible else f"no: {tensor.ineligible_reason}",
         )
     return table
 

@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from prox24_deploy import __version__, pipeline, tables
 from prox24_deploy.arguments import hoist_common, join_shapes
-from prox24_deploy.artifacts import Estimate, LayerRecord, Metric
+from prox24_deploy.artifacts import Estimate, LayerRecord, Metric, TensorCheck
 from prox24_deploy.errors import EngineError, UsageError
 from prox24_deploy.options import parse_shapes
 
@@ -116,6 +117,23 @@ def test_a_narrow_terminal_folds_names_and_drops_none() -> None:
     assert f" {name} " in wide
     assert "0.0123" in wide
     assert "dense: tied" in wide
+
+
+def test_checks_say_what_is_lost_and_why_a_weight_is_not_eligible() -> None:
+    lost = TensorCheck(
+        "w", "attn.k", "n", "MatMul", "float32", (8, 4), 0, 0.75, False, True, (4, 1),
+        "4 non-zeros in group [4:8, 1]", "[:, 8:12]", False, "it is not proven 2:4; float32 has",
+    )  # fmt: skip
+    dense = replace(lost, module="head", expected=False, part="")
+    proven = replace(lost, module="", is_24=True, eligible=True, part="")
+    text = rendered(tables.checks([lost, dense, proven]), 200)
+    first, second, third = (" ".join(line.split()) for line in text.splitlines()[1:])
+    assert first == (
+        "attn.k[:, 8:12] float32 0 8×4 0.750 no: 4 non-zeros in group [4:8, 1] "
+        "no: it is not proven 2:4; float32 has"
+    )
+    assert second == "head float32 0 8×4 0.750 dense no: it is not proven 2:4; float32 has"
+    assert third == "w float32 0 8×4 0.750 yes yes"
 
 
 def test_a_metric_shows_what_it_has() -> None:

@@ -121,7 +121,9 @@ def _telling_name(weight: ConstantWeight, linear: frozenset[str]) -> str:
     named = "." in (weight.value.name or "")
     if modules or named or module not in linear or not weight.value.is_initializer():
         return ""
-    if len(weight.tensor.shape) != 2 or len(weight.value.consumers()) != len(weight.nodes):
+    if len(weight.tensor.shape) != 2 or weight.axis < 0 or not weight.is_whole:
+        return ""
+    if len(weight.value.consumers()) != len(weight.nodes):
         return ""
     return f"{module}.weight_t" if weight.axis == 0 else f"{module}.weight"
 

@@ -9,16 +9,19 @@ so a dense model does not pass by saying nothing.
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import onnx_ir as ir
-
 from prox24_deploy.artifacts import TensorCheck
 from prox24_deploy.errors import SparsityLostError, UsageError
-from prox24_deploy.graph.groups import GROUP, Array, GroupCount, count_groups, count_nonzeros
+from prox24_deploy.graph.constants import read_tensor, release
+from prox24_deploy.graph.eligibility import GemmShape, obstacles
+from prox24_deploy.graph.groups import Array
+from prox24_deploy.graph.inspection import Finding, inspect_groups
+from prox24_deploy.graph.strided import Strided
 from prox24_deploy.graph.tensor_files import TensorEntry, TensorFile, open_tensor_file
 from prox24_deploy.graph.weights import (
     ConstantWeight,
@@ -26,8 +29,6 @@ from prox24_deploy.graph.weights import (
     find_weights,
     load_model,
     module_of,
-    read_tensor,
-    release,
     zero_point_of,
 )
 
@@ -66,11 +67,12 @@ class _Scan:
 
 
 def check_onnx(path: Path) -> tuple[TensorCheck, ...]:
-    """Check every constant weight of MatMul, Gemm and Conv nodes of one ONNX file.
+    """Check every constant of one ONNX file that a node multiplies and sums over.
 
-    The weight is followed from its consumer back to the stored tensor, and the axis with it. Axes:
-    MatMul second input ndim-2, first input the last; Gemm B 1 if transB else 0, A 0 if transA else
-    1; Conv 1. `module` is that of the first consumer.
+    The weight is followed from its consumer back to the stored tensors, and the axis with it
+    (`graph.operands` has the axes). A tensor that is split gives a check for each part, a weight
+    that is joined from several tensors one for each of them. What cannot be followed or read is
+    never 2:4 and says why. `module` is that of the first consumer.
 
     Raises:
         UsageError: the file or its external data is missing, damaged or outside its folder.
@@ -214,21 +216,27 @@ def _missing(name: str, scan: _Scan) -> TensorCheck:
 def _scan_onnx(path: Path) -> _Scan:
     model = load_model(path)
     declared = declared_modules(model, path)
-    weights = tuple(_onnx_weight(weight, path) for weight in find_weights(model))
+    weights = tuple(_onnx_weight(weight, path) for weight in find_weights(model, path))
     return _Scan(declared, weights, declares_tensors=False)
 
 
 def _onnx_weight(weight: ConstantWeight, path: Path) -> _Weight:
     name = weight.value.name or ""
     node = weight.nodes[0]
-    check = _checked(
-        name,
-        module_of(node),
-        node,
-        read_tensor(weight.tensor, name, path),
-        weight.axis,
-        zero_point_of(weight, path),
+    array = read_tensor(weight.tensor, name, path)
+    zero = zero_point_of(weight, path)
+    if not weight.reason and zero is None:
+        weight.reason = "its zero points are not one known constant"
+    finding = inspect_groups(
+        array, weight.view, weight.reduction, weight.axis, zero or 0, weight.reason
     )
+    dtype = weight.dtype.numpy().name if weight.dtype is not None else ""
+    rules = obstacles(node.op_type, node.domain, dtype, weight.gemm)
+    check = _row(finding, array, weight.axis, rules)
+    check = replace(
+        check, tensor=name, module=module_of(node), node=node.name or "", op_type=node.op_type
+    )
+    del array
     # Pages of a large model would pile up in memory if every weight stayed mapped.
     release(weight.tensor)
     return _Weight(check, frozenset(module_of(node) for node in weight.nodes) - {""})
@@ -258,56 +266,33 @@ def _stored_weight(file: TensorFile, entry: TensorEntry, axis: int) -> _Weight:
             f"{file.path} declares axis {axis} for tensor {entry.name!r} of shape {entry.shape}; "
             f"write the file again with an axis from 0 to {len(entry.shape) - 1}."
         )
+    array = file.read(entry)
+    finding = inspect_groups(array, Strided.of(entry.shape), axis, axis, 0, "")
+    outputs = entry.shape[:axis] or entry.shape[1:2]
+    gemm = GemmShape(math.prod(outputs), entry.shape[axis])
+    check = _row(finding, array, axis, obstacles("", "", array.dtype.name, gemm))
     module = entry.name.removesuffix(".weight")
-    check = _checked(entry.name, module, None, file.read(entry), axis, 0)
+    check = replace(check, tensor=entry.name, module=module)
     return _Weight(check, frozenset({entry.name}))
 
 
-def _checked(
-    name: str, module: str, node: ir.Node | None, array: Array, axis: int, zero: int | None
-) -> TensorCheck:
-    """Check one array; a `zero` of None means that its stored zero is not known."""
-    first = None
-    reason = _obstacle(array, axis, zero)
-    if reason:
-        nonzeros = count_nonzeros(array, zero or 0)
-    else:
-        count = count_groups(array, axis, zero or 0)
-        nonzeros, first = count.nonzeros, count.first
-        reason = "" if first is None else _violation(count, first, axis)
+def _row(finding: Finding, array: Array, axis: int, rules: Sequence[str]) -> TensorCheck:
+    """Check of one stored tensor, still without the names of what reads it."""
+    problems = ["it is not proven 2:4", *rules] if finding.reason else rules
     return TensorCheck(
-        tensor=name,
-        module=module,
-        node=(node.name or "") if node else "",
-        op_type=node.op_type if node else "",
+        tensor="",
+        module="",
+        node="",
+        op_type="",
         dtype=array.dtype.name,
-        shape=array.shape,
+        shape=finding.shape,
         axis=axis,
-        density=nonzeros / max(1, array.size),
-        is_24=not reason,
+        density=finding.density,
+        is_24=not finding.reason,
         expected=False,
-        first_violation=first,
-        reason=reason,
-    )
-
-
-def _obstacle(array: Array, axis: int, zero: int | None) -> str:
-    """Why the groups of an array cannot be counted, "" if they can."""
-    if axis < 0:
-        return f"its rank {array.ndim} does not fit the node that reads it"
-    if zero is None:
-        return "its zero points are not one known constant"
-    if array.shape[axis] % GROUP:
-        return f"reduction length {array.shape[axis]} is not a multiple of {GROUP}"
-    return ""
-
-
-def _violation(count: GroupCount, first: tuple[int, ...], axis: int) -> str:
-    """Say where the first bad group is, as a slice of the stored tensor."""
-    index = [str(i) for i in first]
-    index[axis] = f"{first[axis]}:{first[axis] + GROUP}"
-    verb = "is" if count.bad_groups == 1 else "are"
-    return (
-        f"{count.first_nonzeros} non-zeros in group [{', '.join(index)}] "
-        f"({count.bad_groups} of {count.groups} groups {verb} not 2:4)"
+        first_violation=finding.first,
+        reason=finding.reason,
+        part=finding.part,
+        eligible=not problems,
+        ineligible_reason="; ".join(problems),
     )

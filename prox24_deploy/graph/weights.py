@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,37 +12,57 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from prox24_deploy.errors import UsageError
-from prox24_deploy.graph.groups import Array
+from prox24_deploy.graph.constants import (
+    constant_of,
+    constant_values,
+    input_of,
+    read_tensor,
+    release,
+    sizes_of,
+)
+from prox24_deploy.graph.eligibility import GemmShape
+from prox24_deploy.graph.folding import Blocked, Folded, Folder, Part
+from prox24_deploy.graph.groups import GROUP
+from prox24_deploy.graph.operands import (
+    Operand,
+    Reduction,
+    is_known,
+    reduction_of,
+    weight_operands,
+)
+from prox24_deploy.graph.strided import Strided
 
 MODULE_KEY = "prox24.module"
 SPARSE_KEY = "prox24.sparse_weights"
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
-_ONNX_DOMAINS = ("", "ai.onnx")
-_VALUE_PRESERVING = ("Cast", "Identity")
-
 
 @dataclass(slots=True)
 class ConstantWeight:
-    """One constant tensor that MatMul, Gemm or Conv nodes reduce along `axis`.
+    """Elements of one constant tensor that nodes sum over together.
 
-    `axis` counts in the stored tensor and is -1 where its rank does not fit the nodes.
-    `zero_point` is the input of the DequantizeLinear that the stored integers pass, if any.
+    `view` shows the elements in the order in which they are stored and `reduction` is its axis of
+    the groups; `axis` is that axis of the stored tensor, -1 where it is not known. `gemm` and
+    `dtype` are those of the multiplication, None where they are not known. `zero_point` is the
+    input that holds the stored integer for zero, if any. `reason` says why nothing can be proven,
+    "" if it can.
     """
 
     value: ir.Value
     tensor: ir.TensorProtocol
-    axis: int
-    zero_point: ir.Value | None
+    view: Strided
+    reduction: int = 0
+    axis: int = -1
+    gemm: GemmShape | None = None
+    dtype: ir.DataType | None = None
+    zero_point: ir.Value | None = None
+    reason: str = ""
     nodes: list[ir.Node] = field(default_factory=list)
 
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    value: ir.Value
-    tensor: ir.TensorProtocol
-    perms: tuple[tuple[int, ...] | None, ...]
-    zero_point: ir.Value | None
+    @property
+    def is_whole(self) -> bool:
+        """Whether every element of the stored tensor belongs to the weight."""
+        return self.view.size == self.tensor.size
 
 
 def load_model(path: Path) -> ir.Model:
@@ -65,35 +86,45 @@ def load_model(path: Path) -> ir.Model:
     return model
 
 
-def find_weights(model: ir.Model) -> list[ConstantWeight]:
-    """List every constant weight of MatMul, Gemm and Conv nodes, subgraphs included.
+def find_weights(model: ir.Model, path: Path | None = None) -> list[ConstantWeight]:
+    """List every constant that a node of the model multiplies and sums over, subgraphs included.
 
-    The weight is followed back through Transpose, Cast, Identity, QuantizeLinear and
-    DequantizeLinear. A tensor with several consumers along one axis is listed once. A MatMul or
-    Gemm over a single element, as rotary position tables use it, sums nothing and has no weight.
+    A weight is followed back to the tensors that are stored. Elements with several consumers along
+    one axis are listed once. A product over a single element, as rotary position tables use it,
+    sums nothing and has no weight. What cannot be followed or read is listed with the reason.
+
+    Args:
+        model: with inlined functions.
+        path: the file of the model, None if it holds its tensors in memory.
+
+    Raises:
+        UsageError: external data that is needed to follow a weight is missing or damaged, or a
+            weight is stored in a way that is not read (as a sparse initializer).
     """
-    found: dict[tuple[ir.Value, int], ConstantWeight] = {}
+    folder = Folder(constant_values(model), path)
+    found: dict[tuple[object, ...], ConstantWeight] = {}
     for node in model.graph.all_nodes():
-        for index in _weight_inputs(node):
-            source = _trace(node.inputs[index])
-            if source is None or not len(source.tensor.shape):
-                continue
-            axis = _stored_axis(node, index, source)
-            if _is_outer_product(node, axis, source.tensor):
-                continue
-            weight = found.setdefault(
-                (source.value, axis),
-                ConstantWeight(source.value, source.tensor, axis, source.zero_point),
-            )
-            weight.nodes.append(node)
+        for operand in weight_operands(node):
+            value = node.inputs[operand.index]
+            _require_defined(node, value, path)
+            for weight in _weights_of(node, operand, folder.fold(value)):
+                place = (weight.value, weight.view, weight.reduction, weight.axis)
+                key = (*place, weight.zero_point, weight.reason)
+                found.setdefault(key, weight).nodes.append(node)
     return list(found.values())
 
 
 def module_of(node: ir.Node) -> str:
-    """Module path of a node: our own metadata, else the exporter's name scopes, else ""."""
+    """Module path of a node, "" where the file does not tell it.
+
+    Sources, first that tells: our own metadata, the name scopes of torch's exporter, and names that
+    are paths, as torch's TorchScript exporter and the builders that imitate it write them
+    (`/encoder/layer.0/dense/MatMul`).
+    """
     if MODULE_KEY in node.metadata_props:
         return node.metadata_props[MODULE_KEY]
-    return scoped_module(node.metadata_props)
+    root, *scopes = (node.name or "").rpartition("/")[0].split("/")
+    return scoped_module(node.metadata_props) or (".".join(scopes) if not root else "")
 
 
 def scoped_module(metadata: Mapping[str, str]) -> str:
@@ -134,121 +165,100 @@ def declared_modules(model: ir.Model, path: Path) -> frozenset[str] | None:
     return frozenset(names)
 
 
-def read_tensor(tensor: ir.TensorProtocol, name: str, path: Path) -> Array:
-    """Return a constant as an array; external data is memory-mapped.
-
-    Raises:
-        UsageError: the data is missing, truncated, outside the model's folder or damaged.
-    """
-    if isinstance(tensor, ir.ExternalTensor):
-        _require_external(tensor, name, path)
-    try:
-        return tensor.numpy()
-    except (ValueError, TypeError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(
-            f"Tensor {name!r} of {path} cannot be read ({reason}); copy or export the file again."
-        ) from error
-
-
-def release(tensor: ir.TensorProtocol) -> None:
-    """Unmap what `read_tensor` mapped; no array of it may be in use any more."""
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
-
-
-def constant_of(value: ir.Value) -> ir.TensorProtocol | None:
-    """Tensor of an initializer or of a Constant node's output, else None."""
-    try:
-        return ir.convenience.get_const_tensor(value)
-    except ValueError:  # a Constant node that breaks the standard: no constant to speak of
-        return None
-
-
 def _not_onnx(path: Path) -> str:
     return f"{path} is not an ONNX model, or is damaged; pass a file that onnx.load can read."
 
 
-def _require_external(tensor: ir.ExternalTensor, name: str, path: Path) -> None:
-    folder = path.parent.resolve()
-    data = (folder / tensor.location).resolve()
-    if not data.is_relative_to(folder):
-        raise UsageError(
-            f"Tensor {name!r} of {path} points to external data {str(tensor.location)!r} outside "
-            f"the model's folder; save the model with its data beside it."
-        )
-    if not data.is_file():
-        raise UsageError(
-            f"External data {str(tensor.location)!r} of {path} is missing; copy it into {folder}."
-        )
-    needed = (tensor.offset or 0) + tensor.nbytes
-    size = data.stat().st_size
-    if size < needed:
-        raise UsageError(
-            f"External data {str(tensor.location)!r} of {path} is truncated: tensor {name!r} needs "
-            f"{needed} bytes, the file has {size}; copy it again."
-        )
-
-
-def _weight_inputs(node: ir.Node) -> Iterator[int]:
-    if node.domain not in _ONNX_DOMAINS:
+def _require_defined(node: ir.Node, value: ir.Value | None, path: Path | None) -> None:
+    if value is None or value.producer() is not None or value.is_graph_input():
         return
-    if node.op_type in ("MatMul", "Gemm"):
-        yield from (0, 1)
-    elif node.op_type == "Conv":
-        yield 1
+    if constant_of(value) is None:
+        raise UsageError(
+            f"Node {node.name!r} of {path} multiplies by {value.name!r}, which the file does not "
+            "hold as a dense tensor; store sparse initializers as dense ones."
+        )
 
 
-def _reduction_axis(node: ir.Node, index: int, rank: int) -> int:
-    """Axis of input `index`, of the given rank, that the node sums over."""
-    if node.op_type == "Conv":
-        return 1
-    if node.op_type == "Gemm":
-        transposed = node.attributes.get_int("transA" if index == 0 else "transB", 0)
-        return int(bool(transposed) == bool(index))
-    if index == 0:
-        return rank - 1
-    return max(rank - 2, 0)
+def _weights_of(
+    node: ir.Node, operand: Operand, source: Folded | Blocked | None
+) -> Iterator[ConstantWeight]:
+    if source is None or (source.shape is not None and not source.shape):
+        return
+    rank = len(source.shape or ())
+    if operand.form == "packed" and not is_known(node) and not _is_matrix(source):
+        return
+    found = reduction_of(node, operand, rank) if source.shape else None
+    if isinstance(found, Reduction) and _is_outer_product(operand, found, source):
+        return
+    if source.shape and found is None:
+        return
+    if isinstance(source, Blocked):
+        yield _unproven(source, source.reason)
+    elif isinstance(found, str):
+        yield from (_unproven(part, found) for part in source.parts)
+    elif found is not None:
+        yield from (_weight(node, operand, found, source, part) for part in source.parts)
 
 
-def _trace(value: ir.Value | None) -> _Source | None:
-    perms: list[tuple[int, ...] | None] = []
-    zero_point: ir.Value | None = None
-    while value is not None:
-        tensor = constant_of(value)
-        if tensor is not None:
-            return _Source(value, tensor, tuple(perms), zero_point)
-        node = value.producer()
-        if node is None or node.domain not in _ONNX_DOMAINS:
-            return None
-        if node.op_type == "Transpose":
-            perm = node.attributes.get_ints("perm", None)
-            perms.append(None if perm is None else tuple(perm))
-        elif node.op_type == "DequantizeLinear":
-            zero_point = node.inputs[2] if len(node.inputs) > 2 else None
-        elif node.op_type == "QuantizeLinear":
-            # The constant before it is a float again, whose zero is zero.
-            zero_point = None
-        elif node.op_type not in _VALUE_PRESERVING:
-            return None
-        value = node.inputs[0]
-    return None
+def _weight(
+    node: ir.Node, operand: Operand, found: Reduction, source: Folded, part: Part
+) -> ConstantWeight:
+    """One stored part of a weight, as the node sums over it."""
+    view, axis, length = part.view, found.axis, source.shape[found.axis]
+    if found.groups > 1:
+        length //= found.groups
+        if view.shape[axis] != source.shape[axis] or length * found.groups != view.shape[axis]:
+            return _unproven(part, f"its {found.groups} groups do not fit the stored tensor")
+        view = view.split(axis, found.groups)
+        axis += 1
+    edges = (part.start[axis], part.start[axis] + view.shape[axis]) if found.groups == 1 else (0,)
+    outside = [edge for edge in edges if edge % GROUP]
+    if outside and length % GROUP == 0:
+        reason = f"other tensors are joined to it at position {outside[0]}, inside a group of four"
+        return _unproven(part, reason)
+    if view.strides[axis] == 0 and length > 1:
+        return _unproven(part, "its elements are repeated along the axis that is summed")
+    zero = part.zero_point
+    if zero is None and operand.zero_point is not None and not part.is_float:
+        zero = input_of(node, operand.zero_point)
+    gemm = GemmShape(math.prod(source.shape[i] for i in found.outputs), length, _groups(node))
+    stored, reduction = view.storage_order(axis)
+    return ConstantWeight(
+        part.value,
+        part.tensor,
+        stored,
+        reduction,
+        stored.stored_axis(reduction, sizes_of(part.tensor)),
+        gemm,
+        _multiplied_in(node, operand, source),
+        zero,
+    )
 
 
-def _is_outer_product(node: ir.Node, axis: int, tensor: ir.TensorProtocol) -> bool:
-    return node.op_type != "Conv" and axis >= 0 and tensor.shape[axis] == 1
+def _unproven(source: Part | Blocked, reason: str) -> ConstantWeight:
+    whole = Strided.of(sizes_of(source.tensor))
+    return ConstantWeight(source.value, source.tensor, whole, reason=reason)
 
 
-def _stored_axis(node: ir.Node, index: int, source: _Source) -> int:
-    """Reduction axis in the stored tensor, -1 where its rank does not fit the nodes."""
-    rank = len(source.tensor.shape)
-    axis = _reduction_axis(node, index, rank)
-    for perm in source.perms:
-        order = tuple(reversed(range(rank))) if perm is None else perm
-        if sorted(order) != list(range(rank)) or axis >= rank:
-            return -1
-        axis = order[axis]
-    return axis if axis < rank else -1
+def _groups(node: ir.Node) -> int:
+    return node.attributes.get_int("group", 1)
+
+
+def _multiplied_in(node: ir.Node, operand: Operand, source: Folded) -> ir.DataType:
+    """Type of the multiplication: that before dequantisation only if both operands pass one."""
+    other = input_of(node, 0 if operand.index else 1)
+    producer = other.producer() if other is not None else None
+    both = producer is not None and producer.op_type == "DequantizeLinear"
+    return source.quantized if source.quantized is not None and both else source.dtype
+
+
+def _is_matrix(source: Folded | Blocked) -> bool:
+    return len([length for length in source.shape or () if length > 1]) > 1
+
+
+def _is_outer_product(operand: Operand, found: Reduction, source: Folded | Blocked) -> bool:
+    lengths = source.shape or ()
+    return operand.form in ("left", "right", "einsum") and lengths[found.axis] == 1
 
 
 def zero_point_of(weight: ConstantWeight, path: Path) -> int | None:
@@ -259,4 +269,5 @@ def zero_point_of(weight: ConstantWeight, path: Path) -> int | None:
     if tensor is None:
         return None
     points = np.unique(read_tensor(tensor, weight.zero_point.name or "", path).astype(np.int64))
+    release(tensor)
     return int(points[0]) if len(points) == 1 else None

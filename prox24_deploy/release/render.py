@@ -185,6 +185,7 @@ def _view(report: Report) -> dict[str, Any]:
         "undecided": _undecided(report),
         "expected": expected,
         "proven": sum(check.is_24 for check in expected),
+        "eligible": sum(check.eligible for check in expected),
         "worst": worst_layers(report),
         "speedups": _speedups(report),
         "row_name": row_name,

@@ -213,7 +213,11 @@ def _sizes(export: ExportResult, files: Mapping[str, int]) -> Sizes:
 
 def _weight_counts(export: ExportResult) -> tuple[int, int]:
     """Values of the 2:4 tensors in the sparse file, and how many are not zero; tied ones once."""
-    proven = {check.tensor: check for check in export.sparsity if check.expected and check.is_24}
+    proven = {
+        (check.tensor, check.part): check
+        for check in export.sparsity
+        if check.expected and check.is_24
+    }
     counts = {name: math.prod(check.shape) for name, check in proven.items()}
     non_zero = sum(round(check.density * counts[name]) for name, check in proven.items())
     return sum(counts.values()), non_zero

@@ -1,5 +1,6 @@
 """Small files and models for the tests of the graph room."""
 
+import itertools
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -208,6 +210,7 @@ def write_onnx(
     declared: Sequence[str] | None = None,
     functions: Sequence[onnx.FunctionProto] = (),
     external: bool = False,
+    opset: int = 20,
 ) -> Path:
     """Write a graph from input "x" to output "y"; nothing here infers or checks shapes."""
     graph = helper.make_graph(
@@ -217,7 +220,8 @@ def write_onnx(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("local", 1)]
+    domains = {"": opset, "local": 1, "com.microsoft": 1}
+    opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
     if declared is not None:
         helper.set_model_props(model, {"prox24.sparse_weights": json.dumps(list(declared))})
@@ -252,3 +256,24 @@ def write_safetensors(
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
     return path
+
+
+def ints(*values: int) -> Array:
+    return np.array(values, np.int64)
+
+
+def multiplied_matrix(path: Path, inputs: int) -> Array:
+    """The matrix (inputs, outputs) that a graph multiplies its input by."""
+    unit = np.eye(inputs, dtype=np.float32)
+    outputs: Any = ReferenceEvaluator(onnx.load(path)).run(None, {"x": unit})
+    return np.asarray(outputs[0])
+
+
+def bad_groups(matrix: Array) -> int:
+    """Groups of four along axis 0 with more than two non-zeros, counted one by one."""
+    starts = range(0, len(matrix) - len(matrix) % 4, 4)
+    columns = range(matrix.shape[1])
+    return sum(
+        sum(bool(matrix[start + i, column] != 0) for i in range(4)) > 2
+        for start, column in itertools.product(starts, columns)
+    )

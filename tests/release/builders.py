@@ -132,7 +132,7 @@ def make_check(layer: LayerRecord) -> TensorCheck:
     rows, columns = layer.shape
     return TensorCheck(
         f"val_{sum(map(ord, layer.name))}_{layer.name}", layer.name, "node_MatMul", "MatMul",
-        "float16", (columns, rows), 0, 0.5, True, True, None, "",
+        "float16", (columns, rows), 0, 0.5, True, True, None, "", "", True, "",
     )  # fmt: skip
 
 

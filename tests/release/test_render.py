@@ -125,6 +125,20 @@ def test_hostile_layer_name_stays_text(records: Records, tmp_path: Path) -> None
     assert load_report(tmp_path / "report.json") == report
 
 
+def test_html_says_which_weights_are_eligible_and_why_the_others_are_not(
+    records: Records, tmp_path: Path
+) -> None:
+    first, *rest = records.export.sparsity
+    reason = "K = 24 is not a multiple of 16"
+    odd = replace(first, part="[:, 0:4]", eligible=False, ineligible_reason=reason)
+    changed = replace(records, export=replace(records.export, sparsity=(odd, *rest)))
+    html = written(changed.report(), tmp_path, "report.html")
+    assert "TensorRT may take a sparse kernel for 34 of them" in html
+    (line,) = [line for line in html.splitlines() if reason in line]
+    assert f"{first.tensor}[:, 0:4]</td>" in line
+    assert f"<td>no</td><td>{reason}</td></tr>" in line
+
+
 def test_junit_has_a_case_for_each_check(records: Records, tmp_path: Path) -> None:
     failing = with_numerics_failed(with_sparsity_lost(records))
     report = with_latency(failing, "inconclusive", gated=True).report()

@@ -111,6 +111,14 @@ def test_tied_weights_count_once(records: Records) -> None:
     assert doubled.report().sizes.weights == math.prod(first.shape)
 
 
+def test_parts_of_one_tensor_count_each_with_its_own_size(records: Records) -> None:
+    first = records.export.sparsity[0]
+    parts = tuple(replace(first, part=part, shape=(8, 4)) for part in ("[:, 0:4]", "[:, 4:8]"))
+    split = replace(records, export=replace(records.export, sparsity=parts))
+    sizes = split.report().sizes
+    assert (sizes.weights, sizes.non_zero_weights) == (64, 32)
+
+
 def test_accuracy_spells_out_the_headline_and_the_agreement(report: Report) -> None:
     accuracy = report.accuracy
     assert accuracy.metric == "STS-B Spearman correlation"

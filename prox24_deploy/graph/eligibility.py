@@ -1,0 +1,56 @@
+"""Whether TensorRT may take a sparse kernel for a weight, by the rules that it was seen to follow.
+
+For an eligible weight TensorRT times sparse kernels too; it takes one only where that was faster,
+which channels below about 256 seldom are (github.com/NVIDIA/TensorRT, issue 3849). MatMul and Gemm
+are eligible besides Conv (issues 2169 and 2271), convolutions of several groups are not (4054).
+Sizes that are no multiple of 8 and 16, and types without sparse tensor-core instructions, are not.
+Batches of matrices follow the rules of one matrix here; what TensorRT does with them is not known.
+"""
+
+from dataclasses import dataclass
+
+_SPARSE_OPS = ("MatMul", "Gemm", "Conv", "")
+_SPARSE_TYPES = ("float16", "bfloat16", "int8", "float8_e4m3fn")
+_N_MULTIPLE = 8
+_K_MULTIPLE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class GemmShape:
+    """A weight as a matrix multiplication sees it.
+
+    `n` counts outputs and `k` the elements that are summed, for a convolution output channels and
+    the input channels of one of its `groups`.
+    """
+
+    n: int
+    k: int
+    groups: int = 1
+
+
+def obstacles(op_type: str, domain: str, dtype: str, gemm: GemmShape | None) -> list[str]:
+    """Every rule that keeps TensorRT from sparse kernels; empty if it may take one.
+
+    Args:
+        op_type: operator that reads the weight, "" for a weight outside a graph.
+        domain: domain of the operator, "" for ONNX's own.
+        dtype: name of the type that is multiplied.
+        gemm: sizes of the multiplication, None where they are not known.
+    """
+    found = []
+    if domain not in ("", "ai.onnx"):
+        found.append(f"TensorRT does not parse {op_type} of {domain}")
+    elif op_type not in _SPARSE_OPS:
+        found.append(f"TensorRT has sparse kernels for MatMul, Gemm and Conv, not for {op_type}")
+    if gemm is None:
+        return found
+    if dtype not in _SPARSE_TYPES:
+        found.append(f"{dtype} has no sparse kernels")
+    if gemm.groups > 1:
+        found.append(f"TensorRT has no sparse kernels for a convolution of {gemm.groups} groups")
+    outputs, inputs = ("output channels", "input channels") if op_type == "Conv" else ("N", "K")
+    if gemm.n % _N_MULTIPLE:
+        found.append(f"{outputs} = {gemm.n} is not a multiple of {_N_MULTIPLE}")
+    if gemm.k % _K_MULTIPLE:
+        found.append(f"{inputs} = {gemm.k} is not a multiple of {_K_MULTIPLE}")
+    return found

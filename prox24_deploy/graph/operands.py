@@ -1,0 +1,203 @@
+"""Which inputs of which nodes are weights, and over which of their axes a node sums.
+
+Operators of ONNX and of ONNX Runtime's domain `com.microsoft` are told apart by name, as the
+schemas of both describe them.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+from prox24_deploy.graph.constants import ONNX_DOMAINS
+
+MICROSOFT = "com.microsoft"
+
+Form = Literal["left", "right", "conv", "transposed conv", "recurrent", "einsum", "packed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One input that is summed over; `zero_point` is the index of the input that holds its zero."""
+
+    index: int
+    form: Form
+    zero_point: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """How a node sums over a weight of one rank.
+
+    `axis` is summed and `outputs` run over the results. The outermost `groups` equal pieces of
+    `axis` are summed apart from each other.
+    """
+
+    axis: int
+    outputs: tuple[int, ...]
+    groups: int = 1
+
+
+_BOTH = (Operand(0, "left"), Operand(1, "right"))
+_RIGHT = (Operand(1, "right"),)
+_CONV = (Operand(1, "conv"),)
+_RECURRENT = (Operand(1, "recurrent"), Operand(2, "recurrent"))
+
+
+def _packed(*indices: int) -> tuple[Operand, ...]:
+    return tuple(Operand(index, "packed") for index in indices)
+
+
+_STANDARD: Mapping[str, tuple[Operand, ...]] = {
+    "MatMul": _BOTH,
+    "Gemm": _BOTH,
+    "MatMulInteger": (Operand(0, "left", 2), Operand(1, "right", 3)),
+    "QLinearMatMul": (Operand(0, "left", 2), Operand(3, "right", 5)),
+    "Conv": _CONV,
+    "DeformConv": _CONV,
+    "ConvInteger": (Operand(1, "conv", 3),),
+    "QLinearConv": (Operand(3, "conv", 5),),
+    "ConvTranspose": (Operand(1, "transposed conv"),),
+    "LSTM": _RECURRENT,
+    "GRU": _RECURRENT,
+    "RNN": _RECURRENT,
+    "Einsum": (Operand(0, "einsum"), Operand(1, "einsum")),
+}
+
+_CONTRIB: Mapping[str, tuple[Operand, ...]] = {
+    "FusedMatMul": _BOTH,
+    "FusedMatMulActivation": _BOTH,
+    "TransposeMatMul": _BOTH,
+    "FusedGemm": _BOTH,
+    "GemmFastGelu": _BOTH,
+    "GemmFloat8": _BOTH,
+    "MatMulInteger16": _BOTH,
+    "MatMulIntegerToFloat": (Operand(0, "left", 4), Operand(1, "right", 5)),
+    "DynamicQuantizeMatMul": (Operand(1, "right", 3),),
+    "QGemm": (Operand(0, "left", 2), Operand(3, "right", 5)),
+    "Attention": _RIGHT,
+    "PackedAttention": _RIGHT,
+    "DecoderMaskedSelfAttention": _RIGHT,
+    "QAttention": (Operand(1, "right", 7),),
+    "DecoderAttention": (Operand(2, "right"), Operand(3, "right")),
+    "LongformerAttention": (Operand(1, "right"), Operand(4, "right")),
+    "FusedConv": _CONV,
+    "NhwcFusedConv": _CONV,
+    "QLinearConv": (Operand(3, "conv", 5),),
+    "ConvTransposeWithDynamicPads": (Operand(1, "transposed conv"),),
+    "AttnLSTM": _RECURRENT,
+    "MatMulNBits": _packed(1),
+    "MatMulBnb4": _packed(1),
+    "MatMulFpQ4": _packed(1),
+    "MatMulPacked": _packed(1),
+    "MatMulBlockQuantizedFp4Weight": _packed(1),
+    "MatMulBlockQuantizedFp8Weight": _packed(1),
+    "MatMulNBitsMlp": _packed(3, 6),
+    "MatMulNBitsQkv": _packed(3, 6, 9),
+    "MatMulNBitsQLoRA": _packed(1, 3, 5),
+    "QMoE": _packed(2, 5, 8),
+    "MoEPacked": _packed(2, 3, 4),
+    "QOrderedMatMul": _packed(2),
+}
+
+# These read tables and vectors, or activations alone; no constant of theirs is summed over.
+_SUM_NO_WEIGHT = frozenset(
+    {
+        "BiasAdd", "BiasDropout", "BiasGelu", "BiasSoftmax", "BiasSplitGelu", "ComplexMul",
+        "ComplexMulConj", "DecoderMaskedMultiHeadAttention", "DequantizeBFP", "DequantizeLinear",
+        "DequantizeWithOrder", "EmbedLayerNormalization", "ExpandDims", "FastGelu", "GatedAdd",
+        "GatedRMSNorm", "GatherBlockQuantized", "GatherND", "GatherPacked", "Gelu",
+        "GemmaRotaryEmbedding", "GridSample", "GroupNorm", "GroupQueryAttention", "LinearAttention",
+        "LinearAttentionGate", "MRotaryEmbedding", "MulInteger", "MultiHeadAttention",
+        "PackedMultiHeadAttention", "Pad", "PagedAttention", "QEmbedLayerNormalization",
+        "QLinearAdd", "QLinearConcat", "QLinearMul", "QLinearWhere", "QuantizeBFP",
+        "QuantizeLinear", "QuantizeWithOrder", "QuickGelu", "RelativePositionBias",
+        "RMSNormRotary", "RotaryEmbedding", "SkipGroupNorm", "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization", "SparseAttention", "SwiGLU", "TorchEmbedding", "Trilu",
+    }
+)  # fmt: skip
+
+
+_LOOPS = ("Loop", "Scan")
+
+
+def weight_operands(node: ir.Node) -> Iterator[Operand]:
+    """Inputs of a node that may be weights.
+
+    Of a node that is not known, and is no operator of ONNX itself, every input may be one; so may
+    every input that a loop passes to its body.
+    """
+    if node.domain in ONNX_DOMAINS and node.op_type not in _LOOPS:
+        known = _STANDARD.get(node.op_type, ())
+    elif node.domain != MICROSOFT or node.op_type not in (_CONTRIB.keys() | _SUM_NO_WEIGHT):
+        known = _packed(*range(len(node.inputs)))
+    else:
+        known = _CONTRIB.get(node.op_type, ())
+    yield from (operand for operand in known if operand.index < len(node.inputs))
+
+
+def is_known(node: ir.Node) -> bool:
+    """Whether it is known which inputs of a node are weights."""
+    return (_STANDARD if node.domain in ONNX_DOMAINS else _CONTRIB).get(node.op_type) is not None
+
+
+def reduction_of(node: ir.Node, operand: Operand, rank: int) -> Reduction | str | None:
+    """How a node sums over an operand of some rank, or why that cannot be told; None if it is not.
+
+    Axes: MatMul second input ndim-2, first input the last; Gemm B 1 if transB else 0, A 0 if transA
+    else 1; Conv 1, within each group; ConvTranspose 0, within each group; recurrent layers 2.
+    """
+    found: Reduction | str | None
+    match operand.form:
+        case "left" | "right":
+            found = _of_matrix(node, operand, rank)
+        case "conv":
+            found = Reduction(1, (0,))
+        case "transposed conv":
+            found = Reduction(0, (1,), node.attributes.get_int("group", 1))
+        case "recurrent":
+            found = Reduction(2, (1,))
+        case "einsum":
+            found = _of_einsum(node, operand.index)
+        case _ if node.op_type in _LOOPS:
+            found = f"{node.op_type} passes it to its body, into which the check does not follow it"
+        case _:
+            found = f"{node.op_type} keeps it in a form that the check does not read"
+    if isinstance(found, Reduction) and max(found.axis, *found.outputs, 0) >= rank:
+        return f"its rank {rank} does not fit the node that reads it"
+    return found
+
+
+def _of_matrix(node: ir.Node, operand: Operand, rank: int) -> Reduction:
+    left = operand.form == "left"
+    side = "A" if left else "B"
+    batch = node.attributes.get_int(f"transBatch{side}", 0)
+    swap = node.attributes.get_int(f"trans{side}", 0)
+    order = list(range(rank))
+    if rank == 1:
+        return Reduction(0, ())
+    # FusedMatMul: the first axis moves before the last one, then the last two change places.
+    if rank > 2 and batch:
+        order = [*order[1:-1], 0, order[-1]]
+    if swap:
+        order[-2:] = order[-1], order[-2]
+    summed, free = (order[-1], order[-2]) if left else (order[-2], order[-1])
+    return Reduction(summed, (free,))
+
+
+def _of_einsum(node: ir.Node, index: int) -> Reduction | str | None:
+    """Axis of an operand that the other has too and the result has not."""
+    text = node.attributes.get_string("equation", "").replace(" ", "")
+    inputs, arrow, result = text.partition("->")
+    terms = inputs.split(",")
+    if not arrow or len(terms) != 2 or "." in text or len(set(terms[index])) < len(terms[index]):
+        return f"the check does not read the equation {text!r} of Einsum"
+    own, other = terms[index], terms[1 - index]
+    summed = [axis for axis, letter in enumerate(own) if letter not in result]
+    free = [i for i, letter in enumerate(own) if letter in result and letter not in other]
+    if not summed:
+        return None
+    if len(summed) > 1 or own[summed[0]] not in other:
+        return f"Einsum {text!r} does not sum over exactly one axis that both operands have"
+    return Reduction(summed[0], tuple(free))
