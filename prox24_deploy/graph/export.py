@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import ml_dtypes  # noqa: F401 - makes "bfloat16" a dtype that numpy knows
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -26,6 +28,7 @@ from prox24_deploy.graph.module import (
     copy_with,
     to_dtype,
 )
+from prox24_deploy.graph.weights import MODULE_KEY
 from prox24_deploy.recipe import Recipe, TensorSpec, dynamic_names, shape_of
 
 MODEL_FILE = "model.onnx"
@@ -71,6 +74,7 @@ def export_onnx(
     graph = _to_onnx(module, recipe, dtype)
     settle_signature(graph.graph, module.signature)
     annotate(graph, model, sparse)
+    _require_one_dtype(graph, dtype)
     return _publish(graph, out, bool(sparse))
 
 
@@ -147,6 +151,23 @@ def _to_onnx(module: RecipeModule, recipe: Recipe, dtype: DType) -> ir.Model:
             f"torch.onnx.export returned nothing for family {recipe.family!r}; try another opset."
         )
     return program.model
+
+
+def _require_one_dtype(graph: ir.Model, dtype: DType) -> None:
+    """Refuse a convolution whose weight has another type than its input, which no runtime loads.
+
+    The exporter makes them in bfloat16, where it folds a batch norm into float32 weights.
+    """
+    wanted = ir.DataType.from_numpy(np.dtype(dtype))
+    for node in graph.graph.all_nodes():
+        found = node.inputs[1].dtype if node.op_type == "Conv" and node.inputs[1] else None
+        if found not in {None, wanted}:
+            raise ExportError(
+                f"The exporter folded a batch norm into {found.name.lower()} weights of "
+                f"convolution {node.metadata_props.get(MODULE_KEY, node.name)}, whose input is "
+                f"{dtype}; "
+                "export with --dtype float16 or float32."
+            )
 
 
 def _dynamic_axes(
