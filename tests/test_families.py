@@ -12,7 +12,7 @@ import torch
 from command_line import run_cli
 from families import CAPABILITIES, DTYPES, NO_KERNELS, Row, require, table
 from safetensors import safe_open
-from tiny_families import FAMILIES, tiny_model
+from tiny_families import FAMILIES, REFUSED_DTYPES, tiny_model
 from tiny_models import write_tiny_classifier
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -114,9 +114,11 @@ def test_a_family_is_exported_and_proven_in_every_dtype(
     family: str, rows: dict[tuple[str, str], Row]
 ) -> None:
     tolerances = {"float32": 1e-4, "float16": 2e-2}
-    for dtype in DTYPES:
+    for dtype in (d for d in DTYPES if (family, d) not in REFUSED_DTYPES):
         row = rows[family, dtype]
-        assert row.pruned == row.proven == row.same_bits > 0
+        assert row.pruned == row.proven > 0
+        assert row.same_bits == row.linear
+        assert (row.linear > 0) == (family != "resnet, classes")
         if dtype == "bfloat16":
             assert row.difference == NO_KERNELS
         else:
@@ -131,28 +133,26 @@ def test_a_family_is_exported_and_proven_in_every_dtype(
 def test_a_family_builds_for_tensorrt_rtx_in_every_dtype(
     family: str, rows: dict[tuple[str, str], Row]
 ) -> None:
-    for dtype in DTYPES:
+    for dtype in (d for d in DTYPES if (family, d) not in REFUSED_DTYPES):
         plans = rows[family, dtype].plans
         assert list(plans) == list(CAPABILITIES)
         assert all(int(plan.removesuffix(" B")) > 0 for plan in plans.values())
 
 
-def test_every_model_type_and_head_of_a_text_recipe_has_a_row() -> None:
+def test_every_model_type_and_head_of_a_recipe_has_a_row() -> None:
     models = [tiny_model(row) for row in FAMILIES]
     opened = {(model.config.model_type, type(model).__name__) for model in models}  # type: ignore[union-attr]
     for family, text in shipped_recipes().items():
         recipe = parse_recipe(text, family)
-        if "input_ids" not in [spec.name for spec in recipe.inputs]:
-            continue
         known = [name for kind, name in opened if kind in recipe.model_types]
         tasks = {recipe.for_architecture(name).task for name in known}
-        assert "text-classification" in tasks or not recipe.heads, family
+        assert any("classification" in task for task in tasks) or not recipe.heads, family
         assert recipe.task in tasks, family
         for kind in recipe.model_types:
             assert kind in {kind for kind, _ in opened}
 
 
-SOUND = Row("x", "float32", 1, 3, 3, 3, 1e-7, {"SM86": "9 B", "SM120": "9 B"}, 1.0)
+SOUND = Row("x", "float32", 1, 3, 3, 3, 3, 1e-7, {"SM86": "9 B", "SM120": "9 B"}, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ SOUND = Row("x", "float32", 1, 3, 3, 3, 1e-7, {"SM86": "9 B", "SM120": "9 B"}, 1
     [
         replace(SOUND, proven=2),
         replace(SOUND, same_bits=2),
-        replace(SOUND, pruned=0, proven=0, same_bits=0),
+        replace(SOUND, pruned=0, proven=0, linear=0, same_bits=0),
         replace(SOUND, difference=NO_KERNELS),
         replace(SOUND, dtype="bfloat16"),
         replace(SOUND, plans={"SM86": "9 B", "SM120": "failed"}),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prox24_deploy"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Import name to distribution, where they differ.
-DISTRIBUTIONS = {"onnx_ir": "onnx-ir", "pynvml": "nvidia-ml-py", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "onnx_ir": "onnx-ir", "pynvml": "nvidia-ml-py", "yaml": "pyyaml"}
 # torch.onnx imports these when it exports.
 INDIRECT = {"onnx", "onnxscript"}
 MAX_LINES = 400

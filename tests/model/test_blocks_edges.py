@@ -251,11 +251,15 @@ def test_hooks_are_gone_after_a_block_has_failed(
         assert hooks(model) == before
 
 
-def test_rows_of_padding_are_dropped_for_any_number_of_axes() -> None:
+def test_rows_of_padding_are_dropped_and_images_have_none() -> None:
     tensor = torch.arange(24.0).reshape(2, 3, 4)
     real = torch.tensor([[True, False, True], [False, False, True]])
     assert torch.equal(real_rows(tensor, real), tensor.flatten(0, 1)[[0, 2, 5]])
-    assert torch.equal(real_rows(tensor[0], real[0]), tensor[0, [0, 2]])
+    windows = torch.arange(48.0).reshape(2, 3, 2, 4)
+    whole = torch.ones(2, dtype=torch.bool)
+    assert torch.equal(real_rows(windows, whole), windows.reshape(12, 4))
+    # A model may cut two images into six windows.
+    assert torch.equal(real_rows(windows.flatten(0, 1), whole), windows.reshape(12, 4))
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (3, 2, 4), (2, 3, 1, 4), (2, 4)])

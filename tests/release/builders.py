@@ -114,7 +114,7 @@ def make_layers(blocks: int) -> tuple[LayerRecord, ...]:
             records.append(
                 LayerRecord(
                     f"encoder.layer.{block}.{kind}", shape, "pruned", "", "prox",
-                    error, error * float(random.uniform(1.02, 1.4)), 300, 2.5,
+                    error, error * float(random.uniform(1.02, 1.4)), 300, 2.5, 131_072,
                 )
             )  # fmt: skip
     records[-1] = skipped(records[-1], "listed under ignore in the recipe")

@@ -206,7 +206,16 @@ def builtin_text(records: Records) -> Records:
 
 def few_tokens(records: Records) -> Records:
     text = replace(records.prune.calibration, tokens=4096)
-    return replace(records, prune=replace(records.prune, calibration=text))
+    layers = tuple(replace(layer, rows=4096) for layer in records.prune.layers)
+    return replace(records, prune=replace(records.prune, calibration=text, layers=layers))
+
+
+def few_images(records: Records) -> Records:
+    """Fifty images of 50 patches each."""
+    fewer = few_tokens(records)
+    images = replace(fewer.prune.calibration, tokens=50, unit="image")
+    layers = tuple(replace(layer, rows=2500) for layer in fewer.prune.layers)
+    return replace(fewer, prune=replace(fewer.prune, calibration=images, layers=layers))
 
 
 def exported_as(dtype: Any) -> Callable[[Records], Records]:
@@ -236,7 +245,8 @@ def no_kernel_chosen(records: Records) -> Records:
     ("change", "warning"),
     [
         (builtin_text, "English text that ships with Python.*--calibration PATH"),
-        (few_tokens, r"4,096 tokens, fewer than 10 per input feature for 5 layers.*15,360 tokens"),
+        (few_tokens, r"4,096 tokens, .* fewer than 10 inputs per feature to 5 layers.*15,360 tok"),
+        (few_images, r"50 images, .* fewer than 10 .* to 35 layers of up to 1,536 .* 308 images"),
         (exported_as("float32"), "float32, for which TensorRT has no sparse kernels.*float16"),
         (exported_as("bfloat16"), "bfloat16 files were not checked"),
         (evaluated_on("split"), "measured on held-out calibration text.*--evaluation PATH"),
