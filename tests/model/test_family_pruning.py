@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import FAMILIES, VOCABULARY, tiny_model
+from tiny_families import FAMILIES, PIXELS, VOCABULARY, tiny_model
 
 from prox24_deploy.model.blocks import find_blocks, run_block, run_model, target_layers
 from prox24_deploy.model.calibration import Batch
@@ -27,7 +27,13 @@ def recipe_of(model: torch.nn.Module) -> Recipe:
 
 
 def batch(recipe: Recipe) -> Batch:
-    """Three rows of twelve tokens, the last padded on the right unless the model is causal."""
+    """Three rows of twelve tokens, the last padded on the right unless the model is causal.
+
+    Three images where the model reads images.
+    """
+    if recipe.reads_images:
+        pixels = torch.randn(3, *PIXELS.values(), generator=torch.Generator().manual_seed(0))
+        return Batch({"pixel_values": pixels}, torch.ones(3, dtype=torch.bool))
     ids = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
     real = torch.ones(3, 12, dtype=torch.bool)
     if recipe.task != "text-generation":

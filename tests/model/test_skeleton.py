@@ -17,6 +17,10 @@ from prox24_deploy.model.directory import load_model, open_model_dir
 from prox24_deploy.model.skeleton import skeleton_recipe
 from prox24_deploy.recipe import parse_recipe, shipped_recipes
 
+# A skeleton opens what a task's own class opens, and knows no images.
+_OWN_CLASS = ("ViT", "DeiT", "Swin", "ResNet", "ConvNext", "CLIP")
+TEXT_ROWS = [row for row, (name, _) in FAMILIES.items() if not name.startswith(_OWN_CLASS)]
+
 
 @pytest.fixture(scope="module")
 def olmo(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -58,7 +62,7 @@ def test_the_recipe_drawn_from_a_model_exports_it(olmo: Path, tmp_path: Path) ->
     assert len(checks) == 5
 
 
-@pytest.mark.parametrize("row", FAMILIES)
+@pytest.mark.parametrize("row", TEXT_ROWS)
 def test_the_skeleton_of_a_known_family_finds_what_its_recipe_says(
     row: str, tmp_path: Path
 ) -> None:
