@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from prox24_deploy.artifacts import LayerRecord, PruneResult
+from prox24_deploy.artifacts import LayerRecord, PruneResult, Sensitivity
 from prox24_deploy.errors import CalibrationError, ModelDirError, RecipeError
 from prox24_deploy.model.blocks import find_blocks, shared_inputs
 from prox24_deploy.model.calibration import Batch, Samples, thin
@@ -158,19 +158,11 @@ def prune_directory(
     model = load_model(directory, recipe, device)
     directory = replace(directory, renamed=renamed_tensors(directory, model))
     dense = left_dense(recipe, find_blocks(model, recipe), options)
-    sensitivity = SensitivityStore(solved).load()
-    if options.has_budget and sensitivity is None:
-        sensitivity = measure_sensitivity(
-            model,
-            recipe,
-            calibration.batches,
-            options,
-            pooling=pooling_of(directory.path, recipe.embedding),
-            dense=dense,
-            stored_dtype=lambda name: stored_dtype(directory, name),
-            progress=progress,
-        )
-        SensitivityStore(solved).save(sensitivity)
+    sensitivity = (
+        _sensitivity(model, directory, recipe, calibration, options, dense, solved, progress)
+        if options.has_budget
+        else None
+    )
     state = prune_model(
         model,
         recipe,
@@ -204,6 +196,34 @@ def prune_directory(
         reconstructed=options.reconstructs,
         sensitivity=sensitivity,
     )
+
+
+def _sensitivity(
+    model: nn.Module,
+    directory: ModelDir,
+    recipe: Recipe,
+    calibration: Samples,
+    options: PruneOptions,
+    dense: Mapping[str, str],
+    solved: Path,
+    progress: Progress,
+) -> Sensitivity:
+    """Measure what each layer costs, once for all runs into one output."""
+    store = SensitivityStore(solved)
+    if (known := store.load()) is not None:
+        return known
+    found = measure_sensitivity(
+        model,
+        recipe,
+        calibration.batches,
+        options,
+        pooling=pooling_of(directory.path, recipe.embedding),
+        dense=dense,
+        stored_dtype=lambda name: stored_dtype(directory, name),
+        progress=progress,
+    )
+    store.save(found)
+    return found
 
 
 def _prune_block(
