@@ -326,7 +326,7 @@ def test_a_budget_prunes_the_least_harmful_layers_and_globs_narrow_the_rest(
     assert len(budget.layers) == ENCODER_LAYERS - 2
     reasons = {layer.reason for layer in report.pruning.layers if layer.status == "skipped"}
     assert "excluded by --exclude intermediate.dense" in reasons
-    assert any(reason.startswith("left dense within --layers 3") for reason in reasons)
+    assert any(reason.startswith("over the budget of --layers 3") for reason in reasons)
     proven = {c.module for c in report.sparsity.tensors if c.expected and c.is_24}
     assert proven == pruned
     refused = run_cli(*line[:4], "--calibration", prose, "--max-loss", "1e-9", *SMALL)

@@ -125,7 +125,7 @@ def over_budget(found: Sensitivity) -> dict[str, str]:
     budget += [] if found.max_layers is None else [f"--layers {found.max_layers}"]
     return {
         layer.name: (
-            f"left dense within {' and '.join(budget)}: pruned alone it costs "
+            f"over the budget of {' and '.join(budget)}: pruned alone it costs "
             f"{layer.loss.value:.2g} ± {layer.loss.standard_error:.1g} {found.metric}"
         )
         for layer in found.layers[found.chosen :]

@@ -108,7 +108,8 @@ def _skipped_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
     by_reason: dict[str, list[str]] = {}
     for layer in layers:
         if layer.status == "skipped":
-            by_reason.setdefault(layer.reason, []).append(layer.name)
+            # What follows a colon is about one layer; the table of layers has it.
+            by_reason.setdefault(layer.reason.partition(":")[0], []).append(layer.name)
     for reason, names in by_reason.items():
         yield f"{_counted(len(names), 'layer')} left dense ({reason}): {_named(names)}."
 

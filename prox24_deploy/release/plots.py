@@ -83,7 +83,13 @@ def sensitivity_plot(found: Sensitivity) -> str:
         body.append(_line(PLOT_LEFT, up(tick), PLOT_RIGHT, up(tick), "grid"))
         body.append(_text(PLOT_LEFT - 6, up(tick) + 4, f"{tick:g}", "axis", "end"))
     body += [
-        _text(across(percent / 100), bottom + 17, f"{percent} %", "axis", "middle")
+        _text(
+            across(percent / 100),
+            bottom + 17,
+            f"{percent} %",
+            "axis",
+            "end" if percent == 100 else "middle",
+        )
         for percent in (0, 25, 50, 75, 100)
     ]
     if found.max_loss is not None:

@@ -151,7 +151,7 @@ def test_what_is_over_budget_stays_dense_with_its_loss_as_the_reason(
     assert {f"{name}.weight" for name in pruned} == state.weights.keys()
     reasons = {layer.name: layer.reason for layer in state.layers if layer.status == "skipped"}
     worst = found.layers[-1]
-    assert reasons[worst.name].startswith("left dense within --layers 5: pruned alone it costs ")
+    assert reasons[worst.name].startswith("over the budget of --layers 5: pruned alone it costs ")
     assert f"{worst.loss.value:.2g}" in reasons[worst.name]
 
 

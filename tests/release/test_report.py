@@ -13,6 +13,7 @@ from builders import (
     all_skipped,
     make_records,
     make_row,
+    skipped,
     with_budget,
     with_latency,
     with_layers,
@@ -396,3 +397,14 @@ def test_a_budget_of_a_decoder_is_held_to_the_difference_of_log_perplexity(
     assert report.regressions[0].value == pytest.approx(0.3)
     with pytest.raises(ValueError, match="no metric among"):
         replace(budgeted, prune=prune).report()
+
+
+def test_layers_over_a_budget_share_one_warning(records: Records) -> None:
+    reason = "over the budget of --max-loss 0.1: pruned alone it costs"
+    layers = [
+        skipped(layer, f"{reason} 0.{i + 2} ± 0.01 log-perplexity")
+        for i, layer in enumerate(records.prune.layers[:3])
+    ]
+    report = with_layers(records, (*layers, *records.prune.layers[3:])).report()
+    (warning,) = [text for text in report.warnings if "budget" in text]
+    assert warning.startswith("3 layers left dense (over the budget of --max-loss 0.1): encoder.")
