@@ -327,10 +327,8 @@ def _model(bundle: Bundle) -> ModelInfo:
 
 
 def _recipe(bundle: Bundle) -> Recipe:
-    from prox24_deploy.model.directory import open_model_dir
-
     whole = parse_recipe(bundle.manifest.recipe, f"of {bundle.root}")
-    return fitted_recipe(whole, open_model_dir(bundle.root / "pruned"))
+    return fitted_recipe(whole, _model(bundle).architecture, bundle.root / "pruned")
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:

@@ -43,21 +43,21 @@ def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
     recipe, recipe_text = select_recipe(
         model_dir, directory.model_type, options.recipe, lambda: advise(directory)
     )
-    recipe = fitted_recipe(recipe, directory)
+    recipe = fitted_recipe(recipe, directory.architecture, directory.path)
     read = _read_images if recipe.reads_images else _read_text
     calibration, held_out = read(directory, recipe, options.text)
     return Subject(directory, recipe, recipe_text, calibration, held_out)
 
 
-def fitted_recipe(recipe: Recipe, directory: "ModelDir") -> Recipe:
-    """The recipe for the class of this model and, for images, with the sizes of its processor."""
-    recipe = recipe.for_architecture(directory.architecture)
+def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
+    """The recipe for a class of models and, for images, with the sizes of the model's processor."""
+    recipe = recipe.for_architecture(architecture)
     if not recipe.reads_images:
         return recipe
     from prox24_deploy.model.directory import load_image_processor
     from prox24_deploy.model.images import pixel_sizes
 
-    return recipe.with_sizes(pixel_sizes(load_image_processor(directory)))
+    return recipe.with_sizes(pixel_sizes(load_image_processor(model_dir)))
 
 
 def _read_text(
@@ -87,7 +87,7 @@ def _read_images(
     from prox24_deploy.model.images import make_image_samples, read_images
 
     images = read_images(options.calibration, options.evaluation, options.seed)
-    processor = load_image_processor(directory)
+    processor = load_image_processor(directory.path)
     labels = {str(name): int(i) for i, name in directory.config.get("id2label", {}).items()}
     calibration, held_out = (
         make_image_samples(part, processor, labels, limit=options.images) for part in images

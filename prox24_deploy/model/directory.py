@@ -197,8 +197,8 @@ def load_tokenizer(directory: ModelDir) -> Any:
     return tokenizer
 
 
-def load_image_processor(directory: ModelDir) -> Any:
-    """Open the image processor of the directory (a transformers image processor).
+def load_image_processor(path: Path) -> Any:
+    """Open the image processor of a model directory (a transformers image processor).
 
     Raises:
         ModelDirError: there is none, or it cannot be opened without remote code.
@@ -206,12 +206,12 @@ def load_image_processor(directory: ModelDir) -> Any:
     transformers = quiet_transformers()
     try:
         return transformers.AutoImageProcessor.from_pretrained(
-            directory.path, local_files_only=True, trust_remote_code=False
+            path, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
         # A damaged preprocessor_config.json surfaces as whatever the processor's code runs into.
         raise ModelDirError(
-            f"Model directory {directory.path} has no image processor that opens "
+            f"Model directory {path} has no image processor that opens "
             f"({_first_line(error)}); add preprocessor_config.json."
         ) from error
 
