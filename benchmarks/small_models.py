@@ -1,15 +1,20 @@
 """Train a small decoder of a given layout, to measure pruning on models of other families.
 
-    python benchmarks/small_models.py LAYOUT OUT --tokenizer MODEL_DIR --text FILE [--text FILE]
+    python benchmarks/small_models.py LAYOUT OUT --tokenizer MODEL_DIR [--text FILE] [--docstrings]
 
 LAYOUT is qwen3 (grouped queries, normalised queries and keys) or gpt2 (Conv1D layers, fused
-projection of queries, keys and values). The text is plain UTF-8; a few million tokens and a minute
-on a GPU make a model whose layers are worth pruning. Prints one JSON line with the last loss.
+projection of queries, keys and values). The text is plain UTF-8, or the docstrings of every package
+that is installed; a few million tokens and a minute on a GPU make a model whose layers are worth
+pruning. Prints one JSON line with the last loss.
 """
 
 import argparse
+import ast
 import json
 import math
+import sysconfig
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -41,10 +46,23 @@ def config_of(layout: str, vocabulary: int) -> PretrainedConfig:
     )  # fmt: skip
 
 
-def windows_of(files: list[Path], tokenizer_dir: Path) -> tuple[Tensor, int]:
+def docstrings() -> Iterator[str]:
+    """Docstrings of at least 80 characters in the installed packages, in order of their files."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for file in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # templates, and tests of other encodings
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, documented) and len(text := ast.get_docstring(node) or "") >= 80:
+                yield text
+
+
+def windows_of(paragraphs: list[str], tokenizer_dir: Path) -> tuple[Tensor, int]:
     """Token windows (n, 512) over paragraphs that each follow token 0, and the vocabulary size."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
-    paragraphs = [p for file in files for p in file.read_text(encoding="utf-8").split("\n\n") if p]
     ids: list[int] = []
     for encoded in tokenizer(paragraphs, add_special_tokens=False)["input_ids"]:
         ids += [0, *encoded]
@@ -79,13 +97,19 @@ def main() -> None:
     parser.add_argument("layout", choices=("qwen3", "gpt2"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--text", type=Path, action="append", required=True)
+    parser.add_argument("--text", type=Path, action="append", default=[])
+    parser.add_argument("--docstrings", action="store_true")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device(arguments.device)
-    windows, vocabulary = windows_of(arguments.text, arguments.tokenizer)
+    texts = [file.read_text(encoding="utf-8").split("\n\n") for file in arguments.text]
+    paragraphs = [p for text in texts for p in text if p]
+    if arguments.docstrings:
+        # The same docstring often stands in several places; a model learns more from each once.
+        paragraphs += dict.fromkeys(docstrings())
+    windows, vocabulary = windows_of(paragraphs, arguments.tokenizer)
     config = config_of(arguments.layout, vocabulary)
     classes = {"gpt2": GPT2LMHeadModel, "qwen3": Qwen3ForCausalLM}
     model = classes[arguments.layout](config)
