@@ -76,9 +76,30 @@ LayersOpt = Annotated[
 ]
 PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
 DTypeOpt = Annotated[DType, typer.Option(help="Precision of the exported models.")]
-BackendOpt = Annotated[list[str] | None, typer.Option(help="auto or onnxruntime; repeatable.")]
+BackendOpt = Annotated[
+    list[str] | None, typer.Option(help="auto, onnxruntime or cusparselt; repeatable.")
+]
+PlanOutOpt = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Write the plan to this file for build --plan.")
+]
+PlanOpt = Annotated[
+    Path | None, typer.Option("--plan", help="Prune only the layers that a plan says to prune.")
+]
 ShapesOpt = Annotated[
     list[str] | None, typer.Option(help="Shapes to measure, e.g. batch=1,8 sequence=128.")
+]
+SensitivityOpt = Annotated[
+    bool,
+    typer.Option(
+        "--sensitivity/--no-sensitivity", help="Measure what pruning each paying layer costs."
+    ),
+]
+ProfileOpt = Annotated[
+    Path | None,
+    typer.Option("--gpu-profile", help="Plan for the GPU of this file, measured elsewhere."),
+]
+SaveProfileOpt = Annotated[
+    Path | None, typer.Option("--save-profile", help="Write the measured GEMM times to this file.")
 ]
 DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where to prune and evaluate.")]
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
@@ -114,8 +135,13 @@ def prune_options(
     exclude: list[str] | None,
     max_loss: float | None,
     layers: int | None,
+    plan: Path | None = None,
 ) -> PruneOptions:
-    """The options about pruning as one record."""
+    """The options about pruning as one record.
+
+    Raises:
+        UsageError: the file is no plan, or it prunes nothing.
+    """
     return PruneOptions(
         method,
         preset,
@@ -125,10 +151,21 @@ def prune_options(
         exclude=tuple(exclude or ()),
         max_loss=max_loss,
         max_layers=layers,
+        planned_dense=_planned_dense(plan),
     )
 
 
-def engine_options(backends: list[str] | None, shapes: list[str] | None) -> EngineOptions:
+def _planned_dense(plan: Path | None) -> tuple[tuple[str, str], ...]:
+    if plan is None:
+        return ()
+    from prox24_deploy.engines.planning import read_plan
+
+    return read_plan(plan).left_dense
+
+
+def engine_options(
+    backends: list[str] | None, shapes: list[str] | None, plan: Path | None = None
+) -> EngineOptions:
     """The options about engines as one record.
 
     Raises:
@@ -140,6 +177,7 @@ def engine_options(backends: list[str] | None, shapes: list[str] | None) -> Engi
         tuple(backends or default.backends),
         parsed.get("batch", default.batches),
         parsed.get("sequence", default.sequences),
+        plan,
     )
 
 

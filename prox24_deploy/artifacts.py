@@ -251,7 +251,10 @@ class LayerEvidence:
 
 @dataclass(frozen=True, slots=True)
 class EngineEvidence:
-    """What one backend did with the 2:4 weights."""
+    """What one backend did with the 2:4 weights.
+
+    `numerics` compares its sparse engine with the same weights multiplied dense, where it can.
+    """
 
     backend: str
     device: str
@@ -259,6 +262,7 @@ class EngineEvidence:
     chosen: int | None
     summary: str
     layers: tuple[LayerEvidence, ...]
+    numerics: tuple[NumericsCheck, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,10 @@
 """The command line: the only place that prints or exits."""
 
-import errno
 import json
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,17 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from prox24_deploy import __version__, arguments, tables
-from prox24_deploy.errors import BundleError, Prox24Error
-from prox24_deploy.options import BuildOptions, TextOptions
+from prox24_deploy.errors import BundleError, Prox24Error, explained
+from prox24_deploy.options import BuildOptions, PruneOptions, TextOptions
 
 if TYPE_CHECKING:
     from prox24_deploy.release.report import Report
 
-EXIT_INTERNAL, EXIT_USAGE, EXIT_REGRESSION, EXIT_SPARSITY, EXIT_INCONCLUSIVE = 1, 2, 3, 4, 5
+EXIT_REGRESSION, EXIT_SPARSITY, EXIT_INCONCLUSIVE = 3, 4, 5
 EXIT_INTERRUPTED = 130
 _LOG_WIDTH = 400
 _TEXT = TextOptions()
@@ -105,6 +101,7 @@ def build(
     dtype: arguments.DTypeOpt = "float32",
     backend: arguments.BackendOpt = None,
     shapes: arguments.ShapesOpt = None,
+    plan: arguments.PlanOpt = None,
     device: arguments.DeviceOpt = "auto",
     seed: arguments.SeedOpt = 0,
     fresh: arguments.FreshOpt = False,
@@ -119,14 +116,14 @@ def build(
             calibration, evaluation, calibration_tokens, evaluation_tokens, images, seed
         ),
         arguments.prune_options(
-            method, preset, refinement, reconstruct, include, exclude, max_loss, layers
+            method, preset, refinement, reconstruct, include, exclude, max_loss, layers, plan
         ),
         device,
         dtype,
-        arguments.engine_options(backend, shapes),
+        arguments.engine_options(backend, shapes, plan),
     )
     root = out or _default_out(model_dir)
-    with _progress() as progress:
+    with tables.progress(stderr) as progress:
         report = pipeline.build(model_dir, root, options, fresh=fresh, progress=progress)
     if as_json:
         _print_json(report.model_dump(mode="json"))
@@ -172,7 +169,7 @@ def prune(
         device,
     )
     root = out or _default_out(model_dir)
-    with _progress() as progress:
+    with tables.progress(stderr) as progress:
         result = pipeline.prune(model_dir, root, options, fresh=fresh, progress=progress)
     if as_json:
         _print_json(asdict(result))
@@ -191,7 +188,7 @@ def export(
     """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the file."""
     from prox24_deploy import pipeline
 
-    with _progress() as progress:
+    with tables.progress(stderr) as progress:
         result = pipeline.export(bundle, dtype, progress=progress)
     if as_json:
         _print_json(asdict(result))
@@ -214,7 +211,7 @@ def compile_engines(
     """Compile engines from the ONNX twins of a bundle."""
     from prox24_deploy import pipeline
 
-    with _progress() as progress:
+    with tables.progress(stderr) as progress:
         result = pipeline.compile_engines(
             bundle, arguments.engine_options(backend, None), progress=progress
         )
@@ -236,12 +233,63 @@ def bench(
     """Measure dense against sparse latency of a bundle's engines, interleaved."""
     from prox24_deploy import pipeline
 
-    with _progress() as progress:
+    with tables.progress(stderr) as progress:
         result = pipeline.bench(bundle, arguments.engine_options(None, shapes), progress=progress)
     if as_json:
         _print_json(asdict(result))
         return
     _print_table(tables.latency(result.latency))
+
+
+@app.command()
+def plan(
+    model_dir: arguments.ModelArg,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="File to write the plan to, for build --plan."),
+    ] = None,
+    recipe: arguments.RecipeOpt = None,
+    calibration: arguments.CalibrationOpt = None,
+    calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
+    shapes: arguments.ShapesOpt = None,
+    dtype: arguments.DTypeOpt = "float16",
+    max_loss: arguments.MaxLossOpt = None,
+    layers: arguments.LayersOpt = None,
+    sensitivity: arguments.SensitivityOpt = True,
+    gpu_profile: arguments.ProfileOpt = None,
+    save_profile: arguments.SaveProfileOpt = None,
+    device: arguments.DeviceOpt = "auto",
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Time dense against sparse GEMMs on this GPU and say which layers are worth pruning."""
+    from prox24_deploy import planner
+    from prox24_deploy.engines.planning import plan_json, write_plan
+    from prox24_deploy.engines.profile import read_profile, write_profile
+
+    options = BuildOptions(
+        recipe,
+        TextOptions(calibration=tuple(calibration or ()), calibration_tokens=calibration_tokens),
+        PruneOptions(max_loss=max_loss, max_layers=layers),
+        device,
+        dtype,
+        arguments.engine_options(None, shapes),
+    )
+    saved = read_profile(gpu_profile) if gpu_profile else None
+    with tables.progress(stderr) as progress:
+        found = planner.plan(
+            model_dir, options, saved=saved, sensitivity=sensitivity, progress=progress
+        )
+    if out:
+        write_plan(found, out)
+    if save_profile:
+        write_profile(found.profile, save_profile)
+    if as_json:
+        _print_json(plan_json(found))
+        return
+    _print_table(tables.plan_layers(found))
+    _print_table(tables.plan_shapes(found))
+    for sentence in tables.plan_sentences(found):
+        stdout.print(sentence, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -301,48 +349,11 @@ def _default_out(model_dir: Path) -> Path:
     return Path(f"{model_dir.resolve().name}-prox24")
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per stage on a terminal; nothing anywhere else."""
-    columns = (
-        TextColumn("{task.description:>10}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
-            bars.update(tasks[label], completed=done, total=total)
-
-        yield update
-
-
 def _fail(error: BaseException, *, debug: bool) -> None:
     """Print one sentence (and the traceback if asked) and exit with the error's code."""
     if debug:
         stderr.print(traceback.format_exc(), markup=False)
-    if isinstance(error, Prox24Error):
-        message, code = str(error), error.exit_code
-    elif isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        where = f" while writing {error.filename}" if error.filename else ""
-        message = (
-            f"No space left on the disk{where}; free some and run the same command again, "
-            "finished stages are kept."
-        )
-        code = EXIT_USAGE
-    elif isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
-        message = (
-            f"{error.filename or 'A file'} cannot be written ({error.strerror}); pass another -o."
-        )
-        code = EXIT_USAGE
-    else:
-        kind = type(error).__name__
-        message = f"Internal error, {kind}: {error}; run again with --debug and report it."
-        code = EXIT_INTERNAL
+    message, code = explained(error)
     stderr.print(f"Error: {message}", soft_wrap=True, markup=False)
     raise SystemExit(code)
 
@@ -365,11 +376,8 @@ def _print_json(value: Any) -> None:
 
 def _print_report(report: "Report", root: Path) -> None:
     """The page of a build: verdict, accuracy, latency, warnings, where to look."""
-    totals = report.pruning.totals
-    stdout.print(f"Verdict: {report.verdict}")
-    stdout.print(f"Pruned: {totals.pruned} layers proven 2:4, {totals.skipped} left dense")
-    for metric in report.accuracy.metrics:
-        stdout.print(tables.metric_line(metric), soft_wrap=True)
+    for line in tables.report_head(report):
+        stdout.print(line, soft_wrap=True, markup=False)
     _print_table(tables.latency(report.latency))
     for warning in report.warnings:
         stdout.print(f"Note: {warning}", soft_wrap=True, markup=False)

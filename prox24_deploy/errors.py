@@ -15,6 +15,8 @@ Each message is one sentence that names the thing, its value, what was expected 
 A regression is a result in the report, not an exception.
 """
 
+import errno
+
 
 class Prox24Error(Exception):
     """Base of all errors; `exit_code` is what the command line exits with."""
@@ -70,3 +72,22 @@ class BackendMissingError(EngineError):
     """A library or device that the backend needs is missing; the message names the remedy."""
 
     exit_code = 5
+
+
+def explained(error: BaseException) -> tuple[str, int]:
+    """One sentence for the user and the exit code, for an error of any kind."""
+    if isinstance(error, Prox24Error):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return (
+            f"No space left on the disk{where}; free some and run the same command again, "
+            "finished stages are kept."
+        ), UsageError.exit_code
+    if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
+        return (
+            f"{error.filename or 'A file'} cannot be written ({error.strerror}); pass another -o."
+        ), UsageError.exit_code
+    kind = type(error).__name__
+    message = f"Internal error, {kind}: {error}; run again with --debug and report it."
+    return message, Prox24Error.exit_code

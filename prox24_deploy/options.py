@@ -34,7 +34,8 @@ class PruneOptions:
     `target` "asymmetric" matches the dense model's outputs from the pruned model's inputs,
     "symmetric" matches the dense layer on the pruned model's inputs. `refinement` is how the kept
     weights are updated once the mask is fixed; "auto" takes the one that belongs to the method.
-    `reconstruct` None means: in preset "best" only.
+    `reconstruct` None means: in preset "best" only. `planned_dense` has path and reason of each
+    layer that a plan leaves dense.
 
     `include` and `exclude` are globs over module paths, relative to a block or from the model on:
     of the recipe's targets, those are pruned that an `include` matches (any, if there is none) and
@@ -51,6 +52,7 @@ class PruneOptions:
     exclude: tuple[str, ...] = ()
     max_loss: float | None = None
     max_layers: int | None = None
+    planned_dense: tuple[tuple[str, str], ...] = ()
 
     @property
     def has_budget(self) -> bool:
@@ -65,11 +67,15 @@ class PruneOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Which backends to compile for and which shapes to measure."""
+    """Which backends to compile for and which shapes to measure.
+
+    `plan` is the file of a plan whose GEMM timings need not be measured again.
+    """
 
     backends: tuple[str, ...] = ("auto",)
     batches: tuple[int, ...] = (1, 8)
     sequences: tuple[int, ...] = (128,)
+    plan: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """From a model directory to a sealed bundle: the stages, in order, and each on its own."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from prox24_deploy import stages
@@ -30,7 +31,9 @@ def build(
         Prox24Error: any of its kinds; the stages finished until then are kept.
     """
     subject = read_subject(model_dir, out, options)
-    backends = stages.open_backends(options.engine)
+    backends = stages.open_backends(
+        options.engine, model_dir, subject.recipe, subject.directory.config
+    )
     with open_bundle(out, fresh=fresh) as bundle:
         stages.describe(bundle, subject, options)
         pruned = stages.prune(bundle, subject, options.prune, options.device, progress)
@@ -60,9 +63,9 @@ def export(out: Path, dtype: DType, *, progress: Progress) -> ExportResult:
 
 def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) -> CompileResult:
     """Run only the compile stage, on a bundle that holds exported models."""
-    backends = stages.open_backends(options)
     with open_bundle(out, existing=True) as bundle:
         exported = bundle.load("export", ExportResult)
+        backends = stages.backends_of(bundle, options)
         return stages.compile_engines(bundle, exported, backends, progress)
 
 
@@ -71,6 +74,6 @@ def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResu
     with open_bundle(out, existing=True) as bundle:
         compiled = bundle.load("compile", CompileResult)
         names = tuple(dict.fromkeys(engine.backend for engine in compiled.engines))
-        backends = stages.open_backends(EngineOptions(names))
+        backends = stages.backends_of(bundle, replace(options, backends=names))
         bundle.forget("bench", [])
         return stages.bench(bundle, compiled, backends, options, progress)

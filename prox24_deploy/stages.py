@@ -24,7 +24,7 @@ from prox24_deploy.artifacts import (
     OnnxModel,
     PruneResult,
 )
-from prox24_deploy.engines import backend_by_name
+from prox24_deploy.engines import Origin, backend_by_name
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.errors import BackendMissingError, BundleError
@@ -35,10 +35,12 @@ from prox24_deploy.release.environment import machine, versions
 from prox24_deploy.release.manifest import write_manifest
 from prox24_deploy.release.measure import conditions, measure_latency
 from prox24_deploy.release.report import Report, assemble_report, write_report
-from prox24_deploy.subject import Subject, fitted_recipe, longest_of
+from prox24_deploy.subject import Subject, fitted_recipe, input_shapes
 
 if TYPE_CHECKING:
     import torch
+
+    from prox24_deploy.engines.profile import GpuProfile
 
 Progress = Callable[[str, int, int], None]
 Twin = Literal["dense", "sparse"]
@@ -48,14 +50,43 @@ _STAGES = ("prune", "export", "compile", "bench", "evaluate")
 _REPORT_FILES = ("report.json", "report.html", "summary.md", "junit.xml", "benchmark.json")
 
 
-def open_backends(options: EngineOptions) -> tuple[Backend, ...]:
+def open_backends(
+    options: EngineOptions, dense: Path, recipe: Recipe, config: dict[str, Any]
+) -> tuple[Backend, ...]:
     """The backends asked for, each once.
+
+    Args:
+        options: names the backends and the shapes.
+        dense: the dense model directory.
+        recipe: that fits the model.
+        config: of the model.
 
     Raises:
         BackendMissingError: one is not available here.
     """
-    found = {b.name: b for b in (backend_by_name(name) for name in options.backends)}
+    origin = Origin(
+        dense, recipe, input_shapes(config, recipe, options), planned_gemms(options.plan)
+    )
+    found = {b.name: b for b in (backend_by_name(name, origin) for name in options.backends)}
     return tuple(found.values())
+
+
+def backends_of(bundle: Bundle, options: EngineOptions) -> tuple[Backend, ...]:
+    """The backends asked for, for the model of a bundle."""
+    return open_backends(options, Path(_model(bundle).path), _recipe(bundle), _config(bundle))
+
+
+def planned_gemms(plan: Path | None) -> "GpuProfile | None":
+    """The GEMM timings that a plan was made from.
+
+    Raises:
+        UsageError: the file is no plan.
+    """
+    if plan is None:
+        return None
+    from prox24_deploy.engines.planning import read_plan
+
+    return read_plan(plan).profile
 
 
 def describe(bundle: Bundle, subject: Subject, options: BuildOptions) -> None:
@@ -81,7 +112,7 @@ def prune(
     progress: Progress,
 ) -> PruneResult:
     """Prune every target layer and write `pruned/`."""
-    device = _device(device_choice)
+    device = torch_device(device_choice)
     inputs = {
         "model": subject.directory.sha256,
         "recipe": subject.recipe_text,
@@ -144,7 +175,8 @@ def compile_engines(
     inputs = {
         "dense": exported.dense.sha256,
         "sparse": exported.sparse.sha256,
-        "backends": {backend.name: backend.device() for backend in backends},
+        # All backends are dataclasses, so that this tells every option.
+        "backends": {backend.name: [backend.device(), repr(backend)] for backend in backends},
         "versions": versions(),
     }
 
@@ -158,7 +190,7 @@ def compile_engines(
                 model = exported.dense if twin == "dense" else exported.sparse
                 out = Path("engines") / backend.name / twin
                 engines.append(backend.build(bundle.root, model, out, twin=twin))
-            evidence.append(backend.evidence(engines[-1], exported.sparsity))
+            evidence.append(backend.evidence(bundle.root, engines[-1], exported.sparsity))
         progress("compile", 2 * len(backends), 2 * len(backends))
         return CompileResult(tuple(engines), tuple(evidence), time.perf_counter() - began)
 
@@ -174,9 +206,7 @@ def bench(
 ) -> BenchResult:
     """Time dense against sparse with every backend at every shape."""
     recipe = _recipe(bundle)
-    longest = min(longest_of(_config(bundle), recipe), max(options.sequences))
-    lengths = {0} if recipe.reads_images else {min(s, longest) for s in options.sequences}
-    shapes = sorted((batch, length) for batch in options.batches for length in lengths)
+    shapes = input_shapes(_config(bundle), recipe, options)
     inputs = {
         "engines": [asdict(engine) for engine in compiled.engines],
         "shapes": [list(shape) for shape in shapes],
@@ -215,7 +245,7 @@ def evaluate(
     bundle: Bundle, subject: Subject, device_choice: DeviceChoice, progress: Progress
 ) -> EvaluateResult:
     """Compare dense and pruned model on held-out text."""
-    device = _device(device_choice)
+    device = torch_device(device_choice)
     inputs = {
         "model": subject.directory.sha256,
         "pruned": bundle.load("prune", PruneResult).state_sha256,
@@ -297,7 +327,7 @@ def _export_twins(
     for i, twin in enumerate(TWINS):
         progress("export", i, len(TWINS))
         directory = dense if twin == "dense" else open_model_dir(bundle.root / "pruned")
-        module = load_model(directory, recipe, _device("cpu"))
+        module = load_model(directory, recipe, torch_device("cpu"))
         folder = bundle.partial / "onnx" / twin
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = export_onnx(
@@ -341,7 +371,12 @@ def _vocabulary(config: dict[str, Any]) -> int:
     return int(config.get("vocab_size", 1))
 
 
-def _device(choice: DeviceChoice) -> "torch.device":
+def torch_device(choice: DeviceChoice) -> "torch.device":
+    """The device that `--device` asks for.
+
+    Raises:
+        BackendMissingError: torch finds no CUDA device.
+    """
     import torch
 
     if choice == "cuda" and not torch.cuda.is_available():

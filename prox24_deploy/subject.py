@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prox24_deploy.errors import BundleError
-from prox24_deploy.options import BuildOptions, TextOptions
+from prox24_deploy.options import BuildOptions, EngineOptions, TextOptions
 from prox24_deploy.recipe import Recipe, select_recipe
 
 if TYPE_CHECKING:
@@ -58,6 +58,15 @@ def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
     from prox24_deploy.model.images import pixel_sizes
 
     return recipe.with_sizes(pixel_sizes(load_image_processor(model_dir)))
+
+
+def input_shapes(
+    config: dict[str, Any], recipe: Recipe, options: EngineOptions
+) -> list[tuple[int, int]]:
+    """The (batch, sequence) to run engines on; sequence 0 for a model that reads images."""
+    longest = min(longest_of(config, recipe), max(options.sequences))
+    lengths = {0} if recipe.reads_images else {min(s, longest) for s in options.sequences}
+    return sorted((batch, length) for batch in options.batches for length in lengths)
 
 
 def _read_text(

@@ -1,14 +1,19 @@
 """What the command line shows, as rich tables and lines; `cli.py` prints them."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from prox24_deploy.artifacts import Estimate, LatencyRow, LayerRecord, Metric, TensorCheck
 
 if TYPE_CHECKING:
+    from prox24_deploy.engines.planning import LayerPlan, Plan
     from prox24_deploy.release.environment import Finding
+    from prox24_deploy.release.report import Report
 
 
 def metric_line(metric: Metric) -> str:
@@ -21,6 +26,36 @@ def metric_line(metric: Metric) -> str:
     }
     parts = [label + _shown(estimate) for label, estimate in estimates.items() if estimate]
     return f"{metric.name}: {', '.join(parts)} ({metric.samples} samples)"
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per stage on a terminal; nothing anywhere else."""
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield update
+
+
+def report_head(report: "Report") -> list[str]:
+    """Verdict, number of layers and accuracy of a build."""
+    totals = report.pruning.totals
+    return [
+        f"Verdict: {report.verdict}",
+        f"Pruned: {totals.pruned} layers proven 2:4, {totals.skipped} left dense",
+        *map(metric_line, report.accuracy.metrics),
+    ]
 
 
 def layers(records: Sequence[LayerRecord]) -> Table:
@@ -76,6 +111,70 @@ def findings(found: Sequence["Finding"]) -> Table:
         remedy, style = ("", "") if finding.usable else (finding.remedy, "yellow")
         table.add_row(finding.name, finding.found, remedy, style=style)
     return table
+
+
+def plan_layers(plan: "Plan") -> Table:
+    """Layers of one kind in one row: same name in their block, same shape, same decision."""
+    kinds: dict[tuple[str, int, int, bool, bool], list[LayerPlan]] = {}
+    for layer in plan.layers:
+        kind = layer.choice.name.rpartition(".")[2]
+        size = layer.choice.n, layer.choice.k
+        kinds.setdefault((kind, *size, layer.prune, layer.choice.chosen), []).append(layer)
+    shapes = [f"{s.batch}×{s.sequence}" if s.sequence else str(s.batch) for s in plan.shapes]
+    table = _table("layers", "N×K", *shapes, *([plan.metric] if plan.metric else []), "plan")
+    for (kind, n, k, prune, chosen), group in kinds.items():
+        speedups = [f"{t.speedup:.2f}×" for t in group[0].choice.timings] or ["–"] * len(shapes)
+        losses = [layer.loss.value for layer in group if layer.loss]
+        loss = [f"{sum(losses):+.4f}" if losses else ""] if plan.metric else []
+        dense = "dense: over the budget" if chosen else "dense"
+        table.add_row(
+            f"{len(group)} × {kind}", f"{n}×{k}", *speedups, *loss, "prune" if prune else dense
+        )
+    return table
+
+
+def plan_shapes(plan: "Plan") -> Table:
+    """Expected gain at each shape."""
+    whole = plan.source == "measured"
+    table = _table(
+        "batch", "seq", "dense ms", "expected ms", "speed-up" if whole else "speed-up at most"
+    )
+    for shape in plan.shapes:
+        base = shape.linear_ms if shape.dense_ms is None else shape.dense_ms
+        table.add_row(
+            str(shape.batch),
+            str(shape.sequence or ""),
+            f"{base:.3f}",
+            f"{base / shape.speedup:.3f}",
+            f"{shape.speedup:.2f}×",
+        )
+    return table
+
+
+def plan_sentences(plan: "Plan") -> list[str]:
+    """What a reader must know of the figures, and the advice."""
+    pruned = sum(layer.prune for layer in plan.layers)
+    found = []
+    if plan.source == "profile":
+        found.append(
+            f"Times come from a saved profile of {plan.profile.gpu}, nothing was measured here; "
+            "they cover the layers above alone, so the whole model gains less."
+        )
+    estimated = {
+        timing.shape
+        for layer in plan.layers
+        for timing in layer.choice.timings
+        if not timing.measured
+    }
+    if estimated:
+        found.append(f"{len(estimated)} GEMM shapes are estimated from the nearest measured ones.")
+    where = f"on {plan.profile.gpu} in {plan.dtype}"
+    found.append(
+        f"Prune {pruned} of {len(plan.layers)} layers {where}."
+        if pruned
+        else f"Prune nothing: 2:4 does not pay at these shapes {where}."
+    )
+    return found
 
 
 def _shown(estimate: Estimate) -> str:

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "pruning": {"pruning"},
     "model": {"model", "pruning"} | COMMON,
     "graph": {"graph"} | COMMON,
-    "engines": {"engines"} | COMMON,
+    "engines": {"engines", "graph", "model", "pruning"} | COMMON,
     "release": {"release", "engines"} | COMMON,
     "artifacts": set(),
     "errors": set(),

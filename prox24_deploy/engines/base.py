@@ -54,8 +54,16 @@ class Backend(Protocol):
         """
         ...
 
-    def evidence(self, engine: Engine, sparsity: tuple[TensorCheck, ...]) -> EngineEvidence:
-        """Say which layers run on sparse kernels, and why the others do not."""
+    def evidence(
+        self, bundle: Path, engine: Engine, sparsity: tuple[TensorCheck, ...]
+    ) -> EngineEvidence:
+        """Say which layers of the sparse engine run on sparse kernels, and why the others do not.
+
+        Args:
+            bundle: the folder that `engine` lies in.
+            engine: the sparse one.
+            sparsity: the proof on the ONNX file.
+        """
         ...
 
     def open(self, bundle: Path, engine: Engine) -> AbstractContextManager[Session]:

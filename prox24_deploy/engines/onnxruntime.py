@@ -160,7 +160,9 @@ class OnnxRuntime:
             size_bytes=model.size_bytes,
         )
 
-    def evidence(self, engine: Engine, sparsity: tuple[TensorCheck, ...]) -> EngineEvidence:
+    def evidence(
+        self, _bundle: Path, engine: Engine, sparsity: tuple[TensorCheck, ...]
+    ) -> EngineEvidence:
         """Say of every weight declared 2:4 that it runs on a dense kernel."""
         layers = tuple(
             LayerEvidence(check.module or check.tensor, False, False, NO_SPARSE_KERNELS)

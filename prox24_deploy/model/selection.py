@@ -15,12 +15,18 @@ from prox24_deploy.recipe import Recipe
 
 
 def left_dense(recipe: Recipe, blocks: nn.ModuleList, options: PruneOptions) -> dict[str, str]:
-    """Map the full path of each target that the user's globs leave dense to the reason.
+    """Map the full path of each target that the user's globs or plan leave dense to the reason.
 
     Raises:
-        UsageError: a glob matches no target.
+        UsageError: a glob matches no target, or the plan knows other layers.
     """
     paths = list(_paths(recipe, blocks))
+    planned = dict(options.planned_dense)
+    if strangers := planned.keys() - {".".join(path) for path in paths}:
+        raise UsageError(
+            f"The plan names layer {min(strangers)}, which is no target of recipe {recipe.family} "
+            "in this model; plan this model again."
+        )
     for option, globs in (("--include", options.include), ("--exclude", options.exclude)):
         for glob in globs:
             if (example := _unmatched(glob, paths)) is not None:
@@ -28,7 +34,7 @@ def left_dense(recipe: Recipe, blocks: nn.ModuleList, options: PruneOptions) -> 
                     f"{option} {glob!r} matches no target layer of recipe {recipe.family}; they "
                     f"are named like {'.'.join(example)} or {example[1]}."
                 )
-    dense = {}
+    dense = planned
     for prefix, name in paths:
         excluding = [glob for glob in options.exclude if concerns(glob, prefix, name)]
         if excluding:

@@ -9,11 +9,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from prox24_deploy.artifacts import DType, Engine, OnnxModel, TensorCheck
-from prox24_deploy.engines import backend_by_name
-from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.host import cpu_model
 from prox24_deploy.engines.onnxruntime import NO_SPARSE_KERNELS, PROVIDER, OnnxRuntime
-from prox24_deploy.errors import BackendMissingError, EngineError, UsageError
+from prox24_deploy.errors import EngineError
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3)
 
@@ -170,32 +168,13 @@ def test_evidence_names_every_expected_layer_and_no_other(engine: Engine) -> Non
         check("val_2", "", expected=True),
         check("val_3", "pooler", expected=False),
     )
-    evidence = OnnxRuntime().evidence(engine, sparsity)
+    evidence = OnnxRuntime().evidence(Path(), engine, sparsity)
     assert (evidence.eligible, evidence.chosen) == (0, 0)
     assert [layer.module for layer in evidence.layers] == ["layer.0.query", "val_2"]
     assert {(layer.chosen, layer.reason) for layer in evidence.layers} == {
         (False, NO_SPARSE_KERNELS)
     }
     assert evidence.summary.endswith("0 of 2 2:4 layers run on one")
-
-
-def test_backend_is_chosen_by_name() -> None:
-    backend: Backend = backend_by_name("onnxruntime")
-    assert backend == OnnxRuntime() == backend_by_name("auto")
-    assert backend.name == "onnxruntime"
-    assert not backend.sparse_kernels
-
-
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", "cusparselt"])
-def test_planned_backend_is_missing_in_this_version(name: str) -> None:
-    message = f"Backend '{name}' is not part of this version; available: onnxruntime"
-    with pytest.raises(BackendMissingError, match=message):
-        backend_by_name(name)
-
-
-def test_unknown_backend_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="Backend 'openvino' does not exist"):
-        backend_by_name("openvino")
 
 
 def test_cpu_model_falls_back_to_the_architecture(tmp_path: Path) -> None:

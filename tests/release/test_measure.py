@@ -169,7 +169,9 @@ class FakeBackend:
     ) -> Engine:
         raise NotImplementedError
 
-    def evidence(self, engine: Engine, sparsity: tuple[TensorCheck, ...]) -> EngineEvidence:
+    def evidence(
+        self, bundle: Path, engine: Engine, sparsity: tuple[TensorCheck, ...]
+    ) -> EngineEvidence:
         raise NotImplementedError
 
     @contextmanager

@@ -1,0 +1,240 @@
+"""End-to-end speed of 2:4 on this GPU through cuSPARSELt, against what the single GEMMs promise.
+
+    python benchmarks/engine_speed.py [--blocks 4] [--dtype float16] [--save-profile FILE]
+
+A Llama-style model with 4096-wide layers and random weights is made on the spot, pruned by
+magnitude, compressed where that pays, and timed against its dense twin at 512, 4096 and 16384 rows
+(batch × sequence). BERT-base at small shapes follows: there 2:4 does not pay, `plan` must say so,
+and a model compressed all the same must confirm it. Prints tables and one JSON line; fails if the
+profiler sees sparse kernels in other layers than the chosen ones, if less than 80 % of the gain
+that the GEMMs allow by Amdahl's law is reached, or if the plan is off by more than 5 %.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from prox24_deploy.artifacts import DType, EngineEvidence, Interval
+from prox24_deploy.engines.choice import LayerChoice, choose, gemm_obstacle
+from prox24_deploy.engines.cusparselt import compress_model
+from prox24_deploy.engines.gemm import gpu_profile, measure_gemms
+from prox24_deploy.engines.linear import layer_uses
+from prox24_deploy.engines.planning import ShapePlan, plan_layers, plan_shapes
+from prox24_deploy.engines.profile import GpuProfile, write_profile
+from prox24_deploy.engines.torch_model import TorchModel, median_ms
+from prox24_deploy.graph.module import TORCH_DTYPES, RecipeModule
+from prox24_deploy.model.blocks import find_blocks, target_layers
+from prox24_deploy.pruning.pattern import mask_24
+from prox24_deploy.recipe import Recipe, parse_recipe, shipped_recipes
+from prox24_deploy.release.measure import (
+    MeasureOptions,
+    measure_pair,
+    speedup_interval,
+    timing,
+)
+
+Shapes = Sequence[tuple[int, int]]
+
+LLAMA_SHAPES = ((1, 512), (2, 2048), (8, 2048))
+BERT_SHAPES = ((1, 128), (8, 128))
+AMDAHL, PREDICTION = 0.80, 0.05
+MEASURING = MeasureOptions(min_rounds=30, max_rounds=200, seconds=3.0, input_sets=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One shape of one model: measured medians and speed-up beside the planned ones."""
+
+    batch: int
+    sequence: int
+    dense_ms: float
+    sparse_ms: float
+    speedup: Interval
+    planned: float
+
+    @property
+    def share(self) -> float:
+        """Of the time that the GEMMs promised to save, the part that was saved."""
+        promised = 1 - 1 / self.planned
+        return (1 - 1 / self.speedup.value) / promised if promised else 1.0
+
+
+def llama(blocks: int, dtype: torch.dtype) -> nn.Module:
+    """The layers of an 8 B Llama 3, a few of its blocks and a small vocabulary."""
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=blocks,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return _random(lambda: LlamaForCausalLM(config), dtype)
+
+
+def bert(dtype: torch.dtype) -> nn.Module:
+    return _random(lambda: BertModel(BertConfig()), dtype)
+
+
+def _random(make: object, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model: nn.Module = make()  # type: ignore[operator]
+    return model.eval().requires_grad_(False).to(dtype)
+
+
+def opened(model: nn.Module, recipe: Recipe, dtype: DType) -> TorchModel:
+    return TorchModel(RecipeModule(model, recipe).eval(), dtype, 30000, "")
+
+
+def prune(model: nn.Module, recipe: Recipe) -> set[str]:
+    """Keep the two largest weights of each cell of four, in place; returns the layers' paths."""
+    names = set()
+    for index, block in enumerate(find_blocks(model, recipe)):
+        for name, layer in target_layers(block, recipe).items():
+            layer.weight.mul_(mask_24(layer.weight.abs(), 1))
+            names.add(f"{recipe.blocks}.{index}.{name}")
+    return names
+
+
+def planned(
+    dense: TorchModel, names: set[str], shapes: Shapes, profile: GpuProfile
+) -> tuple[tuple[LayerChoice, ...], tuple[ShapePlan, ...], GpuProfile]:
+    """What `plan` says of the model on this GPU."""
+    runs = [partial(dense.run, dense.feeds(shape)) for shape in shapes]
+    uses = [use for use in layer_uses(dense.wrapped, runs) if use.name in names]
+    gemms = [gemm for use in uses if not gemm_obstacle(use) for gemm in use.gemms]
+    profile = measure_gemms(profile, gemms, dense.dtype, lambda *_: None)
+    choices = choose(uses, profile, names)
+    session = dense.session("the dense model")
+    times = [median_ms(session, [dense.feeds(shape, s) for s in (0, 1)], 2.0) for shape in shapes]
+    session.close()
+    return choices, plan_shapes(shapes, plan_layers(choices, {}, {}), times), profile
+
+
+def measured(
+    dense: TorchModel, sparse: TorchModel, shapes: Shapes, plans: Sequence[ShapePlan]
+) -> list[Row]:
+    """Time both twins in turns at every shape."""
+    sessions = [model.session("a twin") for model in (dense, sparse)]
+    rows = []
+    for shape, plan in zip(shapes, plans, strict=True):
+        feeds = [dense.feeds(shape, seed) for seed in range(MEASURING.input_sets)]
+        pair = measure_pair(sessions[0], sessions[1], feeds, options=MEASURING)
+        dense_ms, sparse_ms = (timing(part).median_ms for part in (pair.dense, pair.sparse))
+        rows.append(Row(*shape, dense_ms, sparse_ms, speedup_interval(pair), plan.speedup))
+    for session in sessions:
+        session.close()
+    return rows
+
+
+def show(console: Console, title: str, rows: Sequence[Row], evidence: EngineEvidence) -> None:
+    table = Table("batch", "sequence", "dense ms", "sparse ms", "speed-up", "95 %", "planned",
+                  "of Amdahl", box=None, title=title)  # fmt: skip
+    for row in rows:
+        table.add_row(
+            str(row.batch), str(row.sequence), f"{row.dense_ms:.3f}", f"{row.sparse_ms:.3f}",
+            f"{row.speedup.value:.3f}", f"{row.speedup.low:.3f}-{row.speedup.high:.3f}",
+            f"{row.planned:.3f}", f"{row.share:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(evidence.summary)
+
+
+def show_gemms(console: Console, profile: GpuProfile) -> None:
+    table = Table("N", "K", "M", "dense us", "sparse us", "speed-up", "algorithm", box=None)
+    for t in profile.gemms:
+        algorithm = f"{t.algorithm.number}/{t.algorithm.split_k}/{t.algorithm.split_k_mode}"
+        table.add_row(
+            str(t.shape.n), str(t.shape.k), str(t.shape.m), f"{t.dense_us:.1f}",
+            f"{t.sparse_us:.1f}", f"{t.speedup:.2f}", algorithm,
+        )  # fmt: skip
+    console.print(table)
+
+
+def faults(
+    choices: Sequence[LayerChoice], evidence: EngineEvidence, rows: Sequence[Row]
+) -> list[str]:
+    """What misses its bar."""
+    chosen = {choice.name for choice in choices if choice.chosen}
+    running = {layer.module for layer in evidence.layers if layer.chosen}
+    found = []
+    if chosen != running:
+        found.append(f"chosen layers {sorted(chosen)} and sparse kernels in {sorted(running)}")
+    for row in rows:
+        if row.share < AMDAHL:
+            found.append(f"{row.batch}x{row.sequence}: {row.share:.2f} of Amdahl, bar {AMDAHL}")
+        off = row.planned / row.speedup.value - 1
+        if abs(off) > PREDICTION:
+            found.append(
+                f"{row.batch}x{row.sequence}: plan off by {off:+.1%}, bar {PREDICTION:.0%}"
+            )
+    return found
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--save-profile", type=Path)
+    arguments = parser.parse_args()
+    console = Console(width=110)
+    half = TORCH_DTYPES[arguments.dtype]
+    recipes = {name: parse_recipe(text, name) for name, text in shipped_recipes().items()}
+    profile = gpu_profile(arguments.dtype)
+    result: dict[str, object] = {"benchmark": "engine_speed", "gpu": profile.gpu}
+    missed: list[str] = []
+
+    recipe = recipes["llama"]
+    model = llama(arguments.blocks, half)
+    dense = opened(deepcopy(model), recipe, arguments.dtype)
+    sparse = opened(model, recipe, arguments.dtype)
+    names = prune(sparse.wrapped, recipe)
+    choices, plans, profile = planned(dense, names, LLAMA_SHAPES, profile)
+    show_gemms(console, profile)
+    evidence = compress_model(sparse, LLAMA_SHAPES, choices)
+    rows = measured(dense, sparse, LLAMA_SHAPES, plans)
+    show(console, f"Llama, 4096 wide, {arguments.blocks} blocks", rows, evidence)
+    missed += faults(choices, evidence, rows)
+    result["llama"] = [asdict(row) | {"share": row.share} for row in rows]
+    result["kernels"] = sorted({layer.reason.rpartition("kernel ")[2] for layer in evidence.layers
+                                if layer.chosen})  # fmt: skip
+    del dense, sparse, model
+
+    recipe = recipes["bert"]
+    model = bert(half)
+    dense = opened(deepcopy(model), recipe, arguments.dtype)
+    sparse = opened(model, recipe, arguments.dtype)
+    names = prune(sparse.wrapped, recipe)
+    choices, _, profile = planned(dense, names, BERT_SHAPES, profile)
+    advised = [choice.name for choice in choices if choice.chosen]
+    console.print(f"BERT-base: plan prunes {len(advised)} of {len(choices)} layers")
+    forced = [replace(choice, chosen=choice.eligible) for choice in choices]
+    times = [median_ms(dense.session("bert"), [dense.feeds(s)], 1.0) for s in BERT_SHAPES]
+    plans = plan_shapes(BERT_SHAPES, plan_layers(forced, {}, {}), times)
+    evidence = compress_model(sparse, BERT_SHAPES, forced)
+    rows = measured(dense, sparse, BERT_SHAPES, plans)
+    show(console, "BERT-base, compressed against the advice", rows, evidence)
+    if advised or any(row.speedup.high > 1 for row in rows):
+        missed.append(f"BERT-base: {len(advised)} layers advised, speed-ups {rows}")
+    result["bert"] = [asdict(row) for row in rows]
+
+    show_gemms(console, profile)
+    if arguments.save_profile:
+        write_profile(profile, arguments.save_profile)
+    print(json.dumps(result | {"missed": missed}))
+    if missed:
+        sys.exit("\n".join(missed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""cuSPARSELt through PyTorch: the pruned model itself, its winning layers held compressed.
+
+The engine that can be shown to use sparse tensor cores wherever PyTorch has cuSPARSELt. The dense
+twin is the dense model on cuBLAS. Both run in half precision as CUDA graphs, because the plans that
+cuSPARSELt makes for each eager call cost more than most multiplications.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from prox24_deploy.artifacts import (
+    DType,
+    Engine,
+    EngineEvidence,
+    LayerEvidence,
+    OnnxModel,
+    TensorCheck,
+)
+from prox24_deploy.engines.choice import LayerChoice, choose, gemm_obstacle
+from prox24_deploy.engines.cuda_graph import GraphSession
+from prox24_deploy.engines.gemm import gpu_profile, measure_gemms
+from prox24_deploy.engines.kernels import kernels_by_layer, sparse_kernels
+from prox24_deploy.engines.linear import layer_uses, replace_layers, two_four_layers
+from prox24_deploy.engines.profile import Algorithm, GpuProfile, write_profile
+from prox24_deploy.engines.torch_model import (
+    TorchModel,
+    compare_outputs,
+    open_torch_model,
+)
+from prox24_deploy.errors import EngineError
+from prox24_deploy.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+NAME = "cusparselt"
+PRUNED = "pruned"
+ENGINE_FILE, EVIDENCE_FILE, GEMMS_FILE = "engine.json", "evidence.json", "gemms.json"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFile:
+    """How to open an engine: the model directory and, by layer, the algorithm for each m."""
+
+    model: str
+    model_sha256: str
+    onnx_sha256: str
+    dtype: DType
+    layers: dict[str, dict[int, Algorithm]]
+
+
+T = TypeVar("T")
+_ENGINE, _EVIDENCE = TypeAdapter(EngineFile), TypeAdapter(EngineEvidence)
+
+
+@dataclass(frozen=True, slots=True)
+class CuSparseLt:
+    """Runs model directories in PyTorch on the GPU at hand.
+
+    Attributes:
+        dense: the dense model directory.
+        recipe: of both twins, fitted to the model.
+        shapes: (batch, sequence) that layers are chosen for.
+        known: GEMM timings of an earlier run, used if they fit this GPU and these versions.
+    """
+
+    dense: Path
+    recipe: Recipe = field(repr=False)
+    shapes: tuple[tuple[int, int], ...]
+    known: GpuProfile | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Name on the command line and folder under `engines/`."""
+        return NAME
+
+    @property
+    def sparse_kernels(self) -> bool:
+        """True: they are what it is for."""
+        return True
+
+    def device(self) -> str:
+        """The GPU by name."""
+        return str(torch.cuda.get_device_name())
+
+    def build(
+        self, bundle: Path, model: OnnxModel, out: Path, *, twin: Literal["dense", "sparse"]
+    ) -> Engine:
+        """Write `engine.json`; for the sparse twin choose layers, prove outputs and kernels first.
+
+        The weights stay in the model directory, for compressing them takes less time than reading
+        them. The timings of the GEMMs and the evidence lie beside the sparse engine.
+
+        Raises:
+            EngineError: the model is float32, or the sparse outputs differ from the dense ones.
+        """
+        directory = self.dense if twin == "dense" else bundle / PRUNED
+        opened = open_torch_model(directory, self.recipe, model.dtype)
+        folder = bundle / out
+        folder.mkdir(parents=True, exist_ok=True)
+        chosen = self._compress(opened, folder) if twin == "sparse" else {}
+        record = EngineFile(
+            model=PRUNED if twin == "sparse" else str(self.dense.resolve()),
+            model_sha256=opened.sha256,
+            onnx_sha256=model.sha256,
+            dtype=model.dtype,
+            layers=chosen,
+        )
+        _write(folder / ENGINE_FILE, _ENGINE.dump_json(record, indent=1))
+        return Engine(
+            path=(out / ENGINE_FILE).as_posix(),
+            backend=NAME,
+            twin=twin,
+            onnx=model.path,
+            onnx_sha256=model.sha256,
+            device=self.device(),
+            dtype=model.dtype,
+            versions=gpu_profile(model.dtype).versions,
+            size_bytes=opened.held_bytes(),
+        )
+
+    def evidence(self, bundle: Path, engine: Engine, _: tuple[TensorCheck, ...]) -> EngineEvidence:
+        """What the profiler saw when the sparse engine was built.
+
+        Raises:
+            EngineError: the file beside the engine is missing or damaged.
+        """
+        return _read(_EVIDENCE, (bundle / engine.path).with_name(EVIDENCE_FILE))
+
+    @contextmanager
+    def open(self, bundle: Path, engine: Engine) -> Iterator[GraphSession]:
+        """Load the model directory and compress the layers that `engine.json` names.
+
+        Raises:
+            EngineError: the engine file is damaged, or the model directory has changed since.
+        """
+        record = _read(_ENGINE, bundle / engine.path)
+        directory = bundle / record.model
+        opened = open_torch_model(directory, self.recipe, record.dtype)
+        if opened.sha256 != record.model_sha256:
+            raise EngineError(
+                f"Model directory {directory} has changed since {bundle / engine.path} was "
+                "compiled; compile again."
+            )
+        replace_layers(opened.wrapped, record.layers)
+        session = opened.session(f"the {engine.twin} model in {directory}")
+        try:
+            yield session
+        finally:
+            session.close()
+
+    def _compress(self, opened: TorchModel, folder: Path) -> dict[str, dict[int, Algorithm]]:
+        """Hold the layers compressed that win; returns their algorithms by rows."""
+        choices, profile = self._choose(opened)
+        chosen = {c.name: _algorithms(c) for c in choices if c.chosen}
+        evidence = compress_model(opened, self.shapes, choices)
+        write_profile(profile, folder / GEMMS_FILE)
+        _write(folder / EVIDENCE_FILE, _EVIDENCE.dump_json(evidence, indent=1))
+        return chosen
+
+    def _choose(self, opened: TorchModel) -> tuple[tuple[LayerChoice, ...], GpuProfile]:
+        """Time the GEMMs of every layer at every shape, dense and sparse, and decide."""
+        feeds = [opened.feeds(shape) for shape in self.shapes]
+        uses = layer_uses(opened.wrapped, [partial(opened.run, one) for one in feeds])
+        pruned = two_four_layers(opened.wrapped)
+        gemms = [g for use in uses if use.name in pruned and not gemm_obstacle(use)
+                 for g in use.gemms]  # fmt: skip
+        here = gpu_profile(opened.dtype)
+        profile = self.known if self.known is not None and self.known.fits(here) else here
+        profile = measure_gemms(profile, gemms, opened.dtype, lambda *_: None)
+        return choose(uses, profile, pruned), profile
+
+
+def compress_model(
+    opened: TorchModel, shapes: Sequence[tuple[int, int]], choices: Sequence[LayerChoice]
+) -> EngineEvidence:
+    """Hold the chosen layers of a model compressed, in place, and look at what it then does.
+
+    Returns:
+        Per layer the kernels that the profiler saw at the last of `shapes`, and the outputs at all
+        of them against those of the same weights multiplied dense.
+
+    Raises:
+        EngineError: outputs differ by more than the tolerance of the dtype, by name.
+    """
+    feeds = [opened.feeds(shape) for shape in shapes]
+    expected = [opened.run(one) for one in feeds]
+    replace_layers(opened.wrapped, {c.name: _algorithms(c) for c in choices if c.chosen})
+    names = [spec.name for spec in opened.module.signature.outputs]
+    numerics = compare_outputs(names, expected, [opened.run(one) for one in feeds], opened.dtype)
+    for check in numerics:
+        if not check.passed:
+            raise EngineError(
+                f"Output {check.output} of the compressed model differs from the same weights "
+                f"multiplied dense by {check.max_abs_difference:.3g}, tolerance "
+                f"{check.tolerance:.3g}; cuSPARSELt computes something else on this GPU."
+            )
+    layers = [choice.name for choice in choices]
+    kernels = kernels_by_layer(opened.wrapped, layers, lambda: opened.run(feeds[-1]))
+    evidence = explain(choices, kernels)
+    eligible, running = (sum(map(bool, part)) for part in zip(
+        *((layer.eligible, layer.chosen) for layer in evidence), strict=True))  # fmt: skip
+    return EngineEvidence(
+        backend=NAME,
+        device=str(torch.cuda.get_device_name()),
+        eligible=eligible,
+        chosen=running,
+        summary=f"the profiler saw sparse kernels in {running} of {len(evidence)} layers, "
+        f"{eligible} of them eligible",
+        layers=evidence,
+        numerics=numerics,
+    )
+
+
+def explain(
+    choices: Sequence[LayerChoice], kernels: Mapping[str, Sequence[str]]
+) -> tuple[LayerEvidence, ...]:
+    """Say of each layer what the profiler saw, and where that is not what was chosen.
+
+    Args:
+        choices: one for each layer.
+        kernels: by layer, the names of the GPU kernels that it launched.
+    """
+    layers = []
+    for choice in choices:
+        sparse = sparse_kernels(kernels[choice.name])
+        reason = choice.reason
+        if sparse:
+            reason = f"{reason}; kernel {sparse[0]}"
+        if bool(sparse) != choice.chosen:
+            seen = "a sparse kernel" if sparse else f"only {', '.join(kernels[choice.name])}"
+            reason = f"unexpected: {reason}, but the profiler saw {seen or 'no kernel'}"
+        layers.append(LayerEvidence(choice.name, choice.eligible, bool(sparse), reason))
+    return tuple(layers)
+
+
+def _algorithms(choice: LayerChoice) -> dict[int, Algorithm]:
+    return {timing.shape.m: timing.algorithm for timing in choice.timings}
+
+
+def _read(adapter: TypeAdapter[T], path: Path) -> T:
+    try:
+        return adapter.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise EngineError(f"{path} cannot be read; compile the model again.") from error
+
+
+def _write(path: Path, text: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(text + b"\n")
+    temporary.replace(path)

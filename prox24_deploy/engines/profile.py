@@ -1,0 +1,162 @@
+"""Measured times of GEMMs on one GPU, in a file, so that a machine without that GPU can plan."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from prox24_deploy.artifacts import DType
+from prox24_deploy.errors import UsageError
+
+SCHEMA_VERSION = 1
+_NEIGHBOURS = 4
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class GemmShape:
+    """Y (m, n) = X (m, k) Wᵀ: n outputs, k inputs of a linear layer, m rows of activations."""
+
+    n: int
+    k: int
+    m: int
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """A kernel of cuSPARSELt: its number, parts of k that run in parallel, how they are summed."""
+
+    number: int = 0
+    split_k: int = 1
+    split_k_mode: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class GemmTiming:
+    """Microseconds of one GEMM: cuBLAS on the dense weight, cuSPARSELt on the 2:4 one.
+
+    `sparse_us` is that of the fastest `algorithm`. `measured` is False for an estimate from
+    measurements of other shapes.
+    """
+
+    shape: GemmShape
+    dense_us: float
+    sparse_us: float
+    algorithm: Algorithm = Algorithm()
+    measured: bool = True
+
+    @property
+    def speedup(self) -> float:
+        """Dense over sparse time."""
+        return self.dense_us / self.sparse_us
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProfile:
+    """GEMM timings of one GPU, driver, dtype and set of library versions."""
+
+    gpu: str
+    driver: str
+    dtype: DType
+    versions: dict[str, str]
+    gemms: tuple[GemmTiming, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    def timing(self, shape: GemmShape) -> GemmTiming:
+        """What was measured for a shape, else an estimate from the nearest shapes.
+
+        Estimated are the rates, dense and sparse, as means over the four nearest shapes in
+        log-coordinates, each weighted by one over its squared distance.
+
+        Raises:
+            UsageError: the profile is empty.
+        """
+        if not self.gemms:
+            raise UsageError(f"The profile of {self.gpu} holds no measurement; measure one first.")
+        known = [(_distance(shape, timing.shape), timing) for timing in self.gemms]
+        nearest = sorted(known, key=lambda pair: (pair[0], pair[1].shape))[:_NEIGHBOURS]
+        if nearest[0][0] == 0:
+            return nearest[0][1]
+        weights = [1 / distance for distance, _ in nearest]
+
+        def time_us(times: Iterable[tuple[GemmShape, float]]) -> float:
+            rates = [math.log(_work(other) / us) for other, us in times]
+            mean = math.fsum(w * r for w, r in zip(weights, rates, strict=True)) / sum(weights)
+            return _work(shape) / math.exp(mean)
+
+        return GemmTiming(
+            shape,
+            time_us((timing.shape, timing.dense_us) for _, timing in nearest),
+            time_us((timing.shape, timing.sparse_us) for _, timing in nearest),
+            measured=False,
+        )
+
+    def known(self, shape: GemmShape) -> GemmTiming | None:
+        """What was measured for exactly this shape."""
+        return next((timing for timing in self.gemms if timing.shape == shape), None)
+
+    def with_timings(self, found: Iterable[GemmTiming]) -> "GpuProfile":
+        """The same profile with further measurements; a shape known already is replaced."""
+        merged = {timing.shape: timing for timing in (*self.gemms, *found)}
+        return replace(self, gemms=tuple(merged[shape] for shape in sorted(merged)))
+
+    def fits(self, other: "GpuProfile") -> bool:
+        """Whether timings of both can be mixed: same GPU, driver, dtype and versions."""
+        return replace(self, gemms=()) == replace(other, gemms=())
+
+
+_RECORD = TypeAdapter(GpuProfile)
+
+
+def read_profile(path: Path) -> GpuProfile:
+    """Read a profile; the name of a shipped one, such as `h200.json`, works from anywhere.
+
+    Raises:
+        UsageError: there is no such file, or it is no profile of this version.
+    """
+    shipped = files("prox24_deploy.engines") / "profiles"
+    try:
+        if not path.exists() and path.parent == Path() and (shipped / path.name).is_file():
+            text = (shipped / path.name).read_text(encoding="utf-8")
+        else:
+            text = path.read_text(encoding="utf-8")
+        profile = _RECORD.validate_json(text)
+    except OSError as error:
+        names = ", ".join(sorted(f.name for f in shipped.iterdir() if f.name.endswith(".json")))
+        raise UsageError(
+            f"GPU profile {path} cannot be read ({error.strerror}); pass a file that plan "
+            f"--save-profile wrote, or a shipped one: {names}."
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(
+            f"GPU profile {path} is damaged at {where or 'its start'}: {first['msg']}; write it "
+            "again with plan --save-profile."
+        ) from error
+    if profile.schema_version != SCHEMA_VERSION:
+        raise UsageError(
+            f"GPU profile {path} has schema version {profile.schema_version}, expected "
+            f"{SCHEMA_VERSION}; write it again with plan --save-profile."
+        )
+    return profile
+
+
+def write_profile(profile: GpuProfile, path: Path) -> None:
+    """Write a profile atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(_RECORD.dump_json(profile, indent=1) + b"\n")
+    temporary.replace(path)
+
+
+def _distance(first: GemmShape, second: GemmShape) -> float:
+    """Squared distance of the logarithms of the sizes."""
+    pairs = ((first.n, second.n), (first.k, second.k), (first.m, second.m))
+    return math.fsum(math.log2(a / b) ** 2 for a, b in pairs)
+
+
+def _work(shape: GemmShape) -> float:
+    return float(shape.n) * shape.k * shape.m

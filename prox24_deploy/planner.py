@@ -1,0 +1,186 @@
+"""`plan`: time the GEMMs of a model, dense and sparse, and say which layers are worth pruning."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prox24_deploy.options import BuildOptions
+from prox24_deploy.subject import Subject, input_shapes, read_subject
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prox24_deploy.artifacts import Sensitivity
+    from prox24_deploy.engines.choice import LayerChoice
+    from prox24_deploy.engines.linear import LayerUse
+    from prox24_deploy.engines.planning import Plan
+    from prox24_deploy.engines.profile import GpuProfile
+
+Progress = Callable[[str, int, int], None]
+Shapes = Sequence[tuple[int, int]]
+
+# A run on this many samples and tokens tells which layers see a row per token.
+_PROBE = (2, 3)
+_SECONDS_PER_SHAPE = 2.0
+
+
+def plan(
+    model_dir: Path,
+    options: BuildOptions,
+    *,
+    saved: "GpuProfile | None",
+    sensitivity: bool,
+    progress: Progress,
+) -> "Plan":
+    """Decide which layers to prune for the GPU at hand, or for that of a saved profile.
+
+    Args:
+        model_dir: the dense model.
+        options: shapes, dtype and budget; the text for the sensitivity.
+        saved: timings of another GPU; None measures the one at hand.
+        sensitivity: whether to measure what each paying layer costs.
+        progress: called with (label, done, total).
+
+    Raises:
+        BackendMissingError: there is no GPU and no saved profile.
+        Prox24Error: what `build` raises for the same model and options.
+    """
+    from prox24_deploy.engines.planning import Plan, plan_layers, plan_shapes
+    from prox24_deploy.model.sensitivity import over_budget
+
+    subject = read_subject(model_dir, Path("no-output"), options)
+    shapes = input_shapes(subject.directory.config, subject.recipe, options.engine)
+    if saved is None:
+        choices, profile, dense_ms = _measured(subject, options, shapes, progress)
+    else:
+        choices, profile = _estimated(subject, shapes, saved), saved
+        dense_ms = [None] * len(shapes)
+    found = None
+    if sensitivity and any(choice.chosen for choice in choices):
+        found = _sensitivity(subject, options, choices, progress)
+    losses = {layer.name: layer.loss for layer in found.layers} if found else {}
+    layers = plan_layers(choices, losses, over_budget(found) if found else {})
+    return Plan(
+        model_sha256=subject.directory.sha256,
+        source="measured" if saved is None else "profile",
+        metric=found.metric if found else "",
+        shapes=plan_shapes(shapes, layers, dense_ms),
+        layers=layers,
+        profile=profile,
+    )
+
+
+def _measured(
+    subject: Subject, options: BuildOptions, shapes: Shapes, progress: Progress
+) -> "tuple[tuple[LayerChoice, ...], GpuProfile, list[float | None]]":
+    """Time the dense model and each of its GEMMs on the GPU at hand."""
+    from prox24_deploy.engines.choice import choose, gemm_obstacle
+    from prox24_deploy.engines.gemm import gpu_profile, measure_gemms
+    from prox24_deploy.engines.linear import layer_uses
+    from prox24_deploy.engines.torch_model import median_ms, open_torch_model, require_gpu
+
+    require_gpu()
+    opened = open_torch_model(subject.directory.path, subject.recipe, options.dtype)
+    feeds = [opened.feeds(shape) for shape in shapes]
+    targets = _targets(opened.wrapped, subject)
+    uses = layer_uses(opened.wrapped, [partial(opened.run, one) for one in feeds])
+    uses = tuple(use for use in uses if use.name in targets)
+    gemms = [shape for use in uses if not gemm_obstacle(use) for shape in use.gemms]
+    profile = measure_gemms(gpu_profile(options.dtype), gemms, options.dtype, progress)
+    session = opened.session(f"the model in {subject.directory.path}")
+    dense_ms: list[float | None] = []
+    for shape in shapes:
+        sets = [opened.feeds(shape, seed) for seed in range(4)]
+        dense_ms.append(median_ms(session, sets, _SECONDS_PER_SHAPE))
+    session.close()
+    return choose(uses, profile, targets), profile, dense_ms
+
+
+def _estimated(subject: Subject, shapes: Shapes, saved: "GpuProfile") -> "tuple[LayerChoice, ...]":
+    """Look the GEMMs up in a saved profile; the model runs once, small, on the CPU."""
+    import torch
+
+    from prox24_deploy.engines.choice import choose
+    from prox24_deploy.engines.linear import layer_uses
+    from prox24_deploy.model.directory import load_model
+
+    model = load_model(subject.directory, subject.recipe, torch.device("cpu"))
+    targets = _targets(model, subject)
+    run = partial(_run_probe, model, subject)
+    uses = [_scaled(use, subject, shapes) for use in layer_uses(model, [run])]
+    return choose([use for use in uses if use and use.name in targets], saved, targets)
+
+
+def _sensitivity(
+    subject: Subject,
+    options: BuildOptions,
+    choices: "Sequence[LayerChoice]",
+    progress: Progress,
+) -> "Sensitivity":
+    """What each layer that pays costs when it alone is pruned, and what a budget makes of it."""
+    from prox24_deploy.model.blocks import find_blocks
+    from prox24_deploy.model.checkpoint import stored_dtype
+    from prox24_deploy.model.directory import load_model
+    from prox24_deploy.model.evaluate import pooling_of
+    from prox24_deploy.model.selection import left_dense
+    from prox24_deploy.model.sensitivity import measure_sensitivity
+    from prox24_deploy.stages import torch_device
+
+    model = load_model(subject.directory, subject.recipe, torch_device(options.device))
+    dense = left_dense(subject.recipe, find_blocks(model, subject.recipe), options.prune)
+    return measure_sensitivity(
+        model,
+        subject.recipe,
+        subject.calibration.batches,
+        options.prune,
+        pooling=pooling_of(subject.directory.path, subject.recipe.embedding),
+        dense={**{c.name: c.reason for c in choices if not c.chosen}, **dense},
+        stored_dtype=lambda name: stored_dtype(subject.directory, name),
+        progress=progress,
+    )
+
+
+def _targets(model: "nn.Module", subject: Subject) -> set[str]:
+    """Full paths of the layers that the recipe prunes."""
+    from prox24_deploy.model.blocks import find_blocks, target_layers
+    from prox24_deploy.model.layers import obstacle
+
+    blocks = enumerate(find_blocks(model, subject.recipe))
+    return {
+        f"{subject.recipe.blocks}.{index}.{name}"
+        for index, block in blocks
+        for name, layer in target_layers(block, subject.recipe).items()
+        if not obstacle(layer)
+    }
+
+
+def _run_probe(model: "nn.Module", subject: Subject) -> None:
+    """Run the model on a few tokens, or on two images."""
+    import torch
+
+    from prox24_deploy.engines.feeds import random_feeds
+    from prox24_deploy.graph.module import RecipeModule
+
+    module = RecipeModule(model, subject.recipe)
+    vocabulary = int(subject.directory.config.get("vocab_size", 1))
+    feeds = random_feeds(module.signature.inputs, "float32", vocabulary)(*_PROBE, 0)
+    module(*(torch.from_numpy(feeds[spec.name]) for spec in module.signature.inputs))
+
+
+def _scaled(use: "LayerUse", subject: Subject, shapes: Shapes) -> "LayerUse | None":
+    """The GEMMs at the shapes asked for, from that of the probe; None if its rows tell nothing."""
+    if not use.gemms:
+        return use
+    batch, tokens = _PROBE
+    rows = use.gemms[0].m
+    if subject.recipe.reads_images and rows % batch == 0:
+        counts = [rows // batch * b for b, _ in shapes]
+    elif rows == batch * tokens:
+        counts = [b * s for b, s in shapes]
+    elif rows == batch:
+        counts = [b for b, _ in shapes]
+    else:
+        return None
+    return replace(use, gemms=tuple(replace(use.gemms[0], m=count) for count in counts))

@@ -1,0 +1,108 @@
+"""GEMM timings kept in a file, and estimates between them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prox24_deploy.engines.profile import (
+    Algorithm,
+    GemmShape,
+    GemmTiming,
+    GpuProfile,
+    read_profile,
+    write_profile,
+)
+from prox24_deploy.errors import UsageError
+
+SIZES = st.sampled_from([64, 768, 1024, 4096, 14336])
+SHAPES = st.builds(GemmShape, SIZES, SIZES, SIZES)
+
+
+def profile(*timings: GemmTiming) -> GpuProfile:
+    return GpuProfile("a card", "1.0", "float16", {"torch": "2.11"}, timings)
+
+
+def rated(shape: GemmShape, *, dense: float, sparse: float) -> GemmTiming:
+    """Times of a GPU that does so many multiply-adds a microsecond whatever the shape."""
+    work = shape.n * shape.k * shape.m
+    return GemmTiming(shape, work / dense, work / sparse, Algorithm(3, 2, 1))
+
+
+def test_a_measured_shape_is_given_as_it_was_measured() -> None:
+    timing = GemmTiming(GemmShape(4096, 4096, 512), 30.0, 20.0, Algorithm(7))
+    found = profile(timing).timing(timing.shape)
+    assert found == timing
+    assert found.measured
+    assert found.speedup == 1.5
+
+
+@given(st.lists(SHAPES, min_size=1, max_size=8, unique=True), SHAPES)
+def test_estimates_are_exact_on_a_gpu_of_constant_rates(
+    known: list[GemmShape], asked: GemmShape
+) -> None:
+    """The identity of the interpolation: equal rates everywhere are the rate in between."""
+    timings = [rated(shape, dense=5e5, sparse=8e5) for shape in known]
+    found = profile(*timings).timing(asked)
+    expected = rated(asked, dense=5e5, sparse=8e5)
+    assert found.dense_us == pytest.approx(expected.dense_us)
+    assert found.sparse_us == pytest.approx(expected.sparse_us)
+    assert found.measured == (asked in known)
+
+
+def test_nearer_shapes_count_more() -> None:
+    slow = rated(GemmShape(1024, 1024, 64), dense=1e5, sparse=1e5)
+    fast = rated(GemmShape(8192, 8192, 4096), dense=1e5, sparse=2e5)
+    near_fast = profile(slow, fast).timing(GemmShape(8192, 8192, 2048))
+    near_slow = profile(slow, fast).timing(GemmShape(1024, 1024, 128))
+    assert 1 < near_slow.speedup < near_fast.speedup < 2
+
+
+def test_an_empty_profile_estimates_nothing() -> None:
+    with pytest.raises(UsageError, match="profile of a card holds no measurement"):
+        profile().timing(GemmShape(16, 16, 16))
+
+
+def test_further_timings_replace_those_of_the_same_shape_and_keep_an_order() -> None:
+    first = GemmTiming(GemmShape(64, 64, 8), 2.0, 1.0)
+    again = replace(first, dense_us=3.0)
+    other = GemmTiming(GemmShape(32, 64, 8), 2.0, 1.0)
+    assert profile(first).with_timings([again, other]).gemms == (other, again)
+
+
+def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
+    written = profile(rated(GemmShape(64, 128, 8), dense=1.0, sparse=2.0))
+    write_profile(written, tmp_path / "p.json")
+    assert read_profile(tmp_path / "p.json") == written
+    assert [p.name for p in tmp_path.iterdir()] == ["p.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read .*plan --save-profile wrote, or a shipped one"),
+        ("{", "is damaged at its start: Invalid JSON"),
+        ('{"gpu": 1}', "is damaged at gpu: Input should be a valid string"),
+    ],
+)
+def test_an_unreadable_file_says_what_to_do(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_profile(path)
+
+
+def test_another_schema_version_is_refused(tmp_path: Path) -> None:
+    write_profile(replace(profile(), schema_version=9), tmp_path / "p.json")
+    with pytest.raises(UsageError, match="has schema version 9, expected 1; write it again"):
+        read_profile(tmp_path / "p.json")
+
+
+def test_profiles_of_unlike_machines_do_not_fit() -> None:
+    timing = GemmTiming(GemmShape(64, 64, 8), 2.0, 1.0)
+    assert profile(timing).fits(profile())
+    assert not profile().fits(replace(profile(), driver="2.0"))
+    assert not profile().fits(replace(profile(), dtype="bfloat16"))
