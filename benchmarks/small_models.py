@@ -5,7 +5,8 @@
 LAYOUT is qwen3 (grouped queries, normalised queries and keys) or gpt2 (Conv1D layers, fused
 projection of queries, keys and values). The text is plain UTF-8, or the docstrings of every package
 that is installed; a few million tokens and a minute on a GPU make a model whose layers are worth
-pruning. Prints one JSON line with the last loss.
+pruning. Beside the model lie calibration.txt and evaluation.txt, docstrings of Python's own library
+that it did not see. Prints one JSON line with the last loss.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import json
 import math
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -46,10 +47,12 @@ def config_of(layout: str, vocabulary: int) -> PretrainedConfig:
     )  # fmt: skip
 
 
-def docstrings() -> Iterator[str]:
-    """Docstrings of at least 80 characters in the installed packages, in order of their files."""
+def docstrings(folder: Path, *, without: Collection[str] = ()) -> Iterator[str]:
+    """Docstrings of at least 80 characters below a folder, `without` folders of these names."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    for file in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+    for file in sorted(folder.rglob("*.py")):
+        if not set(without).isdisjoint(file.relative_to(folder).parts):
+            continue
         try:
             with warnings.catch_warnings(action="ignore"):
                 tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -58,6 +61,15 @@ def docstrings() -> Iterator[str]:
         for node in ast.walk(tree):
             if isinstance(node, documented) and len(text := ast.get_docstring(node) or "") >= 80:
                 yield text
+
+
+def write_texts(folder: Path) -> None:
+    """Write docstrings of the standard library, every second one to either file."""
+    library = Path(sysconfig.get_path("stdlib"))
+    found = dict.fromkeys(docstrings(library, without=("site-packages", "dist-packages")))
+    texts = [" ".join(text.split()) for text in found]
+    for start, name in enumerate(("calibration.txt", "evaluation.txt")):
+        (folder / name).write_text("\n\n".join(texts[start::2]), encoding="utf-8")
 
 
 def windows_of(paragraphs: list[str], tokenizer_dir: Path) -> tuple[Tensor, int]:
@@ -108,7 +120,7 @@ def main() -> None:
     paragraphs = [p for text in texts for p in text if p]
     if arguments.docstrings:
         # The same docstring often stands in several places; a model learns more from each once.
-        paragraphs += dict.fromkeys(docstrings())
+        paragraphs += dict.fromkeys(docstrings(Path(sysconfig.get_path("purelib"))))
     windows, vocabulary = windows_of(paragraphs, arguments.tokenizer)
     config = config_of(arguments.layout, vocabulary)
     classes = {"gpt2": GPT2LMHeadModel, "qwen3": Qwen3ForCausalLM}
@@ -119,6 +131,7 @@ def main() -> None:
     nn.Module.to(model, torch.float16)
     model.save_pretrained(arguments.out, max_shard_size="8MB")
     AutoTokenizer.from_pretrained(arguments.tokenizer).save_pretrained(arguments.out)
+    write_texts(arguments.out)
     found = {"layout": arguments.layout, "tokens": windows.numel(), "training_loss": loss}
     print(json.dumps({"benchmark": "small_models", **found}))
 

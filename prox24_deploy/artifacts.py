@@ -295,11 +295,23 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
+class Clocks:
+    """Slowest and fastest clock of a GPU's multiprocessors while it was timed, in MHz.
+
+    `slowed_by` names what kept it from a higher clock, such as its power cap or its temperature.
+    """
+
+    sm_mhz_low: int
+    sm_mhz_high: int
+    slowed_by: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LatencyRow:
     """Dense against sparse at one shape, interleaved; `speedup` is dense over sparse time.
 
     `gated` is False where the backend has no sparse kernels: the row informs and cannot fail.
-    `sequence` is 0 for a graph that has no such axis.
+    `sequence` is 0 for a graph that has no such axis. `clocks` is None where nothing ran on a GPU.
     """
 
     backend: str
@@ -313,6 +325,7 @@ class LatencyRow:
     limit: float
     gated: bool
     verdict: Verdict
+    clocks: Clocks | None = None
 
 
 @dataclass(frozen=True, slots=True)

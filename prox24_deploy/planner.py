@@ -81,7 +81,7 @@ def _measured(
     from prox24_deploy.engines.linear import layer_uses
     from prox24_deploy.engines.torch_model import median_ms, open_torch_model, require_gpu
 
-    require_gpu()
+    require_gpu("plan", "--gpu-profile FILE, measured elsewhere")
     opened = open_torch_model(subject.directory.path, subject.recipe, options.dtype)
     feeds = [opened.feeds(shape) for shape in shapes]
     targets = _targets(opened.wrapped, subject)

@@ -46,7 +46,7 @@ def backend_by_name(name: str, origin: Origin) -> Backend:
             from prox24_deploy.engines.cusparselt import CuSparseLt
             from prox24_deploy.engines.torch_model import require_gpu
 
-            require_gpu()
+            require_gpu("Backend 'cusparselt'", "--backend onnxruntime")
             return CuSparseLt(origin.dense, origin.recipe, tuple(origin.shapes), origin.gemms)
         case "tensorrt" | "tensorrt-rtx":
             raise BackendMissingError(

@@ -39,6 +39,11 @@ class Backend(Protocol):
         """Whether this backend can run 2:4 weights faster at all; if not, latency never gates."""
         ...
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its engines run on an NVIDIA GPU, whose clocks are then watched."""
+        ...
+
     def device(self) -> str:
         """The device that engines of this backend run on, in words."""
         ...

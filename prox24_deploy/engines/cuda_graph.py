@@ -82,6 +82,7 @@ class GraphSession:
         """Release the memory of the module and its graph; running afterwards is an error."""
         self._module = self._captured = None
 
+    @torch.inference_mode()
     def _graph_of(self, feeds: Feeds) -> _Captured:
         """The graph for the shapes of `feeds`, its inputs filled with them."""
         inputs = self._tensors(feeds)
@@ -104,7 +105,6 @@ class GraphSession:
             )
         return tuple(to_tensor(feeds[name]) for name in self._inputs)
 
-    @torch.inference_mode()
     def _capture(self, inputs: tuple[Tensor, ...]) -> _Captured:
         module = self._module
         if module is None:

@@ -86,6 +86,11 @@ class CuSparseLt:
         """True: they are what it is for."""
         return True
 
+    @property
+    def on_gpu(self) -> bool:
+        """True."""
+        return True
+
     def device(self) -> str:
         """The GPU by name."""
         return str(torch.cuda.get_device_name())

@@ -113,6 +113,11 @@ class OnnxRuntime:
         """False: 2:4 weights run on dense kernels here."""
         return False
 
+    @property
+    def on_gpu(self) -> bool:
+        """False: the CPU provider."""
+        return False
+
     def device(self) -> str:
         """The processor by name."""
         return f"CPU ({cpu_model()})"

@@ -60,22 +60,26 @@ class TorchModel:
         return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
 
-def require_gpu() -> None:
+def require_gpu(asker: str, instead: str) -> None:
     """Refuse a machine that cannot run cuSPARSELt.
+
+    Args:
+        asker: what needs it, for the message.
+        instead: what to pass where there is none.
 
     Raises:
         BackendMissingError: says what is missing and what to do.
     """
     if not torch.cuda.is_available():
         raise BackendMissingError(
-            "Backend 'cusparselt' needs an NVIDIA GPU (Ampere or newer) and a CUDA build of torch, "
-            f"but torch {torch.__version__} finds no CUDA device; pass --backend onnxruntime, or "
-            "run on a machine with one."
+            f"{asker} needs an NVIDIA GPU (Ampere or newer) and a CUDA build of torch, but torch "
+            f"{torch.__version__} finds no CUDA device; pass {instead}, or run on a machine with "
+            "one."
         )
     if not torch.backends.cusparselt.is_available():
         raise BackendMissingError(
-            f"Backend 'cusparselt' needs a torch with cuSPARSELt, and torch {torch.__version__} "
-            "has none; install the CUDA wheel of torch 2.11 or newer for Linux."
+            f"{asker} needs a torch with cuSPARSELt, and torch {torch.__version__} has none; "
+            "install the CUDA wheel of torch 2.11 or newer for Linux."
         )
 
 

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import pynvml
 
-from prox24_deploy.artifacts import Engine, Interval, LatencyRow, Timing, Verdict
+from prox24_deploy.artifacts import Clocks, Engine, Interval, LatencyRow, Timing, Verdict
 from prox24_deploy.engines.base import Backend, Feeds, Session
 from prox24_deploy.engines.host import cpu_model
 from prox24_deploy.errors import EngineError
+from prox24_deploy.release.clocks import ClockWatch
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,12 @@ def measure_pair(
     feeds_sets: Sequence[Feeds],
     *,
     options: MeasureOptions = DEFAULT_OPTIONS,
+    after_round: Callable[[], None] = lambda: None,
 ) -> PairSamples:
     """Time two sessions in alternating order (dense sparse, sparse dense, ...) on rotated inputs.
 
-    Each input set serves two rounds in a row, so that it meets both orders.
+    Each input set serves two rounds in a row, so that it meets both orders. `after_round` is called
+    outside all timed runs.
     """
     for feeds in feeds_sets:
         for session in (dense, sparse):
@@ -84,6 +87,7 @@ def measure_pair(
             elapsed = session.latencies_ms(feeds, runs=options.runs_per_turn, warmup=0)
             rounds.append(elapsed)
             spent_ms += float(elapsed.sum())
+        after_round()
     return PairSamples(np.stack(dense_rounds), np.stack(sparse_rounds))
 
 
@@ -111,11 +115,15 @@ def measure_latency(
     with (
         backend.open(bundle, dense_engine) as dense,
         backend.open(bundle, sparse_engine) as sparse,
+        ClockWatch() as watch,
     ):
         for batch, sequence in shapes:
             feeds_sets = [make_feeds(batch, sequence, i) for i in range(options.input_sets)]
-            pair = measure_pair(dense, sparse, feeds_sets, options=options)
-            row = _row(backend, sparse_engine, (batch, sequence), pair, limit, options)
+            pair = measure_pair(
+                dense, sparse, feeds_sets, options=options, after_round=watch.sample
+            )
+            clocks = watch.take() if backend.on_gpu else None
+            row = _row(backend, sparse_engine, (batch, sequence), pair, limit, options, clocks)
             logger.info(
                 "%s batch %d sequence %d: speed-up %.3f",
                 backend.name,
@@ -204,6 +212,7 @@ def _row(
     pair: PairSamples,
     limit: float,
     options: MeasureOptions,
+    clocks: Clocks | None,
 ) -> LatencyRow:
     speedup = speedup_interval(pair, resamples=options.resamples, seed=options.seed)
     return LatencyRow(
@@ -218,6 +227,7 @@ def _row(
         limit=limit,
         gated=backend.sparse_kernels,
         verdict=latency_verdict(speedup, limit),
+        clocks=clocks,
     )
 
 

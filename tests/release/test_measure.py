@@ -160,6 +160,7 @@ class FakeBackend:
     slowdown: float
     sparse_kernels: bool = True
     name: str = "fake"
+    on_gpu: bool = False
 
     def device(self) -> str:
         return "fake device"

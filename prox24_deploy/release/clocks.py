@@ -1,0 +1,70 @@
+"""Clock and throttling of the GPU while something is timed on it."""
+
+from types import TracebackType
+from typing import Any
+
+import pynvml
+
+from prox24_deploy.artifacts import Clocks
+
+# Reasons that slow the GPU down; an idle GPU and clocks set by the user do not count.
+_SLOWING = {
+    "power cap": "nvmlClocksThrottleReasonSwPowerCap",
+    "hardware slowdown": "nvmlClocksThrottleReasonHwSlowdown",
+    "software thermal": "nvmlClocksThrottleReasonSwThermalSlowdown",
+    "hardware thermal": "nvmlClocksThrottleReasonHwThermalSlowdown",
+    "power brake": "nvmlClocksThrottleReasonHwPowerBrakeSlowdown",
+}
+
+
+class ClockWatch:
+    """Samples the first NVIDIA GPU between timed runs; sees nothing where there is none."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._clocks: list[int] = []
+        self._bits = 0
+
+    def __enter__(self) -> "ClockWatch":
+        """Open the driver's interface, if there is one."""
+        try:
+            pynvml.nvmlInit()
+            self._handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        except pynvml.NVMLError:
+            self._handle = None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        if self._handle is not None:
+            self._handle = None
+            pynvml.nvmlShutdown()
+
+    def sample(self) -> None:
+        """Note the clock of the multiprocessors and why it is not higher."""
+        if self._handle is None:
+            return
+        try:
+            self._clocks.append(
+                int(pynvml.nvmlDeviceGetClockInfo(self._handle, pynvml.NVML_CLOCK_SM))
+            )
+            self._bits |= int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle))
+        except pynvml.NVMLError:
+            # A card that does not answer once never does; the record then says nothing.
+            self._clocks.clear()
+            self._handle = None
+            pynvml.nvmlShutdown()
+
+    def take(self) -> Clocks | None:
+        """What was seen since the last call; None without a GPU that tells."""
+        if not self._clocks:
+            return None
+        slowing = (name for name, bit in _SLOWING.items() if self._bits & getattr(pynvml, bit))
+        found = Clocks(min(self._clocks), max(self._clocks), tuple(slowing))
+        self._clocks, self._bits = [], 0
+        return found

@@ -1,0 +1,134 @@
+"""`plan` from a saved profile, and `build --plan` on what it says; nothing here needs a GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run_cli
+
+from prox24_deploy.engines.profile import GemmShape, GemmTiming, GpuProfile, write_profile
+
+SHAPES = ("--shapes", "batch=1,2", "sequence=16")
+SMALL = ("--calibration-tokens", "4096", *SHAPES)
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPU on which only the layers with 64 inputs, the last of each block, gain from 2:4."""
+    timings = [
+        GemmTiming(GemmShape(n, k, m), 10.0, 5.0 if k == 64 else 11.0)
+        for n, k in ((32, 32), (64, 32), (32, 64))
+        for m in (16, 32)
+    ]
+    path = tmp_path_factory.mktemp("profile") / "gpu.json"
+    write_profile(GpuProfile("an imagined card", "1", "float16", {}, tuple(timings)), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def planned(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, prose: Path, profile: Path
+) -> Path:
+    out = tmp_path_factory.mktemp("plan") / "plan.json"
+    run = run_cli(
+        "plan", tiny_bert, "-o", out, "--calibration", prose, "--gpu-profile", profile, *SMALL
+    )
+    assert run.code == 0, run.err
+    assert "2 × dense  32×64  2.00×  2.00×" in run.out
+    assert "8 × " not in run.out
+    assert "Times come from a saved profile of an imagined card" in run.out
+    assert "Prune 2 of 12 layers on an imagined card in float16." in run.out
+    return out
+
+
+def test_a_plan_has_times_losses_and_a_reason_for_every_layer(planned: Path) -> None:
+    plan = json.loads(planned.read_text())
+    assert plan["source"] == "profile"
+    assert plan["metric"] == "1 - embedding cosine"
+    assert len(plan["layers"]) == 12
+    for layer in plan["layers"]:
+        pays = layer["choice"]["k"] == 64
+        assert layer["prune"] == pays
+        assert (layer["loss"] is not None) == pays
+        assert layer["reason"].startswith("timed faster" if pays else "timed slower: 0.91×")
+        assert [t["shape"]["m"] for t in layer["choice"]["timings"]] == [16, 32]
+    # Twelve GEMMs of 10 us, two of which take 5: the layers alone, as nothing was run.
+    assert {shape["dense_ms"] for shape in plan["shapes"]} == {None}
+    assert [shape["speedup"] for shape in plan["shapes"]] == pytest.approx([120 / 110] * 2)
+
+
+def test_a_build_prunes_what_the_plan_says_and_gives_its_reasons(
+    planned: Path, tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    run = run_cli(
+        "build", tiny_bert, "-o", tmp_path / "out", "--calibration", prose, "--plan", planned,
+        *SMALL, "--json",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    layers = json.loads(run.out)["pruning"]["layers"]
+    pruned = [layer["name"] for layer in layers if layer["status"] == "pruned"]
+    assert pruned == [f"encoder.layer.{i}.output.dense" for i in (0, 1)]
+    skipped = [layer for layer in layers if layer["status"] == "skipped"]
+    reasons = {layer["reason"] for layer in skipped if layer["name"].startswith("encoder")}
+    assert reasons == {"planned dense, timed slower: 0.91× at 16 rows, 0.91× at 32 rows"}
+
+
+def test_a_budget_leaves_paying_layers_dense(tiny_bert: Path, prose: Path, profile: Path) -> None:
+    run = run_cli(
+        "plan", tiny_bert, "--calibration", prose, "--gpu-profile", profile, "--layers", "1",
+        "--json", *SMALL,
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    layers = json.loads(run.out)["layers"]
+    assert sum(layer["prune"] for layer in layers) == 1
+    over = [layer for layer in layers if "over the budget of --layers 1" in layer["reason"]]
+    assert len(over) == 1
+    assert over[0]["choice"]["chosen"]
+
+
+def test_where_nothing_pays_the_advice_is_to_prune_nothing(
+    tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    slow = GemmTiming(GemmShape(32, 32, 16), 10.0, 12.0)
+    write_profile(GpuProfile("a card", "1", "float16", {}, (slow,)), tmp_path / "slow.json")
+    run = run_cli(
+        "plan", tiny_bert, "-o", tmp_path / "plan.json", "--calibration", prose,
+        "--gpu-profile", tmp_path / "slow.json", *SMALL,
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    assert "Prune nothing: 2:4 does not pay at these shapes on a card in float16." in run.out
+    assert "GEMM shapes are estimated from the nearest measured ones." in run.out
+    run = run_cli(
+        "build", tiny_bert, "-o", tmp_path / "out", "--calibration", prose, *SMALL,
+        "--plan", tmp_path / "plan.json",
+    )  # fmt: skip
+    assert run.code == 2
+    assert "prunes no layer, because 2:4 does not pay on a card" in run.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_another_model_is_refused_by_the_name_of_a_layer(
+    planned: Path, tiny_llama: Path, prose: Path, tmp_path: Path
+) -> None:
+    run = run_cli(
+        "prune", tiny_llama, "-o", tmp_path / "out", "--calibration", prose,
+        "--calibration-tokens", "4096",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    run = run_cli(
+        "build", tiny_llama, "-o", tmp_path / "out", "--calibration", prose, *SMALL,
+        "--plan", planned,
+    )  # fmt: skip
+    assert run.code == 2
+    assert "The plan names layer encoder.layer.0.attention.output.dense" in run.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_gpu_and_profile_there_is_nothing_to_plan_with(
+    tiny_bert: Path, prose: Path
+) -> None:
+    run = run_cli("plan", tiny_bert, "--calibration", prose, *SMALL)
+    assert run.code == 5
+    assert "needs an NVIDIA GPU" in run.err
+    assert "--gpu-profile" in run.err
