@@ -12,6 +12,7 @@ that the GEMMs allow by Amdahl's law is reached, or if the plan is off by more t
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
@@ -187,6 +188,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--save-profile", type=Path)
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(relativeCreated)d ms: %(message)s")
+    logging.getLogger("prox24_deploy").setLevel(logging.INFO)
     console = Console(width=110)
     half = TORCH_DTYPES[arguments.dtype]
     recipes = {name: parse_recipe(text, name) for name, text in shipped_recipes().items()}
