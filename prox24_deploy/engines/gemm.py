@@ -2,7 +2,8 @@
 
 Each time is that of one multiplication inside a CUDA graph over several copies of the weight, more
 than the L2 cache holds, so that every weight comes from memory as it does in a model. Both twins
-run in turns. cuSPARSELt's own search proposes its algorithm, which is then timed as above.
+run in turns. The algorithms of cuSPARSELt are timed in the same way, for its own search has them
+all in the cache.
 """
 
 import logging
@@ -12,11 +13,6 @@ import pynvml
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-try:
-    from torch._C import _cusparselt
-except ImportError:  # a torch without CUDA, which can time nothing
-    _cusparselt = None  # type: ignore[assignment]
 
 from prox24_deploy.artifacts import DType
 from prox24_deploy.engines.linear import sparse_product
@@ -30,6 +26,7 @@ Progress = Callable[[str, int, int], None]
 _MOST_COPIES = 48
 _MOST_BYTES = 2 << 30
 # Each call outside a replay costs a millisecond, so algorithms are tried on few copies.
+_MOST_ALGORITHMS = 32
 _TRIAL_COPIES, _TRIALS, _REPLAYS = 6, 3, 15
 # Dividing k pays where there are few rows; the modes sum the parts in one kernel or in two.
 _SPLIT_ROWS = 512
@@ -105,22 +102,23 @@ def _best_algorithm(
     rows: Tensor,
     run: Callable[[Algorithm, Sequence[Tensor]], Callable[[], None]],
 ) -> Algorithm:
-    """The faster of cuSPARSELt's default and what its own search found; for few rows also divided.
-
-    The search of the library times all of its kernels, but with everything in the cache.
-    """
-    found = Algorithm(torch._cslt_sparse_mm_search(packed[0], rows.t(), transpose_result=True))
-    candidates = [Algorithm(), found]
-    if hasattr(_cusparselt, "mm_search"):
-        # The same search, of which the public operator gives the first result only.
-        chosen = _cusparselt.mm_search(packed[0], rows.t(), None, None, None, True)
-        candidates.append(Algorithm(*chosen[:3]))
-    if shape.m <= _SPLIT_ROWS:
-        divided = (Algorithm(found.number, k, mode) for k in _SPLITS for mode in _SPLIT_MODES)
-        candidates += [each for each in divided if _accepts(packed[0], rows, each)]
+    """The fastest of cuSPARSELt's default and its neighbours; for few rows also with k divided."""
+    candidates = [Algorithm()]
+    for number in range(1, _MOST_ALGORITHMS):
+        if not _accepts(packed[0], rows, Algorithm(number)):
+            break
+        candidates.append(Algorithm(number))
     trial = packed[:_TRIAL_COPIES]
-    timed = [(_least_us(run(each, trial)), i) for i, each in enumerate(candidates)]
-    return candidates[min(timed)[1]]
+
+    def fastest(tried: Sequence[Algorithm]) -> Algorithm:
+        timed = [(_least_us(run(each, trial)), i) for i, each in enumerate(tried)]
+        return tried[min(timed)[1]]
+
+    best = fastest(candidates)
+    if shape.m > _SPLIT_ROWS:
+        return best
+    divided = [Algorithm(best.number, k, mode) for k in _SPLITS for mode in _SPLIT_MODES]
+    return fastest([best, *(each for each in divided if _accepts(packed[0], rows, each))])
 
 
 def _accepts(packed: Tensor, rows: Tensor, algorithm: Algorithm) -> bool:
