@@ -105,6 +105,13 @@ def build(
     dtype: arguments.DTypeOpt = "float32",
     backend: arguments.BackendOpt = None,
     shapes: arguments.ShapesOpt = None,
+    workspace_gib: arguments.WorkspaceOpt = None,
+    builder_level: arguments.LevelOpt = None,
+    compatibility: arguments.CompatibilityOpt = "none",
+    refit: arguments.RefitOpt = False,
+    strip_weights: arguments.StripOpt = False,
+    timing_cache: arguments.TimingsOpt = None,
+    compute_capability: arguments.CapabilityOpt = None,
     device: arguments.DeviceOpt = "auto",
     seed: arguments.SeedOpt = 0,
     fresh: arguments.FreshOpt = False,
@@ -113,6 +120,10 @@ def build(
     """Prune, export, prove, compile, measure and report: everything, into one bundle."""
     from prox24_deploy import pipeline
 
+    tensorrt = arguments.tensorrt_options(
+        workspace_gib, builder_level, compatibility, refit, strip_weights, timing_cache,
+        compute_capability,
+    )  # fmt: skip
     options = BuildOptions(
         recipe,
         arguments.text_options(
@@ -123,7 +134,7 @@ def build(
         ),
         device,
         dtype,
-        arguments.engine_options(backend, shapes),
+        arguments.engine_options(backend, shapes, tensorrt),
     )
     root = out or _default_out(model_dir)
     with _progress() as progress:
@@ -209,15 +220,26 @@ def export(
 def compile_engines(
     bundle: arguments.BundleArg,
     backend: arguments.BackendOpt = None,
+    shapes: arguments.ShapesOpt = None,
+    workspace_gib: arguments.WorkspaceOpt = None,
+    builder_level: arguments.LevelOpt = None,
+    compatibility: arguments.CompatibilityOpt = "none",
+    refit: arguments.RefitOpt = False,
+    strip_weights: arguments.StripOpt = False,
+    timing_cache: arguments.TimingsOpt = None,
+    compute_capability: arguments.CapabilityOpt = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Compile engines from the ONNX twins of a bundle."""
     from prox24_deploy import pipeline
 
+    tensorrt = arguments.tensorrt_options(
+        workspace_gib, builder_level, compatibility, refit, strip_weights, timing_cache,
+        compute_capability,
+    )  # fmt: skip
+    options = arguments.engine_options(backend, shapes, tensorrt)
     with _progress() as progress:
-        result = pipeline.compile_engines(
-            bundle, arguments.engine_options(backend, None), progress=progress
-        )
+        result = pipeline.compile_engines(bundle, options, progress=progress)
     if as_json:
         _print_json(asdict(result))
         return

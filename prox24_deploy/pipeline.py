@@ -11,10 +11,11 @@ from prox24_deploy.artifacts import (
     ExportResult,
     PruneResult,
 )
+from prox24_deploy.errors import BackendMissingError
 from prox24_deploy.options import BuildOptions, EngineOptions
 from prox24_deploy.release.bundle import open_bundle
 from prox24_deploy.release.report import Report
-from prox24_deploy.subject import read_subject
+from prox24_deploy.subject import fitted_shapes, read_subject
 
 Progress = Callable[[str, int, int], None]
 
@@ -30,7 +31,9 @@ def build(
         Prox24Error: any of its kinds; the stages finished until then are kept.
     """
     subject = read_subject(model_dir, out, options)
-    backends = stages.open_backends(options.engine)
+    backends = stages.open_backends(
+        fitted_shapes(options.engine, subject.directory.config, subject.recipe)
+    )
     with open_bundle(out, fresh=fresh) as bundle:
         stages.describe(bundle, subject, options)
         pruned = stages.prune(bundle, subject, options.prune, options.device, progress)
@@ -60,17 +63,24 @@ def export(out: Path, dtype: DType, *, progress: Progress) -> ExportResult:
 
 def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) -> CompileResult:
     """Run only the compile stage, on a bundle that holds exported models."""
-    backends = stages.open_backends(options)
     with open_bundle(out, existing=True) as bundle:
         exported = bundle.load("export", ExportResult)
+        backends = stages.open_backends(stages.shapes_of(bundle, options))
         return stages.compile_engines(bundle, exported, backends, progress)
 
 
 def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResult:
-    """Run only the bench stage, on a bundle that holds engines; always measures anew."""
+    """Run only the bench stage, on a bundle that holds engines; always measures anew.
+
+    Raises:
+        BackendMissingError: no engine of the bundle can run on this machine.
+    """
     with open_bundle(out, existing=True) as bundle:
         compiled = bundle.load("compile", CompileResult)
         names = tuple(dict.fromkeys(engine.backend for engine in compiled.engines))
         backends = stages.open_backends(EngineOptions(names))
         bundle.forget("bench", [])
-        return stages.bench(bundle, compiled, backends, options, progress)
+        result = stages.bench(bundle, compiled, backends, options, progress)
+    if not result.latency and result.not_measured:
+        raise BackendMissingError(result.not_measured[0].reason)
+    return result

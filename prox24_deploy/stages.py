@@ -20,6 +20,7 @@ from prox24_deploy.artifacts import (
     ExportResult,
     LatencyRow,
     ModelInfo,
+    NotMeasured,
     NumericsCheck,
     OnnxModel,
     PruneResult,
@@ -35,7 +36,7 @@ from prox24_deploy.release.environment import machine, versions
 from prox24_deploy.release.manifest import write_manifest
 from prox24_deploy.release.measure import conditions, measure_latency
 from prox24_deploy.release.report import Report, assemble_report, write_report
-from prox24_deploy.subject import Subject, fitted_recipe, longest_of
+from prox24_deploy.subject import Subject, fitted_recipe, fitted_shapes, longest_of
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +55,13 @@ def open_backends(options: EngineOptions) -> tuple[Backend, ...]:
     Raises:
         BackendMissingError: one is not available here.
     """
-    found = {b.name: b for b in (backend_by_name(name) for name in options.backends)}
+    found = {b.name: b for b in (backend_by_name(name, options) for name in options.backends)}
     return tuple(found.values())
+
+
+def shapes_of(bundle: Bundle, options: EngineOptions) -> EngineOptions:
+    """The options with the sequences that the model of a bundle can take."""
+    return fitted_shapes(options, _config(bundle), _recipe(bundle))
 
 
 def describe(bundle: Bundle, subject: Subject, options: BuildOptions) -> None:
@@ -144,7 +150,8 @@ def compile_engines(
     inputs = {
         "dense": exported.dense.sha256,
         "sparse": exported.sparse.sha256,
-        "backends": {backend.name: backend.device() for backend in backends},
+        # All backends are dataclasses, so that this tells every option.
+        "backends": {backend.name: [backend.device(), repr(backend)] for backend in backends},
         "versions": versions(),
     }
 
@@ -189,6 +196,7 @@ def bench(
 
         began = time.perf_counter()
         rows: list[LatencyRow] = []
+        not_measured: list[NotMeasured] = []
         first = compiled.engines[0]
         graph_inputs = read_inputs(bundle.root / first.onnx)
         feeds = random_feeds(graph_inputs, first.dtype, _vocabulary(_config(bundle)))
@@ -196,17 +204,23 @@ def bench(
             pair = {e.twin: e for e in compiled.engines if e.backend == backend.name}
             for j, shape in enumerate(shapes):
                 progress("bench", i * len(shapes) + j, len(backends) * len(shapes))
-                rows += measure_latency(
-                    backend,
-                    bundle.root,
-                    pair["dense"],
-                    pair["sparse"],
-                    [shape],
-                    feeds,
-                    recipe.limits.max_slowdown,
-                )
+                try:
+                    rows += measure_latency(
+                        backend,
+                        bundle.root,
+                        pair["dense"],
+                        pair["sparse"],
+                        [shape],
+                        feeds,
+                        recipe.limits.max_slowdown,
+                    )
+                except BackendMissingError as error:
+                    # Built for another machine; the report says so by name.
+                    not_measured.append(NotMeasured(backend.name, str(error)))
+                    break
         progress("bench", len(backends) * len(shapes), len(backends) * len(shapes))
-        return BenchResult(tuple(rows), conditions(), time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return BenchResult(tuple(rows), conditions(), seconds, tuple(not_measured))
 
     return bundle.stage("bench", BenchResult, inputs, [], run)
 

@@ -1,11 +1,11 @@
 """The model to build and the text or images to build it with, read and checked before any work."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prox24_deploy.errors import BundleError
-from prox24_deploy.options import BuildOptions, TextOptions
+from prox24_deploy.options import BuildOptions, EngineOptions, TextOptions
 from prox24_deploy.recipe import Recipe, select_recipe
 
 if TYPE_CHECKING:
@@ -93,6 +93,12 @@ def _read_images(
         make_image_samples(part, processor, labels, limit=options.images) for part in images
     )
     return calibration, held_out
+
+
+def fitted_shapes(options: EngineOptions, config: dict[str, Any], recipe: Recipe) -> EngineOptions:
+    """The options with no sequence longer than the model accepts; engines are built for these."""
+    longest = longest_of(config, recipe)
+    return replace(options, sequences=tuple(min(length, longest) for length in options.sequences))
 
 
 def longest_of(config: dict[str, Any], recipe: Recipe) -> int:

@@ -6,10 +6,8 @@ import os
 import platform
 from dataclasses import dataclass
 
-import pynvml
-
 from prox24_deploy import __version__
-from prox24_deploy.engines.host import cpu_model
+from prox24_deploy.engines.host import cpu_model, gpu
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "safetensors")
 
@@ -45,26 +43,6 @@ def machine() -> dict[str, str]:
         "memory": f"{memory:.0f} GiB",
         **gpu(),
     }
-
-
-def gpu() -> dict[str, str]:
-    """Name, compute capability and driver of the first NVIDIA GPU; says so if there is none."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return {"gpu": "none"}
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        return {
-            "gpu": str(pynvml.nvmlDeviceGetName(handle)),
-            "compute capability": f"{major}.{minor}",
-            "driver": str(pynvml.nvmlSystemGetDriverVersion()),
-        }
-    except pynvml.NVMLError as error:
-        return {"gpu": f"not readable ({error})"}
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def diagnose() -> list[Finding]:

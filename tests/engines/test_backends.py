@@ -8,6 +8,8 @@ import pytest
 from prox24_deploy.engines import AVAILABLE_BACKENDS, backend_by_name
 from prox24_deploy.errors import BackendMissingError, Prox24Error, UsageError
 
+AVAILABLE = "onnxruntime, tensorrt, tensorrt-rtx"
+
 
 def refused(name: str) -> Prox24Error:
     with pytest.raises(Prox24Error) as caught:
@@ -17,7 +19,10 @@ def refused(name: str) -> Prox24Error:
 
 @pytest.mark.parametrize("name", AVAILABLE_BACKENDS)
 def test_an_available_backend_bears_the_name_it_is_chosen_by(name: str) -> None:
-    backend = backend_by_name(name)
+    try:
+        backend = backend_by_name(name)
+    except BackendMissingError as error:
+        pytest.skip(f"needs what backend {name} needs: {error}")
     assert backend.name == name
     assert backend.device()
 
@@ -27,11 +32,11 @@ def test_auto_is_one_of_the_available_backends_and_always_the_same() -> None:
     assert backend_by_name("auto").name in AVAILABLE_BACKENDS
 
 
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", "cusparselt"])
+@pytest.mark.parametrize("name", ["cusparselt"])
 def test_a_backend_of_a_later_version_is_missing_and_no_usage_error(name: str) -> None:
     error = refused(name)
     assert type(error) is BackendMissingError
-    assert str(error) == (f"Backend {name!r} is not part of this version; available: onnxruntime.")
+    assert str(error) == f"Backend {name!r} is not part of this version; available: {AVAILABLE}."
 
 
 # Names are matched whole: no case folding, no prefixes, no spaces.
@@ -39,7 +44,7 @@ def test_a_backend_of_a_later_version_is_missing_and_no_usage_error(name: str) -
 def test_an_unknown_name_is_a_usage_error_that_lists_the_names(name: str) -> None:
     error = refused(name)
     assert type(error) is UsageError
-    assert str(error) == f"Backend {name!r} does not exist; pass one of auto, onnxruntime."
+    assert str(error) == f"Backend {name!r} does not exist; pass one of auto, {AVAILABLE}."
 
 
 def test_no_engine_is_loaded_before_it_is_chosen() -> None:

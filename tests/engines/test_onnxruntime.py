@@ -13,7 +13,7 @@ from prox24_deploy.engines import backend_by_name
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.host import cpu_model
 from prox24_deploy.engines.onnxruntime import NO_SPARSE_KERNELS, PROVIDER, OnnxRuntime
-from prox24_deploy.errors import BackendMissingError, EngineError, UsageError
+from prox24_deploy.errors import EngineError, UsageError
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3)
 
@@ -184,13 +184,6 @@ def test_backend_is_chosen_by_name() -> None:
     assert backend == OnnxRuntime() == backend_by_name("auto")
     assert backend.name == "onnxruntime"
     assert not backend.sparse_kernels
-
-
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", "cusparselt"])
-def test_planned_backend_is_missing_in_this_version(name: str) -> None:
-    message = f"Backend '{name}' is not part of this version; available: onnxruntime"
-    with pytest.raises(BackendMissingError, match=message):
-        backend_by_name(name)
 
 
 def test_unknown_backend_is_a_usage_error() -> None:

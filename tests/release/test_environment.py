@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from prox24_deploy import __version__
+from prox24_deploy.engines.host import gpu
 from prox24_deploy.release import environment
-from prox24_deploy.release.environment import Finding, diagnose, gpu, machine, versions
+from prox24_deploy.release.environment import Finding, diagnose, machine, versions
 
 HANDLE = SimpleNamespace()
 
