@@ -392,7 +392,8 @@ def _print_report(report: "Report", root: Path) -> None:
     stdout.print(f"Pruned: {totals.pruned} layers proven 2:4, {totals.skipped} left dense")
     for metric in report.accuracy.metrics:
         stdout.print(tables.metric_line(metric), soft_wrap=True)
-    _print_table(tables.latency(report.latency))
+    if report.latency:
+        _print_table(tables.latency(report.latency))
     for warning in report.warnings:
         stdout.print(f"Note: {warning}", soft_wrap=True, markup=False)
     stdout.print(f"Report: {root / 'report.html'}", soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""What the host machine is, in words."""
+"""What the host machine is, in words, and what installs what it lacks."""
 
 import platform
 from pathlib import Path
@@ -6,6 +6,11 @@ from pathlib import Path
 import pynvml
 
 CPUINFO = Path("/proc/cpuinfo")
+# What installs a library of engines, by the name that it is imported by.
+INSTALL = {
+    "tensorrt": "pip install 'prox24-deploy[tensorrt]', or use the container of docker/README.md",
+    "tensorrt_rtx": "pip install 'prox24-deploy[tensorrt-rtx]'",
+}
 
 
 def cpu_model(cpuinfo: Path = CPUINFO) -> str:

@@ -28,8 +28,8 @@ import onnx
 from prox24_deploy.artifacts import Engine, EngineEvidence, OnnxModel, TensorCheck
 from prox24_deploy.engines.base import Session
 from prox24_deploy.engines.evidence import engine_evidence, parse_builder
-from prox24_deploy.engines.host import gpu
-from prox24_deploy.engines.tensorrt_job import Job, ShapeRange, open_engine
+from prox24_deploy.engines.host import INSTALL, gpu
+from prox24_deploy.engines.tensorrt_job import NO_ENGINE, Job, ShapeRange, open_engine
 from prox24_deploy.errors import BackendMissingError, EngineError, UsageError
 from prox24_deploy.options import EngineOptions
 from prox24_deploy.recipe import TensorSpec, shape_of
@@ -44,12 +44,9 @@ LOG_FILE = "build.log"
 LAYERS_FILE = "layers.json"
 DEFAULT_CAPABILITIES = ("SM86", "SM89", "SM120")
 TITLES: dict[Library, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-INSTALL: dict[Library, str] = {
-    "tensorrt": "pip install 'prox24-deploy[tensorrt]', or use the container of docker/README.md",
-    "tensorrt_rtx": "pip install 'prox24-deploy[tensorrt-rtx]'",
-}
 
 _JOB_MODULE = "prox24_deploy.engines.tensorrt_job"
+_OUR_ERROR = "prox24_deploy.errors.EngineError: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,13 +298,16 @@ def profile_of(model: Path, options: EngineOptions) -> dict[str, ShapeRange]:
 
 
 def _last_words(log: str, code: int) -> str:
-    """The last error in a log, and how the process ended if it had none."""
-    lines = [line for line in log.splitlines() if line.strip()]
+    """The reason that a log gives last: ours, else the builder's own, else whatever was said."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    last = lines[-1] if lines else "it said nothing"
+    ours = last.startswith(_OUR_ERROR) and not last.endswith(NO_ENGINE)
     errors = [line.partition("[E]")[2].strip() for line in lines if "[E]" in line]
-    last = errors[-1] if errors else lines[-1].strip() if lines else "it said nothing"
+    if errors and not ours:
+        last = errors[-1]
     if code < 0:
         return f"it was ended by a signal ({signal.strsignal(-code)}), its last message was: {last}"
-    return last.removeprefix("prox24_deploy.errors.EngineError: ").rstrip(".")
+    return last.removeprefix(_OUR_ERROR).rstrip(".")
 
 
 def _text(path: Path) -> str:

@@ -21,6 +21,8 @@ from prox24_deploy.options import Compatibility
 # Least, usual and largest shape of one input.
 ShapeRange = tuple[Sequence[int], Sequence[int], Sequence[int]]
 GIB = 2**30
+# Said where the builder itself has said why.
+NO_ENGINE = "builder: it made no engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,7 @@ def run_job(job: Job) -> None:
     parser = trt.OnnxParser(network, messages)
     # The path, so that external data is found beside it.
     if not parser.parse_from_file(job.onnx):
-        reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise EngineError(f"parser: {reasons[0] if reasons else 'no reason given'}")
+        raise EngineError(f"parser: {_parser_error(parser)}")
     config = _config(trt, builder, job)
     for line in _settings(trt, config, job):
         messages.log(trt.Logger.INFO, f"prox24-deploy: {line}")
@@ -68,7 +69,7 @@ def run_job(job: Job) -> None:
         _use_timings(config, cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError("builder: it made no engine, see its messages above")
+        raise EngineError(NO_ENGINE)
     Path(job.plan).write_bytes(plan)
     if cache:
         _keep_timings(config, cache)
@@ -92,6 +93,13 @@ def open_engine(trt: Any, messages: Any, plan: Any, flags: Sequence[str]) -> Any
             "it again on this machine."
         )
     return engine
+
+
+def _parser_error(parser: Any) -> str:
+    if not parser.num_errors:
+        return "no reason given"
+    error = parser.get_error(0)
+    return f"node {error.node_name()} ({error.node_operator()}): {error.desc()}"
 
 
 def _config(trt: Any, builder: Any, job: Job) -> Any:

@@ -34,9 +34,11 @@ class Strict:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_"):
-            if name not in type(self).__annotations__:
+            if not any(
+                name in vars(kind).get("__annotations__", {}) for kind in type(self).__mro__
+            ):
                 raise AttributeError(f"{type(self).__name__} has no setting {name}")
-            calls.append((f"{type(self).__name__}.{name}", (value,)))
+            calls.append((f"{type(self).__name__.replace('Rtx', 'I')}.{name}", (value,)))
         super().__setattr__(name, value)
 
 
@@ -157,6 +159,12 @@ class INetworkDefinition(Strict):
 class ParserError(Strict):
     def desc(self) -> str:
         return "no operator of this name"
+
+    def node_name(self) -> str:
+        return "node_linear"
+
+    def node_operator(self) -> str:
+        return "Unheard"
 
 
 class OnnxParser(Strict):
