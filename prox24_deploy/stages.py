@@ -273,7 +273,7 @@ def report(
     made = assemble_report(
         _model(bundle),
         manifest.options,
-        {**manifest.versions, **manifest.machine},
+        {**manifest.versions, **_engine_versions(compiled), **manifest.machine},
         pruned,
         evaluated,
         exported,
@@ -365,6 +365,10 @@ def _device(choice: DeviceChoice) -> "torch.device":
         )
     use_cuda = choice == "cuda" or (choice == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if use_cuda else "cpu")
+
+
+def _engine_versions(compiled: CompileResult) -> dict[str, str]:
+    return {name: text for engine in compiled.engines for name, text in engine.versions.items()}
 
 
 def _numeric_versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def test_a_bundle_for_gpus_that_are_not_here_is_complete(bundle: Path) -> None:
     assert run_cli("verify", bundle).code == 0
     report = load_report(bundle / "report.json")
     assert report.verdict == "pass"
+    assert report.environment["tensorrt_rtx"] == version("tensorrt-rtx-cu13")
     assert {row.backend for row in report.latency} == {"onnxruntime"}
     assert [missing.backend for missing in report.not_measured] == ["tensorrt-rtx"]
     assert "engines for SM86 cannot run here" in report.not_measured[0].reason
@@ -124,5 +126,5 @@ def test_a_library_that_is_missing_stops_a_build_before_any_work(
         "build", tiny_bert, "-o", out, "--calibration", prose, *SMALL, "--backend", "tensorrt-rtx"
     )
     assert run.code == 5
-    assert "pip install 'prox24-deploy[tensorrt-rtx]'" in run.err
+    assert "pip install tensorrt-rtx-cu13" in run.err
     assert not out.exists()

@@ -25,8 +25,9 @@ SMALL = 256
 _SPARSE_KERNEL = re.compile(r"sparse_gemm|sparse_conv|spmma|sptensor")
 # How graph/eligibility.py words the rule for types.
 _TYPE_RULE = re.compile(r"(?:^|; )\w+ has no sparse kernels(?:;|$)")
-# Stands in TensorRT-RTX for a kernel that is only chosen on the GPU.
-_NO_KERNEL = ("", "__myelin_CASK_STUB")
+# Kernels that multiply matrices at all. Of what was fused around one, and of the stub that stands
+# in TensorRT-RTX for a kernel chosen on the GPU, nothing follows.
+_MATRIX_KERNEL = re.compile(r"gemm|conv|mma|sptensor", re.IGNORECASE)
 _FOUND = re.compile(
     r"\(Sparsity\) (?:Found ([0-9]{1,9}) layer\(s\) eligible to use sparse tactics"
     r"|Layers eligible for sparse math):?"
@@ -111,7 +112,7 @@ def engine_evidence(
     """
     said = said or BuilderSparsity(None, None)
     expected = [check for check in sparsity if check.expected]
-    known = {name for check in expected for name in _names(check)}
+    known = {name for check in sparsity for name in _names(check)}
     layers = tuple(_judged(check, said, known, unknown) for check in expected)
     sparse = [kernel for kernel in said.kernels if is_sparse_kernel(kernel.tactic)]
     chosen = len(sparse) if said.chosen is None and _tells_kernels(said) else said.chosen
@@ -154,11 +155,11 @@ def _listed(check: TensorCheck, count: int | None, layers: Names, known: set[str
 
 
 def _kernels(check: TensorCheck, kernels: Iterable[Kernel]) -> list[str]:
-    """Kernels of the layers that this one became part of."""
+    """Matrix kernels of the layers that this one became part of."""
     return [
         kernel.tactic
         for kernel in kernels
-        if kernel.tactic not in _NO_KERNEL
+        if _MATRIX_KERNEL.search(kernel.tactic)
         and (_nodes(kernel.layer) | _nodes(kernel.nodes)) & _names(check)
     ]
 
@@ -212,7 +213,7 @@ def _obstacle(check: TensorCheck) -> str:
 
 
 def _tells_kernels(said: BuilderSparsity) -> bool:
-    return any(kernel.tactic not in _NO_KERNEL for kernel in said.kernels)
+    return any(_MATRIX_KERNEL.search(kernel.tactic) for kernel in said.kernels)
 
 
 def _summary(

@@ -8,8 +8,8 @@ import pynvml
 CPUINFO = Path("/proc/cpuinfo")
 # What installs a library of engines, by the name that it is imported by.
 INSTALL = {
-    "tensorrt": "pip install 'prox24-deploy[tensorrt]', or use the container of docker/README.md",
-    "tensorrt_rtx": "pip install 'prox24-deploy[tensorrt-rtx]'",
+    "tensorrt": "pip install tensorrt-cu13, or use the container of docker/README.md",
+    "tensorrt_rtx": "pip install tensorrt-rtx-cu13",
 }
 
 

@@ -271,6 +271,7 @@ def test_the_inspector_decides_where_the_log_gives_no_names() -> None:
         Kernel("fused", "[ONNX Layer: node_linear_1]\x1e[ONNX Layer: node_add]", SPARSE_TACTIC),
         Kernel("node_linear_12_myl0_7", "", "sm80_xmma_gemm_f16"),
         Kernel("node_linear_2", "", "__myelin_CASK_STUB"),
+        Kernel("pointwise", "[ONNX Layer: node_linear_2]", "__myl_MulAddTanh_0x1"),
     )
     said = BuilderSparsity(3, 1, kernels=kernels)
     assert judged(said, QUERY, KEY, SMALL) == [
@@ -278,6 +279,13 @@ def test_the_inspector_decides_where_the_log_gives_no_names() -> None:
         (None, False, UNNAMED),
         (None, None, "unknown: it does not say"),
     ]
+
+
+def test_a_dense_layer_that_the_builder_lists_does_not_spoil_its_list() -> None:
+    """A weight that nothing declares may happen to be 2:4; its name is known all the same."""
+    said = BuilderSparsity(1, 0, ("node_linear_12",))
+    evidence = engine_evidence("b", "d", said, [QUERY, replace(KEY, expected=False)], "w")
+    assert [layer.eligible for layer in evidence.layers] == [False]
 
 
 def test_weights_that_nothing_declares_are_no_evidence() -> None:

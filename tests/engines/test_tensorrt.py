@@ -328,10 +328,12 @@ def test_the_backend_is_missing_without_library_or_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(BackendMissingError, match=r"pip install 'prox24-deploy\[tensorrt\]'"):
+    with pytest.raises(
+        BackendMissingError, match=r"not installed here .*; pip install tensorrt-cu13, or use"
+    ):
         backend_by_name("tensorrt")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(BackendMissingError, match=r"pip install 'prox24-deploy\[tensorrt-rtx\]'"):
+    with pytest.raises(BackendMissingError, match=r"; pip install tensorrt-rtx-cu13\.$"):
         backend_by_name("tensorrt-rtx")
     install("11", monkeypatch, tmp_path)
     monkeypatch.setattr(tensorrt, "gpu", lambda: {"gpu": "none"})

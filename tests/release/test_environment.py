@@ -223,8 +223,7 @@ def test_an_engine_library_that_is_missing_comes_with_the_line_that_installs_it(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     finding = found(name)
     assert (finding.found, finding.usable) == ("not installed", False)
-    extra = name.replace("_", "-")
-    assert finding.remedy.startswith(f"pip install 'prox24-deploy[{extra}]'")
+    assert finding.remedy.startswith(f"pip install {name.replace('_', '-')}-cu13")
 
 
 def test_an_engine_library_from_another_distribution_is_usable(
