@@ -30,28 +30,28 @@ from safetensors import safe_open
 from tiny_families import FAMILIES, PIXELS, REFUSED, REFUSED_DTYPES, VOCABULARY, tiny_model
 from torch import nn
 
-from prox24_deploy.artifacts import DType
-from prox24_deploy.engines.tensorrt_rtx import ShapeRange, compile_plans
+from prox24_deploy.artifacts import DType, OnnxModel
+from prox24_deploy.engines.tensorrt import open_tensorrt
 from prox24_deploy.errors import BackendMissingError, ExportError, RecipeError
 from prox24_deploy.graph.check import check_path, require_24
 from prox24_deploy.graph.export import export_onnx
 from prox24_deploy.graph.module import TORCH_DTYPES
 from prox24_deploy.graph.numerics import compare_with_torch
-from prox24_deploy.graph.signature import read_inputs
 from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.checkpoint import checkpoint_name, renamed_tensors
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.model.layers import layer_at, reduction_axis
 from prox24_deploy.model.skeleton import advise
+from prox24_deploy.options import EngineOptions, TensorRtOptions
 from prox24_deploy.pruning.pattern import mask_24
-from prox24_deploy.recipe import Recipe, select_recipe, shape_of
+from prox24_deploy.recipe import Recipe, select_recipe
 
 DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 CAPABILITIES = ("SM86", "SM120")
 NO_KERNELS = "no bfloat16 kernels"
 NOT_INSTALLED = "not installed"
-# Least, usual and largest size of each axis in the optimisation profile.
-_RANGES = {"batch": (1, 2, 4), "sequence": (1, 8, 32), "past": (0, 8, 32)}
+# Least and largest size of each axis in the optimisation profile.
+BATCHES, SEQUENCES = (1, 4), (1, 32)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def measure(family: str, dtype: DType) -> Row:
             len(linear := [n for n in names if not isinstance(layer_at(model, n), nn.Conv2d)]),
             same_bits(directory, path, linear),
             max(ratios) if ratios else NO_KERNELS,
-            build_plans(path, root / "plans"),
+            build_plans(path, dtype),
             time.perf_counter() - began,
         )
 
@@ -183,19 +183,20 @@ def _bytes(directory: ModelDir, name: str, transposed: bool) -> bytes:
     return tensor.view(torch.uint8).numpy().tobytes()
 
 
-def build_plans(path: Path, out: Path) -> dict[str, str]:
+def build_plans(path: Path, dtype: DType) -> dict[str, str]:
     """Compile for every capability with one profile over all dynamic axes."""
-    ranges: dict[str, ShapeRange] = {}
-    for spec in read_inputs(path):
-        least, usual, most = (
-            shape_of(spec, {axis: sizes[i] for axis, sizes in _RANGES.items()}) for i in range(3)
-        )
-        ranges[spec.name] = (least, usual, most)
-    try:
-        plans = compile_plans(path, out, CAPABILITIES, ranges)
-    except BackendMissingError:
-        return dict.fromkeys(CAPABILITIES, NOT_INSTALLED)
-    return {name: f"{plan.stat().st_size} B" for name, plan in plans.items()}
+    model = OnnxModel(path.name, dtype, 20, "", path.stat().st_size)
+    plans = {}
+    for name in CAPABILITIES:
+        tensorrt = TensorRtOptions(capabilities=(name,))
+        options = EngineOptions(batches=BATCHES, sequences=SEQUENCES, tensorrt=tensorrt)
+        try:
+            backend = open_tensorrt("tensorrt_rtx", options)
+        except BackendMissingError:
+            return dict.fromkeys(CAPABILITIES, NOT_INSTALLED)
+        engine = backend.build(path.parent, model, Path("plans") / name, twin="sparse")
+        plans[name] = f"{engine.size_bytes} B"
+    return plans
 
 
 def require(row: Row) -> None:

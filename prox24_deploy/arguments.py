@@ -8,18 +8,23 @@ from typing import Annotated
 import typer
 
 from prox24_deploy.artifacts import DType
+from prox24_deploy.errors import UsageError
 from prox24_deploy.options import (
+    Compatibility,
     DeviceChoice,
     EngineOptions,
     Method,
     Preset,
     PruneOptions,
     Refinement,
+    TensorRtOptions,
     TextOptions,
+    parse_capabilities,
     parse_shapes,
 )
 
 _COMMON = {"-v", "--verbose", "--debug"}
+_TENSORRT = TensorRtOptions()
 
 ModelArg = Annotated[Path, typer.Argument(help="Hugging Face model directory with safetensors.")]
 BundleArg = Annotated[Path, typer.Argument(help="A bundle: the OUT of an earlier command.")]
@@ -77,13 +82,38 @@ LayersOpt = Annotated[
 PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
 DTypeOpt = Annotated[DType, typer.Option(help="Precision of the exported models.")]
 BackendOpt = Annotated[
-    list[str] | None, typer.Option(help="auto, onnxruntime or cusparselt; repeatable.")
+    list[str] | None,
+    typer.Option(help="onnxruntime, cusparselt, tensorrt, tensorrt-rtx or auto; repeatable."),
 ]
 PlanOutOpt = Annotated[
     Path | None, typer.Option("-o", "--out", help="Write the plan to this file for build --plan.")
 ]
 PlanOpt = Annotated[
     Path | None, typer.Option("--plan", help="Prune only the layers that a plan says to prune.")
+]
+WorkspaceOpt = Annotated[
+    float | None, typer.Option(min=0.001, help="TensorRT: scratch memory of a kernel at most, GiB.")
+]
+LevelOpt = Annotated[
+    int | None, typer.Option(min=0, max=5, help="TensorRT: optimisation level of its builder.")
+]
+CompatibilityOpt = Annotated[
+    Compatibility,
+    typer.Option(help="TensorRT: engines for later versions, or for every GPU from Ampere on."),
+]
+RefitOpt = Annotated[
+    bool, typer.Option("--refit", help="TensorRT: engines whose weights can be replaced.")
+]
+StripOpt = Annotated[
+    bool,
+    typer.Option("--strip-weights", help="TensorRT: engines without weights, refitted from ONNX."),
+]
+TimingsOpt = Annotated[
+    Path | None, typer.Option(help="TensorRT: folder to keep timings of kernels in.")
+]
+CapabilityOpt = Annotated[
+    list[str] | None,
+    typer.Option(help="TensorRT-RTX: GPUs to compile for; default 8.6, 8.9, 12.0; repeatable."),
 ]
 ShapesOpt = Annotated[
     list[str] | None, typer.Option(help="Shapes to measure, e.g. batch=1,8 sequence=128.")
@@ -105,6 +135,11 @@ DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where to prune and evalua
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 FreshOpt = Annotated[bool, typer.Option("--fresh", help="Run every stage again.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def default_out(model_dir: Path) -> Path:
+    """The bundle of a model where -o names none."""
+    return Path(f"{model_dir.resolve().name}-prox24")
 
 
 def text_options(
@@ -163,21 +198,61 @@ def _planned_dense(plan: Path | None) -> tuple[tuple[str, str], ...]:
     return read_plan(plan).left_dense
 
 
+def tensorrt_options(
+    workspace_gib: float | None,
+    builder_level: int | None,
+    compatibility: Compatibility,
+    refit: bool,
+    strip_weights: bool,
+    timing_cache: Path | None,
+    capabilities: list[str] | None,
+) -> TensorRtOptions:
+    """The options about TensorRT as one record.
+
+    Raises:
+        UsageError: a compute capability is not understood.
+    """
+    return TensorRtOptions(
+        workspace_gib,
+        builder_level,
+        compatibility,
+        refit,
+        strip_weights,
+        timing_cache,
+        parse_capabilities(capabilities or ()),
+    )
+
+
 def engine_options(
-    backends: list[str] | None, shapes: list[str] | None, plan: Path | None = None
+    backends: list[str] | None,
+    shapes: list[str] | None,
+    tensorrt: TensorRtOptions = _TENSORRT,
+    plan: Path | None = None,
 ) -> EngineOptions:
     """The options about engines as one record.
 
     Raises:
-        UsageError: a shape is not understood.
+        UsageError: a shape is not understood, or an option of TensorRT would have no effect.
     """
     default = EngineOptions()
     parsed = parse_shapes(shapes or ())
+    chosen = tuple(backends or default.backends)
+    if tensorrt != _TENSORRT and not {"tensorrt", "tensorrt-rtx"} & set(chosen):
+        raise UsageError(
+            f"Options of TensorRT have no effect on backend {', '.join(chosen)}; add --backend "
+            "tensorrt or --backend tensorrt-rtx."
+        )
+    if tensorrt.capabilities and "tensorrt-rtx" not in chosen:
+        raise UsageError(
+            "--compute-capability has no effect on backend tensorrt, which builds for the GPU of "
+            "this machine; add --backend tensorrt-rtx or leave it out."
+        )
     return EngineOptions(
-        tuple(backends or default.backends),
+        chosen,
         parsed.get("batch", default.batches),
         parsed.get("sequence", default.sequences),
         plan,
+        tensorrt,
     )
 
 

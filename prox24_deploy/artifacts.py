@@ -225,8 +225,35 @@ class ExportResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Kernel:
+    """One layer of an engine: its name, what it says of the ONNX nodes in it, and its kernel."""
+
+    layer: str
+    nodes: str
+    tactic: str
+
+
+@dataclass(frozen=True, slots=True)
+class BuilderSparsity:
+    """What a builder said of sparse layers: numbers, and names where it listed them.
+
+    None means that it did not say. `kernels` has the layers of the finished engine, where they
+    could be inspected.
+    """
+
+    eligible: int | None
+    chosen: int | None
+    eligible_layers: tuple[str, ...] = ()
+    chosen_layers: tuple[str, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
-    """One compiled engine. `versions` names every library that made it."""
+    """One compiled engine. `versions` names every library that made it.
+
+    `said` is what its builder said of sparse layers, where it can say something.
+    """
 
     path: str
     backend: str
@@ -237,6 +264,7 @@ class Engine:
     dtype: DType
     versions: dict[str, str]
     size_bytes: int
+    said: BuilderSparsity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,9 +357,18 @@ class LatencyRow:
 
 
 @dataclass(frozen=True, slots=True)
+class NotMeasured:
+    """A backend whose engines could not run on this machine, and why."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class BenchResult:
     """Result of the bench stage."""
 
     latency: tuple[LatencyRow, ...]
     conditions: dict[str, str]
     seconds: float
+    not_measured: tuple[NotMeasured, ...] = ()

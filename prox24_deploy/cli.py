@@ -102,6 +102,13 @@ def build(
     backend: arguments.BackendOpt = None,
     shapes: arguments.ShapesOpt = None,
     plan: arguments.PlanOpt = None,
+    workspace_gib: arguments.WorkspaceOpt = None,
+    builder_level: arguments.LevelOpt = None,
+    compatibility: arguments.CompatibilityOpt = "none",
+    refit: arguments.RefitOpt = False,
+    strip_weights: arguments.StripOpt = False,
+    timing_cache: arguments.TimingsOpt = None,
+    compute_capability: arguments.CapabilityOpt = None,
     device: arguments.DeviceOpt = "auto",
     seed: arguments.SeedOpt = 0,
     fresh: arguments.FreshOpt = False,
@@ -110,6 +117,10 @@ def build(
     """Prune, export, prove, compile, measure and report: everything, into one bundle."""
     from prox24_deploy import pipeline
 
+    tensorrt = arguments.tensorrt_options(
+        workspace_gib, builder_level, compatibility, refit, strip_weights, timing_cache,
+        compute_capability,
+    )  # fmt: skip
     options = BuildOptions(
         recipe,
         arguments.text_options(
@@ -120,9 +131,9 @@ def build(
         ),
         device,
         dtype,
-        arguments.engine_options(backend, shapes, plan),
+        arguments.engine_options(backend, shapes, tensorrt, plan),
     )
-    root = out or _default_out(model_dir)
+    root = out or arguments.default_out(model_dir)
     with tables.progress(stderr) as progress:
         report = pipeline.build(model_dir, root, options, fresh=fresh, progress=progress)
     if as_json:
@@ -168,7 +179,7 @@ def prune(
         ),
         device,
     )
-    root = out or _default_out(model_dir)
+    root = out or arguments.default_out(model_dir)
     with tables.progress(stderr) as progress:
         result = pipeline.prune(model_dir, root, options, fresh=fresh, progress=progress)
     if as_json:
@@ -206,15 +217,26 @@ def export(
 def compile_engines(
     bundle: arguments.BundleArg,
     backend: arguments.BackendOpt = None,
+    shapes: arguments.ShapesOpt = None,
+    workspace_gib: arguments.WorkspaceOpt = None,
+    builder_level: arguments.LevelOpt = None,
+    compatibility: arguments.CompatibilityOpt = "none",
+    refit: arguments.RefitOpt = False,
+    strip_weights: arguments.StripOpt = False,
+    timing_cache: arguments.TimingsOpt = None,
+    compute_capability: arguments.CapabilityOpt = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Compile engines from the ONNX twins of a bundle."""
     from prox24_deploy import pipeline
 
+    tensorrt = arguments.tensorrt_options(
+        workspace_gib, builder_level, compatibility, refit, strip_weights, timing_cache,
+        compute_capability,
+    )  # fmt: skip
+    options = arguments.engine_options(backend, shapes, tensorrt)
     with tables.progress(stderr) as progress:
-        result = pipeline.compile_engines(
-            bundle, arguments.engine_options(backend, None), progress=progress
-        )
+        result = pipeline.compile_engines(bundle, options, progress=progress)
     if as_json:
         _print_json(asdict(result))
         return
@@ -345,10 +367,6 @@ def doctor(as_json: arguments.JsonOpt = False) -> None:
     _print_table(tables.findings(findings))
 
 
-def _default_out(model_dir: Path) -> Path:
-    return Path(f"{model_dir.resolve().name}-prox24")
-
-
 def _fail(error: BaseException, *, debug: bool) -> None:
     """Print one sentence (and the traceback if asked) and exit with the error's code."""
     if debug:
@@ -378,7 +396,8 @@ def _print_report(report: "Report", root: Path) -> None:
     """The page of a build: verdict, accuracy, latency, warnings, where to look."""
     for line in tables.report_head(report):
         stdout.print(line, soft_wrap=True, markup=False)
-    _print_table(tables.latency(report.latency))
+    if report.latency:
+        _print_table(tables.latency(report.latency))
     for warning in report.warnings:
         stdout.print(f"Note: {warning}", soft_wrap=True, markup=False)
     stdout.print(f"Report: {root / 'report.html'}", soft_wrap=True, markup=False)

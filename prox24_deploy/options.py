@@ -1,5 +1,6 @@
 """What a build can be told: small frozen dataclasses with real defaults, light to import."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ Refinement = Literal["auto", "conjugate-gradient", "gradient", "none"]
 Preset = Literal["fast", "default", "best"]
 Target = Literal["asymmetric", "symmetric"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+Compatibility = Literal["none", "version", "ampere+"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,29 @@ class PruneOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorRtOptions:
+    """How TensorRT builds; None leaves a setting to TensorRT.
+
+    `workspace_gib` bounds the scratch memory of a kernel, `builder_level` (0 to 5) trades build
+    time for speed, and `compatibility` lets an engine run on later versions of TensorRT
+    ("version") or on every GPU from Ampere on ("ampere+"). `refit` builds an engine whose weights
+    can be replaced, `strip_weights` one that is stored without them and refitted from its ONNX
+    file. `timing_cache` is a folder in which timings outlive the bundle. `capabilities` such as
+    "SM86" are what TensorRT-RTX compiles for; empty means its defaults.
+    """
+
+    workspace_gib: float | None = None
+    builder_level: int | None = None
+    compatibility: Compatibility = "none"
+    refit: bool = False
+    strip_weights: bool = False
+    timing_cache: Path | None = None
+    capabilities: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Which backends to compile for and which shapes to measure.
+    """Which backends to compile for, for which shapes, and how.
 
     `plan` is the file of a plan whose GEMM timings need not be measured again.
     """
@@ -76,6 +99,12 @@ class EngineOptions:
     batches: tuple[int, ...] = (1, 8)
     sequences: tuple[int, ...] = (128,)
     plan: Path | None = None
+    tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
+
+    def shapes(self, *, images: bool) -> list[tuple[int, int]]:
+        """Every (batch, sequence), each once; sequence 0 for a model that reads images."""
+        lengths = {0} if images else set(self.sequences)
+        return sorted((batch, length) for batch in set(self.batches) for length in lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +117,21 @@ class BuildOptions:
     device: DeviceChoice = "auto"
     dtype: DType = "float32"
     engine: EngineOptions = field(default_factory=EngineOptions)
+
+
+def parse_capabilities(words: Sequence[str]) -> tuple[str, ...]:
+    """Compute capabilities written "8.6" or "SM86" as "SM86".
+
+    Raises:
+        UsageError: a word is neither.
+    """
+    found = [re.fullmatch(r"(?:SM([0-9]{2,3})|([0-9]{1,2})\.([0-9]))", word) for word in words]
+    for word, match in zip(words, found, strict=True):
+        if match is None:
+            raise UsageError(
+                f"Compute capability {word!r} is not understood, expected a number such as 8.6."
+            )
+    return tuple(f"SM{m[1] or m[2] + m[3]}" for m in found if m)
 
 
 def parse_shapes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:

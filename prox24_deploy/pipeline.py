@@ -12,6 +12,7 @@ from prox24_deploy.artifacts import (
     ExportResult,
     PruneResult,
 )
+from prox24_deploy.errors import BackendMissingError
 from prox24_deploy.options import BuildOptions, EngineOptions
 from prox24_deploy.release.bundle import open_bundle
 from prox24_deploy.release.report import Report
@@ -70,10 +71,17 @@ def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) ->
 
 
 def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResult:
-    """Run only the bench stage, on a bundle that holds engines; always measures anew."""
+    """Run only the bench stage, on a bundle that holds engines; always measures anew.
+
+    Raises:
+        BackendMissingError: no engine of the bundle can run on this machine.
+    """
     with open_bundle(out, existing=True) as bundle:
         compiled = bundle.load("compile", CompileResult)
         names = tuple(dict.fromkeys(engine.backend for engine in compiled.engines))
         backends = stages.backends_of(bundle, replace(options, backends=names))
         bundle.forget("bench", [])
-        return stages.bench(bundle, compiled, backends, options, progress)
+        result = stages.bench(bundle, compiled, backends, options, progress)
+    if not result.latency and result.not_measured:
+        raise BackendMissingError(result.not_measured[0].reason)
+    return result

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.options import BuildOptions
-from prox24_deploy.subject import Subject, input_shapes, read_subject
+from prox24_deploy.subject import Subject, fitted_shapes, read_subject
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +51,8 @@ def plan(
     from prox24_deploy.model.sensitivity import over_budget
 
     subject = read_subject(model_dir, Path("no-output"), options)
-    shapes = input_shapes(subject.directory.config, subject.recipe, options.engine)
+    fitted = fitted_shapes(options.engine, subject.directory.config, subject.recipe)
+    shapes = fitted.shapes(images=subject.recipe.reads_images)
     if saved is None:
         choices, profile, dense_ms = _measured(subject, options, shapes, progress)
     else:

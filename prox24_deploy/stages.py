@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ from prox24_deploy.artifacts import (
     ExportResult,
     LatencyRow,
     ModelInfo,
+    NotMeasured,
     NumericsCheck,
     OnnxModel,
     PruneResult,
@@ -35,7 +37,7 @@ from prox24_deploy.release.environment import machine, versions
 from prox24_deploy.release.manifest import write_manifest
 from prox24_deploy.release.measure import conditions, measure_latency
 from prox24_deploy.release.report import Report, assemble_report, write_report
-from prox24_deploy.subject import Subject, fitted_recipe, input_shapes
+from prox24_deploy.subject import Subject, fitted_recipe, fitted_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -64,11 +66,10 @@ def open_backends(
     Raises:
         BackendMissingError: one is not available here.
     """
-    origin = Origin(
-        dense, recipe, input_shapes(config, recipe, options), planned_gemms(options.plan)
-    )
-    found = {b.name: b for b in (backend_by_name(name, origin) for name in options.backends)}
-    return tuple(found.values())
+    fitted = fitted_shapes(options, config, recipe)
+    origin = Origin(dense, recipe, planned_gemms(options.plan))
+    backends = (backend_by_name(name, fitted, origin) for name in options.backends)
+    return tuple({backend.name: backend for backend in backends}.values())
 
 
 def backends_of(bundle: Bundle, options: EngineOptions) -> tuple[Backend, ...]:
@@ -206,7 +207,8 @@ def bench(
 ) -> BenchResult:
     """Time dense against sparse with every backend at every shape."""
     recipe = _recipe(bundle)
-    shapes = input_shapes(_config(bundle), recipe, options)
+    fitted = fitted_shapes(options, _config(bundle), recipe)
+    shapes = fitted.shapes(images=recipe.reads_images)
     inputs = {
         "engines": [asdict(engine) for engine in compiled.engines],
         "shapes": [list(shape) for shape in shapes],
@@ -219,24 +221,31 @@ def bench(
 
         began = time.perf_counter()
         rows: list[LatencyRow] = []
-        first = compiled.engines[0]
-        graph_inputs = read_inputs(bundle.root / first.onnx)
-        feeds = random_feeds(graph_inputs, first.dtype, _vocabulary(_config(bundle)))
+        not_measured: list[NotMeasured] = []
+        engine = compiled.engines[0]
+        graph_inputs = read_inputs(bundle.root / engine.onnx)
+        feeds = random_feeds(graph_inputs, engine.dtype, _vocabulary(_config(bundle)))
         for i, backend in enumerate(backends):
             pair = {e.twin: e for e in compiled.engines if e.backend == backend.name}
-            for j, shape in enumerate(shapes):
-                progress("bench", i * len(shapes) + j, len(backends) * len(shapes))
+            advance = partial(_advance, progress, i * len(shapes), len(backends) * len(shapes))
+            advance(0)
+            try:
                 rows += measure_latency(
                     backend,
                     bundle.root,
                     pair["dense"],
                     pair["sparse"],
-                    [shape],
+                    shapes,
                     feeds,
                     recipe.limits.max_slowdown,
+                    after_shape=advance,
                 )
+            except BackendMissingError as error:
+                # Built for another machine; the report says so by name.
+                not_measured.append(NotMeasured(backend.name, str(error)))
         progress("bench", len(backends) * len(shapes), len(backends) * len(shapes))
-        return BenchResult(tuple(rows), conditions(), time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return BenchResult(tuple(rows), conditions(), seconds, tuple(not_measured))
 
     return bundle.stage("bench", BenchResult, inputs, [], run)
 
@@ -289,7 +298,7 @@ def report(
     made = assemble_report(
         _model(bundle),
         manifest.options,
-        {**manifest.versions, **manifest.machine},
+        {**manifest.versions, **_engine_versions(compiled), **manifest.machine},
         pruned,
         evaluated,
         exported,
@@ -371,6 +380,10 @@ def _vocabulary(config: dict[str, Any]) -> int:
     return int(config.get("vocab_size", 1))
 
 
+def _advance(progress: Progress, before: int, total: int, done: int) -> None:
+    progress("bench", before + done, total)
+
+
 def torch_device(choice: DeviceChoice) -> "torch.device":
     """The device that `--device` asks for.
 
@@ -386,6 +399,10 @@ def torch_device(choice: DeviceChoice) -> "torch.device":
         )
     use_cuda = choice == "cuda" or (choice == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if use_cuda else "cpu")
+
+
+def _engine_versions(compiled: CompileResult) -> dict[str, str]:
+    return {name: text for engine in compiled.engines for name, text in engine.versions.items()}
 
 
 def _numeric_versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The model to build and the text or images to build it with, read and checked before any work."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,15 +60,6 @@ def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
     return recipe.with_sizes(pixel_sizes(load_image_processor(model_dir)))
 
 
-def input_shapes(
-    config: dict[str, Any], recipe: Recipe, options: EngineOptions
-) -> list[tuple[int, int]]:
-    """The (batch, sequence) to run engines on; sequence 0 for a model that reads images."""
-    longest = min(longest_of(config, recipe), max(options.sequences))
-    lengths = {0} if recipe.reads_images else {min(s, longest) for s in options.sequences}
-    return sorted((batch, length) for batch in options.batches for length in lengths)
-
-
 def _read_text(
     directory: "ModelDir", recipe: Recipe, text: TextOptions
 ) -> tuple["Samples", "Samples"]:
@@ -102,6 +93,12 @@ def _read_images(
         make_image_samples(part, processor, labels, limit=options.images) for part in images
     )
     return calibration, held_out
+
+
+def fitted_shapes(options: EngineOptions, config: dict[str, Any], recipe: Recipe) -> EngineOptions:
+    """The options with no sequence longer than the model accepts; engines are built for these."""
+    longest = longest_of(config, recipe)
+    return replace(options, sequences=tuple(min(length, longest) for length in options.sequences))
 
 
 def longest_of(config: dict[str, Any], recipe: Recipe) -> int:

@@ -53,6 +53,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     required = os.environ.get("PROX24_REQUIRE", "").split(",")
     found = {
         "gpu": torch.cuda.is_available(),
+        "tensorrt": importlib.util.find_spec("tensorrt") is not None and torch.cuda.is_available(),
         "tensorrt_rtx": importlib.util.find_spec("tensorrt_rtx") is not None,
     }
     for name, available in found.items():

@@ -36,6 +36,7 @@ from prox24_deploy.engines.torch_model import (
     open_torch_model,
 )
 from prox24_deploy.errors import EngineError
+from prox24_deploy.options import EngineOptions
 from prox24_deploy.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -67,14 +68,19 @@ class CuSparseLt:
     Attributes:
         dense: the dense model directory.
         recipe: of both twins, fitted to the model.
-        shapes: (batch, sequence) that layers are chosen for.
+        options: layers are chosen for its shapes.
         known: GEMM timings of an earlier run, used if they fit this GPU and these versions.
     """
 
     dense: Path
     recipe: Recipe = field(repr=False)
-    shapes: tuple[tuple[int, int], ...]
+    options: EngineOptions
     known: GpuProfile | None = field(default=None, repr=False)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(batch, sequence) that layers are chosen for."""
+        return self.options.shapes(images=self.recipe.reads_images)
 
     @property
     def name(self) -> str:

@@ -1,9 +1,16 @@
-"""What the host machine is, in words."""
+"""What the host machine is, in words, and what installs what it lacks."""
 
 import platform
 from pathlib import Path
 
+import pynvml
+
 CPUINFO = Path("/proc/cpuinfo")
+# What installs a library of engines, by the name that it is imported by.
+INSTALL = {
+    "tensorrt": "pip install tensorrt-cu13, or use the container of docker/README.md",
+    "tensorrt_rtx": "pip install tensorrt-rtx-cu13",
+}
 
 
 def cpu_model(cpuinfo: Path = CPUINFO) -> str:
@@ -17,3 +24,23 @@ def cpu_model(cpuinfo: Path = CPUINFO) -> str:
         if key.strip() == "model name" and value.strip():
             return value.strip()
     return platform.processor() or platform.machine() or "unknown processor"
+
+
+def gpu() -> dict[str, str]:
+    """Name, compute capability and driver of the first NVIDIA GPU; says so if there is none."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return {"gpu": "none"}
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return {
+            "gpu": str(pynvml.nvmlDeviceGetName(handle)),
+            "compute capability": f"{major}.{minor}",
+            "driver": str(pynvml.nvmlSystemGetDriverVersion()),
+        }
+    except pynvml.NVMLError as error:
+        return {"gpu": f"not readable ({error})"}
+    finally:
+        pynvml.nvmlShutdown()

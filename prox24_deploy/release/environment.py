@@ -4,12 +4,10 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from dataclasses import dataclass
-
-import pynvml
+from dataclasses import dataclass, replace
 
 from prox24_deploy import __version__
-from prox24_deploy.engines.host import cpu_model
+from prox24_deploy.engines.host import INSTALL, cpu_model, gpu
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "safetensors")
 
@@ -47,26 +45,6 @@ def machine() -> dict[str, str]:
     }
 
 
-def gpu() -> dict[str, str]:
-    """Name, compute capability and driver of the first NVIDIA GPU; says so if there is none."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return {"gpu": "none"}
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        return {
-            "gpu": str(pynvml.nvmlDeviceGetName(handle)),
-            "compute capability": f"{major}.{minor}",
-            "driver": str(pynvml.nvmlSystemGetDriverVersion()),
-        }
-    except pynvml.NVMLError as error:
-        return {"gpu": f"not readable ({error})"}
-    finally:
-        pynvml.nvmlShutdown()
-
-
 def diagnose() -> list[Finding]:
     """Look for everything that a stage or backend can need."""
     installed = versions()
@@ -82,8 +60,8 @@ def diagnose() -> list[Finding]:
         _cuda(has_gpu),
         _cusparselt(has_gpu),
         _onnxruntime(),
-        _module("tensorrt", "pip install tensorrt-cu13 (from NVIDIA's package index)"),
-        _module("tensorrt_rtx", "pip install tensorrt-rtx-cu13"),
+        _tensorrt(has_gpu),
+        _module("tensorrt_rtx", INSTALL["tensorrt_rtx"]),
     ]
     return findings
 
@@ -120,6 +98,14 @@ def _onnxruntime() -> Finding:
     except ImportError as error:
         return _not_importable(name, "onnxruntime", error)
     return Finding(name, ", ".join(onnxruntime.get_available_providers()), True, "")
+
+
+def _tensorrt(has_gpu: bool) -> Finding:
+    """TensorRT builds on the GPU that it builds for; TensorRT-RTX needs none to build."""
+    found = _module("tensorrt", INSTALL["tensorrt"])
+    if found.usable and not has_gpu:
+        return replace(found, usable=False, remedy="builds on an NVIDIA GPU, and there is none")
+    return found
 
 
 def _not_importable(name: str, package: str, error: ImportError) -> Finding:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from prox24_deploy.artifacts import (
+    BenchResult,
     CompileResult,
     Estimate,
     EvaluateResult,
@@ -11,6 +12,7 @@ from prox24_deploy.artifacts import (
     LatencyRow,
     LayerRecord,
     Metric,
+    NotMeasured,
     NumericsCheck,
     PruneResult,
     Sensitivity,
@@ -29,7 +31,7 @@ def find_warnings(
     evaluate: EvaluateResult,
     export: ExportResult,
     compiled: CompileResult,
-    latency: Sequence[LatencyRow],
+    bench: BenchResult,
 ) -> tuple[str, ...]:
     """One sentence for each thing that a reader must know before trusting the figures."""
     return (
@@ -37,7 +39,8 @@ def find_warnings(
         *_token_warnings(prune),
         *_skipped_warnings(prune.layers),
         *_dtype_warnings(export),
-        *_backend_warnings(compiled, latency),
+        *_backend_warnings(compiled, bench.latency),
+        *_unmeasured_warnings(bench),
     )
 
 
@@ -45,7 +48,7 @@ def find_checks(
     prune: PruneResult,
     evaluate: EvaluateResult,
     export: ExportResult,
-    latency: Sequence[LatencyRow],
+    bench: BenchResult,
 ) -> tuple[Check, ...]:
     """Everything that was checked, gated or not, in the order of the stages."""
     return (
@@ -55,7 +58,8 @@ def find_checks(
         *(_numerics_check(check) for check in export.numerics),
         *(_accuracy_check(metric) for metric in evaluate.metrics),
         *_budget_checks(prune.sensitivity, evaluate.metrics),
-        *(_latency_check(row) for row in latency),
+        *(_latency_check(row) for row in bench.latency),
+        *(_unmeasured_check(missing) for missing in bench.not_measured),
     )
 
 
@@ -136,9 +140,21 @@ def _backend_warnings(compiled: CompileResult, latency: Sequence[LatencyRow]) ->
                 "the same time, and its latency does not gate the release."
             )
     for evidence in compiled.evidence:
-        if gates.get(evidence.backend) and evidence.chosen in (0, None):
+        if gates.get(evidence.backend, True) and evidence.chosen in (0, None):
             known = "it is unknown whether it runs" if evidence.chosen is None else "it runs no"
             yield f"Backend {evidence.backend}: {known} sparse kernels ({evidence.summary})."
+
+
+def _unmeasured_warnings(bench: BenchResult) -> Iterator[str]:
+    for missing in bench.not_measured:
+        yield f"Backend {missing.backend} was compiled and its latency not measured: " + (
+            missing.reason
+        )
+    if not bench.latency and bench.not_measured:
+        yield (
+            "No backend measured latency, so nothing here says whether the sparse model is slower "
+            "or faster, and no gate on latency was applied."
+        )
 
 
 def _layer_checks(layers: Sequence[LayerRecord]) -> Iterator[Check]:
@@ -265,6 +281,19 @@ def _latency_check(row: LatencyRow) -> Check:
         verdict=row.verdict,
         message=f"Speed-up {speedup.value:.3f}, 95 % interval {speedup.low:.3f} to "
         f"{speedup.high:.3f}, {gate}",
+    )
+
+
+def _unmeasured_check(missing: NotMeasured) -> Check:
+    """What was asked for and delivered, but cannot run here, is told and fails nothing."""
+    return Check(
+        name=missing.backend,
+        kind="latency",
+        value=None,
+        limit=None,
+        gated=False,
+        verdict="inconclusive",
+        message=f"Latency was not measured: {missing.reason}",
     )
 
 

@@ -101,11 +101,13 @@ def measure_latency(
     limit: float,
     *,
     options: MeasureOptions = DEFAULT_OPTIONS,
+    after_shape: Callable[[int], None] = lambda _: None,
 ) -> tuple[LatencyRow, ...]:
     """Measure both engines at every (batch, sequence) and judge each row against `limit`.
 
     `make_feeds(batch, sequence, seed)` makes the inputs of one run; `limit` is the largest
-    tolerated slow-down of the sparse engine, as a fraction.
+    tolerated slow-down of the sparse engine, as a fraction. `after_shape` is told how many shapes
+    are done.
 
     Raises:
         EngineError: the engines are not a dense and a sparse one of the same backend and dtype.
@@ -132,6 +134,7 @@ def measure_latency(
                 row.speedup.value,
             )
             rows.append(row)
+            after_shape(len(rows))
     return tuple(rows)
 
 

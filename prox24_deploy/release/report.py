@@ -81,10 +81,10 @@ def assemble_report(
     with the options, the conditions of the measurement with the environment. An error or metric
     that is not finite becomes None and fails the release.
     """
-    checks = find_checks(prune, evaluate, export, bench.latency)
+    checks = find_checks(prune, evaluate, export, bench)
     return Report(
         verdict=overall_verdict(checks),
-        warnings=find_warnings(prune, evaluate, export, compile, bench.latency),
+        warnings=find_warnings(prune, evaluate, export, compile, bench),
         model=model,
         options={**options, "limits": limits.model_dump()},
         environment={**environment, "conditions": {**bench.conditions}},
@@ -92,6 +92,7 @@ def assemble_report(
         accuracy=_accuracy(evaluate),
         sparsity=Sparsity(tensors=export.sparsity, engines=compile.evidence),
         latency=bench.latency,
+        not_measured=bench.not_measured,
         sizes=_sizes(export, sizes),
         timings=dict(timings),
         checks=checks,

@@ -18,6 +18,7 @@ from prox24_deploy.artifacts import (
     LayerRecord,
     Metric,
     ModelInfo,
+    NotMeasured,
     Sensitivity,
     TensorCheck,
     TextSource,
@@ -137,6 +138,7 @@ class Report(_Part):
     accuracy: Accuracy
     sparsity: Sparsity
     latency: tuple[LatencyRow, ...]
+    not_measured: tuple[NotMeasured, ...]
     sizes: Sizes
     timings: dict[str, float]
     checks: tuple[Check, ...]

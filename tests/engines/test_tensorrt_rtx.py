@@ -1,83 +1,94 @@
-"""TensorRT-RTX: what compiles, and what is said where it does not."""
+"""The real TensorRT-RTX, on a machine without a GPU: what compiles, and what is said where not."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import onnx
 import pytest
-from onnx import TensorProto, helper
+from tensorrt_models import write_model
 
-from prox24_deploy.engines.tensorrt_rtx import compile_plans, run_job
+from prox24_deploy.artifacts import TensorCheck
+from prox24_deploy.engines import tensorrt
+from prox24_deploy.engines.tensorrt import TensorRt, open_tensorrt
+from prox24_deploy.engines.tensorrt_job import run_job
 from prox24_deploy.errors import BackendMissingError, EngineError
+from prox24_deploy.options import EngineOptions, TensorRtOptions
 
-RANGES = {"x": ((1, 8), (2, 8), (4, 8))}
-rtx = pytest.mark.tensorrt_rtx
+pytestmark = pytest.mark.tensorrt_rtx
+OUT = Path("engines/tensorrt-rtx/sparse")
+SHAPES = EngineOptions(batches=(2, 6), sequences=(3, 5))
 
 
-def write(path: Path, op_type: str, domain: str = "") -> Path:
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8])
-    graph = helper.make_graph(
-        [helper.make_node(op_type, ["x"], ["y"], domain=domain)], "g", [x], [y]
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> TensorRt:
+    """As on a machine without a GPU, also where there is one."""
+    monkeypatch.setattr(tensorrt, "gpu", lambda: {"gpu": "none"})
+    return open_tensorrt("tensorrt_rtx", SHAPES)
+
+
+def test_one_plan_for_gpus_that_are_not_here(backend: TensorRt, tmp_path: Path) -> None:
+    engine = backend.build(tmp_path, write_model(tmp_path), OUT, twin="sparse")
+    assert (engine.path, engine.device) == (f"{OUT}/engine.plan", "SM86, SM89, SM120")
+    assert engine.size_bytes == (tmp_path / engine.path).stat().st_size > 64 * 64
+    assert {path.name for path in (tmp_path / OUT).iterdir()} == {
+        "engine.plan", "engine.json", "build.log",
+    }  # fmt: skip
+    log = (tmp_path / OUT / "build.log").read_text(encoding="utf-8")
+    assert f"prox24-deploy: version {backend.version}, flags SPARSE_WEIGHTS\n" in log
+    # In its own words: three targets, and the profile.
+    assert "Number of target compute capabilities: 3" in log
+    bounds = "MinShape: [2,3,64], OptShape: [6,5,64], MaxShape: [6,5,64]"
+    assert bounds in log
+    record = json.loads((tmp_path / OUT / "engine.json").read_text(encoding="utf-8"))
+    assert record["profile"] == {"x": [[2, 3, 64], [6, 5, 64], [6, 5, 64]]}
+
+
+def test_the_dense_twin_has_no_flag(backend: TensorRt, tmp_path: Path) -> None:
+    backend.build(tmp_path, write_model(tmp_path), OUT, twin="dense")
+    assert ", flags none\n" in (tmp_path / OUT / "build.log").read_text(encoding="utf-8")
+
+
+def test_its_sparse_kernels_are_unknown_and_its_engines_do_not_open(
+    backend: TensorRt, tmp_path: Path
+) -> None:
+    engine = backend.build(tmp_path, write_model(tmp_path), OUT, twin="sparse")
+    check = TensorCheck(
+        "w", "layer", "node_linear", "MatMul", "float16", (64, 64), 0, 0.5, True, True, None, "",
+        "", True, "",
+    )  # fmt: skip
+    evidence = backend.evidence(tmp_path, engine, (check,))
+    assert (evidence.eligible, evidence.chosen) == (None, None)
+    assert evidence.summary.startswith("sparse kernels: unknown, TensorRT-RTX chooses kernels on")
+    (layer,) = evidence.layers
+    assert (layer.eligible, layer.chosen) == (None, None)
+    assert layer.reason.startswith("unknown: TensorRT-RTX chooses")
+    with pytest.raises(BackendMissingError, match="for SM86, SM89, SM120 cannot run here"):
+        backend.open(tmp_path, engine).__enter__()
+
+
+def test_a_file_that_does_not_parse_leaves_its_log_alone(backend: TensorRt, tmp_path: Path) -> None:
+    model = write_model(tmp_path, op_type="Unheard", domain="custom")
+    message = (
+        r"\.onnx for SM86, SM89, SM120: parser: node node_linear \(Unheard\): .*; the whole log"
     )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("custom", 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
-    return path
-
-
-@rtx
-def test_a_file_is_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.onnx", "Relu")
-    plans = compile_plans(path, tmp_path / "deep" / "plans", ["SM86", "SM120"], RANGES)
-    assert set(plans) == {"SM86", "SM120"}
-    assert all(plan.stat().st_size > 0 for plan in plans.values())
-
-
-@rtx
-def test_a_file_that_does_not_parse_is_named_with_the_reason(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.onnx", "Unheard", "custom")
-    message = r"does not compile .*m\.onnx for SM86: .*EngineError: parser: .*; export it again"
     with pytest.raises(EngineError, match=message) as caught:
-        compile_plans(path, tmp_path, ["SM86"], RANGES)
+        backend.build(tmp_path, model, OUT, twin="sparse")
     assert "\n" not in str(caught.value)
-    assert not list(tmp_path.glob("*.plan"))
+    assert [path.name for path in (tmp_path / OUT).iterdir()] == ["build.log"]
+    assert [path.name for path in (tmp_path / OUT.parent).iterdir()] == ["sparse"]
 
 
-@rtx
-def test_a_profile_that_does_not_fit_is_an_error_of_the_builder(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.onnx", "Relu")
-    with pytest.raises(EngineError, match=r"EngineError: builder: no plan for SM86, see its mess"):
-        compile_plans(path, tmp_path, ["SM86"], {})
+def test_what_needs_a_gpu_is_refused_by_the_library_itself(tmp_path: Path) -> None:
+    """Weights cannot be stripped ahead of time; no fallback keeps them quietly."""
+    options = EngineOptions(tensorrt=TensorRtOptions(strip_weights=True))
+    backend = open_tensorrt("tensorrt_rtx", options)
+    if getattr(backend, "card", ()):
+        pytest.skip("needs a machine without a GPU")
+    with pytest.raises(EngineError, match=r"does not compile .*; the whole log is .*build\.log"):
+        backend.build(tmp_path, write_model(tmp_path), OUT, twin="sparse")
+    assert [path.name for path in (tmp_path / OUT).iterdir()] == ["build.log"]
 
 
-@rtx
-def test_a_job_can_be_run_in_this_process(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.onnx", "Relu")
-    plan = tmp_path / "SM86.plan"
-    run_job({"onnx": str(path), "plans": {"SM86": str(plan)}, "ranges": RANGES})
-    assert plan.stat().st_size > 0
-    with pytest.raises(EngineError, match="builder: no plan for SM86"):
-        run_job({"onnx": str(path), "plans": {"SM86": str(plan)}, "ranges": {}})
-    broken = write(tmp_path / "broken.onnx", "Unheard", "custom")
-    with pytest.raises(EngineError, match="parser: "):
-        run_job({"onnx": str(broken), "plans": {"SM86": str(plan)}, "ranges": RANGES})
-
-
-def test_a_missing_library_is_told_with_its_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(BackendMissingError, match=r"not installed .*pip install tensorrt-rtx-cu13"):
-        compile_plans(tmp_path / "m.onnx", tmp_path, ["SM86"], RANGES)
-
-
-def test_a_compiler_that_dies_silently_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", json)
-    dead = subprocess.CompletedProcess([], -11, stdout="", stderr="")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: dead)
-    with pytest.raises(EngineError, match=r"m\.onnx for SM86: it ended with code -11; export it"):
-        compile_plans(tmp_path / "m.onnx", tmp_path, ["SM86"], RANGES)
+def test_a_job_can_be_run_in_this_process(backend: TensorRt, tmp_path: Path) -> None:
+    job = backend._job(tmp_path / write_model(tmp_path).path, tmp_path, "sparse")
+    run_job(job)
+    assert (tmp_path / "engine.plan").stat().st_size > 0

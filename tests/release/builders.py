@@ -21,6 +21,7 @@ from prox24_deploy.artifacts import (
     LayerSensitivity,
     Metric,
     ModelInfo,
+    NotMeasured,
     NumericsCheck,
     OnnxModel,
     PruneResult,
@@ -234,6 +235,30 @@ def with_numerics_failed(records: Records) -> Records:
 def with_latency(records: Records, verdict: Verdict, *, gated: bool) -> Records:
     rows = tuple(replace(row, verdict=verdict, gated=gated) for row in records.bench.latency)
     return replace(records, bench=replace(records.bench, latency=rows))
+
+
+def with_not_measured(records: Records, *, alone: bool) -> Records:
+    """A backend that was compiled for other machines, beside the measured one or `alone`."""
+    engines = tuple(
+        replace(e, backend="tensorrt-rtx", device="SM86") for e in records.compile.engines
+    )
+    layers = tuple(
+        LayerEvidence(check.module, None, None, "unknown: it chooses kernels on the GPU")
+        for check in records.export.sparsity
+    )
+    summary = "sparse kernels: unknown, it chooses kernels on the GPU"
+    evidence = EngineEvidence("tensorrt-rtx", "SM86", None, None, summary, layers)
+    before = CompileResult((), (), 0.0) if alone else records.compile
+    missing = NotMeasured("tensorrt-rtx", "engines for SM86 cannot run here; take it elsewhere.")
+    return replace(
+        records,
+        compile=CompileResult((*before.engines, *engines), (*before.evidence, evidence), 1.0),
+        bench=replace(
+            records.bench,
+            latency=() if alone else records.bench.latency,
+            not_measured=(missing,),
+        ),
+    )
 
 
 def all_skipped(records: Records) -> Records:

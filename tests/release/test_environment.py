@@ -1,6 +1,7 @@
 """What `doctor` finds; NVML is replaced where it meets the driver, which CI does not have."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from prox24_deploy import __version__
+from prox24_deploy.engines.host import gpu
 from prox24_deploy.release import environment
-from prox24_deploy.release.environment import Finding, diagnose, gpu, machine, versions
+from prox24_deploy.release.environment import Finding, diagnose, machine, versions
 
 HANDLE = SimpleNamespace()
 
@@ -197,15 +199,35 @@ def install(site: Path, distribution: str, version: str) -> None:
     )
 
 
-def test_an_engine_library_is_found_without_importing_it(no_gpu: mock.Mock, site: Path) -> None:
+def test_an_engine_library_is_found_without_importing_it(one_gpu: mock.Mock, site: Path) -> None:
     install(site, "tensorrt", "10.16.1")
     install(site, "tensorrt-rtx", "1.5.0")
     for name, version in (("tensorrt", "10.16.1"), ("tensorrt_rtx", "1.5.0")):
         assert (found(name).found, found(name).usable) == (version, True)
 
 
-def test_an_engine_library_from_another_distribution_is_usable(
+def test_tensorrt_is_not_usable_without_a_gpu_and_tensorrt_rtx_is(
     no_gpu: mock.Mock, site: Path
+) -> None:
+    install(site, "tensorrt", "10.16.1")
+    finding = found("tensorrt")
+    assert (finding.found, finding.usable) == ("10.16.1", False)
+    assert finding.remedy == "builds on an NVIDIA GPU, and there is none"
+    assert found("tensorrt_rtx").usable
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+def test_an_engine_library_that_is_missing_comes_with_the_line_that_installs_it(
+    no_gpu: mock.Mock, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    finding = found(name)
+    assert (finding.found, finding.usable) == ("not installed", False)
+    assert finding.remedy.startswith(f"pip install {name.replace('_', '-')}-cu13")
+
+
+def test_an_engine_library_from_another_distribution_is_usable(
+    one_gpu: mock.Mock, site: Path
 ) -> None:
     """`pip install tensorrt-cu13`, the remedy itself, installs no distribution `tensorrt`."""
     install(site, "tensorrt-cu13", "10.16.1")

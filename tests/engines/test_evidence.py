@@ -1,0 +1,319 @@
+"""What the builder says of sparse layers, in every wording that is documented.
+
+The logs are written here after the strings in TensorRT's developer guide (older wording) and in
+issues and examples of TensorRT 10 (today's wording); none was recorded by these tests.
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from prox24_deploy.artifacts import BuilderSparsity, Kernel, LayerEvidence, TensorCheck
+from prox24_deploy.engines.evidence import (
+    engine_evidence,
+    is_sparse_kernel,
+    parse_builder,
+    parse_layers,
+)
+
+I = "[03/23/2021-00:14:05] [I] [TRT] "  # noqa: E741 - as the log abbreviates it
+FOUND, CHOSE = "layer(s) eligible to use sparse tactics", "layer(s) using sparse tactics"
+OLD_FOUND = "(Sparsity) Layers eligible for sparse math:"
+OLD_CHOSE = "(Sparsity) TRT inference plan picked sparse implementation for layers:"
+
+LOGS: dict[str, tuple[str, BuilderSparsity]] = {
+    "developer guide until 2024": (
+        f"{I}{OLD_FOUND} conv1, conv2, conv3\n{I}{OLD_CHOSE} conv2, conv3\n",
+        BuilderSparsity(3, 2, ("conv1", "conv2", "conv3"), ("conv2", "conv3")),
+    ),
+    "older, fused layers": (
+        f"{I}{OLD_FOUND} MatMul_401, Conv_619 + Relu_620\n{I}{OLD_CHOSE} Conv_619 + Relu_620\n",
+        BuilderSparsity(2, 1, ("MatMul_401", "Conv_619 + Relu_620"), ("Conv_619 + Relu_620",)),
+    ),
+    "older, none chosen": (
+        f"{I}{OLD_FOUND} Conv_22, Gemm_725\n{I}{OLD_CHOSE}\n{I}next\n",
+        BuilderSparsity(2, 0, ("Conv_22", "Gemm_725")),
+    ),
+    "today, with names": (
+        f"{I}(Sparsity) Found 2 {FOUND}: node_a, node_b\n{I}(Sparsity) Chose 1 {CHOSE}: node_b\n",
+        BuilderSparsity(2, 1, ("node_a", "node_b"), ("node_b",)),
+    ),
+    "today, lines of Windows": (
+        f"{I}(Sparsity) Found 1 {FOUND}: a\r\n{I}(Sparsity) Chose 1 {CHOSE}: a\r\n",
+        BuilderSparsity(1, 1, ("a",), ("a",)),
+    ),
+    "today, without names": (
+        f"(Sparsity) Found 39 {FOUND}\n(Sparsity) Chose 0 {CHOSE}\n",
+        BuilderSparsity(39, 0),
+    ),
+    "today, zero with a colon": (
+        f"{I}(Sparsity) Found 0 {FOUND}: \n{I}(Sparsity) Chose 0 {CHOSE}: \n",
+        BuilderSparsity(0, 0),
+    ),
+    "the last pair counts": (
+        f"{I}(Sparsity) Found 3 {FOUND}: a, b, c\n{I}(Sparsity) Chose 3 {CHOSE}: a, b, c\n"
+        f"{I}(Sparsity) Found 2 {FOUND}: a, b\n{I}(Sparsity) Chose 0 {CHOSE}\n",
+        BuilderSparsity(2, 0, ("a", "b")),
+    ),
+    "cut off within the names": (
+        f"{I}(Sparsity) Found 3 {FOUND}: a, b",
+        BuilderSparsity(3, None, ("a", "b")),
+    ),
+    "older, cut off within the names: their number is not known": (
+        f"{I}{OLD_FOUND} a, b, node_lin",
+        BuilderSparsity(None, None, ("a", "b", "node_lin")),
+    ),
+    "cut off within the sentence": (
+        f"{I}(Sparsity) Found 3 {FOUND}: a, b, c\n{I}(Sparsity) Chose 2 layer(s) us",
+        BuilderSparsity(3, None, ("a", "b", "c")),
+    ),
+    "cut off after the first line of a second pass": (
+        f"{I}(Sparsity) Found 3 {FOUND}\n{I}(Sparsity) Chose 3 {CHOSE}\n"
+        f"{I}(Sparsity) Found 2 {FOUND}\n",
+        BuilderSparsity(2, None),
+    ),
+    "begins after the first line": (
+        f"{FOUND}: a\n{I}(Sparsity) Chose 1 {CHOSE}: a\n",
+        BuilderSparsity(None, 1, (), ("a",)),
+    ),
+    "another thread's line within the names": (
+        f"{I}(Sparsity) Found 3 {FOUND}: a, b[03/23/2021-00:14:05] [V] [TRT] Tactic: 0x1\n, c\n"
+        f"{I}(Sparsity) Chose 1 {CHOSE}: a\n",
+        BuilderSparsity(3, 1, ("a", "b"), ("a",)),
+    ),
+    "older, another thread's line within the names": (
+        f"{I}{OLD_FOUND} a, b{I}{OLD_CHOSE} a\n",
+        BuilderSparsity(None, 1, ("a", "b"), ("a",)),
+    ),
+    "both lines in one": (
+        f"(Sparsity) Found 1 {FOUND}: a(Sparsity) Chose 1 {CHOSE}: a\n",
+        BuilderSparsity(1, 1, ("a",), ("a",)),
+    ),
+    "another thread's line within the sentence": (
+        f"{I}(Sparsity) Found 3 layer(s) elig{I}hello\nible to use sparse tactics: a\n",
+        BuilderSparsity(None, None),
+    ),
+    "nothing on sparsity, as of TensorRT-RTX": (
+        f"{I}Engine generation completed in 0.02 seconds.\n",
+        BuilderSparsity(None, None),
+    ),
+    "other messages on sparsity": (
+        f"{I}(Sparsity) Please provide sparse weights if you want to refit sparse layers\n",
+        BuilderSparsity(None, None),
+    ),
+    "empty": ("", BuilderSparsity(None, None)),
+}
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_a_log_is_read_in_every_wording(name: str) -> None:
+    log, expected = LOGS[name]
+    assert parse_builder(log) == expected
+
+
+@given(st.text(), st.text())
+@example("[" * 100_000, "[" * 100_000)
+@example(f"(Sparsity) Found {'9' * 5000} {FOUND}", '{"Layers": ' + "9" * 5000 + "}")
+def test_no_text_makes_the_parser_raise(log: str, layers: str) -> None:
+    parse_builder(log, layers)
+
+
+@given(st.lists(st.sampled_from([
+    "(Sparsity) ", "Found ", "Chose ", "2 ", FOUND, CHOSE, OLD_FOUND, OLD_CHOSE, ": ", "a, b", "\n",
+    I, "[TRT]",
+]), max_size=20).map("".join))  # fmt: skip
+def test_no_shuffled_log_makes_the_parser_raise_or_invent(log: str) -> None:
+    said = parse_builder(log)
+    assert said.eligible is None or said.eligible in {2} | set(range(20))
+    assert all(name and name in log for name in said.eligible_layers + said.chosen_layers)
+
+
+@pytest.mark.parametrize("names", [("Bindings", "x"), ("I/O Tensors", {"Name": "x"})])
+def test_the_inspectors_of_both_versions_are_read(names: tuple[str, object]) -> None:
+    """10 lists bindings by name, 11 I/O tensors as objects and splits format from type."""
+    layers = [
+        {"Name": "node_a", "LayerType": "gemm", "TacticName": "sm80_xmma_sparse_gemm_f16"},
+        {"Name": "b", "Metadata": "[ONNX Layer: node_b]", "HasSparseWeights": 1, "TacticName": "t"},
+        {"Name": "c", "TacticName": None},
+        "a layer by name alone",
+    ]
+    assert parse_layers(json.dumps({"Layers": layers, names[0]: [names[1]]})) == (
+        Kernel("node_a", "", "sm80_xmma_sparse_gemm_f16"),
+        Kernel("b", "[ONNX Layer: node_b]", "t"),
+        Kernel("c", "", ""),
+    )
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "7", '{"Layers": 7}', '{"Layers": ["a"]}', "{"])
+def test_an_inspector_that_tells_nothing_is_no_layer(text: str) -> None:
+    assert parse_layers(text) == ()
+
+
+@pytest.mark.parametrize(
+    ("tactic", "sparse"),
+    [
+        ("sm80_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64", True),
+        ("sm80_xmma_sparse_conv_fprop_implicit_gemm_interleaved", True),
+        ("sm90_xmma_gemm_spmma_f16", True),
+        ("ampere_h16816gemm_sptensor", True),
+        ("sm80_xmma_gemm_f16f16_f16f32_f32_tn_n", False),
+        ("__myelin_CASK_STUB", False),
+        ("", False),
+    ],
+)
+def test_only_the_kernels_name_tells_a_sparse_one(tactic: str, sparse: bool) -> None:
+    assert is_sparse_kernel(tactic) is sparse
+
+
+def check(module: str, node: str, n: int = 512, k: int = 512) -> TensorCheck:
+    return TensorCheck(
+        f"{module}.weight_t", module, node, "MatMul", "float16", (k, n), 0, 0.5, True, True, None,
+        "", "", True, "",
+    )  # fmt: skip
+
+
+QUERY, KEY = check("layer.query", "node_linear_1"), check("layer.key", "node_linear_12")
+SMALL = check("layer.small", "node_linear_2", n=64)
+ODD = replace(
+    check("layer.odd", "node_linear_3"), eligible=False,
+    ineligible_reason="N = 3 is not a multiple of 8",
+)  # fmt: skip
+FLOAT = replace(
+    check("layer.float", "node_linear_4"), dtype="float32", eligible=False,
+    ineligible_reason="float32 has no sparse kernels; N = 3 is not a multiple of 8",
+)  # fmt: skip
+GROUPED = replace(
+    ODD, ineligible_reason="TensorRT has no sparse kernels for a convolution of 4 groups"
+)
+LOST = replace(
+    QUERY, is_24=False, eligible=False, reason="3 non-zeros", ineligible_reason="it is not proven"
+)
+SPARSE_TACTIC = "sm80_xmma_sparse_gemm_f16"
+
+
+def judged(said: BuilderSparsity | None, *checks: TensorCheck) -> list[tuple[object, ...]]:
+    evidence = engine_evidence("tensorrt", "H200", said, checks, "it does not say")
+    return [(layer.eligible, layer.chosen, layer.reason) for layer in evidence.layers]
+
+
+UNNAMED = "unknown: TensorRT does not name the layers that it found eligible"
+UNLISTED = "unknown: TensorRT does not list it as eligible and gives no reason"
+SLOWER = "timed slower: TensorRT timed sparse kernels and took a dense one"
+
+
+@pytest.mark.parametrize(
+    ("said", "layer", "expected"),
+    [
+        # Named as chosen, fused into others or not.
+        (BuilderSparsity(1, 1, ("node_linear_1",), ("node_linear_1",)), QUERY, (True, True, "")),
+        (
+            BuilderSparsity(1, 1, ("node_linear_1 + node_relu",), ("node_linear_1 + node_relu",)),
+            QUERY,
+            (True, True, ""),
+        ),
+        (
+            BuilderSparsity(1, 1, ("node_linear_1_myl0_5",), ("node_linear_1_myl0_5",)),
+            QUERY,
+            (True, True, ""),
+        ),
+        # Found and not taken.
+        (BuilderSparsity(1, 0, ("node_linear_1",)), QUERY, (True, False, SLOWER)),
+        (
+            BuilderSparsity(1, 0, ("node_linear_2",)),
+            SMALL,
+            (True, False, "too small: N = 64, K = 512, and sparse kernels seldom win below 256"),
+        ),
+        # Not found: by a rule of ours, or for a reason of its own.
+        (BuilderSparsity(0, 0), ODD, (False, False, f"shape rule: {ODD.ineligible_reason}")),
+        (BuilderSparsity(0, 0), FLOAT, (False, False, f"dtype: {FLOAT.ineligible_reason}")),
+        (
+            BuilderSparsity(0, 0),
+            GROUPED,
+            (False, False, f"shape rule: {GROUPED.ineligible_reason}"),
+        ),
+        (BuilderSparsity(0, 0), LOST, (False, False, "not 2:4: 3 non-zeros")),
+        (BuilderSparsity(0, 0), QUERY, (False, False, UNLISTED)),
+        # Its word goes before our rules.
+        (BuilderSparsity(1, 1, ("node_linear_3",), ("node_linear_3",)), ODD, (True, True, "")),
+        # Numbers alone.
+        (BuilderSparsity(39, 0), QUERY, (None, False, UNNAMED)),
+        (BuilderSparsity(39, 20), QUERY, (None, None, "unknown: it does not say")),
+        (BuilderSparsity(39, 20), FLOAT, (False, False, f"dtype: {FLOAT.ineligible_reason}")),
+        # An incomplete list, and one with a name that is not in the file, exclude nothing.
+        (BuilderSparsity(2, None, ("a",)), QUERY, (None, None, "unknown: it does not say")),
+        (BuilderSparsity(1, None, ("a",)), QUERY, (None, None, "unknown: it does not say")),
+        # A region is named by its ends and tells nothing of them.
+        (
+            BuilderSparsity(1, 1, ("{ForeignNode[node_linear_1...y]}",)),
+            QUERY,
+            (None, None, "unknown: it does not say"),
+        ),
+        (None, QUERY, (None, None, "unknown: it does not say")),
+        (None, FLOAT, (False, False, f"dtype: {FLOAT.ineligible_reason}")),
+    ],
+)  # fmt: skip
+def test_each_layer_is_eligible_chosen_or_told_why_not(
+    said: BuilderSparsity | None, layer: TensorCheck, expected: tuple[object, ...]
+) -> None:
+    assert judged(said, layer) == [expected]
+
+
+def test_a_name_that_contains_another_is_another_layer() -> None:
+    said = BuilderSparsity(1, 1, ("node_linear_12",), ("node_linear_12",))
+    assert judged(said, QUERY, KEY) == [(False, False, UNLISTED), (True, True, "")]
+
+
+def test_the_inspector_decides_where_the_log_gives_no_names() -> None:
+    kernels = (
+        Kernel("fused", "[ONNX Layer: node_linear_1]\x1e[ONNX Layer: node_add]", SPARSE_TACTIC),
+        Kernel("node_linear_12_myl0_7", "", "sm80_xmma_gemm_f16"),
+        Kernel("node_linear_2", "", "__myelin_CASK_STUB"),
+        Kernel("pointwise", "[ONNX Layer: node_linear_2]", "__myl_MulAddTanh_0x1"),
+    )
+    said = BuilderSparsity(3, 1, kernels=kernels)
+    assert judged(said, QUERY, KEY, SMALL) == [
+        (True, True, f"kernel {SPARSE_TACTIC}"),
+        (None, False, UNNAMED),
+        (None, None, "unknown: it does not say"),
+    ]
+
+
+def test_a_dense_layer_that_the_builder_lists_does_not_spoil_its_list() -> None:
+    """A weight that nothing declares may happen to be 2:4; its name is known all the same."""
+    said = BuilderSparsity(1, 0, ("node_linear_12",))
+    evidence = engine_evidence("b", "d", said, [QUERY, replace(KEY, expected=False)], "w")
+    assert [layer.eligible for layer in evidence.layers] == [False]
+
+
+def test_weights_that_nothing_declares_are_no_evidence() -> None:
+    evidence = engine_evidence("b", "d", None, [replace(QUERY, expected=False), KEY], "w")
+    assert evidence.layers == (LayerEvidence("layer.key", None, None, "unknown: w"),)
+
+
+def test_the_summary_counts_and_says_what_is_unknown() -> None:
+    def summary(said: BuilderSparsity | None) -> tuple[object, ...]:
+        made = engine_evidence("b", "d", said, [QUERY], "it is chosen later")
+        return made.eligible, made.chosen, made.summary
+
+    told = "the builder found {} layers eligible for sparse kernels and chose {}"
+    assert summary(None) == (None, None, "sparse kernels: unknown, it is chosen later")
+    assert summary(BuilderSparsity(3, 2)) == (3, 2, told.format(3, "sparse ones for 2"))
+    assert summary(BuilderSparsity(3, None)) == (
+        3, None, told.format(3, "it is unknown for how many"),
+    )  # fmt: skip
+    kernel = Kernel("a", "", SPARSE_TACTIC)
+    assert summary(BuilderSparsity(None, None, kernels=(kernel,))) == (
+        None, 1, told.format("an unknown number of", "sparse ones for 1"),
+    )  # fmt: skip
+    both = BuilderSparsity(3, 2, kernels=(kernel,))
+    assert summary(both)[2] == (
+        told.format(3, "sparse ones for 2") + "; the inspector shows 1 sparse kernels"
+    )
+
+
+def test_a_weight_without_a_known_axis_is_judged_too() -> None:
+    said = BuilderSparsity(1, 0, ("node_linear_1",))
+    assert judged(said, replace(QUERY, shape=(), axis=-1)) == [(True, False, SLOWER)]
