@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prox24_deploy import cli
+from prox24_deploy.cli import building
 from prox24_deploy.pruning.pattern import is_24
 from prox24_deploy.release.schema import Report
 
@@ -270,12 +270,12 @@ def test_export_refuses_a_model_that_changed_since(
 
 def test_the_exit_code_follows_verdict_and_sparsity(encoder: Path) -> None:
     report = read_report(encoder)
-    assert cli._exit_code(report) == 0
-    assert cli._exit_code(report.model_copy(update={"verdict": "fail"})) == 3
-    assert cli._exit_code(report.model_copy(update={"verdict": "inconclusive"})) == 5
+    assert building.exit_code(report) == 0
+    assert building.exit_code(report.model_copy(update={"verdict": "fail"})) == 3
+    assert building.exit_code(report.model_copy(update={"verdict": "inconclusive"})) == 5
     lost = tuple(replace(check, is_24=False) for check in report.sparsity.tensors)
     sparsity = report.sparsity.model_copy(update={"tensors": lost})
-    assert cli._exit_code(report.model_copy(update={"sparsity": sparsity})) == 4
+    assert building.exit_code(report.model_copy(update={"sparsity": sparsity})) == 4
 
 
 def test_nothing_is_written_outside_the_output(

@@ -23,6 +23,8 @@ from prox24_deploy.release.schema import Check
 
 TOKENS_PER_FEATURE = 10
 NAMES_IN_A_SENTENCE = 8
+# A clock below this share of the highest seen is said to be unsteady.
+STEADY_CLOCK = 0.9
 _NORMAL_95 = 1.96
 
 
@@ -41,6 +43,7 @@ def find_warnings(
         *_dtype_warnings(export),
         *_backend_warnings(compiled, bench.latency),
         *_unmeasured_warnings(bench),
+        *_clock_warnings(bench.latency),
     )
 
 
@@ -48,6 +51,7 @@ def find_checks(
     prune: PruneResult,
     evaluate: EvaluateResult,
     export: ExportResult,
+    compiled: CompileResult,
     bench: BenchResult,
 ) -> tuple[Check, ...]:
     """Everything that was checked, gated or not, in the order of the stages."""
@@ -56,6 +60,7 @@ def find_checks(
         *_presence_checks(prune, export),
         *(_sparsity_check(check) for check in export.sparsity if check.expected),
         *(_numerics_check(check) for check in export.numerics),
+        *(_engine_check(e.backend, check) for e in compiled.evidence for check in e.numerics),
         *(_accuracy_check(metric) for metric in evaluate.metrics),
         *_budget_checks(prune.sensitivity, evaluate.metrics),
         *(_latency_check(row) for row in bench.latency),
@@ -157,6 +162,21 @@ def _unmeasured_warnings(bench: BenchResult) -> Iterator[str]:
         )
 
 
+def _clock_warnings(latency: Sequence[LatencyRow]) -> Iterator[str]:
+    """What kept the GPU from a steady clock, for each row that it concerns."""
+    for row in latency:
+        if (clocks := row.clocks) is None:
+            continue
+        unsteady = clocks.sm_mhz_low < STEADY_CLOCK * clocks.sm_mhz_high
+        if clocks.slowed_by or unsteady:
+            reasons = f", slowed by {' and '.join(clocks.slowed_by)}" if clocks.slowed_by else ""
+            yield (
+                f"The GPU ran at {clocks.sm_mhz_low} to {clocks.sm_mhz_high} MHz{reasons} while "
+                f"{row_name(row)} was timed; absolute latencies may not repeat, the ratio is of "
+                "runs in turns."
+            )
+
+
 def _layer_checks(layers: Sequence[LayerRecord]) -> Iterator[Check]:
     """A failed check for each layer whose error is not finite, which no average may hide."""
     for layer in layers:
@@ -215,6 +235,19 @@ def _numerics_check(check: NumericsCheck) -> Check:
         verdict="pass" if check.passed else "fail",
         message=f"ONNX Runtime and PyTorch differ by at most {check.max_abs_difference:.3g}, "
         f"tolerance {check.tolerance:.3g}",
+    )
+
+
+def _engine_check(backend: str, check: NumericsCheck) -> Check:
+    return Check(
+        name=f"{backend} {check.output}",
+        kind="numerics",
+        value=check.max_abs_difference if math.isfinite(check.max_abs_difference) else None,
+        limit=check.tolerance,
+        gated=True,
+        verdict="pass" if check.passed else "fail",
+        message=f"The compressed engine and the same weights multiplied dense differ by at most "
+        f"{check.max_abs_difference:.3g}, tolerance {check.tolerance:.3g}",
     )
 
 

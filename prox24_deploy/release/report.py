@@ -81,7 +81,7 @@ def assemble_report(
     with the options, the conditions of the measurement with the environment. An error or metric
     that is not finite becomes None and fails the release.
     """
-    checks = find_checks(prune, evaluate, export, bench)
+    checks = find_checks(prune, evaluate, export, compile, bench)
     return Report(
         verdict=overall_verdict(checks),
         warnings=find_warnings(prune, evaluate, export, compile, bench),

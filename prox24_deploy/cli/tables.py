@@ -1,4 +1,4 @@
-"""What the command line shows, as rich tables and lines; `cli.py` prints them."""
+"""What the command line shows, as rich tables and lines."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

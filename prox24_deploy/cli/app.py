@@ -1,0 +1,75 @@
+"""The commands together, and the way in and out of them."""
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.logging import RichHandler
+
+from prox24_deploy import __version__
+from prox24_deploy.cli import arguments, building, judging
+from prox24_deploy.cli.terminal import fail, stderr, stdout
+from prox24_deploy.errors import Prox24Error
+
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="prox24-deploy",
+    help="Take a Hugging Face model to a 2:4-sparse, proven and measured release bundle.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog=(
+        "Exit codes: 0 passed, 1 internal error, 2 bad usage or input, 3 regression, "
+        "4 sparsity lost, 5 environment missing or measurement inconclusive."
+    ),
+)
+app.command()(building.build)
+app.command()(building.prune)
+app.command()(building.export)
+app.command("compile")(building.compile_engines)
+app.command()(building.bench)
+app.command()(judging.plan)
+app.command()(judging.check)
+app.command()(judging.verify)
+app.command()(judging.doctor)
+
+
+def main() -> None:
+    """Entry point: run one command and exit with its code; every error is one sentence."""
+    # No code of this tool may reach for a model hub, and neither may transformers.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # From 1.29 on ONNX Runtime writes to ~/.cache and reports hashes of models to its vendor.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    line = arguments.hoist_common(arguments.join_shapes(sys.argv[1:]))
+    try:
+        app(args=line, prog_name="prox24-deploy")
+    except (Prox24Error, OSError) as error:
+        fail(error, debug="--debug" in line)
+    except SystemExit as stop:
+        # typer turns an interrupt from the keyboard into this code and says nothing.
+        if stop.code == EXIT_INTERRUPTED:
+            stderr.print("Interrupted; finished stages are kept, run the same command to go on.")
+        raise
+    except Exception as error:  # the one place where a fault of ours becomes an exit code
+        fail(error, debug="--debug" in line)
+
+
+@app.callback(invoke_without_command=True)
+def common(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log every layer.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+) -> None:
+    """Set up logging; options here come before the command."""
+    if version:
+        stdout.print(__version__)
+        raise typer.Exit
+    level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
+    handler = RichHandler(console=stderr, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("prox24_deploy").setLevel(level)
+    context.obj = {"debug": debug}

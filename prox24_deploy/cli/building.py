@@ -1,0 +1,214 @@
+"""Commands that make a bundle or one stage of it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from prox24_deploy.cli import arguments, tables
+from prox24_deploy.cli.terminal import print_json, print_table, stderr, stdout
+from prox24_deploy.options import BuildOptions, TextOptions
+
+if TYPE_CHECKING:
+    from prox24_deploy.release.report import Report
+
+EXIT_REGRESSION, EXIT_SPARSITY, EXIT_INCONCLUSIVE = 3, 4, 5
+_TEXT = TextOptions()
+_VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCLUSIVE}
+
+
+def build(
+    model_dir: arguments.ModelArg,
+    out: arguments.OutOpt = None,
+    recipe: arguments.RecipeOpt = None,
+    calibration: arguments.CalibrationOpt = None,
+    evaluation: arguments.EvaluationOpt = None,
+    calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
+    evaluation_tokens: arguments.EvaluationTokensOpt = _TEXT.evaluation_tokens,
+    images: arguments.ImagesOpt = _TEXT.images,
+    method: arguments.MethodOpt = "prox",
+    preset: arguments.PresetOpt = "default",
+    refinement: arguments.RefinementOpt = "auto",
+    reconstruct: arguments.ReconstructOpt = None,
+    include: arguments.IncludeOpt = None,
+    exclude: arguments.ExcludeOpt = None,
+    max_loss: arguments.MaxLossOpt = None,
+    layers: arguments.LayersOpt = None,
+    dtype: arguments.DTypeOpt = "float32",
+    backend: arguments.BackendOpt = None,
+    shapes: arguments.ShapesOpt = None,
+    plan: arguments.PlanOpt = None,
+    workspace_gib: arguments.WorkspaceOpt = None,
+    builder_level: arguments.LevelOpt = None,
+    compatibility: arguments.CompatibilityOpt = "none",
+    refit: arguments.RefitOpt = False,
+    strip_weights: arguments.StripOpt = False,
+    timing_cache: arguments.TimingsOpt = None,
+    compute_capability: arguments.CapabilityOpt = None,
+    device: arguments.DeviceOpt = "auto",
+    seed: arguments.SeedOpt = 0,
+    fresh: arguments.FreshOpt = False,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Prune, export, prove, compile, measure and report: everything, into one bundle."""
+    from prox24_deploy import pipeline
+
+    tensorrt = arguments.tensorrt_options(
+        workspace_gib, builder_level, compatibility, refit, strip_weights, timing_cache,
+        compute_capability,
+    )  # fmt: skip
+    options = BuildOptions(
+        recipe,
+        arguments.text_options(
+            calibration, evaluation, calibration_tokens, evaluation_tokens, images, seed
+        ),
+        arguments.prune_options(
+            method, preset, refinement, reconstruct, include, exclude, max_loss, layers, plan
+        ),
+        device,
+        dtype,
+        arguments.engine_options(backend, shapes, tensorrt, plan),
+    )
+    root = out or arguments.default_out(model_dir)
+    with tables.progress(stderr) as progress:
+        report = pipeline.build(model_dir, root, options, fresh=fresh, progress=progress)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        print_report(report, root)
+    raise typer.Exit(exit_code(report))
+
+
+def prune(
+    model_dir: arguments.ModelArg,
+    out: arguments.OutOpt = None,
+    recipe: arguments.RecipeOpt = None,
+    calibration: arguments.CalibrationOpt = None,
+    evaluation: arguments.EvaluationOpt = None,
+    calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
+    evaluation_tokens: arguments.EvaluationTokensOpt = _TEXT.evaluation_tokens,
+    images: arguments.ImagesOpt = _TEXT.images,
+    method: arguments.MethodOpt = "prox",
+    preset: arguments.PresetOpt = "default",
+    refinement: arguments.RefinementOpt = "auto",
+    reconstruct: arguments.ReconstructOpt = None,
+    include: arguments.IncludeOpt = None,
+    exclude: arguments.ExcludeOpt = None,
+    max_loss: arguments.MaxLossOpt = None,
+    layers: arguments.LayersOpt = None,
+    device: arguments.DeviceOpt = "auto",
+    seed: arguments.SeedOpt = 0,
+    fresh: arguments.FreshOpt = False,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Prune only: OUT becomes a bundle with the pruned model directory."""
+    from prox24_deploy import pipeline
+
+    options = BuildOptions(
+        recipe,
+        arguments.text_options(
+            calibration, evaluation, calibration_tokens, evaluation_tokens, images, seed
+        ),
+        arguments.prune_options(
+            method, preset, refinement, reconstruct, include, exclude, max_loss, layers
+        ),
+        device,
+    )
+    root = out or arguments.default_out(model_dir)
+    with tables.progress(stderr) as progress:
+        result = pipeline.prune(model_dir, root, options, fresh=fresh, progress=progress)
+    if as_json:
+        print_json(asdict(result))
+        return
+    pruned = [layer for layer in result.layers if layer.status == "pruned"]
+    print_table(tables.layers(result.layers))
+    stdout.print(f"{len(pruned)} layers are 2:4 in {root / 'pruned'}.", soft_wrap=True)
+
+
+def export(
+    bundle: arguments.BundleArg,
+    dtype: arguments.DTypeOpt = "float32",
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the file."""
+    from prox24_deploy import pipeline
+
+    with tables.progress(stderr) as progress:
+        result = pipeline.export(bundle, dtype, progress=progress)
+    if as_json:
+        print_json(asdict(result))
+        return
+    proven = sum(check.expected and check.is_24 for check in result.sparsity)
+    worst = max((c.max_abs_difference for c in result.numerics), default=float("nan"))
+    stdout.print(
+        f"{proven} weights proven 2:4 in {bundle / result.sparse.path}; largest difference to "
+        f"PyTorch {worst:.2g}.",
+        soft_wrap=True,
+    )
+
+
+def compile_engines(
+    bundle: arguments.BundleArg,
+    backend: arguments.BackendOpt = None,
+    shapes: arguments.ShapesOpt = None,
+    workspace_gib: arguments.WorkspaceOpt = None,
+    builder_level: arguments.LevelOpt = None,
+    compatibility: arguments.CompatibilityOpt = "none",
+    refit: arguments.RefitOpt = False,
+    strip_weights: arguments.StripOpt = False,
+    timing_cache: arguments.TimingsOpt = None,
+    compute_capability: arguments.CapabilityOpt = None,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Compile engines from the ONNX twins of a bundle."""
+    from prox24_deploy import pipeline
+
+    tensorrt = arguments.tensorrt_options(
+        workspace_gib, builder_level, compatibility, refit, strip_weights, timing_cache,
+        compute_capability,
+    )  # fmt: skip
+    options = arguments.engine_options(backend, shapes, tensorrt)
+    with tables.progress(stderr) as progress:
+        result = pipeline.compile_engines(bundle, options, progress=progress)
+    if as_json:
+        print_json(asdict(result))
+        return
+    for engine in result.engines:
+        stdout.print(f"{engine.twin}: {bundle / engine.path}", soft_wrap=True)
+    for evidence in result.evidence:
+        stdout.print(f"{evidence.backend}: {evidence.summary}", soft_wrap=True)
+
+
+def bench(
+    bundle: arguments.BundleArg,
+    shapes: arguments.ShapesOpt = None,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Measure dense against sparse latency of a bundle's engines, interleaved."""
+    from prox24_deploy import pipeline
+
+    with tables.progress(stderr) as progress:
+        result = pipeline.bench(bundle, arguments.engine_options(None, shapes), progress=progress)
+    if as_json:
+        print_json(asdict(result))
+        return
+    print_table(tables.latency(result.latency))
+
+
+def exit_code(report: "Report") -> int:
+    """4 if a weight lost its pattern, else that of the verdict."""
+    if any(check.expected and not check.is_24 for check in report.sparsity.tensors):
+        return EXIT_SPARSITY
+    return _VERDICT_EXIT[report.verdict]
+
+
+def print_report(report: "Report", root: Path) -> None:
+    """The page of a build: verdict, accuracy, latency, warnings, where to look."""
+    for line in tables.report_head(report):
+        stdout.print(line, soft_wrap=True, markup=False)
+    if report.latency:
+        print_table(tables.latency(report.latency))
+    for warning in report.warnings:
+        stdout.print(f"Note: {warning}", soft_wrap=True, markup=False)
+    stdout.print(f"Report: {root / 'report.html'}", soft_wrap=True, markup=False)
