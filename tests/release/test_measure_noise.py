@@ -1,0 +1,24 @@
+"""The measuring on a real engine: nothing is found where nothing is, a slow-down where it is."""
+
+import pytest
+from measure_noise import COVERAGE, against_itself, bench, verdicts, with_slowdown
+
+from prox24_deploy.release.measure import MeasureOptions
+
+pytestmark = pytest.mark.slow
+
+
+def test_an_engine_against_itself_is_never_found_to_differ() -> None:
+    """A hundred short measurements of one model, on whatever else this machine is doing."""
+    with bench() as made:
+        same = against_itself(made, 100, MeasureOptions(seconds=0.2))
+    contained = sum(interval.low <= 1 <= interval.high for interval in same)
+    assert contained >= 100 * COVERAGE
+    assert verdicts(same)["fail"] <= 100 * (1 - COVERAGE)
+
+
+def test_a_planted_slowdown_of_five_per_cent_is_found() -> None:
+    with bench() as made:
+        found = verdicts(with_slowdown(made, 3, MeasureOptions(seconds=2)))
+    assert found["pass"] == 0
+    assert found["fail"] >= 2
