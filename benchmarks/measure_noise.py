@@ -1,6 +1,6 @@
 """Does the measuring tell nothing where there is nothing, and something where there is?
 
-    python benchmarks/measure_noise.py [--runs 100] [--seconds 1]
+    python benchmarks/measure_noise.py [--runs 100] [--seconds 2]
 
 Times one ONNX Runtime engine on the CPU against itself, and then against a twin that waits 5 % of
 the median after each run. Against itself, the 95 % interval must contain 1 in at least 95 of 100
@@ -127,7 +127,7 @@ def verdicts(intervals: list[Interval]) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--seconds", type=float, default=2.0)
     arguments = parser.parse_args()
     options = MeasureOptions(seconds=arguments.seconds)
     with bench() as made:

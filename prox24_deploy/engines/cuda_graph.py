@@ -1,6 +1,6 @@
 """Run a PyTorch module as one CUDA graph per input shape, and time it on the GPU's own clock."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -12,16 +12,63 @@ from torch import Tensor, nn
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.errors import EngineError
 
+# Where modules and buffers live.
+DEVICE = "cuda"
+
 _WARM_RUNS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class _Captured:
-    """A graph, the tensors that it reads and those that it writes."""
+class Captured:
+    """Work captured as a CUDA graph, and the tensors that each replay writes."""
 
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
+    replay: Callable[[], None]
     outputs: tuple[Tensor, ...]
+
+
+def capture(run: Callable[[], tuple[Tensor, ...]]) -> Captured:
+    """Run `run` a few times, then capture what it launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_RUNS):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    return Captured(graph.replay, outputs)
+
+
+class Stopwatch:
+    """Times replays by the GPU's own clock, each with the L2 cache overwritten before it."""
+
+    def __init__(self) -> None:
+        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._flush = torch.empty(2 * cache, dtype=torch.uint8, device=DEVICE)
+
+    def milliseconds(self, replay: Callable[[], None], runs: int) -> npt.NDArray[np.float64]:
+        """Time of each of `runs` replays, shape (runs,)."""
+        marks = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(runs)
+        ]
+        for first, last in marks:
+            self._flush.zero_()
+            first.record()
+            replay()
+            last.record()
+        torch.cuda.synchronize()
+        return np.array([first.elapsed_time(last) for first, last in marks], dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The graph of one set of shapes and the tensors that it reads."""
+
+    shapes: tuple[torch.Size, ...]
+    inputs: tuple[Tensor, ...]
+    graph: Captured
 
 
 class GraphSession:
@@ -39,9 +86,8 @@ class GraphSession:
     ) -> None:
         self._module: nn.Module | None = module
         self._inputs, self._outputs, self._source = tuple(inputs), tuple(outputs), source
-        self._captured: tuple[tuple[tuple[int, ...], ...], _Captured] | None = None
-        cache = torch.cuda.get_device_properties(0).L2_cache_size
-        self._flush = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
+        self._captured: _Kept | None = None
+        self._stopwatch = Stopwatch()
 
     def infer(self, feeds: Feeds) -> dict[str, Array]:
         """Run once; inputs and outputs by graph name.
@@ -50,8 +96,7 @@ class GraphSession:
             EngineError: an input is missing or unknown, or the module does not run on it.
         """
         captured = self._graph_of(feeds)
-        captured.graph.replay()
-        torch.cuda.synchronize()
+        captured.replay()
         arrays = (to_array(output) for output in captured.outputs)
         return dict(zip(self._outputs, arrays, strict=True))
 
@@ -63,37 +108,27 @@ class GraphSession:
         Raises:
             EngineError: an input is missing or unknown, or the module does not run on it.
         """
-        graph = self._graph_of(feeds).graph
+        replay = self._graph_of(feeds).replay
         for _ in range(warmup):
-            graph.replay()
-        marks = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(runs)
-        ]
-        for first, last in marks:
-            self._flush.zero_()
-            first.record()
-            graph.replay()
-            last.record()
-        torch.cuda.synchronize()
-        return np.array([first.elapsed_time(last) for first, last in marks], dtype=np.float64)
+            replay()
+        return self._stopwatch.milliseconds(replay, runs)
 
     def close(self) -> None:
         """Release the memory of the module and its graph; running afterwards is an error."""
         self._module = self._captured = None
 
     @torch.inference_mode()
-    def _graph_of(self, feeds: Feeds) -> _Captured:
+    def _graph_of(self, feeds: Feeds) -> Captured:
         """The graph for the shapes of `feeds`, its inputs filled with them."""
-        inputs = self._tensors(feeds)
-        key = tuple(tuple(tensor.shape) for tensor in inputs)
-        if self._captured is None or self._captured[0] != key:
+        given = self._tensors(feeds)
+        shapes = tuple(tensor.shape for tensor in given)
+        if self._captured is None or self._captured.shapes != shapes:
+            # The memory of the old graph is needed for the new one.
             self._captured = None
-            self._captured = key, self._capture(inputs)
-        captured = self._captured[1]
-        for static, given in zip(captured.inputs, inputs, strict=True):
-            static.copy_(given)
-        return captured
+            self._captured = self._capture(given)
+        for static, tensor in zip(self._captured.inputs, given, strict=True):
+            static.copy_(tensor)
+        return self._captured.graph
 
     def _tensors(self, feeds: Feeds) -> tuple[Tensor, ...]:
         missing = sorted(set(self._inputs) - feeds.keys())
@@ -105,36 +140,28 @@ class GraphSession:
             )
         return tuple(to_tensor(feeds[name]) for name in self._inputs)
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> _Captured:
+    def _capture(self, given: tuple[Tensor, ...]) -> _Kept:
         module = self._module
         if module is None:
             raise EngineError(f"The session of {self._source} is closed; open the engine again.")
-        static = tuple(tensor.clone() for tensor in inputs)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
+        static = tuple(tensor.clone() for tensor in given)
         try:
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_RUNS):
-                    module(*static)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
-                outputs = module(*static)
+            graph = capture(lambda: tuple(module(*static)))
         except (RuntimeError, ValueError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
             raise EngineError(
                 f"{self._source} does not run as a CUDA graph on inputs of shape {shapes}: {first}."
             ) from error
-        return _Captured(graph, static, tuple(outputs))
+        return _Kept(tuple(tensor.shape for tensor in given), static, graph)
 
 
 def to_tensor(array: Array) -> Tensor:
     """Copy a NumPy array to the GPU; bfloat16 keeps its bits."""
     contiguous = np.ascontiguousarray(array)
     if contiguous.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(contiguous.view(np.int16)).cuda().view(torch.bfloat16)
-    return torch.from_numpy(contiguous).cuda()
+        return torch.from_numpy(contiguous.view(np.int16)).to(DEVICE).view(torch.bfloat16)
+    return torch.from_numpy(contiguous).to(DEVICE)
 
 
 def to_array(tensor: Tensor) -> Array:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import DType, NumericsCheck
+from prox24_deploy.engines import cuda_graph
 from prox24_deploy.engines.base import Feeds
 from prox24_deploy.engines.cuda_graph import GraphSession, to_tensor
 from prox24_deploy.engines.feeds import random_feeds
@@ -95,7 +96,7 @@ def open_torch_model(directory: Path, recipe: Recipe, dtype: DType) -> TorchMode
             f"cuSPARSELt has no {dtype} kernels; export with --dtype float16 or --dtype bfloat16."
         )
     source = open_model_dir(directory)
-    model = load_model(source, recipe, torch.device("cuda"))
+    model = load_model(source, recipe, torch.device(cuda_graph.DEVICE))
     module = RecipeModule(copy_with(model, to_dtype(dtype)), recipe).eval()
     vocabulary = int(source.config.get("vocab_size", 1))
     return TorchModel(module, dtype, vocabulary, source.sha256)

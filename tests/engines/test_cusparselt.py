@@ -1,0 +1,276 @@
+"""The cuSPARSELt backend around a stand-in for its GPU."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from command_line import run_cli, snapshot
+from fake_cuda import CARD, DENSE, SPARSE, Machine, install
+from torch import nn
+
+from prox24_deploy.artifacts import CompileResult, Engine, OnnxModel
+from prox24_deploy.engines import cuda_graph, kernels
+from prox24_deploy.engines.cuda_graph import GraphSession
+from prox24_deploy.engines.cusparselt import CuSparseLt
+from prox24_deploy.engines.gemm import measure_gemms, time_gemm
+from prox24_deploy.engines.linear import SparseLinear
+from prox24_deploy.engines.profile import Algorithm, GemmShape, GpuProfile
+from prox24_deploy.engines.torch_model import compare_outputs, open_torch_model
+from prox24_deploy.errors import EngineError
+from prox24_deploy.options import EngineOptions
+from prox24_deploy.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.release.bundle import open_bundle
+
+SHAPES = ("--shapes", "batch=1,2", "sequence=16")
+SMALL = ("--calibration-tokens", "4096", "--evaluation-tokens", "1024", *SHAPES)
+LAYERS = 12
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return install(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, prose: Path) -> Path:
+    """A whole build, on the stand-in."""
+    out = tmp_path_factory.mktemp("cusparselt") / "bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)
+        run = run_cli(
+            "build", tiny_bert, "-o", out, "--calibration", prose, "--dtype", "float16",
+            "--backend", "cusparselt", "--device", "cpu", *SMALL,
+        )  # fmt: skip
+    assert run.code == 0, run.err
+    return out
+
+
+def backend_of(tiny_bert: Path) -> CuSparseLt:
+    recipe = parse_recipe(shipped_recipes()["bert"], "bert")
+    return CuSparseLt(tiny_bert, recipe, EngineOptions(batches=(1, 2), sequences=(16,)))
+
+
+def engines_of(bundle: Path) -> dict[str, Engine]:
+    with open_bundle(bundle, existing=True) as opened:
+        return {e.twin: e for e in opened.load("compile", CompileResult).engines}
+
+
+def two_four(n: int, k: int) -> torch.Tensor:
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).half()
+    weight.view(n, -1, 4)[..., 2:] = 0
+    return weight
+
+
+def test_a_build_reports_which_layers_run_sparse_and_what_they_compute(bundle: Path) -> None:
+    report = json.loads((bundle / "report.json").read_text())
+    (evidence,) = report["sparsity"]["engines"]
+    assert (evidence["backend"], evidence["device"]) == ("cusparselt", CARD)
+    assert (evidence["eligible"], evidence["chosen"]) == (LAYERS, LAYERS)
+    dense = [layer for layer in evidence["layers"] if not layer["chosen"]]
+    assert [(layer["module"], layer["reason"]) for layer in dense] == [("pooler.dense", "not 2:4")]
+    for layer in (layer for layer in evidence["layers"] if layer["chosen"]):
+        assert layer["reason"].startswith("timed faster: 1.06× at 16 rows, 1.06× at 32 rows")
+        assert layer["reason"].endswith(f"kernel {SPARSE}")
+    checks = [c for c in report["checks"] if c["name"].startswith("cusparselt ")]
+    assert any(check["kind"] == "numerics" and check["gated"] for check in checks)
+    assert {row["device"] for row in report["latency"]} == {CARD}
+    for row in report["latency"]:
+        # Twelve layers with the fastest algorithm, k divided by two: 0.6 ms less for each.
+        assert row["dense"]["median_ms"] == 10.0
+        assert row["sparse"]["median_ms"] == pytest.approx(10.0 - LAYERS * 0.6)
+        assert row["gated"]
+        assert row["verdict"] == "pass"
+    assert report["verdict"] == "pass"
+    sparse = bundle / "engines" / "cusparselt" / "sparse"
+    assert {p.name for p in sparse.iterdir()} == {"engine.json", "evidence.json", "gemms.json"}
+
+
+def test_engines_hold_less_and_compute_what_the_pruned_model_computes(
+    bundle: Path, tiny_bert: Path, machine: Machine
+) -> None:
+    engines = engines_of(bundle)
+    assert engines["sparse"].size_bytes < engines["dense"].size_bytes
+    backend = backend_of(tiny_bert)
+    pruned = open_torch_model(bundle / "pruned", backend.recipe, "float16")
+    feeds = pruned.feeds((2, 16), seed=3)
+    expected = pruned.run(feeds)[0].float().numpy()
+    before = machine.products
+    with backend.open(bundle, engines["sparse"]) as session:
+        found = session.infer(feeds)
+    assert machine.products - before >= LAYERS
+    (name,) = found
+    np.testing.assert_allclose(found[name], expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_the_same_build_again_runs_nothing(
+    bundle: Path, tiny_bert: Path, prose: Path, machine: Machine
+) -> None:
+    before = snapshot(bundle)
+    run = run_cli(
+        "build", tiny_bert, "-o", bundle, "--calibration", prose, "--dtype", "float16",
+        "--backend", "cusparselt", "--device", "cpu", *SMALL,
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    assert snapshot(bundle) == before
+    assert machine.products == 0
+
+
+def test_a_float32_model_is_refused(tiny_bert: Path, tmp_path: Path, machine: Machine) -> None:
+    model = OnnxModel("onnx/sparse/model.onnx", "float32", 20, "0" * 64, 1)
+    with pytest.raises(EngineError, match="cuSPARSELt has no float32 kernels; export with"):
+        backend_of(tiny_bert).build(tmp_path, model, Path("engines"), twin="dense")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_or_foreign_engine_files_are_refused(
+    bundle: Path, tiny_bert: Path, tmp_path: Path, machine: Machine
+) -> None:
+    backend, engine = backend_of(tiny_bert), engines_of(bundle)["sparse"]
+    missing = replace(engine, path="engines/nowhere/engine.json")
+    with pytest.raises(EngineError, match="cannot be read; compile the model again"):
+        backend.evidence(bundle, missing, ())
+    with pytest.raises(EngineError, match="cannot be read; compile"), backend.open(bundle, missing):
+        pass
+    record = json.loads((bundle / engine.path).read_text())
+    (tmp_path / "engine.json").write_text(
+        json.dumps({**record, "model": str(bundle / "pruned"), "model_sha256": "0" * 64})
+    )
+    moved = replace(engine, path="engine.json")
+    with pytest.raises(EngineError, match="has changed since"), backend.open(tmp_path, moved):
+        pass
+
+
+def test_outputs_that_differ_stop_the_build(
+    bundle: Path, tiny_bert: Path, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = machine.sparse_mm
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *a, **k: 2 * wrong(*a, **k))
+    (tmp_path / "pruned").symlink_to(bundle / "pruned")
+    model = OnnxModel("onnx/sparse/model.onnx", "float16", 20, "0" * 64, 1)
+    message = "Output last_hidden_state of the compressed model differs from the same weights"
+    with pytest.raises(EngineError, match=message):
+        backend_of(tiny_bert).build(tmp_path, model, Path("engines"), twin="sparse")
+    assert not (tmp_path / "engines" / "engine.json").exists()
+
+
+def test_a_plan_is_measured_on_the_gpu(
+    tiny_bert: Path, prose: Path, tmp_path: Path, machine: Machine
+) -> None:
+    run = run_cli(
+        "plan", tiny_bert, "-o", tmp_path / "plan.json", "--calibration", prose, "--device", "cpu",
+        "--calibration-tokens", "4096", "--save-profile", tmp_path / "gpu.json", *SHAPES,
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    assert f"Prune {LAYERS} of {LAYERS} layers on {CARD} in float16." in run.out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["source"] == "measured"
+    for shape in plan["shapes"]:
+        assert shape["dense_ms"] == 10.0
+        # Each GEMM takes 10 ms dense on the stand-in and 9.4 sparse; the model saves them all.
+        assert shape["speedup"] == pytest.approx(10.0 / (10.0 - LAYERS * 0.6))
+    assert {gemm["algorithm"]["number"] for gemm in plan["profile"]["gemms"]} == {1}
+    assert json.loads((tmp_path / "gpu.json").read_text()) == plan["profile"]
+    before = machine.products
+    run = run_cli(
+        "build", tiny_bert, "-o", tmp_path / "out", "--calibration", prose, "--device", "cpu",
+        "--dtype", "float16", "--backend", "cusparselt", "--plan", tmp_path / "plan.json", *SMALL,
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    assert machine.products > before
+
+
+def test_the_fastest_algorithm_is_taken_and_k_divided_for_few_rows(machine: Machine) -> None:
+    few = time_gemm(GemmShape(32, 64, 16), torch.float16)
+    assert few.algorithm == Algorithm(1, 2, 0)
+    assert few.dense_us == 10000.0
+    assert few.sparse_us == pytest.approx(9400.0)
+    many = time_gemm(GemmShape(16, 16, 1024), torch.bfloat16)
+    assert many.algorithm == Algorithm(1)
+
+
+def test_known_shapes_are_not_measured_again(machine: Machine) -> None:
+    empty = GpuProfile("a card", "1", "float16", {}, ())
+    shape = GemmShape(32, 64, 16)
+    seen: list[tuple[int, int]] = []
+    once = measure_gemms(empty, [shape, shape], "float16", lambda _, a, b: seen.append((a, b)))
+    assert seen == [(0, 1), (1, 1)]
+    products = machine.products
+    assert measure_gemms(once, [shape], "float16", lambda *_: None) == once
+    assert machine.products == products
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_compressed_layer_multiplies_as_a_dense_one(machine: Machine, bias: bool) -> None:
+    weight = two_four(32, 64)
+    offset = torch.arange(32).half() if bias else None
+    layer = SparseLinear(weight, offset, {6: Algorithm(2)})
+    hidden = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).half()
+    expected = nn.functional.linear(hidden.float(), weight.float(), None if offset is None
+                                    else offset.float())  # fmt: skip
+    found = layer(hidden)
+    assert found.shape == (2, 3, 32)
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.01)
+    assert machine.gains == [0.3]
+
+
+class Doubling(nn.Module):
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor]:
+        if first.shape[0] == 13:
+            raise RuntimeError("no stream\nsecond line")
+        return (2 * first + second,)
+
+
+def test_a_session_is_fed_by_name_at_any_shape(machine: Machine) -> None:
+    session = GraphSession(Doubling(), ["first", "second"], ["sum"], "the doubling model")
+    first, second = np.full(4, 4, np.float32), np.arange(4, dtype=np.float32)
+    for one, other in ((first, second), (second, first), (np.tile(first, 2), np.tile(second, 2))):
+        found = session.infer({"second": other, "first": one})
+        np.testing.assert_array_equal(found["sum"], 2 * one + other)
+    times = session.latencies_ms({"first": first, "second": second}, runs=3, warmup=1)
+    np.testing.assert_array_equal(times, [10.0, 10.0, 10.0])
+    with pytest.raises(EngineError, match="missing second, not known third; feed exactly first, s"):
+        session.infer({"first": first, "third": second})
+    with pytest.raises(EngineError, match=r"inputs of shape \(13,\), \(13,\): no stream\.$"):
+        session.infer(dict.fromkeys(("first", "second"), np.zeros(13, np.float32)))
+    session.close()
+    with pytest.raises(EngineError, match="session of the doubling model is closed"):
+        session.infer({"first": first, "second": second})
+
+
+def test_bfloat16_keeps_its_bits_on_the_way_in_and_out(machine: Machine) -> None:
+    array = np.array([1.0, -0.0, 3.3895314e38, 1e-40], np.float32).astype(ml_dtypes.bfloat16)
+    tensor = cuda_graph.to_tensor(array)
+    assert tensor.dtype == torch.bfloat16
+    back = cuda_graph.to_array(tensor)
+    assert back.dtype == ml_dtypes.bfloat16
+    assert back.tobytes() == array.tobytes()
+
+
+def test_a_check_fails_beyond_the_tolerance_of_its_dtype() -> None:
+    expected = [(torch.tensor([1.0, -2.0]),), (torch.tensor([4.0]),)]
+    close = [(torch.tensor([1.0, -2.0]),), (torch.tensor([4.07]),)]
+    far = [(torch.tensor([1.0, -2.0]),), (torch.tensor([4.09]),)]
+    (found,) = compare_outputs(["out"], expected, close, "float16")
+    assert found.passed
+    assert found.tolerance == pytest.approx(0.08)
+    assert found.shapes == ((2,), (1,))
+    assert not compare_outputs(["out"], expected, far, "float16")[0].passed
+    assert compare_outputs(["out"], expected, far, "bfloat16")[0].passed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_profiler_that_sees_no_kernel_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(EngineError, match="The PyTorch profiler saw no GPU kernel"):
+        kernels.kernels_by_layer(model, ["0"], lambda: model(torch.zeros(1, 4)))
+    assert not model[0]._forward_hooks
+
+
+def test_sparse_kernels_are_known_by_name() -> None:
+    names = ("sm90_xmma_sparse_gemm_f16f16_f16f32", "nvjet_hsh_128x256", "cutlass_spmma", DENSE)
+    assert kernels.sparse_kernels(names) == (names[0], names[2])

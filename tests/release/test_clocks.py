@@ -1,0 +1,82 @@
+"""What is noted of the GPU's clock, on a stand-in for the driver's interface."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pynvml
+import pytest
+from builders import make_latency_row
+
+from prox24_deploy.artifacts import Clocks
+from prox24_deploy.release.clocks import ClockWatch
+from prox24_deploy.release.findings import _clock_warnings
+
+POWER, IDLE = pynvml.nvmlClocksThrottleReasonSwPowerCap, pynvml.nvmlClocksThrottleReasonGpuIdle
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Clocks and reasons that the stand-in will tell, one pair for each sample."""
+    told: list[tuple[int, int]] = []
+    reasons: list[int] = []
+
+    def clock(handle: object, kind: int) -> int:
+        if not told:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        mhz, bits = told.pop(0)
+        reasons.append(bits)
+        return mhz
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: "a card")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetClockInfo", clock)
+    monkeypatch.setattr(
+        pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda handle: reasons[-1]
+    )
+    yield told
+
+
+def test_range_and_reasons_are_those_since_the_last_look(driver: list[tuple[int, int]]) -> None:
+    driver += [(1980, IDLE), (1755, POWER), (1905, 0), (1980, IDLE)]
+    with ClockWatch() as watch:
+        for _ in range(3):
+            watch.sample()
+        assert watch.take() == Clocks(1755, 1980, ("power cap",))
+        assert watch.take() is None
+        watch.sample()
+        assert watch.take() == Clocks(1980, 1980, ())
+
+
+def test_a_card_that_stops_answering_is_not_quoted(driver: list[tuple[int, int]]) -> None:
+    driver += [(1980, 0)]
+    with ClockWatch() as watch:
+        watch.sample()
+        watch.sample()
+        watch.sample()
+        assert watch.take() is None
+
+
+def test_without_a_driver_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    with ClockWatch() as watch:
+        watch.sample()
+        assert watch.take() is None
+
+
+@pytest.mark.parametrize(
+    ("clocks", "words"),
+    [
+        (None, None),
+        (Clocks(1950, 1980, ()), None),
+        (Clocks(1200, 1980, ()), "The GPU ran at 1200 to 1980 MHz while "),
+        (Clocks(1950, 1980, ("power cap", "power brake")), "slowed by power cap and power brake"),
+    ],
+)
+def test_an_unsteady_clock_is_a_warning(clocks: Clocks | None, words: str | None) -> None:
+    found = list(_clock_warnings([replace(make_latency_row(), clocks=clocks)]))
+    assert len(found) == (words is not None)
+    assert words is None or words in found[0]
