@@ -1,21 +1,21 @@
 """What is noted of the GPU's clock, on a stand-in for the driver's interface."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pynvml
 import pytest
-from builders import make_latency_row
+from builders import make_records
 
 from prox24_deploy.artifacts import Clocks
 from prox24_deploy.release.clocks import ClockWatch
 from prox24_deploy.release.findings import _clock_warnings
 
+ROW = make_records().bench.latency[0]
 POWER, IDLE = pynvml.nvmlClocksThrottleReasonSwPowerCap, pynvml.nvmlClocksThrottleReasonGpuIdle
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+def driver(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Clocks and reasons that the stand-in will tell, one pair for each sample."""
     told: list[tuple[int, int]] = []
     reasons: list[int] = []
@@ -34,7 +34,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     monkeypatch.setattr(
         pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda handle: reasons[-1]
     )
-    yield told
+    return told
 
 
 def test_range_and_reasons_are_those_since_the_last_look(driver: list[tuple[int, int]]) -> None:
@@ -77,6 +77,6 @@ def test_without_a_driver_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_an_unsteady_clock_is_a_warning(clocks: Clocks | None, words: str | None) -> None:
-    found = list(_clock_warnings([replace(make_latency_row(), clocks=clocks)]))
+    found = list(_clock_warnings([replace(ROW, clocks=clocks)]))
     assert len(found) == (words is not None)
     assert words is None or words in found[0]
