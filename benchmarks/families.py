@@ -34,7 +34,7 @@ from prox24_deploy.artifacts import DType
 from prox24_deploy.engines.tensorrt_rtx import ShapeRange, compile_plans
 from prox24_deploy.errors import BackendMissingError, ExportError, RecipeError
 from prox24_deploy.graph.check import check_path, require_24
-from prox24_deploy.graph.export import export_onnx
+from prox24_deploy.graph.export import export_graphs
 from prox24_deploy.graph.module import TORCH_DTYPES
 from prox24_deploy.graph.numerics import compare_with_torch
 from prox24_deploy.graph.signature import read_inputs
@@ -51,12 +51,12 @@ CAPABILITIES = ("SM86", "SM120")
 NO_KERNELS = "no bfloat16 kernels"
 NOT_INSTALLED = "not installed"
 # Least, usual and largest size of each axis in the optimisation profile.
-_RANGES = {"batch": (1, 2, 4), "sequence": (1, 8, 32), "past": (0, 8, 32)}
+_RANGES = {"batch": (1, 2, 4), "sequence": (1, 8, 32), "source": (1, 8, 32), "past": (0, 8, 32)}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one model did in one dtype.
+    """What one model did in one dtype; the two graphs of an encoder-decoder count together.
 
     `difference` is ONNX Runtime's largest from PyTorch over all outputs, relative to the largest
     magnitude of each, or why there is none. `same_bits` counts the `linear` weights alone: a
@@ -83,24 +83,28 @@ def measure(family: str, dtype: DType) -> Row:
         root = Path(folder)
         directory, recipe, names = write_pruned(root / "model", family, dtype)
         model = load_model(directory, recipe, torch.device("cpu"))
-        path = export_onnx(model, recipe, root / "onnx", dtype=dtype, sparse=names)
-        require_24(report := check_path(path))
-        checks = compare_with_torch(
-            model, path, recipe, dtype=dtype, twin="sparse", vocabulary=VOCABULARY
-        )
+        paths = export_graphs(model, recipe, root / "onnx", dtype=dtype, sparse=names)
+        require_24(report := check_path(root / "onnx"))
+        checks = [
+            check
+            for part, path in zip(recipe.parts, paths, strict=True)
+            for check in compare_with_torch(
+                model, path, part, dtype=dtype, twin="sparse", vocabulary=VOCABULARY
+            )
+        ]
         # The tolerance is a fixed part of the largest magnitude: 1e-4 or 2e-2.
         part = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 0.0}[dtype]
         ratios = [part * check.max_abs_difference / check.tolerance for check in checks]
         return Row(
             family,
             dtype,
-            len(onnx.load(path, load_external_data=False).graph.output),
+            sum(len(onnx.load(p, load_external_data=False).graph.output) for p in paths),
             len(names),
             sum(check.expected and check.is_24 for check in report.tensors),
             len(linear := [n for n in names if not isinstance(layer_at(model, n), nn.Conv2d)]),
-            same_bits(directory, path, linear),
+            sum(same_bits(directory, path, linear) for path in paths),
             max(ratios) if ratios else NO_KERNELS,
-            build_plans(path, root / "plans"),
+            build_plans(paths, root / "plans"),
             time.perf_counter() - began,
         )
 
@@ -154,9 +158,10 @@ def write_pruned(path: Path, family: str, dtype: DType) -> tuple[ModelDir, Recip
 def targets(model: nn.Module, recipe: Recipe) -> list[str]:
     """Module paths of every layer that the recipe prunes."""
     return [
-        f"{recipe.blocks}.{i}.{name}"
-        for i, block in enumerate(find_blocks(model, recipe))
-        for name in target_layers(block, recipe)
+        f"{part.blocks}.{i}.{name}"
+        for part in recipe.parts
+        for i, block in enumerate(find_blocks(model, part))
+        for name in target_layers(block, part)
     ]
 
 
@@ -183,19 +188,26 @@ def _bytes(directory: ModelDir, name: str, transposed: bool) -> bytes:
     return tensor.view(torch.uint8).numpy().tobytes()
 
 
-def build_plans(path: Path, out: Path) -> dict[str, str]:
-    """Compile for every capability with one profile over all dynamic axes."""
+def build_plans(paths: Sequence[Path], out: Path) -> dict[str, str]:
+    """Compile every graph for every capability; the bytes of all plans of each capability."""
+    try:
+        plans = [_compile(path, out / path.stem) for path in paths]
+    except BackendMissingError:
+        return dict.fromkeys(CAPABILITIES, NOT_INSTALLED)
+    sizes = {name: [made[name].stat().st_size for made in plans] for name in CAPABILITIES}
+    assert all(min(each) > 0 for each in sizes.values()), sizes
+    return {name: f"{sum(each)} B" for name, each in sizes.items()}
+
+
+def _compile(path: Path, out: Path) -> dict[str, Path]:
+    """One plan per capability, with one profile over all dynamic axes."""
     ranges: dict[str, ShapeRange] = {}
     for spec in read_inputs(path):
         least, usual, most = (
             shape_of(spec, {axis: sizes[i] for axis, sizes in _RANGES.items()}) for i in range(3)
         )
         ranges[spec.name] = (least, usual, most)
-    try:
-        plans = compile_plans(path, out, CAPABILITIES, ranges)
-    except BackendMissingError:
-        return dict.fromkeys(CAPABILITIES, NOT_INSTALLED)
-    return {name: f"{plan.stat().st_size} B" for name, plan in plans.items()}
+    return compile_plans(path, out, CAPABILITIES, ranges)
 
 
 def require(row: Row) -> None:

@@ -18,6 +18,8 @@ class TextSource:
 
     `kind` is "file" for text of the user's, "builtin" for the text shipped with CPython and
     "split" for a part of the calibration text that was held out. Images count as one unit each.
+    `targets` counts the samples of an encoder-decoder that came with a target; the others were
+    their own. It is None for any other model. `tokens` counts those of text and target.
     """
 
     kind: Literal["file", "builtin", "split"]
@@ -26,6 +28,7 @@ class TextSource:
     samples: int
     tokens: int
     unit: Literal["token", "image"] = "token"
+    targets: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The model to build and the text or images to build it with, read and checked before any work."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ def _read_text(
     from prox24_deploy.model.calibration import make_samples, read_texts
     from prox24_deploy.model.directory import load_tokenizer
     from prox24_deploy.model.evaluate import pooling_of
+    from prox24_deploy.model.pairs import make_pairs, start_token
 
     texts = read_texts(text.calibration, text.evaluation, text.seed)
     tokenizer = load_tokenizer(directory)
@@ -73,9 +75,15 @@ def _read_text(
         pooling_of(directory.path, recipe.embedding)
     budgets = (text.calibration_tokens, text.evaluation_tokens)
     longest = min(recipe.sequence_length, longest_of(directory.config, recipe))
+    if recipe.decoder is None:
+        make = partial(make_samples, tokenizer=tokenizer, recipe=recipe, max_length=longest)
+    else:
+        start = start_token(directory)
+        make = partial(
+            make_pairs, tokenizer=tokenizer, recipe=recipe, max_length=longest, start=start
+        )
     calibration, held_out = (
-        make_samples(part, tokenizer, recipe, tokens=tokens, max_length=longest)
-        for part, tokens in zip(texts, budgets, strict=True)
+        make(part, tokens=tokens) for part, tokens in zip(texts, budgets, strict=True)
     )
     return calibration, held_out
 
