@@ -6,6 +6,7 @@ bundle, so that a bundle can be moved. No torch, no pydantic and no I/O in this 
 """
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Literal
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -203,6 +204,11 @@ class OnnxModel:
     sha256: str
     size_bytes: int
 
+    @property
+    def graph(self) -> str:
+        """Name of the graph: "model", "encoder" or "decoder"."""
+        return graph_name(self.path)
+
 
 @dataclass(frozen=True, slots=True)
 class NumericsCheck:
@@ -218,10 +224,13 @@ class NumericsCheck:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """Result of the export stage: the two twins, the proof and the numerics."""
+    """Result of the export stage: the two twins, the proof and the numerics.
 
-    dense: OnnxModel
-    sparse: OnnxModel
+    A twin is one graph, or those of encoder and decoder.
+    """
+
+    dense: tuple[OnnxModel, ...]
+    sparse: tuple[OnnxModel, ...]
     sparsity: tuple[TensorCheck, ...]
     numerics: tuple[NumericsCheck, ...]
     seconds: float
@@ -240,6 +249,11 @@ class Engine:
     dtype: DType
     versions: dict[str, str]
     size_bytes: int
+
+    @property
+    def graph(self) -> str:
+        """Name of the graph that was compiled: "model", "encoder" or "decoder"."""
+        return graph_name(self.onnx)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +312,8 @@ class LatencyRow:
     """Dense against sparse at one shape, interleaved; `speedup` is dense over sparse time.
 
     `gated` is False where the backend has no sparse kernels: the row informs and cannot fail.
-    `sequence` is 0 for a graph that has no such axis.
+    `sequence` is 0 for a graph that has no such axis. `graph` is "model", or "encoder" or "decoder"
+    where there are both; what the decoder reads is as long as what it writes, `sequence` tokens.
     """
 
     backend: str
@@ -312,6 +327,12 @@ class LatencyRow:
     limit: float
     gated: bool
     verdict: Verdict
+    graph: str = "model"
+
+    @property
+    def engine(self) -> str:
+        """The backend, and the graph where there are two."""
+        return self.backend if self.graph == "model" else f"{self.backend}, {self.graph}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,3 +342,8 @@ class BenchResult:
     latency: tuple[LatencyRow, ...]
     conditions: dict[str, str]
     seconds: float
+
+
+def graph_name(onnx: str) -> str:
+    """Name of the graph that a file in the bundle holds."""
+    return PurePosixPath(onnx).stem

@@ -140,10 +140,13 @@ def export(bundle: Bundle, dtype: DType, progress: Progress) -> ExportResult:
 def compile_engines(
     bundle: Bundle, exported: ExportResult, backends: Sequence[Backend], progress: Progress
 ) -> CompileResult:
-    """Compile both twins with every backend into `engines/BACKEND/TWIN/`."""
+    """Compile both twins with every backend into `engines/BACKEND/TWIN/`.
+
+    Encoder and decoder get a folder each in there.
+    """
     inputs = {
-        "dense": exported.dense.sha256,
-        "sparse": exported.sparse.sha256,
+        "dense": [model.sha256 for model in exported.dense],
+        "sparse": [model.sha256 for model in exported.sparse],
         "backends": {backend.name: backend.device() for backend in backends},
         "versions": versions(),
     }
@@ -155,9 +158,9 @@ def compile_engines(
         for i, backend in enumerate(backends):
             for j, twin in enumerate(TWINS):
                 progress("compile", 2 * i + j, 2 * len(backends))
-                model = exported.dense if twin == "dense" else exported.sparse
-                out = Path("engines") / backend.name / twin
-                engines.append(backend.build(bundle.root, model, out, twin=twin))
+                for model in exported.dense if twin == "dense" else exported.sparse:
+                    out = _engine_folder(backend, twin, model)
+                    engines.append(backend.build(bundle.root, model, out, twin=twin))
             evidence.append(backend.evidence(engines[-1], exported.sparsity))
         progress("compile", 2 * len(backends), 2 * len(backends))
         return CompileResult(tuple(engines), tuple(evidence), time.perf_counter() - began)
@@ -189,23 +192,23 @@ def bench(
 
         began = time.perf_counter()
         rows: list[LatencyRow] = []
-        first = compiled.engines[0]
-        graph_inputs = read_inputs(bundle.root / first.onnx)
-        feeds = random_feeds(graph_inputs, first.dtype, _vocabulary(_config(bundle)))
-        for i, backend in enumerate(backends):
-            pair = {e.twin: e for e in compiled.engines if e.backend == backend.name}
-            for j, shape in enumerate(shapes):
-                progress("bench", i * len(shapes) + j, len(backends) * len(shapes))
-                rows += measure_latency(
-                    backend,
-                    bundle.root,
-                    pair["dense"],
-                    pair["sparse"],
-                    [shape],
-                    feeds,
-                    recipe.limits.max_slowdown,
-                )
-        progress("bench", len(backends) * len(shapes), len(backends) * len(shapes))
+        graphs = list(dict.fromkeys(engine.graph for engine in compiled.engines))
+        runs = [(b, graph, shape) for b in backends for graph in graphs for shape in shapes]
+        for done, (backend, graph, shape) in enumerate(runs):
+            progress("bench", done, len(runs))
+            own = [e for e in compiled.engines if (e.backend, e.graph) == (backend.name, graph)]
+            pair = {engine.twin: engine for engine in own}
+            graph_inputs = read_inputs(bundle.root / pair["dense"].onnx)
+            rows += measure_latency(
+                backend,
+                bundle.root,
+                pair["dense"],
+                pair["sparse"],
+                [shape],
+                random_feeds(graph_inputs, pair["dense"].dtype, _vocabulary(_config(bundle))),
+                recipe.limits.max_slowdown,
+            )
+        progress("bench", len(runs), len(runs))
         return BenchResult(tuple(rows), conditions(), time.perf_counter() - began)
 
     return bundle.stage("bench", BenchResult, inputs, [], run)
@@ -279,7 +282,7 @@ def _export_twins(
     bundle: Bundle, model: ModelInfo, pruned: PruneResult, dtype: DType, progress: Progress
 ) -> ExportResult:
     from prox24_deploy.graph.check import check_onnx
-    from prox24_deploy.graph.export import export_onnx, hash_onnx
+    from prox24_deploy.graph.export import export_graphs, hash_onnx
     from prox24_deploy.graph.numerics import compare_with_torch
     from prox24_deploy.model.directory import load_model, open_model_dir
 
@@ -292,7 +295,7 @@ def _export_twins(
             "again."
         )
     names = [layer.name for layer in pruned.layers if layer.status == "pruned"]
-    exported: dict[Twin, OnnxModel] = {}
+    exported: dict[Twin, tuple[OnnxModel, ...]] = {}
     numerics: list[NumericsCheck] = []
     for i, twin in enumerate(TWINS):
         progress("export", i, len(TWINS))
@@ -300,24 +303,33 @@ def _export_twins(
         module = load_model(directory, recipe, _device("cpu"))
         folder = bundle.partial / "onnx" / twin
         folder.parent.mkdir(parents=True, exist_ok=True)
-        path = export_onnx(
+        paths = export_graphs(
             module, recipe, folder, dtype=dtype, sparse=names if twin == "sparse" else ()
         )
-        numerics += compare_with_torch(
-            module,
-            path,
-            recipe,
-            dtype=dtype,
-            twin=twin,
-            vocabulary=_vocabulary(dense.config),
-            seed=bundle.manifest.seed,
+        for part, path in zip(recipe.parts, paths, strict=True):
+            numerics += compare_with_torch(
+                module,
+                path,
+                part,
+                dtype=dtype,
+                twin=twin,
+                vocabulary=_vocabulary(dense.config),
+                seed=bundle.manifest.seed,
+            )
+        exported[twin] = tuple(
+            OnnxModel(f"onnx/{twin}/{path.name}", dtype, recipe.opset, *hash_onnx(path))
+            for path in paths
         )
-        sha256, size = hash_onnx(folder)
-        exported[twin] = OnnxModel(f"onnx/{twin}/{path.name}", dtype, recipe.opset, sha256, size)
     progress("export", len(TWINS), len(TWINS))
-    sparsity = check_onnx(bundle.partial / "onnx" / "sparse" / "model.onnx")
+    files = [bundle.partial / model.path for model in exported["sparse"]]
+    sparsity = tuple(check for file in files for check in check_onnx(file))
     seconds = time.perf_counter() - began
     return ExportResult(exported["dense"], exported["sparse"], sparsity, tuple(numerics), seconds)
+
+
+def _engine_folder(backend: Backend, twin: Twin, model: OnnxModel) -> Path:
+    folder = Path("engines") / backend.name / twin
+    return folder if model.graph == "model" else folder / model.graph
 
 
 def _model(bundle: Bundle) -> ModelInfo:

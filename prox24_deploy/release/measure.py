@@ -104,7 +104,8 @@ def measure_latency(
     tolerated slow-down of the sparse engine, as a fraction.
 
     Raises:
-        EngineError: the engines are not a dense and a sparse one of the same backend and dtype.
+        EngineError: the engines are not a dense and a sparse one of the same backend, graph and
+            dtype.
     """
     _check_twins(backend, dense_engine, sparse_engine)
     rows = []
@@ -190,6 +191,11 @@ def _check_twins(backend: Backend, dense: Engine, sparse: Engine) -> None:
                 f"Engine {engine.path} is the {engine.twin} one of {engine.backend}, expected the "
                 f"{twin} one of {backend.name}; compile both again."
             )
+    if dense.graph != sparse.graph:
+        raise EngineError(
+            f"Engines are of different graphs, dense of {dense.graph} and sparse of "
+            f"{sparse.graph}; compare like with like."
+        )
     if dense.dtype != sparse.dtype:
         raise EngineError(
             f"Engines differ in dtype, dense {dense.dtype} and sparse {sparse.dtype}; compile both "
@@ -218,6 +224,7 @@ def _row(
         limit=limit,
         gated=backend.sparse_kernels,
         verdict=latency_verdict(speedup, limit),
+        graph=engine.graph,
     )
 
 

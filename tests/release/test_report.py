@@ -222,7 +222,8 @@ def few_images(records: Records) -> Records:
 def exported_as(dtype: Any) -> Callable[[Records], Records]:
     def change(records: Records) -> Records:
         export = records.export
-        return replace(records, export=replace(export, sparse=replace(export.sparse, dtype=dtype)))
+        (sparse,) = export.sparse
+        return replace(records, export=replace(export, sparse=(replace(sparse, dtype=dtype),)))
 
     return change
 
