@@ -156,13 +156,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "T5Model",
         _T5,
         "Recipe t5 does not support T5Model: only T5EncoderModel and T5ForConditionalGeneration "
-        "are exported yet.",
+        "are exported, the rest would be lost.",
     ),
     "whisper": (
         "WhisperForConditionalGeneration",
         _BART,
-        "it is an encoder-decoder, for which no recipe can be drawn; if it reads tokens, copy "
-        "bart.toml with its table [decoder], adapt both halves, and pass it with --recipe.",
+        "it reads audio, on which nothing can be calibrated yet.",
     ),
 }
 

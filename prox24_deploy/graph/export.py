@@ -110,7 +110,8 @@ def _graph_of(
     module = RecipeModule(converted, recipe).eval()
     graph = _to_onnx(module, recipe, dtype)
     settle_signature(graph.graph, module.signature)
-    annotate(graph, model, own_modules(recipe, sparse))
+    # A half of which nothing is pruned says so: a file that says nothing must be 2:4 throughout.
+    annotate(graph, model, own_modules(recipe, sparse) if sparse else None)
     _require_one_dtype(graph, dtype)
     return graph
 

@@ -88,6 +88,22 @@ def test_layers_are_calibrated_on_the_positions_that_they_read(row: str, tmp_pat
     assert reads_text < rows.keys()
 
 
+@pytest.mark.parametrize("row", ROWS)
+def test_the_error_of_cross_attention_counts_that_of_the_encoder(row: str, tmp_path: Path) -> None:
+    model = tiny_model(row)
+    recipe = recipe_of(model)
+    part, dense = batch(recipe), deepcopy(model)
+    layers = prune(model, recipe, (part,), tmp_path, PruneOptions(method="magnitude"))
+    name = f"{recipe.parts[1].blocks}.1.{CROSS[row].format('v')}"
+    before, after = (
+        states(source, part, recipe) @ source.get_parameter(f"{name}.weight").detach().T
+        for source in (dense, model)
+    )
+    expected = float((before - after).square().sum() / before.square().sum())
+    (found,) = [layer.relative_error for layer in layers if layer.name == name]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_resumed_run_gives_the_same_bits(tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model("bart"))
     part = batch(recipe)
