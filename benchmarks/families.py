@@ -34,7 +34,7 @@ from prox24_deploy.artifacts import DType, OnnxModel
 from prox24_deploy.engines.tensorrt import open_tensorrt
 from prox24_deploy.errors import BackendMissingError, ExportError, RecipeError
 from prox24_deploy.graph.check import check_path, require_24
-from prox24_deploy.graph.export import export_onnx
+from prox24_deploy.graph.export import export_graphs
 from prox24_deploy.graph.module import TORCH_DTYPES
 from prox24_deploy.graph.numerics import compare_with_torch
 from prox24_deploy.model.blocks import find_blocks, target_layers
@@ -56,7 +56,7 @@ BATCHES, SEQUENCES = (1, 4), (1, 32)
 
 @dataclass(frozen=True)
 class Row:
-    """What one model did in one dtype.
+    """What one model did in one dtype; the two graphs of an encoder-decoder count together.
 
     `difference` is ONNX Runtime's largest from PyTorch over all outputs, relative to the largest
     magnitude of each, or why there is none. `same_bits` counts the `linear` weights alone: a
@@ -83,24 +83,28 @@ def measure(family: str, dtype: DType) -> Row:
         root = Path(folder)
         directory, recipe, names = write_pruned(root / "model", family, dtype)
         model = load_model(directory, recipe, torch.device("cpu"))
-        path = export_onnx(model, recipe, root / "onnx", dtype=dtype, sparse=names)
-        require_24(report := check_path(path))
-        checks = compare_with_torch(
-            model, path, recipe, dtype=dtype, twin="sparse", vocabulary=VOCABULARY
-        )
+        paths = export_graphs(model, recipe, root / "onnx", dtype=dtype, sparse=names)
+        require_24(report := check_path(root / "onnx"))
+        checks = [
+            check
+            for part, path in zip(recipe.parts, paths, strict=True)
+            for check in compare_with_torch(
+                model, path, part, dtype=dtype, twin="sparse", vocabulary=VOCABULARY
+            )
+        ]
         # The tolerance is a fixed part of the largest magnitude: 1e-4 or 2e-2.
         part = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 0.0}[dtype]
         ratios = [part * check.max_abs_difference / check.tolerance for check in checks]
         return Row(
             family,
             dtype,
-            len(onnx.load(path, load_external_data=False).graph.output),
+            sum(len(onnx.load(p, load_external_data=False).graph.output) for p in paths),
             len(names),
             sum(check.expected and check.is_24 for check in report.tensors),
             len(linear := [n for n in names if not isinstance(layer_at(model, n), nn.Conv2d)]),
-            same_bits(directory, path, linear),
+            sum(same_bits(directory, path, linear) for path in paths),
             max(ratios) if ratios else NO_KERNELS,
-            build_plans(path, dtype),
+            build_plans(paths, dtype),
             time.perf_counter() - began,
         )
 
@@ -154,9 +158,10 @@ def write_pruned(path: Path, family: str, dtype: DType) -> tuple[ModelDir, Recip
 def targets(model: nn.Module, recipe: Recipe) -> list[str]:
     """Module paths of every layer that the recipe prunes."""
     return [
-        f"{recipe.blocks}.{i}.{name}"
-        for i, block in enumerate(find_blocks(model, recipe))
-        for name in target_layers(block, recipe)
+        f"{part.blocks}.{i}.{name}"
+        for part in recipe.parts
+        for i, block in enumerate(find_blocks(model, part))
+        for name in target_layers(block, part)
     ]
 
 
@@ -183,9 +188,8 @@ def _bytes(directory: ModelDir, name: str, transposed: bool) -> bytes:
     return tensor.view(torch.uint8).numpy().tobytes()
 
 
-def build_plans(path: Path, dtype: DType) -> dict[str, str]:
-    """Compile for every capability with one profile over all dynamic axes."""
-    model = OnnxModel(path.name, dtype, 20, "", path.stat().st_size)
+def build_plans(paths: Sequence[Path], dtype: DType) -> dict[str, str]:
+    """Compile every graph for every capability; the bytes of all plans of each capability."""
     plans = {}
     for name in CAPABILITIES:
         tensorrt = TensorRtOptions(capabilities=(name,))
@@ -194,8 +198,12 @@ def build_plans(path: Path, dtype: DType) -> dict[str, str]:
             backend = open_tensorrt("tensorrt_rtx", options)
         except BackendMissingError:
             return dict.fromkeys(CAPABILITIES, NOT_INSTALLED)
-        engine = backend.build(path.parent, model, Path("plans") / name, twin="sparse")
-        plans[name] = f"{engine.size_bytes} B"
+        size = 0
+        for path in paths:
+            model = OnnxModel(path.name, dtype, 20, "", path.stat().st_size)
+            out = Path("plans") / name / path.stem
+            size += backend.build(path.parent, model, out, twin="sparse").size_bytes
+        plans[name] = f"{size} B"
     return plans
 
 

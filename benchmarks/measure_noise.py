@@ -111,10 +111,12 @@ def against_itself(made: Bench, runs: int, options: MeasureOptions) -> list[Inte
     ]
 
 
-def with_slowdown(made: Bench, runs: int, options: MeasureOptions) -> list[Interval]:
-    """The same of a twin that takes `SLOWDOWN` longer."""
+def with_slowdown(
+    made: Bench, runs: int, options: MeasureOptions, slowdown: float = SLOWDOWN
+) -> list[Interval]:
+    """The same of a twin that takes `slowdown` longer, as a fraction."""
     median = float(np.median(made.first.latencies_ms(made.feeds[0], runs=50, warmup=5)))
-    twins = Waiting(made.first, 0.0), Waiting(made.second, SLOWDOWN * median)
+    twins = Waiting(made.first, 0.0), Waiting(made.second, slowdown * median)
     return [
         speedup_interval(measure_pair(*twins, made.feeds, options=options)) for _ in range(runs)
     ]

@@ -93,8 +93,11 @@ _BART = {
     "encoder_ffn_dim": 64,
     "decoder_ffn_dim": 64,
     "decoder_start_token_id": 2,
+    "max_position_embeddings": 80,
+    "init_std": 0.2,
     **_IDS,
 }
+_PAIRED_T5 = _T5 | {"decoder_start_token_id": 1}
 
 # Class of transformers and options of its configuration.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -123,6 +126,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "modernbert, text classes": ("ModernBertForSequenceClassification", _MODERNBERT),
     "t5, encoder": ("T5EncoderModel", _T5),
     "t5, gated encoder": ("T5EncoderModel", _T5 | {"feed_forward_proj": "gated-gelu"}),
+    "t5": ("T5ForConditionalGeneration", _PAIRED_T5),
+    "t5, gated": (
+        "T5ForConditionalGeneration",
+        _PAIRED_T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "bart": ("BartForConditionalGeneration", _BART),
     "clip, text tower": ("CLIPTextModelWithProjection", _COMMON | {"projection_dim": 16}),
     "clip, image tower": ("CLIPVisionModelWithProjection", _VIT | {"projection_dim": 16}),
     "vit": ("ViTModel", _VIT),
@@ -143,21 +152,16 @@ REFUSED_DTYPES: dict[tuple[str, DType], str] = {
 
 # Families that cannot be exported today, and how they are refused.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "t5": (
-        "T5ForConditionalGeneration",
+    "t5, without a head": (
+        "T5Model",
         _T5,
-        "Recipe t5 does not support T5ForConditionalGeneration: only encoders (T5EncoderModel) are "
-        "exported yet, and its decoder would be lost.",
-    ),
-    "bart": (
-        "BartForConditionalGeneration",
-        _BART,
-        "it is an encoder-decoder, whose two graphs cannot be exported yet.",
+        "Recipe t5 does not support T5Model: only T5EncoderModel and T5ForConditionalGeneration "
+        "are exported, the rest would be lost.",
     ),
     "whisper": (
         "WhisperForConditionalGeneration",
         _BART,
-        "it is an encoder-decoder, whose two graphs cannot be exported yet.",
+        "it reads audio, on which nothing can be calibrated yet.",
     ),
 }
 

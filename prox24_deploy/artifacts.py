@@ -6,6 +6,7 @@ bundle, so that a bundle can be moved. No torch, no pydantic and no I/O in this 
 """
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Literal
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -18,6 +19,8 @@ class TextSource:
 
     `kind` is "file" for text of the user's, "builtin" for the text shipped with CPython and
     "split" for a part of the calibration text that was held out. Images count as one unit each.
+    `targets` counts the samples of an encoder-decoder that came with a target; the others were
+    their own. It is None for any other model. `tokens` counts those of text and target.
     """
 
     kind: Literal["file", "builtin", "split"]
@@ -26,6 +29,7 @@ class TextSource:
     samples: int
     tokens: int
     unit: Literal["token", "image"] = "token"
+    targets: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +204,11 @@ class OnnxModel:
     sha256: str
     size_bytes: int
 
+    @property
+    def graph(self) -> str:
+        """Name of the graph: "model", "encoder" or "decoder"."""
+        return graph_name(self.path)
+
 
 @dataclass(frozen=True, slots=True)
 class NumericsCheck:
@@ -215,10 +224,10 @@ class NumericsCheck:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """Result of the export stage: the two twins, the proof and the numerics."""
+    """Result of the export stage; a twin is one graph, or those of encoder and decoder."""
 
-    dense: OnnxModel
-    sparse: OnnxModel
+    dense: tuple[OnnxModel, ...]
+    sparse: tuple[OnnxModel, ...]
     sparsity: tuple[TensorCheck, ...]
     numerics: tuple[NumericsCheck, ...]
     seconds: float
@@ -235,11 +244,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class BuilderSparsity:
-    """What a builder said of sparse layers: numbers, and names where it listed them.
-
-    None means that it did not say. `kernels` has the layers of the finished engine, where they
-    could be inspected.
-    """
+    """What a builder said of sparse layers, None where nothing; `kernels` of the engine."""
 
     eligible: int | None
     chosen: int | None
@@ -250,10 +255,7 @@ class BuilderSparsity:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One compiled engine. `versions` names every library that made it.
-
-    `said` is what its builder said of sparse layers, where it can say something.
-    """
+    """One compiled engine; `versions` of what made it, `said` what its builder said of sparsity."""
 
     path: str
     backend: str
@@ -265,6 +267,11 @@ class Engine:
     versions: dict[str, str]
     size_bytes: int
     said: BuilderSparsity | None = None
+
+    @property
+    def graph(self) -> str:
+        """Name of the graph that was compiled: "model", "encoder" or "decoder"."""
+        return graph_name(self.onnx)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +288,8 @@ class LayerEvidence:
 class EngineEvidence:
     """What one backend did with the 2:4 weights.
 
-    `numerics` compares its sparse engine with the same weights multiplied dense, where it can.
+    `numerics` compares its sparse engine with the same weights multiplied dense, where it can;
+    `graph` is that of the engine.
     """
 
     backend: str
@@ -291,6 +299,7 @@ class EngineEvidence:
     summary: str
     layers: tuple[LayerEvidence, ...]
     numerics: tuple[NumericsCheck, ...] = ()
+    graph: str = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +349,8 @@ class LatencyRow:
 
     `gated` is False where the backend has no sparse kernels: the row informs and cannot fail.
     `sequence` is 0 for a graph that has no such axis. `clocks` is None where nothing ran on a GPU.
+    `graph` is "model", or "encoder" or "decoder" where there are both; what the decoder reads is
+    as long as what it writes, `sequence` tokens.
     """
 
     backend: str
@@ -354,6 +365,12 @@ class LatencyRow:
     gated: bool
     verdict: Verdict
     clocks: Clocks | None = None
+    graph: str = "model"
+
+    @property
+    def engine(self) -> str:
+        """The backend, and the graph where there are two."""
+        return self.backend if self.graph == "model" else f"{self.backend}, {self.graph}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,3 +389,8 @@ class BenchResult:
     conditions: dict[str, str]
     seconds: float
     not_measured: tuple[NotMeasured, ...] = ()
+
+
+def graph_name(onnx: str) -> str:
+    """Name of the graph that a file in the bundle holds."""
+    return PurePosixPath(onnx).stem

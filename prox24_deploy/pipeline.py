@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from prox24_deploy import stages
+from prox24_deploy import engine_stages, stages
 from prox24_deploy.artifacts import (
     BenchResult,
     CompileResult,
@@ -32,15 +32,15 @@ def build(
         Prox24Error: any of its kinds; the stages finished until then are kept.
     """
     subject = read_subject(model_dir, out, options)
-    backends = stages.open_backends(
+    backends = engine_stages.open_backends(
         options.engine, model_dir, subject.recipe, subject.directory.config
     )
     with open_bundle(out, fresh=fresh) as bundle:
         stages.describe(bundle, subject, options)
         pruned = stages.prune(bundle, subject, options.prune, options.device, progress)
         exported = stages.export(bundle, options.dtype, progress)
-        compiled = stages.compile_engines(bundle, exported, backends, progress)
-        measured = stages.bench(bundle, compiled, backends, options.engine, progress)
+        compiled = engine_stages.compile_engines(bundle, exported, backends, progress)
+        measured = engine_stages.bench(bundle, compiled, backends, options.engine, progress)
         evaluated = stages.evaluate(bundle, subject, options.device, progress)
         return stages.report(bundle, pruned, exported, compiled, measured, evaluated)
 
@@ -66,8 +66,8 @@ def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) ->
     """Run only the compile stage, on a bundle that holds exported models."""
     with open_bundle(out, existing=True) as bundle:
         exported = bundle.load("export", ExportResult)
-        backends = stages.backends_of(bundle, options)
-        return stages.compile_engines(bundle, exported, backends, progress)
+        backends = engine_stages.backends_of(bundle, options)
+        return engine_stages.compile_engines(bundle, exported, backends, progress)
 
 
 def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResult:
@@ -79,9 +79,9 @@ def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResu
     with open_bundle(out, existing=True) as bundle:
         compiled = bundle.load("compile", CompileResult)
         names = tuple(dict.fromkeys(engine.backend for engine in compiled.engines))
-        backends = stages.backends_of(bundle, replace(options, backends=names))
+        backends = engine_stages.backends_of(bundle, replace(options, backends=names))
         bundle.forget("bench", [])
-        result = stages.bench(bundle, compiled, backends, options, progress)
+        result = engine_stages.bench(bundle, compiled, backends, options, progress)
     if not result.latency and result.not_measured:
         raise BackendMissingError(result.not_measured[0].reason)
     return result

@@ -47,10 +47,12 @@ def plan(
         BackendMissingError: there is no GPU and no saved profile.
         Prox24Error: what `build` raises for the same model and options.
     """
+    from prox24_deploy.engines import require_one_graph
     from prox24_deploy.engines.planning import Plan, plan_layers, plan_shapes
     from prox24_deploy.model.sensitivity import over_budget
 
     subject = read_subject(model_dir, Path("no-output"), options)
+    require_one_graph(subject.recipe, "plan")
     fitted = fitted_shapes(options.engine, subject.directory.config, subject.recipe)
     shapes = fitted.shapes(images=subject.recipe.reads_images)
     if saved is None:
@@ -121,16 +123,15 @@ def _sensitivity(
     progress: Progress,
 ) -> "Sensitivity":
     """What each layer that pays costs when it alone is pruned, and what a budget makes of it."""
-    from prox24_deploy.model.blocks import find_blocks
     from prox24_deploy.model.checkpoint import stored_dtype
     from prox24_deploy.model.directory import load_model
     from prox24_deploy.model.evaluate import pooling_of
     from prox24_deploy.model.selection import left_dense
     from prox24_deploy.model.sensitivity import measure_sensitivity
-    from prox24_deploy.stages import torch_device
+    from prox24_deploy.subject import torch_device
 
     model = load_model(subject.directory, subject.recipe, torch_device(options.device))
-    dense = left_dense(subject.recipe, find_blocks(model, subject.recipe), options.prune)
+    dense = left_dense(subject.recipe, model, options.prune)
     return measure_sensitivity(
         model,
         subject.recipe,

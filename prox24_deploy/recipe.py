@@ -21,6 +21,8 @@ RECIPE_FILE = "recipe.toml"
 EMBEDDING = "sentence_embedding"
 # The input that makes a recipe one for images.
 PIXELS = "pixel_values"
+# The input that makes a graph the decoder of two; its last axis is as wide as the encoder.
+STATES = "encoder_hidden_states"
 _CACHE_AXIS = "past"
 _SUM = " + "
 
@@ -28,6 +30,7 @@ Task = Literal[
     "feature-extraction",
     "text-encoding",
     "text-generation",
+    "text-to-text",
     "text-classification",
     "token-classification",
     "image-classification",
@@ -50,6 +53,29 @@ class TensorSpec(_Table):
     axes: list[str | int]
 
 
+class Decoder(_Table):
+    """The second graph and the second list of blocks of an encoder-decoder.
+
+    The recipe around it describes the encoder. Keys mean what they mean there. The inputs are
+    those of the decoder alone: tokens, `encoder_hidden_states` and the mask of the encoder; the
+    key/value cache of its self-attention is always added, and what it attends to in the encoder is
+    projected anew in every step.
+    """
+
+    blocks: str
+    targets: Annotated[list[str], Field(min_length=1)]
+    ignore: list[str] = []
+    inputs: Annotated[list[TensorSpec], Field(min_length=1)]
+    outputs: Annotated[list[TensorSpec], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _reads_the_encoder(self) -> "Decoder":
+        _require_unique_names(self.inputs, self.outputs)
+        if STATES not in [spec.name for spec in self.inputs]:
+            raise ValueError(f"[decoder] needs the input {STATES!r}")
+        return self
+
+
 class Head(_Table):
     """Another task that models of a family are saved for, with what differs from the recipe.
 
@@ -61,6 +87,12 @@ class Head(_Table):
     blocks: str
     outputs: Annotated[list[TensorSpec], Field(min_length=1)]
     model_class: str | None = None
+    decoder: Decoder | None = None
+
+    @model_validator(mode="after")
+    def _two_graphs_need_a_decoder(self) -> "Head":
+        _require_decoder(self.task, self.decoder)
+        return self
 
 
 class Unsupported(_Table):
@@ -114,6 +146,8 @@ class Recipe(_Table):
     evaluation run without. `attention` is the implementation of attention that the model is
     opened with, `model_class` a class of transformers in place of the one that `task` stands for.
 
+    With `decoder` the model is an encoder-decoder and becomes two graphs; `parts` has them apart.
+
     A recipe with the input `pixel_values` is for images: the axes of it that are named "channels",
     "height" and "width" become those of what the model's own image processor makes.
     """
@@ -133,6 +167,7 @@ class Recipe(_Table):
     inputs: Annotated[list[TensorSpec], Field(min_length=1)]
     outputs: Annotated[list[TensorSpec], Field(min_length=1)]
     model_class: str | None = None
+    decoder: Decoder | None = None
     heads: list[Head] = []
     unsupported: list[Unsupported] = []
     embedding: Embedding | None = None
@@ -140,9 +175,12 @@ class Recipe(_Table):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "Recipe":
-        names = [spec.name for spec in (*self.inputs, *self.outputs)]
-        if len(set(names)) != len(names):
-            raise ValueError(f"input and output names must differ, got {names}")
+        _require_unique_names(self.inputs, self.outputs)
+        return self
+
+    @model_validator(mode="after")
+    def _two_graphs_need_a_decoder(self) -> "Recipe":
+        _require_decoder(self.task, self.decoder)
         return self
 
     @model_validator(mode="after")
@@ -182,9 +220,30 @@ class Recipe(_Table):
         for head in self.heads:
             if any(fnmatch(architecture, pattern) for pattern in head.architectures):
                 update = head.model_dump(exclude={"architectures", "outputs"})
-                update |= {"outputs": head.outputs, "heads": [], "embedding": None}
+                update |= {"outputs": head.outputs, "decoder": head.decoder}
+                update |= {"heads": [], "embedding": None}
                 return self.model_copy(update=update)
         return self
+
+    @property
+    def parts(self) -> tuple["Recipe", ...]:
+        """One recipe for each graph of the model, in the order of a forward pass."""
+        if self.decoder is None:
+            return (self,)
+        encoder = self.model_copy(update={"decoder": None})
+        return encoder, encoder.model_copy(update={**dict(self.decoder), "cache": True})
+
+    @property
+    def graph(self) -> str:
+        """Name of the one graph that this recipe, or part of one, describes."""
+        if self.task != "text-to-text":
+            return "model"
+        return "decoder" if self.is_decoder else "encoder"
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether this is the second part of an encoder-decoder."""
+        return any(spec.name == STATES for spec in self.inputs)
 
     @property
     def reads_images(self) -> bool:
@@ -198,6 +257,20 @@ class Recipe(_Table):
             for spec in self.inputs
         ]
         return self.model_copy(update={"inputs": inputs})
+
+
+def _require_unique_names(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    names = [spec.name for spec in (*inputs, *outputs)]
+    if len(set(names)) != len(names):
+        raise ValueError(f"input and output names must differ, got {names}")
+
+
+def _require_decoder(task: Task, decoder: Decoder | None) -> None:
+    if (task == "text-to-text") != (decoder is not None):
+        raise ValueError(
+            f"the task 'text-to-text' and the table [decoder] need each other, got "
+            f"task {task!r} {'with' if decoder else 'without'} it"
+        )
 
 
 def dynamic_names(specs: Sequence[TensorSpec]) -> list[str]:
@@ -291,12 +364,14 @@ def _first_problem(error: ValidationError) -> str:
             "limits": Limits,
             "overrides": Override,
             "heads": Head,
+            "decoder": Decoder,
             "unsupported": Unsupported,
             "embedding": Embedding,
         }
-        inner = tables.get(str(problem["loc"][0])) if len(problem["loc"]) > 1 else None
-        place = problem["loc"][0] if inner else "a recipe"
-        keys = ", ".join((inner or Recipe).model_fields)
+        # The innermost table around the key: heads.0.decoder.inputs.1.axis lies in inputs.
+        around = [str(part) for part in problem["loc"][:-1] if str(part) in tables]
+        place = around[-1] if around else "a recipe"
+        keys = ", ".join((tables[place] if around else Recipe).model_fields)
         return f"unknown key {where!r}; the keys of {place} are {keys}"
     if problem["type"] == "missing":
         return f"required key {where!r} is missing"

@@ -1,14 +1,20 @@
 """The model to build and the text or images to build it with, read and checked before any work."""
 
+import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prox24_deploy.errors import BundleError
-from prox24_deploy.options import BuildOptions, EngineOptions, TextOptions
-from prox24_deploy.recipe import Recipe, select_recipe
+from prox24_deploy.artifacts import ModelInfo
+from prox24_deploy.errors import BackendMissingError, BundleError
+from prox24_deploy.options import BuildOptions, DeviceChoice, EngineOptions, TextOptions
+from prox24_deploy.recipe import Recipe, parse_recipe, select_recipe
+from prox24_deploy.release.bundle import Bundle
 
 if TYPE_CHECKING:
+    import torch
+
     from prox24_deploy.model.calibration import Samples
     from prox24_deploy.model.directory import ModelDir
 
@@ -66,6 +72,7 @@ def _read_text(
     from prox24_deploy.model.calibration import make_samples, read_texts
     from prox24_deploy.model.directory import load_tokenizer
     from prox24_deploy.model.evaluate import pooling_of
+    from prox24_deploy.model.pairs import make_pairs, start_token
 
     texts = read_texts(text.calibration, text.evaluation, text.seed)
     tokenizer = load_tokenizer(directory)
@@ -73,9 +80,15 @@ def _read_text(
         pooling_of(directory.path, recipe.embedding)
     budgets = (text.calibration_tokens, text.evaluation_tokens)
     longest = min(recipe.sequence_length, longest_of(directory.config, recipe))
+    if recipe.decoder is None:
+        make = partial(make_samples, tokenizer=tokenizer, recipe=recipe, max_length=longest)
+    else:
+        start = start_token(directory)
+        make = partial(
+            make_pairs, tokenizer=tokenizer, recipe=recipe, max_length=longest, start=start
+        )
     calibration, held_out = (
-        make_samples(part, tokenizer, recipe, tokens=tokens, max_length=longest)
-        for part, tokens in zip(texts, budgets, strict=True)
+        make(part, tokens=tokens) for part, tokens in zip(texts, budgets, strict=True)
     )
     return calibration, held_out
 
@@ -105,3 +118,48 @@ def longest_of(config: dict[str, Any], recipe: Recipe) -> int:
     """Tokens that the model accepts at most; the recipe's length where it does not say."""
     known = (config.get(key) for key in _POSITION_KEYS)
     return int(next(filter(None, known), recipe.sequence_length))
+
+
+def model_of(bundle: Bundle) -> ModelInfo:
+    """The model that a bundle was made from.
+
+    Raises:
+        BundleError: it names none.
+    """
+    if bundle.manifest.model is None:
+        raise BundleError(f"Bundle {bundle.root} names no model; run prune first.")
+    return bundle.manifest.model
+
+
+def recipe_of(bundle: Bundle) -> Recipe:
+    """The recipe that fits the model of a bundle."""
+    whole = parse_recipe(bundle.manifest.recipe, f"of {bundle.root}")
+    return fitted_recipe(whole, model_of(bundle).architecture, bundle.root / "pruned")
+
+
+def config_of(bundle: Bundle) -> dict[str, Any]:
+    """config.json of the pruned model."""
+    config: dict[str, Any] = json.loads((bundle.root / "pruned" / "config.json").read_bytes())
+    return config
+
+
+def vocabulary_of(config: dict[str, Any]) -> int:
+    """Number of tokens; 1 for a model that reads none."""
+    return int(config.get("vocab_size", 1))
+
+
+def torch_device(choice: DeviceChoice) -> "torch.device":
+    """The device that `--device` asks for.
+
+    Raises:
+        BackendMissingError: torch finds no CUDA device.
+    """
+    import torch
+
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise BackendMissingError(
+            "Device 'cuda' was asked for, but torch finds no CUDA device; pass --device cpu or "
+            "install a CUDA build of torch."
+        )
+    use_cuda = choice == "cuda" or (choice == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")

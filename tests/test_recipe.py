@@ -271,8 +271,77 @@ def test_advice_on_an_unknown_family_takes_the_place_of_the_general_one(tmp_path
 def test_an_unknown_family_lists_the_known_ones_and_the_remedy(tmp_path: Path) -> None:
     message = (
         rf"No recipe supports model_type 'perceiver' of {tmp_path}; shipped families are "
-        r"bert \(bert\), .*, roberta \(roberta, xlm-roberta\), .*t5 \(t5\), vit \(vit, deit\).*; "
+        r"bart \(bart\), .*, roberta \(roberta, xlm-roberta\), .*t5 \(t5\), vit \(vit, deit\).*; "
         r"copy the nearest one, .* pass it with --recipe\.$"
     )
     with pytest.raises(RecipeError, match=message):
         select_recipe(tmp_path, "perceiver", None)
+
+
+DECODER = """
+[decoder]
+blocks = "decoder.layers"
+targets = ["*"]
+inputs = [
+    { name = "input_ids", dtype = "int64", axes = ["batch", "sequence"] },
+    { name = "encoder_hidden_states", dtype = "float", axes = ["batch", "source", "hidden"] },
+]
+outputs = [{ name = "logits", dtype = "float", axes = ["batch", "sequence", "vocabulary"] }]
+"""
+PAIRED = MINIMAL.replace('"feature-extraction"', '"text-to-text"') + DECODER
+
+
+def test_an_encoder_decoder_has_two_parts() -> None:
+    recipe = parse_recipe(PAIRED, "my.toml")
+    encoder, decoder = recipe.parts
+    assert (encoder.graph, decoder.graph) == ("encoder", "decoder")
+    assert (encoder.blocks, encoder.targets) == (recipe.blocks, recipe.targets)
+    assert (encoder.inputs, encoder.outputs) == (recipe.inputs, recipe.outputs)
+    assert (decoder.blocks, decoder.cache, decoder.is_decoder) == ("decoder.layers", True, True)
+    assert [spec.name for spec in decoder.inputs] == ["input_ids", "encoder_hidden_states"]
+    assert decoder.sequence_length == recipe.sequence_length
+    assert encoder.parts == (encoder,)
+    assert decoder.parts == (decoder,)
+
+
+def test_any_other_recipe_is_its_own_part() -> None:
+    recipe = parse_recipe(MINIMAL, "my.toml")
+    assert recipe.parts == (recipe,)
+    assert recipe.graph == "model"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + DECODER, "need each other, got task 'feature-extraction' with it"),
+        (PAIRED.removesuffix(DECODER), "need each other, got task 'text-to-text' without it"),
+        (
+            PAIRED.replace("encoder_hidden_states", "states"),
+            r"\[decoder\] needs the input 'encoder_hidden_states'",
+        ),
+        (
+            PAIRED.replace('"logits"', '"input_ids"'),
+            "input and output names must differ",
+        ),
+        (
+            PAIRED.replace("[decoder]", "[decoder]\ncache = true"),
+            r"unknown key 'decoder\.cache'; the keys of decoder are blocks, targets, ignore, in",
+        ),
+        (
+            PAIRED.replace('name = "logits",', 'name = "logits", shape = 1,'),
+            r"unknown key 'decoder\.outputs\.0\.shape'; the keys of outputs are name, dtype, axes",
+        ),
+    ],
+)
+def test_a_decoder_that_does_not_fit_is_refused(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(text, "my.toml")
+
+
+def test_t5_becomes_one_graph_or_two_by_its_class() -> None:
+    recipe = parse_recipe(shipped_recipes()["t5"], "t5")
+    assert recipe.for_architecture("T5EncoderModel").parts == (recipe,)
+    whole = recipe.for_architecture("T5ForConditionalGeneration")
+    assert [part.blocks for part in whole.parts] == ["encoder.block", "decoder.block"]
+    with pytest.raises(RecipeError, match="Recipe t5 does not support T5Model: only T5EncoderMod"):
+        recipe.for_architecture("T5Model")

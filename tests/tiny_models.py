@@ -9,6 +9,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -141,3 +143,27 @@ def _byte_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
         sep_token="[SEP]",
         model_max_length=128,
     )
+
+
+def write_tiny_bart(path: Path, *, seed: int = 0) -> Path:
+    """A BART encoder-decoder, two blocks of six layers and two of ten; float32."""
+    torch.manual_seed(seed)
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=128,
+        init_std=0.2,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
+        decoder_start_token_id=3,
+    )
+    BartForConditionalGeneration(config).save_pretrained(path)
+    _byte_tokenizer("[CLS] $A [SEP]").save_pretrained(path)
+    return path

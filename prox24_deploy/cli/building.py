@@ -141,9 +141,9 @@ def export(
         return
     proven = sum(check.expected and check.is_24 for check in result.sparsity)
     worst = max((c.max_abs_difference for c in result.numerics), default=float("nan"))
+    files = " and ".join(str(bundle / model.path) for model in result.sparse)
     stdout.print(
-        f"{proven} weights proven 2:4 in {bundle / result.sparse.path}; largest difference to "
-        f"PyTorch {worst:.2g}.",
+        f"{proven} weights proven 2:4 in {files}; largest difference to PyTorch {worst:.2g}.",
         soft_wrap=True,
     )
 

@@ -75,7 +75,7 @@ def latency(rows: Sequence[LatencyRow]) -> Table:
     table = _table("backend", "batch", "seq", "dense ms", "sparse ms", "speed-up", "95 %")
     for row in rows:
         table.add_row(
-            row.backend,
+            row.engine,
             str(row.batch),
             str(row.sequence or ""),
             f"{row.dense.median_ms:.2f}",

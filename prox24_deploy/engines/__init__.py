@@ -49,6 +49,7 @@ def backend_by_name(name: str, options: EngineOptions, origin: Origin) -> Backen
             from prox24_deploy.engines.cusparselt import CuSparseLt
             from prox24_deploy.engines.torch_model import require_gpu
 
+            require_one_graph(origin.recipe, "Backend 'cusparselt'")
             require_gpu("Backend 'cusparselt'", "--backend onnxruntime")
             return CuSparseLt(origin.dense, origin.recipe, options, origin.gemms)
         case "tensorrt" | "tensorrt-rtx":
@@ -57,3 +58,16 @@ def backend_by_name(name: str, options: EngineOptions, origin: Origin) -> Backen
             return open_tensorrt("tensorrt" if name == "tensorrt" else "tensorrt_rtx", options)
         case _:
             raise UsageError(f"Backend {name!r} does not exist; pass one of auto, {available}.")
+
+
+def require_one_graph(recipe: Recipe, asker: str) -> None:
+    """Refuse an encoder-decoder where only models of one graph can be run.
+
+    Raises:
+        UsageError: the recipe has a decoder.
+    """
+    if recipe.decoder is not None:
+        raise UsageError(
+            f"{asker} runs models of one graph, and those of recipe {recipe.family} have an "
+            "encoder and a decoder; pass --backend onnxruntime or tensorrt."
+        )

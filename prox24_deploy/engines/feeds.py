@@ -16,12 +16,12 @@ def random_feeds(
     """Random tokens and a full mask; axes named "batch" and "sequence" take the shape asked for.
 
     A graph with a cache is fed an empty past, so that what is timed is the prefill of `sequence`
-    tokens.
+    tokens. A decoder reads the states of an encoder of as many tokens, the axis "source".
     """
 
     def make(batch: int, sequence: int, seed: int) -> Feeds:
         generator = np.random.default_rng(seed)
-        sizes = {"batch": batch, "sequence": sequence, "past": 0}
+        sizes = {"batch": batch, "sequence": sequence, "source": sequence, "past": 0}
         return {
             spec.name: _feed(spec, shape_of(spec, sizes), np.dtype(dtype), vocabulary, generator)
             for spec in inputs
@@ -43,7 +43,7 @@ def _feed(
     match spec.name:
         case "input_ids":
             return tokens
-        case "attention_mask":
+        case "attention_mask" | "encoder_attention_mask":
             return np.ones(shape, np.int64)
         case "position_ids":
             return np.broadcast_to(np.arange(shape[1]), shape).copy()

@@ -296,8 +296,9 @@ def profile_of(model: Path, options: EngineOptions) -> dict[str, ShapeRange]:
         "batch": min(options.batches),
         "sequence": 1 if cached else min(options.sequences),
         "past": 0,
+        "source": min(options.sequences),
     }
-    most = {"batch": max(options.batches), "sequence": longest, "past": longest}
+    most = {"batch": max(options.batches), **dict.fromkeys(("sequence", "past", "source"), longest)}
     return {
         spec.name: (shape_of(spec, least), shape_of(spec, most), shape_of(spec, most))
         for spec in inputs

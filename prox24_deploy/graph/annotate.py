@@ -24,13 +24,14 @@ from prox24_deploy.graph.weights import (
 from prox24_deploy.recipe import TensorSpec, dynamic_names
 
 
-def annotate(model: ir.Model, source: nn.Module, sparse: Sequence[str]) -> None:
+def annotate(model: ir.Model, source: nn.Module, sparse: Sequence[str] | None) -> None:
     """Clean the metadata of `model` in place, name its modules and weights, declare `sparse`.
 
     Args:
         model: as torch's exporter made it from a `RecipeModule` around `source`.
         source: the module that was exported; its module paths are the names that are given.
-        sparse: module paths whose weights must be 2:4; written as model metadata if there are any.
+        sparse: module paths whose weights must be 2:4, written as model metadata; an empty list
+            says that none must, None says nothing.
     """
     modules = dict(source.named_modules())
     linear = frozenset(name for name, part in modules.items() if isinstance(part, nn.Linear))
@@ -46,7 +47,7 @@ def annotate(model: ir.Model, source: nn.Module, sparse: Sequence[str]) -> None:
     _name_fused(weights, frozenset(n for n, part in modules.items() if isinstance(part, nn.Conv2d)))
     _name_folded(weights, linear)
     model.metadata_props.clear()
-    if sparse:
+    if sparse is not None:
         model.metadata_props[SPARSE_KEY] = json.dumps(sorted(set(sparse)))
 
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import nn
 from prox24_deploy.artifacts import DType
 from prox24_deploy.errors import BundleError, ExportError
 from prox24_deploy.graph.annotate import annotate, settle_signature
+from prox24_deploy.graph.branches import AllFinite
 from prox24_deploy.graph.check import check_path, require_24
 from prox24_deploy.graph.module import (
     TORCH_DTYPES,
@@ -31,8 +32,10 @@ from prox24_deploy.graph.module import (
 from prox24_deploy.graph.weights import MODULE_KEY
 from prox24_deploy.recipe import Recipe, TensorSpec, dynamic_names, shape_of
 
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
+_SUFFIX, _DATA_SUFFIX = ".onnx", ".onnx.data"
+
+# Names of the graphs that an export writes.
+_GRAPHS = ("model", "encoder", "decoder")
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +48,18 @@ _HASH_CHUNK = 1 << 24
 def export_onnx(
     model: nn.Module, recipe: Recipe, out: Path, *, dtype: DType, sparse: Sequence[str] = ()
 ) -> Path:
-    """Write `out/model.onnx` with external data `out/model.onnx.data`; the same input, same bytes.
+    """Write the one graph of a recipe as `out/model.onnx`; see `export_graphs`."""
+    (path,) = export_graphs(model, recipe, out, dtype=dtype, sparse=sparse)
+    return path
+
+
+def export_graphs(
+    model: nn.Module, recipe: Recipe, out: Path, *, dtype: DType, sparse: Sequence[str] = ()
+) -> tuple[Path, ...]:
+    """Write every graph of a recipe with its external data; the same input, same bytes.
+
+    That is `out/model.onnx` with `out/model.onnx.data`, or for an encoder-decoder `encoder.onnx`
+    and `decoder.onnx`, each with its data.
 
     Inputs, outputs and dynamic axes are those of the recipe. Nodes carry their module path under
     the metadata key `prox24.module`; `sparse` is written to the file as its 2:4 declaration and
@@ -60,7 +74,7 @@ def export_onnx(
         sparse: module paths in `model` whose weights must be 2:4 along their reduction axis.
 
     Returns:
-        The path of `model.onnx`.
+        The paths of the graphs, in the order of `recipe.parts`.
 
     Raises:
         ExportError: the model cannot be exported, does not fit the recipe, or overflows `dtype`.
@@ -68,31 +82,48 @@ def export_onnx(
         BundleError: `out` holds something other than an earlier export.
         OSError: the file cannot be written, for example because the disk is full.
     """
-    _require_modules(model, sparse)
+    _require_modules(model, recipe, sparse)
     _require_replaceable(out)
-    module = RecipeModule(copy_with(model, to_dtype(dtype)), recipe).eval()
-    graph = _to_onnx(module, recipe, dtype)
-    settle_signature(graph.graph, module.signature)
-    annotate(graph, model, sparse)
-    _require_one_dtype(graph, dtype)
-    return _publish(graph, out, bool(sparse))
+    converted = copy_with(model, to_dtype(dtype))
+    graphs = {part.graph: _graph_of(converted, model, part, dtype, sparse) for part in recipe.parts}
+    return _publish(graphs, out, bool(sparse))
 
 
-def hash_onnx(folder: Path) -> tuple[str, int]:
-    """Hash an exported model: SHA-256 over graph then external data, and their size in bytes."""
+def hash_onnx(path: Path) -> tuple[str, int]:
+    """Hash an exported graph: SHA-256 over it then its external data, and their size in bytes."""
     digest = hashlib.sha256()
     size = 0
-    for path in (folder / MODEL_FILE, folder / DATA_FILE):
-        if path.name == DATA_FILE and not path.exists():
+    for file in (path, path.with_suffix(_DATA_SUFFIX)):
+        if file != path and not file.exists():
             continue
-        with path.open("rb") as stream:
+        with file.open("rb") as stream:
             while chunk := stream.read(_HASH_CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
     return digest.hexdigest(), size
 
 
-def _require_modules(model: nn.Module, sparse: Sequence[str]) -> None:
+def _graph_of(
+    converted: nn.Module, model: nn.Module, recipe: Recipe, dtype: DType, sparse: Sequence[str]
+) -> ir.Model:
+    """The graph of a recipe, or of one part of it, with the 2:4 weights among its own blocks."""
+    module = RecipeModule(converted, recipe).eval()
+    graph = _to_onnx(module, recipe, dtype)
+    settle_signature(graph.graph, module.signature)
+    # A half of which nothing is pruned says so: a file that says nothing must be 2:4 throughout.
+    annotate(graph, model, own_modules(recipe, sparse) if sparse else None)
+    _require_one_dtype(graph, dtype)
+    return graph
+
+
+def own_modules(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """The module paths that concern a graph: all of a single one, else those in its blocks."""
+    whole = recipe.graph == "model"
+    return [name for name in names if whole or name.startswith(f"{recipe.blocks}.")]
+
+
+def _require_modules(model: nn.Module, recipe: Recipe, sparse: Sequence[str]) -> None:
+    parts = recipe.parts
     known = {name for name, _ in model.named_modules()}
     for name in sparse:
         if name not in known:
@@ -100,13 +131,20 @@ def _require_modules(model: nn.Module, sparse: Sequence[str]) -> None:
                 f"The model has no module {name!r}, whose weight should be 2:4; pass module paths "
                 "of the model as it was pruned."
             )
+        if not any(own_modules(part, [name]) for part in parts):
+            raise ExportError(
+                f"Module {name!r}, whose weight should be 2:4, lies in no graph of recipe "
+                f"{recipe.family}, whose blocks are {' and '.join(p.blocks for p in parts)}; "
+                "correct the recipe."
+            )
 
 
 def _require_replaceable(out: Path) -> None:
     if not out.exists():
         return
     strange = {out.name} if not out.is_dir() else {entry.name for entry in out.iterdir()}
-    strange -= {MODEL_FILE, DATA_FILE} if out.is_dir() else set()
+    if out.is_dir():
+        strange -= {n + end for n in _GRAPHS for end in (_SUFFIX, _DATA_SUFFIX)}
     if strange:
         raise BundleError(
             f"{out} holds {min(strange)!r}, which no export wrote; choose another folder or empty "
@@ -131,7 +169,7 @@ def _to_onnx(module: RecipeModule, recipe: Recipe, dtype: DType) -> ir.Model:
     # One more tuple, since `forward` takes its inputs as one variadic parameter.
     shapes = (tuple(_dynamic_axes(spec, dims) for spec in signature.inputs),)
     try:
-        with _quiet():
+        with _quiet(), AllFinite():
             program = torch.onnx.export(
                 module,
                 examples,
@@ -233,7 +271,7 @@ def _failure(error: BaseException, recipe: Recipe) -> str:
     )
 
 
-def _publish(graph: ir.Model, out: Path, prove: bool) -> Path:
+def _publish(graphs: Mapping[str, ir.Model], out: Path, prove: bool) -> tuple[Path, ...]:
     """Write beside `out`, prove what was written, then rename."""
     partial = out.with_name(f".{out.name}.partial")
     replaced = out.with_name(f".{out.name}.replaced")
@@ -241,15 +279,17 @@ def _publish(graph: ir.Model, out: Path, prove: bool) -> Path:
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        ir.save(graph, partial / MODEL_FILE, external_data=DATA_FILE)
-        if prove:
-            report = check_path(partial / MODEL_FILE)
-            require_24(replace(report, path=str(out / MODEL_FILE)))
+        for name, graph in graphs.items():
+            file = partial / f"{name}{_SUFFIX}"
+            ir.save(graph, file, external_data=f"{name}{_DATA_SUFFIX}")
+            if prove:
+                require_24(replace(check_path(file), path=str(out / file.name)))
         if out.exists():
             out.rename(replaced)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
-    _logger.info("wrote %s", out / MODEL_FILE)
-    return out / MODEL_FILE
+    paths = tuple(out / f"{name}{_SUFFIX}" for name in graphs)
+    _logger.info("wrote %s", ", ".join(map(str, paths)))
+    return paths

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from prox24_deploy.artifacts import DType
 from prox24_deploy.errors import ExportError
-from prox24_deploy.graph.signature import signature_of
-from prox24_deploy.recipe import EMBEDDING, Embedding, Recipe
+from prox24_deploy.graph.signature import cached_layers, signature_of
+from prox24_deploy.recipe import EMBEDDING, STATES, Embedding, Recipe
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     "float32": torch.float32,
@@ -24,6 +25,10 @@ Convert = Callable[[str, torch.Tensor], torch.Tensor]
 
 class RecipeModule(nn.Module):
     """Calls a model with the inputs of its signature, in order, and returns the outputs.
+
+    Of an encoder-decoder it calls the half that the recipe, a part of one, describes. Its decoder
+    starts every call with an empty cache of the cross-attention, so the states of the encoder are
+    projected anew each time.
 
     The model sits under the attribute `wrapped`, so each of its module paths has the prefix
     "wrapped." in the exported graph.
@@ -39,8 +44,10 @@ class RecipeModule(nn.Module):
         self._outputs = [spec.name for spec in recipe.outputs]
         self._cache = recipe.cache
         self._embedding = recipe.embedding
+        self._graph = recipe.graph
         # Without this a decoder returns its key/value cache as a second, unasked-for result.
-        self._options = {"use_cache": recipe.cache} if recipe.task == "text-generation" else {}
+        generates = recipe.cache or recipe.task == "text-generation"
+        self._options = {"use_cache": recipe.cache} if generates else {}
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the outputs of the recipe in its order, then keys and values of each layer.
@@ -52,14 +59,22 @@ class RecipeModule(nn.Module):
         feeds: dict[str, Any] = dict(zip(self._inputs, inputs[:count], strict=True))
         if self._cache:
             past = inputs[count:]
-            _tie_lengths(feeds["attention_mask"], feeds["input_ids"], past[0])
             feeds["past_key_values"] = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        result = self.wrapped(**feeds, **self._options)
+            if "attention_mask" in feeds:
+                _tie_lengths(feeds["attention_mask"], feeds["input_ids"], past[0])
+        result = self._run(feeds)
         outputs = [self._output(result, name, feeds) for name in self._outputs]
-        if self._cache:
-            for layer in result.past_key_values.layers:
-                outputs += [layer.keys, layer.values]
+        for layer in cached_layers(result) if self._cache else ():
+            outputs += [layer.keys, layer.values]
         return tuple(outputs)
+
+    def _run(self, feeds: dict[str, Any]) -> object:
+        """Call the model, or the half of it that the graph is."""
+        if self._graph == "encoder":
+            return self.wrapped.get_encoder()(**feeds)  # type: ignore[operator]
+        if self._graph == "decoder":
+            feeds = _decoder_feeds(feeds)
+        return self.wrapped(**feeds, **self._options)
 
     def _output(self, result: object, name: str, feeds: dict[str, Any]) -> torch.Tensor:
         if name == EMBEDDING and self._embedding is not None:
@@ -135,6 +150,15 @@ def _output(result: object, name: str) -> torch.Tensor:
             "outputs of the recipe."
         )
     return value
+
+
+def _decoder_feeds(feeds: dict[str, Any]) -> dict[str, Any]:
+    """What an encoder-decoder is called with to run its decoder alone."""
+    renamed = {"input_ids": "decoder_input_ids", "encoder_attention_mask": "attention_mask"}
+    found = {renamed.get(name, name): value for name, value in feeds.items() if name != STATES}
+    found["encoder_outputs"] = BaseModelOutput(last_hidden_state=feeds[STATES])
+    found["past_key_values"] = EncoderDecoderCache(feeds["past_key_values"], DynamicCache())
+    return found
 
 
 def _tie_lengths(mask: torch.Tensor, ids: torch.Tensor, past: torch.Tensor) -> None:

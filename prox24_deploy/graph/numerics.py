@@ -24,6 +24,7 @@ from prox24_deploy.recipe import Recipe, TensorSpec, dynamic_names, shape_of
 # Sizes of the first dynamic axes: batch and sequence of text models.
 _SIZES = ((1, 8), (2, 17), (3, 5))
 # The same and past: prefill, also of a padded batch, a second chunk, and one step of decoding.
+# Any further axis, such as the length of the text that an encoder has read, has `_FURTHER_SIZE`.
 _CACHED_SIZES = ((1, 8, 0), (2, 6, 0), (2, 5, 9), (3, 1, 7))
 _FURTHER_SIZE = 4
 
@@ -116,9 +117,12 @@ def _open(path: Path) -> ort.InferenceSession:
 
 def _sizes(signature: Signature) -> list[dict[str, int]]:
     names = dynamic_names(signature.inputs)
-    table: Sequence[tuple[int, ...]] = _CACHED_SIZES if "past" in names else _SIZES
-    further = dict.fromkeys(names[len(table[0]) :], _FURTHER_SIZE)
-    return [dict(zip(names, sizes, strict=False)) | further for sizes in table]
+    cached = "past" in names
+    table: Sequence[tuple[int, ...]] = _CACHED_SIZES if cached else _SIZES
+    others = [name for name in names if name != "past"]
+    first = [*others[:2], "past"] if cached else others[:2]
+    further = dict.fromkeys(others[2:], _FURTHER_SIZE)
+    return [dict(zip(first, sizes, strict=False)) | further for sizes in table]
 
 
 def _feeds(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from prox24_deploy.errors import ExportError
 from prox24_deploy.graph.weights import load_model
-from prox24_deploy.recipe import Recipe, TensorSpec
+from prox24_deploy.recipe import STATES, Recipe, TensorSpec
 
 _PAST = "past_key_values"
 _PRESENT = "present"
@@ -28,18 +29,27 @@ class Signature:
 def signature_of(recipe: Recipe, model: nn.Module) -> Signature:
     """Expand `recipe.cache` by the heads and head sizes that each layer of `model` caches.
 
-    They are read off a run over one token, since the families name them differently in their
-    configurations or leave them out.
+    The states of an encoder that a decoder reads get their width. All are read off a run over one
+    token, since the families name them differently in their configurations or leave them out.
 
     Raises:
         ExportError: the recipe asks for a cache and the model gives none.
     """
     inputs, outputs = list(recipe.inputs), list(recipe.outputs)
     if recipe.cache:
-        shapes = _cached_shapes(recipe, model)
+        result = _run_once(recipe, model)
+        if recipe.is_decoder:
+            inputs = [_with_width(spec, result.encoder_last_hidden_state) for spec in inputs]
+        shapes = _cached_shapes(recipe, model, result)
         inputs += _cache_specs(_PAST, shapes, "past")
         outputs += _cache_specs(_PRESENT, shapes, "past + sequence")
     return Signature(tuple(inputs), tuple(outputs))
+
+
+def cached_layers(result: object) -> Sequence[Any]:
+    """What a model cached per layer of the text that it writes, each with `keys` and `values`."""
+    cache = getattr(result, _PAST, None)
+    return getattr(getattr(cache, "self_attention_cache", cache), "layers", None) or ()
 
 
 def read_inputs(path: Path) -> tuple[TensorSpec, ...]:
@@ -65,14 +75,26 @@ def axes_of(value: ir.Value) -> list[str | int]:
     return [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
 
 
-def _cached_shapes(recipe: Recipe, model: nn.Module) -> list[tuple[torch.Size, ...]]:
+def _run_once(recipe: Recipe, model: nn.Module) -> Any:
+    """What the model gives over one token, with its cache; None where it knows no cache."""
     one = torch.zeros((1, 1), dtype=torch.int64, device=next(model.parameters()).device)
+    target = {"decoder_input_ids": one} if recipe.is_decoder else {}
     try:
         with torch.inference_mode():
-            result = model(input_ids=one, use_cache=True)
+            return model(input_ids=one, use_cache=True, **target)
     except TypeError:  # it takes no such argument
-        result = None
-    layers = getattr(getattr(result, _PAST, None), "layers", None)
+        return None
+
+
+def _with_width(spec: TensorSpec, states: torch.Tensor) -> TensorSpec:
+    """The states of the encoder, (batch, source, hidden), with their last axis made static."""
+    if spec.name != STATES:
+        return spec
+    return spec.model_copy(update={"axes": [*spec.axes[:-1], states.shape[-1]]})
+
+
+def _cached_shapes(recipe: Recipe, model: nn.Module, result: Any) -> list[tuple[torch.Size, ...]]:
+    layers = cached_layers(result)
     if not layers:
         raise ExportError(
             f"{type(model).__name__} returns no key/value cache, but recipe {recipe.family} says "

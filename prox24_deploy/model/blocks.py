@@ -107,10 +107,10 @@ def record_calls(
 
 
 def run_model(model: nn.Module, batch: Batch, task: str) -> Any:
-    """Forward one batch; a causal model is run without a cache."""
+    """Forward one batch; a model that generates text is run without a cache."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    if task == "text-generation":
+    if task in {"text-generation", "text-to-text"}:
         return model(**inputs, use_cache=False)
     return model(**inputs)
 
@@ -179,6 +179,11 @@ def _recorded_inputs(layers: Mapping[str, Layer]) -> Iterator[list[tuple[str, Te
     finally:
         for handle in handles:
             handle.remove()
+
+
+def is_handed(tensor: Tensor, call: BlockCall) -> bool:
+    """Whether a tensor is what a block is passed, such as the states of an encoder, itself."""
+    return any(tensor is value for value in (*call.args, *call.kwargs.values()))
 
 
 def real_rows(tensor: Tensor, real: Tensor) -> Tensor:

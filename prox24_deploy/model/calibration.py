@@ -20,9 +20,11 @@ from prox24_deploy.recipe import Recipe
 log = logging.getLogger(__name__)
 
 MIN_TOKENS = 1024
+# Marks a position of `Batch.targets` where nothing is expected; torch's own sign for that.
+IGNORED = -100
 _HELD_OUT_SHARE = 0.2
 # Tokens per forward pass, padding included, and per step of block reconstruction.
-_BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048
 _SHORTEST_BUILTIN = 60
 
 
@@ -33,10 +35,13 @@ class Batch:
     Attributes:
         inputs: name to tensor: (batch, sequence) int64, or pixels (batch, channels, height, width).
         real: (batch, sequence) bool, False on padding; (batch,) for images, which have none.
+        targets: (batch, target) int64, the token that each position of a decoder beside an encoder
+            should give, `IGNORED` on padding; None for any other model.
     """
 
     inputs: dict[str, Tensor]
     real: Tensor
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +59,21 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Documents before tokenisation."""
+    """Documents before tokenisation.
+
+    `targets` has what the user's file says that a decoder should make of each document, None where
+    it says nothing; it is empty where there is no such file.
+    """
 
     kind: Literal["file", "builtin", "split"]
     paths: tuple[str, ...]
     documents: tuple[str, ...]
+    targets: tuple[object, ...] = ()
+
+    @property
+    def all_targets(self) -> tuple[object, ...]:
+        """One for each document."""
+        return self.targets or (None,) * len(self.documents)
 
 
 def read_texts(
@@ -86,8 +101,8 @@ def read_texts(
             f"Calibration text {', '.join(texts.paths)} has {len(texts.documents)} paragraph, "
             "expected at least 2 so that some can be held out; add text or pass --evaluation."
         )
-    kept = Texts(texts.kind, texts.paths, texts.documents[:cut])
-    return kept, Texts("split", texts.paths, texts.documents[cut:])
+    kept = Texts(texts.kind, texts.paths, texts.documents[:cut], texts.targets[:cut])
+    return kept, Texts("split", texts.paths, texts.documents[cut:], texts.targets[cut:])
 
 
 def make_samples(
@@ -107,15 +122,24 @@ def make_samples(
     else:
         rows = _documents(texts.documents, tokenizer, tokens, max_length)
     total = sum(len(row) for row in rows)
+    require_tokens(texts, total)
+    names = [spec.name for spec in recipe.inputs]
+    batches = tuple(_batches(rows, names, padding_id(tokenizer)))
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return Samples(batches, TextSource(texts.kind, texts.paths, digest, len(rows), total))
+
+
+def require_tokens(texts: Texts, total: int) -> None:
+    """Refuse text that gives too few tokens to calibrate on.
+
+    Raises:
+        CalibrationError: there are fewer than 1024.
+    """
     if total < MIN_TOKENS:
         raise CalibrationError(
             f"Text {', '.join(texts.paths)} gives {total} usable tokens, expected at least "
             f"{MIN_TOKENS}; pass more text."
         )
-    names = [spec.name for spec in recipe.inputs]
-    batches = tuple(_batches(rows, names, _padding_id(tokenizer)))
-    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    return Samples(batches, TextSource(texts.kind, texts.paths, digest, len(rows), total))
 
 
 def thin(samples: Samples, tokens: int) -> tuple[Batch, ...]:
@@ -125,11 +149,13 @@ def thin(samples: Samples, tokens: int) -> tuple[Batch, ...]:
 
 
 def _from_files(paths: Sequence[Path]) -> Texts:
-    documents = [document for path in paths for document in _documents_of(path)]
-    return Texts("file", tuple(str(path) for path in paths), tuple(documents))
+    pairs = [pair for path in paths for pair in _documents_of(path)]
+    documents, targets = zip(*pairs, strict=True)
+    return Texts("file", tuple(str(path) for path in paths), documents, targets)
 
 
-def _documents_of(path: Path) -> list[str]:
+def _documents_of(path: Path) -> list[tuple[str, object]]:
+    """Documents of a file, each with its target or None."""
     try:
         # A byte order mark is no part of the text.
         text = path.read_text(encoding="utf-8-sig")
@@ -137,7 +163,10 @@ def _documents_of(path: Path) -> list[str]:
         raise CalibrationError(f"Text {path} is not UTF-8; convert it.") from error
     except OSError as error:
         raise CalibrationError(f"Text {path} cannot be read ({error.strerror}).") from error
-    documents = _jsonl(path, text) if path.suffix in {".jsonl", ".ndjson"} else _paragraphs(text)
+    if path.suffix in {".jsonl", ".ndjson"}:
+        documents = _jsonl(path, text)
+    else:
+        documents = [(part, None) for part in _paragraphs(text)]
     if not documents:
         raise CalibrationError(f"Text {path} is empty; pass a file with paragraphs of text.")
     return documents
@@ -147,8 +176,8 @@ def _paragraphs(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
-def _jsonl(path: Path, text: str) -> list[str]:
-    documents = []
+def _jsonl(path: Path, text: str) -> list[tuple[str, object]]:
+    documents: list[tuple[str, object]] = []
     # Only "\n" ends a record: a JSON string may hold any other line separator of Unicode.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -163,7 +192,8 @@ def _jsonl(path: Path, text: str) -> list[str]:
                 f'{path} line {number} has no string "text"; expected {{"text": "..."}} per line.'
             )
         if document.strip():
-            documents.append(document.strip())
+            target = record.get("target") if isinstance(record, dict) else None
+            documents.append((document.strip(), target))
     return documents
 
 
@@ -217,19 +247,20 @@ def _documents(
 
 
 def _batches(rows: list[list[int]], names: Sequence[str], padding: int) -> Iterator[Batch]:
-    """Batches of at most `_BATCH_TOKENS` padded tokens, rows in order of length."""
+    """Batches of at most `BATCH_TOKENS` padded tokens, rows in order of length."""
     ordered = sorted(rows, key=len)
     group: list[list[int]] = []
     for row in ordered:
-        if group and (len(group) + 1) * len(row) > _BATCH_TOKENS:
-            yield _pad(group, names, padding)
+        if group and (len(group) + 1) * len(row) > BATCH_TOKENS:
+            yield pad_rows(group, names, padding)
             group = []
         group.append(row)
     if group:
-        yield _pad(group, names, padding)
+        yield pad_rows(group, names, padding)
 
 
-def _pad(rows: list[list[int]], names: Sequence[str], padding: int) -> Batch:
+def pad_rows(rows: list[list[int]], names: Sequence[str], padding: int) -> Batch:
+    """One batch of rows of tokens, padded on the right, with the inputs of these names."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([row + [padding] * (width - len(row)) for row in rows])
     real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
@@ -241,6 +272,7 @@ def _pad(rows: list[list[int]], names: Sequence[str], padding: int) -> Batch:
     return Batch({name: known[name] for name in names if name in known}, real)
 
 
-def _padding_id(tokenizer: Any) -> int:
+def padding_id(tokenizer: Any) -> int:
+    """The token that stands on padding."""
     # A tokenizer without padding still needs a number there; masked positions are never read.
     return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0

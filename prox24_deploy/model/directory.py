@@ -142,6 +142,7 @@ def auto_classes() -> dict[Task, Any]:
         "feature-extraction": transformers.AutoModel,
         "text-encoding": transformers.AutoModelForTextEncoding,
         "text-generation": transformers.AutoModelForCausalLM,
+        "text-to-text": transformers.AutoModelForSeq2SeqLM,
         "text-classification": transformers.AutoModelForSequenceClassification,
         "token-classification": transformers.AutoModelForTokenClassification,
         "image-classification": transformers.AutoModelForImageClassification,

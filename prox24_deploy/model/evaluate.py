@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prox24_deploy.artifacts import Estimate, EvaluateResult, Metric
 from prox24_deploy.errors import ModelDirError, RecipeError
 from prox24_deploy.model.blocks import run_model
-from prox24_deploy.model.calibration import Batch, Samples
+from prox24_deploy.model.calibration import IGNORED, Batch, Samples
 from prox24_deploy.recipe import Embedding
 
 Progress = Callable[[str, int, int], None]
@@ -34,7 +34,7 @@ def evaluate_models(
 ) -> EvaluateResult:
     """Measure what the task calls for: perplexity, classes, or agreement of embeddings."""
     began = time.perf_counter()
-    if task == "text-generation":
+    if task in {"text-generation", "text-to-text"}:
         metrics = evaluate_text_generation(dense, sparse, held_out.batches, progress)
     elif task.endswith("-classification"):
         metrics = evaluate_classes(dense, sparse, held_out.batches, progress, held_out.labels)
@@ -50,18 +50,18 @@ def evaluate_text_generation(
 ) -> tuple[Metric, ...]:
     """Perplexity of both models and their top-1 agreement, over windows of text.
 
-    Standard errors are over windows: of exp(mean NLL) by the delta method, and paired for the
-    difference of log-perplexity.
+    A window of an encoder-decoder is the target of one text, on which its decoder is forced;
+    windows count alike, whatever their length. Standard errors are over windows: of exp(mean NLL)
+    by the delta method, and paired for the difference of log-perplexity.
     """
     nll: list[Tensor] = []
     agree: list[Tensor] = []
     for i, batch in enumerate(batches):
         progress("evaluate", i, len(batches))
-        logits = [run_model(m, batch, "text-generation").logits[:, :-1] for m in (dense, sparse)]
-        targets = batch.inputs["input_ids"][:, 1:].to(logits[0].device)
-        nll.append(torch.stack([window_nll(part, targets) for part in logits]))
+        logits = [next_logits(model, batch) for model in (dense, sparse)]
+        nll.append(torch.stack([window_nll(part, batch) for part in logits]))
         same = logits[0].argmax(-1) == logits[1].argmax(-1)
-        agree.append(same.double().mean(1))
+        agree.append(_window_mean(same.double(), _next_tokens(batch)))
     progress("evaluate", len(batches), len(batches))
     losses = torch.cat(nll, dim=1)
     windows = losses.shape[1]
@@ -214,12 +214,33 @@ def pooling_of(model_dir: Path, embedding: Embedding | None = None) -> Pooling:
     return found
 
 
-def window_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood per window: (windows,)."""
+def next_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """What a model that generates text foretells, (windows, positions, vocabulary).
+
+    The last position of a window has nothing to foretell, unless there are targets of their own.
+    """
+    logits: Tensor = run_model(model, batch, "text-generation").logits
+    return logits[:, :-1] if batch.targets is None else logits
+
+
+def window_nll(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of what follows, per window: (windows,), float64."""
+    targets = _next_tokens(batch).to(logits.device)
     loss = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+        logits.float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
     )
-    return loss.view(targets.shape).double().mean(1)
+    return _window_mean(loss.view(targets.shape).double(), targets)
+
+
+def _next_tokens(batch: Batch) -> Tensor:
+    """The tokens that `next_logits` should foretell, (windows, positions)."""
+    return batch.inputs["input_ids"][:, 1:] if batch.targets is None else batch.targets
+
+
+def _window_mean(values: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the positions of each window that have a target, (windows,)."""
+    known = (targets != IGNORED).to(values.device)
+    return (values * known).sum(1) / known.sum(1)
 
 
 def _declared_pooling(declared: Path) -> Pooling:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.calibration import Batch
-from prox24_deploy.model.evaluate import Pooling, class_figures, embed, window_nll
+from prox24_deploy.model.evaluate import Pooling, class_figures, embed, next_logits, window_nll
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,12 @@ class Loss:
 def loss_against(dense: nn.Module, task: str, batches: Sequence[Batch], pooling: Pooling) -> Loss:
     """The loss that a task calls for, on some batches.
 
-    That is the rise of the log-perplexity where the task is text generation, the divergence
+    That is the rise of the log-perplexity where the model generates text, the divergence
     KL(dense, model) for a classifier (the change of its score, in standard deviations of the dense
     one, where there is but one), else one less the cosine of the embeddings. `dense` is run at
     once and may change afterwards.
     """
-    if task == "text-generation":
+    if task in {"text-generation", "text-to-text"}:
         reference = _window_losses(dense, batches)
         return Loss("log-perplexity", lambda model: _window_losses(model, batches) - reference)
     if task.endswith("-classification"):
@@ -70,8 +70,4 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _window_losses(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    parts = []
-    for batch in batches:
-        logits = run_model(model, batch, "text-generation").logits[:, :-1]
-        parts.append(window_nll(logits, batch.inputs["input_ids"][:, 1:].to(logits.device)))
-    return torch.cat(parts)
+    return torch.cat([window_nll(next_logits(model, batch), batch) for batch in batches])

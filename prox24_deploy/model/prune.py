@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -25,7 +25,7 @@ from prox24_deploy.model.checkpoint import (
 )
 from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.model.evaluate import pooling_of
-from prox24_deploy.model.flow import Flow, Twin, advance, collect, start_flow
+from prox24_deploy.model.flow import Flow, Twin, advance, after_pruning, collect, start_flow
 from prox24_deploy.model.grams import Grams
 from prox24_deploy.model.layers import (
     Layer,
@@ -104,24 +104,20 @@ def prune_model(
         raise CalibrationError("There is no calibration batch; pass more text.")
     if options.reconstructs:
         require_batches(len(calibration))
-    blocks = find_blocks(model, recipe)
-    require_matches(recipe, blocks)
-    flows = [start_flow(model, blocks, recipe, part) for part in (calibration, held_out)]
+    require_matches(recipe, model)
+    count = sum(len(find_blocks(model, part)) for part in recipe.parts)
     weights: dict[str, Tensor] = {}
     records: list[LayerRecord] = []
-    for index, (block, following) in enumerate(zip_longest(blocks, list(blocks)[1:])):
-        progress("prune", index, len(blocks))
-        twin = Twin(index, f"{recipe.blocks}.{index}", deepcopy(block), block, following)
-        done = store.load(index)
+    for number, step in enumerate(_steps(model, recipe, (calibration, held_out))):
+        progress("prune", number, count)
+        done = store.load(number)
         if done is None:
-            done = _prune_block(twin, recipe, flows, options, stored_dtype, dense)
-            store.save(index, *done)
-        _apply(block, done[0])
-        weights.update({f"{twin.prefix}.{name}.weight": w for name, w in done[0].items()})
+            done = _prune_block(step.twin, step.recipe, step.flows, options, stored_dtype, dense)
+            store.save(number, *done)
+        _apply(step.twin.pruned, done[0])
+        weights.update({f"{step.twin.prefix}.{name}.weight": w for name, w in done[0].items()})
         records.extend(done[1])
-        if index + 1 < len(blocks):
-            advance(twin, flows)
-    progress("prune", len(blocks), len(blocks))
+    progress("prune", count, count)
     records.extend(_layers_outside(model, recipe, {record.name for record in records}))
     axes = {name: reduction_axis(layer_at(model, name.removesuffix(".weight"))) for name in weights}
     return PrunedState(weights, axes, tuple(records))
@@ -157,7 +153,7 @@ def prune_directory(
     began = time.perf_counter()
     model = load_model(directory, recipe, device)
     directory = replace(directory, renamed=renamed_tensors(directory, model))
-    dense = left_dense(recipe, find_blocks(model, recipe), options)
+    dense = left_dense(recipe, model, options)
     sensitivity = (
         _sensitivity(model, directory, recipe, calibration, options, dense, solved, progress)
         if options.has_budget
@@ -226,6 +222,31 @@ def _sensitivity(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One block, the part of the recipe that it belongs to, and the batches in front of it."""
+
+    recipe: Recipe
+    twin: Twin
+    flows: list[Flow]
+
+
+def _steps(model: nn.Module, recipe: Recipe, texts: Sequence[tuple[Batch, ...]]) -> Iterator[_Step]:
+    """Every block in order; what is done to it before the next is asked for reaches the next."""
+    parts = [(part, find_blocks(model, part)) for part in recipe.parts]
+    # All start in the dense model: a decoder's dense stream must have seen the dense encoder.
+    starts = [[start_flow(model, blocks, part, t) for t in texts] for part, blocks in parts]
+    for part, blocks in parts:
+        flows = starts.pop(0)
+        if part.is_decoder:
+            flows = [after_pruning(flow, model, blocks, part) for flow in flows]
+        for index, (block, following) in enumerate(zip_longest(blocks, list(blocks)[1:])):
+            twin = Twin(index, f"{part.blocks}.{index}", deepcopy(block), block, following)
+            yield _Step(part, twin, flows)
+            if following is not None:
+                advance(twin, flows)
+
+
 def _prune_block(
     twin: Twin,
     recipe: Recipe,
@@ -242,7 +263,7 @@ def _prune_block(
     ]
     solved: dict[str, Tensor] = {}
     first = flows[0]
-    groups = shared_inputs(twin.pruned, layers, first.calls[0][twin.index], first.pruned[0])
+    groups = shared_inputs(twin.pruned, layers, first.pruned_calls[0][twin.index], first.pruned[0])
     for group in groups:
         for part, own in by_options(twin.prefix, group, recipe, options):
             done, made = _prune_group(twin, part, flows, own, stored_dtype)

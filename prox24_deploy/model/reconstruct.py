@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.errors import CalibrationError
-from prox24_deploy.model.blocks import run_block
+from prox24_deploy.model.blocks import BlockCall, run_block
 from prox24_deploy.model.flow import Flow, Twin
 from prox24_deploy.model.layers import layer_at, reduction_axis
 from prox24_deploy.pruning.pattern import mask_24
@@ -116,7 +116,8 @@ class _Training:
         # A kept weight may be zero: the mask has two marks per cell whatever the weights are.
         self._masks = [mask_24(layer.weight.abs(), reduction_axis(layer)) for layer in layers]
         self._targets = [
-            self._outputs(twin.dense, batch, hidden) for batch, hidden in enumerate(flow.dense)
+            self._outputs(twin.dense, flow.calls[batch], batch, hidden)
+            for batch, hidden in enumerate(flow.dense)
         ]
 
     @property
@@ -165,20 +166,25 @@ class _Training:
         return [gradient.masked_fill(~mask, 0.0) for gradient, mask in pairs]
 
     def _error(self, batch: int) -> Tensor:
-        outputs = self._outputs(self._twin.pruned, batch, self._flow.pruned[batch])
+        flow = self._flow
+        outputs = self._outputs(
+            self._twin.pruned, flow.pruned_calls[batch], batch, flow.pruned[batch]
+        )
         errors = [
             (output - target).square().sum() / target.square().sum()
             for output, target in zip(outputs, self._targets[batch], strict=True)
         ]
         return torch.stack(errors).mean()
 
-    def _outputs(self, block: nn.Module, batch: int, hidden: Tensor) -> list[Tensor]:
+    def _outputs(
+        self, block: nn.Module, calls: Sequence[BlockCall], batch: int, hidden: Tensor
+    ) -> list[Tensor]:
         """Hidden states after the block and after the next one, (tokens, hidden) each."""
-        calls, index = self._flow.calls[batch], self._twin.index
+        index = self._twin.index
         outputs = [run_block(block, calls[index], hidden)]
         if self._twin.following is not None:
             outputs.append(run_block(self._twin.following, calls[index + 1], outputs[0]))
-        real = self._flow.batches[batch].real.to(hidden.device)
+        real = self._flow.real[batch].to(hidden.device)
         return [output[real] for output in outputs]
 
 

@@ -7,20 +7,20 @@ from fnmatch import fnmatch
 from torch import nn
 
 from prox24_deploy.errors import RecipeError, UsageError
-from prox24_deploy.model.blocks import target_layers
+from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.flow import Twin
 from prox24_deploy.model.layers import Layer, obstacle
 from prox24_deploy.options import PruneOptions
 from prox24_deploy.recipe import Recipe
 
 
-def left_dense(recipe: Recipe, blocks: nn.ModuleList, options: PruneOptions) -> dict[str, str]:
+def left_dense(recipe: Recipe, model: nn.Module, options: PruneOptions) -> dict[str, str]:
     """Map the full path of each target that the user's globs or plan leave dense to the reason.
 
     Raises:
         UsageError: a glob matches no target, or the plan knows other layers.
     """
-    paths = list(_paths(recipe, blocks))
+    paths = list(_paths(recipe, model))
     planned = dict(options.planned_dense)
     if strangers := planned.keys() - {".".join(path) for path in paths}:
         raise UsageError(
@@ -63,13 +63,13 @@ def prunable(
     return {name: layers[name] for name in layers if name not in obstacles}, obstacles
 
 
-def require_matches(recipe: Recipe, blocks: nn.ModuleList) -> None:
+def require_matches(recipe: Recipe, model: nn.Module) -> None:
     """Refuse a target that matches no layer, and an override that concerns no target.
 
     Raises:
         RecipeError: names the glob and how layers are named.
     """
-    paths = list(_paths(recipe, blocks))
+    paths = list(_paths(recipe, model))
     for override in recipe.overrides:
         if (example := _unmatched(override.layers, paths)) is not None:
             raise RecipeError(
@@ -102,7 +102,8 @@ def _unmatched(glob: str, paths: Sequence[tuple[str, str]]) -> tuple[str, str] |
     return None if any(concerns(glob, *path) for path in paths) else paths[0]
 
 
-def _paths(recipe: Recipe, blocks: nn.ModuleList) -> Iterator[tuple[str, str]]:
-    for index, block in enumerate(blocks):
-        for name in target_layers(block, recipe):
-            yield f"{recipe.blocks}.{index}", name
+def _paths(recipe: Recipe, model: nn.Module) -> Iterator[tuple[str, str]]:
+    for part in recipe.parts:
+        for index, block in enumerate(find_blocks(model, part)):
+            for name in target_layers(block, part):
+                yield f"{part.blocks}.{index}", name

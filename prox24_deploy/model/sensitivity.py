@@ -142,20 +142,21 @@ def _solve_all(
     progress: Progress,
 ) -> dict[str, Tensor]:
     """Every layer pruned alone, by full path, in the dtype of the checkpoint."""
-    blocks = find_blocks(model, recipe)
-    flow = start_flow(model, blocks, recipe, batches)
     solved: dict[str, Tensor] = {}
-    for index, block in enumerate(blocks):
-        progress("sensitivity", index, len(blocks))
-        twin = Twin(index, f"{recipe.blocks}.{index}", block, block)
-        layers, _ = prunable(twin, recipe, dense)
-        for group in shared_inputs(block, layers, flow.calls[0][index], flow.dense[0]):
-            grams = collect(twin, group[0], flow)
-            for part, own in by_options(twin.prefix, group, recipe, options):
-                found = solve_group(twin, part, grams, own, stored_dtype)
-                solved.update({f"{twin.prefix}.{n}": layer.weight for n, layer in found.items()})
-        if index + 1 < len(blocks):
-            advance(twin, [flow])
+    for part in recipe.parts:
+        blocks = find_blocks(model, part)
+        flow = start_flow(model, blocks, part, batches)
+        for index, block in enumerate(blocks):
+            progress("sensitivity", index, len(blocks))
+            twin = Twin(index, f"{part.blocks}.{index}", block, block)
+            layers, _ = prunable(twin, part, dense)
+            for group in shared_inputs(block, layers, flow.calls[0][index], flow.dense[0]):
+                grams = collect(twin, group[0], flow)
+                for names, own in by_options(twin.prefix, group, part, options):
+                    found = solve_group(twin, names, grams, own, stored_dtype)
+                    solved |= {f"{twin.prefix}.{n}": layer.weight for n, layer in found.items()}
+            if index + 1 < len(blocks):
+                advance(twin, [flow])
     return solved
 
 

@@ -21,6 +21,10 @@ _TASKS: tuple[tuple[str, Task], ...] = (
     ("EncoderModel", "text-encoding"),
     ("", "feature-extraction"),
 )
+_ENCODER_DECODER = (
+    "it is an encoder-decoder, for which no recipe can be drawn; copy bart.toml with its table "
+    "[decoder], adapt both halves, and pass it with --recipe."
+)
 _OUTPUTS: dict[Task, tuple[str, str]] = {
     "text-generation": ("logits", '"batch", "sequence", "vocabulary"'),
     "text-classification": ("logits", '"batch", "labels"'),
@@ -32,8 +36,10 @@ _OUTPUTS: dict[Task, tuple[str, str]] = {
 
 def advise(directory: ModelDir) -> str:
     """How to go on with a model of an unknown family, as the end of a sentence; "" if unknown."""
+    if "num_mel_bins" in directory.config:
+        return "it reads audio, on which nothing can be calibrated yet."
     if directory.config.get("is_encoder_decoder"):
-        return "it is an encoder-decoder, whose two graphs cannot be exported yet."
+        return _ENCODER_DECODER
     if skeleton := skeleton_recipe(directory):
         how = "this one was drawn from the model, save it, correct it and pass it with --recipe"
         return f"{how}:\n\n{skeleton}"

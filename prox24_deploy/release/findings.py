@@ -17,6 +17,7 @@ from prox24_deploy.artifacts import (
     PruneResult,
     Sensitivity,
     TensorCheck,
+    TextSource,
     Verdict,
 )
 from prox24_deploy.release.schema import Check
@@ -77,9 +78,9 @@ def overall_verdict(checks: Sequence[Check]) -> Verdict:
 
 
 def row_name(row: LatencyRow) -> str:
-    """Name of a latency row: backend and shape."""
+    """Name of a latency row: engine and shape."""
     sequence = f", sequence {row.sequence}" if row.sequence else ""
-    return f"{row.backend}, batch {row.batch}{sequence}"
+    return f"{row.engine}, batch {row.batch}{sequence}"
 
 
 def _text_warnings(prune: PruneResult, evaluate: EvaluateResult) -> Iterator[str]:
@@ -88,11 +89,22 @@ def _text_warnings(prune: PruneResult, evaluate: EvaluateResult) -> Iterator[str
             "The model was calibrated on the English text that ships with Python, not on text of "
             "your domain; pass your own with --calibration PATH."
         )
+    yield from _target_warnings(prune.calibration, "calibrated")
+    yield from _target_warnings(evaluate.evaluation, "evaluated")
     if evaluate.evaluation.kind != "file":
         origin = "built-in" if evaluate.evaluation.kind == "builtin" else "held-out calibration"
         yield (
             f"Accuracy was measured on {origin} text; pass text or a task of your own with "
             "--evaluation PATH."
+        )
+
+
+def _target_warnings(text: TextSource, done: str) -> Iterator[str]:
+    if text.targets is not None and text.targets < text.samples:
+        yield (
+            f"{text.samples - text.targets:,} of {text.samples:,} texts came without a target, so "
+            f"the decoder was {done} on writing the text that the encoder reads; pass JSONL "
+            'with {"text": "...", "target": "..."} per line.'
         )
 
 
@@ -124,12 +136,12 @@ def _skipped_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
 
 
 def _dtype_warnings(export: ExportResult) -> Iterator[str]:
-    if export.sparse.dtype == "float32":
+    if export.sparse[0].dtype == "float32":
         yield (
             "The ONNX files are float32, for which TensorRT has no sparse kernels; export with "
             "--dtype float16 to run sparse."
         )
-    if export.sparse.dtype == "bfloat16":
+    if export.sparse[0].dtype == "bfloat16":
         yield (
             "The numerics of the bfloat16 files were not checked, because ONNX Runtime has no "
             "bfloat16 kernels on CPU."
@@ -198,7 +210,7 @@ def _presence_checks(prune: PruneResult, export: ExportResult) -> Iterator[Check
     pruned = sum(layer.status == "pruned" for layer in prune.layers)
     if pruned and not any(check.expected for check in export.sparsity):
         yield Check(
-            name=export.sparse.path,
+            name=", ".join(model.path for model in export.sparse),
             kind="sparsity",
             value=0,
             limit=pruned,

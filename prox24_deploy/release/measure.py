@@ -110,7 +110,8 @@ def measure_latency(
     are done.
 
     Raises:
-        EngineError: the engines are not a dense and a sparse one of the same backend and dtype.
+        EngineError: the engines are not a dense and a sparse one of the same backend, graph and
+            dtype.
     """
     _check_twins(backend, dense_engine, sparse_engine)
     rows = []
@@ -201,6 +202,11 @@ def _check_twins(backend: Backend, dense: Engine, sparse: Engine) -> None:
                 f"Engine {engine.path} is the {engine.twin} one of {engine.backend}, expected the "
                 f"{twin} one of {backend.name}; compile both again."
             )
+    if dense.graph != sparse.graph:
+        raise EngineError(
+            f"Engines are of different graphs, dense of {dense.graph} and sparse of "
+            f"{sparse.graph}; compare like with like."
+        )
     if dense.dtype != sparse.dtype:
         raise EngineError(
             f"Engines differ in dtype, dense {dense.dtype} and sparse {sparse.dtype}; compile both "
@@ -231,6 +237,7 @@ def _row(
         gated=backend.sparse_kernels,
         verdict=latency_verdict(speedup, limit),
         clocks=clocks,
+        graph=engine.graph,
     )
 
 

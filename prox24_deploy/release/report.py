@@ -200,12 +200,13 @@ def _finite(value: float | None) -> float | None:
 
 def _sizes(export: ExportResult, files: Mapping[str, int]) -> Sizes:
     weights, non_zero = _weight_counts(export)
-    plain = weights * BYTES_PER_VALUE[export.sparse.dtype]
+    plain = weights * BYTES_PER_VALUE[export.sparse[0].dtype]
+    dense, sparse = (sum(model.size_bytes for model in t) for t in (export.dense, export.sparse))
     packed = plain // 2 + weights // 8
     return Sizes(
-        onnx_dense_bytes=export.dense.size_bytes,
-        onnx_sparse_bytes=export.sparse.size_bytes,
-        packed_bytes=export.sparse.size_bytes - plain + packed,
+        onnx_dense_bytes=dense,
+        onnx_sparse_bytes=sparse,
+        packed_bytes=sparse - plain + packed,
         weights=weights,
         non_zero_weights=non_zero,
         files=dict(files),
@@ -215,7 +216,8 @@ def _sizes(export: ExportResult, files: Mapping[str, int]) -> Sizes:
 def _weight_counts(export: ExportResult) -> tuple[int, int]:
     """Values of the 2:4 tensors in the sparse file, and how many are not zero; tied ones once."""
     proven = {
-        (check.tensor, check.part): check
+        # The two graphs of an encoder-decoder may both have a tensor of some name.
+        (check.module, check.tensor, check.part): check
         for check in export.sparsity
         if check.expected and check.is_24
     }

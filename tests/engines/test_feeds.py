@@ -29,6 +29,17 @@ def test_a_decoder_is_timed_on_prefill_from_an_empty_past() -> None:
     assert past.dtype == np.float16
 
 
+def test_a_decoder_beside_an_encoder_reads_as_much_as_it_writes() -> None:
+    inputs = (
+        spec("input_ids", "batch", "sequence"),
+        spec("encoder_hidden_states", "batch", "source", 8, floats=True),
+        spec("encoder_attention_mask", "batch", "source"),
+    )
+    feeds = random_feeds(inputs, "float16", 50)(3, 7, 0)
+    assert feeds["encoder_hidden_states"].shape == (3, 7, 8)
+    assert feeds["encoder_attention_mask"].tolist() == [[1] * 7] * 3
+
+
 def test_floats_have_the_dtype_of_the_engine_and_other_integers_are_zero() -> None:
     inputs = (
         spec("pixel_values", "batch", 3, 4, 4, floats=True),

@@ -82,12 +82,12 @@ def test_only_the_modules_asked_for_are_declared(toy: Path) -> None:
 
 def test_hash_covers_graph_and_data(toy: Path) -> None:
     data = toy.read_bytes() + (toy.parent / "model.onnx.data").read_bytes()
-    assert hash_onnx(toy.parent) == (hashlib.sha256(data).hexdigest(), len(data))
+    assert hash_onnx(toy) == (hashlib.sha256(data).hexdigest(), len(data))
 
 
 def test_model_too_small_for_external_data_is_hashed_by_its_graph_alone(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"graph")
-    assert hash_onnx(tmp_path) == (hashlib.sha256(b"graph").hexdigest(), 5)
+    assert hash_onnx(tmp_path / "model.onnx") == (hashlib.sha256(b"graph").hexdigest(), 5)
 
 
 def test_dense_export_declares_nothing(tmp_path: Path) -> None:
@@ -227,8 +227,8 @@ def test_export_is_silent_and_leaves_logging_and_warnings_alone(
 
 def test_earlier_export_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "onnx"
-    first = hash_onnx(export_onnx(Toy(), toy_recipe(), out, dtype="float32").parent)
-    second = hash_onnx(export_onnx(pruned(Toy()), toy_recipe(), out, dtype="float32").parent)
+    first = hash_onnx(export_onnx(Toy(), toy_recipe(), out, dtype="float32"))
+    second = hash_onnx(export_onnx(pruned(Toy()), toy_recipe(), out, dtype="float32"))
     assert first != second
     assert [path.name for path in out.parent.iterdir()] == ["onnx"]
 
@@ -261,18 +261,18 @@ def test_interrupted_write_keeps_the_earlier_export_whole(
 ) -> None:
     out = tmp_path / "onnx"
     export_onnx(Toy(), toy_recipe(), out, dtype="float32")
-    before = hash_onnx(out)
+    before = hash_onnx(out / "model.onnx")
 
     def half_written(model: onnx_ir.Model, path: Path, **options: Any) -> None:
         path.write_bytes(b"half")
-        assert hash_onnx(out) == before
+        assert hash_onnx(out / "model.onnx") == before
         raise failure
 
     monkeypatch.setattr(onnx_ir, "save", half_written)
     with pytest.raises(type(failure)) as caught:
         export_onnx(pruned(Toy()), toy_recipe(), out, dtype="float32")
     assert caught.value is failure
-    assert hash_onnx(out) == before
+    assert hash_onnx(out / "model.onnx") == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["onnx"]
 
 

@@ -1,6 +1,7 @@
 """Every family runs block by block: its calls are recorded, its targets found and pruned."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tiny_families import FAMILIES, PIXELS, VOCABULARY, tiny_model
 
 from prox24_deploy.model.blocks import find_blocks, run_block, run_model, target_layers
-from prox24_deploy.model.calibration import Batch
+from prox24_deploy.model.calibration import IGNORED, Batch
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.model.flow import start_flow
 from prox24_deploy.model.layers import reduction_axis
@@ -45,7 +46,16 @@ def batch(recipe: Recipe) -> Batch:
         "token_type_ids": torch.zeros_like(ids),
     }
     names = [spec.name for spec in recipe.inputs]
-    return Batch({name: known[name] for name in names if name in known}, real)
+    found = Batch({name: known[name] for name in names if name in known}, real)
+    return found if recipe.decoder is None else with_targets(found)
+
+
+def with_targets(found: Batch) -> Batch:
+    """Nine tokens for a decoder to write, of the first row only four."""
+    targets = torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
+    targets[0, 4:] = IGNORED
+    fed = torch.cat([torch.full((3, 1), 2), targets[:, :-1].clamp(min=1)], dim=1)
+    return replace(found, inputs=found.inputs | {"decoder_input_ids": fed}, targets=targets)
 
 
 @pytest.mark.parametrize("row", FAMILIES)
@@ -53,18 +63,20 @@ def batch(recipe: Recipe) -> Batch:
 def test_blocks_run_one_at_a_time_give_what_the_model_gives(row: str) -> None:
     model = tiny_model(row)
     recipe = recipe_of(model)
-    blocks = find_blocks(model, recipe)
-    part = batch(recipe)
-    flow = start_flow(model, blocks, recipe, (part,))
-    seen: list[torch.Tensor | tuple[torch.Tensor, ...]] = []
-    blocks[-1].register_forward_hook(lambda _, __, out: seen.append(out))
-    run_model(model, part, recipe.task)
-    hidden = flow.dense[0]
-    for block, call in zip(blocks, flow.calls[0], strict=True):
-        hidden = run_block(block, call, hidden)
-    output = seen[0]
-    expected = output[0] if isinstance(output, tuple) else output
-    assert torch.equal(hidden[part.real], expected[part.real])
+    text = batch(recipe)
+    for part in recipe.parts:
+        blocks = find_blocks(model, part)
+        flow = start_flow(model, blocks, part, (text,))
+        seen: list[torch.Tensor | tuple[torch.Tensor, ...]] = []
+        handle = blocks[-1].register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+        run_model(model, text, recipe.task)
+        handle.remove()
+        hidden = flow.dense[0]
+        for block, call in zip(blocks, flow.calls[0], strict=True):
+            hidden = run_block(block, call, hidden)
+        output = seen[0]
+        expected = output[0] if isinstance(output, tuple) else output
+        assert torch.equal(hidden[flow.real[0]], expected[flow.real[0]])
 
 
 @pytest.mark.parametrize("row", FAMILIES)
@@ -72,11 +84,11 @@ def test_every_target_is_pruned_and_nothing_else(row: str, tmp_path: Path) -> No
     model = tiny_model(row)
     recipe = recipe_of(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    blocks = find_blocks(model, recipe)
     names = [
-        f"{recipe.blocks}.{i}.{name}.weight"
-        for i, block in enumerate(blocks)
-        for name in target_layers(block, recipe)
+        f"{part.blocks}.{i}.{name}.weight"
+        for part in recipe.parts
+        for i, block in enumerate(find_blocks(model, part))
+        for name in target_layers(block, part)
     ]
     state = prune_model(
         model, recipe, (batch(recipe),), (batch(recipe),), PruneOptions(method="magnitude"),

@@ -12,7 +12,6 @@ from opened import Opened, open_tiny
 from prox24_deploy.artifacts import Sensitivity
 from prox24_deploy.errors import CalibrationError, UsageError
 from prox24_deploy.model import sensitivity
-from prox24_deploy.model.blocks import find_blocks
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.model.evaluate import embed, pooling_of
 from prox24_deploy.model.losses import loss_against
@@ -205,9 +204,8 @@ def test_the_loss_of_the_dense_model_is_zero(family: Path, prose: Path) -> None:
 
 def test_globs_leave_layers_dense_with_the_reason(tiny_llama: Path, prose: Path) -> None:
     opened = open_tiny(tiny_llama, prose)
-    blocks = find_blocks(opened.model, opened.recipe)
     options = PruneOptions(include=("mlp.*", "*.0.self_attn.*"), exclude=("mlp.down_proj",))
-    dense = left_dense(opened.recipe, blocks, options)
+    dense = left_dense(opened.recipe, opened.model, options)
     for block, name in itertools.product(range(2), opened.recipe.targets):
         path = f"model.layers.{block}.{name}"
         if name == "mlp.down_proj":
@@ -227,4 +225,4 @@ def test_a_glob_that_matches_nothing_is_refused(option: str, tiny_llama: Path, p
         r"model\.layers\.0\.self_attn\.q_proj or self_attn\.q_proj\."
     )
     with pytest.raises(UsageError, match=message):
-        left_dense(opened.recipe, find_blocks(opened.model, opened.recipe), options)
+        left_dense(opened.recipe, opened.model, options)

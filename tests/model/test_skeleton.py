@@ -1,6 +1,7 @@
 """A model of an unknown family is answered with a recipe that is worth a try."""
 
 import json
+import re
 from fnmatch import filter as fnmatch_filter
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,13 +14,19 @@ from transformers import OlmoConfig, OlmoForCausalLM
 
 from prox24_deploy.graph.export import export_onnx
 from prox24_deploy.graph.numerics import compare_with_torch
-from prox24_deploy.model.directory import load_model, open_model_dir
-from prox24_deploy.model.skeleton import skeleton_recipe
+from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
+from prox24_deploy.model.skeleton import advise, skeleton_recipe
 from prox24_deploy.recipe import parse_recipe, shipped_recipes
 
 # A skeleton opens what a task's own class opens, and knows no images.
 _OWN_CLASS = ("ViT", "DeiT", "Swin", "ResNet", "ConvNext", "CLIP")
-TEXT_ROWS = [row for row, (name, _) in FAMILIES.items() if not name.startswith(_OWN_CLASS)]
+# Two graphs are more than it draws.
+_TWO_GRAPHS = "ForConditionalGeneration"
+TEXT_ROWS = [
+    row
+    for row, (name, _) in FAMILIES.items()
+    if not name.startswith(_OWN_CLASS) and not name.endswith(_TWO_GRAPHS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +67,23 @@ def test_the_recipe_drawn_from_a_model_exports_it(olmo: Path, tmp_path: Path) ->
         model, path, recipe, dtype="float32", twin="dense", vocabulary=VOCABULARY
     )
     assert len(checks) == 5
+
+
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        ({"is_encoder_decoder": True}, r"copy bart\.toml with its table \[decoder\], adapt both"),
+        (
+            {"is_encoder_decoder": True, "num_mel_bins": 80},
+            r"^it reads audio, on which nothing can be calibrated yet\.$",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_answered_by_its_kind(
+    config: dict[str, object], remedy: str, tmp_path: Path
+) -> None:
+    directory = ModelDir(tmp_path, config, (), {}, "")
+    assert re.search(remedy, advise(directory))
 
 
 @pytest.mark.parametrize("row", TEXT_ROWS)

@@ -88,7 +88,8 @@ def make_records(blocks: int = 6, *, gated: bool = False) -> Records:
         ),
         evaluate=EvaluateResult(make_metrics(), replace(text, paths=("evaluation.txt",)), 41.0),
         export=ExportResult(
-            make_onnx("dense", blocks), make_onnx("sparse", blocks), sparsity, make_numerics(), 18.4
+            (make_onnx("dense", blocks),), (make_onnx("sparse", blocks),), sparsity,
+            make_numerics(), 18.4,
         ),
         compile=CompileResult(
             (make_engine("dense", device), make_engine("sparse", device)),

@@ -213,6 +213,8 @@ def test_swapped_or_foreign_engines_are_refused(tmp_path: Path) -> None:
         run(engine("sparse"), engine("dense"))
     with pytest.raises(EngineError, match="one of other, expected the sparse one of fake"):
         run(engine("dense"), replace(engine("sparse"), backend="other"))
+    with pytest.raises(EngineError, match="dense of m and sparse of decoder; compare like"):
+        run(engine("dense"), replace(engine("sparse"), onnx="onnx/sparse/decoder.onnx"))
     with pytest.raises(EngineError, match="dense float16 and sparse float32"):
         run(engine("dense"), replace(engine("sparse"), dtype="float32"))
 
