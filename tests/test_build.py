@@ -247,7 +247,7 @@ def test_single_stages_go_on_from_each_other(copy: Path) -> None:
     assert "onnxruntime" in again.out
     exported = run_cli("export", copy, "--dtype", "float16", "--json")
     assert exported.code == 0
-    assert json.loads(exported.out)["sparse"]["dtype"] == "float16"
+    assert json.loads(exported.out)["sparse"][0]["dtype"] == "float16"
 
 
 def test_export_refuses_a_model_that_changed_since(
