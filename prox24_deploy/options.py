@@ -36,8 +36,8 @@ class PruneOptions:
     `target` "asymmetric" matches the dense model's outputs from the pruned model's inputs,
     "symmetric" matches the dense layer on the pruned model's inputs. `refinement` is how the kept
     weights are updated once the mask is fixed; "auto" takes the one that belongs to the method.
-    `reconstruct` None means: in preset "best" only. `planned_dense` has path and reason of each
-    layer that a plan leaves dense.
+    `reconstruct` None means: in preset "best" only, which also takes more steps for it.
+    `planned_dense` has path and reason of each layer that a plan leaves dense.
 
     `include` and `exclude` are globs over module paths, relative to a block or from the model on:
     of the recipe's targets, those are pruned that an `include` matches (any, if there is none) and

@@ -35,11 +35,11 @@ from prox24_deploy.model.layers import (
     reduction_axis,
     to_matrix,
 )
-from prox24_deploy.model.reconstruct import AdamOptions, reconstruct_block, require_batches
+from prox24_deploy.model.reconstruct import SCHEDULES, reconstruct_block, require_batches
 from prox24_deploy.model.selection import by_options, left_dense, prunable, require_matches
 from prox24_deploy.model.sensitivity import SensitivityStore, measure_sensitivity, over_budget
 from prox24_deploy.model.solve import solve_group
-from prox24_deploy.options import PruneOptions
+from prox24_deploy.options import Preset, PruneOptions
 from prox24_deploy.pruning.problem import damping_for
 from prox24_deploy.recipe import Recipe
 
@@ -271,7 +271,7 @@ def _prune_block(
             solved.update(done)
             records.extend(made)
     if options.reconstructs:
-        records = _reconstruct(twin, groups, solved, records, flows)
+        records = _reconstruct(twin, groups, solved, records, flows, options.preset)
     for name in [n for n in layers if n not in solved]:
         reason = "no forward pass on calibration text reaches it"
         records.append(_skipped(f"{twin.prefix}.{name}", layers[name], reason))
@@ -319,12 +319,13 @@ def _reconstruct(
     solved: dict[str, Tensor],
     records: list[LayerRecord],
     flows: list[Flow],
+    preset: Preset,
 ) -> list[LayerRecord]:
     """Tune the block, round its weights into `solved` and measure its layers once more."""
     known = {record.name.removeprefix(f"{twin.prefix}."): record for record in records}
     names = [name for name in solved if known[name].method != "unchanged"]
     if names:
-        reconstruct_block(twin, names, flows[0], AdamOptions())
+        reconstruct_block(twin, names, flows[0], SCHEDULES[preset])
     for name in names:
         solved[name] = layer_at(twin.pruned, name).weight.to(solved[name].dtype)
     _apply(twin.pruned, solved)
