@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -111,23 +110,17 @@ _RECORD = TypeAdapter(GpuProfile)
 
 
 def read_profile(path: Path) -> GpuProfile:
-    """Read a profile; the name of a shipped one, such as `h200.json`, works from anywhere.
+    """Read a profile.
 
     Raises:
         UsageError: there is no such file, or it is no profile of this version.
     """
-    shipped = files("prox24_deploy.engines") / "profiles"
     try:
-        if not path.exists() and path.parent == Path() and (shipped / path.name).is_file():
-            text = (shipped / path.name).read_text(encoding="utf-8")
-        else:
-            text = path.read_text(encoding="utf-8")
-        profile = _RECORD.validate_json(text)
+        profile = _RECORD.validate_json(path.read_bytes())
     except OSError as error:
-        names = ", ".join(sorted(f.name for f in shipped.iterdir() if f.name.endswith(".json")))
         raise UsageError(
             f"GPU profile {path} cannot be read ({error.strerror}); pass a file that plan "
-            f"--save-profile wrote, or a shipped one: {names}."
+            "--save-profile wrote on a machine with that GPU."
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
