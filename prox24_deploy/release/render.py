@@ -5,7 +5,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -13,7 +13,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 from markupsafe import Markup
 
-from prox24_deploy.artifacts import Estimate, Interval, LayerRecord
+from prox24_deploy.artifacts import Estimate, Interval, LatencyRow, LayerRecord
 from prox24_deploy.release.findings import row_name
 from prox24_deploy.release.plots import bar_plot, error_plots, latency_plot, sensitivity_plot
 from prox24_deploy.release.schema import Check, Report, Sizes
@@ -178,6 +178,7 @@ def _template(name: str) -> str:
 
 def _view(report: Report) -> dict[str, Any]:
     expected = [check for check in report.sparsity.tensors if check.expected]
+    telling = _telling(report.latency)
     return {
         "report": report,
         "name": PurePath(report.model.path).name or report.model.path,
@@ -187,7 +188,8 @@ def _view(report: Report) -> dict[str, Any]:
         "proven": sum(check.is_24 for check in expected),
         "eligible": sum(check.eligible for check in expected),
         "worst": worst_layers(report),
-        "speedups": _speedups(report),
+        "speedups": _speedups(telling),
+        "telling": telling,
         "row_name": row_name,
         "environment": _flat(report.environment),
         "options": _flat(report.options),
@@ -198,8 +200,13 @@ def _undecided(report: Report) -> list[Check]:
     return [check for check in report.checks if check.gated and check.verdict == "inconclusive"]
 
 
-def _speedups(report: Report) -> str:
-    values = sorted(row.speedup.value for row in report.latency)
+def _telling(latency: Sequence[LatencyRow]) -> list[LatencyRow]:
+    """The rows of backends that have sparse kernels; all of them where none has."""
+    return [row for row in latency if row.gated] or list(latency)
+
+
+def _speedups(latency: Sequence[LatencyRow]) -> str:
+    values = sorted(row.speedup.value for row in latency)
     if not values:
         return "not measured"
     low, high = f"{values[0]:.2f}×", f"{values[-1]:.2f}×"
