@@ -4,7 +4,9 @@ One recipe applies whole, never merged: `--recipe`, else `recipe.toml` of the mo
 the shipped recipe whose `model_types` lists the model.
 """
 
+import hashlib
 import importlib.resources
+import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
@@ -14,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prox24_deploy.errors import RecipeError
+from prox24_deploy.limits import Limits, MetricLimits
 from prox24_deploy.options import Method, Preset, Refinement
 
 RECIPE_FILE = "recipe.toml"
@@ -75,16 +78,6 @@ class Embedding(_Table):
 
     pooling: Literal["mean", "cls"]
     normalize: bool
-
-
-class Limits(_Table):
-    """What counts as a regression of a build on its own.
-
-    `max_slowdown` is the largest tolerated excess of sparse over dense latency, as a fraction; it
-    gates only backends that have sparse kernels.
-    """
-
-    max_slowdown: Annotated[float, Field(ge=0, le=10)] = 0.02
 
 
 class Override(_Table):
@@ -185,6 +178,12 @@ class Recipe(_Table):
                 update |= {"outputs": head.outputs, "heads": [], "embedding": None}
                 return self.model_copy(update=update)
         return self
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what a recipe says of a model: its limits, comments and defaults do not count."""
+        said = self.model_dump(exclude={"limits"}, exclude_defaults=True)
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @property
     def reads_images(self) -> bool:
@@ -295,6 +294,9 @@ def _first_problem(error: ValidationError) -> str:
             "embedding": Embedding,
         }
         inner = tables.get(str(problem["loc"][0])) if len(problem["loc"]) > 1 else None
+        if problem["loc"][:2] == ("limits", "metrics"):
+            names = ", ".join(name.replace("_", "-") for name in MetricLimits.model_fields)
+            return f"unknown key {where!r}; the keys of a metric are {names}"
         place = problem["loc"][0] if inner else "a recipe"
         keys = ", ".join((inner or Recipe).model_fields)
         return f"unknown key {where!r}; the keys of {place} are {keys}"

@@ -32,7 +32,9 @@ from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.errors import BackendMissingError, BundleError
 from prox24_deploy.options import BuildOptions, DeviceChoice, EngineOptions, PruneOptions
 from prox24_deploy.recipe import Recipe, parse_recipe
+from prox24_deploy.release.baseline import Baseline
 from prox24_deploy.release.bundle import Bundle, stage_key
+from prox24_deploy.release.compare import held_against
 from prox24_deploy.release.environment import machine, versions
 from prox24_deploy.release.manifest import write_manifest
 from prox24_deploy.release.measure import conditions, measure_latency
@@ -292,12 +294,13 @@ def report(
     compiled: CompileResult,
     measured: BenchResult,
     evaluated: EvaluateResult,
+    baseline: Baseline | None = None,
 ) -> Report:
-    """Assemble the report from the stages' results, write its views and seal the bundle."""
+    """Assemble the report, hold it against a baseline, write its views and seal the bundle."""
     manifest = bundle.manifest
     made = assemble_report(
         _model(bundle),
-        manifest.options,
+        {**manifest.options, "recipe_sha256": _recipe(bundle).sha256},
         {**manifest.versions, **_engine_versions(compiled), **manifest.machine},
         pruned,
         evaluated,
@@ -308,6 +311,7 @@ def report(
         {name: manifest.stages[name].seconds for name in _STAGES},
         _recipe(bundle).limits,
     )
+    made = held_against(made, baseline) if baseline else made
     write_report(made, bundle.root)
     manifest.verdict = made.verdict
     bundle.seal(_REPORT_FILES)

@@ -42,7 +42,7 @@ def ours(path: Path) -> set[str]:
     return {n.removeprefix(prefix).split(".")[0] for n in imports(path) if n.startswith(prefix)}
 
 
-COMMON = {"artifacts", "errors", "options", "recipe", "__version__"}
+COMMON = {"artifacts", "errors", "limits", "options", "recipe", "__version__"}
 MAY_IMPORT = {
     "pruning": {"pruning"},
     "model": {"model", "pruning"} | COMMON,
@@ -52,7 +52,8 @@ MAY_IMPORT = {
     "artifacts": set(),
     "errors": set(),
     "options": {"artifacts", "errors"},
-    "recipe": {"errors", "options"},
+    "limits": {"errors"},
+    "recipe": {"errors", "limits", "options"},
 }
 
 

@@ -15,8 +15,14 @@ from markupsafe import Markup
 
 from prox24_deploy.artifacts import Estimate, Interval, LayerRecord
 from prox24_deploy.release.findings import row_name
-from prox24_deploy.release.plots import bar_plot, error_plots, latency_plot, sensitivity_plot
-from prox24_deploy.release.schema import Check, Report, Sizes
+from prox24_deploy.release.plots import (
+    bar_plot,
+    error_plots,
+    latency_plot,
+    sensitivity_plot,
+    trend_plot,
+)
+from prox24_deploy.release.schema import Check, Comparison, Report, Sizes
 
 WORST_LAYERS = 5
 VERDICT_SENTENCES = {
@@ -37,6 +43,7 @@ def render_html(report: Report) -> str:
         "errors": [Markup(plot) for plot in error_plots(report.pruning.layers)],
         "latency": [Markup(latency_plot(row, i)) for i, row in enumerate(report.latency)],
         "sizes": [Markup(plot) for plot in _size_plots(report.sizes)],
+        "trends": [Markup(plot) for plot in _trend_plots(report.baseline)],
     }
     template = _environment(html=True).get_template("report.html.jinja")
     return template.render(**_view(report), plots=plots)
@@ -50,7 +57,7 @@ def render_summary(report: Report) -> str:
 def render_junit(report: Report) -> bytes:
     """One suite for each kind of check; what cannot fail the release is skipped with its reason."""
     xml = JUnitXml("prox24-deploy")
-    for kind in ("pruning", "sparsity", "numerics", "accuracy", "latency"):
+    for kind in ("pruning", "sparsity", "numerics", "accuracy", "latency", "baseline"):
         checks = [check for check in report.checks if check.kind == kind]
         if checks:
             suite = TestSuite(kind)
@@ -188,6 +195,7 @@ def _view(report: Report) -> dict[str, Any]:
         "eligible": sum(check.eligible for check in expected),
         "worst": worst_layers(report),
         "speedups": _speedups(report),
+        "trends": trends(report.baseline) if report.baseline else [],
         "row_name": row_name,
         "environment": _flat(report.environment),
         "options": _flat(report.options),
@@ -235,9 +243,30 @@ def _size_plots(sizes: Sizes) -> list[str]:
     ]
 
 
+def _trend_plots(comparison: Comparison | None) -> list[str]:
+    """A drawing for each figure that has a past: accepted releases, and this one last."""
+    if comparison is None:
+        return []
+    return [trend_plot(name, points, i) for i, (name, points) in enumerate(trends(comparison))]
+
+
+def trends(comparison: Comparison) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Name of each figure with a past, and its (date, value), the oldest first."""
+    found = []
+    for change in comparison.changes:
+        past = [
+            (entry.date[:10], entry.figures[change.name])
+            for entry in comparison.history
+            if change.name in entry.figures
+        ]
+        if past and change.after is not None:
+            found.append((change.name, [*past, ("this build", change.after)]))
+    return found
+
+
 def _test_case(check: Check) -> TestCase:
-    case = TestCase(_xml_text(check.name), f"prox24-deploy.{check.kind}")
-    message = _xml_text(check.message)
+    case = TestCase(xml_text(check.name), f"prox24-deploy.{check.kind}")
+    message = xml_text(check.message)
     if not check.gated or check.verdict == "inconclusive":
         case.result = [Skipped(message)]
     elif check.verdict == "fail":
@@ -245,7 +274,8 @@ def _test_case(check: Check) -> TestCase:
     return case
 
 
-def _xml_text(text: str) -> str:
+def xml_text(text: str) -> str:
+    """Text without what XML 1.0 cannot hold."""
     return _NOT_IN_XML.sub("\ufffd", text)
 
 
