@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -22,7 +23,7 @@ from prox24_deploy.release.plots import (
     sensitivity_plot,
     trend_plot,
 )
-from prox24_deploy.release.schema import Check, Comparison, Report, Sizes
+from prox24_deploy.release.schema import Check, Comparison, Headline, Report, Sizes
 
 WORST_LAYERS = 5
 VERDICT_SENTENCES = {
@@ -30,6 +31,22 @@ VERDICT_SENTENCES = {
     "fail": "Failed: a check that gates the release does not hold.",
     "inconclusive": "Inconclusive: a measurement is too noisy to judge.",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Trend:
+    """A figure over accepted releases, in a unit that keeps its numbers short."""
+
+    name: str
+    title: str
+    scale: float
+    points: tuple[tuple[str, float], ...]
+
+    def of(self, entry: Headline) -> float | None:
+        """What it was in one release."""
+        value = entry.figures.get(self.name)
+        return None if value is None else self.scale * value
+
 
 # XML 1.0 has no way to write these, not even escaped.
 _NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -247,20 +264,20 @@ def _trend_plots(comparison: Comparison | None) -> list[str]:
     """A drawing for each figure that has a past: accepted releases, and this one last."""
     if comparison is None:
         return []
-    return [trend_plot(name, points, i) for i, (name, points) in enumerate(trends(comparison))]
+    return [trend_plot(t.title, t.points, i) for i, t in enumerate(trends(comparison))]
 
 
-def trends(comparison: Comparison) -> list[tuple[str, list[tuple[str, float]]]]:
-    """Name of each figure with a past, and its (date, value), the oldest first."""
+def trends(comparison: Comparison) -> list[Trend]:
+    """Every figure with a past, which ends in what it is now."""
     found = []
     for change in comparison.changes:
-        past = [
-            (entry.date[:10], entry.figures[change.name])
-            for entry in comparison.history
-            if change.name in entry.figures
-        ]
-        if past and change.after is not None:
-            found.append((change.name, [*past, ("this build", change.after)]))
+        unit, scale = ("MB", 1e-6) if change.unit == "bytes" else (change.unit, 1.0)
+        trend = Trend(change.name, f"{change.name}, {unit}" if unit else change.name, scale, ())
+        past = [(entry.date[:10], trend.of(entry)) for entry in comparison.history]
+        known = [(date, value) for date, value in past if value is not None]
+        if known and change.after is not None:
+            points = (*known, ("this build", scale * change.after))
+            found.append(replace(trend, points=points))
     return found
 
 
