@@ -157,7 +157,9 @@ def test_a_missing_figure_fails_by_name_unless_nothing_gates_it(report: Report) 
 
 @pytest.mark.parametrize("verdict", ["fail", "inconclusive"])
 def test_the_verdict_of_the_release_itself_counts(report: Report, verdict: Verdict) -> None:
-    new = report.model_copy(update={"verdict": verdict})
+    first, *rest = report.checks
+    broken = first.model_copy(update={"gated": True, "verdict": verdict})
+    new = report.model_copy(update={"checks": (broken, *rest)})
     assert compared(with_metric(new, COSINE, 1.0), with_metric(report, COSINE, 1.0)).verdict == (
         verdict
     )
@@ -283,6 +285,13 @@ def test_another_machine_that_was_allowed_gates_no_milliseconds(report: Report) 
 def test_allow_takes_known_keys_only(report: Report) -> None:
     with pytest.raises(UsageError, match="--allow weather names nothing that is compared"):
         compare_reports(report, Baseline("b", report), limits={}, allow=["weather"])
+
+
+def test_a_regression_that_was_accepted_does_not_count_again(report: Report) -> None:
+    old, new = with_metric(report, COSINE, 0.95), with_metric(report, COSINE, 0.5)
+    failed = held_against(new, Baseline("before", old))
+    assert failed.verdict == "fail"
+    assert compared(failed, failed).verdict == "pass"
 
 
 def test_a_report_holds_what_its_comparison_found(report: Report) -> None:

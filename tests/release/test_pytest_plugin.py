@@ -10,6 +10,7 @@ import pytest
 from builders import make_records
 
 from prox24_deploy.artifacts import Estimate, Metric
+from prox24_deploy.pytest_plugin import AssertNoRegression
 
 TEST = """
 def test_release(assert_no_regression):
@@ -59,6 +60,17 @@ def test_a_regression_fails_with_the_table(project: Path) -> None:
     assert "## Against the baseline: fail" in ran.stdout
     assert "| `embedding cosine` | 0.95 | 0.5 | at most 2 % worse |" in ran.stdout
     assert "Traceback" not in ran.stdout
+
+
+def test_the_fixture_fails_this_very_test(
+    assert_no_regression: AssertNoRegression, tmp_path: Path
+) -> None:
+    write_pair(tmp_path, after=0.5, before=0.95)
+    with pytest.raises(pytest.fail.Exception, match="Against the baseline: fail"):
+        assert_no_regression(tmp_path / "report.json", tmp_path / "baseline.json")
+    limits = tmp_path / "limits.toml"
+    limits.write_text('["embedding cosine"]\nthreshold = 0.4\n', encoding="utf-8")
+    assert_no_regression(tmp_path / "report.json", tmp_path / "baseline.json", limits=limits)
 
 
 def test_limits_and_allow_reach_the_comparison(project: Path) -> None:
