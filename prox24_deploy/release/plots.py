@@ -132,10 +132,10 @@ def trend_plot(name: str, points: Sequence[tuple[str, float]], index: int) -> st
     spread = max(values) - min(values)
     margin = 0.1 * spread or 0.05 * abs(values[0]) or 1.0
     low, high = min(values) - margin, max(values) + margin
-    top, bottom = 30, 130
+    top, bottom = 12, 112
     across = _linear(0, len(points) - 1, PLOT_LEFT + 8, PLOT_RIGHT - 8)
     up = _linear(low, high, bottom, top)
-    body = [_text(0, 13, name, "heading")]
+    body = []
     for tick in nice_ticks(low, high):
         body.append(_line(PLOT_LEFT, up(tick), PLOT_RIGHT, up(tick), "grid"))
         body.append(_text(PLOT_LEFT - 6, up(tick) + 4, f"{tick:g}", "axis", "end"))
