@@ -235,9 +235,10 @@ def _signed(worse: Interval, unit: str) -> str:
 def limits_in_words(limits: MetricLimits, higher_is_better: bool) -> str:
     """Every limit that is given, as a reader of a table wants it."""
     bound = "at least" if higher_is_better else "at most"
+    zero = limits.max_degradation == 0
     words = {
         f"{bound} {{:g}}": limits.threshold,
-        "at most {:g} worse": limits.max_degradation,
+        "no worse" if zero else "at most {:g} worse": limits.max_degradation,
         "at most {:g} % worse": limits.max_degradation_percent,
         "at most {:g} standard errors worse": limits.max_degradation_standard_errors,
         "at least {:g} better": limits.min_improvement,

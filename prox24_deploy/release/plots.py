@@ -130,6 +130,8 @@ def trend_plot(name: str, points: Sequence[tuple[str, float]], index: int) -> st
     """One figure over accepted releases, the oldest first; the last point is this build."""
     values = [value for _, value in points]
     spread = max(values) - min(values)
+    # Rounding is no trend.
+    spread = spread if spread > 1e-9 * max(map(abs, values)) else 0.0
     margin = 0.1 * spread or 0.05 * abs(values[0]) or 1.0
     low, high = min(values) - margin, max(values) + margin
     top, bottom = 12, 112

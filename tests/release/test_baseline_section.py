@@ -90,3 +90,9 @@ def test_a_flat_trend_still_has_an_axis() -> None:
     drawn = trend_plot("flat", [("a", 0.0), ("b", 0.0)], 0)
     assert drawn.count("<circle") == 2
     assert 'class="grid"' in drawn
+
+
+def test_rounding_is_no_trend() -> None:
+    drawn = trend_plot("flat", [("a", 1.0), ("b", 1.0 + 2e-16), ("c", 1.0 - 1e-16)], 0)
+    heights = {float(y) for y in re.findall(r'cy="([0-9.]+)"', drawn)}
+    assert len(heights) == 1

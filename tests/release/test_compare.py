@@ -13,7 +13,7 @@ from prox24_deploy.artifacts import Estimate, Interval, LatencyRow, Metric, Verd
 from prox24_deploy.errors import BundleError, UsageError
 from prox24_deploy.limits import MetricLimits, MetricTable
 from prox24_deploy.release.baseline import Baseline
-from prox24_deploy.release.compare import compare_reports, held_against
+from prox24_deploy.release.compare import compare_reports, held_against, limits_in_words
 from prox24_deploy.release.compare_views import (
     render_benchmark,
     render_junit,
@@ -123,6 +123,20 @@ def test_standard_errors_are_those_of_the_difference(
     new = with_metric(report, COSINE, 0.95 - gap * error * 2**0.5, error)
     table = {COSINE: limits(max_degradation_standard_errors=2)}
     assert change_of(compared(new, old, table), COSINE).verdict == verdict
+
+
+def test_limits_are_told_in_words() -> None:
+    every = limits(
+        threshold=2, max_degradation=0, max_degradation_percent=3,
+        max_degradation_standard_errors=2, min_improvement=0.5,
+    )  # fmt: skip
+    assert limits_in_words(every, higher_is_better=False) == (
+        "at most 2, no worse, at most 3 % worse, at most 2 standard errors worse, "
+        "at least 0.5 better"
+    )
+    assert limits_in_words(limits(threshold=2, max_degradation=1), higher_is_better=True) == (
+        "at least 2, at most 1 worse"
+    )
 
 
 def test_an_empty_table_lifts_the_gate_and_the_last_glob_wins(report: Report) -> None:
