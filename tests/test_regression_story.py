@@ -139,6 +139,7 @@ def test_the_same_build_made_again_passes(
     assert report.baseline is not None
     assert report.baseline.reason == "first release"
     assert not report.regressions
+    assert all(len(metric.values) == metric.samples for metric in report.accuracy.metrics)
     held = {check.name for check in report.checks if check.kind == "baseline" and check.gated}
     assert {"embedding cosine", "layers/pruned", "layers/proven", "size/onnx sparse"} <= held
     page = (out / "report.html").read_text(encoding="utf-8")

@@ -218,3 +218,9 @@ def with_metric(plain: Report, name: str, values: npt.NDArray[np.float64]) -> Re
     metric = Metric(name, False, len(values), found, found, None, None, tuple(values.tolist()))
     accuracy = plain.accuracy.model_copy(update={"metrics": (metric,)})
     return plain.model_copy(update={"accuracy": accuracy, "latency": ()})
+
+
+@pytest.mark.parametrize(("new", "old"), [([1.0, 2.0], [1.0]), ([1.0], [1.0])])
+def test_what_is_no_pairs_is_refused(new: list[float], old: list[float]) -> None:
+    with pytest.raises(ValueError, match="are no pairs, expected two or more"):
+        paired_difference(new, old)

@@ -319,10 +319,11 @@ def test_accuracy_that_is_not_finite_fails_the_release(
     records: Records, value: float, tmp_path: Path
 ) -> None:
     headline, *rest = records.evaluate.metrics
-    broken = replace(headline, sparse=Estimate(value, 0.1))
+    broken = replace(headline, sparse=Estimate(value, 0.1), values=(value, 1.0))
     changed = replace(records, evaluate=replace(records.evaluate, metrics=(broken, *rest)))
     report = changed.report()
     assert (report.verdict, report.accuracy.sparse) == ("fail", None)
+    assert report.accuracy.metrics[0].values == ()
     (regression,) = report.regressions
     assert regression.message == f"dense 0.8203, sparse {value}; a figure is not finite"
     write_report(report, tmp_path)
