@@ -143,7 +143,8 @@ class Metric:
     """One accuracy figure, dense against sparse on the same inputs.
 
     `dense` and `sparse` are None for a metric that compares the two models directly (agreement);
-    `difference` is then None too and `agreement` is set.
+    `difference` is then None too and `agreement` is set. `values` has one figure per sample, whose
+    mean is `sparse` or else `agreement`, so that two builds can be compared sample by sample.
     """
 
     name: str
@@ -153,6 +154,7 @@ class Metric:
     sparse: Estimate | None
     difference: Estimate | None
     agreement: Estimate | None
+    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,10 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """Everything that `build` can be told. `device` is where pruning and evaluation run."""
+    """Everything that `build` can be told.
+
+    `device` is where pruning and evaluation run; the report is held against `baseline`.
+    """
 
     recipe: Path | None = None
     text: TextOptions = field(default_factory=TextOptions)
@@ -117,6 +120,7 @@ class BuildOptions:
     device: DeviceChoice = "auto"
     dtype: DType = "float32"
     engine: EngineOptions = field(default_factory=EngineOptions)
+    baseline: Path | None = None
 
 
 def parse_capabilities(words: Sequence[str]) -> tuple[str, ...]:

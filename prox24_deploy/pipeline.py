@@ -14,6 +14,7 @@ from prox24_deploy.artifacts import (
 )
 from prox24_deploy.errors import BackendMissingError
 from prox24_deploy.options import BuildOptions, EngineOptions
+from prox24_deploy.release.baseline import read_baseline
 from prox24_deploy.release.bundle import open_bundle
 from prox24_deploy.release.report import Report
 from prox24_deploy.subject import read_subject
@@ -31,6 +32,8 @@ def build(
     Raises:
         Prox24Error: any of its kinds; the stages finished until then are kept.
     """
+    # Read before any work, so that a wrong path costs no time.
+    baseline = read_baseline(options.baseline) if options.baseline else None
     subject = read_subject(model_dir, out, options)
     backends = engine_stages.open_backends(
         options.engine, model_dir, subject.recipe, subject.directory.config
@@ -42,7 +45,7 @@ def build(
         compiled = engine_stages.compile_engines(bundle, exported, backends, progress)
         measured = engine_stages.bench(bundle, compiled, backends, options.engine, progress)
         evaluated = stages.evaluate(bundle, subject, options.device, progress)
-        return stages.report(bundle, pruned, exported, compiled, measured, evaluated)
+        return stages.report(bundle, pruned, exported, compiled, measured, evaluated, baseline)
 
 
 def prune(

@@ -4,7 +4,9 @@ One recipe applies whole, never merged: `--recipe`, else `recipe.toml` of the mo
 the shipped recipe whose `model_types` lists the model.
 """
 
+import hashlib
 import importlib.resources
+import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
@@ -14,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prox24_deploy.errors import RecipeError
+from prox24_deploy.limits import Limits, MetricLimits
 from prox24_deploy.options import Method, Preset, Refinement
 
 RECIPE_FILE = "recipe.toml"
@@ -107,16 +110,6 @@ class Embedding(_Table):
 
     pooling: Literal["mean", "cls"]
     normalize: bool
-
-
-class Limits(_Table):
-    """What counts as a regression of a build on its own.
-
-    `max_slowdown` is the largest tolerated excess of sparse over dense latency, as a fraction; it
-    gates only backends that have sparse kernels.
-    """
-
-    max_slowdown: Annotated[float, Field(ge=0, le=10)] = 0.02
 
 
 class Override(_Table):
@@ -246,6 +239,12 @@ class Recipe(_Table):
         return any(spec.name == STATES for spec in self.inputs)
 
     @property
+    def sha256(self) -> str:
+        """Hash of what a recipe says of a model: its limits, comments and defaults do not count."""
+        said = self.model_dump(exclude={"limits"}, exclude_defaults=True)
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    @property
     def reads_images(self) -> bool:
         """Whether the model takes images, not text."""
         return any(spec.name == PIXELS for spec in self.inputs)
@@ -368,6 +367,9 @@ def _first_problem(error: ValidationError) -> str:
             "unsupported": Unsupported,
             "embedding": Embedding,
         }
+        if problem["loc"][:2] == ("limits", "metrics"):
+            names = ", ".join(name.replace("_", "-") for name in MetricLimits.model_fields)
+            return f"unknown key {where!r}; the keys of a metric are {names}"
         # The innermost table around the key: heads.0.decoder.inputs.1.axis lies in inputs.
         around = [str(part) for part in problem["loc"][:-1] if str(part) in tables]
         place = around[-1] if around else "a recipe"

@@ -24,7 +24,9 @@ from prox24_deploy.artifacts import (
 )
 from prox24_deploy.errors import BundleError
 from prox24_deploy.options import BuildOptions, DeviceChoice, PruneOptions
+from prox24_deploy.release.baseline import Baseline
 from prox24_deploy.release.bundle import Bundle, stage_key
+from prox24_deploy.release.compare import held_against
 from prox24_deploy.release.environment import machine, versions
 from prox24_deploy.release.manifest import write_manifest
 from prox24_deploy.release.report import Report, assemble_report, write_report
@@ -165,12 +167,13 @@ def report(
     compiled: CompileResult,
     measured: BenchResult,
     evaluated: EvaluateResult,
+    baseline: Baseline | None = None,
 ) -> Report:
-    """Assemble the report from the stages' results, write its views and seal the bundle."""
+    """Assemble the report, hold it against a baseline, write its views and seal the bundle."""
     manifest = bundle.manifest
     made = assemble_report(
         model_of(bundle),
-        manifest.options,
+        {**manifest.options, "recipe_sha256": recipe_of(bundle).sha256},
         {**manifest.versions, **_engine_versions(compiled), **manifest.machine},
         pruned,
         evaluated,
@@ -181,6 +184,7 @@ def report(
         {name: manifest.stages[name].seconds for name in _STAGES},
         recipe_of(bundle).limits,
     )
+    made = held_against(made, baseline) if baseline else made
     write_report(made, bundle.root)
     manifest.verdict = made.verdict
     bundle.seal(_REPORT_FILES)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ class Run:
 def run_cli(*arguments: str | Path) -> Run:
     """One command with its arguments; never raises SystemExit."""
     out, err = io.StringIO(), io.StringIO()
+    logger = logging.getLogger("prox24_deploy")
+    level = logger.level
     argv = ["prox24-deploy", *map(str, arguments)]
     with (
         mock.patch.object(sys, "argv", argv),
@@ -34,6 +37,9 @@ def run_cli(*arguments: str | Path) -> Run:
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
+        finally:
+            # The command sets it; what other tests hear must not hang on their order.
+            logger.setLevel(level)
     return Run(code, out.getvalue(), err.getvalue())
 
 

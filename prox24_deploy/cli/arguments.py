@@ -133,6 +133,10 @@ SaveProfileOpt = Annotated[
 ]
 DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where to prune and evaluate.")]
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
+BaselineOpt = Annotated[
+    Path | None,
+    typer.Option(help="Hold the report against this baseline file, report.json or bundle."),
+]
 FreshOpt = Annotated[bool, typer.Option("--fresh", help="Run every stage again.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EXIT_REGRESSION, EXIT_SPARSITY, EXIT_INCONCLUSIVE = 3, 4, 5
 _TEXT = TextOptions()
-_VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCLUSIVE}
+VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCLUSIVE}
 
 
 def build(
@@ -48,6 +48,7 @@ def build(
     compute_capability: arguments.CapabilityOpt = None,
     device: arguments.DeviceOpt = "auto",
     seed: arguments.SeedOpt = 0,
+    baseline: arguments.BaselineOpt = None,
     fresh: arguments.FreshOpt = False,
     as_json: arguments.JsonOpt = False,
 ) -> None:
@@ -69,6 +70,7 @@ def build(
         device,
         dtype,
         arguments.engine_options(backend, shapes, tensorrt, plan),
+        baseline,
     )
     root = out or arguments.default_out(model_dir)
     with tables.progress(stderr) as progress:
@@ -200,7 +202,7 @@ def exit_code(report: "Report") -> int:
     """4 if a weight lost its pattern, else that of the verdict."""
     if any(check.expected and not check.is_24 for check in report.sparsity.tensors):
         return EXIT_SPARSITY
-    return _VERDICT_EXIT[report.verdict]
+    return VERDICT_EXIT[report.verdict]
 
 
 def print_report(report: "Report", root: Path) -> None:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -12,8 +13,10 @@ from prox24_deploy.artifacts import Estimate, LatencyRow, LayerRecord, Metric, T
 
 if TYPE_CHECKING:
     from prox24_deploy.engines.planning import LayerPlan, Plan
+    from prox24_deploy.release.baseline import BaselineFile
     from prox24_deploy.release.environment import Finding
     from prox24_deploy.release.report import Report
+    from prox24_deploy.release.schema import Comparison
 
 
 def metric_line(metric: Metric) -> str:
@@ -110,6 +113,31 @@ def findings(found: Sequence["Finding"]) -> Table:
     for finding in found:
         remedy, style = ("", "") if finding.usable else (finding.remedy, "yellow")
         table.add_row(finding.name, finding.found, remedy, style=style)
+    return table
+
+
+def comparison(found: "Comparison") -> Table:
+    """Every figure against the baseline; what does not pass stands out."""
+    table = _table("figure", "baseline", "now", "limit", "verdict", "finding")
+    styles = {"pass": "", "inconclusive": "yellow", "fail": "red"}
+    for change in found.changes:
+        values = ["–" if v is None else f"{v:.6g}" for v in (change.before, change.after)]
+        table.add_row(
+            *map(escape, (change.name, *values, change.limits)),
+            change.verdict if change.gated else "not gated",
+            escape(change.message),
+            style=styles[change.verdict] if change.gated else "dim",
+        )
+    return table
+
+
+def history(found: "BaselineFile") -> Table:
+    """The accepted releases of a baseline with their figures, the oldest first."""
+    names = list(dict.fromkeys(name for entry in found.history for name in entry.figures))
+    table = _table("accepted", "reason", "verdict", *map(escape, names))
+    for entry in found.history:
+        figures = [f"{entry.figures[n]:.6g}" if n in entry.figures else "–" for n in names]
+        table.add_row(entry.date, escape(entry.reason), entry.verdict, *figures)
     return table
 
 

@@ -70,7 +70,15 @@ def evaluate_text_generation(
         _perplexity(part, which) for part, which in zip(losses, ("dense", "pruned"), strict=True)
     )
     perplexity = Metric(
-        "perplexity", False, windows, dense_perplexity, sparse_perplexity, None, None
+        "perplexity",
+        False,
+        windows,
+        dense_perplexity,
+        sparse_perplexity,
+        None,
+        None,
+        # To first order, as for the standard error: exp(mean) is no mean over windows.
+        per_sample(sparse_perplexity.value * (1 + losses[1] - losses[1].mean())),
     )
     log_perplexity = Metric(
         "log-perplexity",
@@ -80,11 +88,9 @@ def evaluate_text_generation(
         mean_estimate(losses[1]),
         gap,
         None,
+        per_sample(losses[1]),
     )
-    agreement = Metric(
-        "top-1 agreement", True, windows, None, None, None, mean_estimate(torch.cat(agree))
-    )
-    return perplexity, log_perplexity, agreement
+    return perplexity, log_perplexity, _agreement("top-1 agreement", True, torch.cat(agree))
 
 
 @torch.no_grad()
@@ -112,10 +118,9 @@ def evaluate_embeddings(
     cosine = (embeddings[0] * embeddings[1]).sum(1)
     neighbours = [_nearest(e) for e in embeddings]
     same = (neighbours[0] == neighbours[1]).double()
-    texts = len(cosine)
     return (
-        Metric("embedding cosine", True, texts, None, None, None, mean_estimate(cosine)),
-        Metric("nearest-neighbour agreement", True, texts, None, None, None, mean_estimate(same)),
+        _agreement("embedding cosine", True, cosine),
+        _agreement("nearest-neighbour agreement", True, same),
     )
 
 
@@ -148,14 +153,13 @@ def evaluate_classes(
         parts.append(class_figures(logits[0].double(), logits[1].double(), batch.real))
     progress("evaluate", len(batches), len(batches))
     first, second = torch.cat(parts, dim=1)
-    texts = len(first)
     if dense.config.num_labels == 1:  # type: ignore[union-attr]  # of a transformers model
         change = (first - second).abs() / first.std().clamp(min=torch.finfo(first.dtype).tiny)
-        return (Metric("score change", False, texts, None, None, None, mean_estimate(change)),)
+        return (_agreement("score change", False, change),)
     return (
         *(() if labels is None else (_accuracy(torch.cat(chosen, dim=1), labels),)),
-        Metric("top-1 agreement", True, texts, None, None, None, mean_estimate(first)),
-        Metric("KL divergence", False, texts, None, None, None, mean_estimate(second)),
+        _agreement("top-1 agreement", True, first),
+        _agreement("KL divergence", False, second),
     )
 
 
@@ -170,6 +174,21 @@ def _accuracy(chosen: Tensor, labels: Tensor) -> Metric:
         mean_estimate(sparse),
         mean_estimate(sparse - dense),
         None,
+        per_sample(sparse),
+    )
+
+
+def _agreement(name: str, higher_is_better: bool, values: Tensor) -> Metric:
+    """A metric that compares the two models directly, from its value per sample."""
+    return Metric(
+        name,
+        higher_is_better,
+        len(values),
+        None,
+        None,
+        None,
+        mean_estimate(values),
+        per_sample(values),
     )
 
 
@@ -192,6 +211,11 @@ def mean_estimate(values: Tensor) -> Estimate:
     values = values.double()
     spread = float(values.std()) if len(values) > 1 else 0.0
     return Estimate(float(values.mean()), spread / math.sqrt(len(values)))
+
+
+def per_sample(values: Tensor) -> tuple[float, ...]:
+    """Values to nine digits, which is more than any of them is known to."""
+    return tuple(float(f"{value:.9g}") for value in values.double().tolist())
 
 
 def pooling_of(model_dir: Path, embedding: Embedding | None = None) -> Pooling:

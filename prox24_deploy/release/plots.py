@@ -126,6 +126,38 @@ def bar_plot(name: str, title: str, bars: Sequence[tuple[str, float, str, str]])
     return _svg(name, 8 + 42 * len(bars), title, described, body)
 
 
+def trend_plot(name: str, points: Sequence[tuple[str, float]], index: int) -> str:
+    """One figure over accepted releases, the oldest first; the last point is this build."""
+    values = [value for _, value in points]
+    spread = max(values) - min(values)
+    # Rounding is no trend.
+    spread = spread if spread > 1e-9 * max(map(abs, values)) else 0.0
+    margin = 0.1 * spread or 0.05 * abs(values[0]) or 1.0
+    low, high = min(values) - margin, max(values) + margin
+    top, bottom = 12, 112
+    across = _linear(0, len(points) - 1, PLOT_LEFT + 8, PLOT_RIGHT - 8)
+    up = _linear(low, high, bottom, top)
+    body = []
+    for tick in nice_ticks(low, high):
+        body.append(_line(PLOT_LEFT, up(tick), PLOT_RIGHT, up(tick), "grid"))
+        body.append(_text(PLOT_LEFT - 6, up(tick) + 4, f"{tick:g}", "axis", "end"))
+    spots = [(across(i), up(value)) for i, value in enumerate(values)]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+    body.append(f'<polyline points="{path}" class="curve"/>')
+    for (x, y), (label, value) in zip(spots, points, strict=True):
+        # A form of its own for this build, not only a colour.
+        last = (x, y) == spots[-1]
+        body.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{5 if last else 3}" '
+            f'class="{"chosen" if last else "calibration"}">'
+            f"<title>{escape(f'{label}: {value:.6g}')}</title></circle>"
+        )
+    body.append(_text(PLOT_LEFT, bottom + 17, points[0][0], "axis"))
+    body.append(_text(PLOT_RIGHT, bottom + 17, points[-1][0], "axis", "end"))
+    described = "; ".join(f"{label}: {value:.6g}" for label, value in points)
+    return _svg(f"trend-{index}", bottom + 22, f"{name} over releases", described, body)
+
+
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten) within [low, high], about `about` of them."""
     step = _nice_step((high - low) / about)

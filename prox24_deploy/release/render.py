@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -15,8 +16,14 @@ from markupsafe import Markup
 
 from prox24_deploy.artifacts import Estimate, Interval, LatencyRow, LayerRecord
 from prox24_deploy.release.findings import row_name
-from prox24_deploy.release.plots import bar_plot, error_plots, latency_plot, sensitivity_plot
-from prox24_deploy.release.schema import Check, Report, Sizes
+from prox24_deploy.release.plots import (
+    bar_plot,
+    error_plots,
+    latency_plot,
+    sensitivity_plot,
+    trend_plot,
+)
+from prox24_deploy.release.schema import Check, Comparison, Headline, Report, Sizes
 
 WORST_LAYERS = 5
 VERDICT_SENTENCES = {
@@ -24,6 +31,22 @@ VERDICT_SENTENCES = {
     "fail": "Failed: a check that gates the release does not hold.",
     "inconclusive": "Inconclusive: a measurement is too noisy to judge.",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Trend:
+    """A figure over accepted releases, in a unit that keeps its numbers short."""
+
+    name: str
+    title: str
+    scale: float
+    points: tuple[tuple[str, float], ...]
+
+    def of(self, entry: Headline) -> float | None:
+        """What it was in one release."""
+        value = entry.figures.get(self.name)
+        return None if value is None else self.scale * value
+
 
 # XML 1.0 has no way to write these, not even escaped.
 _NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -37,6 +60,7 @@ def render_html(report: Report) -> str:
         "errors": [Markup(plot) for plot in error_plots(report.pruning.layers)],
         "latency": [Markup(latency_plot(row, i)) for i, row in enumerate(report.latency)],
         "sizes": [Markup(plot) for plot in _size_plots(report.sizes)],
+        "trends": [Markup(plot) for plot in _trend_plots(report.baseline)],
     }
     template = _environment(html=True).get_template("report.html.jinja")
     return template.render(**_view(report), plots=plots)
@@ -50,7 +74,7 @@ def render_summary(report: Report) -> str:
 def render_junit(report: Report) -> bytes:
     """One suite for each kind of check; what cannot fail the release is skipped with its reason."""
     xml = JUnitXml("prox24-deploy")
-    for kind in ("pruning", "sparsity", "numerics", "accuracy", "latency"):
+    for kind in ("pruning", "sparsity", "numerics", "accuracy", "latency", "baseline"):
         checks = [check for check in report.checks if check.kind == kind]
         if checks:
             suite = TestSuite(kind)
@@ -190,6 +214,7 @@ def _view(report: Report) -> dict[str, Any]:
         "worst": worst_layers(report),
         "speedups": _speedups(telling),
         "telling": telling,
+        "trends": trends(report.baseline) if report.baseline else [],
         "row_name": row_name,
         "environment": _flat(report.environment),
         "options": _flat(report.options),
@@ -242,9 +267,30 @@ def _size_plots(sizes: Sizes) -> list[str]:
     ]
 
 
+def _trend_plots(comparison: Comparison | None) -> list[str]:
+    """A drawing for each figure that has a past: accepted releases, and this one last."""
+    if comparison is None:
+        return []
+    return [trend_plot(t.title, t.points, i) for i, t in enumerate(trends(comparison))]
+
+
+def trends(comparison: Comparison) -> list[Trend]:
+    """Every figure with a past, which ends in what it is now."""
+    found = []
+    for change in comparison.changes:
+        unit, scale = ("MB", 1e-6) if change.unit == "bytes" else (change.unit, 1.0)
+        trend = Trend(change.name, f"{change.name}, {unit}" if unit else change.name, scale, ())
+        past = [(entry.date[:10], trend.of(entry)) for entry in comparison.history]
+        known = [(date, value) for date, value in past if value is not None]
+        if known and change.after is not None:
+            points = (*known, ("this build", scale * change.after))
+            found.append(replace(trend, points=points))
+    return found
+
+
 def _test_case(check: Check) -> TestCase:
-    case = TestCase(_xml_text(check.name), f"prox24-deploy.{check.kind}")
-    message = _xml_text(check.message)
+    case = TestCase(xml_text(check.name), f"prox24-deploy.{check.kind}")
+    message = xml_text(check.message)
     if not check.gated or check.verdict == "inconclusive":
         case.result = [Skipped(message)]
     elif check.verdict == "fail":
@@ -252,7 +298,8 @@ def _test_case(check: Check) -> TestCase:
     return case
 
 
-def _xml_text(text: str) -> str:
+def xml_text(text: str) -> str:
+    """Text without what XML 1.0 cannot hold."""
     return _NOT_IN_XML.sub("\ufffd", text)
 
 

@@ -24,7 +24,7 @@ from prox24_deploy.artifacts import (
     ModelInfo,
     PruneResult,
 )
-from prox24_deploy.recipe import Limits
+from prox24_deploy.limits import Limits
 from prox24_deploy.release.files import write_atomic
 from prox24_deploy.release.findings import find_checks, find_warnings, overall_verdict
 from prox24_deploy.release.render import (
@@ -86,7 +86,7 @@ def assemble_report(
         verdict=overall_verdict(checks),
         warnings=find_warnings(prune, evaluate, export, compile, bench),
         model=model,
-        options={**options, "limits": limits.model_dump()},
+        options={**options, "limits": limits.as_json()},
         environment={**environment, "conditions": {**bench.conditions}},
         pruning=_pruning(prune, export),
         accuracy=_accuracy(evaluate),
@@ -186,6 +186,7 @@ def _finite_metric(metric: Metric) -> Metric:
         sparse=_finite_estimate(metric.sparse),
         difference=_finite_estimate(metric.difference),
         agreement=_finite_estimate(metric.agreement),
+        values=metric.values if all(map(math.isfinite, metric.values)) else (),
     )
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from prox24_deploy.artifacts import (
     EngineEvidence,
     Estimate,
+    Interval,
     LatencyRow,
     LayerRecord,
     Metric,
@@ -29,7 +30,9 @@ from prox24_deploy.errors import BundleError
 SCHEMA_VERSION: Final = 1
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
-CheckKind = Literal["pruning", "sparsity", "numerics", "latency", "accuracy"]
+CheckKind = Literal["pruning", "sparsity", "numerics", "latency", "accuracy", "baseline"]
+Status = Literal["compared", "missing", "new"]
+ChangeKind = Literal["accuracy", "speed-up", "latency", "size", "layers", "kernels", "release"]
 
 
 class _Part(BaseModel):
@@ -125,6 +128,62 @@ class Sizes(_Part):
     files: dict[str, int]
 
 
+class Difference(_Part):
+    """Something in which a report and its baseline are unlike, in words."""
+
+    key: str
+    report: str
+    baseline: str
+
+
+class Change(_Part):
+    """One figure against that of the baseline.
+
+    `worse` says by how much it is worse, in its unit and with a 95 % interval; negative is better.
+    A "missing" figure is in the baseline alone, a "new" one in the report alone. Only a gated
+    change can fail; `limits` says its limits in words.
+    """
+
+    name: str
+    kind: ChangeKind
+    unit: str
+    higher_is_better: bool
+    before: float | None
+    after: float | None
+    worse: Interval | None
+    limits: str
+    gated: bool
+    status: Status
+    verdict: Verdict
+    message: str
+
+
+class Headline(_Part):
+    """The figures of one accepted release, for the trend."""
+
+    date: str
+    reason: str
+    verdict: Verdict
+    figures: dict[str, float]
+
+
+class Comparison(_Part):
+    """A report against a baseline: what `compare.json` holds.
+
+    `reason` and `date` are those of the baseline, "" where it is a plain report. `allowed` lists
+    what differs and was accepted, `history` the figures of accepted releases, the oldest first.
+    """
+
+    schema_version: Literal[1] = 1
+    verdict: Verdict
+    baseline: str
+    reason: str
+    date: str
+    allowed: tuple[Difference, ...]
+    changes: tuple[Change, ...]
+    history: tuple[Headline, ...]
+
+
 class Report(_Part):
     """Everything that `report.json` holds."""
 
@@ -143,6 +202,7 @@ class Report(_Part):
     timings: dict[str, float]
     checks: tuple[Check, ...]
     regressions: tuple[Check, ...]
+    baseline: Comparison | None = None
 
 
 def report_schema() -> dict[str, Any]:

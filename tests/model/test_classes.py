@@ -58,6 +58,17 @@ def test_agreement_and_divergence_are_means_over_texts() -> None:
     assert not divergence.higher_is_better
 
 
+def test_values_per_text_are_kept_for_every_figure() -> None:
+    dense, sparse = Fixed([[0.0, 1.0], [2.0, 0.0]]), Fixed([[0.0, 3.0], [0.0, 2.0]])
+    accuracy, agreement, divergence = evaluate_classes(
+        dense, sparse, (TWO_TEXTS,), quiet, torch.tensor([1, 0])
+    )
+    assert (accuracy.values, agreement.values) == ((1.0, 0.0), (1.0, 0.0))
+    assert divergence.agreement is not None
+    assert sum(divergence.values) / 2 == pytest.approx(divergence.agreement.value)
+    assert divergence.values[0] != divergence.values[1]
+
+
 def test_padding_counts_for_no_token() -> None:
     same, other = [[1.0, 0.0]], [[0.0, 1.0]]
     dense = Fixed([same * 2, same * 2])

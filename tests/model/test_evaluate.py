@@ -150,6 +150,36 @@ def test_the_task_decides_the_headline(
     assert calls[-1] == ("evaluate", len(opened.batches), len(opened.batches))
 
 
+@torch.no_grad()
+def test_values_per_sample_have_the_mean_and_the_error_of_every_metric(
+    tiny_llama: Path, tiny_bert: Path, prose: Path
+) -> None:
+    decoder, encoder = (open_tiny(path, prose) for path in (tiny_llama, tiny_bert))
+    metrics = (
+        *evaluate_text_generation(
+            decoder.model, shaken(open_tiny(tiny_llama, prose).model), decoder.batches, quiet
+        ),
+        *evaluate_embeddings(
+            encoder.model,
+            shaken(open_tiny(tiny_bert, prose).model),
+            encoder.batches,
+            pooling_of(tiny_bert),
+            quiet,
+        ),
+    )
+    assert [metric.name for metric in metrics] == [
+        "perplexity", "log-perplexity", "top-1 agreement", "embedding cosine",
+        "nearest-neighbour agreement",
+    ]  # fmt: skip
+    for metric in metrics:
+        told = metric.sparse or metric.agreement
+        assert told is not None
+        found = mean_estimate(torch.tensor(metric.values, dtype=torch.float64))
+        assert len(metric.values) == metric.samples, metric.name
+        assert found.value == pytest.approx(told.value, rel=1e-7), metric.name
+        assert found.standard_error == pytest.approx(told.standard_error, rel=1e-6), metric.name
+
+
 def test_one_value_has_no_spread() -> None:
     estimate = mean_estimate(torch.tensor([2.0]))
     assert (estimate.value, estimate.standard_error) == (2.0, 0.0)

@@ -30,7 +30,7 @@ from prox24_deploy.artifacts import (
     TextSource,
     Verdict,
 )
-from prox24_deploy.recipe import Limits
+from prox24_deploy.limits import Limits
 from prox24_deploy.release.measure import PairSamples, latency_verdict, speedup_interval, timing
 from prox24_deploy.release.report import Report, assemble_report
 

@@ -24,6 +24,7 @@ from markupsafe import escape
 
 from prox24_deploy.artifacts import Estimate, Metric, Verdict
 from prox24_deploy.errors import BundleError
+from prox24_deploy.limits import Limits
 from prox24_deploy.release.render import markdown
 from prox24_deploy.release.report import (
     SCHEMA_FILE,
@@ -56,7 +57,7 @@ def test_top_level_keys_are_the_published_ones(report: Report) -> None:
     assert list(report.model_dump()) == [
         "schema_version", "verdict", "warnings", "model", "options", "environment", "pruning",
         "accuracy", "sparsity", "latency", "not_measured", "sizes", "timings", "checks",
-        "regressions",
+        "regressions", "baseline",
     ]  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def test_accuracy_spells_out_the_headline_and_the_agreement(report: Report) -> N
 
 
 def test_limits_and_conditions_are_kept(report: Report) -> None:
-    assert report.options["limits"] == {"max_slowdown": 0.02}
+    assert report.options["limits"] == Limits().as_json()
     assert report.environment["conditions"] == {
         "gpu": "no NVIDIA GPU",
         "cpu": "Some Processor",
@@ -336,10 +337,11 @@ def test_accuracy_that_is_not_finite_fails_the_release(
     records: Records, value: float, tmp_path: Path
 ) -> None:
     headline, *rest = records.evaluate.metrics
-    broken = replace(headline, sparse=Estimate(value, 0.1))
+    broken = replace(headline, sparse=Estimate(value, 0.1), values=(value, 1.0))
     changed = replace(records, evaluate=replace(records.evaluate, metrics=(broken, *rest)))
     report = changed.report()
     assert (report.verdict, report.accuracy.sparse) == ("fail", None)
+    assert report.accuracy.metrics[0].values == ()
     (regression,) = report.regressions
     assert regression.message == f"dense 0.8203, sparse {value}; a figure is not finite"
     write_report(report, tmp_path)

@@ -1,0 +1,112 @@
+"""Commands that hold a release against an accepted one."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prox24_deploy.cli import arguments, tables
+from prox24_deploy.cli.building import VERDICT_EXIT
+from prox24_deploy.cli.terminal import print_json, print_table, stdout
+
+ReportArg = Annotated[
+    Path, typer.Argument(metavar="REPORT", help="The new release: a report.json or a bundle.")
+]
+baseline = typer.Typer(
+    help="Accept a release as the baseline of later ones.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+def compare(
+    report: ReportArg,
+    against: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BASELINE",
+            help="What it must hold: a baseline file, a report.json or a bundle.",
+        ),
+    ],
+    limits: Annotated[
+        Path | None,
+        typer.Option(help="TOML with limits per metric; default: those of the baseline's recipe."),
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="Something that may differ, such as driver or evaluation; repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Folder for compare.json, .md, .junit.xml, benchmark."),
+    ] = None,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Hold a report against a baseline; exit 3 on a regression, 5 if the noise leaves it open."""
+    from prox24_deploy.limits import read_limits
+    from prox24_deploy.release.baseline import read_baseline, report_path
+    from prox24_deploy.release.compare import compare_reports
+    from prox24_deploy.release.compare_views import write_comparison
+    from prox24_deploy.release.schema import load_report
+
+    found = compare_reports(
+        load_report(report_path(report)),
+        read_baseline(against),
+        limits=read_limits(limits) if limits else {},
+        allow=allow or (),
+    )
+    if out:
+        write_comparison(found, out)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        for difference in found.allowed:
+            stdout.print(
+                f"Note: {difference.key} is {difference.report} and was {difference.baseline}.",
+                soft_wrap=True,
+                markup=False,
+            )
+        print_table(tables.comparison(found))
+        stdout.print(f"Verdict: {found.verdict}", soft_wrap=True, markup=False)
+    raise typer.Exit(VERDICT_EXIT[found.verdict])
+
+
+@baseline.command()
+def update(
+    report: ReportArg,
+    path: Annotated[Path, typer.Argument(metavar="BASELINE", help="Baseline file to write.")],
+    reason: Annotated[str, typer.Option(help="Why this release is the one to hold others to.")],
+    keep: Annotated[int, typer.Option(min=1, help="Accepted releases to keep figures of.")] = 10,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Accept a report as the baseline; the figures of those before it stay for the trend."""
+    from prox24_deploy.release.baseline import update_baseline
+
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    made = update_baseline(report, path, reason=reason, date=date, keep=keep)
+    if as_json:
+        print_json(made.model_dump(mode="json", exclude={"report"}))
+        return
+    stdout.print(
+        f"{path}: {made.report.model.path} accepted, release {len(made.history)} of at most "
+        f"{keep} kept.",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+@baseline.command()
+def show(
+    path: Annotated[Path, typer.Argument(metavar="BASELINE", help="A baseline file.")],
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Show which release is the baseline, why, and the figures of those before it."""
+    from prox24_deploy.release.baseline import read_baseline_file
+
+    found = read_baseline_file(path)
+    if as_json:
+        print_json(found.model_dump(mode="json", exclude={"report"}))
+        return
+    print_table(tables.history(found))
+    stdout.print(f"Baseline since {found.date}: {found.reason}", soft_wrap=True, markup=False)

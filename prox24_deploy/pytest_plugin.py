@@ -1,0 +1,62 @@
+"""A pytest fixture that holds a release against a baseline; nothing heavy is imported until used.
+
+def test_release(assert_no_regression):
+    assert_no_regression("release", "baseline.json", limits="limits.toml", allow=["driver"])
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+__all__ = ["AssertNoRegression", "assert_no_regression"]
+
+AnyPath = str | PathLike[str]
+
+
+class AssertNoRegression(Protocol):
+    """What the fixture gives."""
+
+    def __call__(
+        self,
+        report: AnyPath,
+        baseline: AnyPath,
+        limits: AnyPath | None = None,
+        allow: Sequence[str] = (),
+    ) -> None:
+        """Fail the test unless every figure with a limit holds it; arguments as of `compare`."""
+        ...
+
+
+@pytest.fixture(scope="session")
+def assert_no_regression() -> AssertNoRegression:
+    """Fail a test on a regression against a baseline, with the table in the message.
+
+    A comparison that noise leaves open fails too, for it asserts nothing; one that is refused
+    raises the sentence that `compare` would print.
+    """
+    return _assert_no_regression
+
+
+def _assert_no_regression(
+    report: AnyPath,
+    baseline: AnyPath,
+    limits: AnyPath | None = None,
+    allow: Sequence[str] = (),
+) -> None:
+    from prox24_deploy.limits import read_limits
+    from prox24_deploy.release.baseline import read_baseline, report_path
+    from prox24_deploy.release.compare import compare_reports
+    from prox24_deploy.release.compare_views import render_markdown
+    from prox24_deploy.release.schema import load_report
+
+    found = compare_reports(
+        load_report(report_path(Path(report))),
+        read_baseline(Path(baseline)),
+        limits=read_limits(Path(limits)) if limits else {},
+        allow=allow,
+    )
+    if found.verdict != "pass":
+        pytest.fail(render_markdown(found), pytrace=False)
