@@ -47,9 +47,10 @@ def figures_of(report: Report) -> dict[str, Figure]:
 
 
 def row_path(row: LatencyRow) -> str:
-    """Backend and shape of a latency row, as in names of figures."""
+    """Backend, graph of two, and shape of a latency row, as in names of figures."""
+    graph = "" if row.graph == "model" else f"{row.graph}/"
     sequence = f",sequence={row.sequence}" if row.sequence else ""
-    return f"{row.backend}/batch={row.batch}{sequence}"
+    return f"{row.backend}/{graph}batch={row.batch}{sequence}"
 
 
 def worsening(new: Figure, old: Figure, *, paired: bool) -> Interval:

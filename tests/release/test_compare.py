@@ -20,6 +20,7 @@ from prox24_deploy.release.compare_views import (
     render_markdown,
     write_comparison,
 )
+from prox24_deploy.release.figures import row_path
 from prox24_deploy.release.likeness import KEYS
 from prox24_deploy.release.schema import Change, Comparison, Report
 
@@ -306,6 +307,18 @@ def test_a_regression_that_was_accepted_does_not_count_again(report: Report) -> 
     failed = held_against(new, Baseline("before", old))
     assert failed.verdict == "fail"
     assert compared(failed, failed).verdict == "pass"
+
+
+def test_encoder_and_decoder_have_latencies_of_their_own() -> None:
+    rows = [
+        replace(make_row(1, 2.0, gated=True, device="a card"), graph=graph)
+        for graph in ("encoder", "decoder", "model")
+    ]
+    assert [row_path(row) for row in rows] == [
+        "onnxruntime/encoder/batch=1,sequence=128",
+        "onnxruntime/decoder/batch=1,sequence=128",
+        "onnxruntime/batch=1,sequence=128",
+    ]
 
 
 def test_a_report_holds_what_its_comparison_found(report: Report) -> None:
