@@ -191,6 +191,15 @@ class TensorCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class GraphTensor:
+    """An input or output of an ONNX graph: type as ONNX names it, a variable axis by its name."""
+
+    name: str
+    dtype: str
+    axes: tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class OnnxModel:
     """One exported file: path in the bundle, hash over graph and external data, size in bytes."""
 

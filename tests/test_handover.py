@@ -1,0 +1,265 @@
+"""What `package` makes of a finished bundle, read with the tools of those who receive it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import transformers
+from command_line import run_cli, snapshot
+from PIL import Image
+from tiny_models import write_tiny_bert
+from triton_definition import data_type_name, parse_config
+
+from prox24_deploy.release.manifest import hash_file, read_manifest, write_manifest
+
+FAST = ("--preset", "fast", "--calibration-tokens", "4096", "--evaluation-tokens", "2048")
+TYPES = {
+    onnx.TensorProto.FLOAT: "TYPE_FP32",
+    onnx.TensorProto.FLOAT16: "TYPE_FP16",
+    onnx.TensorProto.INT64: "TYPE_INT64",
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory, prose: Path) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    model = write_tiny_bert(folder / "tiny-bert")
+    shapes = ("--shapes", "batch=1,4", "sequence=16")
+    run = run_cli("build", model, "-o", folder / "out", "--calibration", prose, *FAST, *shapes)
+    assert run.code == 0, run.err
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, prose: Path) -> Path:
+    out = tmp_path_factory.mktemp("decoder") / "out"
+    run = run_cli(
+        "build", tiny_llama, "-o", out, "--calibration", prose, "--dtype", "float16", *FAST,
+        "--shapes", "batch=2", "sequence=16",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vision")
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(folder / "vit")
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(folder / "vit")
+    (folder / "images").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(32):
+        pixels = random.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+    run = run_cli(
+        "build", folder / "vit", "-o", folder / "out", "--calibration", folder / "images",
+        "--preset", "fast", "--shapes", "batch=2",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(encoder: Path, tmp_path: Path) -> Path:
+    """The encoder's bundle, to be changed."""
+    return Path(shutil.copytree(encoder, tmp_path / "bundle"))
+
+
+def reseal(bundle: Path, *changed: str, **fields: Any) -> None:
+    """Enter files and fields in the manifest, as if a build had written them."""
+    manifest = read_manifest(bundle)
+    manifest.files.update({name: hash_file(bundle / name) for name in changed})
+    write_manifest(bundle, manifest.model_copy(update=fields))
+
+
+def served_dims(value: onnx.ValueInfoProto, *, batched: bool) -> list[int]:
+    """Axes of a tensor as Triton writes them, from the protobuf of the file itself."""
+    dims = [
+        dim.dim_value if dim.HasField("dim_value") else -1
+        for dim in value.type.tensor_type.shape.dim
+    ]
+    assert not batched or dims[0] == -1
+    return dims[batched:]
+
+
+@pytest.mark.parametrize("max_batch", [None, 0])
+@pytest.mark.parametrize(
+    ("kind", "batch", "inputs"),
+    [("encoder", 4, 3), ("decoder", 2, 2 + 4), ("vision", 2, 1)],
+)
+def test_the_configuration_is_that_of_the_file(
+    kind: str,
+    batch: int,
+    inputs: int,
+    max_batch: int | None,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    bundle: Path = request.getfixturevalue(kind)
+    before = snapshot(bundle)
+    asked = () if max_batch is None else ("--max-batch", str(max_batch))
+    run = run_cli("package", bundle, "--triton", tmp_path, "--name", kind, *asked)
+    assert run.code == 0, run.err
+    assert "ONNX Runtime has no sparse kernels" in run.out
+    assert snapshot(bundle) == before
+    config = parse_config((tmp_path / kind / "config.pbtxt").read_text(encoding="utf-8"))
+    assert (config.name, config.backend) == (kind, "onnxruntime")
+    assert config.max_batch_size == (batch if max_batch is None else max_batch)
+    assert config.HasField("dynamic_batching") == (max_batch is None)
+    graph = onnx.load(tmp_path / kind / "1" / "model.onnx", load_external_data=False).graph
+    assert len(graph.input) == inputs
+    batched = max_batch is None
+    for told, found in ((config.input, graph.input), (config.output, graph.output)):
+        assert [(t.name, data_type_name(t.data_type), list(t.dims)) for t in told] == [
+            (v.name, TYPES[v.type.tensor_type.elem_type], served_dims(v, batched=batched))
+            for v in found
+        ]
+    if kind == "decoder":
+        cache = {t.name: list(t.dims) for t in (*config.input, *config.output)}
+        assert cache["past_key_values.0.key"] == [-1] * (not batched) + [2, -1, 8]
+        assert cache["present.1.value"] == [-1] * (not batched) + [2, -1, 8]
+
+
+def test_the_served_files_run_where_they_lie(decoder: Path, tmp_path: Path) -> None:
+    """The graph finds its weights under the names it refers to, with an empty and a full cache."""
+    assert run_cli("package", decoder, "--triton", tmp_path, "--name", "llama").code == 0
+    version = tmp_path / "llama" / "1"
+    assert {path.name for path in version.iterdir()} == {"model.onnx", "model.onnx.data"}
+    session = onnxruntime.InferenceSession(version / "model.onnx")
+    config = parse_config((tmp_path / "llama" / "config.pbtxt").read_text(encoding="utf-8"))
+    for past in (0, 3):
+        feeds = {}
+        for tensor in config.input:
+            integers = data_type_name(tensor.data_type) == "TYPE_INT64"
+            free = {"input_ids": 5, "attention_mask": past + 5}.get(tensor.name, past)
+            shape = [config.max_batch_size, *(free if dim < 0 else dim for dim in tensor.dims)]
+            feeds[tensor.name] = np.ones(shape, np.int64 if integers else np.float16)
+        results = session.run([tensor.name for tensor in config.output], feeds)
+        for tensor, value in zip(config.output, results, strict=True):
+            assert isinstance(value, np.ndarray)
+            free = 5 if tensor.name == "logits" else past + 5
+            assert value.shape == (2, *(free if dim < 0 else dim for dim in tensor.dims))
+
+
+def test_a_name_a_twin_and_instances_are_taken(encoder: Path, tmp_path: Path) -> None:
+    run = run_cli("package", encoder, "--triton", tmp_path, "--twin", "dense", "--instances", "2",
+                  "--json")  # fmt: skip
+    assert run.code == 0, run.err
+    made = tmp_path / "tiny-bert"
+    assert json.loads(run.out) == {"written": {"triton": str(made)}, "notes": []}
+    assert (made / "1" / "model.onnx.data").read_bytes() == (
+        encoder / "onnx" / "dense" / "model.onnx.data"
+    ).read_bytes()
+    text = (made / "config.pbtxt").read_text(encoding="utf-8")
+    assert "dense twin, verdict pass" in text.splitlines()[0]
+    assert read_manifest(encoder).self_sha256 in text.splitlines()[0]
+    assert [group.count for group in parse_config(text).instance_group] == [2]
+    again = run_cli("package", encoder, "--triton", tmp_path)
+    assert again.code == 2
+    assert "exists already; remove it, or pass another --name" in again.err
+
+
+def test_a_bundle_that_does_not_verify_is_refused_even_with_force(
+    copy: Path, tmp_path: Path
+) -> None:
+    (copy / "onnx" / "sparse" / "model.onnx.data").write_bytes(b"other weights")
+    for force in ((), ("--force",)):
+        run = run_cli("package", copy, "--triton", tmp_path / "out", *force)
+        assert run.code == 2
+        assert "does not verify and is not handed over: onnx/sparse/model.onnx.data" in run.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_release_that_failed_needs_force(copy: Path, tmp_path: Path) -> None:
+    reseal(copy, verdict="fail")
+    run = run_cli("package", copy, "--triton", tmp_path / "out")
+    assert run.code == 2
+    assert "failed its own checks and is not handed over" in run.err
+    assert not (tmp_path / "out").exists()
+    assert run_cli("package", copy, "--triton", tmp_path / "out", "--force").code == 0
+    text = (tmp_path / "out" / "tiny-bert" / "config.pbtxt").read_text(encoding="utf-8")
+    assert "verdict fail" in text.splitlines()[0]
+
+
+def test_nothing_to_write_and_a_place_inside_the_bundle_are_refused(encoder: Path) -> None:
+    nothing = run_cli("package", encoder)
+    assert nothing.code == 2
+    assert "Nothing to write: pass" in nothing.err
+    inside = run_cli("package", encoder, "--triton", encoder / "models")
+    assert inside.code == 2
+    assert "lies in the bundle" in inside.err
+    assert not (encoder / "models").exists()
+
+
+def test_weights_outside_of_their_folder_are_refused(copy: Path, tmp_path: Path) -> None:
+    path = copy / "onnx" / "sparse" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../model.onnx.data"
+    path.write_bytes(model.SerializeToString())
+    reseal(copy, "onnx/sparse/model.onnx")
+    run = run_cli("package", copy, "--triton", tmp_path / "out")
+    assert run.code == 2
+    assert "keeps weights in '../model.onnx.data', expected a file beside it" in run.err
+
+
+def add_tensorrt_engine(bundle: Path, flags: list[str], least: int) -> None:
+    """Stand in for TensorRT, which is not here: a plan, its record and its entry."""
+    folder = bundle / "engines" / "tensorrt" / "sparse"
+    folder.mkdir(parents=True)
+    (folder / "engine.plan").write_bytes(b"plan")
+    path = bundle / "stages" / "compile.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    sparse = next(engine for engine in stored["engines"] if engine["twin"] == "sparse")
+    plan = "engines/tensorrt/sparse/engine.plan"
+    stored["engines"].append(
+        sparse | {"backend": "tensorrt", "path": plan, "device": "NVIDIA H200"}
+    )
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    record = {
+        "flags": flags,
+        "onnx_sha256": sparse["onnx_sha256"],
+        "profile": {name: [[least, 16], [4, 16], [4, 16]] for name in names},
+    }
+    (folder / "engine.json").write_text(json.dumps(record), encoding="utf-8")
+    reseal(bundle, "stages/compile.json", plan, "engines/tensorrt/sparse/engine.json")
+
+
+def test_a_tensorrt_engine_is_served_as_its_plan(copy: Path, tmp_path: Path) -> None:
+    line = ("package", copy, "--triton", tmp_path / "out", "--backend", "tensorrt")
+    none = run_cli(*line)
+    assert none.code == 2
+    assert "has no TensorRT engine, it was built for onnxruntime" in none.err
+    add_tensorrt_engine(copy, ["SPARSE_WEIGHTS", "VERSION_COMPATIBLE"], least=2)
+    run = run_cli(*line)
+    assert run.code == 0, run.err
+    assert "version-compatible=true" in run.out
+    assert "takes no batch below 2" in run.out
+    made = tmp_path / "out" / "tiny-bert"
+    assert (made / "1" / "model.plan").read_bytes() == b"plan"
+    config = parse_config((made / "config.pbtxt").read_text(encoding="utf-8"))
+    assert (config.backend, config.max_batch_size) == ("tensorrt", 4)
+    assert config.default_model_filename == "model.plan"
+    more = run_cli(*line, "--name", "more", "--max-batch", "5")
+    assert more.code == 2
+    assert "--max-batch 5 is more than the 4 that the TensorRT engine" in more.err
+
+
+def test_an_engine_without_weights_is_not_served(copy: Path, tmp_path: Path) -> None:
+    add_tensorrt_engine(copy, ["STRIP_PLAN"], least=1)
+    run = run_cli("package", copy, "--triton", tmp_path / "out", "--backend", "tensorrt")
+    assert run.code == 2
+    assert "holds no weights, and Triton cannot refit it" in run.err
