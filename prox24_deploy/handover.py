@@ -9,10 +9,17 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from prox24_deploy.artifacts import CompileResult, Engine, GraphTensor
+from prox24_deploy.artifacts import CompileResult, Engine, GraphTensor, PruneResult
 from prox24_deploy.errors import BundleError, UsageError
 from prox24_deploy.release import triton
-from prox24_deploy.release.manifest import FileEntry, Manifest, read_manifest, verify
+from prox24_deploy.release.files import write_atomic
+from prox24_deploy.release.manifest import (
+    FileEntry,
+    Manifest,
+    checksum_list,
+    read_manifest,
+    verify,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,27 @@ def triton_repository(
     return triton.write_repository(out, name, config, served.files), served.notes
 
 
+def write_sbom(bundle: Path, manifest: Manifest, file: Path) -> None:
+    """Write the bill of materials of a bundle that `open_finished` gave.
+
+    Raises:
+        BackendMissingError: the extra `sbom` is not installed.
+    """
+    from prox24_deploy.release.sbom import render_sbom
+
+    require_outside(bundle, file)
+    pruned = TypeAdapter(PruneResult).validate_json(_stage(bundle, "prune"))
+    engines = TypeAdapter(CompileResult).validate_json(_stage(bundle, "compile")).engines
+    built_with = {name: text for engine in engines for name, text in engine.versions.items()}
+    write_atomic(file, render_sbom(manifest, pruned, built_with).encode())
+
+
+def write_checksums(bundle: Path, manifest: Manifest, file: Path) -> None:
+    """Write the hashes of a bundle that `open_finished` gave, for `sha256sum -c` within it."""
+    require_outside(bundle, file)
+    write_atomic(file, checksum_list(bundle, manifest).encode())
+
+
 def require_outside(bundle: Path, out: Path) -> None:
     """Refuse to write into a bundle, which would then no longer verify.
 
@@ -157,8 +185,7 @@ def _engine_files(
 
 
 def _engine(bundle: Path, twin: str) -> Engine:
-    path = bundle / "stages" / "compile.json"
-    engines = TypeAdapter(CompileResult).validate_json(path.read_bytes()).engines
+    engines = TypeAdapter(CompileResult).validate_json(_stage(bundle, "compile")).engines
     for engine in engines:
         if (engine.backend, engine.twin) == ("tensorrt", twin):
             return engine
@@ -167,6 +194,10 @@ def _engine(bundle: Path, twin: str) -> Engine:
         f"Bundle {bundle} has no TensorRT engine, it was built for {found}; build it with "
         "--backend tensorrt, or pass --backend onnxruntime."
     )
+
+
+def _stage(bundle: Path, name: str) -> bytes:
+    return (bundle / "stages" / f"{name}.json").read_bytes()
 
 
 def _entry(bundle: Path, manifest: Manifest, name: str) -> tuple[Path, FileEntry]:

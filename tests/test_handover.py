@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import onnxruntime
 import pytest
 import transformers
 from command_line import run_cli, snapshot
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from PIL import Image
 from tiny_models import write_tiny_bert
 from triton_definition import data_type_name, parse_config
@@ -18,7 +22,7 @@ from triton_definition import data_type_name, parse_config
 from prox24_deploy.release.manifest import hash_file, read_manifest, write_manifest
 
 FAST = ("--preset", "fast", "--calibration-tokens", "4096", "--evaluation-tokens", "2048")
-TYPES = {
+TYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "TYPE_FP32",
     onnx.TensorProto.FLOAT16: "TYPE_FP16",
     onnx.TensorProto.INT64: "TYPE_INT64",
@@ -263,3 +267,78 @@ def test_an_engine_without_weights_is_not_served(copy: Path, tmp_path: Path) -> 
     run = run_cli("package", copy, "--triton", tmp_path / "out", "--backend", "tensorrt")
     assert run.code == 2
     assert "holds no weights, and Triton cannot refit it" in run.err
+
+
+def test_the_checksums_satisfy_sha256sum(copy: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "release.sha256"
+    assert run_cli("package", copy, "--checksums", listed).code == 0
+    check = ["sha256sum", "--check", "--strict", "--quiet", str(listed)]
+    assert subprocess.run(check, cwd=copy, capture_output=True, check=False).returncode == 0
+    names = [line.split("  ", 1)[1] for line in listed.read_text(encoding="utf-8").splitlines()]
+    assert sorted(names) == sorted([*read_manifest(copy).files, "manifest.json"])
+    (copy / "summary.md").write_bytes((copy / "summary.md").read_bytes() + b"\n")
+    ran = subprocess.run(check, cwd=copy, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "summary.md: FAILED" in ran.stdout
+
+
+def test_the_sbom_lists_model_tool_libraries_and_files(encoder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "release.cdx.json"
+    run = run_cli("package", encoder, "--sbom", file)
+    assert run.code == 0, run.err
+    text = file.read_text(encoding="utf-8")
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    bom = json.loads(text)
+    assert (bom["bomFormat"], bom["specVersion"]) == ("CycloneDX", "1.6")
+    manifest = read_manifest(encoder)
+    parts = {part["bom-ref"]: part for part in bom["components"]}
+    hashes = {part["name"]: part["hashes"][0] for ref, part in parts.items() if "file:" in ref}
+    assert hashes == {
+        name: {"alg": "SHA-256", "content": entry.sha256} for name, entry in manifest.files.items()
+    }
+    assert parts["library:torch"]["purl"].startswith("pkg:pypi/torch@2.")
+    assert parts["tool"]["version"] == manifest.tool_version
+    assert manifest.model is not None
+    source = parts["source-model"]
+    assert source["type"] == "machine-learning-model"
+    assert source["hashes"] == [{"alg": "SHA-256", "content": manifest.model.sha256}]
+    main = bom["metadata"]["component"]
+    pruned = json.loads((encoder / "stages" / "prune.json").read_text(encoding="utf-8"))
+    assert main["hashes"] == [{"alg": "SHA-256", "content": pruned["state_sha256"]}]
+    assert [part["bom-ref"] for part in main["pedigree"]["ancestors"]] == ["source-model"]
+    assert {"name": "prox24:verdict", "value": "pass"} in main["properties"]
+    needs = {entry["ref"]: set(entry.get("dependsOn", ())) for entry in bom["dependencies"]}
+    assert "library:onnxruntime" in needs["tool"]
+    assert {"source-model", "tool", "file:onnx/sparse/model.onnx"} <= needs["pruned-model"]
+    second = tmp_path / "second.json"
+    assert run_cli("package", encoder, "--sbom", second).code == 0
+    again = json.loads(second.read_text(encoding="utf-8"))
+    bom["metadata"].pop("timestamp")
+    again["metadata"].pop("timestamp")
+    assert again == bom
+
+
+@pytest.mark.parametrize("module", ["cyclonedx", "jsonschema"])
+def test_without_its_library_an_sbom_exits_with_5(
+    module: str, encoder: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, where the library cannot be imported."""
+    file = tmp_path / "out.json"
+    code = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        f"sys.argv = ['prox24-deploy', 'package', {str(encoder)!r}, '--sbom', {str(file)!r}]\n"
+        "from prox24_deploy.cli import main; main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 5, ran.stderr
+    assert "An SBOM needs cyclonedx-python-lib with its validator" in ran.stderr
+    assert "pip install 'prox24-deploy[sbom]'." in ran.stderr
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("option", ["--sbom", "--checksums"])
+def test_no_file_is_written_into_the_bundle(option: str, encoder: Path) -> None:
+    run = run_cli("package", encoder, option, encoder / "extra")
+    assert run.code == 2
+    assert "lies in the bundle" in run.err
+    assert not (encoder / "extra").exists()

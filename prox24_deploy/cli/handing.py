@@ -31,17 +31,23 @@ def package(
     instances: Annotated[
         int | None, typer.Option(min=1, help="Triton: copies of the model on every device.")
     ] = None,
+    sbom: Annotated[
+        Path | None, typer.Option(help="Write a bill of materials to this file, CycloneDX JSON.")
+    ] = None,
+    checksums: Annotated[
+        Path | None, typer.Option(help="Write a list of hashes to this file, for sha256sum -c.")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Hand over a bundle whose verdict is fail.")
     ] = False,
     as_json: arguments.JsonOpt = False,
 ) -> None:
-    """Hand a bundle over that verifies: to Triton."""
+    """Hand a bundle over that verifies: to Triton, with a bill of materials, to be signed."""
     from prox24_deploy import handover
     from prox24_deploy.release.triton import TritonOptions
 
-    if triton is None:
-        raise UsageError("Nothing to write: pass --triton OUT.")
+    if triton is sbom is checksums is None:
+        raise UsageError("Nothing to write: pass --triton OUT, --sbom FILE or --checksums FILE.")
     manifest = handover.open_finished(bundle, force=force)
     written: dict[str, str] = {}
     notes: tuple[str, ...] = ()
@@ -49,6 +55,12 @@ def package(
         options = TritonOptions(name, twin, backend, max_batch, instances)
         path, notes = handover.triton_repository(bundle, manifest, triton, options)
         written["triton"] = str(path)
+    if sbom is not None:
+        handover.write_sbom(bundle, manifest, sbom)
+        written["sbom"] = str(sbom)
+    if checksums is not None:
+        handover.write_checksums(bundle, manifest, checksums)
+        written["checksums"] = str(checksums)
     if as_json:
         print_json({"written": written, "notes": list(notes)})
         return
