@@ -32,7 +32,8 @@ from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.errors import BackendMissingError, BundleError
 from prox24_deploy.options import BuildOptions, DeviceChoice, EngineOptions, PruneOptions
 from prox24_deploy.recipe import Recipe, parse_recipe
-from prox24_deploy.release.bundle import Bundle, stage_key
+from prox24_deploy.release.bundle import LATE_FILES, Bundle, stage_key
+from prox24_deploy.release.card import read_source_card, write_card
 from prox24_deploy.release.environment import machine, versions
 from prox24_deploy.release.manifest import write_manifest
 from prox24_deploy.release.measure import conditions, measure_latency
@@ -49,7 +50,9 @@ Twin = Literal["dense", "sparse"]
 
 TWINS: tuple[Twin, ...] = ("dense", "sparse")
 _STAGES = ("prune", "export", "compile", "bench", "evaluate")
-_REPORT_FILES = ("report.json", "report.html", "summary.md", "junit.xml", "benchmark.json")
+_REPORT_FILES = (
+    "report.json", "report.html", "summary.md", "junit.xml", "benchmark.json", *LATE_FILES,
+)  # fmt: skip
 
 
 def open_backends(
@@ -293,7 +296,7 @@ def report(
     measured: BenchResult,
     evaluated: EvaluateResult,
 ) -> Report:
-    """Assemble the report from the stages' results, write its views and seal the bundle."""
+    """Assemble the report from the stages' results, write its views, the card, and seal."""
     manifest = bundle.manifest
     made = assemble_report(
         _model(bundle),
@@ -308,6 +311,7 @@ def report(
         {name: manifest.stages[name].seconds for name in _STAGES},
         _recipe(bundle).limits,
     )
+    write_card(made, read_source_card(Path(_model(bundle).path)), bundle.root / "pruned")
     write_report(made, bundle.root)
     manifest.verdict = made.verdict
     bundle.seal(_REPORT_FILES)

@@ -15,13 +15,29 @@ import transformers
 from command_line import run_cli, snapshot
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from huggingface_hub import ModelCard
 from PIL import Image
 from tiny_models import write_tiny_bert
 from triton_definition import data_type_name, parse_config
 
 from prox24_deploy.release.manifest import hash_file, read_manifest, write_manifest
+from prox24_deploy.release.render import estimate
+from prox24_deploy.release.schema import load_report
 
 FAST = ("--preset", "fast", "--calibration-tokens", "4096", "--evaluation-tokens", "2048")
+SOURCE_CARD = """---
+license: mit
+language:
+- en
+tags:
+- dense
+datasets:
+- private/set
+---
+# Tiny BERT
+
+It is tiny.
+"""
 TYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "TYPE_FP32",
     onnx.TensorProto.FLOAT16: "TYPE_FP16",
@@ -33,6 +49,7 @@ TYPES: dict[int, str] = {
 def encoder(tmp_path_factory: pytest.TempPathFactory, prose: Path) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
     model = write_tiny_bert(folder / "tiny-bert")
+    (model / "README.md").write_text(SOURCE_CARD, encoding="utf-8")
     shapes = ("--shapes", "batch=1,4", "sequence=16")
     run = run_cli("build", model, "-o", folder / "out", "--calibration", prose, *FAST, *shapes)
     assert run.code == 0, run.err
@@ -342,3 +359,62 @@ def test_no_file_is_written_into_the_bundle(option: str, encoder: Path) -> None:
     assert run.code == 2
     assert "lies in the bundle" in run.err
     assert not (encoder / "extra").exists()
+
+
+def rebuild(encoder: Path, copy: Path, prose: Path) -> None:
+    shapes = ("--shapes", "batch=1,4", "sequence=16")
+    model = encoder.parent / "tiny-bert"
+    run = run_cli("build", model, "-o", copy, "--calibration", prose, *FAST, *shapes)
+    assert run.code == 0, run.err
+    assert run_cli("verify", copy).code == 0
+
+
+def test_the_pruned_directory_carries_a_card_with_the_measured_figures(encoder: Path) -> None:
+    path = encoder / "pruned" / "README.md"
+    card = ModelCard.load(path)
+    assert card.data.license == "mit"
+    assert card.data.language == ["en"]
+    assert card.data.datasets is None
+    assert {"2:4-sparsity", "semi-structured"} <= set(card.data.tags or ())
+    assert "dense" not in (card.data.tags or ())
+    assert (card.data.library_name, card.data.pipeline_tag) == (
+        "transformers",
+        "feature-extraction",
+    )
+    report = load_report(encoder / "report.json")
+    for metric in report.accuracy.metrics:
+        assert f"| {metric.name} |" in card.text
+        assert metric.agreement is not None
+        assert f"| {estimate(metric.agreement)} |" in card.text
+    assert card.text.rstrip().endswith("# Tiny BERT\n\nIt is tiny.")
+    assert str(encoder.parent) not in card.text
+    assert read_manifest(encoder).files["pruned/README.md"] == hash_file(path)
+
+
+@pytest.mark.parametrize("left", ["a card that was not sealed", None])
+def test_a_card_that_a_kill_left_does_not_prune_again(
+    left: str | None, encoder: Path, copy: Path, prose: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the card and the seal the manifest knows another card, or none."""
+    card = copy / "pruned" / "README.md"
+    sound = card.read_bytes()
+    if left is None:
+        card.unlink()
+        manifest = read_manifest(copy)
+        del manifest.files["pruned/README.md"]
+        write_manifest(copy, manifest.model_copy(update={"complete": False}))
+    else:
+        card.write_text(left, encoding="utf-8")
+    assert run_cli("verify", copy).code == 2
+
+    def pruned_again(*_: object, **__: object) -> None:
+        raise AssertionError("the stage ran again")
+
+    monkeypatch.setattr("prox24_deploy.model.prune.prune_directory", pruned_again)
+    rebuild(encoder, copy, prose)
+    assert card.read_bytes() == sound
+    (copy / "pruned" / "config.json").write_bytes(b"{}")
+    model = encoder.parent / "tiny-bert"
+    run = run_cli("build", model, "-o", copy, "--calibration", prose, *FAST)
+    assert run.code == 1
+    assert "the stage ran again" in run.err

@@ -69,7 +69,7 @@ def test_the_jenkinsfile_is_groovy_with_the_sections_of_a_declarative_pipeline()
     """A parser of Groovy's own grammar; what Jenkins asks beyond it is checked by structure."""
     text = (FOLDER / JENKINS).read_text(encoding="utf-8")
     tree = parse_and_digest_groovy_content(text)
-    found = blocks(list(leaves(tree)))
+    found = blocks(list(leaves(dict(tree))))
     sections = [path[1] for path in found if len(path) == 2]
     assert sections == ["options", "environment", "stages", "post"]
     assert found[0] == ("pipeline",)
