@@ -172,10 +172,13 @@ def _engine_files(
             f"Engine {bundle / engine.path} has no record of its shapes; build it again."
         )
     least, largest = max(low for low, _ in ranges), min(high for _, high in ranges)
-    notes = [f"The engine runs on {engine.device} alone, with the TensorRT that built it."]
+    versions = ", ".join(f"{name} {version}" for name, version in engine.versions.items())
+    notes = [
+        f"The engine was built on {engine.device} with {versions}; Triton must have that TensorRT."
+    ]
     if "VERSION_COMPATIBLE" in record.flags:
         notes = [
-            f"The engine was built on {engine.device}; start Triton with "
+            f"The engine was built on {engine.device} with {versions}; start Triton with "
             "--backend-config=tensorrt,version-compatible=true."
         ]
     if least > 1:

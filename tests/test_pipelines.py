@@ -1,4 +1,4 @@
-"""The pipelines in docs/: sound to the linters of their kind, and right about our exit codes."""
+"""Pipelines in docs/ and the Dockerfile: sound to their linters, right about our exit codes."""
 
 import json
 import os
@@ -212,3 +212,23 @@ def test_the_dockerfile_passes_its_linter(tmp_path: Path) -> None:
     found = hadolint(wrong)
     assert found.returncode == 1
     assert {finding["code"] for finding in json.loads(found.stdout)} >= {"DL3024"}
+
+
+def test_the_dockerfile_copies_what_the_context_has() -> None:
+    """And what a wheel is built from; test_packaging.py builds one from the same."""
+    text = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    copied = {
+        name for line in re.findall(r"^COPY (.*)$", text, flags=re.M) for name in line.split()[:-1]
+    }
+    admitted = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    names = {name.removeprefix("./") for name in copied}
+    assert names == {line.removeprefix("!") for line in admitted if line.startswith("!")}
+    assert names == {
+        "constraints.txt",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "export",
+        "prox24_deploy",
+    }
+    assert all((ROOT / name).exists() for name in names)
