@@ -70,6 +70,8 @@ def triton_repository(
     from prox24_deploy.graph.interface import read_interface
 
     require_outside(bundle, out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"Output {out} is a file, expected a folder for models; pass another.")
     onnx = f"onnx/{options.twin}/model.onnx"
     inputs, outputs = read_interface(bundle / onnx)
     tensors = (*inputs, *outputs)
@@ -106,7 +108,7 @@ def write_sbom(bundle: Path, manifest: Manifest, file: Path) -> None:
     """
     from prox24_deploy.release.sbom import render_sbom
 
-    require_outside(bundle, file)
+    require_file(bundle, file)
     pruned = TypeAdapter(PruneResult).validate_json(_stage(bundle, "prune"))
     engines = TypeAdapter(CompileResult).validate_json(_stage(bundle, "compile")).engines
     built_with = {name: text for engine in engines for name, text in engine.versions.items()}
@@ -115,7 +117,7 @@ def write_sbom(bundle: Path, manifest: Manifest, file: Path) -> None:
 
 def write_checksums(bundle: Path, manifest: Manifest, file: Path) -> None:
     """Write the hashes of a bundle that `open_finished` gave, for `sha256sum -c` within it."""
-    require_outside(bundle, file)
+    require_file(bundle, file)
     write_atomic(file, checksum_list(bundle, manifest).encode())
 
 
@@ -127,6 +129,17 @@ def require_outside(bundle: Path, out: Path) -> None:
     """
     if out.resolve().is_relative_to(bundle.resolve()):
         raise UsageError(f"Output {out} lies in the bundle {bundle}; pass another.")
+
+
+def require_file(bundle: Path, file: Path) -> None:
+    """Refuse a folder, and as `require_outside` does.
+
+    Raises:
+        UsageError: `file` is a folder, or lies in the bundle.
+    """
+    require_outside(bundle, file)
+    if file.is_dir():
+        raise UsageError(f"Output {file} is a folder, expected a file; pass another.")
 
 
 def _origin(manifest: Manifest, twin: str) -> tuple[str, ...]:

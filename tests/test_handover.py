@@ -353,6 +353,27 @@ def test_without_its_library_an_sbom_exits_with_5(
     assert not file.exists()
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("--checksums", "F", "--twin", "dense"), "have no effect without --triton"),
+        (("--sbom", "D"), "is a folder, expected a file"),
+        (("--checksums", "D"), "is a folder, expected a file"),
+        (("--triton", "F"), "is a file, expected a folder for models"),
+    ],
+)
+def test_an_output_of_the_wrong_kind_is_refused(
+    line: tuple[str, ...], message: str, encoder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "D").mkdir()
+    (tmp_path / "F").write_bytes(b"kept")
+    run = run_cli("package", encoder, *(tmp_path / w if w in "DF" else w for w in line))
+    assert run.code == 2
+    assert message in run.err
+    assert snapshot(tmp_path / "D") == {}
+    assert (tmp_path / "F").read_bytes() == b"kept"
+
+
 @pytest.mark.parametrize("option", ["--sbom", "--checksums"])
 def test_no_file_is_written_into_the_bundle(option: str, encoder: Path) -> None:
     run = run_cli("package", encoder, option, encoder / "extra")

@@ -48,19 +48,25 @@ def package(
 
     if triton is sbom is checksums is None:
         raise UsageError("Nothing to write: pass --triton OUT, --sbom FILE or --checksums FILE.")
+    options = TritonOptions(name, twin, backend, max_batch, instances)
+    if triton is None and options != TritonOptions():
+        raise UsageError(
+            "--name, --twin, --backend, --max-batch and --instances have no effect without "
+            "--triton; add it, or leave them out."
+        )
     manifest = handover.open_finished(bundle, force=force)
     written: dict[str, str] = {}
     notes: tuple[str, ...] = ()
-    if triton is not None:
-        options = TritonOptions(name, twin, backend, max_batch, instances)
-        path, notes = handover.triton_repository(bundle, manifest, triton, options)
-        written["triton"] = str(path)
     if sbom is not None:
         handover.write_sbom(bundle, manifest, sbom)
         written["sbom"] = str(sbom)
     if checksums is not None:
         handover.write_checksums(bundle, manifest, checksums)
         written["checksums"] = str(checksums)
+    # Last, because it alone is not written again where it is there.
+    if triton is not None:
+        path, notes = handover.triton_repository(bundle, manifest, triton, options)
+        written["triton"] = str(path)
     if as_json:
         print_json({"written": written, "notes": list(notes)})
         return
