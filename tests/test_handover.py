@@ -279,6 +279,17 @@ def test_a_tensorrt_engine_is_served_as_its_plan(copy: Path, tmp_path: Path) -> 
     assert "--max-batch 5 is more than the 4 that the TensorRT engine" in more.err
 
 
+def test_an_engine_of_unknown_shapes_is_not_served(copy: Path, tmp_path: Path) -> None:
+    add_tensorrt_engine(copy, ["SPARSE_WEIGHTS"], least=1)
+    name = "engines/tensorrt/sparse/engine.json"
+    record = json.loads((copy / name).read_text(encoding="utf-8"))
+    (copy / name).write_text(json.dumps(record | {"profile": {}}), encoding="utf-8")
+    reseal(copy, name)
+    run = run_cli("package", copy, "--triton", tmp_path / "out", "--backend", "tensorrt")
+    assert run.code == 2
+    assert "has no record of its shapes; build it again" in run.err
+
+
 def test_an_engine_without_weights_is_not_served(copy: Path, tmp_path: Path) -> None:
     add_tensorrt_engine(copy, ["STRIP_PLAN"], least=1)
     run = run_cli("package", copy, "--triton", tmp_path / "out", "--backend", "tensorrt")
