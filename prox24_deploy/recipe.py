@@ -9,6 +9,7 @@ import importlib.resources
 import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal
@@ -54,6 +55,15 @@ class TensorSpec(_Table):
     name: str
     dtype: Literal["int64", "float"]
     axes: list[str | int]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphTensor:
+    """An input or output of an ONNX graph: type as ONNX names it, a variable axis by its name."""
+
+    name: str
+    dtype: str
+    axes: tuple[str | int, ...]
 
 
 class Decoder(_Table):

@@ -25,7 +25,8 @@ from prox24_deploy.artifacts import (
 from prox24_deploy.errors import BundleError
 from prox24_deploy.options import BuildOptions, DeviceChoice, PruneOptions
 from prox24_deploy.release.baseline import Baseline
-from prox24_deploy.release.bundle import Bundle, stage_key
+from prox24_deploy.release.bundle import LATE_FILES, Bundle, stage_key
+from prox24_deploy.release.card import read_source_card, write_card
 from prox24_deploy.release.compare import held_against
 from prox24_deploy.release.environment import machine, versions
 from prox24_deploy.release.manifest import write_manifest
@@ -43,7 +44,9 @@ Twin = Literal["dense", "sparse"]
 
 TWINS: tuple[Twin, ...] = ("dense", "sparse")
 _STAGES = ("prune", "export", "compile", "bench", "evaluate")
-_REPORT_FILES = ("report.json", "report.html", "summary.md", "junit.xml", "benchmark.json")
+_REPORT_FILES = (
+    "report.json", "report.html", "summary.md", "junit.xml", "benchmark.json", *LATE_FILES,
+)  # fmt: skip
 
 
 def describe(bundle: Bundle, subject: Subject, options: BuildOptions) -> None:
@@ -169,7 +172,7 @@ def report(
     evaluated: EvaluateResult,
     baseline: Baseline | None = None,
 ) -> Report:
-    """Assemble the report, hold it against a baseline, write its views and seal the bundle."""
+    """Assemble the report, hold it against a baseline, write its views and the card, and seal."""
     manifest = bundle.manifest
     made = assemble_report(
         model_of(bundle),
@@ -185,6 +188,7 @@ def report(
         recipe_of(bundle).limits,
     )
     made = held_against(made, baseline) if baseline else made
+    write_card(made, read_source_card(Path(model_of(bundle).path)), bundle.root / "pruned")
     write_report(made, bundle.root)
     manifest.verdict = made.verdict
     bundle.seal(_REPORT_FILES)

@@ -1,10 +1,11 @@
 """The rooms and the direction between them, read from the imports themselves."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prox24_deploy"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Import name to distribution, where they differ.
-DISTRIBUTIONS = {"PIL": "pillow", "onnx_ir": "onnx-ir", "pynvml": "nvidia-ml-py", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cyclonedx": "cyclonedx-python-lib",
+    "onnx_ir": "onnx-ir",
+    "packageurl": "packageurl-python",
+    "pynvml": "nvidia-ml-py",
+    "yaml": "pyyaml",
+}
+# Extras whose libraries are imported by name, inside of the functions that need them.
+OPTIONAL = ("sbom",)
 # torch.onnx imports these when it exports.
 INDIRECT = {"onnx", "onnxscript"}
 MAX_LINES = 400
@@ -90,16 +100,31 @@ def test_terminal_libraries_stay_at_the_command_line() -> None:
             assert not {"typer", "rich"} & {name.split(".")[0] for name in imports(path)}, path
 
 
+def distributions(requirements: Iterable[str]) -> set[str]:
+    """Names in a list of requirements, without extras and versions."""
+    return {re.split(r"[\[<>=]", requirement)[0] for requirement in requirements}
+
+
+def libraries(names: Iterable[str]) -> set[str]:
+    """Distributions of others that these modules are from."""
+    roots = {name.split(".")[0] for name in names}
+    third_party = roots - set(sys.stdlib_module_names) - {"prox24_deploy"}
+    return {DISTRIBUTIONS.get(name, name) for name in third_party}
+
+
 def test_every_imported_library_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {dependency.split(">")[0].split("=")[0] for dependency in project["dependencies"]}
-    roots = {name.split(".")[0] for path in MODULES for name in imports(path)}
+    declared = distributions(project["dependencies"])
+    optional = distributions(
+        line for extra in OPTIONAL for line in project["optional-dependencies"][extra]
+    )
     # pytest itself loads the plugin, and nothing else in the package imports it.
-    third_party = roots - set(sys.stdlib_module_names) - {"prox24_deploy", "pytest"}
     assert [path.stem for path in MODULES if "pytest" in imports(path)] == ["pytest_plugin"]
-    needed = {DISTRIBUTIONS.get(name, name) for name in third_party}
-    assert needed <= declared, needed - declared
-    assert declared <= needed | INDIRECT, declared - needed
+    needed = {library for path in MODULES for library in libraries(imports(path))} - {"pytest"}
+    assert needed <= declared | optional, needed - declared - optional
+    assert declared | optional <= needed | INDIRECT, (declared | optional) - needed
+    for path in MODULES:
+        assert not libraries(imports(path, top_level=True)) & optional, path
 
 
 def test_no_module_outgrows_its_page() -> None:

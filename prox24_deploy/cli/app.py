@@ -9,7 +9,7 @@ import typer
 from rich.logging import RichHandler
 
 from prox24_deploy import __version__
-from prox24_deploy.cli import arguments, building, gating, judging
+from prox24_deploy.cli import arguments, building, gating, handing, judging
 from prox24_deploy.cli.terminal import fail, stderr, stdout
 from prox24_deploy.errors import Prox24Error
 
@@ -34,6 +34,7 @@ app.command()(building.bench)
 app.command()(judging.plan)
 app.command()(judging.check)
 app.command()(judging.verify)
+app.command()(handing.package)
 app.command()(judging.doctor)
 app.command()(gating.compare)
 app.add_typer(gating.baseline, name="baseline")

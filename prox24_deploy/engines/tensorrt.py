@@ -50,6 +50,14 @@ _OUR_ERROR = "prox24_deploy.errors.EngineError: "
 
 
 @dataclass(frozen=True, slots=True)
+class BuildRecord:
+    """Flags that an engine was built with, and per input the least and the largest batch."""
+
+    flags: list[str]
+    batches: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRt:
     """One of the two libraries, in the version that is installed, and what to build with it.
 
@@ -160,7 +168,7 @@ class TensorRt:
             )
         from prox24_deploy.engines.tensorrt_session import TensorRtSession, refit
 
-        flags = _read_flags(bundle / engine.path, engine)
+        flags = read_record(bundle / engine.path, engine).flags
         trt = load_library(self.library)
         messages = trt.Logger(trt.Logger.WARNING)
         opened = open_engine(trt, messages, (bundle / engine.path).read_bytes(), flags)
@@ -338,12 +346,22 @@ def _write_record(path: Path, backend: TensorRt, model: OnnxModel, job: Job) -> 
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_flags(plan: Path, engine: Engine) -> list[str]:
+def read_record(plan: Path, engine: Engine) -> BuildRecord:
+    """How an engine was built, from the record beside it.
+
+    Raises:
+        EngineError: the record is damaged or of another model.
+    """
     path = plan.with_name(RECORD_FILE)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         flags, sha256 = list(record["flags"]), record["onnx_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        batches = {
+            name: (int(least[0]), int(most[0]))
+            for name, (least, _, most) in record.get("profile", {}).items()
+            if least
+        }
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise EngineError(
             f"Engine record {path} cannot be read ({error}); compile the model again."
         ) from error
@@ -352,4 +370,4 @@ def _read_flags(plan: Path, engine: Engine) -> list[str]:
             f"Engine record {path} is of an ONNX file with hash {sha256}, expected "
             f"{engine.onnx_sha256}; compile the model again."
         )
-    return flags
+    return BuildRecord(flags, batches)

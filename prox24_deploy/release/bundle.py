@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 STAGES = "stages"
+# Written when the bundle is sealed, into the output of a stage: the model card. That it is there,
+# or is another than before, says nothing of the stage.
+LATE_FILES = ("pruned/README.md",)
 
 T = TypeVar("T")
 
@@ -138,8 +142,10 @@ class Bundle:
         entry = self.manifest.stages.get(name)
         if entry is None or entry.key != key:
             return None
-        known = [f for output in entry.outputs for f in self._files_below(output)]
-        present = [f for output in entry.outputs for f in list_files(self.root, output)]
+        known, present = (
+            [f for output in entry.outputs for f in below(output) if f not in LATE_FILES]
+            for below in (self._files_below, partial(list_files, self.root))
+        )
         if sorted(known) != sorted(present) or any(
             hash_file(self.root / f) != self.manifest.files[f] for f in known
         ):

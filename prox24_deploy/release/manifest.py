@@ -134,12 +134,25 @@ def hash_file(path: Path) -> FileEntry:
     return FileEntry(sha256=digest, size=path.stat().st_size)
 
 
+def checksum_list(root: Path, manifest: Manifest) -> str:
+    """Every file of a bundle and the manifest itself, as `sha256sum -c` reads it in the bundle."""
+    hashes = {name: entry.sha256 for name, entry in manifest.files.items()}
+    hashes[MANIFEST_FILE] = hash_file(root / MANIFEST_FILE).sha256
+    return "".join(f"{_checksum_line(name, hashes[name])}\n" for name in sorted(hashes))
+
+
 def list_files(root: Path, below: str = ".") -> list[str]:
     """Every file and link under `root / below`, as POSIX paths relative to `root`, sorted."""
     start = root / below
     below_start = (p for p in start.rglob("*") if p.is_symlink() or not p.is_dir())
     found = [start] if start.is_file() else below_start
     return sorted(p.relative_to(root).as_posix() for p in found)
+
+
+def _checksum_line(name: str, sha256: str) -> str:
+    """A leading backslash tells sha256sum that the name is escaped."""
+    escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    return f"{chr(92) if escaped != name else ''}{sha256}  {escaped}"
 
 
 def _sealed(manifest: Manifest) -> bytes:

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
@@ -69,6 +69,11 @@ def render_html(report: Report) -> str:
 def render_summary(report: Report) -> str:
     """Markdown for the summary of a CI job."""
     return _environment(html=False).get_template("summary.md.jinja").render(**_view(report))
+
+
+def render_markdown(template: str, view: Mapping[str, Any]) -> str:
+    """Fill a Markdown template of this package."""
+    return _environment(html=False).get_template(template).render(view)
 
 
 def render_junit(report: Report) -> bytes:

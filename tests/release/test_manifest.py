@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from prox24_deploy.release.manifest import (
     Manifest,
     StageEntry,
     canonical_json,
+    checksum_list,
     hash_file,
     list_files,
     read_manifest,
@@ -265,3 +267,19 @@ def test_files_are_listed_below_a_folder_a_file_or_nothing(bundle: Path) -> None
     assert list_files(bundle) == [
         MANIFEST_FILE, "onnx.log", "onnx/a/b/.c", "onnx/model.onnx", "report.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "back\\slash", "new\nline", "größe"])
+def test_sha256sum_reads_any_name_in_the_list_of_hashes(bundle: Path, name: str) -> None:
+    (bundle / name).write_bytes(b"content")
+    manifest = read_manifest(bundle)
+    manifest.files[name] = hash_file(bundle / name)
+    write_manifest(bundle, manifest)
+    text = checksum_list(bundle, manifest)
+    check = ["sha256sum", "--check", "--strict", "-"]
+    ran = subprocess.run(check, input=text, cwd=bundle, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert len(ran.stdout.splitlines()) == len(manifest.files) + 1
+    (bundle / name).write_bytes(b"changed")
+    ran = subprocess.run(check, input=text, cwd=bundle, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1

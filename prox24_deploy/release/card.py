@@ -1,0 +1,159 @@
+"""The model card of the pruned model, in the form that the Hugging Face Hub reads.
+
+It is written when the report is, for it quotes measured accuracy. Of the source model's own card
+it keeps the text, below its own, and of its metadata what stays true: licence and language.
+https://huggingface.co/docs/hub/model-cards says what the metadata means.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from prox24_deploy import __version__
+from prox24_deploy.artifacts import TextSource
+from prox24_deploy.release.files import write_atomic
+from prox24_deploy.release.render import render_markdown
+from prox24_deploy.release.schema import Report
+
+CARD_FILE = "README.md"
+TAGS = ["2:4-sparsity", "semi-structured", "pruned", "prox24-deploy"]
+
+_KEPT = ("license", "license_name", "license_link", "language")
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Tasks that the Hub calls by another name.
+_HUB_TASKS = {"text-encoding": "feature-extraction"}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCard:
+    """What the source model says of itself.
+
+    Attributes:
+        metadata: of its card, with the licence of its configuration where the card names none.
+        text: of its card, without the metadata; "" where it has none.
+        repository: its name on the Hub, where its configuration tells.
+        library: that opens it.
+        problem: why its metadata could not be read, else "".
+    """
+
+    metadata: Mapping[str, Any]
+    text: str
+    repository: str | None
+    library: str
+    problem: str = ""
+
+
+def read_source_card(model_dir: Path) -> SourceCard:
+    """Read README.md and config.json of the source model; a card that is damaged says so."""
+    path = model_dir / CARD_FILE
+    written = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    config = json.loads((model_dir / "config.json").read_bytes())
+    metadata, problem = _metadata(written)
+    if "license" not in metadata and isinstance(config.get("license"), str):
+        metadata = metadata | {"license": config["license"]}
+    name = config.get("_name_or_path")
+    known = isinstance(name, str) and _REPOSITORY.fullmatch(name) and not Path(name).exists()
+    pipeline = (model_dir / "modules.json").is_file()
+    return SourceCard(
+        metadata,
+        _FRONT_MATTER.sub("", written, count=1).strip(),
+        name if known else None,
+        "sentence-transformers" if pipeline else "transformers",
+        problem,
+    )
+
+
+def render_card(report: Report, source: SourceCard) -> str:
+    """Text of the card; the same report and source give the same text."""
+    name = PurePath(report.model.path).name or report.model.path
+    dense: dict[str, list[str]] = {}
+    for layer in report.pruning.layers:
+        if layer.status == "skipped":
+            dense.setdefault(layer.reason, []).append(layer.name)
+    view = {
+        "report": report,
+        "totals": report.pruning.totals,
+        "name": name,
+        "title": f"{name}, 2:4 sparse",
+        "tool_version": __version__,
+        "base_model": source.repository,
+        "dense": dense,
+        "source": _samples,
+        "limits": _limits(report, source),
+        "text": source.text,
+        "front_matter": yaml.safe_dump(
+            _front_matter(report, source), sort_keys=False, allow_unicode=True
+        ),
+    }
+    return render_markdown("card.md.jinja", view)
+
+
+def write_card(report: Report, source: SourceCard, pruned: Path) -> None:
+    """Write README.md into the directory of the pruned model, at once."""
+    write_atomic(pruned / CARD_FILE, render_card(report, source).encode())
+
+
+def _metadata(written: str) -> tuple[dict[str, Any], str]:
+    found = _FRONT_MATTER.match(written)
+    if found is None:
+        return {}, ""
+    try:
+        metadata = yaml.safe_load(found[1])
+    except yaml.YAMLError as error:
+        return {}, str(error).splitlines()[0]
+    if not isinstance(metadata, dict):
+        return {}, "it is no mapping"
+    return {key: metadata[key] for key in _KEPT if key in metadata}, ""
+
+
+def _front_matter(report: Report, source: SourceCard) -> dict[str, Any]:
+    front: dict[str, Any] = dict(source.metadata)
+    if source.repository:
+        front["base_model"] = source.repository
+    task = report.model.task
+    return front | {
+        "library_name": source.library,
+        "pipeline_tag": _HUB_TASKS.get(task, task),
+        "tags": TAGS,
+    }
+
+
+def _samples(text: TextSource) -> str:
+    """What samples were taken from; of the user's files no paths, for a card is published."""
+    kinds = {
+        "file": "given by its maker",
+        "builtin": "of the English documentation inside CPython, not of the model's own domain",
+        "split": "held out from the calibration samples",
+    }
+    unit = "images" if text.unit == "image" else f"samples ({text.tokens:,} tokens)"
+    return f"{text.samples:,} {unit} {kinds[text.kind]}"
+
+
+def _limits(report: Report, source: SourceCard) -> list[str]:
+    limits = [
+        "Whatever limits the source model has, this one has too; pruning can harm rare inputs more "
+        "than the averages above show.",
+        "Only what the table above lists was measured: not robustness, bias or safety after "
+        "pruning.",
+    ]
+    if report.accuracy.evaluation.kind != "file":
+        limits.append("Accuracy was not measured on data of the model's own task.")
+    if "license" not in source.metadata:
+        limits.append("The source model names no licence, so that none is given here.")
+    if source.problem:
+        limits.append(
+            f"The metadata of the source model's card could not be read ({source.problem}); its "
+            "licence is missing here."
+        )
+    if source.repository is None:
+        limits.append(
+            "The source model was a directory that names no repository; add `base_model` to the "
+            "metadata above before this is published."
+        )
+    return limits

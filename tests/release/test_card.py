@@ -1,0 +1,130 @@
+"""The model card: what the Hub reads of it, what it takes from the source, what it says."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import make_records
+from huggingface_hub import ModelCard
+
+from prox24_deploy.release.card import SourceCard, read_source_card, render_card
+
+PLAIN = SourceCard({}, "", None, "transformers")
+
+
+def model_dir(path: Path, card: str | None, config: dict[str, Any] | None = None) -> Path:
+    (path / "config.json").write_text(json.dumps(config or {}), encoding="utf-8")
+    if card is not None:
+        (path / "README.md").write_text(card, encoding="utf-8")
+    return path
+
+
+def metadata(card: ModelCard) -> dict[str, Any]:
+    """What the Hub reads above the text."""
+    found: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    return found
+
+
+def test_it_is_a_card_of_the_hub_without_what_nobody_said() -> None:
+    card = ModelCard(render_card(make_records().report(), PLAIN))
+    assert metadata(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "feature-extraction",
+        "tags": ["2:4-sparsity", "semi-structured", "pruned", "prox24-deploy"],
+    }
+    for section in ("How it was pruned", "Accuracy", "How to run", "Limits"):
+        assert f"\n## {section}\n" in card.text
+    assert "names no licence" in card.text
+    assert "names no repository; add `base_model`" in card.text
+    assert "Card of the source model" not in card.text
+
+
+def test_the_same_report_gives_the_same_text_whenever_it_was_measured() -> None:
+    first = make_records(blocks=2)
+    slower = replace(first, prune=replace(first.prune, seconds=7.0), bench=replace(
+        first.bench, latency=first.bench.latency[:1], seconds=1.0))  # fmt: skip
+    assert render_card(first.report(), PLAIN) == render_card(slower.report(), PLAIN)
+
+
+def test_dense_sparse_and_difference_stand_with_their_standard_errors() -> None:
+    report = make_records().report()
+    text = render_card(report, PLAIN)
+    row = next(line for line in text.splitlines() if line.startswith("| STS-B"))
+    assert "| higher | 1,379 | 0.8203 ± 0.0091 |" in row
+    layer = report.pruning.layers[-1]
+    assert f"- {layer.reason}: `{layer.name}`" in text
+
+
+def test_a_verdict_other_than_pass_is_said() -> None:
+    report = make_records().report().model_copy(update={"verdict": "fail"})
+    assert "the verdict of its release report is fail." in render_card(report, PLAIN)
+
+
+def test_no_path_of_the_maker_is_published() -> None:
+    records = make_records()
+    model = replace(records.model, path="/home/somebody/secret/bert")
+    text = replace(records.prune.calibration, paths=("/home/somebody/customers.txt",))
+    moved = replace(records, model=model, prune=replace(records.prune, calibration=text))
+    card = render_card(moved.report(), PLAIN)
+    assert "somebody" not in card
+    assert "customers" not in card
+    assert "# bert, 2:4 sparse" in card
+
+
+def test_licence_language_and_text_are_kept_of_the_source(tmp_path: Path) -> None:
+    source = read_source_card(
+        model_dir(
+            tmp_path,
+            "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\nlanguage: [de, en]\n"
+            "model-index: [{name: x}]\n---\n\n# Dense\n\n---\n\nkept: yes\n",
+            {"license": "mit", "_name_or_path": "org/dense-model"},
+        )
+    )
+    card = ModelCard(render_card(make_records().report(), source))
+    found = metadata(card)
+    assert found.pop("tags")[0] == "2:4-sparsity"
+    assert found == {
+        "license": "other",
+        "license_name": "own",
+        "license_link": "LICENSE",
+        "language": ["de", "en"],
+        "base_model": "org/dense-model",
+        "library_name": "transformers",
+        "pipeline_tag": "feature-extraction",
+    }
+    assert card.text.rstrip().endswith("# Dense\n\n---\n\nkept: yes")
+    assert "figures in it are not those of this one" in card.text
+    assert "names no" not in card.text
+
+
+def test_the_licence_of_the_configuration_is_taken_where_the_card_names_none(
+    tmp_path: Path,
+) -> None:
+    source = read_source_card(model_dir(tmp_path, "# Only text\n", {"license": "apache-2.0"}))
+    assert source == SourceCard({"license": "apache-2.0"}, "# Only text", None, "transformers")
+
+
+@pytest.mark.parametrize("name", ["bert", "/models/a/b", "../a", "a/b/c", 7, None])
+def test_what_is_no_name_on_the_hub_is_no_base_model(name: object, tmp_path: Path) -> None:
+    source = read_source_card(model_dir(tmp_path, None, {"_name_or_path": name}))
+    assert source.repository is None
+    assert source.text == ""
+
+
+def test_an_embedder_is_opened_by_sentence_transformers(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text("[]", encoding="utf-8")
+    assert read_source_card(model_dir(tmp_path, None)).library == "sentence-transformers"
+
+
+@pytest.mark.parametrize(
+    ("front", "problem"), [("a: [1", "while parsing"), ("- a\n- b", "it is no mapping")]
+)
+def test_metadata_that_cannot_be_read_is_said(front: str, problem: str, tmp_path: Path) -> None:
+    source = read_source_card(model_dir(tmp_path, f"---\n{front}\n---\nText\n"))
+    assert source.problem.startswith(problem)
+    assert source.text == "Text"
+    card = ModelCard(render_card(make_records().report(), source))
+    assert f"could not be read ({problem}" in card.text
+    assert "license" not in metadata(card)
