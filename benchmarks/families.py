@@ -189,22 +189,19 @@ def _bytes(directory: ModelDir, name: str, transposed: bool) -> bytes:
 
 
 def build_plans(paths: Sequence[Path], dtype: DType) -> dict[str, str]:
-    """Compile every graph for every capability; the bytes of all plans of each capability."""
-    plans = {}
-    for name in CAPABILITIES:
-        tensorrt = TensorRtOptions(capabilities=(name,))
-        options = EngineOptions(batches=BATCHES, sequences=SEQUENCES, tensorrt=tensorrt)
-        try:
-            backend = open_tensorrt("tensorrt_rtx", options)
-        except BackendMissingError:
-            return dict.fromkeys(CAPABILITIES, NOT_INSTALLED)
-        size = 0
-        for path in paths:
-            model = OnnxModel(path.name, dtype, 20, "", path.stat().st_size)
-            out = Path("plans") / name / path.stem
-            size += backend.build(path.parent, model, out, twin="sparse").size_bytes
-        plans[name] = f"{size} B"
-    return plans
+    """Compile every graph into one plan for all capabilities; the bytes of all plans."""
+    tensorrt = TensorRtOptions(capabilities=CAPABILITIES)
+    options = EngineOptions(batches=BATCHES, sequences=SEQUENCES, tensorrt=tensorrt)
+    try:
+        backend = open_tensorrt("tensorrt_rtx", options)
+    except BackendMissingError:
+        return dict.fromkeys(CAPABILITIES, NOT_INSTALLED)
+    size = 0
+    for path in paths:
+        model = OnnxModel(path.name, dtype, 20, "", path.stat().st_size)
+        out = Path("plans") / path.stem
+        size += backend.build(path.parent, model, out, twin="sparse").size_bytes
+    return dict.fromkeys(CAPABILITIES, f"{size} B")
 
 
 def require(row: Row) -> None:
