@@ -24,8 +24,8 @@ class Run:
 def run_cli(*arguments: str | Path) -> Run:
     """One command with its arguments; never raises SystemExit."""
     out, err = io.StringIO(), io.StringIO()
-    logger = logging.getLogger("prox24_deploy")
-    level = logger.level
+    logger, root = logging.getLogger("prox24_deploy"), logging.getLogger()
+    level, root_level, handlers = logger.level, root.level, list(root.handlers)
     argv = ["prox24-deploy", *map(str, arguments)]
     with (
         mock.patch.object(sys, "argv", argv),
@@ -38,8 +38,10 @@ def run_cli(*arguments: str | Path) -> Run:
         except SystemExit as stop:
             code = int(stop.code or 0)
         finally:
-            # The command sets it; what other tests hear must not hang on their order.
+            # The command sets them; what other tests hear must not hang on their order.
             logger.setLevel(level)
+            root.setLevel(root_level)
+            root.handlers[:] = handlers
     return Run(code, out.getvalue(), err.getvalue())
 
 

@@ -45,7 +45,7 @@ class ModelDir:
         config: parsed config.json.
         shards: weight files, in name order.
         tensors: tensor name to what and where it is.
-        sha256: over names and contents of weights and companions.
+        sha256: over names and contents of weights and companions, but for Markdown.
         renamed: parameter of the built model to the tensor that it came from, where the model
             class has other names than the checkpoint.
     """
@@ -344,9 +344,11 @@ def _check_loading(directory: ModelDir, recipe: Recipe, info: dict[str, Any]) ->
 
 
 def _hash_files(path: Path, shards: Sequence[Path]) -> str:
+    """Hash of what the model computes: a README, such as a card that is written later, is not."""
     digest = hashlib.sha256()
     index = [] if is_single(shards) else [path / INDEX_FILE]
-    for file in sorted({*shards, *index, *companion_files(path)}):
+    companions = [file for file in companion_files(path) if file.suffix != ".md"]
+    for file in sorted({*shards, *index, *companions}):
         digest.update(file.relative_to(path).as_posix().encode())
         with file.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())

@@ -29,7 +29,7 @@ from prox24_deploy.release.measure import (
 )
 from prox24_deploy.release.schema import Report
 
-RUNS = 300
+RUNS = 200
 NOISE = 0.05
 # Two and a half binomial standard deviations over 5 % of RUNS.
 ALARMS = round(RUNS * 0.05 + 2.5 * (RUNS * 0.05 * 0.95) ** 0.5)
