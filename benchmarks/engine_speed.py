@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,10 +26,9 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from prox24_deploy.artifacts import DType, EngineEvidence, Interval
-from prox24_deploy.engines.choice import LayerChoice, choose, gemm_obstacle
+from prox24_deploy.engines.choice import LayerChoice
 from prox24_deploy.engines.cusparselt import compress_model
-from prox24_deploy.engines.gemm import gpu_profile, measure_gemms
-from prox24_deploy.engines.linear import layer_uses
+from prox24_deploy.engines.gemm import choose_measured, gpu_profile
 from prox24_deploy.engines.planning import ShapePlan, plan_layers, plan_shapes
 from prox24_deploy.engines.profile import GpuProfile, write_profile
 from prox24_deploy.engines.torch_model import TorchModel, median_ms
@@ -110,11 +108,8 @@ def planned(
     dense: TorchModel, names: set[str], shapes: Shapes, profile: GpuProfile
 ) -> tuple[tuple[LayerChoice, ...], tuple[ShapePlan, ...], GpuProfile]:
     """What `plan` says of the model on this GPU."""
-    runs = [partial(dense.run, dense.feeds(shape)) for shape in shapes]
-    uses = [use for use in layer_uses(dense.wrapped, runs) if use.name in names]
-    gemms = [gemm for use in uses if not gemm_obstacle(use) for gemm in use.gemms]
-    profile = measure_gemms(profile, gemms, dense.dtype, lambda *_: None)
-    choices = choose(uses, profile, names)
+    found, profile = choose_measured(dense, shapes, names, profile, lambda *_: None)
+    choices = tuple(choice for choice in found if choice.name in names)
     session = dense.session("the dense model")
     times = [median_ms(session, [dense.feeds(shape, s) for s in (0, 1)], 2.0) for shape in shapes]
     session.close()

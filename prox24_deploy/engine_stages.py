@@ -130,6 +130,7 @@ def bench(
         began = time.perf_counter()
         rows: list[LatencyRow] = []
         not_measured: list[NotMeasured] = []
+        vocabulary = vocabulary_of(config_of(bundle))
         graphs = list(dict.fromkeys(engine.graph for engine in compiled.engines))
         runs = [(backend, graph) for backend in backends for graph in graphs]
         for i, (backend, graph) in enumerate(runs):
@@ -145,9 +146,7 @@ def bench(
                     pair["dense"],
                     pair["sparse"],
                     shapes,
-                    random_feeds(
-                        graph_inputs, pair["dense"].dtype, vocabulary_of(config_of(bundle))
-                    ),
+                    random_feeds(graph_inputs, pair["dense"].dtype, vocabulary),
                     recipe.limits.max_slowdown,
                     after_shape=advance,
                 )

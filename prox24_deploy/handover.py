@@ -11,9 +11,9 @@ from pydantic import TypeAdapter
 
 from prox24_deploy.artifacts import CompileResult, Engine, PruneResult
 from prox24_deploy.errors import BundleError, UsageError
+from prox24_deploy.files import write_atomic
 from prox24_deploy.recipe import GraphTensor
 from prox24_deploy.release import triton
-from prox24_deploy.release.files import write_atomic
 from prox24_deploy.release.manifest import (
     FileEntry,
     Manifest,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.options import BuildOptions
-from prox24_deploy.subject import Subject, fitted_shapes, read_subject
+from prox24_deploy.subject import Subject, fitted_shapes, read_subject, vocabulary_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,26 +79,21 @@ def _measured(
     subject: Subject, options: BuildOptions, shapes: Shapes, progress: Progress
 ) -> "tuple[tuple[LayerChoice, ...], GpuProfile, list[float | None]]":
     """Time the dense model and each of its GEMMs on the GPU at hand."""
-    from prox24_deploy.engines.choice import choose, gemm_obstacle
-    from prox24_deploy.engines.gemm import gpu_profile, measure_gemms
-    from prox24_deploy.engines.linear import layer_uses
+    from prox24_deploy.engines.gemm import choose_measured, gpu_profile
     from prox24_deploy.engines.torch_model import median_ms, open_torch_model, require_gpu
 
     require_gpu("plan", "--gpu-profile FILE, measured elsewhere")
     opened = open_torch_model(subject.directory.path, subject.recipe, options.dtype)
-    feeds = [opened.feeds(shape) for shape in shapes]
     targets = _targets(opened.wrapped, subject)
-    uses = layer_uses(opened.wrapped, [partial(opened.run, one) for one in feeds])
-    uses = tuple(use for use in uses if use.name in targets)
-    gemms = [shape for use in uses if not gemm_obstacle(use) for shape in use.gemms]
-    profile = measure_gemms(gpu_profile(options.dtype), gemms, options.dtype, progress)
+    known = gpu_profile(options.dtype)
+    choices, profile = choose_measured(opened, shapes, targets, known, progress)
     session = opened.session(f"the model in {subject.directory.path}")
     dense_ms: list[float | None] = []
     for shape in shapes:
         sets = [opened.feeds(shape, seed) for seed in range(4)]
         dense_ms.append(median_ms(session, sets, _SECONDS_PER_SHAPE))
     session.close()
-    return choose(uses, profile, targets), profile, dense_ms
+    return tuple(c for c in choices if c.name in targets), profile, dense_ms
 
 
 def _estimated(subject: Subject, shapes: Shapes, saved: "GpuProfile") -> "tuple[LayerChoice, ...]":
@@ -166,7 +161,7 @@ def _run_probe(model: "nn.Module", subject: Subject) -> None:
     from prox24_deploy.graph.module import RecipeModule
 
     module = RecipeModule(model, subject.recipe)
-    vocabulary = int(subject.directory.config.get("vocab_size", 1))
+    vocabulary = vocabulary_of(subject.directory.config)
     feeds = random_feeds(module.signature.inputs, "float32", vocabulary)(*_PROBE, 0)
     module(*(torch.from_numpy(feeds[spec.name]) for spec in module.signature.inputs))
 

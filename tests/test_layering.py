@@ -52,7 +52,7 @@ def ours(path: Path) -> set[str]:
     return {n.removeprefix(prefix).split(".")[0] for n in imports(path) if n.startswith(prefix)}
 
 
-COMMON = {"artifacts", "errors", "limits", "options", "recipe", "__version__"}
+COMMON = {"artifacts", "errors", "files", "limits", "options", "recipe", "__version__"}
 MAY_IMPORT = {
     "pruning": {"pruning"},
     "model": {"model", "pruning"} | COMMON,

@@ -16,10 +16,7 @@ _TEXT = TextOptions()
 
 def plan(
     model_dir: arguments.ModelArg,
-    out: Annotated[
-        Path | None,
-        typer.Option("-o", "--out", help="File to write the plan to, for build --plan."),
-    ] = None,
+    out: arguments.PlanOutOpt = None,
     recipe: arguments.RecipeOpt = None,
     calibration: arguments.CalibrationOpt = None,
     calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,

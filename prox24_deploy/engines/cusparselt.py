@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -24,11 +23,11 @@ from prox24_deploy.artifacts import (
     OnnxModel,
     TensorCheck,
 )
-from prox24_deploy.engines.choice import LayerChoice, choose, gemm_obstacle
+from prox24_deploy.engines.choice import LayerChoice
 from prox24_deploy.engines.cuda_graph import GraphSession
-from prox24_deploy.engines.gemm import gpu_profile, measure_gemms
+from prox24_deploy.engines.gemm import choose_measured, gpu_profile
 from prox24_deploy.engines.kernels import kernels_by_layer, sparse_kernels
-from prox24_deploy.engines.linear import layer_uses, replace_layers, two_four_layers
+from prox24_deploy.engines.linear import replace_layers, two_four_layers
 from prox24_deploy.engines.profile import Algorithm, GpuProfile, write_profile
 from prox24_deploy.engines.torch_model import (
     TorchModel,
@@ -36,6 +35,7 @@ from prox24_deploy.engines.torch_model import (
     open_torch_model,
 )
 from prox24_deploy.errors import EngineError
+from prox24_deploy.files import write_atomic
 from prox24_deploy.options import EngineOptions
 from prox24_deploy.recipe import Recipe
 
@@ -124,7 +124,7 @@ class CuSparseLt:
             dtype=model.dtype,
             layers=chosen,
         )
-        _write(folder / ENGINE_FILE, _ENGINE.dump_json(record, indent=1))
+        write_atomic(folder / ENGINE_FILE, _ENGINE.dump_json(record, indent=1) + b"\n")
         return Engine(
             path=(out / ENGINE_FILE).as_posix(),
             backend=NAME,
@@ -173,20 +173,15 @@ class CuSparseLt:
         chosen = {c.name: _algorithms(c) for c in choices if c.chosen}
         evidence = compress_model(opened, self.shapes, choices)
         write_profile(profile, folder / GEMMS_FILE)
-        _write(folder / EVIDENCE_FILE, _EVIDENCE.dump_json(evidence, indent=1))
+        write_atomic(folder / EVIDENCE_FILE, _EVIDENCE.dump_json(evidence, indent=1) + b"\n")
         return chosen
 
     def _choose(self, opened: TorchModel) -> tuple[tuple[LayerChoice, ...], GpuProfile]:
         """Time the GEMMs of every layer at every shape, dense and sparse, and decide."""
-        feeds = [opened.feeds(shape) for shape in self.shapes]
-        uses = layer_uses(opened.wrapped, [partial(opened.run, one) for one in feeds])
-        pruned = two_four_layers(opened.wrapped)
-        gemms = [g for use in uses if use.name in pruned and not gemm_obstacle(use)
-                 for g in use.gemms]  # fmt: skip
         here = gpu_profile(opened.dtype)
-        profile = self.known if self.known is not None and self.known.fits(here) else here
-        profile = measure_gemms(profile, gemms, opened.dtype, lambda *_: None)
-        return choose(uses, profile, pruned), profile
+        known = self.known if self.known is not None and self.known.fits(here) else here
+        pruned = two_four_layers(opened.wrapped)
+        return choose_measured(opened, self.shapes, pruned, known, lambda *_: None)
 
 
 def compress_model(
@@ -216,8 +211,8 @@ def compress_model(
     layers = [choice.name for choice in choices]
     kernels = kernels_by_layer(opened.wrapped, layers, lambda: opened.run(feeds[-1]))
     evidence = explain(choices, kernels)
-    eligible, running = (sum(map(bool, part)) for part in zip(
-        *((layer.eligible, layer.chosen) for layer in evidence), strict=True))  # fmt: skip
+    eligible = sum(layer.eligible is True for layer in evidence)
+    running = sum(layer.chosen is True for layer in evidence)
     return EngineEvidence(
         backend=NAME,
         device=str(torch.cuda.get_device_name()),
@@ -261,9 +256,3 @@ def _read(adapter: TypeAdapter[T], path: Path) -> T:
         return adapter.validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise EngineError(f"{path} cannot be read; compile the model again.") from error
-
-
-def _write(path: Path, text: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(text + b"\n")
-    temporary.replace(path)

@@ -7,7 +7,7 @@ was seen to fail on Hopper.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from statistics import median
 
@@ -18,8 +18,10 @@ from torch.nn import functional
 
 from prox24_deploy.artifacts import DType
 from prox24_deploy.engines import cuda_graph
-from prox24_deploy.engines.linear import sparse_product
+from prox24_deploy.engines.choice import LayerChoice, choose, gemm_obstacle
+from prox24_deploy.engines.linear import layer_uses, sparse_product
 from prox24_deploy.engines.profile import Algorithm, GemmShape, GemmTiming, GpuProfile
+from prox24_deploy.engines.torch_model import TorchModel
 from prox24_deploy.graph.module import TORCH_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,26 @@ _SPLIT_ROWS = 512
 _SPLITS, _SPLIT_MODES = (2, 4, 8), (0, 1)
 
 Timer = Callable[[], float]
+
+
+def choose_measured(
+    opened: TorchModel,
+    shapes: Sequence[tuple[int, int]],
+    pruned: Container[str],
+    known: GpuProfile,
+    progress: Progress,
+) -> tuple[tuple[LayerChoice, ...], GpuProfile]:
+    """Time the GEMM of every layer in `pruned` at every (batch, sequence), and choose by that.
+
+    Returns:
+        A choice for every layer of the model, and `known` with what was measured.
+    """
+    feeds = [opened.feeds(shape) for shape in shapes]
+    uses = layer_uses(opened.wrapped, [partial(opened.run, one) for one in feeds])
+    timed = [use for use in uses if use.name in pruned and not gemm_obstacle(use)]
+    gemms = [gemm for use in timed for gemm in use.gemms]
+    profile = measure_gemms(known, gemms, opened.dtype, progress)
+    return choose(uses, profile, pruned), profile
 
 
 def measure_gemms(

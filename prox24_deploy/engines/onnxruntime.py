@@ -27,6 +27,7 @@ from prox24_deploy.artifacts import (
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.engines.host import cpu_model
 from prox24_deploy.errors import EngineError
+from prox24_deploy.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -237,10 +238,7 @@ def _session_options(path: Path, engine: Engine) -> dict[str, int]:
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _listed(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """What 2:4 would gain on one GPU: layer by layer, and for the model as a whole."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ from prox24_deploy.artifacts import DType, Estimate
 from prox24_deploy.engines.choice import LayerChoice
 from prox24_deploy.engines.profile import GpuProfile
 from prox24_deploy.errors import UsageError
+from prox24_deploy.files import write_atomic
 
 SCHEMA_VERSION = 1
 
@@ -147,12 +148,9 @@ def read_plan(path: Path) -> Plan:
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Write a plan atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(_RECORD.dump_json(plan, indent=1) + b"\n")
-    temporary.replace(path)
+    write_atomic(path, _RECORD.dump_json(plan, indent=1) + b"\n")
 
 
 def plan_json(plan: Plan) -> object:
     """The plan as JSON values."""
-    return _RECORD.dump_python(replace(plan), mode="json")
+    return _RECORD.dump_python(plan, mode="json")

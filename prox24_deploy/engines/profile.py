@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from prox24_deploy.artifacts import DType
 from prox24_deploy.errors import UsageError
+from prox24_deploy.files import write_atomic
 
 SCHEMA_VERSION = 1
 _NEIGHBOURS = 4
@@ -139,10 +140,7 @@ def read_profile(path: Path) -> GpuProfile:
 
 def write_profile(profile: GpuProfile, path: Path) -> None:
     """Write a profile atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(_RECORD.dump_json(profile, indent=1) + b"\n")
-    temporary.replace(path)
+    write_atomic(path, _RECORD.dump_json(profile, indent=1) + b"\n")
 
 
 def _distance(first: GemmShape, second: GemmShape) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.artifacts import CurvePoint, LayerSensitivity, Sensitivity
 from prox24_deploy.errors import CalibrationError, UsageError
+from prox24_deploy.files import write_atomic
 from prox24_deploy.model.blocks import find_blocks, shared_inputs
 from prox24_deploy.model.calibration import Batch
 from prox24_deploy.model.evaluate import Pooling, mean_estimate
@@ -55,10 +56,7 @@ class SensitivityStore:
 
     def save(self, found: Sensitivity) -> None:
         """Write it atomically."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_bytes(_RECORD.dump_json(found))
-        temporary.replace(self._path)
+        write_atomic(self._path, _RECORD.dump_json(found))
 
     @property
     def _path(self) -> Path:

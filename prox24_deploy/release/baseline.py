@@ -8,8 +8,8 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prox24_deploy.errors import BundleError, UsageError
+from prox24_deploy.files import write_atomic
 from prox24_deploy.release.figures import figures_of
-from prox24_deploy.release.files import write_atomic
 from prox24_deploy.release.schema import Headline, Report, load_report, parse_report
 
 BASELINE_VERSION: Final = 1

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from prox24_deploy import __version__
 from prox24_deploy.errors import BundleError
-from prox24_deploy.release.files import is_temporary, write_atomic
+from prox24_deploy.files import is_temporary, write_atomic
 from prox24_deploy.release.manifest import (
     MANIFEST_FILE,
     Manifest,

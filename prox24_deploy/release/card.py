@@ -16,7 +16,7 @@ import yaml
 
 from prox24_deploy import __version__
 from prox24_deploy.artifacts import TextSource
-from prox24_deploy.release.files import write_atomic
+from prox24_deploy.files import write_atomic
 from prox24_deploy.release.render import render_markdown
 from prox24_deploy.release.schema import Report
 

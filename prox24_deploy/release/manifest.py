@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from prox24_deploy import __version__
 from prox24_deploy.artifacts import ModelInfo
 from prox24_deploy.errors import BundleError
-from prox24_deploy.release.files import write_atomic
+from prox24_deploy.files import write_atomic
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1

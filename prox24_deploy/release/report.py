@@ -24,8 +24,8 @@ from prox24_deploy.artifacts import (
     ModelInfo,
     PruneResult,
 )
+from prox24_deploy.files import write_atomic
 from prox24_deploy.limits import Limits
-from prox24_deploy.release.files import write_atomic
 from prox24_deploy.release.findings import find_checks, find_warnings, overall_verdict
 from prox24_deploy.release.render import (
     render_benchmark,

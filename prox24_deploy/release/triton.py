@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from prox24_deploy.errors import BundleError, UsageError
+from prox24_deploy.files import write_atomic
 from prox24_deploy.recipe import GraphTensor
-from prox24_deploy.release.files import write_atomic
 from prox24_deploy.release.manifest import FileEntry, hash_file
 
 ServingBackend = Literal["onnxruntime", "tensorrt"]

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from prox24_deploy.release.files import write_atomic
+from prox24_deploy.files import write_atomic
 
 
 def test_atomic_write_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
