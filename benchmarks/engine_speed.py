@@ -148,10 +148,9 @@ def show(console: Console, title: str, rows: Sequence[Row], evidence: EngineEvid
 def show_gemms(console: Console, profile: GpuProfile) -> None:
     table = Table("N", "K", "M", "dense us", "sparse us", "speed-up", "algorithm", box=None)
     for t in profile.gemms:
-        algorithm = f"{t.algorithm.number}/{t.algorithm.split_k}/{t.algorithm.split_k_mode}"
         table.add_row(
             str(t.shape.n), str(t.shape.k), str(t.shape.m), f"{t.dense_us:.1f}",
-            f"{t.sparse_us:.1f}", f"{t.speedup:.2f}", algorithm,
+            f"{t.sparse_us:.1f}", f"{t.speedup:.2f}", str(t.algorithm),
         )  # fmt: skip
     console.print(table)
 

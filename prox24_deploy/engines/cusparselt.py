@@ -1,8 +1,8 @@
 """cuSPARSELt through PyTorch: the pruned model itself, its winning layers held compressed.
 
 The engine that can be shown to use sparse tensor cores wherever PyTorch has cuSPARSELt. The dense
-twin is the dense model on cuBLAS. Both run in half precision as CUDA graphs, because the plans that
-cuSPARSELt makes for each eager call cost more than most multiplications.
+twin is the dense model on cuBLAS. Both run in half precision as CUDA graphs, so that the time which
+Python takes to launch kernels is in neither.
 """
 
 import logging
@@ -28,7 +28,7 @@ from prox24_deploy.engines.cuda_graph import GraphSession
 from prox24_deploy.engines.gemm import choose_measured, gpu_profile
 from prox24_deploy.engines.kernels import kernels_by_layer, sparse_kernels
 from prox24_deploy.engines.linear import replace_layers, two_four_layers
-from prox24_deploy.engines.profile import Algorithm, GpuProfile, write_profile
+from prox24_deploy.engines.profile import GpuProfile, write_profile
 from prox24_deploy.engines.torch_model import (
     TorchModel,
     compare_outputs,
@@ -54,7 +54,7 @@ class EngineFile:
     model_sha256: str
     onnx_sha256: str
     dtype: DType
-    layers: dict[str, dict[int, Algorithm]]
+    layers: dict[str, dict[int, int]]
 
 
 T = TypeVar("T")
@@ -167,7 +167,7 @@ class CuSparseLt:
         finally:
             session.close()
 
-    def _compress(self, opened: TorchModel, folder: Path) -> dict[str, dict[int, Algorithm]]:
+    def _compress(self, opened: TorchModel, folder: Path) -> dict[str, dict[int, int]]:
         """Hold the layers compressed that win; returns their algorithms by rows."""
         choices, profile = self._choose(opened)
         chosen = {c.name: _algorithms(c) for c in choices if c.chosen}
@@ -247,7 +247,7 @@ def explain(
     return tuple(layers)
 
 
-def _algorithms(choice: LayerChoice) -> dict[int, Algorithm]:
+def _algorithms(choice: LayerChoice) -> dict[int, int]:
     return {timing.shape.m: timing.algorithm for timing in choice.timings}
 
 

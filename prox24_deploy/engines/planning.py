@@ -13,7 +13,7 @@ from prox24_deploy.engines.profile import GpuProfile
 from prox24_deploy.errors import UsageError
 from prox24_deploy.files import write_atomic
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from prox24_deploy.artifacts import DType
 from prox24_deploy.errors import UsageError
 from prox24_deploy.files import write_atomic
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _NEIGHBOURS = 4
 
 
@@ -25,26 +25,17 @@ class GemmShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Algorithm:
-    """A kernel of cuSPARSELt: its number, parts of k that run in parallel, how they are summed."""
-
-    number: int = 0
-    split_k: int = 1
-    split_k_mode: int = -1
-
-
-@dataclass(frozen=True, slots=True)
 class GemmTiming:
     """Microseconds of one GEMM: cuBLAS on the dense weight, cuSPARSELt on the 2:4 one.
 
-    `sparse_us` is that of the fastest `algorithm`. `measured` is False for an estimate from
-    measurements of other shapes.
+    `sparse_us` is that of the fastest `algorithm`, by its number in cuSPARSELt. `measured` is False
+    for an estimate from measurements of other shapes.
     """
 
     shape: GemmShape
     dense_us: float
     sparse_us: float
-    algorithm: Algorithm = Algorithm()
+    algorithm: int = 0
     measured: bool = True
 
     @property

@@ -15,17 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import DType
-from prox24_deploy.engines import cuda_graph, cusparselt, gemm, torch_model
+from prox24_deploy.engines import (
+    cuda_graph,
+    cusparselt,
+    cusparselt_plan,
+    gemm,
+    gemm_job,
+    torch_model,
+    trials,
+)
 from prox24_deploy.engines.linear import SparseLinear
-from prox24_deploy.engines.profile import GpuProfile
+from prox24_deploy.engines.profile import GemmShape, GpuProfile
+from prox24_deploy.engines.trials import Trial
 from prox24_deploy.pruning.pattern import is_24
 
 CARD = "a stand-in for a GPU"
 SPARSE, DENSE = "stand_in_sparse_gemm", "stand_in_gemm"
 RUN_MS = 10.0
-# What each algorithm takes off a run, in ms; cuSPARSELt refuses any other number.
-GAINS = {0: 0.1, 1: 0.5, 2: 0.3}
-SPLIT_K, SPLIT_GAIN = 2, 0.1
+# What each algorithm takes off a run, in ms; the last ends the process that tries it.
+GAINS = (0.1, 0.6, 0.3, None)
 
 
 @dataclass
@@ -35,6 +43,8 @@ class Machine:
     weights: dict[int, Tensor] = field(default_factory=dict)
     gains: list[float] = field(default_factory=list)
     products: int = 0
+    # What every sparse product is multiplied by.
+    error: float = 1.0
 
     def compress(self, weight: Tensor) -> Tensor:
         assert is_24(weight), "cuSPARSELt compresses 2:4 weights only"
@@ -42,28 +52,42 @@ class Machine:
         self.weights[packed.data_ptr()] = weight.clone()
         return packed
 
-    def sparse_mm(
-        self,
-        packed: Tensor,
-        dense: Tensor,
-        bias: Tensor | None = None,
-        *,
-        transpose_result: bool,
-        alg_id: int,
-        split_k: int,
-        split_k_mode: int,
-    ) -> Tensor:
-        if alg_id not in GAINS or split_k not in {1, SPLIT_K} or split_k_mode > 0:
-            raise RuntimeError("CUSPARSE_STATUS_INVALID_VALUE")
-        assert transpose_result
-        assert dense.shape[1] % 8 == 0, "rows come in eights"
-        self.gains.append(GAINS[alg_id] + (SPLIT_GAIN if split_k == SPLIT_K else 0))
-        self.products += 1
-        product = dense.T.float() @ self.weights[packed.data_ptr()].T.float()
-        return (product if bias is None else product + bias).to(dense.dtype)
+    def plan(
+        self, shape: GemmShape, dtype: torch.dtype, algorithm: int, bias: Tensor | None
+    ) -> "Plan":
+        assert dtype in {torch.float16, torch.bfloat16}
+        assert shape.m % 8 == 0, "rows come in eights"
+        gain = GAINS[algorithm]
+        assert gain is not None, "this algorithm crashes"
+        return Plan(self, shape, gain, bias)
+
+    def run_trials(
+        self, asked: Sequence[Trial], dtype: DType, answered: Callable[[int, int], None]
+    ) -> dict[Trial, float]:
+        gains = {trial: GAINS[trial.algorithm] for trial in asked}
+        answered(len(gains), len(gains))
+        return {trial: RUN_MS - gain for trial, gain in gains.items() if gain is not None}
 
     def stopwatch(self) -> "Stopwatch":
         return Stopwatch(self)
+
+
+@dataclass(eq=False)
+class Plan:
+    machine: Machine
+    shape: GemmShape
+    gain: float
+    bias: Tensor | None
+
+    def multiply(self, packed: Tensor, rows: Tensor) -> Tensor:
+        assert rows.is_contiguous()
+        assert rows.shape == (self.shape.m, self.shape.k)
+        self.machine.gains.append(self.gain)
+        self.machine.products += 1
+        product = rows.float() @ self.machine.weights[packed.data_ptr()].T.float()
+        return self.machine.error * (product if self.bias is None else product + self.bias).to(
+            rows.dtype
+        )
 
 
 @dataclass
@@ -107,7 +131,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Put the stand-in where the GPU would be reached."""
     machine = Machine()
     monkeypatch.setattr(torch, "_cslt_compress", machine.compress)
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", machine.sparse_mm)
+    monkeypatch.setattr(cusparselt_plan, "shared_plan", machine.plan)
+    monkeypatch.setattr(cusparselt_plan, "count_algorithms", lambda shape, dtype: len(GAINS))
+    monkeypatch.setattr(trials, "run_trials", machine.run_trials)
+    gemm_job.gemm_inputs.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: CARD)
     monkeypatch.setattr(torch_model, "require_gpu", lambda asker, instead: None)
     monkeypatch.setattr(cuda_graph, "DEVICE", "cpu")

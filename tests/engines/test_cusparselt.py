@@ -18,7 +18,7 @@ from prox24_deploy.engines.cuda_graph import GraphSession
 from prox24_deploy.engines.cusparselt import CuSparseLt
 from prox24_deploy.engines.gemm import measure_gemms, time_gemm
 from prox24_deploy.engines.linear import SparseLinear
-from prox24_deploy.engines.profile import Algorithm, GemmShape, GpuProfile
+from prox24_deploy.engines.profile import GemmShape, GpuProfile
 from prox24_deploy.engines.torch_model import compare_outputs, open_torch_model
 from prox24_deploy.errors import EngineError
 from prox24_deploy.options import EngineOptions
@@ -145,10 +145,9 @@ def test_damaged_or_foreign_engine_files_are_refused(
 
 
 def test_outputs_that_differ_stop_the_build(
-    bundle: Path, tiny_bert: Path, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, tiny_bert: Path, tmp_path: Path, machine: Machine
 ) -> None:
-    wrong = machine.sparse_mm
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *a, **k: 2 * wrong(*a, **k))
+    machine.error = 2.0
     (tmp_path / "pruned").symlink_to(bundle / "pruned")
     model = OnnxModel("onnx/sparse/model.onnx", "float16", 20, "0" * 64, 1)
     message = "Output last_hidden_state of the compressed model differs from the same weights"
@@ -172,7 +171,7 @@ def test_a_plan_is_measured_on_the_gpu(
         assert shape["dense_ms"] == 10.0
         # Each GEMM takes 10 ms dense on the stand-in and 9.4 sparse; the model saves them all.
         assert shape["speedup"] == pytest.approx(10.0 / (10.0 - LAYERS * 0.6))
-    assert {gemm["algorithm"]["number"] for gemm in plan["profile"]["gemms"]} == {1}
+    assert {gemm["algorithm"] for gemm in plan["profile"]["gemms"]} == {1}
     assert json.loads((tmp_path / "gpu.json").read_text()) == plan["profile"]
     before = machine.products
     run = run_cli(
@@ -183,21 +182,24 @@ def test_a_plan_is_measured_on_the_gpu(
     assert machine.products > before
 
 
-def test_the_fastest_algorithm_is_taken_and_k_divided_for_few_rows(machine: Machine) -> None:
-    few = time_gemm(GemmShape(32, 64, 16), torch.float16)
-    assert few.algorithm == Algorithm(1, 2, 0)
-    assert few.dense_us == 10000.0
-    assert few.sparse_us == pytest.approx(9400.0)
-    many = time_gemm(GemmShape(16, 16, 1024), torch.bfloat16)
-    assert many.algorithm == Algorithm(1)
+def test_the_fastest_algorithm_that_works_is_taken(machine: Machine) -> None:
+    shape = GemmShape(32, 64, 16)
+    empty = GpuProfile("a card", "1", "bfloat16", {}, ())
+    timing = measure_gemms(empty, [shape], "bfloat16", lambda *_: None).known(shape)
+    assert timing is not None
+    assert timing.algorithm == 1
+    assert timing.dense_us == 10000.0
+    assert timing.sparse_us == pytest.approx(9400.0)
+    with pytest.raises(EngineError, match="has no algorithm that works for GemmShape"):
+        time_gemm(shape, torch.float16, [])
 
 
 def test_known_shapes_are_not_measured_again(machine: Machine) -> None:
     empty = GpuProfile("a card", "1", "float16", {}, ())
     shape = GemmShape(32, 64, 16)
-    seen: list[tuple[int, int]] = []
-    once = measure_gemms(empty, [shape, shape], "float16", lambda _, a, b: seen.append((a, b)))
-    assert seen == [(0, 1), (1, 1)]
+    seen: list[tuple[str, int, int]] = []
+    once = measure_gemms(empty, [shape, shape], "float16", lambda *step: seen.append(step))
+    assert seen == [("algorithm", 4, 4), ("gemm", 0, 1), ("gemm", 1, 1)]
     products = machine.products
     assert measure_gemms(once, [shape], "float16", lambda *_: None) == once
     assert machine.products == products
@@ -207,7 +209,7 @@ def test_known_shapes_are_not_measured_again(machine: Machine) -> None:
 def test_a_compressed_layer_multiplies_as_a_dense_one(machine: Machine, bias: bool) -> None:
     weight = two_four(32, 64)
     offset = torch.arange(32).half() if bias else None
-    layer = SparseLinear(weight, offset, {6: Algorithm(2)})
+    layer = SparseLinear(weight, offset, {6: 2})
     hidden = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).half()
     expected = nn.functional.linear(hidden.float(), weight.float(), None if offset is None
                                     else offset.float())  # fmt: skip

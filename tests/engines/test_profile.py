@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prox24_deploy.engines.profile import (
-    Algorithm,
     GemmShape,
     GemmTiming,
     GpuProfile,
@@ -28,11 +27,11 @@ def profile(*timings: GemmTiming) -> GpuProfile:
 def rated(shape: GemmShape, *, dense: float, sparse: float) -> GemmTiming:
     """Times of a GPU that does so many multiply-adds a microsecond whatever the shape."""
     work = shape.n * shape.k * shape.m
-    return GemmTiming(shape, work / dense, work / sparse, Algorithm(3, 2, 1))
+    return GemmTiming(shape, work / dense, work / sparse, 3)
 
 
 def test_a_measured_shape_is_given_as_it_was_measured() -> None:
-    timing = GemmTiming(GemmShape(4096, 4096, 512), 30.0, 20.0, Algorithm(7))
+    timing = GemmTiming(GemmShape(4096, 4096, 512), 30.0, 20.0, 7)
     found = profile(timing).timing(timing.shape)
     assert found == timing
     assert found.measured
@@ -97,7 +96,7 @@ def test_an_unreadable_file_says_what_to_do(text: str | None, message: str, tmp_
 
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     write_profile(replace(profile(), schema_version=9), tmp_path / "p.json")
-    with pytest.raises(UsageError, match="has schema version 9, expected 1; write it again"):
+    with pytest.raises(UsageError, match="has schema version 9, expected 2; write it again"):
         read_profile(tmp_path / "p.json")
 
 

@@ -1,0 +1,59 @@
+"""Processes that time algorithms may crash or hang; a stand-in for them does so on demand."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from prox24_deploy.engines import trials as trials_module
+from prox24_deploy.engines.profile import GemmShape
+from prox24_deploy.engines.trials import Trial, run_workers
+from prox24_deploy.errors import EngineError
+
+# Takes n microseconds more than the number of the algorithm, refuses 3, dies of 5, hangs at 6.
+STAND_IN = """
+import json, os, sys, time
+print("ready", flush=True)
+for line in sys.stdin:
+    with open(sys.argv[1], "a") as log:
+        log.write(line)
+    n, k, m, number = json.loads(line)
+    if number == 5:
+        os.abort()
+    if number == 6:
+        time.sleep(60)
+    print("null" if number == 3 else json.dumps(n + number), flush=True)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_trials_survive_a_process_that_crashes_or_hangs(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials_module, "_TRIAL_SECONDS", 0.5)
+    trials = [Trial(GemmShape(n, 64, 8), number) for n in (16, 32, 48) for number in range(9)]
+    seen: list[tuple[int, int]] = []
+    found = run_workers(
+        [sys.executable, "-c", STAND_IN, str(tmp_path / "log")], trials, workers,
+        lambda *step: seen.append(step),
+    )  # fmt: skip
+    assert seen == [(i + 1, len(trials)) for i in range(len(trials))]
+    works = (0, 1, 2, 4, 7, 8)
+    assert found == {Trial(GemmShape(n, 64, 8), a): n + a for n in (16, 32, 48) for a in works}
+    asked = [json.loads(line)[3] for line in (tmp_path / "log").read_text().splitlines()]
+    for number in (5, 6):
+        assert 1 <= asked.count(number) <= workers, "an algorithm that fails is tried again"
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("import sys; sys.exit('first line\\nno such library')", "did not start: no such library."),
+        ("pass", "did not start: it said nothing."),
+    ],
+)
+def test_a_process_that_does_not_start_is_an_error(script: str, said: str) -> None:
+    trials = [Trial(GemmShape(16, 64, 8), number) for number in range(3)]
+    with pytest.raises(EngineError, match=said):
+        run_workers([sys.executable, "-c", script], trials, 1, lambda *_: None)
