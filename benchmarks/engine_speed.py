@@ -63,10 +63,10 @@ class Row:
     planned: float
 
     @property
-    def share(self) -> float:
-        """Of the time that the GEMMs promised to save, the part that was saved."""
+    def share(self) -> float | None:
+        """Of the time that the GEMMs promised to save, the part that was saved; None if none."""
         promised = 1 - 1 / self.planned
-        return (1 - 1 / self.speedup.value) / promised if promised else 1.0
+        return (1 - 1 / self.speedup.value) / promised if promised > 0 else None
 
 
 def llama(blocks: int, dtype: torch.dtype) -> nn.Module:
@@ -139,7 +139,7 @@ def show(console: Console, title: str, rows: Sequence[Row], evidence: EngineEvid
         table.add_row(
             str(row.batch), str(row.sequence), f"{row.dense_ms:.3f}", f"{row.sparse_ms:.3f}",
             f"{row.speedup.value:.3f}", f"{row.speedup.low:.3f}-{row.speedup.high:.3f}",
-            f"{row.planned:.3f}", f"{row.share:.2f}",
+            f"{row.planned:.3f}", "-" if row.share is None else f"{row.share:.2f}",
         )  # fmt: skip
     console.print(table)
     console.print(evidence.summary)
@@ -165,8 +165,8 @@ def faults(
     if chosen != running:
         found.append(f"chosen layers {sorted(chosen)} and sparse kernels in {sorted(running)}")
     for row in rows:
-        if row.share < AMDAHL:
-            found.append(f"{row.batch}x{row.sequence}: {row.share:.2f} of Amdahl, bar {AMDAHL}")
+        if row.share is not None and row.share < AMDAHL:
+            found.append(f"{row.batch}x{row.sequence}: {row.share:.3f} of Amdahl, bar {AMDAHL}")
         off = row.planned / row.speedup.value - 1
         if abs(off) > PREDICTION:
             found.append(

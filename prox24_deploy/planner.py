@@ -106,8 +106,7 @@ def _estimated(subject: Subject, shapes: Shapes, saved: "GpuProfile") -> "tuple[
 
     model = load_model(subject.directory, subject.recipe, torch.device("cpu"))
     targets = _targets(model, subject)
-    run = partial(_run_probe, model, subject)
-    uses = [_scaled(use, subject, shapes) for use in layer_uses(model, [run])]
+    uses = [_scaled(use, subject, shapes) for use in layer_uses(model, [_probe(model, subject)])]
     return choose([use for use in uses if use and use.name in targets], saved, targets)
 
 
@@ -153,8 +152,8 @@ def _targets(model: "nn.Module", subject: Subject) -> set[str]:
     }
 
 
-def _run_probe(model: "nn.Module", subject: Subject) -> None:
-    """Run the model on a few tokens, or on two images."""
+def _probe(model: "nn.Module", subject: Subject) -> Callable[[], object]:
+    """A run of the model on a few tokens, or on two images."""
     import torch
 
     from prox24_deploy.engines.feeds import random_feeds
@@ -162,8 +161,10 @@ def _run_probe(model: "nn.Module", subject: Subject) -> None:
 
     module = RecipeModule(model, subject.recipe)
     vocabulary = vocabulary_of(subject.directory.config)
-    feeds = random_feeds(module.signature.inputs, "float32", vocabulary)(*_PROBE, 0)
-    module(*(torch.from_numpy(feeds[spec.name]) for spec in module.signature.inputs))
+    # The signature of a decoder comes from a run of its own.
+    inputs = module.signature.inputs
+    feeds = random_feeds(inputs, "float32", vocabulary)(*_PROBE, 0)
+    return partial(module, *(torch.from_numpy(feeds[spec.name]) for spec in inputs))
 
 
 def _scaled(use: "LayerUse", subject: Subject, shapes: Shapes) -> "LayerUse | None":

@@ -42,6 +42,22 @@ def planned(
     return out
 
 
+def test_a_decoder_is_planned_by_what_its_blocks_do(
+    tiny_llama: Path, prose: Path, profile: Path, tmp_path: Path
+) -> None:
+    run = run_cli(
+        "plan", tiny_llama, "-o", tmp_path / "plan.json", "--calibration", prose, "--json",
+        "--no-sensitivity", "--gpu-profile", profile, *SMALL,
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    layers = json.loads(run.out)["layers"]
+    assert {layer["choice"]["name"].rpartition(".")[2] for layer in layers} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    for layer in layers:
+        assert [t["shape"]["m"] for t in layer["choice"]["timings"]] == [16, 32]
+
+
 def test_a_plan_has_times_losses_and_a_reason_for_every_layer(planned: Path) -> None:
     plan = json.loads(planned.read_text())
     assert plan["source"] == "profile"

@@ -41,7 +41,10 @@ class SparseLinear(nn.Module):
         """Multiply (..., k) to (..., n)."""
         rows = hidden.reshape(-1, self.in_features)
         count = len(rows)
-        padded = functional.pad(rows, (0, 0, 0, -count % ROW_MULTIPLE)).contiguous()
+        # Padding by nothing would copy.
+        if missing := -count % ROW_MULTIPLE:
+            rows = functional.pad(rows, (0, 0, 0, missing))
+        padded = rows.contiguous()
         plan = self._plan(len(padded), self._algorithms.get(count, 0))
         product: Tensor = torch.ops.prox24_deploy.sparse_product(self.packed, padded, plan)
         return product[:count].view(*hidden.shape[:-1], self.out_features)
