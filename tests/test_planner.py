@@ -140,6 +140,16 @@ def test_the_plan_of_another_model_is_refused_by_the_name_of_a_layer(
     assert "The plan names layer encoder.layer.0.attention.output.dense" in run.err
 
 
+def test_the_shipped_profile_plans_without_a_gpu_and_says_whose_times_they_are(
+    tiny_bert: Path, prose: Path
+) -> None:
+    run = run_cli("plan", tiny_bert, "--calibration", prose, "--gpu-profile", "h100.json", *SMALL)
+    assert run.code == 0, run.err
+    out = " ".join(run.out.split())
+    assert "Times come from a saved profile of NVIDIA H100 80GB HBM3" in out
+    assert "Prune nothing: 2:4 does not pay at these shapes" in out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_gpu_and_profile_there_is_nothing_to_plan_with(
     tiny_bert: Path, prose: Path

@@ -126,7 +126,10 @@ SensitivityOpt = Annotated[
 ]
 ProfileOpt = Annotated[
     Path | None,
-    typer.Option("--gpu-profile", help="Plan for the GPU of this file, measured elsewhere."),
+    typer.Option(
+        "--gpu-profile",
+        help="Plan for the GPU of this file, measured elsewhere; h100.json is shipped.",
+    ),
 ]
 SaveProfileOpt = Annotated[
     Path | None, typer.Option("--save-profile", help="Write the measured GEMM times to this file.")

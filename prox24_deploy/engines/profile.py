@@ -1,8 +1,10 @@
 """Measured times of GEMMs on one GPU, in a file, so that a machine without that GPU can plan."""
 
+import importlib.resources
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -101,18 +103,28 @@ class GpuProfile:
 _RECORD = TypeAdapter(GpuProfile)
 
 
+def shipped_profiles() -> dict[str, Traversable]:
+    """File name -> profile, of the GPUs that came with this package."""
+    folder = importlib.resources.files("prox24_deploy.engines") / "profiles"
+    return {file.name: file for file in folder.iterdir() if file.name.endswith(".json")}
+
+
 def read_profile(path: Path) -> GpuProfile:
-    """Read a profile.
+    """Read a profile; where there is no such file, the shipped one of that bare name.
 
     Raises:
-        UsageError: there is no such file, or it is no profile of this version.
+        UsageError: there is no such profile, or it is none of this version.
     """
+    shipped = shipped_profiles()
+    ours = not path.exists() and path == Path(path.name)
+    source = shipped.get(path.name, path) if ours else path
     try:
-        profile = _RECORD.validate_json(path.read_bytes())
+        profile = _RECORD.validate_json(source.read_bytes())
     except OSError as error:
         raise UsageError(
             f"GPU profile {path} cannot be read ({error.strerror}); pass a file that plan "
-            "--save-profile wrote on a machine with that GPU."
+            "--save-profile wrote on a machine with that GPU, or a shipped one: "
+            f"{', '.join(sorted(shipped))}."
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
