@@ -1,6 +1,6 @@
 """Find the first module at which an exported file departs from PyTorch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +72,22 @@ def _node_outputs(path: Path, feeds: Mapping[str, Array], modules: set[str]) -> 
             name = ".".join(parts[:length])
             if name in modules:
                 last[name] = node.outputs[0]
+    return dict(zip(last, run_for(model, path, list(last.values()), feeds), strict=True))
+
+
+def run_for(
+    model: ir.Model, path: Path, values: Sequence[ir.Value], feeds: Mapping[str, Array]
+) -> list[Array]:
+    """Run a graph in ONNX Runtime for values inside it, which become outputs of `model`.
+
+    Args:
+        model: loaded from `path`, where its external data lies; it is changed.
+        path: of the file it was loaded from.
+        values: of the graph, in the order of the result; one may stand twice.
+        feeds: one value per graph input, in the dtype of the file.
+    """
     given = {value.name for value in model.graph.outputs}
-    for value in {value.name: value for value in last.values()}.values():
+    for value in {value.name: value for value in values}.values():
         if value.name not in given:
             model.graph.outputs.append(value)
     options = ort.SessionOptions()
@@ -82,5 +96,5 @@ def _node_outputs(path: Path, feeds: Mapping[str, Array], modules: set[str]) -> 
     session = ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    names = [value.name or "" for value in last.values()]
-    return dict(zip(last, session.run(names, dict(feeds)), strict=True))
+    found: list[Array] = session.run([value.name or "" for value in values], dict(feeds))
+    return found

@@ -18,6 +18,7 @@ from prox24_deploy.graph.activations import range_guard, watched
 from prox24_deploy.graph.bisect import first_difference
 from prox24_deploy.graph.groups import Array
 from prox24_deploy.graph.module import RecipeModule, copy_with, rounded_to
+from prox24_deploy.graph.overflow import require_finite
 from prox24_deploy.graph.signature import Signature
 from prox24_deploy.recipe import Recipe, TensorSpec, dynamic_names, shape_of
 
@@ -66,8 +67,9 @@ def compare_with_torch(
         One passed check per output, or nothing for bfloat16.
 
     Raises:
-        ExportError: the file does not load, an activation does not fit `dtype`, or an output
-            differs by more than the tolerance; names the module where the difference begins.
+        ExportError: the file does not load, an activation or a tensor inside the graph does not
+            fit `dtype`, or an output differs by more than the tolerance; names the tensor, or the
+            module where the difference begins.
     """
     if dtype == "bfloat16":
         return ()
@@ -78,10 +80,16 @@ def compare_with_torch(
     feeds = [_feeds(signature, sizes, vocabulary, generator) for sizes in _sizes(signature)]
     runs = [_differences(session, reference, dtype, each) for each in feeds]
 
-    def culprit(run: int) -> str:
+    def unpadded(run: int) -> dict[str, Array]:
         # The first row of a batch is never padded.
         row = {spec.name: _first_row(spec, feeds[run][spec.name]) for spec in signature.inputs}
-        return first_difference(reference, path, _as_given(row, dtype), _RELATIVE[dtype])
+        return _as_given(row, dtype)
+
+    def culprit(run: int) -> str:
+        return first_difference(reference, path, unpadded(run), _RELATIVE[dtype])
+
+    if dtype == "float16":
+        require_finite(path, unpadded(0))
 
     return tuple(
         _judge([run[i] for run in runs], spec.name, path, _RELATIVE[dtype], twin, culprit)

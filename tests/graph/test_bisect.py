@@ -84,3 +84,33 @@ def test_an_activation_that_overflows_float16_names_its_module(
     )
     with pytest.raises(ExportError, match=message):
         compare(model, path, toy_recipe(TOY_RECIPE), dtype)
+
+
+class Inner(Toy):
+    """Squares large values and takes the root again: no module gives what lies between."""
+
+    def forward(self, x: torch.Tensor) -> object:  # type: ignore[override]
+        result = super().forward(x)
+        result.last_hidden_state = (result.last_hidden_state * 1e4).square().sqrt() * 1e-4
+        return result
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_tensor_that_overflows_between_modules_is_named(tmp_path: Path, dtype: DType) -> None:
+    path = export_onnx(Inner(), toy_recipe(), tmp_path / "onnx", dtype=dtype)
+    if dtype == "float32":
+        compare(Inner(), path, toy_recipe())
+        return
+    message = r"Tensor \w+ of .*model\.onnx, inside the model itself, overflows float16"
+    with pytest.raises(ExportError, match=message):
+        compare(Inner(), path, toy_recipe(), dtype)
+
+
+def test_attention_scores_that_overflow_float16_are_named(tmp_path: Path) -> None:
+    model = tiny_bert()
+    attention = model.get_submodule("encoder.layer.1.attention.self")
+    for name in ("query", "key"):
+        attention.get_submodule(name).get_parameter("weight").data.mul_(2e4)
+    path = export_onnx(model, shipped_recipe("bert"), tmp_path / "onnx", dtype="float16")
+    with pytest.raises(ExportError, match=r"inside encoder\.layer\.1\.attention\.self, overflows"):
+        compare(model, path, shipped_recipe("bert"), "float16")
