@@ -214,11 +214,8 @@ def _within(after: Figure, threshold: float) -> Verdict:
 
 def _moved(after: Figure, before: Figure, worse: Interval) -> str:
     """What happened to a figure, in words."""
-    unit = f" {after.unit}" if after.unit else ""
-    return (
-        f"{after.value.value:.6g}{unit}, was {before.value.value:.6g}{unit}: "
-        f"{_signed(worse, after.unit)}"
-    )
+    now, was = (_amount(figure.value.value, after.unit, 6) for figure in (after, before))
+    return f"{now}, was {was}: {_signed(worse, after.unit)}"
 
 
 def _signed(worse: Interval, unit: str) -> str:
@@ -226,10 +223,16 @@ def _signed(worse: Interval, unit: str) -> str:
         return "unchanged"
     word = "better" if worse.value < 0 else "worse"
     shown = worse if worse.value >= 0 else negated(worse)
-    text = f"{word} by {shown.value:.4g}{f' {unit}' if unit else ''}"
+    text = f"{word} by {_amount(shown.value, unit, 4)}"
     if shown.low == shown.high:
         return text
     return f"{text}, 95 % interval {shown.low:.4g} to {shown.high:.4g}"
+
+
+def _amount(value: float, unit: str, digits: int) -> str:
+    """A value with its unit; bytes are whole and too many for powers of ten to be read."""
+    number = f"{value:,.0f}" if unit == "bytes" else f"{value:.{digits}g}"
+    return f"{number} {unit}" if unit else number
 
 
 def limits_in_words(limits: MetricLimits, higher_is_better: bool) -> str:
