@@ -66,11 +66,16 @@ FOCUS = """() => {
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How a page is looked at."""
+    """How a page is looked at; axe-core sees it as it opens, or with every table unfolded.
+
+    Contrast is by far the slowest of its rules; width does not change `colours`.
+    """
 
     width: int
     scheme: Literal["light", "dark"] = "light"
     media: Literal["screen", "print"] = "screen"
+    unfolded: bool = False
+    colours: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +112,24 @@ def opened(browser: Browser, path: Path, view: View) -> Iterator[tuple[Page, lis
 
 
 def audit(browser: Browser, path: Path, view: View) -> Audit:
-    """Look at a page as it opens, with everything unfolded, and with axe-core."""
+    """Look at a page, go through it with the tabulator key, and let axe-core look."""
     with opened(browser, path, view) as (page, heard):
         found = [*page.evaluate(GEOMETRY), *_unnamed_plots(page)]
-        if view.media == "print":
-            found += page.evaluate(HIDDEN_IN_PRINT)
-        else:
-            found += _unseen_focus(page)
+        found += unprinted(page) if view.media == "print" else _unseen_focus(page)
+        if view.unfolded:
             page.evaluate(OPEN_ALL)
-            found += page.evaluate(GEOMETRY)
-        violations = _axe(page)
+        violations = _axe(page, colours=view.colours)
+        page.evaluate(OPEN_ALL)
+        found += page.evaluate(GEOMETRY)
         faults = [*heard, *found, *(_words(v) for v in violations if v["impact"] in GRAVE)]
         advice = [_words(v) for v in violations if v["impact"] not in GRAVE]
     return Audit(tuple(dict.fromkeys(faults)), tuple(advice))
+
+
+def unprinted(page: Page) -> list[str]:
+    """The tables that stay folded on paper."""
+    found: list[str] = page.evaluate(HIDDEN_IN_PRINT)
+    return found
 
 
 def axe_version() -> str:
@@ -148,9 +158,10 @@ def _unseen_focus(page: Page) -> Iterator[str]:
             yield f"focus on {name}: no outline"
 
 
-def _axe(page: Page) -> list[dict[str, Any]]:
+def _axe(page: Page, *, colours: bool) -> list[dict[str, Any]]:
     page.evaluate(AXE.read_text(encoding="utf-8"))
-    options = json.dumps({"resultTypes": ["violations"]})
+    rules = {"color-contrast": {"enabled": colours}}
+    options = json.dumps({"resultTypes": ["violations"], "rules": rules})
     found: list[dict[str, Any]] = page.evaluate(f"axe.run({options}).then(r => r.violations)")
     return found
 
