@@ -64,6 +64,13 @@ def test_every_trend_is_a_drawing_with_words_and_a_row_of_the_table(report: Repo
     assert '<td class="n">0.9712</td>' in text
 
 
+def test_bytes_are_told_so_that_they_can_be_read(report: Report) -> None:
+    assert report.baseline is not None
+    (size,) = (c for c in report.baseline.changes if c.name == "size/onnx sparse")
+    assert size.message == "45,546,009 bytes, was 45,546,009 bytes: unchanged"
+    assert '<td class="n">45.5 MB</td><td class="n">45.5 MB</td>' in section(report)
+
+
 def test_a_page_without_a_baseline_has_no_such_section() -> None:
     assert "Against the baseline" not in render_html(make_records().report())
 

@@ -6,14 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import Records, make_records, with_budget, with_not_measured
+from builders import Records, make_records, make_row, with_budget, with_not_measured
 from chromium import running_chromium
-from page_audit import View, audit, axe_version, opened, unprinted
+from page_audit import GEOMETRY, View, audit, axe_version, opened, unprinted
 from playwright.sync_api import Browser
 
 from prox24_deploy.artifacts import Estimate
 from prox24_deploy.release.baseline import Baseline, updated
 from prox24_deploy.release.compare import held_against
+from prox24_deploy.release.plots import error_plots, latency_plot, trend_plot
 from prox24_deploy.release.render import render_html
 from prox24_deploy.release.schema import Report
 
@@ -124,6 +125,25 @@ def test_the_page_prints(browser: Browser, page: Path) -> None:
     with opened(browser, page, View(PAPER, media="print")) as (shown, heard):
         assert shown.pdf(format="A4").startswith(b"%PDF-")
     assert heard == []
+
+
+def test_numbers_of_any_size_fit_their_plots(browser: Browser, html: str, tmp_path: Path) -> None:
+    """Neither cut nor over each other, in the fonts of this machine."""
+    values = (1.2e-5, -0.0021, 0.99971, 12.34501, 15873.2, 1.25e6)
+    trends = [
+        trend_plot("figure", [("2026-01-01", value), ("this build", value * 1.00002)], index)
+        for index, value in enumerate(values)
+    ]
+    latencies = [
+        latency_plot(make_row(1, ms, gated=True, device="CPU"), index)
+        for index, ms in enumerate((0.0123, 1.5, 999.0, 123456.0))
+    ]
+    errors = [error_plots(make_records(blocks).prune.layers)[0] for blocks in (1, 13, 120)]
+    figures = "".join(f"<figure>{plot}</figure>" for plot in (*trends, *latencies, *errors))
+    path = written(f"{html[: html.index('<main>')]}<main>{figures}</main>", tmp_path)
+    with opened(browser, path, View(NARROW)) as (shown, _):
+        assert shown.locator("main svg").count() == 13
+        assert shown.evaluate(GEOMETRY) == []
 
 
 def test_axe_is_of_our_time() -> None:
