@@ -111,7 +111,9 @@ class EngineOptions:
 class BuildOptions:
     """Everything that `build` can be told.
 
-    `device` is where pruning and evaluation run; the report is held against `baseline`.
+    `device` is where pruning and evaluation run; the report is held against `baseline`, by the
+    limits file `baseline_limits` before those of its recipe, and may differ from it in what `allow`
+    names.
     """
 
     recipe: Path | None = None
@@ -121,6 +123,8 @@ class BuildOptions:
     dtype: DType = "float32"
     engine: EngineOptions = field(default_factory=EngineOptions)
     baseline: Path | None = None
+    baseline_limits: Path | None = None
+    allow: tuple[str, ...] = ()
 
 
 def parse_capabilities(words: Sequence[str]) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ from prox24_deploy.artifacts import (
     ExportResult,
     PruneResult,
 )
-from prox24_deploy.errors import BackendMissingError
+from prox24_deploy.errors import BackendMissingError, UsageError
 from prox24_deploy.options import BuildOptions, EngineOptions
-from prox24_deploy.release.baseline import read_baseline
+from prox24_deploy.release.baseline import Gate, read_gate
 from prox24_deploy.release.bundle import open_bundle
 from prox24_deploy.release.report import Report
 from prox24_deploy.subject import read_subject
@@ -33,7 +33,7 @@ def build(
         Prox24Error: any of its kinds; the stages finished until then are kept.
     """
     # Read before any work, so that a wrong path costs no time.
-    baseline = read_baseline(options.baseline) if options.baseline else None
+    gate = _read_gate(options)
     subject = read_subject(model_dir, out, options)
     backends = engine_stages.open_backends(
         options.engine, model_dir, subject.recipe, subject.directory.config
@@ -45,7 +45,7 @@ def build(
         compiled = engine_stages.compile_engines(bundle, exported, backends, progress)
         measured = engine_stages.bench(bundle, compiled, backends, options.engine, progress)
         evaluated = stages.evaluate(bundle, subject, options.device, progress)
-        return stages.report(bundle, pruned, exported, compiled, measured, evaluated, baseline)
+        return stages.report(bundle, pruned, exported, compiled, measured, evaluated, gate)
 
 
 def prune(
@@ -88,3 +88,21 @@ def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResu
     if not result.latency and result.not_measured:
         raise BackendMissingError(result.not_measured[0].reason)
     return result
+
+
+def _read_gate(options: BuildOptions) -> Gate | None:
+    """What the report is held against.
+
+    Raises:
+        UsageError: limits of a comparison, or what may differ in it, without a baseline.
+    """
+    if options.baseline:
+        return read_gate(options.baseline, options.baseline_limits, options.allow)
+    given = [f"--limits {options.baseline_limits}"] if options.baseline_limits else []
+    given += [f"--allow {key}" for key in options.allow]
+    if given:
+        raise UsageError(
+            f"{given[0]} has no effect on a build that is held against no baseline; name one with "
+            "--baseline, or leave it out."
+        )
+    return None

@@ -46,17 +46,13 @@ def _assert_no_regression(
     limits: AnyPath | None = None,
     allow: Sequence[str] = (),
 ) -> None:
-    from prox24_deploy.limits import read_limits
-    from prox24_deploy.release.baseline import read_baseline, report_path
+    from prox24_deploy.release.baseline import read_gate, report_path
     from prox24_deploy.release.compare import compare_reports
     from prox24_deploy.release.compare_views import render_markdown
     from prox24_deploy.release.schema import load_report
 
-    found = compare_reports(
-        load_report(report_path(Path(report))),
-        read_baseline(Path(baseline)),
-        limits=read_limits(Path(limits)) if limits else {},
-        allow=allow,
-    )
+    new = load_report(report_path(Path(report)))
+    gate = read_gate(Path(baseline), Path(limits) if limits else None, allow)
+    found = compare_reports(new, gate.baseline, limits=gate.limits, allow=gate.allow)
     if found.verdict != "pass":
         pytest.fail(render_markdown(found), pytrace=False)

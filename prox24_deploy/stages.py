@@ -24,7 +24,7 @@ from prox24_deploy.artifacts import (
 )
 from prox24_deploy.errors import BundleError
 from prox24_deploy.options import BuildOptions, DeviceChoice, PruneOptions
-from prox24_deploy.release.baseline import Baseline
+from prox24_deploy.release.baseline import Gate
 from prox24_deploy.release.bundle import LATE_FILES, Bundle, stage_key
 from prox24_deploy.release.card import read_source_card, write_card
 from prox24_deploy.release.compare import held_against
@@ -170,7 +170,7 @@ def report(
     compiled: CompileResult,
     measured: BenchResult,
     evaluated: EvaluateResult,
-    baseline: Baseline | None = None,
+    gate: Gate | None = None,
 ) -> Report:
     """Assemble the report, hold it against a baseline, write its views and the card, and seal."""
     manifest = bundle.manifest
@@ -187,7 +187,8 @@ def report(
         {name: manifest.stages[name].seconds for name in _STAGES},
         recipe_of(bundle).limits,
     )
-    made = held_against(made, baseline) if baseline else made
+    if gate:
+        made = held_against(made, gate.baseline, limits=gate.limits, allow=gate.allow)
     write_card(made, read_source_card(Path(model_of(bundle).path)), bundle.root / "pruned")
     write_report(made, bundle.root)
     manifest.verdict = made.verdict

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from chromium import find_chromium
 from tiny_models import write_tiny_bert, write_tiny_gpt2, write_tiny_llama, write_tiny_qwen3
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -76,6 +77,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         "gpu": torch.cuda.is_available(),
         "tensorrt": importlib.util.find_spec("tensorrt") is not None and torch.cuda.is_available(),
         "tensorrt_rtx": importlib.util.find_spec("tensorrt_rtx") is not None,
+        "browser": find_chromium() is not None,
     }
     for name, available in found.items():
         if item.get_closest_marker(name) and not available:

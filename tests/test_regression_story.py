@@ -308,3 +308,83 @@ def test_a_build_unlike_its_baseline_is_made_and_says_so(
     missing = run_cli("build", tiny_bert, "-o", again, "--baseline", tmp_path / "none.json", *SMALL)
     assert missing.code == 2
     assert "none.json cannot be read" in missing.err
+
+
+@pytest.mark.parametrize(
+    ("text", "allow", "sentence"),
+    [
+        (None, "gpu", "limits.toml cannot be read (No such file or directory)"),
+        ("threshold", "gpu", "limits.toml is not valid TOML"),
+        ("[perplexity]\nlimit = 1\n", "gpu", "unknown key 'limit' under 'perplexity'"),
+        ("", "weather", "--allow weather names nothing that is compared"),
+    ],
+)
+def test_build_refuses_what_compare_refuses_and_before_any_work(
+    accepted: Path, baseline: Path, tiny_bert: Path, tmp_path: Path,
+    text: str | None, allow: str, sentence: str,
+) -> None:  # fmt: skip
+    limits = tmp_path / "limits.toml" if text is None else write_limits(tmp_path, text)
+    options = ("--limits", limits, "--allow", allow)
+    compared = run_cli("compare", accepted, baseline, *options)
+    built = run_cli("build", tiny_bert, "-o", tmp_path / "out", "--baseline", baseline, *options)
+    assert (compared.code, built.code) == (2, 2)
+    assert sentence in built.err
+    assert built.err == compared.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [("--limits", "limits.toml"), ("--allow", "gpu")])
+def test_what_belongs_to_a_baseline_is_refused_without_one(
+    options: tuple[str, str], tiny_bert: Path, tmp_path: Path
+) -> None:
+    run = run_cli("build", tiny_bert, "-o", tmp_path / "out", *options)
+    assert run.code == 2
+    assert f"{' '.join(options)} has no effect on a build that is held against no" in run.err
+    assert "name one with --baseline, or leave it out." in run.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("threshold", "code"), [(-1.0, 0), (1.5, 3)])
+def test_the_limits_of_a_file_judge_a_build_as_they_judge_a_comparison(
+    threshold: float,
+    code: int,
+    again: Path,
+    baseline: Path,
+    tiny_bert: Path,
+    prose: Path,
+    tmp_path: Path,
+) -> None:
+    limits = write_limits(tmp_path, f'["embedding cosine"]\nthreshold = {threshold}\n')
+    options = ("--limits", limits)
+    built = run_cli(
+        "build", tiny_bert, "-o", again, "--calibration", prose, "--baseline", baseline, *options,
+        *SMALL,
+    )  # fmt: skip
+    assert built.code == code, built.err
+    assert run_cli("compare", again, baseline, *options).code == code
+    report = Report.model_validate_json((again / "report.json").read_bytes())
+    assert report.baseline is not None
+    told = {change.name: change.limits for change in report.baseline.changes}
+    assert told["embedding cosine"] == f"at least {threshold:g}"
+    assert [check.name for check in report.regressions] == ["embedding cosine"] * (code == 3)
+    page = (again / "report.html").read_text(encoding="utf-8")
+    assert f"and before them those of {limits}" in page
+
+
+def test_a_build_on_another_machine_passes_where_that_is_allowed_and_tells_it(
+    again: Path, baseline: Path, tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    other = json.loads(baseline.read_bytes())
+    other["report"]["environment"]["gpu"] = "NVIDIA H200"
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(other), encoding="utf-8")
+    run = run_cli(
+        "build", tiny_bert, "-o", again, "--calibration", prose, "--baseline", path,
+        "--allow", "gpu", *SMALL,
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    assert "Allowed against the baseline: gpu is" in run.out
+    assert "and was NVIDIA H200." in run.out
+    report = Report.model_validate_json((again / "report.json").read_bytes())
+    assert report.baseline is not None
+    assert [difference.key for difference in report.baseline.allowed] == ["gpu"]

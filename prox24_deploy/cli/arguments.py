@@ -140,6 +140,14 @@ BaselineOpt = Annotated[
     Path | None,
     typer.Option(help="Hold the report against this baseline file, report.json or bundle."),
 ]
+LimitsOpt = Annotated[
+    Path | None,
+    typer.Option(help="TOML with limits per metric; default: those of the baseline's recipe."),
+]
+AllowOpt = Annotated[
+    list[str] | None,
+    typer.Option(help="Something that may differ, such as driver or evaluation; repeatable."),
+]
 FreshOpt = Annotated[bool, typer.Option("--fresh", help="Run every stage again.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 

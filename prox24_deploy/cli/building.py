@@ -49,6 +49,8 @@ def build(
     device: arguments.DeviceOpt = "auto",
     seed: arguments.SeedOpt = 0,
     baseline: arguments.BaselineOpt = None,
+    limits: arguments.LimitsOpt = None,
+    allow: arguments.AllowOpt = None,
     fresh: arguments.FreshOpt = False,
     as_json: arguments.JsonOpt = False,
 ) -> None:
@@ -71,6 +73,8 @@ def build(
         dtype,
         arguments.engine_options(backend, shapes, tensorrt, plan),
         baseline,
+        limits,
+        tuple(allow or ()),
     )
     root = out or arguments.default_out(model_dir)
     with tables.progress(stderr) as progress:

@@ -29,14 +29,8 @@ def compare(
             help="What it must hold: a baseline file, a report.json or a bundle.",
         ),
     ],
-    limits: Annotated[
-        Path | None,
-        typer.Option(help="TOML with limits per metric; default: those of the baseline's recipe."),
-    ] = None,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(help="Something that may differ, such as driver or evaluation; repeatable."),
-    ] = None,
+    limits: arguments.LimitsOpt = None,
+    allow: arguments.AllowOpt = None,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="Folder for compare.json, .md, .junit.xml, benchmark."),
@@ -44,29 +38,22 @@ def compare(
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Hold a report against a baseline; exit 3 on a regression, 5 if the noise leaves it open."""
-    from prox24_deploy.limits import read_limits
-    from prox24_deploy.release.baseline import read_baseline, report_path
+    from prox24_deploy.release.baseline import read_gate, report_path
     from prox24_deploy.release.compare import compare_reports
     from prox24_deploy.release.compare_views import write_comparison
+    from prox24_deploy.release.likeness import in_words
     from prox24_deploy.release.schema import load_report
 
-    found = compare_reports(
-        load_report(report_path(report)),
-        read_baseline(against),
-        limits=read_limits(limits) if limits else {},
-        allow=allow or (),
-    )
+    new = load_report(report_path(report))
+    gate = read_gate(against, limits, allow or ())
+    found = compare_reports(new, gate.baseline, limits=gate.limits, allow=gate.allow)
     if out:
         write_comparison(found, out)
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:
         for difference in found.allowed:
-            stdout.print(
-                f"Note: {difference.key} is {difference.report} and was {difference.baseline}.",
-                soft_wrap=True,
-                markup=False,
-            )
+            stdout.print(f"Note: {in_words(difference)}", soft_wrap=True, markup=False)
         print_table(tables.comparison(found))
         stdout.print(f"Verdict: {found.verdict}", soft_wrap=True, markup=False)
     raise typer.Exit(VERDICT_EXIT[found.verdict])

@@ -1,6 +1,7 @@
 """The baseline: an accepted report, why it was accepted, and the figures of those before it."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -9,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prox24_deploy.errors import BundleError, UsageError
 from prox24_deploy.files import write_atomic
+from prox24_deploy.limits import MetricTable, read_limits
 from prox24_deploy.release.figures import figures_of
+from prox24_deploy.release.likeness import require_keys
 from prox24_deploy.release.schema import Headline, Report, load_report, parse_report
 
 BASELINE_VERSION: Final = 1
@@ -45,6 +48,15 @@ class Baseline:
     history: tuple[Headline, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A baseline, the limits that come before those of its recipe, and what may differ from it."""
+
+    baseline: Baseline
+    limits: MetricTable
+    allow: tuple[str, ...]
+
+
 def report_path(path: Path) -> Path:
     """The report that a path stands for: itself, or that of a bundle."""
     return path / REPORT_FILE if path.is_dir() else path
@@ -68,6 +80,18 @@ def read_baseline(path: Path) -> Baseline:
         return Baseline(str(path), parse_report(data, str(path)))
     found = parse_baseline(data, str(path))
     return Baseline(str(path), found.report, found.reason, found.date, found.history)
+
+
+def read_gate(baseline: Path, limits: Path | None, allow: Sequence[str]) -> Gate:
+    """Read what a report is held against, and check it before any work.
+
+    Raises:
+        BundleError: as for `read_baseline`.
+        UsageError: the limits file cannot be used, or `allow` names what is no key.
+    """
+    require_keys(allow)
+    table = read_limits(limits) if limits else {}
+    return Gate(read_baseline(baseline), table, tuple(allow))
 
 
 def read_baseline_file(path: Path) -> BaselineFile:

@@ -15,7 +15,7 @@ from prox24_deploy.limits import Limits, MetricLimits, limits_of
 from prox24_deploy.release.baseline import Baseline
 from prox24_deploy.release.figures import Figure, figures_of, negated, without_drift, worsening
 from prox24_deploy.release.intervals import exactly, judge, standard_error
-from prox24_deploy.release.likeness import MACHINE_KEYS, require_alike
+from prox24_deploy.release.likeness import MACHINE_KEYS, in_words, require_alike
 from prox24_deploy.release.schema import Change, Check, Comparison, Report, Status
 
 _BADNESS: tuple[Verdict, ...] = ("pass", "inconclusive", "fail")
@@ -62,13 +62,23 @@ def compare_reports(
     )
 
 
-def held_against(report: Report, baseline: Baseline) -> Report:
+def held_against(
+    report: Report,
+    baseline: Baseline,
+    *,
+    limits: Mapping[str, MetricLimits] | None = None,
+    allow: Sequence[str] = (),
+) -> Report:
     """The report with its comparison among its checks, regressions and verdict.
 
-    A report that is unlike its baseline was still made: it is inconclusive and says why.
+    A report that is unlike its baseline was still made: it is inconclusive and says why. What
+    differs and was allowed is among its warnings.
+
+    Raises:
+        UsageError: `allow` names what is no key.
     """
     try:
-        comparison = compare_reports(report, baseline, limits={})
+        comparison = compare_reports(report, baseline, limits=limits or {}, allow=allow)
     except BundleError as error:
         check = Check(
             name="comparison",
@@ -214,11 +224,8 @@ def _within(after: Figure, threshold: float) -> Verdict:
 
 def _moved(after: Figure, before: Figure, worse: Interval) -> str:
     """What happened to a figure, in words."""
-    unit = f" {after.unit}" if after.unit else ""
-    return (
-        f"{after.value.value:.6g}{unit}, was {before.value.value:.6g}{unit}: "
-        f"{_signed(worse, after.unit)}"
-    )
+    now, was = (_amount(figure.value.value, after.unit, 6) for figure in (after, before))
+    return f"{now}, was {was}: {_signed(worse, after.unit)}"
 
 
 def _signed(worse: Interval, unit: str) -> str:
@@ -226,10 +233,16 @@ def _signed(worse: Interval, unit: str) -> str:
         return "unchanged"
     word = "better" if worse.value < 0 else "worse"
     shown = worse if worse.value >= 0 else negated(worse)
-    text = f"{word} by {shown.value:.4g}{f' {unit}' if unit else ''}"
+    text = f"{word} by {_amount(shown.value, unit, 4)}"
     if shown.low == shown.high:
         return text
     return f"{text}, 95 % interval {shown.low:.4g} to {shown.high:.4g}"
+
+
+def _amount(value: float, unit: str, digits: int) -> str:
+    """A value with its unit; bytes are whole and too many for powers of ten to be read."""
+    number = f"{value:,.0f}" if unit == "bytes" else f"{value:.{digits}g}"
+    return f"{number} {unit}" if unit else number
 
 
 def limits_in_words(limits: MetricLimits, higher_is_better: bool) -> str:
@@ -287,9 +300,14 @@ def _check(change: Change) -> Check:
 
 def _judged(report: Report, checks: tuple[Check, ...], comparison: Comparison | None) -> Report:
     every = (*report.checks, *checks)
+    told = (
+        [check.message for check in checks]
+        if comparison is None
+        else [f"Allowed against the baseline: {in_words(d)}" for d in comparison.allowed]
+    )
     return report.model_copy(
         update={
-            "warnings": (*report.warnings, *(c.message for c in checks if comparison is None)),
+            "warnings": (*report.warnings, *told),
             "verdict": worst(iter((report.verdict, *(c.verdict for c in checks if c.gated)))),
             "checks": every,
             "regressions": tuple(c for c in every if c.gated and c.verdict == "fail"),

@@ -41,11 +41,7 @@ def require_alike(
         UsageError: `allow` names what is no key.
         BundleError: something differs that `allow` does not name.
     """
-    for key in allow:
-        if key not in KEYS:
-            raise UsageError(
-                f"--allow {key} names nothing that is compared, expected one of {', '.join(KEYS)}."
-            )
+    require_keys(allow)
     found = find_differences(report, baseline)
     refused = [difference for difference in found if difference.key not in allow]
     if refused:
@@ -56,6 +52,24 @@ def require_alike(
             f"like, or accept the difference with {options}."
         )
     return found
+
+
+def require_keys(allow: Sequence[str]) -> None:
+    """Check the names of what may differ.
+
+    Raises:
+        UsageError: one is no key.
+    """
+    for key in allow:
+        if key not in KEYS:
+            raise UsageError(
+                f"--allow {key} names nothing that is compared, expected one of {', '.join(KEYS)}."
+            )
+
+
+def in_words(difference: Difference) -> str:
+    """A difference that was allowed, as a sentence."""
+    return f"{difference.key} is {difference.report} and was {difference.baseline}."
 
 
 def _facts(report: Report) -> Iterator[tuple[str, str]]:

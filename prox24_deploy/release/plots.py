@@ -16,6 +16,8 @@ from prox24_deploy.release.findings import row_name
 WIDTH = 320
 PLOT_LEFT = 46
 PLOT_RIGHT = WIDTH - 12
+# Of a digit on an axis, in the fonts that browsers have; other characters are narrower in the mean.
+WIDEST = 7
 
 MOST_LOG_TICKS = 6
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -135,12 +137,14 @@ def trend_plot(name: str, points: Sequence[tuple[str, float]], index: int) -> st
     margin = 0.1 * spread or 0.05 * abs(values[0]) or 1.0
     low, high = min(values) - margin, max(values) + margin
     top, bottom = 12, 112
-    across = _linear(0, len(points) - 1, PLOT_LEFT + 8, PLOT_RIGHT - 8)
+    ticks = {tick: f"{tick:.7g}" for tick in nice_ticks(low, high)}
+    left = max(PLOT_LEFT, 8 + WIDEST * max(map(len, ticks.values()), default=0))
+    across = _linear(0, len(points) - 1, left + 8, PLOT_RIGHT - 8)
     up = _linear(low, high, bottom, top)
     body = []
-    for tick in nice_ticks(low, high):
-        body.append(_line(PLOT_LEFT, up(tick), PLOT_RIGHT, up(tick), "grid"))
-        body.append(_text(PLOT_LEFT - 6, up(tick) + 4, f"{tick:g}", "axis", "end"))
+    for tick, label in ticks.items():
+        body.append(_line(left, up(tick), PLOT_RIGHT, up(tick), "grid"))
+        body.append(_text(left - 6, up(tick) + 4, label, "axis", "end"))
     spots = [(across(i), up(value)) for i, value in enumerate(values)]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
     body.append(f'<polyline points="{path}" class="curve"/>')
@@ -152,7 +156,7 @@ def trend_plot(name: str, points: Sequence[tuple[str, float]], index: int) -> st
             f'class="{"chosen" if last else "calibration"}">'
             f"<title>{escape(f'{label}: {value:.6g}')}</title></circle>"
         )
-    body.append(_text(PLOT_LEFT, bottom + 17, points[0][0], "axis"))
+    body.append(_text(left, bottom + 17, points[0][0], "axis"))
     body.append(_text(PLOT_RIGHT, bottom + 17, points[-1][0], "axis", "end"))
     described = "; ".join(f"{label}: {value:.6g}" for label, value in points)
     return _svg(f"trend-{index}", bottom + 22, f"{name} over releases", described, body)
@@ -267,7 +271,10 @@ def _strip(name: str, timing: Timing, scale: Scale, top: float, high: float) -> 
     middle = top + 36
     shown = [value for value in timing.samples_ms if value <= high]
     beyond = len(timing.samples_ms) - len(shown)
-    words = f"median {timing.median_ms:.4g} ms, 90 % within {timing.p90_ms:.4g} ms"
+    median, most = (
+        f"{ms:.4g}" if ms < 1e4 else f"{ms:.0f}" for ms in (timing.median_ms, timing.p90_ms)
+    )
+    words = f"median {median}, 90 % within {most} ms"
     dots = "".join(
         f'<circle cx="{scale(value):.1f}" cy="{middle + 18 * _jitter(index):.1f}" r="1.8"/>'
         for index, value in enumerate(shown)

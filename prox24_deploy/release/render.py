@@ -144,6 +144,11 @@ def size(value: float) -> str:
     return f"{value:.3g} GB" if value < 1000 else f"{value:,.0f} GB"
 
 
+def amount(value: float | None, unit: str) -> str:
+    """A figure of a comparison: bytes as a size, anything else as a number."""
+    return number(value) if value is None or unit != "bytes" else size(value)
+
+
 def count(value: float) -> str:
     """A number with its thousands apart."""
     return f"{value:,}"
@@ -183,7 +188,7 @@ def code(text: object) -> str:
 
 
 _FILTERS: tuple[Callable[..., str], ...] = (
-    number, estimate, ratio, size, count, seconds, percent, shape, known, markdown, code,
+    number, estimate, ratio, size, amount, count, seconds, percent, shape, known, markdown, code,
 )  # fmt: skip
 
 

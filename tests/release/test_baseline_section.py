@@ -44,7 +44,7 @@ def test_every_change_has_a_row_and_the_reason_is_text(report: Report) -> None:
     assert "free of drift and decides" in text
 
 
-def test_every_trend_is_a_drawing_with_words_and_a_column_of_the_table(report: Report) -> None:
+def test_every_trend_is_a_drawing_with_words_and_a_row_of_the_table(report: Report) -> None:
     text = section(report)
     assert report.baseline is not None
     found = trends(report.baseline)
@@ -57,9 +57,18 @@ def test_every_trend_is_a_drawing_with_words_and_a_column_of_the_table(report: R
         assert [label for label, _ in trend.points] == [
             "2026-01-01", "2026-01-02", "2026-01-03", "this build",
         ]  # fmt: skip
-        assert f'<th scope="col" class="n">{trend.title}</th>' in text
-    assert text.count("<tr><td>2026-01-0") == 3
+        assert f'<th scope="row">{trend.title}</th>' in text
+    assert re.findall(r'<th scope="col" class="n">(2026-01-0\d) 00:00</th>', text) == [
+        "2026-01-01", "2026-01-02", "2026-01-03",
+    ]  # fmt: skip
     assert '<td class="n">0.9712</td>' in text
+
+
+def test_bytes_are_told_so_that_they_can_be_read(report: Report) -> None:
+    assert report.baseline is not None
+    (size,) = (c for c in report.baseline.changes if c.name == "size/onnx sparse")
+    assert size.message == "45,546,009 bytes, was 45,546,009 bytes: unchanged"
+    assert '<td class="n">45.5 MB</td><td class="n">45.5 MB</td>' in section(report)
 
 
 def test_a_page_without_a_baseline_has_no_such_section() -> None:
