@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from prox24_deploy.artifacts import DType, Estimate
 from prox24_deploy.engines.choice import LayerChoice
 from prox24_deploy.engines.profile import GpuProfile
+from prox24_deploy.engines.records import read_record
 from prox24_deploy.errors import UsageError
 from prox24_deploy.files import write_atomic
 
@@ -121,23 +122,14 @@ def read_plan(path: Path) -> Plan:
     Raises:
         UsageError: the file cannot be read, is no plan of this version, or prunes nothing.
     """
-    try:
-        plan = _RECORD.validate_json(path.read_bytes())
-    except OSError as error:
-        raise UsageError(
-            f"Plan {path} cannot be read ({error.strerror}); write one with plan -o."
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its start"
-        raise UsageError(
-            f"Plan {path} is damaged at {where}: {first['msg']}; write it again with plan -o."
-        ) from error
-    if plan.schema_version != SCHEMA_VERSION:
-        raise UsageError(
-            f"Plan {path} has schema version {plan.schema_version}, expected {SCHEMA_VERSION}; "
-            "write it again with plan -o."
-        )
+    plan = read_record(
+        _RECORD,
+        path,
+        f"Plan {path}",
+        SCHEMA_VERSION,
+        missing="write one with plan -o",
+        again="plan -o",
+    )
     if not any(layer.prune for layer in plan.layers):
         raise UsageError(
             f"Plan {path} prunes no layer, because 2:4 does not pay on {plan.profile.gpu} at the "

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from prox24_deploy.artifacts import DType
+from prox24_deploy.engines.records import read_record
 from prox24_deploy.errors import UsageError
 from prox24_deploy.files import write_atomic
 
@@ -117,28 +118,15 @@ def read_profile(path: Path) -> GpuProfile:
     """
     shipped = shipped_profiles()
     ours = not path.exists() and path == Path(path.name)
-    source = shipped.get(path.name, path) if ours else path
-    try:
-        profile = _RECORD.validate_json(source.read_bytes())
-    except OSError as error:
-        raise UsageError(
-            f"GPU profile {path} cannot be read ({error.strerror}); pass a file that plan "
-            "--save-profile wrote on a machine with that GPU, or a shipped one: "
-            f"{', '.join(sorted(shipped))}."
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UsageError(
-            f"GPU profile {path} is damaged at {where or 'its start'}: {first['msg']}; write it "
-            "again with plan --save-profile."
-        ) from error
-    if profile.schema_version != SCHEMA_VERSION:
-        raise UsageError(
-            f"GPU profile {path} has schema version {profile.schema_version}, expected "
-            f"{SCHEMA_VERSION}; write it again with plan --save-profile."
-        )
-    return profile
+    return read_record(
+        _RECORD,
+        shipped.get(path.name, path) if ours else path,
+        f"GPU profile {path}",
+        SCHEMA_VERSION,
+        missing="pass a file that plan --save-profile wrote on a machine with that GPU, or a "
+        f"shipped one: {', '.join(sorted(shipped))}",
+        again="plan --save-profile",
+    )
 
 
 def write_profile(profile: GpuProfile, path: Path) -> None:
