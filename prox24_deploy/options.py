@@ -92,7 +92,8 @@ class TensorRtOptions:
 class EngineOptions:
     """Which backends to compile for, for which shapes, and how.
 
-    `plan` is the file of a plan whose GEMM timings need not be measured again.
+    `plan` is the file of a plan whose GEMM timings need not be measured again. `accuracy_tokens`
+    bounds how much of the evaluation is run through the engines; an image counts as 64 tokens.
     """
 
     backends: tuple[str, ...] = ("auto",)
@@ -100,6 +101,7 @@ class EngineOptions:
     sequences: tuple[int, ...] = (128,)
     plan: Path | None = None
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
+    accuracy_tokens: int = 8192
 
     def shapes(self, *, images: bool) -> list[tuple[int, int]]:
         """Every (batch, sequence), each once; sequence 0 for a model that reads images."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from prox24_deploy import engine_stages, stages
+from prox24_deploy import engine_accuracy, engine_stages, stages
 from prox24_deploy.artifacts import (
     BenchResult,
     CompileResult,
@@ -45,7 +45,10 @@ def build(
         compiled = engine_stages.compile_engines(bundle, exported, backends, progress)
         measured = engine_stages.bench(bundle, compiled, backends, options.engine, progress)
         evaluated = stages.evaluate(bundle, subject, options.device, progress)
-        return stages.report(bundle, pruned, exported, compiled, measured, evaluated, baseline)
+        through = engine_accuracy.measure(bundle, subject, compiled, backends, options, progress)
+        return stages.report(
+            bundle, pruned, exported, compiled, measured, evaluated, baseline, through
+        )
 
 
 def prune(

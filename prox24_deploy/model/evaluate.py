@@ -54,9 +54,10 @@ def evaluate_text_generation(
 ) -> tuple[Metric, ...]:
     """Perplexity of both models, their top-1 agreement and KL(dense, sparse), over windows of text.
 
-    The divergence is in nats per token. A window of an encoder-decoder is the target of one text, on which its decoder is forced;
-    windows count alike, whatever their length. Standard errors are over windows: of exp(mean NLL)
-    by the delta method, and paired for the difference of log-perplexity.
+    The divergence is in nats per token. A window of an encoder-decoder is the target of one text,
+    on which its decoder is forced; windows count alike, whatever their length. Standard errors are
+    over windows: of exp(mean NLL) by the delta method, and paired for the difference of
+    log-perplexity.
     """
     nll: list[Tensor] = []
     agree: list[Tensor] = []
