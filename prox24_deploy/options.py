@@ -101,7 +101,8 @@ class EngineOptions:
     sequences: tuple[int, ...] = (128,)
     plan: Path | None = None
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
-    accuracy_tokens: int = 8192
+    # Left out of what it prints as, which tells backends apart and so what was compiled.
+    accuracy_tokens: int = field(default=8192, repr=False)
 
     def shapes(self, *, images: bool) -> list[tuple[int, int]]:
         """Every (batch, sequence), each once; sequence 0 for a model that reads images."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from command_line import run_cli, snapshot
@@ -21,6 +22,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prox24_deploy.cli import building
+from prox24_deploy.engines.base import Array, Feeds
+from prox24_deploy.engines.onnxruntime import OrtSession
 from prox24_deploy.pruning.pattern import is_24
 from prox24_deploy.release.schema import Report
 
@@ -116,6 +119,78 @@ def test_the_pruned_directory_scores_the_reported_perplexity(decoder: Path, pros
     assert metric.sparse.value == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
     assert metric.sparse.standard_error > 0
     assert metric.dense.standard_error > 0
+
+
+def test_the_engine_scores_what_its_outputs_say(decoder: Path, prose: Path) -> None:
+    """Perplexity and divergence of the float16 files, run and scored without any of our code."""
+    tokenizer = AutoTokenizer.from_pretrained(decoder / "pruned")
+    stream: list[int] = []
+    for paragraph in prose.read_text(encoding="utf-8").split("\n\n"):
+        stream += [tokenizer.bos_token_id, *tokenizer(paragraph)["input_ids"]]
+    rows = np.array(stream[:2048], np.int64).reshape(-1, 64)
+    logs = []
+    for twin in ("dense", "sparse"):
+        session = ort.InferenceSession(
+            decoder / "onnx" / twin / "model.onnx", providers=["CPUExecutionProvider"]
+        )
+        feeds = {"input_ids": rows, "attention_mask": np.ones_like(rows)} | {
+            entry.name: np.zeros((len(rows), entry.shape[1], 0, entry.shape[3]), np.float16)
+            for entry in session.get_inputs()
+            if entry.name.startswith("past")
+        }
+        logits = np.asarray(session.run(["logits"], feeds)[0])[:, :-1].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        logs.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+    losses = [-np.take_along_axis(log, rows[:, 1:, None], -1)[..., 0].mean(1) for log in logs]
+    divergence = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean(1)
+    (engine,) = read_report(decoder).accuracy.engines
+    assert (engine.backend, engine.dtype, engine.longest) == ("onnxruntime", "float16", None)
+    assert engine.samples == engine.available == len(rows)
+    found = {metric.name: metric for metric in engine.metrics}
+    for estimate, loss in zip(
+        (found["perplexity"].dense, found["perplexity"].sparse), losses, strict=True
+    ):
+        assert estimate is not None
+        assert estimate.value == pytest.approx(math.exp(loss.mean()), rel=1e-5)
+        error = math.exp(loss.mean()) * loss.std(ddof=1) / math.sqrt(len(rows))
+        assert estimate.standard_error == pytest.approx(error, rel=1e-3)
+    told = found["KL divergence"].agreement
+    assert told is not None
+    assert told.value == pytest.approx(divergence.mean(), rel=1e-3)
+    assert all(one.passed for one in engine.fidelity)
+    near = [one.agreement for one in engine.fidelity if one.metric == "KL divergence"]
+    assert all(each is not None and 0 < each.value < 1e-5 for each in near)
+
+
+def test_an_engine_that_departs_from_pytorch_fails_the_build(
+    copy: Path, tiny_bert: Path, prose: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted behind the seam; only the stages that depend on it run again."""
+    infer = OrtSession.infer
+
+    def wrong(self: OrtSession, feeds: Feeds) -> dict[str, Array]:
+        noise = np.random.default_rng(0)
+        found = infer(self, feeds)
+        if "sparse" not in self._source:
+            return found
+        return {n: a + noise.standard_normal(a.shape, np.float32) for n, a in found.items()}
+
+    monkeypatch.setattr(OrtSession, "infer", wrong)
+    line = ("build", tiny_bert, "-o", copy, "--calibration", prose, *SMALL, "--engine-tokens")
+    assert run_cli(*line, "1100").code == 3
+    report = read_report(copy)
+    failed = [check.name for check in report.regressions]
+    assert failed == ["onnxruntime sparse embedding cosine"]
+    assert "the engine does not do what PyTorch does" in report.regressions[0].message
+    assert "departs from PyTorch" in (copy / "summary.md").read_text(encoding="utf-8")
+    (engine,) = report.accuracy.engines
+    assert 0 < engine.samples < engine.available
+    for name, text in (("report.html", "<td>fail</td>"), ("junit.xml", "<failure")):
+        assert text in (copy / name).read_text(encoding="utf-8")
+    monkeypatch.setattr(OrtSession, "infer", lambda *_: {"last_hidden_state": np.full(1, np.nan)})
+    assert run_cli(*line, "1200").code == 3
+    (failed_engine,) = read_report(copy).accuracy.engines_failed
+    assert "is NaN or infinite" in failed_engine.reason
 
 
 def test_check_names_every_pruned_module_of_the_sparse_twin(encoder: Path) -> None:

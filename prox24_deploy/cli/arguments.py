@@ -24,7 +24,7 @@ from prox24_deploy.options import (
 )
 
 _COMMON = {"-v", "--verbose", "--debug"}
-_TENSORRT = TensorRtOptions()
+_TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
 
 ModelArg = Annotated[Path, typer.Argument(help="Hugging Face model directory with safetensors.")]
 BundleArg = Annotated[Path, typer.Argument(help="A bundle: the OUT of an earlier command.")]
@@ -49,6 +49,13 @@ ImagesOpt = Annotated[
     int, typer.Option(min=16, help="Images to use, of calibration and of evaluation; not of text.")
 ]
 EvaluationTokensOpt = Annotated[int, typer.Option(min=1024, help="Evaluation tokens to use.")]
+EngineTokensOpt = Annotated[
+    int,
+    typer.Option(
+        min=1024,
+        help="Of them, tokens to run through each engine; an image counts as 64.",
+    ),
+]
 MethodOpt = Annotated[
     Method, typer.Option(help="Pruning method; ista is the literal one of the paper.")
 ]
@@ -232,6 +239,7 @@ def engine_options(
     shapes: list[str] | None,
     tensorrt: TensorRtOptions = _TENSORRT,
     plan: Path | None = None,
+    accuracy_tokens: int = _ENGINE.accuracy_tokens,
 ) -> EngineOptions:
     """The options about engines as one record.
 
@@ -257,6 +265,7 @@ def engine_options(
         parsed.get("sequence", default.sequences),
         plan,
         tensorrt,
+        accuracy_tokens,
     )
 
 
