@@ -62,3 +62,20 @@ class EngineAccuracyResult:
     not_measured: tuple[NotMeasured, ...] = ()
     failed: tuple[NotMeasured, ...] = ()
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScores:
+    """Tasks of the lm-evaluation-harness on the PyTorch models, dense against sparse.
+
+    `metrics` are named TASK/METRIC, with values and standard errors of the harness, `version` says
+    of which; `limit` is how many documents of each task were used, None for all, and `documents`
+    hashes what was asked. `left_out` names figures that have no standard error or no better side.
+    """
+
+    version: str
+    limit: int | None
+    documents: str
+    metrics: tuple[Metric, ...]
+    left_out: tuple[str, ...]
+    seconds: float

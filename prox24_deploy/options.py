@@ -111,6 +111,15 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class HarnessOptions:
+    """Tasks of the lm-evaluation-harness, the folder with their data, and documents of each."""
+
+    tasks: tuple[str, ...] = ()
+    data: Path | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BuildOptions:
     """Everything that `build` can be told.
 
@@ -124,6 +133,7 @@ class BuildOptions:
     dtype: DType = "float32"
     engine: EngineOptions = field(default_factory=EngineOptions)
     baseline: Path | None = None
+    harness: HarnessOptions = field(default_factory=HarnessOptions)
 
 
 def parse_capabilities(words: Sequence[str]) -> tuple[str, ...]:

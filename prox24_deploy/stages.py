@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from prox24_deploy.accuracy import EngineAccuracyResult
+from prox24_deploy.accuracy import EngineAccuracyResult, TaskScores
 from prox24_deploy.artifacts import (
     BenchResult,
     CompileResult,
@@ -44,7 +44,7 @@ Progress = Callable[[str, int, int], None]
 Twin = Literal["dense", "sparse"]
 
 TWINS: tuple[Twin, ...] = ("dense", "sparse")
-_STAGES = ("prune", "export", "compile", "bench", "evaluate", "accuracy")
+_STAGES = ("prune", "export", "compile", "bench", "evaluate", "accuracy", "tasks")
 _REPORT_FILES = (
     "report.json", "report.html", "summary.md", "junit.xml", "benchmark.json", *LATE_FILES,
 )  # fmt: skip
@@ -173,6 +173,7 @@ def report(
     evaluated: EvaluateResult,
     baseline: Baseline | None = None,
     through: EngineAccuracyResult | None = None,
+    tasks: TaskScores | None = None,
 ) -> Report:
     """Assemble the report, hold it against a baseline, write its views and the card, and seal."""
     manifest = bundle.manifest
@@ -189,6 +190,7 @@ def report(
         {name: manifest.stages[name].seconds for name in _STAGES if name in manifest.stages},
         recipe_of(bundle).limits,
         through=through or EngineAccuracyResult(),
+        tasks=tasks,
     )
     made = held_against(made, baseline) if baseline else made
     write_card(made, read_source_card(Path(model_of(bundle).path)), bundle.root / "pruned")

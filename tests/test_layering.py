@@ -23,7 +23,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # Extras whose libraries are imported by name, inside of the functions that need them.
-OPTIONAL = ("sbom",)
+OPTIONAL = ("sbom", "lm-eval")
 # torch.onnx imports these when it exports.
 INDIRECT = {"onnx", "onnxscript"}
 MAX_LINES = 400

@@ -56,6 +56,26 @@ EngineTokensOpt = Annotated[
         help="Of them, tokens to run through each engine; an image counts as 64.",
     ),
 ]
+HarnessOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lm-eval",
+        metavar="TASK",
+        help="Task of the lm-evaluation-harness to score both models on; repeatable.",
+    ),
+]
+HarnessDataOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--lm-eval-data",
+        metavar="DIR",
+        help="Its data as TASK/SPLIT.jsonl, and tasks of your own as YAML; nothing is fetched.",
+    ),
+]
+HarnessLimitOpt = Annotated[
+    int | None,
+    typer.Option("--lm-eval-limit", min=2, help="Documents of each task; default: all."),
+]
 MethodOpt = Annotated[
     Method, typer.Option(help="Pruning method; ista is the literal one of the paper.")
 ]

@@ -8,7 +8,7 @@ import typer
 
 from prox24_deploy.cli import arguments, tables
 from prox24_deploy.cli.terminal import print_json, print_table, stderr, stdout
-from prox24_deploy.options import BuildOptions, EngineOptions, TextOptions
+from prox24_deploy.options import BuildOptions, EngineOptions, HarnessOptions, TextOptions
 
 if TYPE_CHECKING:
     from prox24_deploy.release.report import Report
@@ -47,6 +47,9 @@ def build(
     strip_weights: arguments.StripOpt = False,
     timing_cache: arguments.TimingsOpt = None,
     compute_capability: arguments.CapabilityOpt = None,
+    lm_eval: arguments.HarnessOpt = None,
+    lm_eval_data: arguments.HarnessDataOpt = None,
+    lm_eval_limit: arguments.HarnessLimitOpt = None,
     device: arguments.DeviceOpt = "auto",
     seed: arguments.SeedOpt = 0,
     baseline: arguments.BaselineOpt = None,
@@ -72,6 +75,7 @@ def build(
         dtype,
         arguments.engine_options(backend, shapes, tensorrt, plan, engine_tokens),
         baseline,
+        HarnessOptions(tuple(dict.fromkeys(lm_eval or ())), lm_eval_data, lm_eval_limit),
     )
     root = out or arguments.default_out(model_dir)
     with tables.progress(stderr) as progress:

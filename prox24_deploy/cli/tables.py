@@ -62,6 +62,7 @@ def report_head(report: "Report") -> list[str]:
             f"Through {engine.backend}: {metric_line(engine.metrics[0])}"
             for engine in report.accuracy.engines
         ),
+        *map(metric_line, report.accuracy.tasks.metrics if report.accuracy.tasks else ()),
     ]
 
 

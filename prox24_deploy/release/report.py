@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from prox24_deploy.accuracy import EngineAccuracyResult
+from prox24_deploy.accuracy import EngineAccuracyResult, TaskScores
 from prox24_deploy.artifacts import (
     BenchResult,
     CompileResult,
@@ -49,6 +49,7 @@ from prox24_deploy.release.schema import (
     report_schema,
     schema_text,
 )
+from prox24_deploy.release.task_findings import task_checks, task_warnings
 
 __all__ = [
     "SCHEMA_FILE",
@@ -79,6 +80,7 @@ def assemble_report(
     limits: Limits,
     *,
     through: EngineAccuracyResult = _NOT_ASKED,
+    tasks: TaskScores | None = None,
 ) -> Report:
     """Make the report of one build; pure.
 
@@ -86,18 +88,23 @@ def assemble_report(
     with the options, the conditions of the measurement with the environment. An error or metric
     that is not finite becomes None and fails the release.
     """
-    checks = (*find_checks(prune, evaluate, export, compile, bench), *engine_checks(through))
+    checks = (
+        *find_checks(prune, evaluate, export, compile, bench),
+        *engine_checks(through),
+        *task_checks(tasks),
+    )
     return Report(
         verdict=overall_verdict(checks),
         warnings=(
             *find_warnings(prune, evaluate, export, compile, bench),
             *engine_warnings(through),
+            *task_warnings(tasks),
         ),
         model=model,
         options={**options, "limits": limits.as_json()},
         environment={**environment, "conditions": {**bench.conditions}},
         pruning=_pruning(prune, export),
-        accuracy=_accuracy(evaluate, through),
+        accuracy=_accuracy(evaluate, through, tasks),
         sparsity=Sparsity(tensors=export.sparsity, engines=compile.evidence),
         latency=bench.latency,
         not_measured=bench.not_measured,
@@ -159,7 +166,9 @@ def _mean(values: list[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _accuracy(evaluate: EvaluateResult, through: EngineAccuracyResult) -> Accuracy:
+def _accuracy(
+    evaluate: EvaluateResult, through: EngineAccuracyResult, tasks: TaskScores | None
+) -> Accuracy:
     metrics = tuple(_finite_metric(metric) for metric in evaluate.metrics)
     headline = metrics[0]
     compared = next((metric for metric in metrics if metric.agreement), None)
@@ -180,6 +189,7 @@ def _accuracy(evaluate: EvaluateResult, through: EngineAccuracyResult) -> Accura
         ),
         engines_not_measured=through.not_measured,
         engines_failed=through.failed,
+        tasks=tasks and replace(tasks, metrics=tuple(map(_finite_metric, tasks.metrics))),
     )
 
 
