@@ -1,6 +1,5 @@
 """The stage that runs tasks of the lm-evaluation-harness on both models."""
 
-import importlib.metadata
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,7 +66,9 @@ def measure(
         if STAGE in bundle.manifest.stages:
             bundle.forget(STAGE, [])
         return None
-    version = importlib.metadata.version("lm_eval")
+    from prox24_deploy.model.harness import harness_version, open_tasks, run_tasks, task_metrics
+
+    version = harness_version()
     inputs = {
         "model": subject.directory.sha256,
         "pruned": bundle.load("prune", PruneResult).state_sha256,
@@ -80,7 +81,6 @@ def measure(
 
     def run() -> TaskScores:
         from prox24_deploy.model.directory import load_model, load_tokenizer, open_model_dir
-        from prox24_deploy.model.harness import open_tasks, run_tasks, task_metrics
 
         began = time.perf_counter()
         tokenizer = load_tokenizer(subject.directory)

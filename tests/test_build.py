@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fake_harness
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -191,6 +192,96 @@ def test_an_engine_that_departs_from_pytorch_fails_the_build(
     assert run_cli(*line, "1200").code == 3
     (failed_engine,) = read_report(copy).accuracy.engines_failed
     assert "is NaN or infinite" in failed_engine.reason
+
+
+def test_tasks_are_scored_on_the_same_documents_and_gated_by_a_baseline(
+    decoder: Path, tiny_llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the tasks are run anew; a stand-in for the harness asks the real models."""
+    out, data, shipped = tmp_path / "bundle", tmp_path / "data", tmp_path / "shipped"
+    shutil.copytree(decoder, out)
+    fake_harness.install(monkeypatch, shipped)
+    for folder in (data / "known", shipped):
+        folder.mkdir(parents=True)
+    (shipped / "known.yaml").write_text("{task: known, dataset_path: hub, test_split: validation}")
+    lines = prose.read_text(encoding="utf-8").split("\n\n")[:12]
+    (data / "known" / "validation.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    line = (
+        "build", tiny_llama, "-o", out, "--calibration", prose, "--evaluation", prose,
+        "--dtype", "float16", *SMALL,
+    )  # fmt: skip
+    asked = ("--lm-eval", "known", "--lm-eval-data", data)
+    run = run_cli(*line, *asked)
+    assert run.code == 0, run.err
+    assert "already-initialized" not in run.err
+    report = read_report(out)
+    tasks = report.accuracy.tasks
+    assert tasks is not None
+    (metric,) = tasks.metrics
+    assert (metric.name, metric.samples, tasks.limit) == ("known/acc", 12, None)
+    assert tasks.left_out == ("known/odd",)
+    assert any("are left out: known/odd" in warning for warning in report.warnings)
+    assert metric.dense is not None
+    assert metric.sparse is not None
+    assert metric.difference is not None
+    gap = metric.sparse.value - metric.dense.value
+    assert gap != 0
+    assert metric.difference.value == pytest.approx(gap)
+    models = [
+        fake_harness.HFLM(
+            pretrained=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+            tokenizer=AutoTokenizer.from_pretrained(path), batch_size=1, backend="causal",
+        )
+        for path in (tiny_llama, out / "pruned")
+    ]  # fmt: skip
+    with torch.no_grad():
+        scores = [[fake_harness.score(model, text) for text in lines] for model in models]
+    assert metric.dense.value == pytest.approx(np.mean(scores[0]))
+    assert metric.values == pytest.approx(scores[1])
+    for view in ("report.html", "summary.md", "junit.xml", "pruned/README.md"):
+        assert "known/acc" in (out / view).read_text(encoding="utf-8"), view
+    kept = Path(shutil.copy(out / "report.json", tmp_path / "baseline.json"))
+    before = snapshot(out)
+    assert run_cli(*line, *asked).code == 0
+    after = snapshot(out)
+    assert {n for n in before if before[n] != after.get(n)} <= {"manifest.json"}
+    run = run_cli(*line, *asked, "--lm-eval-limit", "8", "--baseline", kept)
+    assert run.code in {0, 3, 5}, run.err
+    again = read_report(out)
+    assert any("on their first 8 documents alone" in warning for warning in again.warnings)
+    assert again.baseline is not None
+    change = next(c for c in again.baseline.changes if c.name == "lm-eval/known/acc")
+    assert change.gated
+    assert run_cli(*line).code == 0
+    assert read_report(out).accuracy.tasks is None
+    held = run_cli("compare", out, kept)
+    assert held.code == 3
+    assert "lm-eval/known/acc" in held.out
+
+
+def test_tasks_that_cannot_be_run_are_refused_before_any_work(
+    tiny_llama: Path, tiny_bert: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(model: Path, *options: str | Path) -> tuple[int, str]:
+        run = run_cli("build", model, "-o", tmp_path / "out", "--calibration", prose, *options)
+        assert not (tmp_path / "out" / "pruned").exists()
+        return run.code, " ".join(run.err.split())
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, said = refused(tiny_llama, "--lm-eval", "hellaswag")
+    assert code == 5
+    assert "install the extra lm-eval with pip install 'prox24-deploy[lm-eval]'" in said
+    monkeypatch.undo()
+    fake_harness.install(monkeypatch, tmp_path / "shipped")
+    code, said = refused(tiny_llama, "--lm-eval", "hellaswag")
+    assert code == 2
+    assert "--lm-eval hellaswag names no task of the harness" in said
+    code, said = refused(tiny_bert, "--lm-eval", "hellaswag")
+    assert code == 2
+    assert "is for models of the task text-generation" in said
+    code, said = refused(tiny_llama, "--lm-eval-limit", "5")
+    assert code == 2
+    assert "have no effect without a task; add --lm-eval TASK" in said
 
 
 def test_check_names_every_pruned_module_of_the_sparse_twin(encoder: Path) -> None:

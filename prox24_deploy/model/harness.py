@@ -54,6 +54,13 @@ def require_harness() -> None:
         ) from error
 
 
+def harness_version() -> str:
+    """Version of the harness that is installed."""
+    import lm_eval
+
+    return str(lm_eval.__version__)
+
+
 @contextlib.contextmanager
 def open_tasks(options: HarnessOptions, work: Path) -> Iterator[Callable[[], dict[str, Any]]]:
     """Find every task, and read its data once; gives what loads the tasks anew, by name.
