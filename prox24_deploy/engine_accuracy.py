@@ -72,19 +72,17 @@ def measure(
 
 
 def _question(bundle: Bundle, subject: Subject, options: BuildOptions) -> "Question":
-    """Both PyTorch models and the samples, with the shapes that engines were compiled for."""
+    """How to open the PyTorch models, and the samples, in shapes that engines were compiled for."""
     from prox24_deploy.engines.accuracy import Question
     from prox24_deploy.model.directory import load_model, open_model_dir
     from prox24_deploy.model.subset import Shapes
 
+    directories = {"dense": subject.directory, "sparse": open_model_dir(bundle.root / "pruned")}
     device = torch_device(options.device)
     fitted = fitted_shapes(options.engine, subject.directory.config, subject.recipe)
     return Question(
         recipe=subject.recipe,
-        models={
-            "dense": load_model(subject.directory, subject.recipe, device),
-            "sparse": load_model(open_model_dir(bundle.root / "pruned"), subject.recipe, device),
-        },
+        load=lambda twin: load_model(directories[twin], subject.recipe, device),
         directory=subject.directory.path,
         held_out=subject.held_out,
         tokens=options.engine.accuracy_tokens,

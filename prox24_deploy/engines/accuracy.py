@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +46,13 @@ _DEPARTURES: dict[str, Callable[[float], float]] = {
 class Question:
     """What is asked of engines: a recipe's task on samples, as the PyTorch models were asked it.
 
-    `models` are the PyTorch twins, in float32, and `directory` says how embeddings are pooled.
+    `load` opens a PyTorch twin in float32, one at a time to spare memory, and `directory` says how
+    embeddings are pooled.
     `tokens` bounds how much is run, and `shapes` are those that engines on a GPU were compiled for.
     """
 
     recipe: Recipe
-    models: Mapping[Twin, nn.Module]
+    load: Callable[[Twin], nn.Module]
     directory: Path
     held_out: Samples
     tokens: int
@@ -87,33 +88,31 @@ def measure_accuracy(
         question.held_out, question.tokens, question.shapes if backend.on_gpu else None
     )
     rows = least_rows if backend.on_gpu else 1
+    dtype = engines[0].dtype
+    ask = _asker(question, samples, progress)
+    models: dict[Twin, EngineModel] = {}
+    fidelity: list[Fidelity] = []
     with ExitStack() as opened:
-        models = {
-            twin: EngineModel(
-                [
-                    Graph(
-                        opened.enter_context(backend.open(bundle, engine)),
-                        read_inputs(bundle / engine.onnx),
-                        engine.dtype,
-                        engine.path,
-                        rows,
-                    )
-                    for engine in engines
-                    if engine.twin == twin
-                ],
-                question.models[twin].config,
-            )
-            for twin in TWINS
-        }
-        references = {twin: _reference(question, twin) for twin in TWINS}
-        ask = _asker(question, samples, progress)
-        metrics = ask(models["dense"], models["sparse"], 0)
-        dtype = engines[0].dtype
-        fidelity = tuple(
-            fidelity_of(twin, metric, dtype)
-            for i, twin in enumerate(TWINS)
-            for metric in ask(references[twin], models[twin], i + 1)
-        )
+        for i, twin in enumerate(TWINS):
+            graphs = [
+                Graph(
+                    opened.enter_context(backend.open(bundle, engine)),
+                    read_inputs(bundle / engine.onnx),
+                    engine.dtype,
+                    engine.path,
+                    rows,
+                )
+                for engine in engines
+                if engine.twin == twin
+            ]
+            # After the engines, of which the first to be missing saves the loading.
+            model = question.load(twin)
+            models[twin] = EngineModel(graphs, model.config)
+            reference = _reference(model, question.recipe, twin)
+            compared = ask(reference, models[twin], i)
+            fidelity += [fidelity_of(twin, metric, dtype) for metric in compared]
+            del model, reference
+        metrics = ask(models["dense"], models["sparse"], len(TWINS))
     return EngineAccuracy(
         backend=backend.name,
         device=engines[0].device,
@@ -123,7 +122,7 @@ def measure_accuracy(
         available=question.held_out.source.samples,
         longest=question.shapes.longest if cut else None,
         metrics=metrics,
-        fidelity=fidelity,
+        fidelity=tuple(fidelity),
         seconds=time.perf_counter() - began,
     )
 
@@ -162,15 +161,13 @@ def _known(estimate: Estimate | None) -> Estimate | None:
     return estimate if finite else None
 
 
-def _reference(question: Question, twin: Twin) -> EngineModel:
+def _reference(model: nn.Module, recipe: Recipe, twin: Twin) -> EngineModel:
     """PyTorch's own answer, through the same graph inputs and outputs."""
-    model = question.models[twin]
-    graphs = []
-    for part in question.recipe.parts:
-        module = RecipeModule(model, part).eval()
-        graphs.append(
-            Graph(TorchGraph(module), module.signature.inputs, "float32", f"the {twin} model")
-        )
+    modules = [RecipeModule(model, part).eval() for part in recipe.parts]
+    graphs = [
+        Graph(TorchGraph(module), module.signature.inputs, "float32", f"the {twin} model")
+        for module in modules
+    ]
     return EngineModel(graphs, model.config)
 
 

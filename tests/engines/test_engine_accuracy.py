@@ -188,9 +188,8 @@ def measured(
         for t in twins
     ]
     seen: list[dict[str, tuple[int, ...]]] = []
-    question = Question(
-        recipe, {"dense": dense, "sparse": sparse}, directory.path, samples, 1500, shapes
-    )
+    load = {"dense": dense, "sparse": sparse}.__getitem__
+    question = Question(recipe, load, directory.path, samples, 1500, shapes)
     backend = TorchBackend(modules, error, seen)
     return measure_accuracy(backend, bundle, engines, question, 2, quiet), seen
 
