@@ -19,7 +19,12 @@ from prox24_deploy.errors import EngineError, ModelDirError
 from prox24_deploy.graph.module import RecipeModule
 from prox24_deploy.graph.signature import read_inputs
 from prox24_deploy.model.calibration import Samples
-from prox24_deploy.model.evaluate import Pooling, evaluate_models, pooling_of
+from prox24_deploy.model.evaluate import (
+    Pooling,
+    evaluate_models,
+    evaluate_text_generation,
+    pooling_of,
+)
 from prox24_deploy.model.subset import Shapes, take
 from prox24_deploy.recipe import Recipe
 
@@ -185,6 +190,9 @@ def _asker(
             progress("accuracy", number * steps + done, 3 * total)
 
         try:
+            if recipe.decoder is not None:
+                # Forced along its targets whatever its task is, for engines write nothing freely.
+                return evaluate_text_generation(dense, sparse, samples.batches, advance)
             found = evaluate_models(
                 dense, sparse, recipe.task, samples, question.directory, advance, pooling=pooling
             )

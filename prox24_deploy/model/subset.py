@@ -8,9 +8,11 @@ from torch import Tensor
 
 from prox24_deploy.model.calibration import IGNORED, Batch, Samples
 
-# What an image counts for in a budget of tokens: about the patches of 224 × 224 pixels, of which
-# convolutions need more time each and transformers three times as many.
+# What a sample that is no text counts for in a budget of tokens. Transformers make some 200 patches
+# of an image, convolutions take less time for it; what is longer, such as speech, is dearer.
 IMAGE_TOKENS = 64
+_OTHER_TOKENS = 512
+_UNIT_TOKENS = {"token": 1, "image": IMAGE_TOKENS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,7 @@ def take(samples: Samples, tokens: int, shapes: Shapes | None) -> tuple[Samples,
     texts are cut at the end or padded to a length in between.
     """
     source = samples.source
-    per_sample = 1 if source.unit == "token" else IMAGE_TOKENS
-    step = math.ceil(source.tokens * per_sample / tokens)
+    step = math.ceil(source.tokens * _UNIT_TOKENS.get(source.unit, _OTHER_TOKENS) / tokens)
     step = max(1, min(step, (source.samples + 1) // 2))
     batches: list[Batch] = []
     picked: list[Tensor] = []
@@ -45,7 +46,7 @@ def take(samples: Samples, tokens: int, shapes: Shapes | None) -> tuple[Samples,
             continue
         for part in rows.split(shapes.rows if shapes else count):
             chosen = _trimmed(_rows(batch, part))
-            if shapes and chosen.real.ndim == 2:
+            if shapes:
                 cut += int(_too_long(chosen, shapes.longest).sum())
                 chosen = _fitted(chosen, shapes)
             batches.append(chosen)
@@ -63,15 +64,15 @@ def _rows(batch: Batch, rows: Tensor) -> Batch:
 
 def _trimmed(batch: Batch) -> Batch:
     """Without the columns that are padding in every row that was kept."""
-    if batch.real.ndim == 1:
-        return batch
-    known = batch.targets if batch.targets is None else batch.targets != IGNORED
-    return _columns(batch, _width(batch.real), None if known is None else _width(known))
+    targets = None if batch.targets is None else _width(batch.targets != IGNORED)
+    return _columns(batch, _width(batch.real) if _is_text(batch) else None, targets)
 
 
 def _fitted(batch: Batch, shapes: Shapes) -> Batch:
     """Cut and padded on the right to a length that `shapes` allow."""
     targets = None if batch.targets is None else min(batch.targets.shape[1], shapes.longest)
+    if not _is_text(batch):
+        return _columns(batch, None, targets)
     cut = _columns(batch, min(batch.real.shape[1], shapes.longest), targets)
     missing = shapes.least - cut.real.shape[1]
     if missing <= 0:
@@ -83,13 +84,22 @@ def _fitted(batch: Batch, shapes: Shapes) -> Batch:
     return replace(cut, inputs=inputs, real=_padded(cut.real, missing))
 
 
-def _columns(batch: Batch, width: int, target_width: int | None) -> Batch:
+def _columns(batch: Batch, width: int | None, target_width: int | None) -> Batch:
+    """The first columns of a text and of its target; None is all of them."""
     inputs = {
-        name: tensor[:, : target_width if name.startswith("decoder_") else width]
+        name: _first(tensor, target_width if name.startswith("decoder_") else width)
         for name, tensor in batch.inputs.items()
     }
-    targets = None if batch.targets is None else batch.targets[:, :target_width]
-    return Batch(inputs, batch.real[:, :width], targets)
+    targets = None if batch.targets is None else _first(batch.targets, target_width)
+    return Batch(inputs, _first(batch.real, width), targets)
+
+
+def _first(tensor: Tensor, width: int | None) -> Tensor:
+    return tensor if width is None else tensor[:, :width]
+
+
+def _is_text(batch: Batch) -> bool:
+    return batch.real.ndim == 2
 
 
 def _padded(tensor: Tensor, missing: int) -> Tensor:
@@ -102,7 +112,7 @@ def _width(real: Tensor) -> int:
 
 
 def _too_long(batch: Batch, longest: int) -> Tensor:
-    lengths = batch.real.sum(1)
+    lengths = batch.real.sum(1) if _is_text(batch) else torch.zeros(len(batch.real))
     if batch.targets is not None:
         lengths = torch.maximum(lengths, (batch.targets != IGNORED).sum(1))
     return lengths > longest

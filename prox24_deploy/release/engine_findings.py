@@ -1,9 +1,9 @@
 """Checks and warnings about accuracy through the engines that ship."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prox24_deploy.accuracy import EngineAccuracy, EngineAccuracyResult, Fidelity
-from prox24_deploy.artifacts import Estimate, NotMeasured
+from prox24_deploy.artifacts import Estimate, Metric, NotMeasured
 from prox24_deploy.release.schema import Check
 
 
@@ -16,9 +16,16 @@ def engine_checks(result: EngineAccuracyResult) -> tuple[Check, ...]:
     )
 
 
-def engine_warnings(result: EngineAccuracyResult) -> Iterator[str]:
-    """What a reader must know of accuracy through engines."""
+def engine_warnings(result: EngineAccuracyResult, metrics: Sequence[Metric]) -> Iterator[str]:
+    """What a reader must know of accuracy through engines; `metrics` are those of PyTorch."""
     for engine in result.engines:
+        through = {metric.name for metric in engine.metrics}
+        lacking = [metric.name for metric in metrics if metric.name not in through]
+        if lacking:
+            yield (
+                f"Not measured through the engines of backend {engine.backend}, which generate "
+                f"nothing here: {', '.join(lacking)}."
+            )
         if engine.longest is not None:
             yield (
                 f"Accuracy through the engines of backend {engine.backend} is that of samples cut "

@@ -97,7 +97,7 @@ def assemble_report(
         verdict=overall_verdict(checks),
         warnings=(
             *find_warnings(prune, evaluate, export, compile, bench),
-            *engine_warnings(through),
+            *engine_warnings(through, evaluate.metrics),
             *task_warnings(tasks),
         ),
         model=model,

@@ -94,3 +94,18 @@ def test_both_sides_of_a_pair_are_cut_and_only_the_text_is_padded() -> None:
     assert first.inputs["decoder_input_ids"].tolist() == [[7, 8, 9, 9, 9]]
     assert cut == 2
     assert found.source.tokens == 3 + 5 + 5 + 2
+
+
+def test_targets_of_what_is_no_text_are_cut_too() -> None:
+    sounds = torch.arange(2 * 3 * 7.0).view(2, 3, 7)
+    targets = torch.tensor([[IGNORED, 5, 6, 7, IGNORED], [IGNORED, 5, IGNORED, IGNORED, IGNORED]])
+    inputs = {"input_features": sounds, "decoder_input_ids": torch.ones(2, 5, dtype=torch.long)}
+    batch = Batch(inputs, torch.ones(2, dtype=torch.bool), targets)
+    source = TextSource("file", ("x",), "0", 2, 2, unit="image")
+    found, cut = take(Samples((batch,), source), 10_000, Shapes(rows=2, least=8, longest=2))
+    (only,) = found.batches
+    assert only.inputs["input_features"].equal(sounds)
+    assert only.inputs["decoder_input_ids"].shape == (2, 2)
+    assert only.targets is not None
+    assert only.targets.tolist() == [[IGNORED, 5], [IGNORED, 5]]
+    assert cut == 1

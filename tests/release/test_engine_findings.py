@@ -90,9 +90,16 @@ def test_what_cannot_run_is_told_and_what_breaks_fails() -> None:
 
 
 def test_samples_that_were_cut_are_said() -> None:
-    assert not list(engine_warnings(EngineAccuracyResult((engine(CLOSE),))))
-    (warning,) = engine_warnings(EngineAccuracyResult((engine(CLOSE, longest=128),)))
+    assert not list(engine_warnings(EngineAccuracyResult((engine(CLOSE),)), METRICS))
+    (warning,) = engine_warnings(EngineAccuracyResult((engine(CLOSE, longest=128),)), METRICS)
     assert "samples cut to 128 tokens" in warning
+
+
+def test_a_metric_that_engines_lack_is_named() -> None:
+    asked = (replace(METRICS[0], name="word error rate"), *METRICS)
+    (warning,) = engine_warnings(EngineAccuracyResult((engine(CLOSE),)), asked)
+    assert warning.startswith("Not measured through the engines of backend onnxruntime")
+    assert warning.endswith(": word error rate.")
 
 
 def test_every_view_shows_the_engine() -> None:
