@@ -92,7 +92,8 @@ class TensorRtOptions:
 class EngineOptions:
     """Which backends to compile for, for which shapes, and how.
 
-    `plan` is the file of a plan whose GEMM timings need not be measured again.
+    `plan` is the file of a plan whose GEMM timings need not be measured again. `accuracy_tokens`
+    bounds how much of the evaluation is run through the engines; an image counts as 64 tokens.
     """
 
     backends: tuple[str, ...] = ("auto",)
@@ -100,11 +101,22 @@ class EngineOptions:
     sequences: tuple[int, ...] = (128,)
     plan: Path | None = None
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
+    # Left out of what it prints as, which tells backends apart and so what was compiled.
+    accuracy_tokens: int = field(default=8192, repr=False)
 
     def shapes(self, *, images: bool) -> list[tuple[int, int]]:
         """Every (batch, sequence), each once; sequence 0 for a model that reads images."""
         lengths = {0} if images else set(self.sequences)
         return sorted((batch, length) for batch in set(self.batches) for length in lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class HarnessOptions:
+    """Tasks of the lm-evaluation-harness, the folder with their data, and documents of each."""
+
+    tasks: tuple[str, ...] = ()
+    data: Path | None = None
+    limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +137,7 @@ class BuildOptions:
     baseline: Path | None = None
     baseline_limits: Path | None = None
     allow: tuple[str, ...] = ()
+    harness: HarnessOptions = field(default_factory=HarnessOptions)
 
 
 def parse_capabilities(words: Sequence[str]) -> tuple[str, ...]:

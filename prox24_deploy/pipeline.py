@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from prox24_deploy import engine_stages, stages
+from prox24_deploy import engine_accuracy, engine_stages, stages, task_accuracy
 from prox24_deploy.artifacts import (
     BenchResult,
     CompileResult,
@@ -35,17 +35,23 @@ def build(
     # Read before any work, so that a wrong path costs no time.
     gate = _read_gate(options)
     subject = read_subject(model_dir, out, options)
+    task_accuracy.require_usable(options.harness, subject.recipe)
     backends = engine_stages.open_backends(
         options.engine, model_dir, subject.recipe, subject.directory.config
     )
     with open_bundle(out, fresh=fresh) as bundle:
         stages.describe(bundle, subject, options)
+        task_accuracy.verify(bundle, options.harness)
         pruned = stages.prune(bundle, subject, options.prune, options.device, progress)
         exported = stages.export(bundle, options.dtype, progress)
         compiled = engine_stages.compile_engines(bundle, exported, backends, progress)
         measured = engine_stages.bench(bundle, compiled, backends, options.engine, progress)
         evaluated = stages.evaluate(bundle, subject, options.device, progress)
-        return stages.report(bundle, pruned, exported, compiled, measured, evaluated, gate)
+        through = engine_accuracy.measure(bundle, subject, compiled, backends, options, progress)
+        tasks = task_accuracy.measure(bundle, subject, options, progress)
+        return stages.report(
+            bundle, pruned, exported, compiled, measured, evaluated, gate, through, tasks
+        )
 
 
 def prune(

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from prox24_deploy.accuracy import EngineAccuracyResult, TaskScores
 from prox24_deploy.artifacts import (
     BenchResult,
     CompileResult,
@@ -43,7 +44,7 @@ Progress = Callable[[str, int, int], None]
 Twin = Literal["dense", "sparse"]
 
 TWINS: tuple[Twin, ...] = ("dense", "sparse")
-_STAGES = ("prune", "export", "compile", "bench", "evaluate")
+_STAGES = ("prune", "export", "compile", "bench", "evaluate", "accuracy", "tasks")
 _REPORT_FILES = (
     "report.json", "report.html", "summary.md", "junit.xml", "benchmark.json", *LATE_FILES,
 )  # fmt: skip
@@ -171,6 +172,8 @@ def report(
     measured: BenchResult,
     evaluated: EvaluateResult,
     gate: Gate | None = None,
+    through: EngineAccuracyResult | None = None,
+    tasks: TaskScores | None = None,
 ) -> Report:
     """Assemble the report, hold it against a baseline, write its views and the card, and seal."""
     manifest = bundle.manifest
@@ -184,8 +187,10 @@ def report(
         compiled,
         measured,
         {n: entry.size for n, entry in sorted(manifest.files.items()) if n not in _REPORT_FILES},
-        {name: manifest.stages[name].seconds for name in _STAGES},
+        {name: manifest.stages[name].seconds for name in _STAGES if name in manifest.stages},
         recipe_of(bundle).limits,
+        through=through or EngineAccuracyResult(),
+        tasks=tasks,
     )
     if gate:
         made = held_against(made, gate.baseline, limits=gate.limits, allow=gate.allow)

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fake_harness
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from command_line import run_cli, snapshot
@@ -21,6 +23,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prox24_deploy.cli import building
+from prox24_deploy.engines.base import Array, Feeds
+from prox24_deploy.engines.onnxruntime import OrtSession
 from prox24_deploy.pruning.pattern import is_24
 from prox24_deploy.release.schema import Report
 
@@ -116,6 +120,168 @@ def test_the_pruned_directory_scores_the_reported_perplexity(decoder: Path, pros
     assert metric.sparse.value == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
     assert metric.sparse.standard_error > 0
     assert metric.dense.standard_error > 0
+
+
+def test_the_engine_scores_what_its_outputs_say(decoder: Path, prose: Path) -> None:
+    """Perplexity and divergence of the float16 files, run and scored without any of our code."""
+    tokenizer = AutoTokenizer.from_pretrained(decoder / "pruned")
+    stream: list[int] = []
+    for paragraph in prose.read_text(encoding="utf-8").split("\n\n"):
+        stream += [tokenizer.bos_token_id, *tokenizer(paragraph)["input_ids"]]
+    rows = np.array(stream[:2048], np.int64).reshape(-1, 64)
+    logs = []
+    for twin in ("dense", "sparse"):
+        session = ort.InferenceSession(
+            decoder / "onnx" / twin / "model.onnx", providers=["CPUExecutionProvider"]
+        )
+        feeds = {"input_ids": rows, "attention_mask": np.ones_like(rows)} | {
+            entry.name: np.zeros((len(rows), entry.shape[1], 0, entry.shape[3]), np.float16)
+            for entry in session.get_inputs()
+            if entry.name.startswith("past")
+        }
+        logits = np.asarray(session.run(["logits"], feeds)[0])[:, :-1].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        logs.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+    losses = [-np.take_along_axis(log, rows[:, 1:, None], -1)[..., 0].mean(1) for log in logs]
+    divergence = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean(1)
+    (engine,) = read_report(decoder).accuracy.engines
+    assert (engine.backend, engine.dtype, engine.longest) == ("onnxruntime", "float16", None)
+    assert engine.samples == engine.available == len(rows)
+    found = {metric.name: metric for metric in engine.metrics}
+    for estimate, loss in zip(
+        (found["perplexity"].dense, found["perplexity"].sparse), losses, strict=True
+    ):
+        assert estimate is not None
+        assert estimate.value == pytest.approx(math.exp(loss.mean()), rel=1e-5)
+        error = math.exp(loss.mean()) * loss.std(ddof=1) / math.sqrt(len(rows))
+        assert estimate.standard_error == pytest.approx(error, rel=1e-3)
+    told = found["KL divergence"].agreement
+    assert told is not None
+    assert told.value == pytest.approx(divergence.mean(), rel=1e-3)
+    assert all(one.passed for one in engine.fidelity)
+    near = [one.agreement for one in engine.fidelity if one.metric == "KL divergence"]
+    assert all(each is not None and 0 < each.value < 1e-5 for each in near)
+
+
+def test_an_engine_that_departs_from_pytorch_fails_the_build(
+    copy: Path, tiny_bert: Path, prose: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted behind the seam; only the stages that depend on it run again."""
+    infer = OrtSession.infer
+
+    def wrong(self: OrtSession, feeds: Feeds) -> dict[str, Array]:
+        noise = np.random.default_rng(0)
+        found = infer(self, feeds)
+        if "sparse" not in self._source:
+            return found
+        return {n: a + noise.standard_normal(a.shape, np.float32) for n, a in found.items()}
+
+    monkeypatch.setattr(OrtSession, "infer", wrong)
+    line = ("build", tiny_bert, "-o", copy, "--calibration", prose, *SMALL, "--engine-tokens")
+    assert run_cli(*line, "1100").code == 3
+    report = read_report(copy)
+    failed = [check.name for check in report.regressions]
+    assert failed == ["onnxruntime sparse embedding cosine"]
+    assert "the engine does not do what PyTorch does" in report.regressions[0].message
+    assert "departs from PyTorch" in (copy / "summary.md").read_text(encoding="utf-8")
+    (engine,) = report.accuracy.engines
+    assert 0 < engine.samples < engine.available
+    for name, text in (("report.html", "<td>fail</td>"), ("junit.xml", "<failure")):
+        assert text in (copy / name).read_text(encoding="utf-8")
+    monkeypatch.setattr(OrtSession, "infer", lambda *_: {"last_hidden_state": np.full(1, np.nan)})
+    assert run_cli(*line, "1200").code == 3
+    (failed_engine,) = read_report(copy).accuracy.engines_failed
+    assert "is NaN or infinite" in failed_engine.reason
+
+
+def test_tasks_are_scored_on_the_same_documents_and_gated_by_a_baseline(
+    decoder: Path, tiny_llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the tasks are run anew; a stand-in for the harness asks the real models."""
+    out, data, shipped = tmp_path / "bundle", tmp_path / "data", tmp_path / "shipped"
+    shutil.copytree(decoder, out)
+    fake_harness.install(monkeypatch, shipped)
+    for folder in (data / "known", shipped):
+        folder.mkdir(parents=True)
+    (shipped / "known.yaml").write_text("{task: known, dataset_path: hub, test_split: validation}")
+    lines = prose.read_text(encoding="utf-8").split("\n\n")[:12]
+    (data / "known" / "validation.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    line = (
+        "build", tiny_llama, "-o", out, "--calibration", prose, "--evaluation", prose,
+        "--dtype", "float16", *SMALL,
+    )  # fmt: skip
+    asked = ("--lm-eval", "known", "--lm-eval-data", data)
+    run = run_cli(*line, *asked)
+    assert run.code == 0, run.err
+    assert "already-initialized" not in run.err
+    report = read_report(out)
+    tasks = report.accuracy.tasks
+    assert tasks is not None
+    (metric,) = tasks.metrics
+    assert (metric.name, metric.samples, tasks.limit) == ("known/acc", 12, None)
+    assert tasks.left_out == ("known/odd",)
+    assert any("are left out: known/odd" in warning for warning in report.warnings)
+    assert metric.dense is not None
+    assert metric.sparse is not None
+    assert metric.difference is not None
+    gap = metric.sparse.value - metric.dense.value
+    assert gap != 0
+    assert metric.difference.value == pytest.approx(gap)
+    models = [
+        fake_harness.HFLM(
+            pretrained=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+            tokenizer=AutoTokenizer.from_pretrained(path), batch_size=1, backend="causal",
+        )
+        for path in (tiny_llama, out / "pruned")
+    ]  # fmt: skip
+    with torch.no_grad():
+        scores = [[fake_harness.score(model, text) for text in lines] for model in models]
+    assert metric.dense.value == pytest.approx(np.mean(scores[0]))
+    assert metric.values == pytest.approx(scores[1])
+    for view in ("report.html", "summary.md", "junit.xml", "pruned/README.md"):
+        assert "known/acc" in (out / view).read_text(encoding="utf-8"), view
+    kept = Path(shutil.copy(out / "report.json", tmp_path / "baseline.json"))
+    before = snapshot(out)
+    assert run_cli(*line, *asked).code == 0
+    after = snapshot(out)
+    assert {n for n in before if before[n] != after.get(n)} <= {"manifest.json"}
+    run = run_cli(*line, *asked, "--lm-eval-limit", "8", "--baseline", kept)
+    assert run.code in {0, 3, 5}, run.err
+    again = read_report(out)
+    assert any("on their first 8 documents alone" in warning for warning in again.warnings)
+    assert again.baseline is not None
+    change = next(c for c in again.baseline.changes if c.name == "lm-eval/known/acc")
+    assert change.gated
+    assert run_cli(*line).code == 0
+    assert read_report(out).accuracy.tasks is None
+    held = run_cli("compare", out, kept)
+    assert held.code == 3
+    assert "lm-eval/known/acc" in held.out
+
+
+def test_tasks_that_cannot_be_run_are_refused_before_any_work(
+    tiny_llama: Path, tiny_bert: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(model: Path, *options: str | Path) -> tuple[int, str]:
+        run = run_cli("build", model, "-o", tmp_path / "out", "--calibration", prose, *options)
+        assert not (tmp_path / "out" / "pruned").exists()
+        return run.code, " ".join(run.err.split())
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, said = refused(tiny_llama, "--lm-eval", "hellaswag")
+    assert code == 5
+    assert "install the extra lm-eval with pip install 'prox24-deploy[lm-eval]'" in said
+    monkeypatch.undo()
+    fake_harness.install(monkeypatch, tmp_path / "shipped")
+    code, said = refused(tiny_llama, "--lm-eval", "hellaswag")
+    assert code == 2
+    assert "--lm-eval hellaswag names no task of the harness" in said
+    code, said = refused(tiny_bert, "--lm-eval", "hellaswag")
+    assert code == 2
+    assert "is for models of the task text-generation" in said
+    code, said = refused(tiny_llama, "--lm-eval-limit", "5")
+    assert code == 2
+    assert "have no effect without a task; add --lm-eval TASK" in said
 
 
 def test_check_names_every_pruned_module_of_the_sparse_twin(encoder: Path) -> None:

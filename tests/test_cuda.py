@@ -95,10 +95,32 @@ def test_cusparselt_runs_the_planned_layers_sparse_and_the_profiler_sees_it(
         assert 0 <= check["max_abs_difference"] <= check["tolerance"]
     assert {row["backend"] for row in report["latency"]} == {"cusparselt"}
     assert all(row["gated"] for row in report["latency"])
+    (engine,) = report["accuracy"]["engines"]
+    assert (engine["backend"], engine["longest"]) == ("cusparselt", 16)
+    assert 0 < engine["samples"] <= engine["available"]
+    assert {one["twin"] for one in engine["fidelity"]} == {"dense", "sparse"}
+    assert all(one["passed"] for one in engine["fidelity"])
     before = snapshot(out)
     again = run_cli(*arguments, "--plan", planned)
     assert again.code == run.code
     assert snapshot(out) == before
+
+
+def test_a_decoder_scores_through_cusparselt_what_it_scores_in_pytorch(
+    tiny_llama: Path, prose: Path, tmp_path: Path
+) -> None:
+    run = run_cli(
+        "build", tiny_llama, "-o", tmp_path / "out", "--calibration", prose, "--dtype", "bfloat16",
+        "--backend", "cusparselt", "--shapes", "batch=1,2", "sequence=32", "--json", *SMALL,
+    )  # fmt: skip
+    assert run.code in {0, 3, 5}, run.err
+    (engine,) = json.loads(run.out)["accuracy"]["engines"]
+    assert engine["longest"] == 32
+    figures = {(one["twin"], one["metric"]): one for one in engine["fidelity"]}
+    for twin in ("dense", "sparse"):
+        assert figures[twin, "KL divergence"]["passed"]
+        assert figures[twin, "log-perplexity"]["passed"]
+        assert 0 < figures[twin, "KL divergence"]["agreement"]["value"] < 0.01
 
 
 def test_a_plan_is_measured_on_the_gpu_at_hand(tiny_bert: Path, prose: Path) -> None:

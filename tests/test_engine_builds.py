@@ -57,6 +57,9 @@ def test_a_bundle_for_gpus_that_are_not_here_is_complete(bundle: Path) -> None:
     assert {row.backend for row in report.latency} == {"onnxruntime"}
     assert [missing.backend for missing in report.not_measured] == ["tensorrt-rtx"]
     assert "engines for SM86 cannot run here" in report.not_measured[0].reason
+    assert [engine.backend for engine in report.accuracy.engines] == ["onnxruntime"]
+    assert [missing.backend for missing in report.accuracy.engines_not_measured] == ["tensorrt-rtx"]
+    assert "Accuracy through backend tensorrt-rtx was not measured" in "".join(report.warnings)
     (evidence,) = [e for e in report.sparsity.engines if e.backend == "tensorrt-rtx"]
     assert (evidence.eligible, evidence.chosen) == (None, None)
     assert evidence.summary.startswith("sparse kernels: unknown")

@@ -98,7 +98,14 @@ normalize = true
     assert done.code == 0, done.err
     (output,) = onnx.load(out / "onnx" / "sparse" / "model.onnx").graph.output
     assert output.name == "sentence_embedding"
-    assert load_report(out / "report.json").accuracy.metric == "embedding cosine"
+    accuracy = load_report(out / "report.json").accuracy
+    assert accuracy.metric == "embedding cosine"
+    # The graph pools by [CLS], as the recipe says, and so does the reference.
+    (engine,) = accuracy.engines
+    assert all(one.passed for one in engine.fidelity)
+    assert accuracy.agreement is not None
+    assert engine.metrics[0].agreement is not None
+    assert engine.metrics[0].agreement.value == pytest.approx(accuracy.agreement.value, abs=1e-4)
 
 
 def test_an_encoder_decoder_is_built_as_two_graphs(prose: Path, tmp_path: Path) -> None:
@@ -115,6 +122,15 @@ def test_an_encoder_decoder_is_built_as_two_graphs(prose: Path, tmp_path: Path) 
     report = load_report(out / "report.json")
     assert (report.model.task, report.accuracy.metric) == ("text-to-text", "perplexity")
     assert report.pruning.calibration.targets == report.pruning.calibration.samples > 0
+    (engine,) = report.accuracy.engines
+    assert engine.samples == engine.available
+    assert all(one.passed for one in engine.fidelity)
+    for found, told in zip(engine.metrics, report.accuracy.metrics, strict=True):
+        assert found.name == told.name
+        for mine, theirs in ((found.sparse, told.sparse), (found.agreement, told.agreement)):
+            assert (mine is None) == (theirs is None)
+            if mine is not None and theirs is not None:
+                assert mine.value == pytest.approx(theirs.value, rel=1e-3, abs=1e-5)
     assert not any("target" in warning for warning in report.warnings)
     proven = [tensor.module for tensor in report.sparsity.tensors if tensor.expected]
     assert len(set(proven)) == len(proven) == report.pruning.totals.pruned == 32

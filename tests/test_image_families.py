@@ -109,6 +109,10 @@ def test_an_image_model_is_built_and_proven(name: str, images: Path, tmp_path: P
         assert names == ["accuracy", "top-1 agreement", "KL divergence"]
     else:
         assert names == ["embedding cosine", "nearest-neighbour agreement"]
+    (engine,) = report.accuracy.engines
+    assert [metric.name for metric in engine.metrics] == names
+    assert engine.tokens == engine.samples == engine.available
+    assert all(one.passed for one in engine.fidelity)
 
 
 def test_accuracy_and_agreement_are_those_of_transformers_on_the_same_files(

@@ -23,7 +23,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # Extras whose libraries are imported by name, inside of the functions that need them.
-OPTIONAL = ("sbom",)
+OPTIONAL = ("sbom", "lm-eval")
 # torch.onnx imports these when it exports.
 INDIRECT = {"onnx", "onnxscript"}
 MAX_LINES = 400
@@ -52,13 +52,14 @@ def ours(path: Path) -> set[str]:
     return {n.removeprefix(prefix).split(".")[0] for n in imports(path) if n.startswith(prefix)}
 
 
-COMMON = {"artifacts", "errors", "files", "limits", "options", "recipe", "__version__"}
+COMMON = {"accuracy", "artifacts", "errors", "files", "limits", "options", "recipe", "__version__"}
 MAY_IMPORT = {
     "pruning": {"pruning"},
     "model": {"model", "pruning"} | COMMON,
     "graph": {"graph"} | COMMON,
     "engines": {"engines", "graph", "model", "pruning"} | COMMON,
     "release": {"release", "engines"} | COMMON,
+    "accuracy": {"artifacts"},
     "artifacts": set(),
     "errors": set(),
     "options": {"artifacts", "errors"},

@@ -24,7 +24,7 @@ from prox24_deploy.options import (
 )
 
 _COMMON = {"-v", "--verbose", "--debug"}
-_TENSORRT = TensorRtOptions()
+_TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
 
 ModelArg = Annotated[Path, typer.Argument(help="Hugging Face model directory with safetensors.")]
 BundleArg = Annotated[Path, typer.Argument(help="A bundle: the OUT of an earlier command.")]
@@ -49,6 +49,33 @@ ImagesOpt = Annotated[
     int, typer.Option(min=16, help="Images to use, of calibration and of evaluation; not of text.")
 ]
 EvaluationTokensOpt = Annotated[int, typer.Option(min=1024, help="Evaluation tokens to use.")]
+EngineTokensOpt = Annotated[
+    int,
+    typer.Option(
+        min=1024,
+        help="Of them, tokens to run through each engine; an image counts as 64.",
+    ),
+]
+HarnessOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lm-eval",
+        metavar="TASK",
+        help="Task of the lm-evaluation-harness to score both models on; repeatable.",
+    ),
+]
+HarnessDataOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--lm-eval-data",
+        metavar="DIR",
+        help="Its data as TASK/SPLIT.jsonl, and tasks of your own as YAML; nothing is fetched.",
+    ),
+]
+HarnessLimitOpt = Annotated[
+    int | None,
+    typer.Option("--lm-eval-limit", min=2, help="Documents of each task; default: all."),
+]
 MethodOpt = Annotated[
     Method, typer.Option(help="Pruning method; ista is the literal one of the paper.")
 ]
@@ -243,6 +270,7 @@ def engine_options(
     shapes: list[str] | None,
     tensorrt: TensorRtOptions = _TENSORRT,
     plan: Path | None = None,
+    accuracy_tokens: int = _ENGINE.accuracy_tokens,
 ) -> EngineOptions:
     """The options about engines as one record.
 
@@ -268,6 +296,7 @@ def engine_options(
         parsed.get("sequence", default.sequences),
         plan,
         tensorrt,
+        accuracy_tokens,
     )
 
 

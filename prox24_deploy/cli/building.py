@@ -8,13 +8,13 @@ import typer
 
 from prox24_deploy.cli import arguments, tables
 from prox24_deploy.cli.terminal import print_json, print_table, stderr, stdout
-from prox24_deploy.options import BuildOptions, TextOptions
+from prox24_deploy.options import BuildOptions, EngineOptions, HarnessOptions, TextOptions
 
 if TYPE_CHECKING:
     from prox24_deploy.release.report import Report
 
 EXIT_REGRESSION, EXIT_SPARSITY, EXIT_INCONCLUSIVE = 3, 4, 5
-_TEXT = TextOptions()
+_TEXT, _ENGINE = TextOptions(), EngineOptions()
 VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCLUSIVE}
 
 
@@ -38,6 +38,7 @@ def build(
     dtype: arguments.DTypeOpt = "float32",
     backend: arguments.BackendOpt = None,
     shapes: arguments.ShapesOpt = None,
+    engine_tokens: arguments.EngineTokensOpt = _ENGINE.accuracy_tokens,
     plan: arguments.PlanOpt = None,
     workspace_gib: arguments.WorkspaceOpt = None,
     builder_level: arguments.LevelOpt = None,
@@ -46,6 +47,9 @@ def build(
     strip_weights: arguments.StripOpt = False,
     timing_cache: arguments.TimingsOpt = None,
     compute_capability: arguments.CapabilityOpt = None,
+    lm_eval: arguments.HarnessOpt = None,
+    lm_eval_data: arguments.HarnessDataOpt = None,
+    lm_eval_limit: arguments.HarnessLimitOpt = None,
     device: arguments.DeviceOpt = "auto",
     seed: arguments.SeedOpt = 0,
     baseline: arguments.BaselineOpt = None,
@@ -71,10 +75,11 @@ def build(
         ),
         device,
         dtype,
-        arguments.engine_options(backend, shapes, tensorrt, plan),
+        arguments.engine_options(backend, shapes, tensorrt, plan, engine_tokens),
         baseline,
         limits,
         tuple(allow or ()),
+        HarnessOptions(tuple(dict.fromkeys(lm_eval or ())), lm_eval_data, lm_eval_limit),
     )
     root = out or arguments.default_out(model_dir)
     with tables.progress(stderr) as progress:

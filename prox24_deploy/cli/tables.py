@@ -58,6 +58,11 @@ def report_head(report: "Report") -> list[str]:
         f"Verdict: {report.verdict}",
         f"Pruned: {totals.pruned} layers proven 2:4, {totals.skipped} left dense",
         *map(metric_line, report.accuracy.metrics),
+        *(
+            f"Through {engine.backend}: {metric_line(engine.metrics[0])}"
+            for engine in report.accuracy.engines
+        ),
+        *map(metric_line, report.accuracy.tasks.metrics if report.accuracy.tasks else ()),
     ]
 
 

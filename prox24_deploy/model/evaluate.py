@@ -31,15 +31,19 @@ def evaluate_models(
     progress: Progress,
     *,
     embedding: Embedding | None = None,
+    pooling: Pooling | None = None,
 ) -> EvaluateResult:
-    """Measure what the task calls for: perplexity, classes, or agreement of embeddings."""
+    """Measure what the task calls for: perplexity, classes, or agreement of embeddings.
+
+    `pooling` is that of models which do not say it in `model_dir` or `embedding`.
+    """
     began = time.perf_counter()
     if task in {"text-generation", "text-to-text"}:
         metrics = evaluate_text_generation(dense, sparse, held_out.batches, progress)
     elif task.endswith("-classification"):
         metrics = evaluate_classes(dense, sparse, held_out.batches, progress, held_out.labels)
     else:
-        pooling = pooling_of(model_dir, embedding)
+        pooling = pooling or pooling_of(model_dir, embedding)
         metrics = evaluate_embeddings(dense, sparse, held_out.batches, pooling, progress)
     return EvaluateResult(metrics, held_out.source, time.perf_counter() - began)
 
@@ -48,20 +52,25 @@ def evaluate_models(
 def evaluate_text_generation(
     dense: nn.Module, sparse: nn.Module, batches: tuple[Batch, ...], progress: Progress
 ) -> tuple[Metric, ...]:
-    """Perplexity of both models and their top-1 agreement, over windows of text.
+    """Perplexity of both models, their top-1 agreement and KL(dense, sparse), over windows of text.
 
-    A window of an encoder-decoder is the target of one text, on which its decoder is forced;
-    windows count alike, whatever their length. Standard errors are over windows: of exp(mean NLL)
-    by the delta method, and paired for the difference of log-perplexity.
+    The divergence is in nats per token. A window of an encoder-decoder is the target of one text,
+    on which its decoder is forced; windows count alike, whatever their length. Standard errors are
+    over windows: of exp(mean NLL) by the delta method, and paired for the difference of
+    log-perplexity.
     """
     nll: list[Tensor] = []
     agree: list[Tensor] = []
+    diverge: list[Tensor] = []
     for i, batch in enumerate(batches):
         progress("evaluate", i, len(batches))
         logits = [next_logits(model, batch) for model in (dense, sparse)]
         nll.append(torch.stack([window_nll(part, batch) for part in logits]))
         same = logits[0].argmax(-1) == logits[1].argmax(-1)
         agree.append(_window_mean(same.double(), _next_tokens(batch)))
+        # Row by row, because a batch of distributions over a large vocabulary is not small.
+        rows = [_divergence(*pair) for pair in zip(*logits, strict=True)]
+        diverge.append(_window_mean(torch.stack(rows), _next_tokens(batch)))
     progress("evaluate", len(batches), len(batches))
     losses = torch.cat(nll, dim=1)
     windows = losses.shape[1]
@@ -90,7 +99,12 @@ def evaluate_text_generation(
         None,
         per_sample(losses[1]),
     )
-    return perplexity, log_perplexity, _agreement("top-1 agreement", True, torch.cat(agree))
+    return (
+        perplexity,
+        log_perplexity,
+        _agreement("top-1 agreement", True, torch.cat(agree)),
+        _agreement("KL divergence", False, torch.cat(diverge)),
+    )
 
 
 @torch.no_grad()
@@ -198,12 +212,17 @@ def class_figures(dense: Tensor, sparse: Tensor, real: Tensor) -> Tensor:
         figures = torch.stack([dense[..., 0], sparse[..., 0]])
     else:
         same = (dense.argmax(-1) == sparse.argmax(-1)).double()
-        logs = [part.log_softmax(-1) for part in (dense, sparse)]
-        figures = torch.stack([same, (logs[0].exp() * (logs[0] - logs[1])).sum(-1)])
+        figures = torch.stack([same, _divergence(dense, sparse)])
     if figures.ndim == 2:
         return figures
     weight = real.to(figures.device, figures.dtype)
     return (figures * weight).sum(-1) / weight.sum(-1)
+
+
+def _divergence(dense: Tensor, sparse: Tensor) -> Tensor:
+    """KL(dense, sparse) in nats of what logits, (..., classes), foretell: (...), float64."""
+    logs = [part.double().log_softmax(-1) for part in (dense, sparse)]
+    return (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
 
 
 def mean_estimate(values: Tensor) -> Estimate:

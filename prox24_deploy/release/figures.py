@@ -97,11 +97,14 @@ def _scaled(ratio: Interval, old: float, *, better: bool) -> Interval:
 
 
 def _accuracy(report: Report) -> Iterator[Figure]:
-    for metric in report.accuracy.metrics:
+    named = [("", report.accuracy.metrics)]
+    named += [(f"engine/{found.backend}/", found.metrics) for found in report.accuracy.engines]
+    named += [("lm-eval/", report.accuracy.tasks.metrics)] if report.accuracy.tasks else []
+    for prefix, metric in ((prefix, metric) for prefix, metrics in named for metric in metrics):
         found = _estimate(metric)
         if found is not None:
             yield Figure(
-                metric.name,
+                prefix + metric.name,
                 "accuracy",
                 "",
                 metric.higher_is_better,

@@ -69,7 +69,7 @@ def find_checks(
             for evidence in compiled.evidence
             for check in evidence.numerics
         ),
-        *(_accuracy_check(metric) for metric in evaluate.metrics),
+        *(accuracy_check(metric) for metric in evaluate.metrics),
         *_budget_checks(prune.sensitivity, evaluate.metrics),
         *(_latency_check(row) for row in bench.latency),
         *(_unmeasured_check(missing) for missing in bench.not_measured),
@@ -257,7 +257,7 @@ def _numerics_check(check: NumericsCheck, who: str, compared: str) -> Check:
     )
 
 
-def _accuracy_check(metric: Metric) -> Check:
+def accuracy_check(metric: Metric) -> Check:
     """Without a baseline there is no limit, but a figure that is not finite fails by itself."""
     known = {"dense": metric.dense, "sparse": metric.sparse, "agreement": metric.agreement}
     values = {key: part.value for key, part in known.items() if part}

@@ -96,10 +96,7 @@ def render_benchmark(report: Report) -> bytes:
     entries = [*_latency_entries(report), *_error_entries(report)]
     sizes = {"dense": report.sizes.onnx_dense_bytes, "sparse": report.sizes.onnx_sparse_bytes}
     entries += [_entry(f"onnx {twin} size", "bytes", size, "") for twin, size in sizes.items()]
-    accuracy = report.accuracy
-    if accuracy.sparse and not accuracy.higher_is_better:
-        error = f"± {accuracy.sparse.standard_error:.3g}"
-        entries.append(_entry(f"sparse {accuracy.metric}", "", accuracy.sparse.value, error))
+    entries += _accuracy_entries(report)
     return (json.dumps(entries, indent=2) + "\n").encode()
 
 
@@ -330,6 +327,18 @@ def _error_entries(report: Report) -> list[dict[str, Any]]:
         _entry(f"mean {text} error", "relative", error, "")
         for text, error in errors.items()
         if error is not None
+    ]
+
+
+def _accuracy_entries(report: Report) -> list[dict[str, Any]]:
+    """The headline where less of it is better, through PyTorch and through each engine."""
+    accuracy = report.accuracy
+    named = [("", accuracy.metrics), *((f", {e.backend}", e.metrics) for e in accuracy.engines)]
+    return [
+        _entry(f"sparse {m.name}{engine}", "", m.sparse.value, f"± {m.sparse.standard_error:.3g}")
+        for engine, metrics in named
+        for m in metrics[:1]
+        if m.sparse and not m.higher_is_better
     ]
 
 

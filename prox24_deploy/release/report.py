@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from prox24_deploy.accuracy import EngineAccuracyResult, TaskScores
 from prox24_deploy.artifacts import (
     BenchResult,
     CompileResult,
@@ -26,6 +27,7 @@ from prox24_deploy.artifacts import (
 )
 from prox24_deploy.files import write_atomic
 from prox24_deploy.limits import Limits
+from prox24_deploy.release.engine_findings import engine_checks, engine_warnings
 from prox24_deploy.release.findings import find_checks, find_warnings, overall_verdict
 from prox24_deploy.release.render import (
     render_benchmark,
@@ -47,6 +49,7 @@ from prox24_deploy.release.schema import (
     report_schema,
     schema_text,
 )
+from prox24_deploy.release.task_findings import task_checks, task_warnings
 
 __all__ = [
     "SCHEMA_FILE",
@@ -59,6 +62,7 @@ __all__ = [
     "write_report",
 ]
 
+_NOT_ASKED = EngineAccuracyResult()
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -74,6 +78,9 @@ def assemble_report(
     sizes: Mapping[str, int],
     timings: Mapping[str, float],
     limits: Limits,
+    *,
+    through: EngineAccuracyResult = _NOT_ASKED,
+    tasks: TaskScores | None = None,
 ) -> Report:
     """Make the report of one build; pure.
 
@@ -81,15 +88,23 @@ def assemble_report(
     with the options, the conditions of the measurement with the environment. An error or metric
     that is not finite becomes None and fails the release.
     """
-    checks = find_checks(prune, evaluate, export, compile, bench)
+    checks = (
+        *find_checks(prune, evaluate, export, compile, bench),
+        *engine_checks(through),
+        *task_checks(tasks),
+    )
     return Report(
         verdict=overall_verdict(checks),
-        warnings=find_warnings(prune, evaluate, export, compile, bench),
+        warnings=(
+            *find_warnings(prune, evaluate, export, compile, bench),
+            *engine_warnings(through, evaluate.metrics),
+            *task_warnings(tasks),
+        ),
         model=model,
         options={**options, "limits": limits.as_json()},
         environment={**environment, "conditions": {**bench.conditions}},
         pruning=_pruning(prune, export),
-        accuracy=_accuracy(evaluate),
+        accuracy=_accuracy(evaluate, through, tasks),
         sparsity=Sparsity(tensors=export.sparsity, engines=compile.evidence),
         latency=bench.latency,
         not_measured=bench.not_measured,
@@ -151,7 +166,9 @@ def _mean(values: list[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _accuracy(evaluate: EvaluateResult) -> Accuracy:
+def _accuracy(
+    evaluate: EvaluateResult, through: EngineAccuracyResult, tasks: TaskScores | None
+) -> Accuracy:
     metrics = tuple(_finite_metric(metric) for metric in evaluate.metrics)
     headline = metrics[0]
     compared = next((metric for metric in metrics if metric.agreement), None)
@@ -166,6 +183,13 @@ def _accuracy(evaluate: EvaluateResult) -> Accuracy:
         agreement=compared.agreement if compared else None,
         metrics=metrics,
         evaluation=evaluate.evaluation,
+        engines=tuple(
+            replace(engine, metrics=tuple(map(_finite_metric, engine.metrics)))
+            for engine in through.engines
+        ),
+        engines_not_measured=through.not_measured,
+        engines_failed=through.failed,
+        tasks=tasks and replace(tasks, metrics=tuple(map(_finite_metric, tasks.metrics))),
     )
 
 

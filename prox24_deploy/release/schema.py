@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from prox24_deploy.accuracy import EngineAccuracy, TaskScores
 from prox24_deploy.artifacts import (
     EngineEvidence,
     Estimate,
@@ -91,7 +92,9 @@ class Accuracy(_Part):
 
     `dense`, `sparse` and `difference` are None where the headline compares the two models directly;
     `agreement` is that of the first metric that does. A figure that is not finite is None, and a
-    check of its own fails.
+    check of its own fails. `metrics` are of the PyTorch models; `engines` has the same through the
+    engines, on some of the samples. Engines that cannot run here are `engines_not_measured`, those
+    that gave no usable output `engines_failed`. `tasks` are those of the lm-evaluation-harness.
     """
 
     metric: str
@@ -104,6 +107,10 @@ class Accuracy(_Part):
     agreement: Estimate | None
     metrics: tuple[Metric, ...]
     evaluation: TextSource
+    engines: tuple[EngineAccuracy, ...] = ()
+    engines_not_measured: tuple[NotMeasured, ...] = ()
+    engines_failed: tuple[NotMeasured, ...] = ()
+    tasks: TaskScores | None = None
 
 
 class Sparsity(_Part):

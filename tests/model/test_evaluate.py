@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from opened import open_tiny
@@ -35,11 +37,18 @@ def shaken(model: nn.Module, amount: float = 0.05) -> nn.Module:
     return model
 
 
+def log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """An oracle in NumPy, over the last axis."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    found: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return found
+
+
 @torch.no_grad()
 def test_perplexity_is_that_of_the_models_own_loss(tiny_llama: Path, prose: Path) -> None:
     opened = open_tiny(tiny_llama, prose)
     dense, sparse = opened.model, shaken(open_tiny(tiny_llama, prose).model)
-    perplexity, log_perplexity, agreement = evaluate_text_generation(
+    perplexity, log_perplexity, agreement, divergence = evaluate_text_generation(
         dense, sparse, opened.batches, quiet
     )
     rows = torch.cat([batch.inputs["input_ids"] for batch in opened.batches])
@@ -62,13 +71,23 @@ def test_perplexity_is_that_of_the_models_own_loss(tiny_llama: Path, prose: Path
     assert agreement.agreement is not None
     assert agreement.agreement.value == pytest.approx(float((tops[0] == tops[1]).double().mean()))
     assert 0.0 < agreement.agreement.value < 1.0
+    logs = [log_softmax(model(rows).logits[:, :-1].double().numpy()) for model in (dense, sparse)]
+    kl = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean(-1)
+    assert divergence.agreement is not None
+    assert divergence.agreement.value == pytest.approx(float(kl.mean()), rel=1e-4)
+    spread = float(kl.std(ddof=1)) / math.sqrt(len(rows))
+    assert divergence.agreement.standard_error == pytest.approx(spread, rel=1e-3)
 
 
 def test_a_model_agrees_with_itself(tiny_llama: Path, tiny_bert: Path, prose: Path) -> None:
     decoder = open_tiny(tiny_llama, prose)
-    _, gap, top = evaluate_text_generation(decoder.model, decoder.model, decoder.batches, quiet)
+    _, gap, top, divergence = evaluate_text_generation(
+        decoder.model, decoder.model, decoder.batches, quiet
+    )
     assert gap.difference is not None
     assert (gap.difference.value, gap.difference.standard_error) == (0.0, 0.0)
+    assert divergence.agreement is not None
+    assert (divergence.agreement.value, divergence.agreement.standard_error) == (0.0, 0.0)
     encoder = open_tiny(tiny_bert, prose)
     cosine, neighbours = evaluate_embeddings(
         encoder.model, encoder.model, encoder.batches, pooling_of(tiny_bert), quiet
@@ -168,7 +187,7 @@ def test_values_per_sample_have_the_mean_and_the_error_of_every_metric(
         ),
     )
     assert [metric.name for metric in metrics] == [
-        "perplexity", "log-perplexity", "top-1 agreement", "embedding cosine",
+        "perplexity", "log-perplexity", "top-1 agreement", "KL divergence", "embedding cosine",
         "nearest-neighbour agreement",
     ]  # fmt: skip
     for metric in metrics:

@@ -78,7 +78,7 @@ def test_a_model_agrees_with_itself(bart: Path) -> None:
     batches = pairs(bart, LONG).batches
     metrics = evaluate_text_generation(model, model, batches, lambda *_: None)
     assert [metric.name for metric in metrics] == [
-        "perplexity", "log-perplexity", "top-1 agreement",
+        "perplexity", "log-perplexity", "top-1 agreement", "KL divergence",
     ]  # fmt: skip
     assert metrics[1].difference is not None
     assert metrics[1].difference.value == 0

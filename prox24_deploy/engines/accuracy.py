@@ -1,0 +1,215 @@
+"""The metrics of a model through its engines, and how far each engine is from PyTorch."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from prox24_deploy.accuracy import EngineAccuracy, Fidelity
+from prox24_deploy.artifacts import DType, Engine, Estimate, Metric
+from prox24_deploy.engines.as_model import EngineModel, Graph, TorchGraph, embedding_output
+from prox24_deploy.engines.base import Backend
+from prox24_deploy.errors import EngineError, ModelDirError
+from prox24_deploy.graph.module import RecipeModule
+from prox24_deploy.graph.signature import read_inputs
+from prox24_deploy.model.calibration import Samples
+from prox24_deploy.model.evaluate import (
+    Pooling,
+    evaluate_models,
+    evaluate_text_generation,
+    pooling_of,
+)
+from prox24_deploy.model.subset import Shapes, take
+from prox24_deploy.recipe import Recipe
+
+Progress = Callable[[str, int, int], None]
+Twin = Literal["dense", "sparse"]
+
+TWINS: tuple[Twin, ...] = ("dense", "sparse")
+# How far an engine may be from PyTorch in float32: nats of log-perplexity and divergence, shares of
+# accuracy, 1 - cosine, standard deviations of a score. Rounding explains less in each dtype.
+TOLERANCES: dict[DType, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+_NORMAL_95 = 1.96
+# Metrics that hold an engine to PyTorch, each from what was measured to what should be 0. Others
+# inform: a near tie decides single tokens and neighbours, and perplexity is in its logarithm.
+_DEPARTURES: dict[str, Callable[[float], float]] = {
+    "log-perplexity": abs,
+    "accuracy": abs,
+    "KL divergence": abs,
+    "score change": abs,
+    "embedding cosine": lambda cosine: 1 - cosine,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of engines: a recipe's task on samples, as the PyTorch models were asked it.
+
+    `load` opens a PyTorch twin in float32, one at a time to spare memory, and `directory` says how
+    embeddings are pooled.
+    `tokens` bounds how much is run, and `shapes` are those that engines on a GPU were compiled for.
+    """
+
+    recipe: Recipe
+    load: Callable[[Twin], nn.Module]
+    directory: Path
+    held_out: Samples
+    tokens: int
+    shapes: Shapes
+
+
+def measure_accuracy(
+    backend: Backend,
+    bundle: Path,
+    engines: Sequence[Engine],
+    question: Question,
+    least_rows: int,
+    progress: Progress,
+) -> EngineAccuracy:
+    """Run the sparse and the dense engine of one backend, and PyTorch, on the same samples.
+
+    An engine that is not on a GPU takes any shape, so its samples are as long as the model's own.
+
+    Args:
+        backend: opens the engines.
+        bundle: the folder that they lie in.
+        engines: of this backend; a twin is one graph, or encoder and decoder.
+        question: what to ask.
+        least_rows: of a batch, that an engine on a GPU takes.
+        progress: told of each of the three comparisons.
+
+    Raises:
+        BackendMissingError: an engine cannot run on this machine.
+        EngineError: an engine does not run, lacks an input, or gives what is not finite.
+    """
+    began = time.perf_counter()
+    samples, cut = take(
+        question.held_out, question.tokens, question.shapes if backend.on_gpu else None
+    )
+    rows = least_rows if backend.on_gpu else 1
+    dtype = engines[0].dtype
+    ask = _asker(question, samples, progress)
+    models: dict[Twin, EngineModel] = {}
+    fidelity: list[Fidelity] = []
+    with ExitStack() as opened:
+        for i, twin in enumerate(TWINS):
+            graphs = [
+                Graph(
+                    opened.enter_context(backend.open(bundle, engine)),
+                    read_inputs(bundle / engine.onnx),
+                    engine.dtype,
+                    engine.path,
+                    rows,
+                )
+                for engine in engines
+                if engine.twin == twin
+            ]
+            # After the engines, of which the first to be missing saves the loading.
+            model = question.load(twin)
+            models[twin] = EngineModel(graphs, model.config)
+            reference = _reference(model, question.recipe, twin)
+            compared = ask(reference, models[twin], i)
+            fidelity += [fidelity_of(twin, metric, dtype) for metric in compared]
+            del model, reference
+        metrics = ask(models["dense"], models["sparse"], len(TWINS))
+    return EngineAccuracy(
+        backend=backend.name,
+        device=engines[0].device,
+        dtype=dtype,
+        samples=samples.source.samples,
+        tokens=samples.source.tokens,
+        available=question.held_out.source.samples,
+        longest=question.shapes.longest if cut else None,
+        metrics=metrics,
+        fidelity=tuple(fidelity),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def fidelity_of(twin: Twin, metric: Metric, dtype: DType) -> Fidelity:
+    """Judge a metric whose "dense" model is PyTorch and whose "sparse" one is the engine; pure.
+
+    The departure counts what is beyond the 95 % interval of a paired difference; an agreement has
+    no noise to speak of, for its perfect value is known.
+    """
+    found = metric.difference or metric.agreement
+    depart = _DEPARTURES.get(metric.name)
+    tolerance = TOLERANCES[dtype] if depart and found else None
+    departure = None
+    if found and math.isfinite(found.value) and math.isfinite(found.standard_error):
+        noise = _NORMAL_95 * found.standard_error if metric.difference else 0.0
+        departure = max(0.0, depart(found.value) - noise) if depart else None
+    passed = tolerance is None or (departure is not None and departure <= tolerance)
+    return Fidelity(
+        twin=twin,
+        metric=metric.name,
+        samples=metric.samples,
+        torch=_known(metric.dense),
+        engine=_known(metric.sparse),
+        difference=_known(metric.difference),
+        agreement=_known(metric.agreement),
+        departure=departure,
+        tolerance=tolerance,
+        passed=passed,
+    )
+
+
+def _known(estimate: Estimate | None) -> Estimate | None:
+    """An estimate that JSON can hold."""
+    finite = estimate and math.isfinite(estimate.value) and math.isfinite(estimate.standard_error)
+    return estimate if finite else None
+
+
+def _reference(model: nn.Module, recipe: Recipe, twin: Twin) -> EngineModel:
+    """PyTorch's own answer, through the same graph inputs and outputs."""
+    modules = [RecipeModule(model, part).eval() for part in recipe.parts]
+    graphs = [
+        Graph(TorchGraph(module), module.signature.inputs, "float32", f"the {twin} model")
+        for module in modules
+    ]
+    return EngineModel(graphs, model.config)
+
+
+def _asker(
+    question: Question, samples: Samples, progress: Progress
+) -> Callable[[nn.Module, nn.Module, int], tuple[Metric, ...]]:
+    """From two models to the metrics between them, the number of the comparison for the bar."""
+    recipe = question.recipe
+    pooled = embedding_output([spec.name for spec in recipe.outputs])
+    pooling = _single_state if pooled else _pooling(question)
+    steps = len(samples.batches)
+
+    def ask(dense: nn.Module, sparse: nn.Module, number: int) -> tuple[Metric, ...]:
+        def advance(_: str, done: int, total: int) -> None:
+            progress("accuracy", number * steps + done, 3 * total)
+
+        try:
+            if recipe.decoder is not None:
+                # Forced along its targets whatever its task is, for engines write nothing freely.
+                return evaluate_text_generation(dense, sparse, samples.batches, advance)
+            found = evaluate_models(
+                dense, sparse, recipe.task, samples, question.directory, advance, pooling=pooling
+            )
+        except ModelDirError as error:
+            # PyTorch has been through the same samples before, so an engine is what differs.
+            raise EngineError(f"Its engines give no usable output: {error}") from error
+        return found.metrics
+
+    return ask
+
+
+def _pooling(question: Question) -> Pooling | None:
+    """How the PyTorch models were pooled, of a task that pools."""
+    if question.recipe.task not in {"feature-extraction", "text-encoding"}:
+        return None
+    return pooling_of(question.directory, question.recipe.embedding)
+
+
+def _single_state(hidden: Tensor, _: Tensor) -> Tensor:
+    return torch.as_tensor(hidden[:, 0])

@@ -1,0 +1,31 @@
+"""Checks and warnings about tasks of the lm-evaluation-harness."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from prox24_deploy.accuracy import TaskScores
+from prox24_deploy.release.findings import accuracy_check
+from prox24_deploy.release.schema import Check
+
+
+def task_checks(scores: TaskScores | None) -> tuple[Check, ...]:
+    """One for each figure; like other accuracy, they are held to limits against a baseline."""
+    if scores is None:
+        return ()
+    return tuple(accuracy_check(replace(m, name=f"lm-eval/{m.name}")) for m in scores.metrics)
+
+
+def task_warnings(scores: TaskScores | None) -> Iterator[str]:
+    """What a reader must know of these figures."""
+    if scores is None:
+        return
+    if scores.limit is not None:
+        yield (
+            f"Tasks of the lm-evaluation-harness were run on their first {scores.limit} documents "
+            "alone; leave out --lm-eval-limit for scores that can be compared with published ones."
+        )
+    if scores.left_out:
+        yield (
+            f"Figures of the lm-evaluation-harness without a standard error or a better side are "
+            f"left out: {', '.join(scores.left_out)}."
+        )

@@ -1,0 +1,283 @@
+"""Engines called as the model, and held against PyTorch."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from tiny_models import write_tiny_bart, write_tiny_classifier
+from torch import nn
+
+from prox24_deploy.artifacts import Engine, Estimate, Metric
+from prox24_deploy.engines import accuracy
+from prox24_deploy.engines.accuracy import TOLERANCES, Question, fidelity_of, measure_accuracy
+from prox24_deploy.engines.as_model import EngineModel, Graph, TorchGraph
+from prox24_deploy.engines.base import Array, Feeds
+from prox24_deploy.errors import EngineError, ModelDirError
+from prox24_deploy.graph.module import RecipeModule
+from prox24_deploy.model.blocks import run_model
+from prox24_deploy.model.calibration import Samples, make_samples, read_texts
+from prox24_deploy.model.directory import ModelDir, load_model, load_tokenizer, open_model_dir
+from prox24_deploy.model.evaluate import next_logits, window_nll
+from prox24_deploy.model.pairs import make_pairs, start_token
+from prox24_deploy.model.subset import Shapes
+from prox24_deploy.recipe import Recipe, TensorSpec, select_recipe
+
+CPU = torch.device("cpu")
+
+
+def quiet(*_: object) -> None:
+    """No progress."""
+
+
+def opened(path: Path, prose: Path, tokens: int = 3000) -> tuple[ModelDir, Recipe, Samples]:
+    directory = open_model_dir(path)
+    recipe = select_recipe(path, directory.model_type, None)[0]
+    recipe = recipe.for_architecture(directory.architecture)
+    texts, _ = read_texts([prose], [prose], 0)
+    tokenizer = load_tokenizer(directory)
+    if recipe.decoder is None:
+        return directory, recipe, make_samples(
+            texts, tokenizer, recipe, tokens=tokens, max_length=48
+        )  # fmt: skip
+    start = start_token(directory)
+    return directory, recipe, make_pairs(
+        texts, tokenizer, recipe, tokens=tokens, max_length=48, start=start
+    )  # fmt: skip
+
+
+def as_engine(model: nn.Module, recipe: Recipe) -> EngineModel:
+    modules = [RecipeModule(model, part).eval() for part in recipe.parts]
+    graphs = [Graph(TorchGraph(m), m.signature.inputs, "float32", "the model") for m in modules]
+    return EngineModel(graphs, model.config)
+
+
+@torch.no_grad()
+def test_encoder_and_decoder_graphs_foretell_what_the_whole_model_does(
+    tmp_path: Path, prose: Path
+) -> None:
+    directory, recipe, samples = opened(write_tiny_bart(tmp_path / "bart"), prose)
+    model = load_model(directory, recipe, CPU)
+    engine = as_engine(model, recipe)
+    for batch in samples.batches:
+        expected, found = (next_logits(one, batch) for one in (model, engine))
+        assert torch.allclose(found, expected, atol=1e-5)
+        torch.testing.assert_close(window_nll(found, batch), window_nll(expected, batch))
+
+
+@torch.no_grad()
+def test_a_decoder_reads_its_text_behind_an_empty_past(tiny_gpt2: Path, prose: Path) -> None:
+    """GPT-2 has position_ids too, which samples do not have and the shape tells."""
+    directory, recipe, samples = opened(tiny_gpt2, prose)
+    model = load_model(directory, recipe, CPU)
+    batch = samples.batches[0]
+    found = next_logits(as_engine(model, recipe), batch)
+    assert torch.allclose(found, next_logits(model, batch), atol=1e-5)
+
+
+@dataclass
+class Echo:
+    """Gives the rows it was fed as embeddings, and remembers their shape."""
+
+    value: float = 1.0
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    def infer(self, feeds: Feeds) -> dict[str, Array]:
+        self.shapes.append(feeds["pixel_values"].shape)
+        return {"image_embeds": feeds["pixel_values"].reshape(-1, 2) * np.float16(self.value)}
+
+
+PIXELS = TensorSpec(name="pixel_values", dtype="float", axes=["batch", 1, 1, 2])
+
+
+def test_a_small_batch_is_filled_up_for_an_engine_that_takes_no_fewer() -> None:
+    echo = Echo()
+    model = EngineModel([Graph(echo, (PIXELS,), "float16", "e", rows=4)], None)
+    pixels = torch.arange(4.0).view(2, 1, 1, 2)
+    outputs = model(pixel_values=pixels)
+    assert echo.shapes == [(4, 1, 1, 2)]
+    assert outputs.image_embeds.tolist() == [[0, 1], [2, 3]]
+    assert outputs.image_embeds.dtype == torch.float32
+    assert outputs.last_hidden_state.tolist() == [[[0, 1]], [[2, 3]]]
+
+
+def test_what_is_not_finite_or_not_there_is_refused_by_name() -> None:
+    pixels = torch.ones(1, 1, 1, 2)
+    broken = EngineModel([Graph(Echo(math.inf), (PIXELS,), "float16", "engine.plan")], None)
+    with pytest.raises(EngineError, match=r"'image_embeds' of engine.plan is NaN or infinite"):
+        broken(pixel_values=pixels)
+    boxes = TensorSpec(name="boxes", dtype="float", axes=["batch", 4])
+    other = EngineModel([Graph(Echo(), (PIXELS, boxes), "float16", "engine.plan")], None)
+    with pytest.raises(EngineError, match=r"takes the input 'boxes', .* they have pixel_values"):
+        other(pixel_values=pixels)
+
+
+@dataclass(frozen=True)
+class TorchBackend:
+    """Runs modules as if they were engines of a GPU; adds `error` to what the sparse twin says."""
+
+    modules: dict[str, RecipeModule]
+    error: float
+    seen: list[dict[str, tuple[int, ...]]]
+    name: str = "pretend"
+    sparse_kernels: bool = True
+    on_gpu: bool = True
+
+    def device(self) -> str:
+        return "a pretended GPU"
+
+    def build(self, *_: Any, **__: Any) -> Engine:
+        raise NotImplementedError
+
+    def evidence(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+    @contextmanager
+    def open(self, _: Path, engine: Engine) -> Iterator[Any]:
+        yield self.Session(self, engine.twin)
+
+    @dataclass(frozen=True)
+    class Session:
+        backend: Any
+        twin: str
+
+        def infer(self, feeds: Feeds) -> dict[str, Array]:
+            self.backend.seen.append({name: array.shape for name, array in feeds.items()})
+            found = TorchGraph(self.backend.modules[self.twin]).infer(feeds)
+            if self.twin == "dense":
+                return found
+            noise = np.random.default_rng(0)
+            return {
+                name: array + self.backend.error * noise.standard_normal(array.shape)
+                for name, array in found.items()
+            }
+
+
+def write_graph(bundle: Path, inputs: Sequence[TensorSpec]) -> None:
+    """A file that says which inputs a graph has, and nothing else."""
+    infos = [
+        onnx.helper.make_tensor_value_info(spec.name, onnx.TensorProto.INT64, spec.axes)
+        for spec in inputs
+    ]
+    node = onnx.helper.make_node("Identity", [inputs[0].name], ["out"])
+    out = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.INT64, None)
+    graph = onnx.helper.make_graph([node], "main", infos, [out])
+    for twin in ("dense", "sparse"):
+        onnx.save(onnx.helper.make_model(graph), bundle / f"{twin}.onnx")
+
+
+def measured(
+    path: Path, prose: Path, bundle: Path, error: float, shapes: Shapes, dtype: Any = "float32"
+) -> tuple[Any, list[dict[str, tuple[int, ...]]]]:
+    directory, recipe, samples = opened(path, prose)
+    dense, sparse = (load_model(directory, recipe, CPU) for _ in range(2))
+    with torch.no_grad():
+        for parameter in sparse.parameters():
+            parameter.mul_(1.02)
+    modules = {"dense": RecipeModule(dense, recipe), "sparse": RecipeModule(sparse, recipe)}
+    write_graph(bundle, modules["dense"].signature.inputs)
+    twins: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
+    engines = [
+        Engine(f"{t}.plan", "pretend", t, f"{t}.onnx", "0", "a pretended GPU", dtype, {}, 1)
+        for t in twins
+    ]
+    seen: list[dict[str, tuple[int, ...]]] = []
+    load = {"dense": dense, "sparse": sparse}.__getitem__
+    question = Question(recipe, load, directory.path, samples, 1500, shapes)
+    backend = TorchBackend(modules, error, seen)
+    return measure_accuracy(backend, bundle, engines, question, 2, quiet), seen
+
+
+def test_the_engine_is_asked_in_shapes_it_was_compiled_for_and_agrees(
+    tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    found, seen = measured(tiny_bert, prose, tmp_path, 0.0, Shapes(rows=4, least=32, longest=40))
+    assert {shape["input_ids"][0] for shape in seen} <= {2, 3, 4}
+    assert {shape["input_ids"][1] for shape in seen} <= set(range(32, 41))
+    assert all(len(set(shape.values())) == 1 for shape in seen)
+    assert 0 < found.samples < found.available
+    assert found.longest == 40
+    assert found.tokens <= 40 * found.samples
+    assert found.metrics[0].name == "embedding cosine"
+    assert {metric.samples for metric in found.metrics} == {found.samples}
+    assert all(one.passed for one in found.fidelity)
+    assert {(one.twin, one.metric) for one in found.fidelity if one.tolerance} == {
+        ("dense", "embedding cosine"), ("sparse", "embedding cosine"),
+    }  # fmt: skip
+    cosines = [one.agreement for one in found.fidelity if one.metric == "embedding cosine"]
+    assert all(cosine == pytest.approx(1, abs=1e-6) for cosine in [c.value for c in cosines if c])
+
+
+@pytest.mark.parametrize("kind", ["classifier", "decoder", "encoder"])
+def test_an_engine_that_says_something_else_is_found(
+    kind: str, tiny_llama: Path, tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    path = {"decoder": tiny_llama, "encoder": tiny_bert}.get(kind) or write_tiny_classifier(
+        tmp_path / "model"
+    )
+    found, _ = measured(path, prose, tmp_path, 3.0, Shapes(rows=8, least=1, longest=48))
+    wrong = {(one.twin, one.metric) for one in found.fidelity if not one.passed}
+    assert {twin for twin, _ in wrong} == {"sparse"}
+    telling = {"classifier": "KL divergence", "decoder": "KL divergence"}
+    assert ("sparse", telling.get(kind, "embedding cosine")) in wrong
+
+
+def metric(name: str, difference: Estimate | None, agreement: Estimate | None = None) -> Metric:
+    both = None if difference is None else Estimate(1.0, 0.1)
+    return Metric(name, False, 8, both, both, difference, agreement)
+
+
+@pytest.mark.parametrize(
+    ("name", "difference", "agreement", "departure", "passed"),
+    [
+        ("log-perplexity", Estimate(-0.03, 0.01), None, 0.03 - 1.96 * 0.01, False),
+        ("log-perplexity", Estimate(0.012, 0.002), None, 0.012 - 1.96 * 0.002, True),
+        ("accuracy", Estimate(0.25, 0.16), None, 0.0, True),
+        ("accuracy", Estimate(-0.5, 0.1), None, 0.5 - 0.196, False),
+        ("KL divergence", None, Estimate(0.009, 0.1), 0.009, True),
+        ("KL divergence", None, Estimate(0.011, 0.1), 0.011, False),
+        ("score change", None, Estimate(0.5, 0.1), 0.5, False),
+        ("embedding cosine", None, Estimate(0.98, 0.1), 0.02, False),
+        ("embedding cosine", None, Estimate(0.999, 0.1), 0.001, True),
+        ("top-1 agreement", None, Estimate(0.2, 0.1), None, True),
+        ("KL divergence", None, Estimate(math.nan, 0.1), None, False),
+        ("log-perplexity", Estimate(0.0, math.inf), None, None, False),
+    ],
+)
+def test_what_counts_as_a_departure(
+    name: str,
+    difference: Estimate | None,
+    agreement: Estimate | None,
+    departure: float | None,
+    passed: bool,
+) -> None:
+    found = fidelity_of("sparse", metric(name, difference, agreement), "float16")
+    assert found.departure == (None if departure is None else pytest.approx(departure))
+    assert found.passed is passed
+    assert found.tolerance == (None if name == "top-1 agreement" else TOLERANCES["float16"])
+
+
+def test_a_model_error_behind_an_engine_is_told_as_the_engines(
+    tiny_llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch has scored the same text before, so the checkpoint is not to blame."""
+
+    def refuses(*_: object, **__: object) -> Any:
+        raise ModelDirError("The pruned model has a log-perplexity of 800.")
+
+    monkeypatch.setattr(accuracy, "evaluate_models", refuses)
+    with pytest.raises(EngineError, match="engines give no usable output: The pruned model has"):
+        measured(tiny_llama, prose, tmp_path, 0.0, Shapes(rows=8, least=1, longest=48))
+
+
+def test_outputs_reach_the_metrics_as_float32(tiny_bert: Path, prose: Path) -> None:
+    directory, recipe, samples = opened(tiny_bert, prose)
+    model = as_engine(load_model(directory, recipe, CPU), recipe)
+    result = run_model(model, samples.batches[0], recipe.task)
+    assert result.last_hidden_state.dtype == torch.float32

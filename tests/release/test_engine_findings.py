@@ -1,0 +1,154 @@
+"""Accuracy through engines in checks, warnings, figures and every view of the report."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from builders import make_records
+
+from prox24_deploy.accuracy import EngineAccuracy, EngineAccuracyResult, Fidelity
+from prox24_deploy.artifacts import Estimate, Metric, NotMeasured
+from prox24_deploy.limits import DEFAULT_METRICS, Limits, limits_of
+from prox24_deploy.release.baseline import Baseline
+from prox24_deploy.release.compare import compare_reports
+from prox24_deploy.release.engine_findings import engine_checks, engine_warnings
+from prox24_deploy.release.render import (
+    render_benchmark,
+    render_html,
+    render_junit,
+    render_summary,
+)
+from prox24_deploy.release.report import Report, assemble_report
+from prox24_deploy.release.schema import parse_report
+
+VALUES = (3.0, 3.2, 3.4, 3.1)
+METRICS = (
+    Metric(
+        "perplexity", False, 4, Estimate(20.0, 0.5), Estimate(21.0, 0.5), None, None, VALUES
+    ),
+    Metric("KL divergence", False, 4, None, None, None, Estimate(0.2, 0.01)),
+)  # fmt: skip
+CLOSE = Fidelity(
+    "sparse", "log-perplexity", 4, Estimate(3.0, 0.1), Estimate(3.001, 0.1),
+    Estimate(0.001, 0.0001), None, 0.0008, 0.01, True,
+)  # fmt: skip
+FAR = replace(CLOSE, engine=Estimate(3.5, 0.1), difference=Estimate(0.5, 0.1), departure=0.3,
+              passed=False)  # fmt: skip
+TOLD = Fidelity("dense", "top-1 agreement", 4, None, None, None, Estimate(0.99, 0.01), None, None,
+                True)  # fmt: skip
+LOST = Fidelity("dense", "KL divergence", 4, None, None, None, None, None, 0.01, False)
+
+
+def engine(*fidelity: Fidelity, longest: int | None = None) -> EngineAccuracy:
+    return EngineAccuracy(
+        "onnxruntime", "CPU <x>", "float16", 4, 256, 16, longest, METRICS, fidelity, 1.5
+    )
+
+
+def report_of(result: EngineAccuracyResult) -> Report:
+    records = make_records()
+    plain = records.report()
+    made = assemble_report(
+        records.model, plain.options, {}, records.prune, records.evaluate, records.export,
+        records.compile, records.bench, {}, {}, Limits(), through=result,
+    )  # fmt: skip
+    return parse_report(made.model_dump_json().encode(), "memory")
+
+
+def test_a_departure_fails_and_what_informs_does_not_gate() -> None:
+    checks = engine_checks(EngineAccuracyResult((engine(CLOSE, FAR, TOLD, LOST),)))
+    assert [(c.name, c.gated, c.verdict) for c in checks] == [
+        ("onnxruntime sparse log-perplexity", True, "pass"),
+        ("onnxruntime sparse log-perplexity", True, "fail"),
+        ("onnxruntime dense top-1 agreement", False, "pass"),
+        ("onnxruntime dense KL divergence", True, "fail"),
+    ]
+    assert "Engine 3.5, PyTorch 3, difference 0.5 ± 0.1 over 4 samples" in checks[1].message
+    assert "do not ship it, export with another --dtype" in checks[1].message
+    assert "a figure that is not finite" in checks[3].message
+    report = report_of(EngineAccuracyResult((engine(FAR),)))
+    assert report.verdict == "fail"
+    assert [check.name for check in report.regressions] == ["onnxruntime sparse log-perplexity"]
+
+
+def test_what_cannot_run_is_told_and_what_breaks_fails() -> None:
+    missing = NotMeasured("tensorrt-rtx", "this machine has no NVIDIA GPU")
+    broken = NotMeasured("onnxruntime", "output 'logits' is NaN")
+    result = EngineAccuracyResult(not_measured=(missing,))
+    report = report_of(result)
+    assert report.verdict == "pass"
+    assert "Accuracy through backend tensorrt-rtx was not measured: this machine" in "".join(
+        report.warnings
+    )
+    for text in (render_html(report), render_summary(report), render_junit(report).decode()):
+        assert "tensorrt-rtx" in text
+    report = report_of(EngineAccuracyResult(failed=(broken,)))
+    assert report.verdict == "fail"
+    assert "could not be measured: output 'logits' is NaN" in report.regressions[0].message
+    assert "no usable output" in render_html(report)
+    assert "no usable output" in render_summary(report)
+
+
+def test_samples_that_were_cut_are_said() -> None:
+    assert not list(engine_warnings(EngineAccuracyResult((engine(CLOSE),)), METRICS))
+    (warning,) = engine_warnings(EngineAccuracyResult((engine(CLOSE, longest=128),)), METRICS)
+    assert "samples cut to 128 tokens" in warning
+
+
+def test_a_metric_that_engines_lack_is_named() -> None:
+    asked = (replace(METRICS[0], name="word error rate"), *METRICS)
+    (warning,) = engine_warnings(EngineAccuracyResult((engine(CLOSE),)), asked)
+    assert warning.startswith("Not measured through the engines of backend onnxruntime")
+    assert warning.endswith(": word error rate.")
+
+
+def test_every_view_shows_the_engine() -> None:
+    report = report_of(EngineAccuracyResult((engine(CLOSE, FAR, TOLD),)))
+    html = render_html(report)
+    assert "Through onnxruntime, float16" in html
+    assert "CPU &lt;x&gt;" in html
+    assert "on 4 of 16 samples" in html
+    assert html.count("<td>not gated</td>") >= 1
+    assert "| perplexity through onnxruntime (4 of 16 samples; departs from PyTorch)" in (
+        render_summary(report)
+    )
+    entries = {entry["name"]: entry["value"] for entry in json.loads(render_benchmark(report))}
+    assert entries["sparse perplexity, onnxruntime"] == 21.0
+
+
+@pytest.mark.parametrize(("worse", "verdict"), [(0.0, "pass"), (0.01, "pass"), (0.5, "fail")])
+def test_compare_holds_the_engine_to_its_baseline(worse: float, verdict: str) -> None:
+    old = report_of(EngineAccuracyResult((engine(CLOSE),)))
+    value = 21.0 * (1 + worse)
+    slower = replace(
+        METRICS[0],
+        sparse=Estimate(value, 0.5),
+        values=tuple(v * (1 + worse) * 21 / 3.175 for v in VALUES),
+    )
+    before = replace(METRICS[0], values=tuple(v * 21 / 3.175 for v in VALUES))
+    made = [
+        report.model_copy(
+            update={
+                "accuracy": report.accuracy.model_copy(
+                    update={"engines": (replace(engine(CLOSE), metrics=(one, METRICS[1])),)}
+                )
+            }
+        )
+        for report, one in ((old, before), (old, slower))
+    ]
+    baseline = Baseline("baseline.json", made[0])
+    found = compare_reports(made[1], baseline, limits={})
+    changes = {change.name: change for change in found.changes}
+    assert changes["engine/onnxruntime/perplexity"].verdict == verdict
+    assert changes["engine/onnxruntime/perplexity"].limits == "at most 5 % worse"
+    assert changes["engine/onnxruntime/KL divergence"].limits == "at most 20 % worse"
+
+
+def test_an_engine_that_is_no_longer_measured_fails_by_name() -> None:
+    old = report_of(EngineAccuracyResult((engine(CLOSE),)))
+    new = report_of(EngineAccuracyResult())
+    found = compare_reports(new, Baseline("baseline.json", old), limits={})
+    changes = {change.name: change for change in found.changes}
+    assert changes["engine/onnxruntime/perplexity"].status == "missing"
+    assert changes["engine/onnxruntime/perplexity"].verdict == "fail"
+    assert limits_of(DEFAULT_METRICS, "engine/x/perplexity") is not None
