@@ -52,7 +52,7 @@ def ours(path: Path) -> set[str]:
     return {n.removeprefix(prefix).split(".")[0] for n in imports(path) if n.startswith(prefix)}
 
 
-COMMON = {"artifacts", "errors", "files", "limits", "options", "recipe", "__version__"}
+COMMON = {"artifacts", "errors", "files", "limits", "options", "recipe", "tasks", "__version__"}
 MAY_IMPORT = {
     "pruning": {"pruning"},
     "model": {"model", "pruning"} | COMMON,
@@ -63,7 +63,8 @@ MAY_IMPORT = {
     "errors": set(),
     "options": {"artifacts", "errors"},
     "limits": {"errors"},
-    "recipe": {"errors", "limits", "options"},
+    "recipe": {"errors", "limits", "options", "tasks"},
+    "tasks": set(),
 }
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from prox24_deploy.artifacts import ModelInfo
 from prox24_deploy.errors import ModelDirError, RecipeError
-from prox24_deploy.recipe import Recipe, Task
+from prox24_deploy.recipe import Recipe
+from prox24_deploy.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ def auto_classes() -> dict[Task, Any]:
         "text-encoding": transformers.AutoModelForTextEncoding,
         "text-generation": transformers.AutoModelForCausalLM,
         "text-to-text": transformers.AutoModelForSeq2SeqLM,
+        "automatic-speech-recognition": transformers.AutoModelForSpeechSeq2Seq,
         "text-classification": transformers.AutoModelForSequenceClassification,
         "token-classification": transformers.AutoModelForTokenClassification,
         "image-classification": transformers.AutoModelForImageClassification,
