@@ -1,4 +1,4 @@
-"""The model to build and the text or images to build it with, read and checked before any work."""
+"""The model to build and what to build it with, read and checked before any work."""
 
 import json
 from dataclasses import dataclass, replace
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from prox24_deploy.model.directory import ModelDir
 
 # What the configurations of different families call the number of positions.
-_POSITION_KEYS = ("max_position_embeddings", "n_positions")
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model to build, the recipe that fits its architecture, and its text or images."""
+    """The model to build, the recipe that fits its architecture, and what it reads or hears."""
 
     directory: "ModelDir"
     recipe: Recipe
@@ -50,20 +50,34 @@ def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
         model_dir, directory.model_type, options.recipe, lambda: advise(directory)
     )
     recipe = fitted_recipe(recipe, directory.architecture, directory.path)
-    read = _read_images if recipe.reads_images else _read_text
-    calibration, held_out = read(directory, recipe, options.text)
+    calibration, held_out = _read_samples(directory, recipe, options)
     return Subject(directory, recipe, recipe_text, calibration, held_out)
 
 
 def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
-    """The recipe for a class of models and, for images, with the sizes of the model's processor."""
+    """The recipe for a class of models, with the sizes of what it reads of images and speech."""
     recipe = recipe.for_architecture(architecture)
+    if recipe.reads_speech:
+        from prox24_deploy.model.speech import feature_sizes
+
+        return recipe.with_sizes(
+            feature_sizes(json.loads((model_dir / "config.json").read_bytes()))
+        )
     if not recipe.reads_images:
         return recipe
     from prox24_deploy.model.directory import load_image_processor
     from prox24_deploy.model.images import pixel_sizes
 
     return recipe.with_sizes(pixel_sizes(load_image_processor(model_dir)))
+
+
+def _read_samples(
+    directory: "ModelDir", recipe: Recipe, options: BuildOptions
+) -> tuple["Samples", "Samples"]:
+    if recipe.reads_speech:
+        return _read_speech(directory, recipe, options)
+    read = _read_images if recipe.reads_images else _read_text
+    return read(directory, recipe, options.text)
 
 
 def _read_text(
@@ -104,6 +118,24 @@ def _read_images(
     labels = {str(name): int(i) for i, name in directory.config.get("id2label", {}).items()}
     calibration, held_out = (
         make_image_samples(part, processor, labels, limit=options.images) for part in images
+    )
+    return calibration, held_out
+
+
+def _read_speech(
+    directory: "ModelDir", recipe: Recipe, options: BuildOptions
+) -> tuple["Samples", "Samples"]:
+    from prox24_deploy.model.audio import read_recordings
+    from prox24_deploy.model.directory import load_feature_extractor, load_model, load_tokenizer
+    from prox24_deploy.model.speech import Listener, make_speech_samples
+
+    text = options.text
+    recordings = read_recordings(text.calibration, text.evaluation, text.seed)
+    extractor, tokenizer = load_feature_extractor(directory.path), load_tokenizer(directory)
+    model = load_model(directory, recipe, torch_device(options.device))
+    listener = Listener(directory, model, extractor, tokenizer)
+    calibration, held_out = (
+        make_speech_samples(part, listener, limit=text.recordings) for part in recordings
     )
     return calibration, held_out
 
