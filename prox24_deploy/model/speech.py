@@ -20,6 +20,7 @@ from prox24_deploy.model.audio import Recording, Recordings, read_wave
 from prox24_deploy.model.calibration import IGNORED, Batch, Samples, pad_rows, padding_id
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.transcribe import start_tokens, write_down
+from prox24_deploy.model.words import words_of
 
 # Thirty seconds are 1500 positions of an encoder; two recordings hold a little more than
 # `BATCH_TOKENS` of text.
@@ -79,11 +80,18 @@ def make_speech_samples(recordings: Recordings, listener: Listener, *, limit: in
     files = recordings.files[:limit]
     digest = hashlib.sha256()
     batches = []
+    said: list[str] = []
     for group in _groups(files):
         heard = _hear(group, listener)
         digest.update(heard.features.numpy().tobytes())
         digest.update(json.dumps([heard.starts, heard.texts]).encode())
         batches.append(_batch(heard, padding_id(listener.tokenizer)))
+        said += listener.tokenizer.batch_decode(heard.texts, skip_special_tokens=True)
+    if not any(words_of(text) for text in said):
+        raise CalibrationError(
+            f"{', '.join(recordings.paths)}: the dense model writes no word of any of "
+            f"{len(files)} recordings; pass recordings of speech that it understands."
+        )
     transcripts = tuple(file.text for file in files)
     source = TextSource(
         recordings.kind,
