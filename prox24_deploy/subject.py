@@ -1,6 +1,7 @@
 """The model to build and what to build it with, read and checked before any work."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,14 @@ if TYPE_CHECKING:
     from prox24_deploy.model.calibration import Samples
     from prox24_deploy.model.directory import ModelDir
 
+Progress = Callable[[str, int, int], None]
+
 # What the configurations of different families call the number of positions.
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions")
+
+
+def _silent(_label: str, _done: int, _total: int) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +40,12 @@ class Subject:
     held_out: "Samples"
 
 
-def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
+def read_subject(
+    model_dir: Path, out: Path, options: BuildOptions, progress: Progress = _silent
+) -> Subject:
     """Read and check everything that can be wrong with the input; writes nothing.
+
+    A model of speech first listens to its recordings, of which `progress` is told.
 
     Raises:
         ModelDirError, RecipeError, CalibrationError: the input cannot be used.
@@ -50,7 +61,7 @@ def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
         model_dir, directory.model_type, options.recipe, lambda: advise(directory)
     )
     recipe = fitted_recipe(recipe, directory.architecture, directory.path)
-    calibration, held_out = _read_samples(directory, recipe, options)
+    calibration, held_out = _read_samples(directory, recipe, options, progress)
     return Subject(directory, recipe, recipe_text, calibration, held_out)
 
 
@@ -72,10 +83,10 @@ def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
 
 
 def _read_samples(
-    directory: "ModelDir", recipe: Recipe, options: BuildOptions
+    directory: "ModelDir", recipe: Recipe, options: BuildOptions, progress: Progress
 ) -> tuple["Samples", "Samples"]:
     if recipe.reads_speech:
-        return _read_speech(directory, recipe, options)
+        return _read_speech(directory, recipe, options, progress)
     read = _read_images if recipe.reads_images else _read_text
     return read(directory, recipe, options.text)
 
@@ -123,7 +134,7 @@ def _read_images(
 
 
 def _read_speech(
-    directory: "ModelDir", recipe: Recipe, options: BuildOptions
+    directory: "ModelDir", recipe: Recipe, options: BuildOptions, progress: Progress
 ) -> tuple["Samples", "Samples"]:
     from prox24_deploy.model.audio import read_recordings
     from prox24_deploy.model.directory import load_feature_extractor, load_model, load_tokenizer
@@ -135,7 +146,8 @@ def _read_speech(
     model = load_model(directory, recipe, torch_device(options.device))
     listener = Listener(directory, model, extractor, tokenizer)
     calibration, held_out = (
-        make_speech_samples(part, listener, limit=text.recordings) for part in recordings
+        make_speech_samples(part, listener, limit=text.recordings, progress=progress)
+        for part in recordings
     )
     return calibration, held_out
 

@@ -7,7 +7,7 @@ takes that of the dense model, which the pruned one is to repeat.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from prox24_deploy.model.calibration import IGNORED, Batch, Samples, pad_rows, p
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.transcribe import start_tokens, write_down
 from prox24_deploy.model.words import words_of
+
+Progress = Callable[[str, int, int], None]
 
 # Thirty seconds are 1500 positions of an encoder; two recordings hold a little more than
 # `BATCH_TOKENS` of text.
@@ -70,8 +72,12 @@ def feature_sizes(config: dict[str, Any]) -> dict[str, int]:
     return {"mels": mels, "frames": _STRIDE * source, "source": source}
 
 
-def make_speech_samples(recordings: Recordings, listener: Listener, *, limit: int) -> Samples:
+def make_speech_samples(
+    recordings: Recordings, listener: Listener, *, limit: int, progress: Progress
+) -> Samples:
     """Read at most `limit` recordings, and have those written down that came without a transcript.
+
+    `progress` is called with ("listen", done, total).
 
     Raises:
         CalibrationError: a recording cannot be used, or its transcript is too long for the model.
@@ -82,11 +88,13 @@ def make_speech_samples(recordings: Recordings, listener: Listener, *, limit: in
     batches = []
     said: list[str] = []
     for group in _groups(files):
+        progress("listen", len(said), len(files))
         heard = _hear(group, listener)
         digest.update(heard.features.numpy().tobytes())
         digest.update(json.dumps([heard.starts, heard.texts]).encode())
         batches.append(_batch(heard, padding_id(listener.tokenizer)))
         said += listener.tokenizer.batch_decode(heard.texts, skip_special_tokens=True)
+    progress("listen", len(files), len(files))
     if not any(words_of(text) for text in said):
         raise CalibrationError(
             f"{', '.join(recordings.paths)}: the dense model writes no word of any of "
@@ -111,10 +119,10 @@ def _groups(files: Sequence[Recording]) -> Iterator[Sequence[Recording]]:
 
 
 def _hear(files: Sequence[Recording], listener: Listener) -> _Heard:
-    extractor = listener.extractor
-    rate = int(extractor.sampling_rate)
-    waves = [read_wave(file.path, rate, float(extractor.chunk_length)) for file in files]
-    features: Tensor = extractor(waves, sampling_rate=rate, return_tensors="pt")["input_features"]
+    rate, seconds = _hearing(listener)
+    waves = [read_wave(file.path, rate, seconds) for file in files]
+    made = listener.extractor(waves, sampling_rate=rate, return_tensors="pt")
+    features: Tensor = made["input_features"]
     sizes = feature_sizes(listener.directory.config)
     if features.shape[1:] != (expected := (sizes["mels"], sizes["frames"])):
         raise ModelDirError(
@@ -130,6 +138,20 @@ def _hear(files: Sequence[Recording], listener: Listener) -> _Heard:
         for i, (file, start) in enumerate(zip(files, starts, strict=True))
     ]
     return _Heard(features, starts, texts)
+
+
+def _hearing(listener: Listener) -> tuple[int, float]:
+    """Samples a second, and the most seconds, that the feature extractor takes."""
+    rate, seconds = (
+        getattr(listener.extractor, name, None) for name in ("sampling_rate", "chunk_length")
+    )
+    if not isinstance(rate, int) or not isinstance(seconds, int | float):
+        raise ModelDirError(
+            f"The {type(listener.extractor).__name__} of {listener.directory.path} has sampling "
+            f"rate {rate!r} and chunk length {seconds!r}, expected two numbers as those of a "
+            "WhisperFeatureExtractor; restore preprocessor_config.json."
+        )
+    return rate, seconds
 
 
 def _tokens(file: Recording, text: str, start: int, listener: Listener) -> list[int]:

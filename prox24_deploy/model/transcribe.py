@@ -36,7 +36,7 @@ def evaluate_speech(
             rows = write_down(model, batch.inputs["input_features"])
             written += [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     progress("transcribe", len(held_out.batches), len(held_out.batches))
-    return *word_error_rates(*texts, held_out.transcripts), *forced
+    return *word_error_rates(texts[0], texts[1], held_out.transcripts), *forced
 
 
 def word_error_rates(

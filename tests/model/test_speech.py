@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tiny_models import RATE, write_recordings, write_tiny_whisper
 
 from prox24_deploy.errors import CalibrationError, ModelDirError
 from prox24_deploy.model.audio import Recording, Recordings, read_wave
-from prox24_deploy.model.calibration import IGNORED
+from prox24_deploy.model.calibration import IGNORED, Samples
 from prox24_deploy.model.directory import (
     load_feature_extractor,
     load_model,
@@ -44,6 +45,10 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Recordings:
     return Recordings("file", (str(folder),), files)
 
 
+def samples_of(recordings: Recordings, listener: Listener, limit: int = 9) -> Samples:
+    return make_speech_samples(recordings, listener, limit=limit, progress=lambda *_: None)
+
+
 def features(listener: Listener, recordings: Recordings) -> Any:
     waves = [read_wave(file.path, RATE, 1.0) for file in recordings.files]
     made = listener.extractor(waves, sampling_rate=RATE, return_tensors="pt")
@@ -53,7 +58,7 @@ def features(listener: Listener, recordings: Recordings) -> Any:
 def test_a_recording_is_its_transcript_or_what_the_dense_model_writes(
     listener: Listener, recordings: Recordings
 ) -> None:
-    samples = make_speech_samples(recordings, listener, limit=9)
+    samples = samples_of(recordings, listener)
     assert (samples.source.samples, samples.source.tokens, samples.source.targets) == (3, 3, 1)
     assert (samples.source.unit, samples.transcripts) == ("recording", (None, SAID, None))
     expected = features(listener, recordings)
@@ -66,7 +71,8 @@ def test_a_recording_is_its_transcript_or_what_the_dense_model_writes(
     rows = [
         (fed[i], batch.targets[i])
         for batch in samples.batches
-        if (fed := batch.inputs["decoder_input_ids"]) is not None and batch.targets is not None
+        if batch.targets is not None
+        for fed in [batch.inputs["decoder_input_ids"]]
         for i in range(len(fed))
     ]
     for i, (fed, targets) in enumerate(rows):
@@ -95,7 +101,7 @@ def test_what_the_model_starts_from_is_given_and_not_foretold(
     assert all(start[0] == START and start[1] in {5, 6} for start in starts)
     assert {tuple(start[2:]) for start in starts} == {(7, 9)}
     assert all(len(row) <= 24 - 4 for row in write_down(listener.model, heard))
-    samples = make_speech_samples(recordings, listener, limit=2)
+    samples = samples_of(recordings, listener, 2)
     targets = samples.batches[0].targets
     assert targets is not None
     assert targets[:, :3].tolist() == [[IGNORED] * 3] * 2
@@ -105,7 +111,7 @@ def test_what_the_model_starts_from_is_given_and_not_foretold(
 
 
 def test_a_model_agrees_with_itself(listener: Listener, recordings: Recordings) -> None:
-    samples = make_speech_samples(recordings, listener, limit=9)
+    samples = samples_of(recordings, listener)
     model = listener.model
     metrics = evaluate_speech(model, model, samples, listener.directory.path, lambda *_: None)
     assert [metric.name for metric in metrics] == [
@@ -128,7 +134,7 @@ def test_a_transcript_longer_than_the_decoder_is_refused(
 ) -> None:
     file = replace(recordings.files[0], text="twenty-three characters")
     with pytest.raises(CalibrationError, match=r"0\.wav has 24 tokens, more than the 23 that the"):
-        make_speech_samples(replace(recordings, files=(file,)), listener, limit=1)
+        samples_of(replace(recordings, files=(file,)), listener, 1)
 
 
 def test_recordings_of_which_no_word_is_written_are_refused(
@@ -136,7 +142,7 @@ def test_recordings_of_which_no_word_is_written_are_refused(
 ) -> None:
     files = tuple(replace(file, text="...") for file in recordings.files)
     with pytest.raises(CalibrationError, match=r"the dense model writes no word of any of 3 rec"):
-        make_speech_samples(replace(recordings, files=files), listener, limit=9)
+        samples_of(replace(recordings, files=files), listener)
 
 
 def test_a_feature_extractor_of_another_model_is_refused(
@@ -147,7 +153,15 @@ def test_a_feature_extractor_of_another_model_is_refused(
     with pytest.raises(
         ModelDirError, match=r"features of shape \(8, 20\), but config\.json asks for \(16, 20\)"
     ):
-        make_speech_samples(recordings, other, limit=9)
+        samples_of(recordings, other)
+
+
+def test_a_feature_extractor_that_hears_no_seconds_is_refused(
+    listener: Listener, recordings: Recordings
+) -> None:
+    other = replace(listener, extractor=SimpleNamespace(sampling_rate=RATE))
+    with pytest.raises(ModelDirError, match=r"^The SimpleNamespace of .* chunk length None, exp"):
+        samples_of(recordings, other)
 
 
 def test_a_model_that_cannot_write_is_refused(
