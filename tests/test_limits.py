@@ -61,6 +61,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     [
         ("perplexity", 2),
         ("KL divergence", 10),
+        ("word error rate to dense", 10),
         ("speed-up/tensorrt/batch=1", 2),
         ("latency/tensorrt/batch=1,sequence=128", 10),
         ("size/packed", 5),
