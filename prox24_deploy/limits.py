@@ -56,7 +56,6 @@ DEFAULT_METRICS = _TABLE.validate_python(
         # Figures near zero, of which percents are small.
         "KL divergence": {"max-degradation-percent": 10},
         "score change": {"max-degradation-percent": 10},
-        "word error rate*": {"max-degradation-percent": 10},
         "speed-up/*": {"max-degradation-percent": 2},
         "latency/*": {"max-degradation-percent": 10},
         "size/*": {"max-degradation-percent": 5},
