@@ -279,7 +279,7 @@ def no_kernel_chosen(records: Records) -> Records:
         (without_targets("evaluate"), r"12 of 512 texts .* the decoder was evaluated on writing"),
         (
             few_transcripts,
-            r"30 of 50 recordings came without a transcript, .* \.txt file beside each",
+            r"30 of 50 recordings came without .* calibrated .* \.txt file beside each",
         ),
         (all_skipped, r"36 layers left dense \(too small\): .* and 28 more in the table of layers"),
         (no_kernel_chosen, "it runs no sparse kernels .dense kernels timed faster"),
