@@ -27,7 +27,15 @@ import onnx
 import torch
 from onnx import numpy_helper
 from safetensors import safe_open
-from tiny_families import FAMILIES, PIXELS, REFUSED, REFUSED_DTYPES, VOCABULARY, tiny_model
+from tiny_families import (
+    FAMILIES,
+    FEATURES,
+    PIXELS,
+    REFUSED,
+    REFUSED_DTYPES,
+    VOCABULARY,
+    tiny_model,
+)
 from torch import nn
 
 from prox24_deploy.artifacts import DType, OnnxModel
@@ -133,7 +141,7 @@ def dtype_refusal(family: str, dtype: DType) -> str:
 def recipe_for(directory: ModelDir) -> Recipe:
     """The shipped recipe that a build of this directory would take."""
     recipe, _ = select_recipe(directory.path, directory.model_type, None, lambda: advise(directory))
-    return recipe.for_architecture(directory.architecture).with_sizes(PIXELS)
+    return recipe.for_architecture(directory.architecture).with_sizes(PIXELS | FEATURES)
 
 
 def write_pruned(path: Path, family: str, dtype: DType) -> tuple[ModelDir, Recipe, list[str]]:

@@ -97,6 +97,22 @@ _BART = {
     "init_std": 0.2,
     **_IDS,
 }
+_WHISPER = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_mel_bins": 8,
+    "max_source_positions": 12,
+    "max_target_positions": 80,
+    "decoder_start_token_id": 3,
+    "begin_suppress_tokens": None,
+    "init_std": 0.2,
+    **_IDS,
+}
 _PAIRED_T5 = _T5 | {"decoder_start_token_id": 1}
 
 # Class of transformers and options of its configuration.
@@ -132,6 +148,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         _PAIRED_T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
     "bart": ("BartForConditionalGeneration", _BART),
+    "whisper": ("WhisperForConditionalGeneration", _WHISPER),
     "clip, text tower": ("CLIPTextModelWithProjection", _COMMON | {"projection_dim": 16}),
     "clip, image tower": ("CLIPVisionModelWithProjection", _VIT | {"projection_dim": 16}),
     "vit": ("ViTModel", _VIT),
@@ -144,6 +161,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # What the image processors of these models would make.
 PIXELS = {"channels": 3, "height": 32, "width": 32}
+# What the encoder of the model of speech reads and gives.
+FEATURES = {"mels": 8, "frames": 24, "source": 12}
 
 # Rows that cannot be exported in one dtype, and how they are refused.
 REFUSED_DTYPES: dict[tuple[str, DType], str] = {
@@ -158,10 +177,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "Recipe t5 does not support T5Model: only T5EncoderModel and T5ForConditionalGeneration "
         "are exported, the rest would be lost.",
     ),
-    "whisper": (
-        "WhisperForConditionalGeneration",
-        _BART,
-        "it reads audio, on which nothing can be calibrated yet.",
+    "whisper, without a head": (
+        "WhisperModel",
+        _WHISPER,
+        "Recipe whisper does not support WhisperModel: only WhisperForConditionalGeneration is "
+        "exported, and any other head would be lost.",
     ),
 }
 

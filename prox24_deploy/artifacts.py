@@ -18,9 +18,9 @@ class TextSource:
     """Where text came from and how much of it was used.
 
     `kind` is "file" for text of the user's, "builtin" for the text shipped with CPython and
-    "split" for a part of the calibration text that was held out. Images count as one unit each.
+    "split" for a part of the calibration text that was held out. An image or recording is one unit.
     `targets` counts the samples of an encoder-decoder that came with a target; the others were
-    their own. It is None for any other model. `tokens` counts those of text and target.
+    their own, or the dense model's. It is None for any other. `tokens` counts text and target.
     """
 
     kind: Literal["file", "builtin", "split"]
@@ -28,7 +28,7 @@ class TextSource:
     sha256: str
     samples: int
     tokens: int
-    unit: Literal["token", "image"] = "token"
+    unit: Literal["token", "image", "recording"] = "token"
     targets: int | None = None
 
 

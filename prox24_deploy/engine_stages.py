@@ -23,7 +23,7 @@ from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.errors import BackendMissingError
 from prox24_deploy.options import EngineOptions
-from prox24_deploy.recipe import Recipe
+from prox24_deploy.recipe import Recipe, dynamic_names
 from prox24_deploy.release.bundle import Bundle
 from prox24_deploy.release.environment import machine, versions
 from prox24_deploy.release.measure import conditions, measure_latency
@@ -139,13 +139,15 @@ def bench(
             own = [e for e in compiled.engines if (e.backend, e.graph) == (backend.name, graph)]
             pair = {engine.twin: engine for engine in own}
             graph_inputs = read_inputs(bundle.root / pair["dense"].onnx)
+            # The encoder of two may hear recordings, which have no sequence.
+            own_shapes = fitted.shapes(images="sequence" not in dynamic_names(graph_inputs))
             try:
                 rows += measure_latency(
                     backend,
                     bundle.root,
                     pair["dense"],
                     pair["sparse"],
-                    shapes,
+                    own_shapes,
                     random_feeds(graph_inputs, pair["dense"].dtype, vocabulary),
                     recipe.limits.max_slowdown,
                     after_shape=advance,

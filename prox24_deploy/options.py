@@ -19,7 +19,7 @@ Compatibility = Literal["none", "version", "ampere+"]
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """Calibration and evaluation text and how many tokens of it, or folders and how many images."""
+    """Calibration and evaluation text, images or recordings, and how much of it to use."""
 
     calibration: tuple[Path, ...] = ()
     evaluation: tuple[Path, ...] = ()
@@ -27,6 +27,7 @@ class TextOptions:
     evaluation_tokens: int = 32768
     seed: int = 0
     images: int = 1024
+    recordings: int = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ class EngineOptions:
     accuracy_tokens: int = field(default=8192, repr=False)
 
     def shapes(self, *, images: bool) -> list[tuple[int, int]]:
-        """Every (batch, sequence), each once; sequence 0 for a model that reads images."""
+        """Every (batch, sequence), each once; sequence 0 for a graph that has no such axis."""
         lengths = {0} if images else set(self.sequences)
         return sorted((batch, length) for batch in set(self.batches) for length in lengths)
 

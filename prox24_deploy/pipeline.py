@@ -34,7 +34,7 @@ def build(
     """
     # Read before any work, so that a wrong path costs no time.
     gate = _read_gate(options)
-    subject = read_subject(model_dir, out, options)
+    subject = read_subject(model_dir, out, options, progress)
     task_accuracy.require_usable(options.harness, subject.recipe)
     backends = engine_stages.open_backends(
         options.engine, model_dir, subject.recipe, subject.directory.config
@@ -58,7 +58,7 @@ def prune(
     model_dir: Path, out: Path, options: BuildOptions, *, fresh: bool, progress: Progress
 ) -> PruneResult:
     """Run only the pruning stage: `out` becomes a bundle with `pruned/`."""
-    subject = read_subject(model_dir, out, options)
+    subject = read_subject(model_dir, out, options, progress)
     with open_bundle(out, fresh=fresh) as bundle:
         stages.describe(bundle, subject, options)
         return stages.prune(bundle, subject, options.prune, options.device, progress)

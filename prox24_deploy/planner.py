@@ -51,7 +51,7 @@ def plan(
     from prox24_deploy.engines.planning import Plan, plan_layers, plan_shapes
     from prox24_deploy.model.sensitivity import over_budget
 
-    subject = read_subject(model_dir, Path("no-output"), options)
+    subject = read_subject(model_dir, Path("no-output"), options, progress)
     require_one_graph(subject.recipe, "plan")
     fitted = fitted_shapes(options.engine, subject.directory.config, subject.recipe)
     shapes = fitted.shapes(images=subject.recipe.reads_images)

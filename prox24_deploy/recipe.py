@@ -19,27 +19,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from prox24_deploy.errors import RecipeError
 from prox24_deploy.limits import Limits, MetricLimits
 from prox24_deploy.options import Method, Preset, Refinement
+from prox24_deploy.tasks import TWO_GRAPHS, Task
 
 RECIPE_FILE = "recipe.toml"
 # The output that `[embedding]` computes.
 EMBEDDING = "sentence_embedding"
 # The input that makes a recipe one for images.
 PIXELS = "pixel_values"
+# The input that makes a recipe one for recordings of speech.
+FEATURES = "input_features"
 # The input that makes a graph the decoder of two; its last axis is as wide as the encoder.
 STATES = "encoder_hidden_states"
 _CACHE_AXIS = "past"
 _SUM = " + "
-
-Task = Literal[
-    "feature-extraction",
-    "text-encoding",
-    "text-generation",
-    "text-to-text",
-    "text-classification",
-    "token-classification",
-    "image-classification",
-    "image-feature-extraction",
-]
 
 
 class _Table(BaseModel):
@@ -152,7 +144,9 @@ class Recipe(_Table):
     With `decoder` the model is an encoder-decoder and becomes two graphs; `parts` has them apart.
 
     A recipe with the input `pixel_values` is for images: the axes of it that are named "channels",
-    "height" and "width" become those of what the model's own image processor makes.
+    "height" and "width" become those of what the model's own image processor makes. One with the
+    input `input_features` is for recordings of speech; "mels", "frames" and, behind the stem of the
+    encoder, "source" become those of config.json.
     """
 
     family: str
@@ -239,7 +233,7 @@ class Recipe(_Table):
     @property
     def graph(self) -> str:
         """Name of the one graph that this recipe, or part of one, describes."""
-        if self.task != "text-to-text":
+        if self.task not in TWO_GRAPHS:
             return "model"
         return "decoder" if self.is_decoder else "encoder"
 
@@ -259,13 +253,24 @@ class Recipe(_Table):
         """Whether the model takes images, not text."""
         return any(spec.name == PIXELS for spec in self.inputs)
 
+    @property
+    def reads_speech(self) -> bool:
+        """Whether the encoder of the model takes features of recordings, not text."""
+        return any(spec.name == FEATURES for spec in self.inputs)
+
     def with_sizes(self, sizes: Mapping[str, int]) -> "Recipe":
-        """The recipe with these axes of its inputs made static."""
-        inputs = [
-            spec.model_copy(update={"axes": [sizes.get(str(axis), axis) for axis in spec.axes]})
-            for spec in self.inputs
-        ]
-        return self.model_copy(update={"inputs": inputs})
+        """The recipe with these axes of its inputs, and of its decoder's, made static."""
+        decoder = self.decoder and self.decoder.model_copy(
+            update={"inputs": _sized(self.decoder.inputs, sizes)}
+        )
+        return self.model_copy(update={"inputs": _sized(self.inputs, sizes), "decoder": decoder})
+
+
+def _sized(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> list[TensorSpec]:
+    return [
+        spec.model_copy(update={"axes": [sizes.get(str(axis), axis) for axis in spec.axes]})
+        for spec in specs
+    ]
 
 
 def _require_unique_names(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
@@ -275,10 +280,10 @@ def _require_unique_names(inputs: Sequence[TensorSpec], outputs: Sequence[Tensor
 
 
 def _require_decoder(task: Task, decoder: Decoder | None) -> None:
-    if (task == "text-to-text") != (decoder is not None):
+    if (task in TWO_GRAPHS) != (decoder is not None):
         raise ValueError(
-            f"the task 'text-to-text' and the table [decoder] need each other, got "
-            f"task {task!r} {'with' if decoder else 'without'} it"
+            f"the tasks {' and '.join(map(repr, sorted(TWO_GRAPHS, reverse=True)))} and the table "
+            f"[decoder] need each other, got task {task!r} {'with' if decoder else 'without'} it"
         )
 
 

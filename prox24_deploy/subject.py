@@ -1,6 +1,7 @@
-"""The model to build and the text or images to build it with, read and checked before any work."""
+"""The model to build and what to build it with, read and checked before any work."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,19 @@ if TYPE_CHECKING:
     from prox24_deploy.model.calibration import Samples
     from prox24_deploy.model.directory import ModelDir
 
+Progress = Callable[[str, int, int], None]
+
 # What the configurations of different families call the number of positions.
-_POSITION_KEYS = ("max_position_embeddings", "n_positions")
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions")
+
+
+def _silent(_label: str, _done: int, _total: int) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model to build, the recipe that fits its architecture, and its text or images."""
+    """The model to build, the recipe that fits its architecture, and what it reads or hears."""
 
     directory: "ModelDir"
     recipe: Recipe
@@ -33,8 +40,12 @@ class Subject:
     held_out: "Samples"
 
 
-def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
+def read_subject(
+    model_dir: Path, out: Path, options: BuildOptions, progress: Progress = _silent
+) -> Subject:
     """Read and check everything that can be wrong with the input; writes nothing.
+
+    A model of speech first listens to its recordings, of which `progress` is told.
 
     Raises:
         ModelDirError, RecipeError, CalibrationError: the input cannot be used.
@@ -50,20 +61,34 @@ def read_subject(model_dir: Path, out: Path, options: BuildOptions) -> Subject:
         model_dir, directory.model_type, options.recipe, lambda: advise(directory)
     )
     recipe = fitted_recipe(recipe, directory.architecture, directory.path)
-    read = _read_images if recipe.reads_images else _read_text
-    calibration, held_out = read(directory, recipe, options.text)
+    calibration, held_out = _read_samples(directory, recipe, options, progress)
     return Subject(directory, recipe, recipe_text, calibration, held_out)
 
 
 def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
-    """The recipe for a class of models and, for images, with the sizes of the model's processor."""
+    """The recipe for a class of models, with the sizes of what it reads of images and speech."""
     recipe = recipe.for_architecture(architecture)
+    if recipe.reads_speech:
+        from prox24_deploy.model.speech import feature_sizes
+
+        return recipe.with_sizes(
+            feature_sizes(json.loads((model_dir / "config.json").read_bytes()))
+        )
     if not recipe.reads_images:
         return recipe
     from prox24_deploy.model.directory import load_image_processor
     from prox24_deploy.model.images import pixel_sizes
 
     return recipe.with_sizes(pixel_sizes(load_image_processor(model_dir)))
+
+
+def _read_samples(
+    directory: "ModelDir", recipe: Recipe, options: BuildOptions, progress: Progress
+) -> tuple["Samples", "Samples"]:
+    if recipe.reads_speech:
+        return _read_speech(directory, recipe, options, progress)
+    read = _read_images if recipe.reads_images else _read_text
+    return read(directory, recipe, options.text)
 
 
 def _read_text(
@@ -104,6 +129,25 @@ def _read_images(
     labels = {str(name): int(i) for i, name in directory.config.get("id2label", {}).items()}
     calibration, held_out = (
         make_image_samples(part, processor, labels, limit=options.images) for part in images
+    )
+    return calibration, held_out
+
+
+def _read_speech(
+    directory: "ModelDir", recipe: Recipe, options: BuildOptions, progress: Progress
+) -> tuple["Samples", "Samples"]:
+    from prox24_deploy.model.audio import read_recordings
+    from prox24_deploy.model.directory import load_feature_extractor, load_model, load_tokenizer
+    from prox24_deploy.model.speech import Listener, make_speech_samples
+
+    text = options.text
+    recordings = read_recordings(text.calibration, text.evaluation, text.seed)
+    extractor, tokenizer = load_feature_extractor(directory.path), load_tokenizer(directory)
+    model = load_model(directory, recipe, torch_device(options.device))
+    listener = Listener(directory, model, extractor, tokenizer)
+    calibration, held_out = (
+        make_speech_samples(part, listener, limit=text.recordings, progress=progress)
+        for part in recordings
     )
     return calibration, held_out
 

@@ -52,7 +52,10 @@ def ours(path: Path) -> set[str]:
     return {n.removeprefix(prefix).split(".")[0] for n in imports(path) if n.startswith(prefix)}
 
 
-COMMON = {"accuracy", "artifacts", "errors", "files", "limits", "options", "recipe", "__version__"}
+COMMON = {
+    "accuracy", "artifacts", "errors", "files", "limits", "options", "recipe", "tasks",
+    "__version__",
+}  # fmt: skip
 MAY_IMPORT = {
     "pruning": {"pruning"},
     "model": {"model", "pruning"} | COMMON,
@@ -64,7 +67,8 @@ MAY_IMPORT = {
     "errors": set(),
     "options": {"artifacts", "errors"},
     "limits": {"errors"},
-    "recipe": {"errors", "limits", "options"},
+    "recipe": {"errors", "limits", "options", "tasks"},
+    "tasks": set(),
 }
 
 

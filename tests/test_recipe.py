@@ -316,6 +316,10 @@ def test_any_other_recipe_is_its_own_part() -> None:
         (MINIMAL + DECODER, "need each other, got task 'feature-extraction' with it"),
         (PAIRED.removesuffix(DECODER), "need each other, got task 'text-to-text' without it"),
         (
+            MINIMAL.replace("feature-extraction", "automatic-speech-recognition"),
+            "tasks 'text-to-text' and 'automatic-speech-recognition' and the table .* without it",
+        ),
+        (
             PAIRED.replace("encoder_hidden_states", "states"),
             r"\[decoder\] needs the input 'encoder_hidden_states'",
         ),

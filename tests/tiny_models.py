@@ -1,7 +1,10 @@
 """Random models of a few thousand weights, written as complete Hugging Face model directories."""
 
+import wave
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -22,10 +25,15 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
 )
 
 SPECIAL = ("<|endoftext|>", "[PAD]", "[CLS]", "[SEP]")
 VOCABULARY = len(SPECIAL) + 256
+# Samples a second that the tiny model of speech hears.
+RATE = 16000
 
 
 def write_tiny_bert(path: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2) -> Path:
@@ -167,3 +175,64 @@ def write_tiny_bart(path: Path, *, seed: int = 0) -> Path:
     BartForConditionalGeneration(config).save_pretrained(path)
     _byte_tokenizer("[CLS] $A [SEP]").save_pretrained(path)
     return path
+
+
+def write_tiny_whisper(path: Path, *, seed: int = 0) -> Path:
+    """A Whisper that hears a second, a block of six layers and one of ten; float32."""
+    torch.manual_seed(seed)
+    config = WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        num_mel_bins=8,
+        max_source_positions=10,
+        max_target_positions=24,
+        init_std=0.2,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=2,
+        begin_suppress_tokens=None,
+        # What is tied to the embedding repeats one token for ever.
+        tie_word_embeddings=False,
+    )
+    WhisperForConditionalGeneration(config).save_pretrained(path)
+    _byte_tokenizer(None).save_pretrained(path)
+    # Twenty frames, as many as the stem makes ten positions of.
+    WhisperFeatureExtractor(
+        feature_size=8, sampling_rate=RATE, hop_length=800, chunk_length=1, n_fft=400
+    ).save_pretrained(path)
+    return path
+
+
+def write_wave(
+    path: Path, samples: Sequence[int], *, rate: int = RATE, width: int = 2, channels: int = 1
+) -> Path:
+    """PCM of these integers in a WAV file."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        # One byte is unsigned in this format, more are signed.
+        offset = 128 if width == 1 else 0
+        file.writeframes(
+            b"".join((n + offset).to_bytes(width, "little", signed=width > 1) for n in samples)
+        )
+    return path
+
+
+def write_recordings(folder: Path, count: int) -> Path:
+    """Tones of several lengths and pitches in noise, without transcripts."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(count):
+        time = np.arange(int(RATE * random.uniform(0.5, 1))) / RATE
+        tone = np.sin(2 * np.pi * random.uniform(100, 3000) * time)
+        sound = 8000 * tone + random.normal(0, 2000, len(time))
+        write_wave(folder / f"{i}.wav", [int(sample) for sample in sound])
+    return folder

@@ -37,16 +37,22 @@ RecipeOpt = Annotated[
 CalibrationOpt = Annotated[
     list[Path] | None,
     typer.Option(
-        help="Text, JSONL or folder of images to calibrate on; repeatable. Default: CPython's docs."
+        help="Text, JSONL, or folder of images or recordings to calibrate on; repeatable. Default: "
+        "CPython's docs, for text alone."
     ),
 ]
 EvaluationOpt = Annotated[
     list[Path] | None,
-    typer.Option(help="Held-out text or images; repeatable. Default: a fifth of calibration."),
+    typer.Option(
+        help="Held-out text, images or recordings; repeatable. Default: a fifth of calibration."
+    ),
 ]
 TokensOpt = Annotated[int, typer.Option(min=1024, help="Calibration tokens to use.")]
 ImagesOpt = Annotated[
     int, typer.Option(min=16, help="Images to use, of calibration and of evaluation; not of text.")
+]
+RecordingsOpt = Annotated[
+    int, typer.Option(min=8, help="Recordings to use, of calibration and of evaluation.")
 ]
 EvaluationTokensOpt = Annotated[int, typer.Option(min=1024, help="Evaluation tokens to use.")]
 EngineTokensOpt = Annotated[
@@ -190,6 +196,7 @@ def text_options(
     calibration_tokens: int,
     evaluation_tokens: int,
     images: int,
+    recordings: int,
     seed: int,
 ) -> TextOptions:
     """The options about text as one record."""
@@ -200,6 +207,7 @@ def text_options(
         evaluation_tokens,
         seed,
         images,
+        recordings,
     )
 
 

@@ -27,6 +27,7 @@ def build(
     calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
     evaluation_tokens: arguments.EvaluationTokensOpt = _TEXT.evaluation_tokens,
     images: arguments.ImagesOpt = _TEXT.images,
+    recordings: arguments.RecordingsOpt = _TEXT.recordings,
     method: arguments.MethodOpt = "prox",
     preset: arguments.PresetOpt = "default",
     refinement: arguments.RefinementOpt = "auto",
@@ -68,7 +69,13 @@ def build(
     options = BuildOptions(
         recipe,
         arguments.text_options(
-            calibration, evaluation, calibration_tokens, evaluation_tokens, images, seed
+            calibration,
+            evaluation,
+            calibration_tokens,
+            evaluation_tokens,
+            images,
+            recordings,
+            seed,
         ),
         arguments.prune_options(
             method, preset, refinement, reconstruct, include, exclude, max_loss, layers, plan
@@ -100,6 +107,7 @@ def prune(
     calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
     evaluation_tokens: arguments.EvaluationTokensOpt = _TEXT.evaluation_tokens,
     images: arguments.ImagesOpt = _TEXT.images,
+    recordings: arguments.RecordingsOpt = _TEXT.recordings,
     method: arguments.MethodOpt = "prox",
     preset: arguments.PresetOpt = "default",
     refinement: arguments.RefinementOpt = "auto",
@@ -119,7 +127,13 @@ def prune(
     options = BuildOptions(
         recipe,
         arguments.text_options(
-            calibration, evaluation, calibration_tokens, evaluation_tokens, images, seed
+            calibration,
+            evaluation,
+            calibration_tokens,
+            evaluation_tokens,
+            images,
+            recordings,
+            seed,
         ),
         arguments.prune_options(
             method, preset, refinement, reconstruct, include, exclude, max_loss, layers

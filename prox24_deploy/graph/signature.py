@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from prox24_deploy.errors import ExportError
 from prox24_deploy.graph.weights import load_model
@@ -76,12 +77,20 @@ def axes_of(value: ir.Value) -> list[str | int]:
 
 
 def _run_once(recipe: Recipe, model: nn.Module) -> Any:
-    """What the model gives over one token, with its cache; None where it knows no cache."""
-    one = torch.zeros((1, 1), dtype=torch.int64, device=next(model.parameters()).device)
-    target = {"decoder_input_ids": one} if recipe.is_decoder else {}
+    """What the model gives over one token, with its cache; None where it knows no cache.
+
+    A decoder of two reads one made-up state, so that it does not matter what its encoder reads.
+    """
+    weight = next(model.parameters())
+    one = torch.zeros((1, 1), dtype=torch.int64, device=weight.device)
+    feeds: dict[str, Any] = {"input_ids": one}
+    if recipe.is_decoder:
+        width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        states = BaseModelOutput(last_hidden_state=weight.new_zeros(1, 1, width))
+        feeds = {"decoder_input_ids": one, "encoder_outputs": states}
     try:
         with torch.inference_mode():
-            return model(input_ids=one, use_cache=True, **target)
+            return model(**feeds, use_cache=True)
     except TypeError:  # it takes no such argument
         return None
 

@@ -13,6 +13,7 @@ from prox24_deploy.errors import RecipeError
 from prox24_deploy.model.calibration import Batch
 from prox24_deploy.model.layers import Layer, input_rows, is_layer, same_rows
 from prox24_deploy.recipe import Recipe
+from prox24_deploy.tasks import WRITES_TEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def run_model(model: nn.Module, batch: Batch, task: str) -> Any:
     """Forward one batch; a model that generates text is run without a cache."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    if task in {"text-generation", "text-to-text"}:
+    if task in WRITES_TEXT:
         return model(**inputs, use_cache=False)
     return model(**inputs)
 

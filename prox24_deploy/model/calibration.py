@@ -33,8 +33,10 @@ class Batch:
     """One forward pass: model inputs and which positions are real.
 
     Attributes:
-        inputs: name to tensor: (batch, sequence) int64, or pixels (batch, channels, height, width).
-        real: (batch, sequence) bool, False on padding; (batch,) for images, which have none.
+        inputs: name to tensor: (batch, sequence) int64, or pixels (batch, channels, height, width),
+            or features of recordings (batch, mels, frames).
+        real: (batch, sequence) bool, False on padding; (batch,) for images and recordings, which
+            have none.
         targets: (batch, target) int64, the token that each position of a decoder beside an encoder
             should give, `IGNORED` on padding; None for any other model.
     """
@@ -46,15 +48,17 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Batches and where their text or images came from.
+    """Batches and where their text, images or recordings came from.
 
     `labels` has the class of each image, (samples,) int64 in the order of the batches, where the
-    user's folders tell.
+    user's folders tell. `transcripts` has what is said in each recording, None where nobody wrote
+    that down.
     """
 
     batches: tuple[Batch, ...]
     source: TextSource
     labels: Tensor | None = None
+    transcripts: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from torch import nn
 
 from prox24_deploy.artifacts import ModelInfo
 from prox24_deploy.errors import ModelDirError, RecipeError
-from prox24_deploy.recipe import Recipe, Task
+from prox24_deploy.recipe import Recipe
+from prox24_deploy.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ def auto_classes() -> dict[Task, Any]:
         "text-encoding": transformers.AutoModelForTextEncoding,
         "text-generation": transformers.AutoModelForCausalLM,
         "text-to-text": transformers.AutoModelForSeq2SeqLM,
+        "automatic-speech-recognition": transformers.AutoModelForSpeechSeq2Seq,
         "text-classification": transformers.AutoModelForSequenceClassification,
         "token-classification": transformers.AutoModelForTokenClassification,
         "image-classification": transformers.AutoModelForImageClassification,
@@ -172,7 +174,12 @@ def quiet_transformers() -> Any:
 
 
 def load_tokenizer(directory: ModelDir) -> Any:
-    """Open the tokenizer of the directory (a transformers tokenizer).
+    """Open the tokenizer of a model directory; see `open_tokenizer`."""
+    return open_tokenizer(directory.path)
+
+
+def open_tokenizer(path: Path) -> Any:
+    """Open the tokenizer in a directory (a transformers tokenizer).
 
     Raises:
         ModelDirError: there is none, or it cannot be opened without remote code.
@@ -180,20 +187,19 @@ def load_tokenizer(directory: ModelDir) -> Any:
     transformers = quiet_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            directory.path, local_files_only=True, trust_remote_code=False
+            path, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
         # The tokenizers library raises bare Exception for a file that it cannot read.
         raise ModelDirError(
-            f"Model directory {directory.path} has no tokenizer that opens "
+            f"Model directory {path} has no tokenizer that opens "
             f"({_first_line(error)}); add tokenizer.json and tokenizer_config.json."
         ) from error
     # Without any of its files transformers makes a tokenizer that knows no word.
     files = tokenizer.vocab_files_names.values()
-    if not any((directory.path / file).is_file() for file in files):
+    if not any((path / file).is_file() for file in files):
         raise ModelDirError(
-            f"Model directory {directory.path} has no tokenizer, expected one of "
-            f"{', '.join(files)}; add it."
+            f"Model directory {path} has no tokenizer, expected one of {', '.join(files)}; add it."
         )
     return tokenizer
 
@@ -204,15 +210,25 @@ def load_image_processor(path: Path) -> Any:
     Raises:
         ModelDirError: there is none, or it cannot be opened without remote code.
     """
-    transformers = quiet_transformers()
+    return _load_processor(path, quiet_transformers().AutoImageProcessor, "image processor")
+
+
+def load_feature_extractor(path: Path) -> Any:
+    """Open the feature extractor of a model that hears (a transformers feature extractor).
+
+    Raises:
+        ModelDirError: there is none, or it cannot be opened without remote code.
+    """
+    return _load_processor(path, quiet_transformers().AutoFeatureExtractor, "feature extractor")
+
+
+def _load_processor(path: Path, auto: Any, what: str) -> Any:
     try:
-        return transformers.AutoImageProcessor.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
+        return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # A damaged preprocessor_config.json surfaces as whatever the processor's code runs into.
         raise ModelDirError(
-            f"Model directory {path} has no image processor that opens "
+            f"Model directory {path} has no {what} that opens "
             f"({_first_line(error)}); add preprocessor_config.json."
         ) from error
 

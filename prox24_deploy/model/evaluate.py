@@ -15,6 +15,7 @@ from prox24_deploy.errors import ModelDirError, RecipeError
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.calibration import IGNORED, Batch, Samples
 from prox24_deploy.recipe import Embedding
+from prox24_deploy.tasks import WRITES_TEXT
 
 Progress = Callable[[str, int, int], None]
 Pooling = Callable[[Tensor, Tensor], Tensor]
@@ -33,12 +34,17 @@ def evaluate_models(
     embedding: Embedding | None = None,
     pooling: Pooling | None = None,
 ) -> EvaluateResult:
-    """Measure what the task calls for: perplexity, classes, or agreement of embeddings.
+    """Measure what the task calls for: words, perplexity, classes, or agreement of embeddings.
 
     `pooling` is that of models which do not say it in `model_dir` or `embedding`.
     """
     began = time.perf_counter()
-    if task in {"text-generation", "text-to-text"}:
+    if task == "automatic-speech-recognition":
+        # Builds on this module.
+        from prox24_deploy.model.transcribe import evaluate_speech
+
+        metrics = evaluate_speech(dense, sparse, held_out, model_dir, progress)
+    elif task in WRITES_TEXT:
         metrics = evaluate_text_generation(dense, sparse, held_out.batches, progress)
     elif task.endswith("-classification"):
         metrics = evaluate_classes(dense, sparse, held_out.batches, progress, held_out.labels)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.calibration import Batch
 from prox24_deploy.model.evaluate import Pooling, class_figures, embed, next_logits, window_nll
+from prox24_deploy.tasks import WRITES_TEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ def loss_against(dense: nn.Module, task: str, batches: Sequence[Batch], pooling:
     one, where there is but one), else one less the cosine of the embeddings. `dense` is run at
     once and may change afterwards.
     """
-    if task in {"text-generation", "text-to-text"}:
+    if task in WRITES_TEXT:
         reference = _window_losses(dense, batches)
         return Loss("log-perplexity", lambda model: _window_losses(model, batches) - reference)
     if task.endswith("-classification"):

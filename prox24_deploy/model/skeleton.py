@@ -9,7 +9,7 @@ from torch import nn
 
 from prox24_deploy.model.directory import ModelDir, auto_classes, quiet_transformers
 from prox24_deploy.model.layers import is_layer
-from prox24_deploy.recipe import Task
+from prox24_deploy.tasks import Task
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # How class names of transformers end; the first that fits decides.
@@ -25,6 +25,11 @@ _ENCODER_DECODER = (
     "it is an encoder-decoder, for which no recipe can be drawn; copy bart.toml with its table "
     "[decoder], adapt both halves, and pass it with --recipe."
 )
+_SPEECH = (
+    "it reads audio, for which no recipe can be drawn; if it is an encoder-decoder that reads "
+    "log-mel features as Whisper does, copy whisper.toml, adapt both halves, and pass it with "
+    "--recipe."
+)
 _OUTPUTS: dict[Task, tuple[str, str]] = {
     "text-generation": ("logits", '"batch", "sequence", "vocabulary"'),
     "text-classification": ("logits", '"batch", "labels"'),
@@ -37,7 +42,7 @@ _OUTPUTS: dict[Task, tuple[str, str]] = {
 def advise(directory: ModelDir) -> str:
     """How to go on with a model of an unknown family, as the end of a sentence; "" if unknown."""
     if "num_mel_bins" in directory.config:
-        return "it reads audio, on which nothing can be calibrated yet."
+        return _SPEECH
     if directory.config.get("is_encoder_decoder"):
         return _ENCODER_DECODER
     if skeleton := skeleton_recipe(directory):

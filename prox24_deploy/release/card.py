@@ -131,7 +131,7 @@ def _samples(text: TextSource) -> str:
         "builtin": "of the English documentation inside CPython, not of the model's own domain",
         "split": "held out from the calibration samples",
     }
-    unit = "images" if text.unit == "image" else f"samples ({text.tokens:,} tokens)"
+    unit = f"samples ({text.tokens:,} tokens)" if text.unit == "token" else f"{text.unit}s"
     return f"{text.samples:,} {unit} {kinds[text.kind]}"
 
 

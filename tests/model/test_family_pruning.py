@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import FAMILIES, PIXELS, VOCABULARY, tiny_model
+from tiny_families import FAMILIES, FEATURES, PIXELS, VOCABULARY, tiny_model
 
 from prox24_deploy.model.blocks import find_blocks, run_block, run_model, target_layers
 from prox24_deploy.model.calibration import IGNORED, Batch
@@ -30,11 +30,15 @@ def recipe_of(model: torch.nn.Module) -> Recipe:
 def batch(recipe: Recipe) -> Batch:
     """Three rows of twelve tokens, the last padded on the right unless the model is causal.
 
-    Three images where the model reads images.
+    Three images where the model reads images, three recordings where it reads speech.
     """
     if recipe.reads_images:
         pixels = torch.randn(3, *PIXELS.values(), generator=torch.Generator().manual_seed(0))
         return Batch({"pixel_values": pixels}, torch.ones(3, dtype=torch.bool))
+    if recipe.reads_speech:
+        shape = (3, FEATURES["mels"], FEATURES["frames"])
+        features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return with_targets(Batch({"input_features": features}, torch.ones(3, dtype=torch.bool)))
     ids = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
     real = torch.ones(3, 12, dtype=torch.bool)
     if recipe.task != "text-generation":

@@ -75,7 +75,8 @@ def test_the_recipe_drawn_from_a_model_exports_it(olmo: Path, tmp_path: Path) ->
         ({"is_encoder_decoder": True}, r"copy bart\.toml with its table \[decoder\], adapt both"),
         (
             {"is_encoder_decoder": True, "num_mel_bins": 80},
-            r"^it reads audio, on which nothing can be calibrated yet\.$",
+            r"^it reads audio, .* copy whisper\.toml, adapt both halves, and pass it with "
+            r"--recipe\.$",
         ),
     ],
 )

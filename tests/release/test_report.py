@@ -221,6 +221,11 @@ def few_images(records: Records) -> Records:
     return replace(fewer, prune=replace(fewer.prune, calibration=images, layers=layers))
 
 
+def few_transcripts(records: Records) -> Records:
+    source = replace(records.prune.calibration, samples=50, targets=20, unit="recording")
+    return replace(records, prune=replace(records.prune, calibration=source))
+
+
 def exported_as(dtype: Any) -> Callable[[Records], Records]:
     def change(records: Records) -> Records:
         export = records.export
@@ -272,6 +277,10 @@ def no_kernel_chosen(records: Records) -> Records:
         (evaluated_on("builtin"), "measured on built-in text"),
         (without_targets("prune"), r"12 of 512 texts came .* was calibrated on writing .* JSONL"),
         (without_targets("evaluate"), r"12 of 512 texts .* the decoder was evaluated on writing"),
+        (
+            few_transcripts,
+            r"30 of 50 recordings came without .* calibrated .* \.txt file beside each",
+        ),
         (all_skipped, r"36 layers left dense \(too small\): .* and 28 more in the table of layers"),
         (no_kernel_chosen, "it runs no sparse kernels .dense kernels timed faster"),
     ],

@@ -1,0 +1,209 @@
+"""Recordings of speech: find them in folders or lists, with what is said in them, and read them.
+
+Only PCM in WAV files of one channel, at the rate of the model, is read. Nothing is resampled or
+mixed: what a converter makes of a recording would be part of what is measured.
+"""
+
+import json
+import random
+import wave
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from prox24_deploy.errors import CalibrationError
+
+MIN_RECORDINGS = 8
+_WAVE = ".wav"
+_OTHERS = frozenset({".aac", ".aiff", ".flac", ".m4a", ".mp3", ".mp4", ".ogg", ".opus", ".webm"})
+_LISTS = frozenset({".jsonl", ".ndjson"})
+_HELD_OUT_SHARE = 0.2
+_FORM = '{"audio": "FILE.wav", "text": "..."}'
+
+Samples1D = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A file and what is said in it, None where nobody wrote that down."""
+
+    path: Path
+    text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recordings:
+    """Recordings before they are read.
+
+    Attributes:
+        kind: "file" for the user's own, "split" for a part held out of those to calibrate on.
+        paths: folders and lists, as the user named them.
+        files: in seeded order.
+    """
+
+    kind: Literal["file", "split"]
+    paths: tuple[str, ...]
+    files: tuple[Recording, ...]
+
+
+def read_recordings(
+    calibration: Sequence[Path], evaluation: Sequence[Path], seed: int
+) -> tuple[Recordings, Recordings]:
+    """Return recordings to calibrate on and held-out ones, each in seeded order.
+
+    A folder gives all its WAV files, with the text of a list or of a .txt file beside each; a list
+    is JSONL with a path, relative to the list, and a text per line. Without `evaluation` a fifth of
+    the recordings is held out.
+
+    Raises:
+        CalibrationError: nothing is given, something is missing or not of this form, or there are
+            too few recordings.
+    """
+    if not calibration:
+        raise CalibrationError(
+            "Speech models have no built-in calibration data; pass --calibration FOLDER with at "
+            f"least {MIN_RECORDINGS} recordings (.wav) of the model's own domain, each with its "
+            "transcript in a .txt file beside it if the word error rate is to be measured."
+        )
+    files = _shuffled(calibration, seed)
+    paths = tuple(map(str, calibration))
+    if evaluation:
+        held_out = Recordings("file", tuple(map(str, evaluation)), _shuffled(evaluation, seed))
+        return Recordings("file", paths, files), held_out
+    cut = len(files) - max(1, round(len(files) * _HELD_OUT_SHARE))
+    return Recordings("file", paths, files[:cut]), Recordings("split", paths, files[cut:])
+
+
+def read_wave(path: Path, rate: int, seconds: float) -> Samples1D:
+    """Samples in [-1, 1) of one recording, (samples,).
+
+    Args:
+        path: PCM of 8, 16, 24 or 32 bits in a WAV file.
+        rate: that the model expects, per second.
+        seconds: that the model hears at most.
+
+    Raises:
+        CalibrationError: the file cannot be read, or is not such a recording.
+    """
+    try:
+        with wave.open(str(path), "rb") as file:
+            form, data = file.getparams(), file.readframes(file.getnframes())
+    except (OSError, EOFError, wave.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "it ends too early"
+        raise CalibrationError(
+            f"Recording {path} cannot be read ({reason}), expected PCM in a WAV file; "
+            f"{_remedy(rate)}."
+        ) from error
+    if form.nchannels != 1 or form.framerate != rate:
+        raise CalibrationError(
+            f"Recording {path} has {form.nchannels} channel(s) at {form.framerate} Hz, expected "
+            f"1 at {rate} Hz, and nothing is mixed or resampled here; {_remedy(rate)}."
+        )
+    if not data or len(data) != form.nframes * form.sampwidth:
+        raise CalibrationError(
+            f"Recording {path} holds {len(data)} of {form.nframes * form.sampwidth} bytes of "
+            "sound; record or copy it again."
+        )
+    if form.nframes > seconds * rate:
+        raise CalibrationError(
+            f"Recording {path} is {form.nframes / rate:.1f} s long, more than the {seconds:g} s "
+            "that the model hears at once; cut it at a pause."
+        )
+    return _as_floats(data, form.sampwidth)
+
+
+def _as_floats(data: bytes, width: int) -> Samples1D:
+    """Integers of any width as the upper bytes of 32 bits, as a part of their range."""
+    stored = np.frombuffer(data, np.uint8).reshape(-1, width)
+    wide = np.zeros((len(stored), 4), np.uint8)
+    # One byte is unsigned, all others are signed.
+    wide[:, 4 - width :] = stored ^ 0x80 if width == 1 else stored
+    return (wide.view("<i4")[:, 0] / 2**31).astype(np.float32)
+
+
+def _remedy(rate: int) -> str:
+    return f"convert it, for example with ffmpeg -i IN -ac 1 -ar {rate} -c:a pcm_s16le OUT.wav"
+
+
+def _shuffled(paths: Sequence[Path], seed: int) -> tuple[Recording, ...]:
+    found = [recording for path in paths for recording in _recordings_of(path)]
+    if len(found) < MIN_RECORDINGS:
+        raise CalibrationError(
+            f"{', '.join(map(str, paths))} holds {len(found)} recordings, expected at least "
+            f"{MIN_RECORDINGS} ({_WAVE}); add some."
+        )
+    random.Random(seed).shuffle(found)
+    return tuple(found)
+
+
+def _recordings_of(path: Path) -> list[Recording]:
+    if path.suffix.lower() in _LISTS and not path.is_dir():
+        return list(_listed(path))
+    if not path.is_dir():
+        raise CalibrationError(
+            f"Recordings {path} is neither a folder nor a list (.jsonl); pass a folder of "
+            "recordings."
+        )
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    if other := next((file for file in files if file.suffix.lower() in _OTHERS), None):
+        raise CalibrationError(
+            f"Recording {other} is no WAV file, and nothing else is read; convert it, or move it "
+            "elsewhere."
+        )
+    lists = [file for file in files if file.suffix.lower() in _LISTS]
+    known = {one.path.resolve(): one.text for file in lists for one in _listed(file)}
+    waves = [file for file in files if file.suffix.lower() == _WAVE]
+    return [Recording(file, known.get(file.resolve()) or _text_beside(file)) for file in waves]
+
+
+def _text_beside(file: Path) -> str | None:
+    beside = file.with_suffix(".txt")
+    if not beside.is_file():
+        return None
+    return _required(_read_text(beside), f"Transcript {beside}")
+
+
+def _listed(path: Path) -> Iterator[Recording]:
+    """The recordings of a list, in its order."""
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(f"{path} line {number} is not JSON ({error}).") from error
+        name = record.get("audio") if isinstance(record, dict) else None
+        if not isinstance(name, str):
+            raise CalibrationError(
+                f'{path} line {number} has no string "audio"; expected {_FORM} per line.'
+            )
+        if not (path.parent / name).is_file():
+            raise CalibrationError(
+                f"{path} line {number} names recording {name!r}, which is not there; correct it."
+            )
+        text = record.get("text")
+        where = f"The text of {path} line {number}"
+        yield Recording(path.parent / name, None if text is None else _required(text, where))
+
+
+def _required(text: object, where: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise CalibrationError(
+            f"{where} is {text!r}, expected what is said in the recording; write it, or leave it "
+            "out."
+        )
+    return text.strip()
+
+
+def _read_text(path: Path) -> str:
+    try:
+        # A byte order mark is no part of the text.
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8; convert it.") from error
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read ({error.strerror}).") from error
