@@ -3,8 +3,10 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from playwright.sync_api import Browser, sync_playwright
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 # Nothing but the page may ask for the network, or what it asks for drowns.
@@ -20,8 +22,11 @@ def find_chromium() -> str | None:
 
 
 @contextmanager
-def running_chromium() -> Iterator[Browser]:
+def running_chromium() -> "Iterator[Browser]":
     """One browser; each page that is opened in it has its own settings."""
+    # Not at the top: machines that run other tests may lack it, and conftest imports this.
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=find_chromium(), args=QUIET)
         try:
