@@ -4,7 +4,6 @@ Only PCM in WAV files of one channel, at the rate of the model, is read. Nothing
 mixed: what a converter makes of a recording would be part of what is measured.
 """
 
-import json
 import random
 import wave
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prox24_deploy.errors import CalibrationError
+from prox24_deploy.model.text_files import json_lines, read_text
 
 MIN_RECORDINGS = 8
 _WAVE = ".wav"
@@ -164,18 +164,12 @@ def _text_beside(file: Path) -> str | None:
     beside = file.with_suffix(".txt")
     if not beside.is_file():
         return None
-    return _required(_read_text(beside), f"Transcript {beside}")
+    return _required(read_text(beside), f"Transcript {beside}")
 
 
 def _listed(path: Path) -> Iterator[Recording]:
     """The recordings of a list, in its order."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{path} line {number} is not JSON ({error}).") from error
+    for number, record in json_lines(path):
         name = record.get("audio") if isinstance(record, dict) else None
         if not isinstance(name, str):
             raise CalibrationError(
@@ -197,13 +191,3 @@ def _required(text: object, where: str) -> str:
             "out."
         )
     return text.strip()
-
-
-def _read_text(path: Path) -> str:
-    try:
-        # A byte order mark is no part of the text.
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8; convert it.") from error
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read ({error.strerror}).") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prox24_deploy.artifacts import TextSource
 from prox24_deploy.errors import CalibrationError
+from prox24_deploy.model.text_files import json_lines, read_text
 from prox24_deploy.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -160,17 +161,10 @@ def _from_files(paths: Sequence[Path]) -> Texts:
 
 def _documents_of(path: Path) -> list[tuple[str, object]]:
     """Documents of a file, each with its target or None."""
-    try:
-        # A byte order mark is no part of the text.
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"Text {path} is not UTF-8; convert it.") from error
-    except OSError as error:
-        raise CalibrationError(f"Text {path} cannot be read ({error.strerror}).") from error
     if path.suffix in {".jsonl", ".ndjson"}:
-        documents = _jsonl(path, text)
+        documents = _jsonl(path)
     else:
-        documents = [(part, None) for part in _paragraphs(text)]
+        documents = [(part, None) for part in _paragraphs(read_text(path))]
     if not documents:
         raise CalibrationError(f"Text {path} is empty; pass a file with paragraphs of text.")
     return documents
@@ -180,16 +174,9 @@ def _paragraphs(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
-def _jsonl(path: Path, text: str) -> list[tuple[str, object]]:
+def _jsonl(path: Path) -> list[tuple[str, object]]:
     documents: list[tuple[str, object]] = []
-    # Only "\n" ends a record: a JSON string may hold any other line separator of Unicode.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{path} line {number} is not JSON ({error}).") from error
+    for number, record in json_lines(path):
         document = record.get("text") if isinstance(record, dict) else record
         if not isinstance(document, str):
             raise CalibrationError(

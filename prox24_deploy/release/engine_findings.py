@@ -11,8 +11,8 @@ def engine_checks(result: EngineAccuracyResult) -> tuple[Check, ...]:
     """Whether each engine does what PyTorch does with the same weights; that gates the release."""
     return (
         *(_check(engine, one) for engine in result.engines for one in engine.fidelity),
-        *(_failure(failed) for failed in result.failed),
-        *(_absence(missing) for missing in result.not_measured),
+        *(_unmeasured(failed, fails=True) for failed in result.failed),
+        *(_unmeasured(missing, fails=False) for missing in result.not_measured),
     )
 
 
@@ -70,28 +70,17 @@ def _judgement(engine: EngineAccuracy, found: Fidelity) -> str:
     )
 
 
-def _failure(failed: NotMeasured) -> Check:
-    return Check(
-        name=f"{failed.backend} accuracy",
-        kind="accuracy",
-        value=None,
-        limit=None,
-        gated=True,
-        verdict="fail",
-        message=f"Accuracy through the engines could not be measured: {failed.reason}",
-    )
-
-
-def _absence(missing: NotMeasured) -> Check:
+def _unmeasured(backend: NotMeasured, *, fails: bool) -> Check:
     """What was delivered but cannot run here is told and fails nothing, as for its latency."""
+    verb = "could not be" if fails else "was not"
     return Check(
-        name=f"{missing.backend} accuracy",
+        name=f"{backend.backend} accuracy",
         kind="accuracy",
         value=None,
         limit=None,
-        gated=False,
-        verdict="inconclusive",
-        message=f"Accuracy through the engines was not measured: {missing.reason}",
+        gated=fails,
+        verdict="fail" if fails else "inconclusive",
+        message=f"Accuracy through the engines {verb} measured: {backend.reason}",
     )
 
 
