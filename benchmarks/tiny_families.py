@@ -1,4 +1,7 @@
-"""One tiny random model for every family and head that a shipped recipe knows: two layers each."""
+"""One tiny random model for every family and head that a shipped recipe knows.
+
+Two layers each, and one where another row has the same blocks twice.
+"""
 
 from typing import Any
 
@@ -115,33 +118,41 @@ _WHISPER = {
 }
 _PAIRED_T5 = _T5 | {"decoder_start_token_id": 1}
 
+_ONE = {"num_hidden_layers": 1}
+
 # Class of transformers and options of its configuration.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", _GROUPED | {"tie_word_embeddings": True}),
-    "mistral": ("MistralForCausalLM", _SLIDING),
-    "qwen2": ("Qwen2ForCausalLM", _COMMON | {"num_key_value_heads": 2}),
-    "qwen3": ("Qwen3ForCausalLM", _GROUPED),
-    "gemma": ("GemmaForCausalLM", _GROUPED),
+    "mistral": ("MistralForCausalLM", _SLIDING | _ONE),
+    "qwen2": ("Qwen2ForCausalLM", _COMMON | _ONE | {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3ForCausalLM", _GROUPED | _ONE),
+    "gemma": ("GemmaForCausalLM", _GROUPED | _ONE),
     "gemma2": ("Gemma2ForCausalLM", _SLIDING),
     "gemma3_text": ("Gemma3ForCausalLM", _SLIDING | {"layer_types": _ALTERNATING}),
-    "phi": ("PhiForCausalLM", _COMMON),
-    "phi3": ("Phi3ForCausalLM", _COMMON),
+    "phi": ("PhiForCausalLM", _COMMON | _ONE),
+    "phi3": ("Phi3ForCausalLM", _COMMON | _ONE),
     "gpt2": ("GPT2LMHeadModel", _GPT2),
-    "opt": ("OPTForCausalLM", _OPT),
+    "opt": ("OPTForCausalLM", _OPT | _ONE),
     "bert": ("BertModel", _COMMON),
-    "bert, text classes": ("BertForSequenceClassification", _COMMON),
-    "bert, token classes": ("BertForTokenClassification", _COMMON),
+    "bert, text classes": ("BertForSequenceClassification", _COMMON | _ONE),
+    "bert, token classes": ("BertForTokenClassification", _COMMON | _ONE),
     "roberta": ("RobertaModel", _COMMON),
-    "roberta, text classes": ("RobertaForSequenceClassification", _COMMON),
-    "xlm-roberta, token classes": ("XLMRobertaForTokenClassification", _COMMON),
+    "roberta, text classes": ("RobertaForSequenceClassification", _COMMON | _ONE),
+    "xlm-roberta, token classes": ("XLMRobertaForTokenClassification", _COMMON | _ONE),
     "distilbert": ("DistilBertModel", _DISTILBERT),
-    "distilbert, text classes": ("DistilBertForSequenceClassification", _DISTILBERT),
+    "distilbert, text classes": (
+        "DistilBertForSequenceClassification",
+        _DISTILBERT | {"n_layers": 1},
+    ),
     "mpnet": ("MPNetModel", _COMMON),
-    "mpnet, text classes": ("MPNetForSequenceClassification", _COMMON),
+    "mpnet, text classes": ("MPNetForSequenceClassification", _COMMON | _ONE),
     "modernbert": ("ModernBertModel", _MODERNBERT),
     "modernbert, text classes": ("ModernBertForSequenceClassification", _MODERNBERT),
     "t5, encoder": ("T5EncoderModel", _T5),
-    "t5, gated encoder": ("T5EncoderModel", _T5 | {"feed_forward_proj": "gated-gelu"}),
+    "t5, gated encoder": (
+        "T5EncoderModel",
+        _T5 | {"feed_forward_proj": "gated-gelu", "num_layers": 1},
+    ),
     "t5": ("T5ForConditionalGeneration", _PAIRED_T5),
     "t5, gated": (
         "T5ForConditionalGeneration",
@@ -152,8 +163,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "clip, text tower": ("CLIPTextModelWithProjection", _COMMON | {"projection_dim": 16}),
     "clip, image tower": ("CLIPVisionModelWithProjection", _VIT | {"projection_dim": 16}),
     "vit": ("ViTModel", _VIT),
-    "vit, classes": ("ViTForImageClassification", _VIT),
-    "deit, classes": ("DeiTForImageClassification", _VIT),
+    "vit, classes": ("ViTForImageClassification", _VIT | _ONE),
+    "deit, classes": ("DeiTForImageClassification", _VIT | _ONE),
     "swin, classes": ("SwinForImageClassification", _SWIN),
     "resnet, classes": ("ResNetForImageClassification", _RESNET),
     "convnext, classes": ("ConvNextForImageClassification", _CONVNEXT),

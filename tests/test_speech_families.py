@@ -42,7 +42,12 @@ def test_a_model_of_speech_is_built_as_two_graphs_and_judged_by_its_words(out: P
     assert (calibration.unit, calibration.samples, calibration.targets) == ("recording", 8, 8)
     names = [metric.name for metric in report.accuracy.metrics]
     assert names[:3] == ["word error rate", "word error rate to dense", "perplexity"]
-    assert [metric.samples for metric in report.accuracy.metrics] == [2] * 5
+    assert [metric.samples for metric in report.accuracy.metrics] == [2] * 6
+    # Engines are forced along the targets, and write no words of their own.
+    (engine,) = report.accuracy.engines
+    assert [metric.name for metric in engine.metrics] == names[2:]
+    assert all(one.passed for one in engine.fidelity)
+    assert any("word error rate" in one and "engine" in one for one in report.warnings)
     # The encoder has no axis for a sequence.
     rows = [(row.graph, row.sequence) for row in report.latency]
     assert rows == [("encoder", 0), ("decoder", 8), ("decoder", 16)]

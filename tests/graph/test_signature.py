@@ -14,7 +14,7 @@ from prox24_deploy.graph.signature import read_inputs, signature_of
 
 def test_heads_and_head_size_of_the_cache_are_those_of_the_model() -> None:
     # 4 heads share 2 heads of keys of size 8, whatever the hidden size says.
-    model = tiny_model("qwen3", head_dim=16)
+    model = tiny_model("qwen3", head_dim=16, num_hidden_layers=2)
     signature = signature_of(shipped_recipe("qwen3"), model)
     assert [spec.name for spec in signature.inputs] == [
         "input_ids",

@@ -116,9 +116,9 @@ def test_a_model_agrees_with_itself(listener: Listener, recordings: Recordings) 
     metrics = evaluate_speech(model, model, samples, listener.directory.path, lambda *_: None)
     assert [metric.name for metric in metrics] == [
         "word error rate", "word error rate to dense", "perplexity", "log-perplexity",
-        "top-1 agreement",
+        "top-1 agreement", "KL divergence",
     ]  # fmt: skip
-    known, change, _, _, agreement = metrics
+    known, change, _, _, agreement, divergence = metrics
     assert (known.samples, change.samples) == (1, 3)
     assert known.dense == known.sparse
     assert known.difference is not None
@@ -127,6 +127,8 @@ def test_a_model_agrees_with_itself(listener: Listener, recordings: Recordings) 
     assert change.agreement.value == 0
     assert agreement.agreement is not None
     assert agreement.agreement.value == 1
+    assert divergence.agreement is not None
+    assert divergence.agreement.value == pytest.approx(0, abs=1e-6)
 
 
 def test_a_transcript_longer_than_the_decoder_is_refused(
