@@ -10,6 +10,7 @@ import transformers
 from command_line import run_cli
 from PIL import Image
 from torch import nn
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prox24_deploy.release.schema import Report, load_report
 
@@ -120,7 +121,7 @@ def test_accuracy_and_agreement_are_those_of_transformers_on_the_same_files(
 ) -> None:
     """Recomputed from the written directories with transformers alone, one image at a time."""
     report = build("vit", images, tmp_path, "--method", "magnitude", "--dtype", "float16")
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "model")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
     right, same = torch.zeros(2), 0
     files = sorted(images.rglob("*.png"))
     models = [

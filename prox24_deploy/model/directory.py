@@ -210,7 +210,11 @@ def load_image_processor(path: Path) -> Any:
     Raises:
         ModelDirError: there is none, or it cannot be opened without remote code.
     """
-    return _load_processor(path, quiet_transformers().AutoImageProcessor, "image processor")
+    quiet_transformers()
+    # Older versions offer it at the top only beside torchvision, which it does not need.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    return _load_processor(path, AutoImageProcessor, "image processor")
 
 
 def load_feature_extractor(path: Path) -> Any:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, ViTImageProcessor
+from transformers import ViTImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prox24_deploy.errors import CalibrationError
 from prox24_deploy.model.images import Images, make_image_samples, read_images
