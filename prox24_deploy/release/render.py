@@ -50,6 +50,8 @@ class Trend:
 
 # XML 1.0 has no way to write these, not even escaped.
 _NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# A standard error below it comes from rounding.
+_NO_ERROR = 1e-7
 
 
 def render_html(report: Report) -> str:
@@ -117,13 +119,13 @@ def number(value: float | None) -> str:
 
 
 def estimate(value: Estimate | None) -> str:
-    """Value and standard error, rounded to two digits of the error."""
+    """Value and standard error, rounded to two digits of the error; one that small is left out."""
     if value is None:
         return "–"
     error = value.standard_error
-    if error <= 0:
+    if error < _NO_ERROR:
         return number(value.value)
-    digits = min(max(1 - math.floor(math.log10(error)), 0), 8)
+    digits = max(1 - math.floor(math.log10(error)), 0)
     return f"{value.value:.{digits}f} ± {error:.{digits}f}".replace("-", "−")
 
 

@@ -212,6 +212,8 @@ def test_figures_are_written_with_the_digits_they_deserve() -> None:
     assert estimate(Estimate(0.81234, 0.0094)) == "0.8123 ± 0.0094"
     assert estimate(Estimate(-12.3456, 3.0)) == "−12.3 ± 3.0"
     assert estimate(Estimate(0.5, 0.0)) == "0.5"
+    assert estimate(Estimate(1 - 3e-13, 2e-14)) == "1"
+    assert estimate(Estimate(0.5, 2e-6)) == "0.5000000 ± 0.0000020"
     assert estimate(None) == "–"
     assert [size(value) for value in (12, 45_612_345, 3e9, 5e12)] == [
         "12 bytes", "45.6 MB", "3 GB", "5,000 GB",
