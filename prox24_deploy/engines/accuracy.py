@@ -99,17 +99,8 @@ def measure_accuracy(
     fidelity: list[Fidelity] = []
     with ExitStack() as opened:
         for i, twin in enumerate(TWINS):
-            graphs = [
-                Graph(
-                    opened.enter_context(backend.open(bundle, engine)),
-                    read_inputs(bundle / engine.onnx),
-                    engine.dtype,
-                    engine.path,
-                    rows,
-                )
-                for engine in engines
-                if engine.twin == twin
-            ]
+            own = [engine for engine in engines if engine.twin == twin]
+            graphs = [_opened(backend, bundle, engine, rows, opened) for engine in own]
             # After the engines, of which the first to be missing saves the loading.
             model = question.load(twin)
             models[twin] = EngineModel(graphs, model.config)
@@ -130,6 +121,12 @@ def measure_accuracy(
         fidelity=tuple(fidelity),
         seconds=time.perf_counter() - began,
     )
+
+
+def _opened(backend: Backend, bundle: Path, engine: Engine, rows: int, until: ExitStack) -> Graph:
+    """An engine that stays open `until` that stack is left."""
+    session = until.enter_context(backend.open(bundle, engine))
+    return Graph(session, read_inputs(bundle / engine.onnx), engine.dtype, engine.path, rows)
 
 
 def fidelity_of(twin: Twin, metric: Metric, dtype: DType) -> Fidelity:

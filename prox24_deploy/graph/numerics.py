@@ -80,16 +80,12 @@ def compare_with_torch(
     feeds = [_feeds(signature, sizes, vocabulary, generator) for sizes in _sizes(signature)]
     runs = [_differences(session, reference, dtype, each) for each in feeds]
 
-    def unpadded(run: int) -> dict[str, Array]:
-        # The first row of a batch is never padded.
-        row = {spec.name: _first_row(spec, feeds[run][spec.name]) for spec in signature.inputs}
-        return _as_given(row, dtype)
-
     def culprit(run: int) -> str:
-        return first_difference(reference, path, unpadded(run), _RELATIVE[dtype])
+        row = _unpadded(signature, feeds[run], dtype)
+        return first_difference(reference, path, row, _RELATIVE[dtype])
 
     if dtype == "float16":
-        require_finite(path, unpadded(0))
+        require_finite(path, _unpadded(signature, feeds[0], dtype))
 
     return tuple(
         _judge([run[i] for run in runs], spec.name, path, _RELATIVE[dtype], twin, culprit)
@@ -191,6 +187,12 @@ def _as_given(feeds: dict[str, Array], dtype: DType) -> dict[str, Array]:
         name: feed.astype(np.dtype(dtype)) if feed.dtype == np.float32 else feed
         for name, feed in feeds.items()
     }
+
+
+def _unpadded(signature: Signature, feeds: dict[str, Array], dtype: DType) -> dict[str, Array]:
+    """The first row of a batch, which is never padded."""
+    row = {spec.name: _first_row(spec, feeds[spec.name]) for spec in signature.inputs}
+    return _as_given(row, dtype)
 
 
 def _first_row(spec: TensorSpec, feed: Array) -> Array:
