@@ -9,7 +9,7 @@ from prox24_deploy.accuracy import EngineAccuracy, EngineAccuracyResult
 from prox24_deploy.artifacts import CompileResult, NotMeasured, PruneResult
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.errors import BackendMissingError, EngineError
-from prox24_deploy.options import BuildOptions
+from prox24_deploy.options import BuildOptions, EngineOptions
 from prox24_deploy.release.bundle import Bundle
 from prox24_deploy.release.environment import machine, versions
 from prox24_deploy.subject import Subject, fitted_shapes, torch_device
@@ -49,16 +49,16 @@ def measure(
     }
 
     def run() -> EngineAccuracyResult:
+        from prox24_deploy.engines.accuracy import measure_accuracy
+
         began = time.perf_counter()
-        question = _question(bundle, subject, options)
+        question = _question(bundle, subject, options, fitted)
+        least = min(fitted.batches)
         found: list[EngineAccuracy] = []
         missing: list[NotMeasured] = []
         failed: list[NotMeasured] = []
         for backend in backends:
-            from prox24_deploy.engines.accuracy import measure_accuracy
-
             own = [engine for engine in compiled.engines if engine.backend == backend.name]
-            least = min(fitted.batches)
             try:
                 found.append(measure_accuracy(backend, bundle.root, own, question, least, progress))
             except BackendMissingError as error:
@@ -71,7 +71,9 @@ def measure(
     return bundle.stage(STAGE, EngineAccuracyResult, inputs, [], run)
 
 
-def _question(bundle: Bundle, subject: Subject, options: BuildOptions) -> "Question":
+def _question(
+    bundle: Bundle, subject: Subject, options: BuildOptions, fitted: EngineOptions
+) -> "Question":
     """How to open the PyTorch models, and the samples, in shapes that engines were compiled for."""
     from prox24_deploy.engines.accuracy import Question
     from prox24_deploy.model.directory import load_model, open_model_dir
@@ -79,7 +81,6 @@ def _question(bundle: Bundle, subject: Subject, options: BuildOptions) -> "Quest
 
     directories = {"dense": subject.directory, "sparse": open_model_dir(bundle.root / "pruned")}
     device = torch_device(options.device)
-    fitted = fitted_shapes(options.engine, subject.directory.config, subject.recipe)
     return Question(
         recipe=subject.recipe,
         load=lambda twin: load_model(directories[twin], subject.recipe, device),

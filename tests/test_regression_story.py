@@ -291,13 +291,19 @@ def test_compare_writes_nothing_without_a_folder_and_nothing_into_a_bundle(
     assert (snapshot(accepted), snapshot(baseline.parent)) == before
 
 
+def of_another_gpu(baseline: Path, folder: Path) -> Path:
+    """The same baseline, had it been made on a machine with another GPU."""
+    other = json.loads(baseline.read_bytes())
+    other["report"]["environment"]["gpu"] = "NVIDIA H200"
+    path = folder / "other.json"
+    path.write_text(json.dumps(other), encoding="utf-8")
+    return path
+
+
 def test_a_build_unlike_its_baseline_is_made_and_says_so(
     again: Path, baseline: Path, tiny_bert: Path, prose: Path, tmp_path: Path
 ) -> None:
-    other = json.loads(baseline.read_bytes())
-    other["report"]["environment"]["gpu"] = "NVIDIA H200"
-    path = tmp_path / "other.json"
-    path.write_text(json.dumps(other), encoding="utf-8")
+    path = of_another_gpu(baseline, tmp_path)
     run = run_cli(
         "build", tiny_bert, "-o", again, "--calibration", prose, "--baseline", path, *SMALL
     )
@@ -374,10 +380,7 @@ def test_the_limits_of_a_file_judge_a_build_as_they_judge_a_comparison(
 def test_a_build_on_another_machine_passes_where_that_is_allowed_and_tells_it(
     again: Path, baseline: Path, tiny_bert: Path, prose: Path, tmp_path: Path
 ) -> None:
-    other = json.loads(baseline.read_bytes())
-    other["report"]["environment"]["gpu"] = "NVIDIA H200"
-    path = tmp_path / "other.json"
-    path.write_text(json.dumps(other), encoding="utf-8")
+    path = of_another_gpu(baseline, tmp_path)
     run = run_cli(
         "build", tiny_bert, "-o", again, "--calibration", prose, "--baseline", path,
         "--allow", "gpu", *SMALL,

@@ -69,13 +69,7 @@ def build(
     options = BuildOptions(
         recipe,
         arguments.text_options(
-            calibration,
-            evaluation,
-            calibration_tokens,
-            evaluation_tokens,
-            images,
-            recordings,
-            seed,
+            calibration, evaluation, calibration_tokens, evaluation_tokens, images, recordings, seed
         ),
         arguments.prune_options(
             method, preset, refinement, reconstruct, include, exclude, max_loss, layers, plan
@@ -127,13 +121,7 @@ def prune(
     options = BuildOptions(
         recipe,
         arguments.text_options(
-            calibration,
-            evaluation,
-            calibration_tokens,
-            evaluation_tokens,
-            images,
-            recordings,
-            seed,
+            calibration, evaluation, calibration_tokens, evaluation_tokens, images, recordings, seed
         ),
         arguments.prune_options(
             method, preset, refinement, reconstruct, include, exclude, max_loss, layers

@@ -4,24 +4,21 @@ Only PCM in WAV files of one channel, at the rate of the model, is read. Nothing
 mixed: what a converter makes of a recording would be part of what is measured.
 """
 
-import random
 import wave
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from prox24_deploy.errors import CalibrationError
-from prox24_deploy.model.text_files import json_lines, read_text
+from prox24_deploy.model.held_out import Files, Search, hold_out
+from prox24_deploy.model.text_files import JSON_LINES, json_lines, read_text
 
 MIN_RECORDINGS = 8
 _WAVE = ".wav"
 _OTHERS = frozenset({".aac", ".aiff", ".flac", ".m4a", ".mp3", ".mp4", ".ogg", ".opus", ".webm"})
-_LISTS = frozenset({".jsonl", ".ndjson"})
-_HELD_OUT_SHARE = 0.2
 _FORM = '{"audio": "FILE.wav", "text": "..."}'
 
 Samples1D = npt.NDArray[np.float32]
@@ -35,19 +32,7 @@ class Recording:
     text: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Recordings:
-    """Recordings before they are read.
-
-    Attributes:
-        kind: "file" for the user's own, "split" for a part held out of those to calibrate on.
-        paths: folders and lists, as the user named them.
-        files: in seeded order.
-    """
-
-    kind: Literal["file", "split"]
-    paths: tuple[str, ...]
-    files: tuple[Recording, ...]
+Recordings = Files[Recording]
 
 
 def read_recordings(
@@ -69,13 +54,8 @@ def read_recordings(
             f"least {MIN_RECORDINGS} recordings (.wav) of the model's own domain, each with its "
             "transcript in a .txt file beside it if the word error rate is to be measured."
         )
-    files = _shuffled(calibration, seed)
-    paths = tuple(map(str, calibration))
-    if evaluation:
-        held_out = Recordings("file", tuple(map(str, evaluation)), _shuffled(evaluation, seed))
-        return Recordings("file", paths, files), held_out
-    cut = len(files) - max(1, round(len(files) * _HELD_OUT_SHARE))
-    return Recordings("file", paths, files[:cut]), Recordings("split", paths, files[cut:])
+    search = Search(_recordings_of, MIN_RECORDINGS, "recordings", [_WAVE])
+    return hold_out(calibration, evaluation, seed, search)
 
 
 def read_wave(path: Path, rate: int, seconds: float) -> Samples1D:
@@ -129,19 +109,8 @@ def _remedy(rate: int) -> str:
     return f"convert it, for example with ffmpeg -i IN -ac 1 -ar {rate} -c:a pcm_s16le OUT.wav"
 
 
-def _shuffled(paths: Sequence[Path], seed: int) -> tuple[Recording, ...]:
-    found = [recording for path in paths for recording in _recordings_of(path)]
-    if len(found) < MIN_RECORDINGS:
-        raise CalibrationError(
-            f"{', '.join(map(str, paths))} holds {len(found)} recordings, expected at least "
-            f"{MIN_RECORDINGS} ({_WAVE}); add some."
-        )
-    random.Random(seed).shuffle(found)
-    return tuple(found)
-
-
 def _recordings_of(path: Path) -> list[Recording]:
-    if path.suffix.lower() in _LISTS and not path.is_dir():
+    if path.suffix.lower() in JSON_LINES and not path.is_dir():
         return list(_listed(path))
     if not path.is_dir():
         raise CalibrationError(
@@ -154,7 +123,7 @@ def _recordings_of(path: Path) -> list[Recording]:
             f"Recording {other} is no WAV file, and nothing else is read; convert it, or move it "
             "elsewhere."
         )
-    lists = [file for file in files if file.suffix.lower() in _LISTS]
+    lists = [file for file in files if file.suffix.lower() in JSON_LINES]
     known = {one.path.resolve(): one.text for file in lists for one in _listed(file)}
     waves = [file for file in files if file.suffix.lower() == _WAVE]
     return [Recording(file, known.get(file.resolve()) or _text_beside(file)) for file in waves]

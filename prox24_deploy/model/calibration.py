@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prox24_deploy.artifacts import TextSource
 from prox24_deploy.errors import CalibrationError
-from prox24_deploy.model.text_files import json_lines, read_text
+from prox24_deploy.model.text_files import JSON_LINES, json_lines, read_text
 from prox24_deploy.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def _from_files(paths: Sequence[Path]) -> Texts:
 
 def _documents_of(path: Path) -> list[tuple[str, object]]:
     """Documents of a file, each with its target or None."""
-    if path.suffix in {".jsonl", ".ndjson"}:
+    if path.suffix in JSON_LINES:
         documents = _jsonl(path)
     else:
         documents = [(part, None) for part in _paragraphs(read_text(path))]

@@ -1,11 +1,9 @@
 """Calibration and evaluation images: find them in folders, label them, turn them into batches."""
 
 import hashlib
-import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -14,26 +12,15 @@ from torch import Tensor
 from prox24_deploy.artifacts import TextSource
 from prox24_deploy.errors import CalibrationError
 from prox24_deploy.model.calibration import Batch, Samples
+from prox24_deploy.model.held_out import Files, Search, hold_out
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 MIN_IMAGES = 16
 _BATCH_IMAGES = 16
-_HELD_OUT_SHARE = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class Images:
-    """Image files before they are read.
-
-    Attributes:
-        kind: "file" for the user's own, "split" for a part held out of the calibration images.
-        paths: the folders.
-        files: each with the name of the folder it lies in, relative to the user's; "" at its top.
-    """
-
-    kind: Literal["file", "split"]
-    paths: tuple[str, ...]
-    files: tuple[tuple[Path, str], ...]
+# Image files, each with the name of the folder it lies in, relative to the user's; "" at its top.
+Images = Files[tuple[Path, str]]
 
 
 def read_images(
@@ -52,13 +39,8 @@ def read_images(
             f"at least {MIN_IMAGES} images of the model's own domain, in sub-folders named by "
             "label if accuracy is to be measured."
         )
-    files = _shuffled(calibration, seed)
-    paths = tuple(str(path) for path in calibration)
-    if evaluation:
-        held_out = Images("file", tuple(map(str, evaluation)), _shuffled(evaluation, seed))
-        return Images("file", paths, files), held_out
-    cut = len(files) - max(1, round(len(files) * _HELD_OUT_SHARE))
-    return Images("file", paths, files[:cut]), Images("split", paths, files[cut:])
+    search = Search(_images_in, MIN_IMAGES, "images", sorted(SUFFIXES))
+    return hold_out(calibration, evaluation, seed, search)
 
 
 def make_image_samples(
@@ -90,17 +72,6 @@ def pixel_sizes(processor: Any) -> dict[str, int]:
     """Channels, height and width of what the processor makes of an image."""
     pixels = processor(images=[Image.new("RGB", (96, 64))], return_tensors="pt")["pixel_values"]
     return dict(zip(("channels", "height", "width"), pixels.shape[1:], strict=True))
-
-
-def _shuffled(folders: Sequence[Path], seed: int) -> tuple[tuple[Path, str], ...]:
-    found = [entry for folder in folders for entry in _images_in(folder)]
-    if len(found) < MIN_IMAGES:
-        raise CalibrationError(
-            f"{', '.join(map(str, folders))} holds {len(found)} images, expected at least "
-            f"{MIN_IMAGES} ({', '.join(sorted(SUFFIXES))}); add some."
-        )
-    random.Random(seed).shuffle(found)
-    return tuple(found)
 
 
 def _images_in(folder: Path) -> list[tuple[Path, str]]:

@@ -7,6 +7,9 @@ from typing import Any
 
 from prox24_deploy.errors import CalibrationError
 
+# What the names of files with a JSON value per line end in.
+JSON_LINES = frozenset({".jsonl", ".ndjson"})
+
 
 def read_text(path: Path) -> str:
     """The whole of a UTF-8 file, without its byte order mark.
@@ -28,7 +31,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         CalibrationError: the file cannot be read, or a line is not JSON.
     """
-    # Only "\\n" ends a record: a JSON string may hold any other line separator of Unicode.
+    # Only "\n" ends a record: a JSON string may hold any other line separator of Unicode.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
