@@ -91,7 +91,7 @@ def _random(make: object, dtype: torch.dtype) -> nn.Module:
 
 
 def opened(model: nn.Module, recipe: Recipe, dtype: DType) -> TorchModel:
-    return TorchModel(RecipeModule(model, recipe).eval(), dtype, 30000, "")
+    return TorchModel(RecipeModule(model, recipe).eval(), dtype, 30000)
 
 
 def prune(model: nn.Module, recipe: Recipe) -> set[str]:

@@ -5,9 +5,11 @@ the report is assembled from nothing else. Paths inside records are POSIX paths 
 bundle, so that a bundle can be moved. No torch, no pydantic and no I/O in this module.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
+
+from prox24_deploy.fingerprint import unkeyed
 
 DType = Literal["float32", "float16", "bfloat16"]
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -24,7 +26,7 @@ class TextSource:
     """
 
     kind: Literal["file", "builtin", "split"]
-    paths: tuple[str, ...]
+    paths: tuple[str, ...] = field(metadata=unkeyed("`sha256` says what was read there"))
     sha256: str
     samples: int
     tokens: int

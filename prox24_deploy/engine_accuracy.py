@@ -1,25 +1,48 @@
 """The stage that asks the engines what the PyTorch models were asked."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prox24_deploy.accuracy import EngineAccuracy, EngineAccuracyResult
-from prox24_deploy.artifacts import CompileResult, NotMeasured, PruneResult
+from prox24_deploy.artifacts import CompileResult, Engine, NotMeasured
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.errors import BackendMissingError, EngineError
-from prox24_deploy.options import BuildOptions, EngineOptions
+from prox24_deploy.options import BuildOptions
+from prox24_deploy.recipe import Recipe
 from prox24_deploy.release.bundle import Bundle
 from prox24_deploy.release.environment import machine, versions
+from prox24_deploy.release.layout import ENGINES, ONNX, PRUNED
+from prox24_deploy.release.stage import Artifact, Stage, Workspace
 from prox24_deploy.subject import Subject, fitted_shapes, torch_device
 
 if TYPE_CHECKING:
     from prox24_deploy.engines.accuracy import Question
+    from prox24_deploy.model.calibration import Samples
+    from prox24_deploy.model.directory import ModelDir
 
 Progress = Callable[[str, int, int], None]
 
-STAGE = "accuracy"
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineAccuracyInputs:
+    """What the accuracy through engines, and their distance from PyTorch, depend on."""
+
+    source: "ModelDir"
+    pruned: Artifact
+    onnx: Artifact
+    compiled: Artifact
+    engines: tuple[Engine, ...]
+    backends: tuple[Backend, ...]
+    held_out: "Samples"
+    recipe: Recipe
+    tokens: int
+    batches: tuple[int, ...]
+    sequences: tuple[int, ...]
+    device: str
+    machine: Mapping[str, str]
+    versions: Mapping[str, str]
 
 
 def measure(
@@ -36,61 +59,69 @@ def measure(
     fail, which fails the release.
     """
     fitted = fitted_shapes(options.engine, subject.directory.config, subject.recipe)
-    inputs = {
-        "model": subject.directory.sha256,
-        "pruned": bundle.load("prune", PruneResult).state_sha256,
-        "engines": [asdict(engine) for engine in compiled.engines],
-        "evaluation": asdict(subject.held_out.source),
-        "tokens": options.engine.accuracy_tokens,
-        "shapes": [list(fitted.batches), list(fitted.sequences)],
-        "device": torch_device(options.device).type,
-        "machine": machine(),
-        "versions": versions(),
-    }
-
-    def run() -> EngineAccuracyResult:
-        from prox24_deploy.engines.accuracy import measure_accuracy
-
-        began = time.perf_counter()
-        question = _question(bundle, subject, options, fitted)
-        least = min(fitted.batches)
-        found: list[EngineAccuracy] = []
-        missing: list[NotMeasured] = []
-        failed: list[NotMeasured] = []
-        for backend in backends:
-            own = [engine for engine in compiled.engines if engine.backend == backend.name]
-            try:
-                found.append(measure_accuracy(backend, bundle.root, own, question, least, progress))
-            except BackendMissingError as error:
-                missing.append(NotMeasured(backend.name, str(error)))
-            except EngineError as error:
-                failed.append(NotMeasured(backend.name, str(error)))
-        seconds = time.perf_counter() - began
-        return EngineAccuracyResult(tuple(found), tuple(missing), tuple(failed), seconds)
-
-    return bundle.stage(STAGE, EngineAccuracyResult, inputs, [], run)
+    inputs = EngineAccuracyInputs(
+        source=subject.directory,
+        pruned=bundle.artifact(PRUNED),
+        onnx=bundle.artifact(ONNX),
+        compiled=bundle.artifact(ENGINES),
+        engines=compiled.engines,
+        backends=tuple(backends),
+        held_out=subject.held_out,
+        recipe=subject.recipe,
+        tokens=options.engine_tokens,
+        batches=fitted.batches,
+        sequences=fitted.sequences,
+        device=torch_device(options.device).type,
+        machine=machine(),
+        versions=versions(),
+    )
+    return bundle.run(ACCURACY, inputs, progress)
 
 
-def _question(
-    bundle: Bundle, subject: Subject, options: BuildOptions, fitted: EngineOptions
-) -> "Question":
+def _run(inputs: EngineAccuracyInputs, work: Workspace, progress: Progress) -> EngineAccuracyResult:
+    from prox24_deploy.engines.accuracy import measure_accuracy
+
+    began = time.perf_counter()
+    question = _question(inputs)
+    least = min(inputs.batches)
+    found: list[EngineAccuracy] = []
+    missing: list[NotMeasured] = []
+    failed: list[NotMeasured] = []
+    for backend in inputs.backends:
+        own = [engine for engine in inputs.engines if engine.backend == backend.name]
+        try:
+            found.append(measure_accuracy(backend, work.root, own, question, least, progress))
+        except BackendMissingError as error:
+            missing.append(NotMeasured(backend.name, str(error)))
+        except EngineError as error:
+            failed.append(NotMeasured(backend.name, str(error)))
+    seconds = time.perf_counter() - began
+    return EngineAccuracyResult(tuple(found), tuple(missing), tuple(failed), seconds)
+
+
+ACCURACY = Stage(name="accuracy", result=EngineAccuracyResult, run=_run)
+
+
+def _question(inputs: EngineAccuracyInputs) -> "Question":
     """How to open the PyTorch models, and the samples, in shapes that engines were compiled for."""
+    import torch
+
     from prox24_deploy.engines.accuracy import Question
     from prox24_deploy.model.directory import load_model, open_model_dir
     from prox24_deploy.model.subset import Shapes
 
-    directories = {"dense": subject.directory, "sparse": open_model_dir(bundle.root / "pruned")}
-    device = torch_device(options.device)
+    directories = {"dense": inputs.source, "sparse": open_model_dir(inputs.pruned.path)}
+    device = torch.device(inputs.device)
     return Question(
-        recipe=subject.recipe,
-        load=lambda twin: load_model(directories[twin], subject.recipe, device),
-        directory=subject.directory.path,
-        held_out=subject.held_out,
-        tokens=options.engine.accuracy_tokens,
+        recipe=inputs.recipe,
+        load=lambda twin: load_model(directories[twin], inputs.recipe, device),
+        directory=inputs.source.path,
+        held_out=inputs.held_out,
+        tokens=inputs.tokens,
         shapes=Shapes(
-            rows=max(fitted.batches),
+            rows=max(inputs.batches),
             # A graph with a cache also decodes, so that it takes any number of tokens.
-            least=1 if subject.recipe.cache else min(fitted.sequences),
-            longest=max(fitted.sequences),
+            least=1 if inputs.recipe.cache else min(inputs.sequences),
+            longest=max(inputs.sequences),
         ),
     )

@@ -2,7 +2,9 @@
 
 import os
 import re
+import stat
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -25,7 +27,35 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    _sync(path.parent)
+
+
+def sync_tree(path: Path, *, deep: bool = True) -> None:
+    """Make a file, or a folder and all that is in it, survive a power cut."""
+    for each in _tree(path) if deep else [path]:
+        _sync(each)
+
+
+def make_readable(root: Path, name: str) -> None:
+    """Let whoever may read `root` also read all that is at `root / name` in it.
+
+    Some libraries write files that only their owner may read, which others then meet in a bundle.
+    """
+    granted = stat.S_IMODE(root.stat().st_mode) & 0o555
+    for each in _tree(root / name):
+        mode = stat.S_IMODE(each.stat().st_mode)
+        wanted = mode | (granted if each.is_dir() else granted & 0o444)
+        if wanted != mode:
+            each.chmod(wanted)
+
+
+def _tree(path: Path) -> Iterator[Path]:
+    """A path, and what is below it where it is a folder; nothing where there is none, no links."""
+    if path.is_symlink() or not path.exists():
+        return
+    yield path
+    if path.is_dir():
+        yield from (each for each in path.rglob("*") if not each.is_symlink())
 
 
 def is_temporary(name: str) -> bool:
@@ -33,9 +63,9 @@ def is_temporary(name: str) -> bool:
     return re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", name) is not None
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder with the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from prox24_deploy.artifacts import DType
 from prox24_deploy.errors import UsageError
+from prox24_deploy.fingerprint import unkeyed
 
 Method = Literal["prox", "ista", "sparsegpt", "wanda", "magnitude"]
 Refinement = Literal["auto", "conjugate-gradient", "gradient", "none"]
@@ -85,7 +86,9 @@ class TensorRtOptions:
     compatibility: Compatibility = "none"
     refit: bool = False
     strip_weights: bool = False
-    timing_cache: Path | None = None
+    timing_cache: Path | None = field(
+        default=None, metadata=unkeyed("says where timings are kept, not what is built")
+    )
     capabilities: tuple[str, ...] = ()
 
 
@@ -93,17 +96,16 @@ class TensorRtOptions:
 class EngineOptions:
     """Which backends to compile for, for which shapes, and how.
 
-    `plan` is the file of a plan whose GEMM timings need not be measured again. `accuracy_tokens`
-    bounds how much of the evaluation is run through the engines; an image counts as 64 tokens.
+    `plan` is the file of a plan whose GEMM timings need not be measured again.
     """
 
     backends: tuple[str, ...] = ("auto",)
     batches: tuple[int, ...] = (1, 8)
     sequences: tuple[int, ...] = (128,)
-    plan: Path | None = None
+    plan: Path | None = field(
+        default=None, metadata=unkeyed("what is read there counts where it is used")
+    )
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
-    # Left out of what it prints as, which tells backends apart and so what was compiled.
-    accuracy_tokens: int = field(default=8192, repr=False)
 
     def shapes(self, *, images: bool) -> list[tuple[int, int]]:
         """Every (batch, sequence), each once; sequence 0 for a graph that has no such axis."""
@@ -124,9 +126,10 @@ class HarnessOptions:
 class BuildOptions:
     """Everything that `build` can be told.
 
-    `device` is where pruning and evaluation run; the report is held against `baseline`, by the
-    limits file `baseline_limits` before those of its recipe, and may differ from it in what `allow`
-    names.
+    `device` is where pruning and evaluation run. `engine_tokens` bounds how much of the evaluation
+    is run through the engines; an image counts as 64 tokens. The report is held against `baseline`,
+    by the limits file `baseline_limits` before those of its recipe, and may differ from it in what
+    `allow` names.
     """
 
     recipe: Path | None = None
@@ -139,6 +142,7 @@ class BuildOptions:
     baseline_limits: Path | None = None
     allow: tuple[str, ...] = ()
     harness: HarnessOptions = field(default_factory=HarnessOptions)
+    engine_tokens: int = 8192
 
 
 def parse_capabilities(words: Sequence[str]) -> tuple[str, ...]:

@@ -12,12 +12,14 @@ from prox24_deploy.artifacts import (
     ExportResult,
     PruneResult,
 )
+from prox24_deploy.engines.base import Backend
 from prox24_deploy.errors import BackendMissingError, UsageError
 from prox24_deploy.options import BuildOptions, EngineOptions
+from prox24_deploy.recipe import Recipe
 from prox24_deploy.release.baseline import Gate, read_gate
-from prox24_deploy.release.bundle import open_bundle
+from prox24_deploy.release.bundle import Bundle, open_bundle
 from prox24_deploy.release.report import Report
-from prox24_deploy.subject import read_subject
+from prox24_deploy.subject import config_of, model_of, read_subject, recipe_of, source_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -35,22 +37,24 @@ def build(
     # Read before any work, so that a wrong path costs no time.
     gate = _read_gate(options)
     subject = read_subject(model_dir, out, options, progress)
-    task_accuracy.require_usable(options.harness, subject.recipe)
+    source, recipe, engine = subject.directory, subject.recipe, options.engine
+    task_accuracy.require_usable(options.harness, recipe)
     backends = engine_stages.open_backends(
-        options.engine, model_dir, subject.recipe, subject.directory.config
+        engine, source.path, source.sha256, recipe, source.config
     )
     with open_bundle(out, fresh=fresh) as bundle:
-        stages.describe(bundle, subject, options)
         task_accuracy.verify(bundle, options.harness)
-        pruned = stages.prune(bundle, subject, options.prune, options.device, progress)
-        exported = stages.export(bundle, options.dtype, progress)
-        compiled = engine_stages.compile_engines(bundle, exported, backends, progress)
-        measured = engine_stages.bench(bundle, compiled, backends, options.engine, progress)
+        pruned = stages.prune(bundle, subject, options, progress)
+        exported = stages.export(bundle, source, recipe, pruned, options.dtype, progress)
+        compiled = engine_stages.compile_engines(bundle, exported, recipe, backends, progress)
+        measured = engine_stages.bench(
+            bundle, compiled, backends, engine, recipe, source.config, progress
+        )
         evaluated = stages.evaluate(bundle, subject, options.device, progress)
         through = engine_accuracy.measure(bundle, subject, compiled, backends, options, progress)
         tasks = task_accuracy.measure(bundle, subject, options, progress)
         return stages.report(
-            bundle, pruned, exported, compiled, measured, evaluated, gate, through, tasks
+            bundle, subject, pruned, exported, compiled, measured, evaluated, gate, through, tasks
         )
 
 
@@ -60,23 +64,24 @@ def prune(
     """Run only the pruning stage: `out` becomes a bundle with `pruned/`."""
     subject = read_subject(model_dir, out, options, progress)
     with open_bundle(out, fresh=fresh) as bundle:
-        stages.describe(bundle, subject, options)
-        return stages.prune(bundle, subject, options.prune, options.device, progress)
+        return stages.prune(bundle, subject, options, progress)
 
 
 def export(out: Path, dtype: DType, *, progress: Progress) -> ExportResult:
     """Run only the export stage, on a bundle that holds a pruned model."""
     with open_bundle(out, existing=True) as bundle:
-        bundle.load("prune", PruneResult)
-        return stages.export(bundle, dtype, progress)
+        pruned = bundle.load(stages.PRUNE)
+        source, recipe = source_of(bundle), recipe_of(bundle)
+        return stages.export(bundle, source, recipe, pruned, dtype, progress)
 
 
 def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) -> CompileResult:
     """Run only the compile stage, on a bundle that holds exported models."""
     with open_bundle(out, existing=True) as bundle:
-        exported = bundle.load("export", ExportResult)
-        backends = engine_stages.backends_of(bundle, options)
-        return engine_stages.compile_engines(bundle, exported, backends, progress)
+        exported = bundle.load(stages.EXPORT)
+        recipe = recipe_of(bundle)
+        backends = _backends_of(bundle, recipe, options)
+        return engine_stages.compile_engines(bundle, exported, recipe, backends, progress)
 
 
 def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResult:
@@ -86,14 +91,25 @@ def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResu
         BackendMissingError: no engine of the bundle can run on this machine.
     """
     with open_bundle(out, existing=True) as bundle:
-        compiled = bundle.load("compile", CompileResult)
+        compiled = bundle.load(engine_stages.COMPILE)
+        recipe = recipe_of(bundle)
         names = tuple(dict.fromkeys(engine.backend for engine in compiled.engines))
-        backends = engine_stages.backends_of(bundle, replace(options, backends=names))
-        bundle.forget("bench", [])
-        result = engine_stages.bench(bundle, compiled, backends, options, progress)
+        backends = _backends_of(bundle, recipe, replace(options, backends=names))
+        config = config_of(bundle)
+        result = engine_stages.bench(
+            bundle, compiled, backends, options, recipe, config, progress, anew=True
+        )
     if not result.latency and result.not_measured:
         raise BackendMissingError(result.not_measured[0].reason)
     return result
+
+
+def _backends_of(bundle: Bundle, recipe: Recipe, options: EngineOptions) -> tuple[Backend, ...]:
+    """The backends asked for, for the model of a bundle."""
+    model = model_of(bundle)
+    return engine_stages.open_backends(
+        options, Path(model.path), model.sha256, recipe, config_of(bundle)
+    )
 
 
 def _read_gate(options: BuildOptions) -> Gate | None:

@@ -63,6 +63,7 @@ def plan(
     found = None
     if sensitivity and any(choice.chosen for choice in choices):
         found = _sensitivity(subject, options, choices, progress)
+    subject.directory.require_unchanged()
     losses = {layer.name: layer.loss for layer in found.layers} if found else {}
     layers = plan_layers(choices, losses, over_budget(found) if found else {})
     return Plan(
@@ -83,7 +84,7 @@ def _measured(
     from prox24_deploy.engines.torch_model import median_ms, open_torch_model, require_gpu
 
     require_gpu("plan", "--gpu-profile FILE, measured elsewhere")
-    opened = open_torch_model(subject.directory.path, subject.recipe, options.dtype)
+    opened = open_torch_model(subject.directory, subject.recipe, options.dtype)
     targets = _targets(opened.wrapped, subject)
     known = gpu_profile(options.dtype)
     choices, profile = choose_measured(opened, shapes, targets, known, progress)

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from prox24_deploy.errors import RecipeError
 from prox24_deploy.limits import Limits, MetricLimits
@@ -248,6 +248,10 @@ class Recipe(_Table):
         said = self.model_dump(exclude={"limits"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
+    def fingerprint(self) -> dict[str, JsonValue]:
+        """What a recipe says of a model, with its defaults: limits and comments do not count."""
+        return self.model_dump(mode="json", exclude={"limits"})
+
     @property
     def reads_images(self) -> bool:
         """Whether the model takes images, not text."""
@@ -307,12 +311,15 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: the file is missing, is not TOML, or has a missing, unknown or wrong key.
     """
+    return parse_recipe(_read_text(path), str(path))
+
+
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise RecipeError(f"Recipe {path} cannot be read ({reason}); pass a TOML file.") from error
-    return parse_recipe(text, str(path))
 
 
 def parse_recipe(text: str, source: str) -> Recipe:
@@ -351,7 +358,8 @@ def select_recipe(
     own = model_dir / RECIPE_FILE
     path = explicit or (own if own.is_file() else None)
     if path is not None:
-        return read_recipe(path), path.read_text(encoding="utf-8")
+        text = _read_text(path)
+        return parse_recipe(text, str(path)), text
     shipped = {name: (parse_recipe(text, name), text) for name, text in shipped_recipes().items()}
     for recipe, text in shipped.values():
         if model_type in recipe.model_types:

@@ -1,15 +1,15 @@
 """The stages of a build on the model itself: what each depends on, leaves behind, and calls.
 
-The rooms know nothing of bundles; this module hands each its inputs and stores what it returns.
-torch and the engines are imported by the stage that needs them.
+The inputs of a stage are one frozen object, and its work sees nothing else. torch and the engines
+are imported by the stage that needs them.
 """
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from prox24_deploy.accuracy import EngineAccuracyResult, TaskScores
 from prox24_deploy.artifacts import (
@@ -18,154 +18,141 @@ from prox24_deploy.artifacts import (
     DType,
     EvaluateResult,
     ExportResult,
-    ModelInfo,
     NumericsCheck,
     OnnxModel,
     PruneResult,
 )
-from prox24_deploy.errors import BundleError
 from prox24_deploy.options import BuildOptions, DeviceChoice, PruneOptions
+from prox24_deploy.recipe import Recipe
 from prox24_deploy.release.baseline import Gate
-from prox24_deploy.release.bundle import LATE_FILES, Bundle, stage_key
+from prox24_deploy.release.bundle import Bundle
 from prox24_deploy.release.card import read_source_card, write_card
 from prox24_deploy.release.compare import held_against
 from prox24_deploy.release.environment import machine, versions
-from prox24_deploy.release.manifest import write_manifest
+from prox24_deploy.release.layout import LATE_FILES, ONNX, PRUNED, RECIPE, REPORT_FILES
 from prox24_deploy.release.report import Report, assemble_report, write_report
-from prox24_deploy.subject import (
-    Subject,
-    model_of,
-    recipe_of,
-    torch_device,
-    vocabulary_of,
-)
+from prox24_deploy.release.stage import Artifact, Stage, Workspace
+from prox24_deploy.subject import Subject, model_of, torch_device, vocabulary_of
+
+if TYPE_CHECKING:
+    from prox24_deploy.model.calibration import Samples
+    from prox24_deploy.model.directory import ModelDir
 
 Progress = Callable[[str, int, int], None]
 Twin = Literal["dense", "sparse"]
 
 TWINS: tuple[Twin, ...] = ("dense", "sparse")
 _STAGES = ("prune", "export", "compile", "bench", "evaluate", "accuracy", "tasks")
-_REPORT_FILES = (
-    "report.json", "report.html", "summary.md", "junit.xml", "benchmark.json", *LATE_FILES,
-)  # fmt: skip
+# Written when everything else is there.
+_LAST_FILES = (*REPORT_FILES, *LATE_FILES)
 
 
-def describe(bundle: Bundle, subject: Subject, options: BuildOptions) -> None:
-    """Enter model, recipe, options and machine in the manifest."""
-    from prox24_deploy.model.directory import model_info
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneInputs:
+    """What the pruned model depends on."""
 
-    manifest = bundle.manifest
-    manifest.model = model_info(subject.directory, subject.recipe)
-    manifest.recipe = subject.recipe_text
-    manifest.options = json.loads(json.dumps(asdict(options), default=str))
-    manifest.seed = options.text.seed
-    manifest.versions = versions()
-    manifest.machine = machine()
-    manifest.complete = False
-    write_manifest(bundle.root, manifest)
+    source: "ModelDir"
+    recipe: Recipe
+    calibration: "Samples"
+    held_out: "Samples"
+    options: PruneOptions
+    device: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportInputs:
+    """What the ONNX files, their proof and their numerics depend on; `layers` were pruned."""
+
+    source: "ModelDir"
+    pruned: Artifact
+    layers: tuple[str, ...]
+    recipe: Recipe
+    dtype: DType
+    seed: int
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateInputs:
+    """What the accuracy of both models in PyTorch depends on."""
+
+    source: "ModelDir"
+    pruned: Artifact
+    held_out: "Samples"
+    recipe: Recipe
+    device: str
+    versions: Mapping[str, str]
+
+
+def prune_inputs(
+    subject: Subject, options: PruneOptions, device_choice: DeviceChoice
+) -> PruneInputs:
+    """The inputs of the stage that prunes."""
+    return PruneInputs(
+        source=subject.directory,
+        recipe=subject.recipe,
+        calibration=subject.calibration,
+        held_out=subject.held_out,
+        options=options,
+        device=torch_device(device_choice).type,
+        versions=numeric_versions(),
+    )
 
 
 def prune(
     bundle: Bundle,
     subject: Subject,
-    options: PruneOptions,
-    device_choice: DeviceChoice,
+    options: BuildOptions,
     progress: Progress,
 ) -> PruneResult:
-    """Prune every target layer and write `pruned/`."""
-    device = torch_device(device_choice)
-    inputs = {
-        "model": subject.directory.sha256,
-        "recipe": subject.recipe_text,
-        "calibration": asdict(subject.calibration.source),
-        "held_out": asdict(subject.held_out.source),
-        "options": asdict(options),
-        "device": device.type,
-        "versions": _numeric_versions(),
-    }
-    solved = bundle.partial / f"blocks-{stage_key('prune', inputs)[:16]}"
-
-    def run() -> PruneResult:
-        from prox24_deploy.model.prune import prune_directory
-
-        bundle.clean_partial(keep=solved)
-        result = prune_directory(
-            subject.directory,
-            subject.recipe,
-            subject.recipe_text,
-            subject.calibration,
-            subject.held_out,
-            options,
-            device=device,
-            solved=solved,
-            out=bundle.partial / "pruned",
-            progress=progress,
-        )
-        bundle.publish(bundle.partial / "pruned", "pruned")
-        return result
-
-    return bundle.stage("prune", PruneResult, inputs, ["pruned"], run)
+    """Prune every target layer into `pruned/`; the bundle is then one of this model."""
+    inputs = prune_inputs(subject, options.prune, options.device)
+    result = bundle.run(PRUNE, inputs, progress)
+    _describe(bundle, subject, options)
+    # The same samples may come from another place than when they were pruned on.
+    return replace(result, calibration=subject.calibration.source, held_out=subject.held_out.source)
 
 
-def export(bundle: Bundle, dtype: DType, progress: Progress) -> ExportResult:
+def export(
+    bundle: Bundle,
+    source: "ModelDir",
+    recipe: Recipe,
+    pruned: PruneResult,
+    dtype: DType,
+    progress: Progress,
+) -> ExportResult:
     """Export dense and sparse twins to `onnx/`, prove 2:4 and compare numerics."""
-    pruned = bundle.load("prune", PruneResult)
-    model = model_of(bundle)
-    inputs = {
-        "model": model.sha256,
-        "pruned": pruned.state_sha256,
-        "recipe": bundle.manifest.recipe,
-        "dtype": dtype,
-        "seed": bundle.manifest.seed,
-        "versions": _numeric_versions(),
-    }
-
-    def run() -> ExportResult:
-        bundle.clean_partial()
-        result = _export_twins(bundle, model, pruned, dtype, progress)
-        bundle.publish(bundle.partial / "onnx", "onnx")
-        return result
-
-    return bundle.stage("export", ExportResult, inputs, ["onnx"], run)
+    inputs = ExportInputs(
+        source=source,
+        pruned=bundle.artifact(PRUNED),
+        layers=tuple(layer.name for layer in pruned.layers if layer.status == "pruned"),
+        recipe=recipe,
+        dtype=dtype,
+        seed=bundle.manifest.seed,
+        versions=numeric_versions(),
+    )
+    return bundle.run(EXPORT, inputs, progress)
 
 
 def evaluate(
     bundle: Bundle, subject: Subject, device_choice: DeviceChoice, progress: Progress
 ) -> EvaluateResult:
-    """Compare dense and pruned model on held-out text."""
-    device = torch_device(device_choice)
-    inputs = {
-        "model": subject.directory.sha256,
-        "pruned": bundle.load("prune", PruneResult).state_sha256,
-        "evaluation": asdict(subject.held_out.source),
-        "device": device.type,
-        "versions": _numeric_versions(),
-    }
-
-    def run() -> EvaluateResult:
-        from prox24_deploy.model.directory import load_model, open_model_dir
-        from prox24_deploy.model.evaluate import evaluate_models
-
-        pruned = open_model_dir(bundle.root / "pruned")
-        dense_model, sparse_model = (
-            load_model(directory, subject.recipe, device)
-            for directory in (subject.directory, pruned)
-        )
-        return evaluate_models(
-            dense_model,
-            sparse_model,
-            subject.recipe.task,
-            subject.held_out,
-            subject.directory.path,
-            progress,
-            embedding=subject.recipe.embedding,
-        )
-
-    return bundle.stage("evaluate", EvaluateResult, inputs, [], run)
+    """Compare dense and pruned model on held-out samples."""
+    inputs = EvaluateInputs(
+        source=subject.directory,
+        pruned=bundle.artifact(PRUNED),
+        held_out=subject.held_out,
+        recipe=subject.recipe,
+        device=torch_device(device_choice).type,
+        versions=numeric_versions(),
+    )
+    return replace(bundle.run(EVALUATE, inputs, progress), evaluation=subject.held_out.source)
 
 
 def report(
     bundle: Bundle,
+    subject: Subject,
     pruned: PruneResult,
     exported: ExportResult,
     compiled: CompileResult,
@@ -177,86 +164,157 @@ def report(
 ) -> Report:
     """Assemble the report, hold it against a baseline, write its views and the card, and seal."""
     manifest = bundle.manifest
+    bundle.promise(_LAST_FILES)
     made = assemble_report(
         model_of(bundle),
-        {**manifest.options, "recipe_sha256": recipe_of(bundle).sha256},
+        {**manifest.options, "recipe_sha256": subject.recipe.sha256},
         {**manifest.versions, **_engine_versions(compiled), **manifest.machine},
         pruned,
         evaluated,
         exported,
         compiled,
         measured,
-        {n: entry.size for n, entry in sorted(manifest.files.items()) if n not in _REPORT_FILES},
+        {n: entry.size for n, entry in sorted(manifest.files.items()) if n not in _LAST_FILES},
         {name: manifest.stages[name].seconds for name in _STAGES if name in manifest.stages},
-        recipe_of(bundle).limits,
+        subject.recipe.limits,
         through=through or EngineAccuracyResult(),
         tasks=tasks,
     )
     if gate:
         made = held_against(made, gate.baseline, limits=gate.limits, allow=gate.allow)
-    write_card(made, read_source_card(Path(model_of(bundle).path)), bundle.root / "pruned")
+    card = read_source_card(subject.directory.path)
+    # Nothing reads the source after its card.
+    subject.directory.require_unchanged()
+    write_card(made, card, bundle.root / PRUNED)
     write_report(made, bundle.root)
     manifest.verdict = made.verdict
-    bundle.seal(_REPORT_FILES)
+    bundle.seal(_LAST_FILES)
     return made
 
 
-def _export_twins(
-    bundle: Bundle, model: ModelInfo, pruned: PruneResult, dtype: DType, progress: Progress
-) -> ExportResult:
-    from prox24_deploy.graph.check import check_onnx
-    from prox24_deploy.graph.export import export_graphs, hash_onnx
-    from prox24_deploy.graph.numerics import compare_with_torch
+def _describe(bundle: Bundle, subject: Subject, options: BuildOptions) -> None:
+    """Enter in the manifest what the pruned model in the bundle was made from and by what."""
+    from prox24_deploy.model.directory import model_info
+
+    manifest = bundle.manifest
+    manifest.model = model_info(subject.directory, subject.recipe)
+    manifest.recipe = subject.recipe_text
+    manifest.options = json.loads(json.dumps(asdict(options), default=str))
+    manifest.seed = options.text.seed
+    manifest.versions = versions()
+    manifest.machine = machine()
+    manifest.complete = False
+    bundle.write_late(RECIPE, subject.recipe_text.encode())
+
+
+def _run_prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> PruneResult:
+    import torch
+
+    from prox24_deploy.model.prune import prune_directory
+
+    return prune_directory(
+        inputs.source,
+        inputs.recipe,
+        inputs.calibration,
+        inputs.held_out,
+        inputs.options,
+        device=torch.device(inputs.device),
+        solved=work.kept,
+        out=work.partial / PRUNED,
+        progress=progress,
+    )
+
+
+def _run_evaluate(inputs: EvaluateInputs, _: Workspace, progress: Progress) -> EvaluateResult:
+    import torch
+
     from prox24_deploy.model.directory import load_model, open_model_dir
+    from prox24_deploy.model.evaluate import evaluate_models
+
+    dense_model, sparse_model = (
+        load_model(directory, inputs.recipe, torch.device(inputs.device))
+        for directory in (inputs.source, open_model_dir(inputs.pruned.path))
+    )
+    return evaluate_models(
+        dense_model,
+        sparse_model,
+        inputs.recipe.task,
+        inputs.held_out,
+        inputs.source.path,
+        progress,
+        embedding=inputs.recipe.embedding,
+    )
+
+
+def _run_export(inputs: ExportInputs, work: Workspace, progress: Progress) -> ExportResult:
+    from prox24_deploy.graph.check import check_onnx
+    from prox24_deploy.model.directory import open_model_dir
 
     began = time.perf_counter()
-    recipe = recipe_of(bundle)
-    dense = open_model_dir(Path(model.path))
-    if dense.sha256 != model.sha256:
-        raise BundleError(
-            f"Model directory {model.path} has changed since {bundle.root} was pruned; run prune "
-            "again."
-        )
-    names = [layer.name for layer in pruned.layers if layer.status == "pruned"]
+    directories = {"dense": inputs.source, "sparse": open_model_dir(inputs.pruned.path)}
     exported: dict[Twin, tuple[OnnxModel, ...]] = {}
     numerics: list[NumericsCheck] = []
     for i, twin in enumerate(TWINS):
         progress("export", i, len(TWINS))
-        directory = dense if twin == "dense" else open_model_dir(bundle.root / "pruned")
-        module = load_model(directory, recipe, torch_device("cpu"))
-        folder = bundle.partial / "onnx" / twin
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        paths = export_graphs(
-            module, recipe, folder, dtype=dtype, sparse=names if twin == "sparse" else ()
-        )
-        for part, path in zip(recipe.parts, paths, strict=True):
-            numerics += compare_with_torch(
-                module,
-                path,
-                part,
-                dtype=dtype,
-                twin=twin,
-                vocabulary=vocabulary_of(dense.config),
-                seed=bundle.manifest.seed,
-            )
-        exported[twin] = tuple(
-            OnnxModel(f"onnx/{twin}/{path.name}", dtype, recipe.opset, *hash_onnx(path))
-            for path in paths
-        )
+        exported[twin], found = _export_twin(inputs, twin, directories[twin], work.partial)
+        numerics += found
     progress("export", len(TWINS), len(TWINS))
-    files = [bundle.partial / model.path for model in exported["sparse"]]
+    files = [work.partial / model.path for model in exported["sparse"]]
     sparsity = tuple(check for file in files for check in check_onnx(file))
     seconds = time.perf_counter() - began
     return ExportResult(exported["dense"], exported["sparse"], sparsity, tuple(numerics), seconds)
+
+
+def _export_twin(
+    inputs: ExportInputs, twin: Twin, directory: "ModelDir", partial: Path
+) -> tuple[tuple[OnnxModel, ...], list[NumericsCheck]]:
+    """Export one twin below `partial`, and compare each graph with PyTorch."""
+    from prox24_deploy.graph.export import export_graphs, hash_onnx
+    from prox24_deploy.graph.numerics import compare_with_torch
+    from prox24_deploy.model.directory import load_model
+
+    recipe = inputs.recipe
+    module = load_model(directory, recipe, torch_device("cpu"))
+    folder = partial / ONNX / twin
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    paths = export_graphs(
+        module,
+        recipe,
+        folder,
+        dtype=inputs.dtype,
+        sparse=inputs.layers if twin == "sparse" else (),
+    )
+    numerics: list[NumericsCheck] = []
+    for part, path in zip(recipe.parts, paths, strict=True):
+        numerics += compare_with_torch(
+            module,
+            path,
+            part,
+            dtype=inputs.dtype,
+            twin=twin,
+            vocabulary=vocabulary_of(inputs.source.config),
+            seed=inputs.seed,
+        )
+    files = tuple(
+        OnnxModel(f"{ONNX}/{twin}/{path.name}", inputs.dtype, recipe.opset, *hash_onnx(path))
+        for path in paths
+    )
+    return files, numerics
+
+
+PRUNE = Stage(name="prune", result=PruneResult, run=_run_prune, outputs=(PRUNED,))
+EXPORT = Stage(name="export", result=ExportResult, run=_run_export, outputs=(ONNX,))
+EVALUATE = Stage(name="evaluate", result=EvaluateResult, run=_run_evaluate)
 
 
 def _engine_versions(compiled: CompileResult) -> dict[str, str]:
     return {name: text for engine in compiled.engines for name, text in engine.versions.items()}
 
 
-def _numeric_versions() -> dict[str, str]:
+def numeric_versions() -> dict[str, str]:
     """Versions that can change a bit of the result."""
     known = versions()
-    return {
-        name: known[name] for name in ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
-    }
+    return {name: known[name] for name in _NUMERIC}
+
+
+_NUMERIC = ("torch", "transformers", "numpy", "numba", "onnx", "onnxscript", "onnx-ir")

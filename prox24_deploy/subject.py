@@ -175,6 +175,25 @@ def model_of(bundle: Bundle) -> ModelInfo:
     return bundle.manifest.model
 
 
+def source_of(bundle: Bundle) -> "ModelDir":
+    """The model directory that a bundle was pruned from, opened anew.
+
+    Raises:
+        ModelDirError: it cannot be opened.
+        BundleError: it is not what it was, or the bundle has not been pruned.
+    """
+    from prox24_deploy.model.directory import open_model_dir
+
+    path = Path(model_of(bundle).path)
+    source = open_model_dir(path)
+    entry = bundle.manifest.stages.get("prune")
+    if entry is None or source.fingerprint() != entry.inputs["source"]:
+        raise BundleError(
+            f"Model directory {path} has changed since {bundle.root} was pruned; run prune again."
+        )
+    return source
+
+
 def recipe_of(bundle: Bundle) -> Recipe:
     """The recipe that fits the model of a bundle."""
     whole = parse_recipe(bundle.manifest.recipe, f"of {bundle.root}")

@@ -2,22 +2,71 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import JsonValue
 
 from prox24_deploy.accuracy import TaskScores
-from prox24_deploy.artifacts import PruneResult
 from prox24_deploy.errors import UsageError
 from prox24_deploy.options import BuildOptions, HarnessOptions
 from prox24_deploy.recipe import Recipe
 from prox24_deploy.release.bundle import Bundle
 from prox24_deploy.release.environment import versions
-from prox24_deploy.release.manifest import hash_file
+from prox24_deploy.release.layout import PRUNED
+from prox24_deploy.release.stage import Artifact, Stage, Workspace
+from prox24_deploy.snapshot import Snapshot, take_snapshot
 from prox24_deploy.subject import Subject, torch_device
+
+if TYPE_CHECKING:
+    from prox24_deploy.model.directory import ModelDir
 
 Progress = Callable[[str, int, int], None]
 
-STAGE = "tasks"
+
+@dataclass(frozen=True, slots=True)
+class TaskData:
+    """The folder with the data of tasks, every file of it hashed."""
+
+    snapshot: Snapshot
+
+    def fingerprint(self) -> dict[str, JsonValue]:
+        """Hash of each file."""
+        return {name: state.sha256 for name, state in self.snapshot.files.items()}
+
+    def require_unchanged(self) -> None:
+        """Refuse data that was written since.
+
+        Raises:
+            UsageError: names the first file.
+        """
+        if (name := self.snapshot.changed()) is not None:
+            raise UsageError(
+                f"{self.snapshot.root / name} was changed while tasks were run on it, so that "
+                "their scores are not kept; run the same command again."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskInputs:
+    """What the scores of both models on tasks depend on."""
+
+    source: "ModelDir"
+    pruned: Artifact
+    tasks: tuple[str, ...]
+    data: TaskData | None
+    limit: int | None
+    recipe: Recipe
+    device: str
+    harness: str
+    versions: Mapping[str, str]
+
+    @property
+    def options(self) -> HarnessOptions:
+        """The tasks as they were asked for."""
+        folder = self.data.snapshot.root if self.data else None
+        return HarnessOptions(self.tasks, folder, self.limit)
 
 
 def require_usable(options: HarnessOptions, recipe: Recipe) -> None:
@@ -63,45 +112,48 @@ def measure(
     """Score both models on the same documents; None where no task was asked for."""
     asked = options.harness
     if not asked.tasks:
-        if STAGE in bundle.manifest.stages:
-            bundle.forget(STAGE, [])
+        if TASKS.name in bundle.manifest.stages:
+            bundle.forget(TASKS.name)
         return None
-    from prox24_deploy.model.harness import harness_version, open_tasks, run_tasks, task_metrics
+    from prox24_deploy.model.harness import harness_version
 
-    version = harness_version()
-    inputs = {
-        "model": subject.directory.sha256,
-        "pruned": bundle.load("prune", PruneResult).state_sha256,
-        "tasks": list(asked.tasks),
-        "data": _hashes(asked.data),
-        "limit": asked.limit,
-        "device": torch_device(options.device).type,
-        "versions": {**versions(), "lm_eval": version},
-    }
-
-    def run() -> TaskScores:
-        from prox24_deploy.model.directory import load_model, load_tokenizer, open_model_dir
-
-        began = time.perf_counter()
-        tokenizer = load_tokenizer(subject.directory)
-        device = torch_device(options.device)
-        results: list[Mapping[str, Any]] = []
-        with open_tasks(asked, bundle.partial / "lm-eval") as load:
-            for directory in (subject.directory, open_model_dir(bundle.root / "pruned")):
-                progress(STAGE, len(results), 2)
-                model = load_model(directory, subject.recipe, device)
-                results.append(run_tasks(model, tokenizer, load(), asked.limit))
-        progress(STAGE, 2, 2)
-        metrics, left_out, documents = task_metrics(*results)
-        seconds = time.perf_counter() - began
-        return TaskScores(version, asked.limit, documents, metrics, left_out, seconds)
-
-    return bundle.stage(STAGE, TaskScores, inputs, [], run)
+    inputs = TaskInputs(
+        source=subject.directory,
+        pruned=bundle.artifact(PRUNED),
+        tasks=asked.tasks,
+        data=TaskData(take_snapshot(asked.data, _files_below)) if asked.data else None,
+        limit=asked.limit,
+        recipe=subject.recipe,
+        device=torch_device(options.device).type,
+        harness=harness_version(),
+        versions=versions(),
+    )
+    return bundle.run(TASKS, inputs, progress)
 
 
-def _hashes(folder: Path | None) -> dict[str, str]:
-    """Every file below a folder with its hash."""
-    if folder is None:
-        return {}
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hash_file(path).sha256 for path in files}
+def _run(inputs: TaskInputs, work: Workspace, progress: Progress) -> TaskScores:
+    import torch
+
+    from prox24_deploy.model.directory import load_model, load_tokenizer, open_model_dir
+    from prox24_deploy.model.harness import open_tasks, run_tasks, task_metrics
+
+    began = time.perf_counter()
+    tokenizer = load_tokenizer(inputs.source)
+    device = torch.device(inputs.device)
+    results: list[Mapping[str, Any]] = []
+    with open_tasks(inputs.options, work.partial / "lm-eval") as load:
+        for directory in (inputs.source, open_model_dir(inputs.pruned.path)):
+            progress(TASKS.name, len(results), 2)
+            model = load_model(directory, inputs.recipe, device)
+            results.append(run_tasks(model, tokenizer, load(), inputs.limit))
+    progress(TASKS.name, 2, 2)
+    metrics, left_out, documents = task_metrics(*results)
+    seconds = time.perf_counter() - began
+    return TaskScores(inputs.harness, inputs.limit, documents, metrics, left_out, seconds)
+
+
+TASKS = Stage(name="tasks", result=TaskScores, run=_run)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]

@@ -26,7 +26,7 @@ DISTRIBUTIONS = {
 OPTIONAL = ("sbom", "lm-eval")
 # torch.onnx imports these when it exports.
 INDIRECT = {"onnx", "onnxscript"}
-MAX_LINES = 400
+MAX_LINES = 500
 
 
 def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
@@ -53,8 +53,8 @@ def ours(path: Path) -> set[str]:
 
 
 COMMON = {
-    "accuracy", "artifacts", "errors", "files", "limits", "options", "recipe", "tasks",
-    "__version__",
+    "accuracy", "artifacts", "errors", "files", "fingerprint", "limits", "options", "recipe",
+    "snapshot", "tasks", "__version__",
 }  # fmt: skip
 MAY_IMPORT = {
     "pruning": {"pruning"},
@@ -63,11 +63,13 @@ MAY_IMPORT = {
     "engines": {"engines", "graph", "model", "pruning"} | COMMON,
     "release": {"release", "engines"} | COMMON,
     "accuracy": {"artifacts"},
-    "artifacts": set(),
+    "artifacts": {"fingerprint"},
     "errors": set(),
-    "options": {"artifacts", "errors"},
+    "fingerprint": set(),
+    "options": {"artifacts", "errors", "fingerprint"},
     "limits": {"errors"},
     "recipe": {"errors", "limits", "options", "tasks"},
+    "snapshot": set(),
     "tasks": set(),
 }
 

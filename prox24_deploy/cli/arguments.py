@@ -278,7 +278,6 @@ def engine_options(
     shapes: list[str] | None,
     tensorrt: TensorRtOptions = _TENSORRT,
     plan: Path | None = None,
-    accuracy_tokens: int = _ENGINE.accuracy_tokens,
 ) -> EngineOptions:
     """The options about engines as one record.
 
@@ -304,7 +303,6 @@ def engine_options(
         parsed.get("sequence", default.sequences),
         plan,
         tensorrt,
-        accuracy_tokens,
     )
 
 

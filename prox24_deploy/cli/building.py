@@ -8,13 +8,13 @@ import typer
 
 from prox24_deploy.cli import arguments, tables
 from prox24_deploy.cli.terminal import print_json, print_table, stderr, stdout
-from prox24_deploy.options import BuildOptions, EngineOptions, HarnessOptions, TextOptions
+from prox24_deploy.options import BuildOptions, HarnessOptions, TextOptions
 
 if TYPE_CHECKING:
     from prox24_deploy.release.report import Report
 
 EXIT_REGRESSION, EXIT_SPARSITY, EXIT_INCONCLUSIVE = 3, 4, 5
-_TEXT, _ENGINE = TextOptions(), EngineOptions()
+_TEXT, _BUILD = TextOptions(), BuildOptions()
 VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCLUSIVE}
 
 
@@ -39,7 +39,7 @@ def build(
     dtype: arguments.DTypeOpt = "float32",
     backend: arguments.BackendOpt = None,
     shapes: arguments.ShapesOpt = None,
-    engine_tokens: arguments.EngineTokensOpt = _ENGINE.accuracy_tokens,
+    engine_tokens: arguments.EngineTokensOpt = _BUILD.engine_tokens,
     plan: arguments.PlanOpt = None,
     workspace_gib: arguments.WorkspaceOpt = None,
     builder_level: arguments.LevelOpt = None,
@@ -76,11 +76,12 @@ def build(
         ),
         device,
         dtype,
-        arguments.engine_options(backend, shapes, tensorrt, plan, engine_tokens),
+        arguments.engine_options(backend, shapes, tensorrt, plan),
         baseline,
         limits,
         tuple(allow or ()),
         HarnessOptions(tuple(dict.fromkeys(lm_eval or ())), lm_eval_data, lm_eval_limit),
+        engine_tokens,
     )
     root = out or arguments.default_out(model_dir)
     with tables.progress(stderr) as progress:

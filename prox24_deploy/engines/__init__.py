@@ -19,10 +19,12 @@ AVAILABLE_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "cusparselt")
 class Origin:
     """Where the twins come from, for a backend that runs the model itself and not its ONNX file.
 
-    `dense` is the dense model directory, `recipe` fits it, `gemms` are timings known already.
+    `dense` is the dense model directory with its hash, `recipe` fits it, `gemms` are timings known
+    already.
     """
 
     dense: Path
+    dense_sha256: str
     recipe: Recipe
     gemms: "GpuProfile | None" = None
 
@@ -51,7 +53,9 @@ def backend_by_name(name: str, options: EngineOptions, origin: Origin) -> Backen
 
             require_one_graph(origin.recipe, "Backend 'cusparselt'")
             require_gpu("Backend 'cusparselt'", "--backend onnxruntime")
-            return CuSparseLt(origin.dense, origin.recipe, options, origin.gemms)
+            return CuSparseLt(
+                origin.dense, origin.dense_sha256, origin.recipe, options, origin.gemms
+            )
         case "tensorrt" | "tensorrt-rtx":
             from prox24_deploy.engines.tensorrt import open_tensorrt
 

@@ -34,8 +34,10 @@ from prox24_deploy.engines.torch_model import (
     compare_outputs,
     open_torch_model,
 )
-from prox24_deploy.errors import EngineError
+from prox24_deploy.errors import EngineError, ModelDirError
 from prox24_deploy.files import write_atomic
+from prox24_deploy.fingerprint import unkeyed
+from prox24_deploy.model.directory import ModelDir, open_model_dir
 from prox24_deploy.options import EngineOptions
 from prox24_deploy.recipe import Recipe
 
@@ -48,9 +50,8 @@ ENGINE_FILE, EVIDENCE_FILE, GEMMS_FILE = "engine.json", "evidence.json", "gemms.
 
 @dataclass(frozen=True, slots=True)
 class EngineFile:
-    """How to open an engine: the model directory and, by layer, the algorithm for each m."""
+    """How to open an engine: hash of the model and, by layer, the algorithm for each m."""
 
-    model: str
     model_sha256: str
     onnx_sha256: str
     dtype: DType
@@ -67,15 +68,17 @@ class CuSparseLt:
 
     Attributes:
         dense: the dense model directory.
+        dense_sha256: its hash, by which it is known wherever it lies.
         recipe: of both twins, fitted to the model.
         options: layers are chosen for its shapes.
         known: GEMM timings of an earlier run, used if they fit this GPU and these versions.
     """
 
-    dense: Path
-    recipe: Recipe = field(repr=False)
+    dense: Path = field(metadata=unkeyed("its hash says what is read there"))
+    dense_sha256: str
+    recipe: Recipe
     options: EngineOptions
-    known: GpuProfile | None = field(default=None, repr=False)
+    known: GpuProfile | None = None
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -111,15 +114,16 @@ class CuSparseLt:
 
         Raises:
             EngineError: the model is float32, or the sparse outputs differ from the dense ones.
+            ModelDirError: the dense model is not the one that the bundle was made from.
         """
-        directory = self.dense if twin == "dense" else bundle / PRUNED
-        opened = open_torch_model(directory, self.recipe, model.dtype)
+        source = self._source(bundle, twin)
+        opened = open_torch_model(source, self.recipe, model.dtype)
         folder = bundle / out
         folder.mkdir(parents=True, exist_ok=True)
         chosen = self._compress(opened, folder) if twin == "sparse" else {}
+        source.require_unchanged()
         record = EngineFile(
-            model=PRUNED if twin == "sparse" else str(self.dense.resolve()),
-            model_sha256=opened.sha256,
+            model_sha256=source.sha256,
             onnx_sha256=model.sha256,
             dtype=model.dtype,
             layers=chosen,
@@ -150,22 +154,33 @@ class CuSparseLt:
         """Load the model directory and compress the layers that `engine.json` names.
 
         Raises:
-            EngineError: the engine file is damaged, or the model directory has changed since.
+            EngineError: the engine file is damaged, or was compiled from another model.
+            ModelDirError: the dense model is not the one that the bundle was made from.
         """
         record = _read(_ENGINE, bundle / engine.path)
-        directory = bundle / record.model
-        opened = open_torch_model(directory, self.recipe, record.dtype)
-        if opened.sha256 != record.model_sha256:
+        source = self._source(bundle, engine.twin)
+        if source.sha256 != record.model_sha256:
             raise EngineError(
-                f"Model directory {directory} has changed since {bundle / engine.path} was "
+                f"Model directory {source.path} has changed since {bundle / engine.path} was "
                 "compiled; compile again."
             )
+        opened = open_torch_model(source, self.recipe, record.dtype)
         replace_layers(opened.wrapped, record.layers)
-        session = opened.session(f"the {engine.twin} model in {directory}")
+        session = opened.session(f"the {engine.twin} model in {source.path}")
         try:
             yield session
         finally:
             session.close()
+
+    def _source(self, bundle: Path, twin: Literal["dense", "sparse"]) -> ModelDir:
+        """The directory of one twin; the dense one must be that which the bundle was made from."""
+        source = open_model_dir(self.dense if twin == "dense" else bundle / PRUNED)
+        if twin == "dense" and source.sha256 != self.dense_sha256:
+            raise ModelDirError(
+                f"Model directory {source.path} is not the model that {bundle} was made from; "
+                "restore it, or build again."
+            )
+        return source
 
     def _compress(self, opened: TorchModel, folder: Path) -> dict[str, dict[int, int]]:
         """Hold the layers compressed that win; returns their algorithms by rows."""

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from prox24_deploy.engines.cuda_graph import GraphSession, to_tensor
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.errors import BackendMissingError, EngineError
 from prox24_deploy.graph.module import RecipeModule, copy_with, to_dtype
-from prox24_deploy.model.directory import load_model, open_model_dir
+from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.recipe import Recipe
 
 # Largest difference to the same weights multiplied dense, as a share of the largest output.
@@ -29,7 +28,6 @@ class TorchModel:
     module: RecipeModule
     dtype: DType
     vocabulary: int
-    sha256: str
 
     @property
     def wrapped(self) -> nn.Module:
@@ -84,22 +82,20 @@ def require_gpu(asker: str, instead: str) -> None:
         )
 
 
-def open_torch_model(directory: Path, recipe: Recipe, dtype: DType) -> TorchModel:
-    """Open a model directory in `dtype` on the GPU.
+def open_torch_model(source: ModelDir, recipe: Recipe, dtype: DType) -> TorchModel:
+    """Load an opened model directory in `dtype` onto the GPU.
 
     Raises:
         EngineError: `dtype` is float32, which cuSPARSELt has no kernels for.
-        ModelDirError: the directory is damaged or of another kind.
+        ModelDirError: the directory does not load as the recipe says.
     """
     if dtype not in TOLERANCES:
         raise EngineError(
             f"cuSPARSELt has no {dtype} kernels; export with --dtype float16 or --dtype bfloat16."
         )
-    source = open_model_dir(directory)
     model = load_model(source, recipe, torch.device(cuda_graph.DEVICE))
     module = RecipeModule(copy_with(model, to_dtype(dtype)), recipe).eval()
-    vocabulary = int(source.config.get("vocab_size", 1))
-    return TorchModel(module, dtype, vocabulary, source.sha256)
+    return TorchModel(module, dtype, int(source.config.get("vocab_size", 1)))
 
 
 def compare_outputs(

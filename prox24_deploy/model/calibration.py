@@ -5,16 +5,18 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from prox24_deploy.artifacts import TextSource
 from prox24_deploy.errors import CalibrationError
+from prox24_deploy.fingerprint import fingerprint
 from prox24_deploy.model.text_files import JSON_LINES, json_lines, read_text
 from prox24_deploy.recipe import Recipe
 
@@ -61,6 +63,21 @@ class Samples:
     labels: Tensor | None = None
     transcripts: tuple[str | None, ...] = ()
 
+    def fingerprint(self) -> JsonValue:
+        """All that a stage can see of them: every tensor, label and transcript, and the source."""
+        tensors = {
+            f"{i} {name}": tensor
+            for i, batch in enumerate(self.batches)
+            for name, tensor in _tensors_of(batch).items()
+        }
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        return {
+            "tensors": _digest(tensors),
+            "transcripts": list(self.transcripts),
+            "source": fingerprint(self.source),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Texts:
@@ -79,6 +96,21 @@ class Texts:
     def all_targets(self) -> tuple[object, ...]:
         """One for each document."""
         return self.targets or (None,) * len(self.documents)
+
+
+def _tensors_of(batch: Batch) -> dict[str, Tensor]:
+    known = {**batch.inputs, "real": batch.real}
+    return known if batch.targets is None else known | {"targets": batch.targets}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and contents."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_texts(

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from prox24_deploy.artifacts import LayerRecord
 from prox24_deploy.errors import ModelDirError, RecipeError, SparsityLostError
-from prox24_deploy.model.directory import INDEX_FILE, ModelDir, companion_files, is_single
+from prox24_deploy.model.directory import (
+    CARD_FILE,
+    INDEX_FILE,
+    ModelDir,
+    companion_files,
+    is_single,
+)
 from prox24_deploy.model.layers import is_layer
 from prox24_deploy.pruning.pattern import first_violation
 from prox24_deploy.recipe import RECIPE_FILE
@@ -27,11 +33,19 @@ SPARSE_KEY = "prox24.sparse_weights"
 _RECORDS = TypeAdapter(tuple[LayerRecord, ...])
 
 
+def _unguarded() -> None:
+    """Nothing can be wrong with what is saved."""
+
+
 @dataclass(frozen=True, slots=True)
 class BlockStore:
-    """Solved blocks in a folder, so that a killed run does not solve them again."""
+    """Solved blocks in a folder, so that a killed run does not solve them again.
+
+    `guard` is called before a block is saved and raises if what it was made from has changed.
+    """
 
     folder: Path
+    guard: Callable[[], None] = _unguarded
 
     def load(self, index: int) -> tuple[dict[str, Tensor], tuple[LayerRecord, ...]] | None:
         """Weights by layer path and records of one block, or None if it is not there."""
@@ -51,6 +65,7 @@ class BlockStore:
         self, index: int, weights: Mapping[str, Tensor], records: tuple[LayerRecord, ...]
     ) -> None:
         """Write one block atomically."""
+        self.guard()
         self.folder.mkdir(parents=True, exist_ok=True)
         metadata = {"records": _RECORDS.dump_json(records).decode()}
         write_tensors(self._path(index), dict(weights), metadata)
@@ -66,8 +81,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         OSError: the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.touch()
+    # The writer makes files that nobody else may read.
+    mode = temporary.stat().st_mode
     try:
         save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(mode)
         with temporary.open("r+b") as handle:
             _sort_metadata(handle)
             os.fsync(handle.fileno())
@@ -162,7 +181,6 @@ def stored_dtype(directory: ModelDir, parameter: str) -> torch.dtype:
 
 def write_pruned(
     directory: ModelDir,
-    recipe_text: str,
     weights: Mapping[str, Tensor],
     out: Path,
     *,
@@ -171,11 +189,11 @@ def write_pruned(
     """Copy a model directory with some weights replaced by 2:4 ones, and prove it.
 
     Every other tensor, the sharding, the configuration and the tokenizer stay as they are. The
-    header of each weight file lists its 2:4 tensors and their axes.
+    header of each weight file lists its 2:4 tensors and their axes. The card and a recipe are left
+    out, for those of the dense model are not true of the pruned one.
 
     Args:
         directory: the dense model.
-        recipe_text: TOML, stored as recipe.toml.
         weights: parameter name in the built model to its new value, in the stored dtype.
         out: a folder that does not exist yet.
         axes: parameter name to the axis of its groups, where that is not 1.
@@ -191,11 +209,11 @@ def write_pruned(
         for name, tensor in weights.items()
     }
     out.mkdir(parents=True)
-    for file in companion_files(directory.path):
+    late = {directory.path / CARD_FILE, directory.path / RECIPE_FILE}
+    for file in (file for file in companion_files(directory.path) if file not in late):
         target = out / file.relative_to(directory.path)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
-    (out / RECIPE_FILE).write_text(recipe_text, encoding="utf-8")
     if not is_single(directory.shards):
         shutil.copyfile(directory.path / INDEX_FILE, out / INDEX_FILE)
     digest = hashlib.sha256()

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import nn
 
 from prox24_deploy.artifacts import ModelInfo
 from prox24_deploy.errors import ModelDirError, RecipeError
-from prox24_deploy.recipe import Recipe
+from prox24_deploy.recipe import RECIPE_FILE, Recipe
+from prox24_deploy.snapshot import Snapshot, take_snapshot
 from prox24_deploy.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,10 @@ log = logging.getLogger(__name__)
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+CARD_FILE = "README.md"
+# Files of a model directory that say nothing of what the model computes: its card, and a recipe,
+# whose meaning counts wherever it comes from.
+_NOT_THE_MODEL = frozenset({CARD_FILE, RECIPE_FILE})
 # What else belongs to a model directory: configuration, tokenizer, documentation. Never code.
 _COMPANIONS = {".json", ".txt", ".model", ".md", ".jinja", ".toml", ".vocab", ".spm"}
 
@@ -46,7 +52,7 @@ class ModelDir:
         config: parsed config.json.
         shards: weight files, in name order.
         tensors: tensor name to what and where it is.
-        sha256: over names and contents of weights and companions, but for Markdown.
+        snapshot: weights and companions as they were when they were hashed.
         renamed: parameter of the built model to the tensor that it came from, where the model
             class has other names than the checkpoint.
     """
@@ -55,8 +61,47 @@ class ModelDir:
     config: dict[str, Any]
     shards: tuple[Path, ...]
     tensors: dict[str, StoredTensor]
-    sha256: str
+    snapshot: Snapshot
     renamed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        """Over names and contents of what the model computes with: not of Markdown or a recipe."""
+        digest = hashlib.sha256()
+        for name, state in self.snapshot.files.items():
+            if name not in _NOT_THE_MODEL and not name.endswith(".md"):
+                digest.update(name.encode())
+                digest.update(bytes.fromhex(state.sha256))
+        return digest.hexdigest()
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hash of every file but the card and the recipe; where the directory lies is not said."""
+        files = self.snapshot.files
+        return {name: files[name].sha256 for name in files if name not in _NOT_THE_MODEL}
+
+    def require_untouched(self) -> None:
+        """Refuse a directory that was written since it was opened; reads no content.
+
+        Raises:
+            ModelDirError: names the first file that came, went or was written.
+        """
+        self._require(self.snapshot.touched())
+
+    def require_unchanged(self) -> None:
+        """Refuse a directory that was written since it was opened, after its last use.
+
+        Raises:
+            ModelDirError: names the first file that came, went, was written or has other content.
+        """
+        self._require(self.snapshot.changed())
+
+    def _require(self, name: str | None) -> None:
+        if name is not None:
+            raise ModelDirError(
+                f"Model directory {self.path} was changed while it was read: {name} is not what it "
+                "was; nothing made of it is kept. Run the same command again once nobody writes "
+                "there."
+            )
 
     @property
     def model_type(self) -> str:
@@ -78,8 +123,12 @@ def open_model_dir(path: Path) -> ModelDir:
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
         raise ModelDirError(f"Model directory {path} {kind}; pass a directory with config.json.")
-    config = _read_config(path)
+    # Before the weights are hashed, which takes long.
+    _read_config(path)
     shards = _find_shards(path)
+    names = [shard.name for shard in shards] + ([] if is_single(shards) else [INDEX_FILE])
+    snapshot = take_snapshot(path, partial(_model_files, names=names))
+    config = _read_config(path)
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         tensors.update(_sound_tensors(shard))
@@ -89,7 +138,9 @@ def open_model_dir(path: Path) -> ModelDir:
             f"Model directory {path} holds no floating-point weights in {shards[0].name}; pass a "
             "complete checkpoint."
         )
-    return ModelDir(path, config, shards, tensors, _hash_files(path, shards))
+    directory = ModelDir(path, config, shards, tensors, snapshot)
+    directory.require_untouched()
+    return directory
 
 
 def companion_files(path: Path) -> list[Path]:
@@ -132,6 +183,7 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
             f"{_first_line(error)}."
         ) from error
     _check_loading(directory, recipe, info)
+    directory.require_untouched()
     built: nn.Module = model.eval().requires_grad_(False).to(device)
     return built
 
@@ -363,16 +415,10 @@ def _check_loading(directory: ModelDir, recipe: Recipe, info: dict[str, Any]) ->
         )
 
 
-def _hash_files(path: Path, shards: Sequence[Path]) -> str:
-    """Hash of what the model computes: a README, such as a card that is written later, is not."""
-    digest = hashlib.sha256()
-    index = [] if is_single(shards) else [path / INDEX_FILE]
-    companions = [file for file in companion_files(path) if file.suffix != ".md"]
-    for file in sorted({*shards, *index, *companions}):
-        digest.update(file.relative_to(path).as_posix().encode())
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+def _model_files(path: Path, names: Sequence[str]) -> list[Path]:
+    """Weights and companions; a single file that appears beside shards would be loaded instead."""
+    weights = {path / name for name in (*names, SINGLE_FILE)}
+    return sorted({*(p for p in weights if p.is_file()), *companion_files(path)})
 
 
 def _and_more(names: Sequence[object]) -> str:

@@ -62,10 +62,13 @@ def make_image_samples(
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(batch.inputs["pixel_values"].numpy().tobytes())
+    classes = _classes(files, labels)
+    if classes is not None:
+        digest.update(classes.numpy().tobytes())
     source = TextSource(
         images.kind, images.paths, digest.hexdigest(), len(files), len(files), unit="image"
     )
-    return Samples(batches, source, _classes(files, labels))
+    return Samples(batches, source, classes)
 
 
 def pixel_sizes(processor: Any) -> dict[str, int]:

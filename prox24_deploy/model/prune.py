@@ -126,7 +126,6 @@ def prune_model(
 def prune_directory(
     directory: ModelDir,
     recipe: Recipe,
-    recipe_text: str,
     calibration: Samples,
     held_out: Samples,
     options: PruneOptions,
@@ -140,15 +139,18 @@ def prune_directory(
 
     Args:
         directory: the dense model.
-        recipe: of its family; `recipe_text` is its TOML, stored with the result.
-        recipe_text: see `recipe`.
+        recipe: of its family.
         calibration: text to prune on.
         held_out: text to measure errors on.
         options: method, preset and target.
         device: where blocks run and layers are solved.
         solved: folder of solved blocks, kept across interruptions.
-        out: receives weights, configuration, tokenizer and recipe.
+        out: receives weights, configuration and tokenizer.
         progress: see `prune_model`.
+
+    Raises:
+        ModelDirError: the directory was written while its blocks were solved, or what
+            `prune_model` raises.
     """
     began = time.perf_counter()
     model = load_model(directory, recipe, device)
@@ -166,7 +168,7 @@ def prune_directory(
         thin(held_out, _HELD_OUT_TOKENS),
         options,
         stored_dtype=lambda name: stored_dtype(directory, name),
-        store=BlockStore(solved),
+        store=BlockStore(solved, directory.require_untouched),
         progress=progress,
         dense={**dense, **(over_budget(sensitivity) if sensitivity else {})},
     )
@@ -176,7 +178,7 @@ def prune_directory(
             f"No target of recipe {recipe.family} can be pruned in {directory.path}: {first.name} "
             f"and the others are skipped, because {first.reason}."
         )
-    digest = write_pruned(directory, recipe_text, state.weights, out, axes=state.axes)
+    digest = write_pruned(directory, state.weights, out, axes=state.axes)
     damping = [damping_for(layer.shape[1], layer.rows) for layer in state.layers if layer.rows]
     return PruneResult(
         method=options.method,
@@ -218,6 +220,7 @@ def _sensitivity(
         stored_dtype=lambda name: stored_dtype(directory, name),
         progress=progress,
     )
+    directory.require_untouched()
     store.save(found)
     return found
 

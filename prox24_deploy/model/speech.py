@@ -101,6 +101,7 @@ def make_speech_samples(
             f"{len(files)} recordings; pass recordings of speech that it understands."
         )
     transcripts = tuple(file.text for file in files)
+    digest.update(json.dumps(transcripts).encode())
     source = TextSource(
         recordings.kind,
         recordings.paths,

@@ -1,48 +1,59 @@
 """A bundle under construction: stages that are run once, resumed after a kill, and sealed.
 
 A stage writes its outputs under `OUT/.partial/`, from where finished ones are renamed into place;
-its result is stored as `stages/NAME.json`, and only then is it entered in the manifest. Whatever is
-not in the manifest after a kill is removed or redone by the next run.
+its result is stored as `stages/NAME.json`, and only then is it entered in the manifest. What a kill
+leaves behind is what the manifest says was pending; it is removed or redone by the next run.
 """
 
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from prox24_deploy import __version__
 from prox24_deploy.errors import BundleError
-from prox24_deploy.files import is_temporary, write_atomic
-from prox24_deploy.release.manifest import (
+from prox24_deploy.files import is_temporary, make_readable, sync_tree, write_atomic
+from prox24_deploy.fingerprint import fields_of
+from prox24_deploy.release.layout import (
+    LATE_FILES,
     MANIFEST_FILE,
+    PARTIAL,
+    STAGES,
+    lies_below,
+    record_of,
+)
+from prox24_deploy.release.manifest import (
     Manifest,
     StageEntry,
     canonical_json,
+    faults,
     hash_file,
     list_files,
     read_manifest,
     write_manifest,
 )
+from prox24_deploy.release.stage import (
+    Artifact,
+    Progress,
+    Stage,
+    Workspace,
+    checked_parts,
+    open_artifact,
+    stage_key,
+)
 
 log = logging.getLogger(__name__)
 
-PARTIAL = ".partial"
-STAGES = "stages"
-# Written when the bundle is sealed, into the output of a stage: the model card. That it is there,
-# or is another than before, says nothing of the stage.
-LATE_FILES = ("pruned/README.md",)
-
+I = TypeVar("I")  # noqa: E741 - inputs of a stage
 T = TypeVar("T")
 
 
@@ -65,118 +76,191 @@ class Bundle:
         """Where stages work; on the same file system, so that renames are atomic."""
         return self.root / PARTIAL
 
-    def stage(
-        self,
-        name: str,
-        result_type: type[T],
-        inputs: Mapping[str, Any],
-        outputs: Sequence[str],
-        run: Callable[[], T],
-    ) -> T:
-        """Return the stored result of a stage, or run it.
+    def run(self, stage: Stage[I, T], inputs: I, progress: Progress, *, anew: bool = False) -> T:
+        """Return the stored result of a stage, or run it; `anew` runs it in any case.
+
+        What the inputs have on disk is hashed again when the stage has ended: a result of files
+        that were written meanwhile is not kept.
 
         Args:
-            name: of the stage; its result becomes `stages/NAME.json`.
-            result_type: frozen dataclass that `run` returns.
-            inputs: everything the result depends on, as JSON values; hashes for files.
-            outputs: paths under OUT, files or folders, that `run` leaves behind.
-            run: does the work; must leave `outputs` in place.
+            stage: what to do.
+            inputs: frozen dataclass; its fingerprint is the key of the stage.
+            progress: called with (label, done, total).
+            anew: do not look for a stored result.
+
+        Raises:
+            Prox24Error: what the stage raises, or that one of its inputs changed while it ran.
         """
-        key = stage_key(name, inputs)
-        adapter: TypeAdapter[T] = TypeAdapter(result_type)
-        stored = self._stored(name, key, adapter)
+        said = fields_of(inputs)
+        key = stage_key(stage.name, said)
+        adapter: TypeAdapter[T] = TypeAdapter(stage.result)
+        stored = None if anew else self._stored(stage.name, key, adapter)
         if stored is not None:
-            self.reused.append(name)
-            log.info("stage %s: unchanged, not run again", name)
+            self.reused.append(stage.name)
+            log.info("stage %s: unchanged, not run again", stage.name)
             return stored
-        self.forget(name, outputs)
+        parts = list(checked_parts(inputs))
+        self._begin(stage.name, stage.outputs)
         began = time.perf_counter()
-        result = run()
-        seconds = time.perf_counter() - began
-        record = f"{STAGES}/{name}.json"
+        result = stage.run(inputs, self._workspace(stage.name, key), progress)
+        seconds = round(time.perf_counter() - began, 3)
+        for part in parts:
+            part.require_unchanged()
         text = canonical_json(adapter.dump_python(result, mode="json"))
-        write_atomic(self.root / record, text)
+        self._publish(stage.outputs)
+        write_atomic(self.root / record_of(stage.name), text)
         self._enter(
-            name,
+            stage.name,
             StageEntry(
-                key=key, inputs=dict(inputs), outputs=[record, *outputs], seconds=round(seconds, 3)
+                key=key,
+                inputs=said,
+                reads=[part.name for part in parts if isinstance(part, Artifact)],
+                outputs=[record_of(stage.name), *stage.outputs],
+                seconds=seconds,
             ),
         )
         # What a later run will read, so that both go on from the same values in the same order.
         return adapter.validate_json(text)
 
-    def load(self, name: str, result_type: type[T]) -> T:
+    def load(self, stage: Stage[I, T]) -> T:
         """Result of a stage that an earlier command finished.
 
         Raises:
-            BundleError: that stage has not been run here, or its files were changed.
+            BundleError: that stage has not been run here by this version of the tool, or its files
+                were changed.
         """
-        entry = self.manifest.stages.get(name)
-        adapter: TypeAdapter[T] = TypeAdapter(result_type)
-        stored = self._stored(name, entry.key, adapter) if entry else None
+        entry = self.manifest.stages.get(stage.name)
+        key = stage_key(stage.name, entry.inputs) if entry else ""
+        stored = self._stored(stage.name, key, TypeAdapter(stage.result)) if entry else None
         if stored is None:
-            raise BundleError(f"Bundle {self.root} holds no finished stage {name!r}; run it first.")
+            raise BundleError(
+                f"Bundle {self.root} holds no finished stage {stage.name!r}; run it first."
+            )
         return stored
 
-    def publish(self, made: Path, name: str) -> None:
-        """Rename a finished file or folder from `partial` to `root / name`."""
-        target = self.root / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made.replace(target)
+    def artifact(self, name: str) -> Artifact:
+        """An output of a finished stage, hashed anew.
 
-    def clean_partial(self, keep: Path | None = None) -> None:
-        """Remove what interrupted stages left behind, except `keep`."""
-        self.partial.mkdir(exist_ok=True)
-        for leftover in self.partial.iterdir():
-            if leftover != keep:
-                remove(leftover)
+        Raises:
+            BundleError: no stage left it, or it was changed since.
+        """
+        return open_artifact(self.root, name, self.manifest)
+
+    def write_late(self, name: str, data: bytes) -> None:
+        """Write one of `LATE_FILES`, unless it says the same already, and enter it."""
+        path = self.root / name
+        if not path.is_file() or path.read_bytes() != data:
+            self.manifest.files.pop(name, None)
+            self.save()
+            write_atomic(path, data)
+        self.manifest.files[name] = hash_file(path)
+        self.save()
+
+    def save(self) -> None:
+        """Write the manifest, in the name of this version of the tool."""
+        self.manifest.tool_version = __version__
+        write_manifest(self.root, self.manifest)
 
     def seal(self, files: Sequence[str]) -> None:
-        """Enter the last files, drop everything temporary and mark the manifest complete."""
+        """Enter the last files, drop everything temporary and mark the manifest complete.
+
+        Raises:
+            BundleError: something in OUT is not what this tool left there; names the first.
+        """
         shutil.rmtree(self.partial, ignore_errors=True)
+        for name in files:
+            make_readable(self.root, name)
         self.manifest.files.update({name: hash_file(self.root / name) for name in files})
+        self.manifest.pending = []
         self.manifest.complete = True
-        write_manifest(self.root, self.manifest)
+        if found := next(faults(self.root, self.manifest), None):
+            self.manifest.complete = False
+            raise BundleError(
+                f"Bundle {self.root} is finished but does not verify: {found} Remove what does not "
+                "belong there and run the same build again."
+            )
+        self.save()
+
+    def promise(self, files: Sequence[str]) -> None:
+        """Say in the manifest that these files are about to be written."""
+        self.manifest.pending = [*files]
+        self.save()
+
+    def forget(self, name: str) -> None:
+        """Remove a stage with its outputs, and every stage that read them."""
+        self._begin(name, ())
+        self.promise([])
+
+    def _begin(self, name: str, outputs: Sequence[str]) -> None:
+        """Remove a stage's old outputs, first from the manifest, then from disk."""
+        stale = {*outputs, record_of(name), *self._drop(name)}
+        for output in stale:
+            for file in self._files_below(output):
+                del self.manifest.files[file]
+        self.manifest.complete = False
+        self.promise(sorted(stale))
+        for output in stale:
+            remove(self.root / output)
+
+    def _drop(self, name: str) -> set[str]:
+        """Take a stage and all that depends on it from the manifest; returns their outputs."""
+        old = self.manifest.stages.pop(name, None)
+        if old is None:
+            return set()
+        stale = set(old.outputs)
+        readers = [n for n, e in self.manifest.stages.items() if stale.intersection(e.reads)]
+        return stale.union(*(self._drop(reader) for reader in readers))
+
+    def _workspace(self, name: str, key: str) -> Workspace:
+        """An empty place to work in; only what the same stage left there for itself stays."""
+        kept = self.partial / f"{name}-{key[:16]}"
+        self.partial.mkdir(exist_ok=True)
+        for leftover in self.partial.iterdir():
+            if leftover != kept:
+                remove(leftover)
+        return Workspace(root=self.root, partial=self.partial, kept=kept)
+
+    def _publish(self, outputs: Sequence[str]) -> None:
+        """Rename finished outputs into place, durably, readable by whoever may read OUT."""
+        for name in outputs:
+            made, target = self.partial / name, self.root / name
+            if made.exists():
+                sync_tree(made)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                made.replace(target)
+            make_readable(self.root, name)
+            sync_tree(target)
+        sync_tree(self.root, deep=False)
 
     def _stored(self, name: str, key: str, adapter: TypeAdapter[T]) -> T | None:
         entry = self.manifest.stages.get(name)
         if entry is None or entry.key != key:
             return None
-        known, present = (
-            [f for output in entry.outputs for f in below(output) if f not in LATE_FILES]
-            for below in (self._files_below, partial(list_files, self.root))
-        )
-        if sorted(known) != sorted(present) or any(
-            hash_file(self.root / f) != self.manifest.files[f] for f in known
+        known = sorted(f for output in entry.outputs for f in self._files_below(output))
+        present = sorted(f for output in entry.outputs for f in list_files(self.root, output))
+        if _early(known) != _early(present) or any(
+            hash_file(self.root / f) != self.manifest.files[f] for f in _early(known)
         ):
             log.warning("stage %s: its files were changed, running it again", name)
             return None
         try:
-            return adapter.validate_json((self.root / STAGES / f"{name}.json").read_bytes())
+            return adapter.validate_json((self.root / record_of(name)).read_bytes())
         except (OSError, ValidationError):
             return None
 
     def _files_below(self, output: str) -> list[str]:
-        return [f for f in self.manifest.files if f == output or f.startswith(f"{output}/")]
-
-    def forget(self, name: str, outputs: Sequence[str]) -> None:
-        """Remove a stage's old outputs, first from the manifest, then from disk."""
-        old = self.manifest.stages.pop(name, None)
-        stale = {*outputs, f"{STAGES}/{name}.json", *(old.outputs if old else ())}
-        for output in stale:
-            for file in self._files_below(output):
-                del self.manifest.files[file]
-        self.manifest.complete = False
-        write_manifest(self.root, self.manifest)
-        for output in stale:
-            remove(self.root / output)
+        return [f for f in self.manifest.files if lies_below(f, output)]
 
     def _enter(self, name: str, entry: StageEntry) -> None:
         for output in entry.outputs:
             for file in list_files(self.root, output):
                 self.manifest.files[file] = hash_file(self.root / file)
         self.manifest.stages[name] = entry
-        write_manifest(self.root, self.manifest)
+        self.promise([])
+
+
+def _early(files: Sequence[str]) -> list[str]:
+    return [file for file in files if file not in LATE_FILES]
 
 
 @contextmanager
@@ -217,12 +301,6 @@ def _make_root(root: Path) -> None:
         ) from error
 
 
-def stage_key(name: str, inputs: Mapping[str, Any]) -> str:
-    """sha256 over the stage's name, its inputs and the version of this tool."""
-    value = {"stage": name, "tool": __version__, "inputs": inputs}
-    return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
 def remove(path: Path) -> None:
     """Delete a file or folder if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -235,7 +313,7 @@ def _claim(root: Path) -> Manifest:
     """Read the manifest, or start one if the directory holds nothing of anybody else's."""
     if (root / MANIFEST_FILE).is_file():
         manifest = read_manifest(root)
-        _tidy(root)
+        _tidy(root, manifest)
         return manifest
     foreign = sorted(p.name for p in root.iterdir() if not _is_ours(p))
     if foreign:
@@ -250,8 +328,8 @@ def _claim(root: Path) -> Manifest:
     return manifest
 
 
-def _tidy(root: Path) -> None:
-    """Remove temporary files that a kill left; refuse links, for they may lead outside."""
+def _tidy(root: Path, manifest: Manifest) -> None:
+    """Remove what a kill left; refuse links, which may lead outside, and files of anybody else."""
     for folder, folders, files in os.walk(root):
         for name in (*folders, *files):
             path = Path(folder, name)
@@ -259,6 +337,14 @@ def _tidy(root: Path) -> None:
                 raise BundleError(f"Bundle {root} holds the link {path}; remove it.")
             if is_temporary(name):
                 remove(path)
+    for name in list_files(root):
+        if name in manifest.files or name == MANIFEST_FILE or name.startswith(f"{PARTIAL}/"):
+            continue
+        if not any(lies_below(name, output) for output in manifest.pending):
+            raise BundleError(
+                f"Bundle {root} holds {name!r}, which no stage of it made; move it out of there."
+            )
+        remove(root / name)
 
 
 def _is_ours(path: Path) -> bool:
@@ -268,10 +354,8 @@ def _is_ours(path: Path) -> bool:
 
 def _clear(root: Path) -> None:
     """Remove what earlier builds of this tool put here; the manifest tells what that was."""
-    names = {STAGES, PARTIAL}
     manifest = read_manifest(root)
-    names |= {file.split("/", 1)[0] for file in manifest.files}
-    for name in names:
+    for name in {STAGES, PARTIAL, *(file.split("/", 1)[0] for file in manifest.files)}:
         remove(root / name)
 
 

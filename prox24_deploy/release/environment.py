@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 from prox24_deploy import __version__
 from prox24_deploy.engines.host import INSTALL, cpu_model, gpu
 
-_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "safetensors")
+_PACKAGES = (
+    "torch", "transformers", "numpy", "numba", "onnx", "onnxscript", "onnx-ir", "onnxruntime",
+    "safetensors",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

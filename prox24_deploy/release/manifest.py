@@ -12,8 +12,9 @@ from prox24_deploy import __version__
 from prox24_deploy.artifacts import ModelInfo
 from prox24_deploy.errors import BundleError
 from prox24_deploy.files import write_atomic
+from prox24_deploy.release.layout import MANIFEST_FILE
+from prox24_deploy.snapshot import sha256_of
 
-MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
 
 
@@ -43,11 +44,13 @@ class StageEntry(_Part):
     """A finished stage.
 
     `key` hashes tool version, `inputs` and nothing else; a stage whose key is unchanged and whose
-    outputs still hash the same is not run again.
+    outputs still hash the same is not run again. `reads` names the outputs of earlier stages that
+    it was made from.
     """
 
     key: str
     inputs: dict[str, Any]
+    reads: list[InnerPath] = []
     outputs: list[InnerPath]
     seconds: float
 
@@ -55,8 +58,10 @@ class StageEntry(_Part):
 class Manifest(_Part):
     """Contents of manifest.json.
 
-    `self_sha256` is the hash of this file's own canonical text with that field empty, so that a
-    flipped byte is found here as well.
+    `tool_version` is that of the version that wrote it last. `pending` names what was about to be
+    written then, so that after a kill it can be told from files of anybody else. `self_sha256` is
+    the hash of this file's own canonical text with that field empty, so that a flipped byte is
+    found here as well.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -72,6 +77,7 @@ class Manifest(_Part):
     machine: dict[str, str] = {}
     stages: dict[str, StageEntry] = {}
     files: dict[InnerPath, FileEntry] = {}
+    pending: list[InnerPath] = []
     self_sha256: str = ""
 
 
@@ -124,14 +130,14 @@ def verify(root: Path) -> list[str]:
         if not (root / MANIFEST_FILE).is_file():
             raise
         return [str(error)]
-    return list(_faults(root, manifest))
+    changed = (root / MANIFEST_FILE).read_bytes() != _sealed(manifest)
+    own = [f"{MANIFEST_FILE} was changed after it was written."] if changed else []
+    return [*own, *faults(root, manifest)]
 
 
 def hash_file(path: Path) -> FileEntry:
     """sha256 and size of one file."""
-    with path.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return FileEntry(sha256=digest, size=path.stat().st_size)
+    return FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
 
 
 def checksum_list(root: Path, manifest: Manifest) -> str:
@@ -144,8 +150,8 @@ def checksum_list(root: Path, manifest: Manifest) -> str:
 def list_files(root: Path, below: str = ".") -> list[str]:
     """Every file and link under `root / below`, as POSIX paths relative to `root`, sorted."""
     start = root / below
-    below_start = (p for p in start.rglob("*") if p.is_symlink() or not p.is_dir())
-    found = [start] if start.is_file() else below_start
+    inner = (p for p in start.rglob("*") if p.is_symlink() or not p.is_dir())
+    found = [start] if start.is_file() else inner
     return sorted(p.relative_to(root).as_posix() for p in found)
 
 
@@ -161,13 +167,16 @@ def _sealed(manifest: Manifest) -> bytes:
     return canonical_json(unsealed | {"self_sha256": digest})
 
 
-def _faults(root: Path, manifest: Manifest) -> Iterator[str]:
-    if (root / MANIFEST_FILE).read_bytes() != _sealed(manifest):
-        yield f"{MANIFEST_FILE} was changed after it was written."
+def faults(root: Path, manifest: Manifest) -> Iterator[str]:
+    """What in a bundle is not as this manifest says: one sentence for each, every file hashed."""
     if not manifest.complete:
         yield f"{MANIFEST_FILE} belongs to an unfinished build; run the same build again."
+    links = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink()}
+    yield from (f"{name} is a link, expected the file itself." for name in sorted(links))
     for name, entry in sorted(manifest.files.items()):
         path = root / name
+        if name in links:
+            continue
         if not path.is_file():
             yield f"{name} is missing."
         elif (found := hash_file(path)) != entry:
@@ -176,5 +185,5 @@ def _faults(root: Path, manifest: Manifest) -> Iterator[str]:
                 f"expected {entry.size} bytes with {entry.sha256[:16]}…."
             )
     for name in list_files(root):
-        if name not in manifest.files and name != MANIFEST_FILE:
+        if name not in manifest.files and name != MANIFEST_FILE and name not in links:
             yield f"{name} is not listed in {MANIFEST_FILE}."

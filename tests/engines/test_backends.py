@@ -13,7 +13,7 @@ from prox24_deploy.errors import BackendMissingError, Prox24Error, UsageError
 from prox24_deploy.options import EngineOptions
 from prox24_deploy.recipe import parse_recipe, shipped_recipes
 
-ORIGIN = Origin(Path("model"), parse_recipe(shipped_recipes()["bert"], "bert"))
+ORIGIN = Origin(Path("model"), "", parse_recipe(shipped_recipes()["bert"], "bert"))
 
 OPTIONS = EngineOptions()
 

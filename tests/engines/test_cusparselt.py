@@ -12,7 +12,8 @@ from command_line import run_cli, snapshot
 from fake_cuda import CARD, DENSE, SPARSE, Machine, install
 from torch import nn
 
-from prox24_deploy.artifacts import CompileResult, Engine, OnnxModel
+from prox24_deploy.artifacts import Engine, OnnxModel
+from prox24_deploy.engine_stages import COMPILE
 from prox24_deploy.engines import cuda_graph, kernels
 from prox24_deploy.engines.cuda_graph import GraphSession
 from prox24_deploy.engines.cusparselt import CuSparseLt
@@ -20,7 +21,8 @@ from prox24_deploy.engines.gemm import measure_gemms, time_gemm
 from prox24_deploy.engines.linear import SparseLinear
 from prox24_deploy.engines.profile import GemmShape, GpuProfile
 from prox24_deploy.engines.torch_model import compare_outputs, open_torch_model
-from prox24_deploy.errors import EngineError
+from prox24_deploy.errors import EngineError, ModelDirError
+from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.options import EngineOptions
 from prox24_deploy.recipe import parse_recipe, shipped_recipes
 from prox24_deploy.release.bundle import open_bundle
@@ -51,12 +53,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, prose: Pat
 
 def backend_of(tiny_bert: Path) -> CuSparseLt:
     recipe = parse_recipe(shipped_recipes()["bert"], "bert")
-    return CuSparseLt(tiny_bert, recipe, EngineOptions(batches=(1, 2), sequences=(16,)))
+    sha256 = open_model_dir(tiny_bert).sha256
+    return CuSparseLt(tiny_bert, sha256, recipe, EngineOptions(batches=(1, 2), sequences=(16,)))
 
 
 def engines_of(bundle: Path) -> dict[str, Engine]:
     with open_bundle(bundle, existing=True) as opened:
-        return {e.twin: e for e in opened.load("compile", CompileResult).engines}
+        return {e.twin: e for e in opened.load(COMPILE).engines}
 
 
 def two_four(n: int, k: int) -> torch.Tensor:
@@ -95,7 +98,7 @@ def test_engines_hold_less_and_compute_what_the_pruned_model_computes(
     engines = engines_of(bundle)
     assert engines["sparse"].size_bytes < engines["dense"].size_bytes
     backend = backend_of(tiny_bert)
-    pruned = open_torch_model(bundle / "pruned", backend.recipe, "float16")
+    pruned = open_torch_model(open_model_dir(bundle / "pruned"), backend.recipe, "float16")
     feeds = pruned.feeds((2, 16), seed=3)
     expected = pruned.run(feeds)[0].float().numpy()
     before = machine.products
@@ -136,11 +139,25 @@ def test_damaged_or_foreign_engine_files_are_refused(
     with pytest.raises(EngineError, match="cannot be read; compile"), backend.open(bundle, missing):
         pass
     record = json.loads((bundle / engine.path).read_text())
-    (tmp_path / "engine.json").write_text(
-        json.dumps({**record, "model": str(bundle / "pruned"), "model_sha256": "0" * 64})
-    )
+    (tmp_path / "engine.json").write_text(json.dumps({**record, "model_sha256": "0" * 64}))
+    (tmp_path / "pruned").symlink_to(bundle / "pruned")
     moved = replace(engine, path="engine.json")
     with pytest.raises(EngineError, match="has changed since"), backend.open(tmp_path, moved):
+        pass
+
+
+def test_the_dense_twin_of_another_model_is_refused(
+    bundle: Path, tiny_bert: Path, tmp_path: Path, machine: Machine
+) -> None:
+    """The dense weights stay where the user has them, so that they may have been replaced."""
+    other = replace(backend_of(tiny_bert), dense_sha256="0" * 64)
+    model = OnnxModel("onnx/dense/model.onnx", "float16", 20, "0" * 64, 1)
+    with pytest.raises(ModelDirError, match=r"is not the model that .* was made from; restore it"):
+        other.build(tmp_path, model, Path("engines"), twin="dense")
+    with (
+        pytest.raises(ModelDirError, match="is not the model that"),
+        other.open(bundle, engines_of(bundle)["dense"]),
+    ):
         pass
 
 

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from prox24_deploy.model.calibration import Batch
 from prox24_deploy.model.directory import load_model, open_model_dir
 from prox24_deploy.recipe import Recipe, read_recipe
+from prox24_deploy.snapshot import Snapshot
 
 _RECIPES = Path(__file__).parents[2] / "export"
 BERT = read_recipe(_RECIPES / "bert.toml")
 LLAMA = read_recipe(_RECIPES / "llama.toml")
 RECIPES = {"bert": BERT, "llama": LLAMA}
 CPU = torch.device("cpu")
+# Of a model directory that exists only as a list of tensors.
+NO_FILES = Snapshot(root=Path("x"), listing=lambda _: (), files={})
 PADDING = SPECIAL.index("[PAD]")
 
 BERT_TARGETS = (

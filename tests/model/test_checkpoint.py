@@ -63,7 +63,7 @@ def test_only_pruned_tensors_change_and_the_header_names_them(
 ) -> None:
     directory = open_model_dir(tiny_llama)
     weight = pruned_weight(directory)
-    digest = write_pruned(directory, "recipe = 1\n", {TARGET: weight}, tmp_path / "out")
+    digest = write_pruned(directory, {TARGET: weight}, tmp_path / "out")
     for shard in directory.shards:
         before, after = load_file(shard), load_file(tmp_path / "out" / shard.name)
         assert list(before) == list(after)
@@ -77,9 +77,9 @@ def test_only_pruned_tensors_change_and_the_header_names_them(
         )
     written = open_model_dir(tmp_path / "out")
     assert written.tensors.keys() == directory.tensors.keys()
-    names = {file.name for file in tiny_llama.iterdir()} | {"recipe.toml"}
+    names = {file.name for file in tiny_llama.iterdir()}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
-    again = write_pruned(directory, "recipe = 1\n", {TARGET: weight}, tmp_path / "again")
+    again = write_pruned(directory, {TARGET: weight}, tmp_path / "again")
     assert again == digest
 
 
@@ -90,14 +90,26 @@ def test_a_weight_that_is_not_24_on_disk_is_a_lost_sparsity(
     weight = pruned_weight(directory)
     weight[2, 4:8] = 1.0
     with pytest.raises(SparsityLostError, match=rf"{TARGET} in .* the group at \(2, 4\)"):
-        write_pruned(directory, "", {TARGET: weight}, tmp_path / "out")
+        write_pruned(directory, {TARGET: weight}, tmp_path / "out")
+
+
+def test_weights_may_be_read_by_whoever_may_read_other_files(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The library that writes them lets nobody but their owner read them."""
+    directory = open_model_dir(tiny_llama)
+    write_pruned(directory, {TARGET: pruned_weight(directory)}, tmp_path / "out")
+    plain = tmp_path / "plain"
+    plain.touch()
+    for file in (tmp_path / "out").iterdir():
+        assert file.stat().st_mode == plain.stat().st_mode, file
 
 
 def test_a_weight_of_another_shape_or_dtype_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     directory = open_model_dir(tiny_llama)
     for i, wrong in enumerate((torch.zeros(3, 4).half(), pruned_weight(directory).float())):
         with pytest.raises(ModelDirError, match=f"Tensor {TARGET} of .* is torch.float16"):
-            write_pruned(directory, "", {TARGET: wrong}, tmp_path / f"out{i}")
+            write_pruned(directory, {TARGET: wrong}, tmp_path / f"out{i}")
 
 
 def test_a_prefix_that_only_one_side_has_is_bridged(tiny_bert: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_cases import BERT, CPU, LLAMA, LLAMA_TARGETS, load
+from model_cases import BERT, CPU, LLAMA, LLAMA_TARGETS, NO_FILES, load
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,7 +32,6 @@ from prox24_deploy.pruning.pattern import is_24, project_24
 
 INDEX = "model.safetensors.index.json"
 NAMES = [f"model.layers.{i}.{target}.weight" for i in range(2) for target in LLAMA_TARGETS]
-RECIPE_TEXT = 'family = "llama"  # größer\n'
 
 
 def metadata_of(file: Path) -> dict[str, str]:
@@ -60,7 +59,7 @@ def projected(directory: ModelDir, names: list[str]) -> dict[str, Tensor]:
 def directory_of(*names: str) -> ModelDir:
     """A model directory that exists only as a list of tensors."""
     stored = StoredTensor(Path("x/model.safetensors"), torch.float32, 1)
-    return ModelDir(Path("x"), {"model_type": "bert"}, (), dict.fromkeys(names, stored), "")
+    return ModelDir(Path("x"), {"model_type": "bert"}, (), dict.fromkeys(names, stored), NO_FILES)
 
 
 @pytest.fixture
@@ -272,12 +271,12 @@ def written(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Writt
     path = Path(shutil.copytree(tiny_llama, tmp_path_factory.mktemp("checkpoint") / "dense"))
     (path / "1_Pooling").mkdir()
     (path / "1_Pooling" / "config.json").write_text("{}", encoding="utf-8")
-    for name in ("modeling.py", "pytorch_model.bin", ".hidden.json", "recipe.toml"):
+    for name in ("modeling.py", "pytorch_model.bin", ".hidden.json", "recipe.toml", "README.md"):
         (path / name).write_text("not to be copied", encoding="utf-8")
     dense = open_model_dir(path)
     weights = projected(dense, NAMES)
     out = path.parent / "new" / "pruned"
-    return Written(dense, weights, out, write_pruned(dense, RECIPE_TEXT, weights, out))
+    return Written(dense, weights, out, write_pruned(dense, weights, out))
 
 
 def test_the_new_weights_are_in_their_places_and_2_to_4(written: Written) -> None:
@@ -304,10 +303,9 @@ def test_every_other_tensor_keeps_its_bytes_and_its_shard(written: Written) -> N
 
 def test_other_files_are_copied_but_never_code_or_pickles(written: Written) -> None:
     before, after = files_in(written.dense.path), files_in(written.out)
-    left_out = {"modeling.py", "pytorch_model.bin", ".hidden.json"}
+    left_out = {"modeling.py", "pytorch_model.bin", ".hidden.json", "recipe.toml", "README.md"}
     assert after.keys() == before.keys() - left_out
-    assert after["recipe.toml"].decode() == RECIPE_TEXT
-    for name in after.keys() - {"recipe.toml"}:
+    for name in after:
         if not name.endswith(".safetensors"):
             assert after[name] == before[name], name
 
@@ -338,7 +336,7 @@ def test_writing_again_gives_the_same_bytes_and_the_same_hash(
     written: Written, tmp_path: Path
 ) -> None:
     again = tmp_path / "again"
-    assert write_pruned(written.dense, RECIPE_TEXT, written.weights, again) == written.digest
+    assert write_pruned(written.dense, written.weights, again) == written.digest
     assert files_in(again) == files_in(written.out)
 
 
@@ -347,14 +345,14 @@ def test_the_hash_tells_weights_apart_in_every_shard(written: Written, tmp_path:
     shards = {written.dense.tensors[name].shard: name for name in NAMES}
     for i, name in enumerate(shards.values()):
         changed = written.weights | {name: torch.zeros_like(written.weights[name])}
-        digests.add(write_pruned(written.dense, RECIPE_TEXT, changed, tmp_path / str(i)))
+        digests.add(write_pruned(written.dense, changed, tmp_path / str(i)))
     assert len(digests) == 1 + len(shards) > 2
 
 
 def test_weights_may_be_views(written: Written, tmp_path: Path) -> None:
     turned = {name: w.T.contiguous().T for name, w in written.weights.items()}
     assert not any(weight.is_contiguous() for weight in turned.values())
-    write_pruned(written.dense, RECIPE_TEXT, turned, tmp_path / "views")
+    write_pruned(written.dense, turned, tmp_path / "views")
     assert files_in(tmp_path / "views") == files_in(written.out)
 
 
@@ -362,7 +360,7 @@ def test_a_shard_without_pruned_weights_is_not_declared_sparse(
     written: Written, tmp_path: Path
 ) -> None:
     name = NAMES[0]
-    write_pruned(written.dense, RECIPE_TEXT, {name: written.weights[name]}, tmp_path / "out")
+    write_pruned(written.dense, {name: written.weights[name]}, tmp_path / "out")
     for shard in written.dense.shards:
         metadata = metadata_of(tmp_path / "out" / shard.name)
         assert (SPARSE_KEY in metadata) == (shard == written.dense.tensors[name].shard)
@@ -374,7 +372,7 @@ def test_metadata_of_the_checkpoint_is_kept_and_made_where_there_is_none(
     for i, metadata in enumerate(({"format": "pt", "trained": "1999"}, None)):
         path = Path(shutil.copytree(tiny_bert, tmp_path / f"dense-{i}"))
         save_file(load_file(path / "model.safetensors"), path / "model.safetensors", metadata)
-        write_pruned(open_model_dir(path), "", {}, tmp_path / f"out-{i}")
+        write_pruned(open_model_dir(path), {}, tmp_path / f"out-{i}")
         found = metadata_of(tmp_path / f"out-{i}" / "model.safetensors")
         assert found == (metadata or {"format": "pt"})
         assert not (tmp_path / f"out-{i}" / INDEX).exists()
@@ -392,7 +390,7 @@ def test_a_weight_that_is_not_2_to_4_on_disk_is_an_error(
         broken = project_24(torch.ones_like(broken), 0)
     message = rf"Weight {name} in .* not 2:4 along axis 1: the group at \({[0, 5][axis]}, "
     with pytest.raises(SparsityLostError, match=message):
-        write_pruned(written.dense, "", written.weights | {name: broken}, tmp_path / "out")
+        write_pruned(written.dense, written.weights | {name: broken}, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -409,7 +407,7 @@ def test_a_weight_of_another_shape_or_dtype_is_refused(
     name = NAMES[0]
     changed = written.weights | {name: change(written.weights[name])}
     with pytest.raises(ModelDirError, match=message) as caught:
-        write_pruned(written.dense, "", changed, tmp_path / "out")
+        write_pruned(written.dense, changed, tmp_path / "out")
     assert f"Tensor {name} of" in str(caught.value)
 
 
@@ -418,14 +416,14 @@ def test_a_weight_that_has_no_place_is_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(RecipeError, match=r"Weight model\.layers\.7\.mlp\.weight of the built"):
         write_pruned(
-            written.dense, "", {"model.layers.7.mlp.weight": torch.zeros(4, 4)}, tmp_path / "out"
+            written.dense, {"model.layers.7.mlp.weight": torch.zeros(4, 4)}, tmp_path / "out"
         )
     assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_folder_is_not_written_into(written: Written, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
-        write_pruned(written.dense, "", written.weights, tmp_path)
+        write_pruned(written.dense, written.weights, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -437,7 +435,7 @@ def test_a_full_disk_while_a_directory_is_written_is_an_os_error(
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space left") as caught:
-        write_pruned(written.dense, "", written.weights, tmp_path / "out")
+        write_pruned(written.dense, written.weights, tmp_path / "out")
     assert caught.value.errno == errno.ENOSPC
     with pytest.raises(OSError, match="No space left") as caught:
         BlockStore(tmp_path / "solved").save(0, written.weights, ())
@@ -452,7 +450,7 @@ def test_an_index_that_is_left_beside_a_single_file_is_not_taken_along(
     (path / INDEX).write_text('{"weight_map": {"x": "gone.safetensors"}}', encoding="utf-8")
     directory = open_model_dir(path)
     assert directory.sha256 == sound
-    write_pruned(directory, "", {}, tmp_path / "out")
+    write_pruned(directory, {}, tmp_path / "out")
     assert not (tmp_path / "out" / INDEX).exists()
     assert open_model_dir(tmp_path / "out").tensors.keys() == directory.tensors.keys()
 
@@ -468,7 +466,7 @@ def test_a_checkpoint_of_a_larger_model_keeps_its_prefix_and_its_head(
     assert full in dense.tensors
     model = load_model(dense, BERT, CPU)
     weight = project_24(model.get_parameter(short).detach())
-    write_pruned(dense, "", {short: weight}, tmp_path / "out")
+    write_pruned(dense, {short: weight}, tmp_path / "out")
     before = load_file(path / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert [n for n in before if not torch.equal(bits(before[n]), bits(after[n]))] == [full]
@@ -488,6 +486,6 @@ def test_a_checkpoint_of_the_bare_trunk_is_written_without_the_prefix(
     assert short in dense.tensors
     weight = project_24(load_model(dense, LLAMA, CPU).get_parameter(long).detach())
     assert stored_dtype(dense, long) == weight.dtype
-    write_pruned(dense, "", {long: weight}, tmp_path / "out")
+    write_pruned(dense, {long: weight}, tmp_path / "out")
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[short], weight)
     assert torch.equal(load(tmp_path / "out", LLAMA).get_parameter(long), weight)

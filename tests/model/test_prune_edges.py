@@ -446,7 +446,6 @@ def prune_to(path: Path, recipe: Recipe, text: Path, folder: Path) -> Done:
     result = prune_directory(
         directory,
         recipe,
-        f"# {family}\n",
         calibration,
         held_out,
         FAST,
@@ -479,7 +478,6 @@ def test_the_written_directory_holds_what_was_solved(done: Done) -> None:
         if not same:
             assert is_24(parameter)
             assert name.startswith(blocks)
-    assert (done.out / "recipe.toml").read_text(encoding="utf-8") == f"# {done.family}\n"
 
 
 def test_the_result_tells_options_text_and_damping(done: Done) -> None:

@@ -12,23 +12,21 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 from unittest import mock
 
 import pytest
 
+from prox24_deploy import __version__
 from prox24_deploy.errors import BundleError
-from prox24_deploy.release import bundle as bundle_module
-from prox24_deploy.release.bundle import Bundle, open_bundle, stage_key
-from prox24_deploy.release.manifest import (
-    MANIFEST_FILE,
-    StageEntry,
-    read_manifest,
-    verify,
-    write_manifest,
-)
+from prox24_deploy.fingerprint import unkeyed
+from prox24_deploy.release import stage as stage_module
+from prox24_deploy.release.bundle import Bundle, open_bundle
+from prox24_deploy.release.layout import MANIFEST_FILE, PARTIAL
+from prox24_deploy.release.manifest import StageEntry, read_manifest, verify, write_manifest
+from prox24_deploy.release.stage import Artifact, Progress, Stage, Workspace, stage_key
 
 Start = Literal["nothing", "another input", "fresh"]
 
@@ -61,32 +59,59 @@ def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """Inputs of the toy stages; what ran is told to `runs`, which is no input."""
+
+    text: str
+    runs: list[str] = field(metadata=unkeyed("a test listens here"), default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copied:
+    """Inputs of a stage that reads what another left."""
+
+    base: Artifact
+    text: str = ""
+
+
+def silent(*_: object) -> None:
+    """Progress that nobody sees."""
+
+
+def run_base(inputs: Words, work: Workspace, _: Progress) -> Made:
+    inputs.runs.append("base")
+    (work.root / "base").write_text(inputs.text, encoding="utf-8")
+    return Made("base")
+
+
+def run_make(inputs: Words, work: Workspace, _: Progress) -> Made:
+    inputs.runs.append("make")
+    folder = work.partial / "deep" / "made"
+    folder.mkdir(parents=True)
+    (folder / "result").write_text(f"result {inputs.text}", encoding="utf-8")
+    (work.partial / "made.log").write_text(f"log {inputs.text}", encoding="utf-8")
+    return Made(inputs.text)
+
+
+# One output, written in place.
+BASE = Stage(name="base", result=Made, run=run_base, outputs=("base",))
+# Two outputs, a folder and a file whose names begin alike, made aside.
+MAKE = Stage(name="make", result=Made, run=run_make, outputs=("deep/made", "made.log"))
+
+
+def plain(run: Callable[[], Made], *outputs: str) -> Stage[Words, Made]:
+    """The stage "make" with other work and outputs."""
+    return Stage(name="make", result=Made, run=lambda *_: run(), outputs=outputs)
+
+
 def base(bundle: Bundle, runs: list[str]) -> Made:
-    """A stage with one output, written in place; no input of it ever changes."""
-
-    def run() -> Made:
-        runs.append("base")
-        (bundle.root / "base").write_text("base", encoding="utf-8")
-        return Made("base")
-
-    return bundle.stage("base", Made, {"constant": 1}, ["base"], run)
+    """No input of it ever changes."""
+    return bundle.run(BASE, Words(text="base", runs=runs), silent)
 
 
 def make(bundle: Bundle, text: str, runs: list[str]) -> Made:
-    """A stage with two outputs, a folder and a file whose names begin alike, made aside."""
-
-    def run() -> Made:
-        runs.append("make")
-        bundle.clean_partial()
-        folder = bundle.partial / "made"
-        folder.mkdir()
-        for name in ("result", "log"):
-            (folder / name).write_text(f"{name} {text}", encoding="utf-8")
-        bundle.publish(folder / "log", "made.log")
-        bundle.publish(folder, "deep/made")
-        return Made(text)
-
-    return bundle.stage("make", Made, {"text": text}, ["deep/made", "made.log"], run)
+    return bundle.run(MAKE, Words(text=text, runs=runs), silent)
 
 
 def build(root: Path, text: str = "one", *, fresh: bool = False) -> list[str]:
@@ -95,6 +120,7 @@ def build(root: Path, text: str = "one", *, fresh: bool = False) -> list[str]:
     with open_bundle(root, fresh=fresh) as bundle:
         assert base(bundle, runs) == Made("base")
         assert make(bundle, text, runs) == Made(text)
+        bundle.promise(["report.json"])
         (root / "report.json").write_text(text, encoding="utf-8")
         bundle.seal(["report.json"])
     assert [name for name in ("base", "make") if name not in runs] == bundle.reused
@@ -135,7 +161,7 @@ def test_another_version_of_the_tool_runs_everything_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(tmp_path)
-    monkeypatch.setattr(bundle_module, "__version__", "99")
+    monkeypatch.setattr(stage_module, "__version__", "99")
     assert build(tmp_path) == ["base", "make"]
 
 
@@ -172,11 +198,14 @@ def test_the_manifest_tells_what_a_stage_took_and_left(tmp_path: Path) -> None:
 
 def test_the_first_run_returns_what_a_later_one_reads(tmp_path: Path) -> None:
     """In the same order too: whatever is computed from it must not differ in a bit."""
+    stage: Stage[Words, dict[str, float]] = Stage(
+        name="t", result=dict[str, float], run=lambda *_: {"b": 0.1, "a": 2.0}
+    )
     with open_bundle(tmp_path) as bundle:
-        first = bundle.stage("t", dict[str, float], {}, [], lambda: {"b": 0.1, "a": 2.0})
-        later = bundle.stage("t", dict[str, float], {}, [], dict)
+        first, later = (bundle.run(stage, Words(text=""), silent) for _ in range(2))
+        assert bundle.reused == ["t"]
         assert list(first.items()) == list(later.items()) == [("a", 2.0), ("b", 0.1)]
-        assert bundle.load("t", dict[str, float]) == later
+        assert bundle.load(stage) == later
 
 
 def damage_change(out: Path) -> None:
@@ -191,10 +220,6 @@ def damage_remove_folder(out: Path) -> None:
     shutil.rmtree(out / "deep")
 
 
-def damage_add(out: Path) -> None:
-    (out / "deep" / "made" / "extra").touch()
-
-
 def damage_record(out: Path) -> None:
     (out / "stages" / "make.json").write_text("{}", encoding="utf-8")
 
@@ -204,8 +229,7 @@ def damage_record_removed(out: Path) -> None:
 
 
 DAMAGES = [
-    damage_change, damage_remove, damage_remove_folder, damage_add, damage_record,
-    damage_record_removed,
+    damage_change, damage_remove, damage_remove_folder, damage_record, damage_record_removed,
 ]  # fmt: skip
 
 
@@ -217,9 +241,9 @@ def test_a_stage_whose_files_were_touched_is_no_longer_finished(
     sound = content(tmp_path)
     damage(tmp_path)
     with open_bundle(tmp_path) as bundle:
-        assert bundle.load("base", Made) == Made("base")
+        assert bundle.load(BASE) == Made("base")
         with pytest.raises(BundleError, match="holds no finished stage 'make'; run it first"):
-            bundle.load("make", Made)
+            bundle.load(MAKE)
     caplog.clear()
     assert build(tmp_path) == ["make"]
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
@@ -243,21 +267,22 @@ def test_an_output_that_became_a_link_is_refused_and_its_target_kept(tmp_path: P
 
 
 def test_a_result_of_another_shape_is_not_read(tmp_path: Path) -> None:
+    other: Stage[Words, Other] = Stage(name="make", result=Other, run=lambda *_: Other("two", 2))
     with open_bundle(tmp_path) as bundle:
-        bundle.stage("make", Made, {}, [], lambda: Made("one"))
+        make(bundle, "one", [])
         with pytest.raises(BundleError, match="holds no finished stage 'make'"):
-            bundle.load("make", Other)
-        assert bundle.stage("make", Other, {}, [], lambda: Other("two", 2)) == Other("two", 2)
-        assert bundle.load("make", Other) == Other("two", 2)
+            bundle.load(other)
+        assert bundle.run(other, Words(text="one"), silent) == Other("two", 2)
+        assert bundle.load(other) == Other("two", 2)
 
 
 def test_a_record_that_the_manifest_does_not_list_is_not_trusted(tmp_path: Path) -> None:
     with open_bundle(tmp_path) as bundle:
-        bundle.stage("make", Made, {}, [], lambda: Made("one"))
+        make(bundle, "one", [])
         (tmp_path / "stages" / "make.json").unlink()
         bundle.manifest.stages["make"].outputs.clear()
         with pytest.raises(BundleError, match="holds no finished stage 'make'"):
-            bundle.load("make", Made)
+            bundle.load(MAKE)
 
 
 def fail() -> Made:
@@ -267,13 +292,15 @@ def fail() -> Made:
 def test_a_stage_that_fails_loses_its_own_result_and_leaves_earlier_ones(tmp_path: Path) -> None:
     build(tmp_path)
     with pytest.raises(RuntimeError, match="on purpose"), open_bundle(tmp_path) as bundle:
-        bundle.stage("make", Made, {"text": "two"}, ["deep/made", "made.log"], fail)
-    assert names(tmp_path) == ["base", "deep", MANIFEST_FILE, "report.json", "stages"]
+        bundle.run(plain(fail, "deep/made", "made.log"), Words(text="two"), silent)
+    assert names(tmp_path) == [PARTIAL, "base", "deep", MANIFEST_FILE, "report.json", "stages"]
     with open_bundle(tmp_path, existing=True) as bundle:
-        assert bundle.load("base", Made) == Made("base")
-        for name in ("make", "never"):
-            with pytest.raises(BundleError, match=f"{tmp_path} holds no finished stage '{name}'"):
-                bundle.load(name, Made)
+        assert bundle.load(BASE) == Made("base")
+        never = Stage(name="never", result=Made, run=run_make)
+        for stage in (MAKE, never):
+            message = f"{tmp_path} holds no finished stage '{stage.name}'"
+            with pytest.raises(BundleError, match=message):
+                bundle.load(stage)
     # What was sealed before is a whole bundle no longer, and says so.
     assert any("unfinished build" in fault for fault in verify(tmp_path))
     assert build(tmp_path) == ["make"]
@@ -282,8 +309,10 @@ def test_a_stage_that_fails_loses_its_own_result_and_leaves_earlier_ones(tmp_pat
 
 def test_outputs_that_nobody_entered_are_removed_before_the_stage_runs(tmp_path: Path) -> None:
     with open_bundle(tmp_path) as bundle:
-        (tmp_path / "deep" / "made").mkdir(parents=True)
-        (tmp_path / "deep" / "made" / "left by a kill").touch()
+        bundle.promise(["deep/made"])
+    (tmp_path / "deep" / "made").mkdir(parents=True)
+    (tmp_path / "deep" / "made" / "left by a kill").touch()
+    with open_bundle(tmp_path) as bundle:
         make(bundle, "one", [])
     assert names(tmp_path / "deep" / "made") == ["result"]
 
@@ -293,8 +322,8 @@ def test_a_stage_with_other_outputs_than_before_leaves_none_of_the_old(tmp_path:
         return lambda: Made(str((tmp_path / name).write_text(name, encoding="utf-8")))
 
     with open_bundle(tmp_path) as bundle:
-        bundle.stage("make", Made, {"v": 1}, ["old"], writer("old"))
-        bundle.stage("make", Made, {"v": 2}, ["new"], writer("new"))
+        bundle.run(plain(writer("old"), "old"), Words(text="1"), silent)
+        bundle.run(plain(writer("new"), "new"), Words(text="2"), silent)
         bundle.seal([])
     assert names(tmp_path) == [MANIFEST_FILE, "new", "stages"]
     assert verify(tmp_path) == []
@@ -305,20 +334,19 @@ def test_forgetting_a_stage_keeps_names_that_only_begin_alike(tmp_path: Path) ->
     with open_bundle(tmp_path) as bundle:
         (tmp_path / "base-notes").write_text("notes", encoding="utf-8")
         bundle.seal(["base-notes"])
-        bundle.forget("base", [])
+        bundle.forget("base")
         assert sorted(bundle.manifest.files) == sorted(read_manifest(tmp_path).files) == [
             "base-notes", "deep/made/result", "made.log", "report.json", "stages/make.json",
         ]  # fmt: skip
         assert not bundle.manifest.complete
         assert not (tmp_path / "base").exists()
         assert not (tmp_path / "stages" / "base.json").exists()
-        bundle.forget("never", [])
+        bundle.forget("never")
 
 
 def test_sealing_drops_what_is_temporary(tmp_path: Path) -> None:
     with open_bundle(tmp_path) as bundle:
-        bundle.clean_partial()
-        (bundle.partial / "blocks").mkdir()
+        (bundle.partial / "blocks").mkdir(parents=True)
         (tmp_path / "report.json").write_text("{}", encoding="utf-8")
         assert not read_manifest(tmp_path).complete
         bundle.seal(["report.json"])
@@ -326,16 +354,23 @@ def test_sealing_drops_what_is_temporary(tmp_path: Path) -> None:
     assert verify(tmp_path) == []
 
 
-def test_leftovers_are_cleaned_except_what_may_be_resumed(tmp_path: Path) -> None:
-    with open_bundle(tmp_path) as bundle:
-        bundle.clean_partial()
-        for name in ("keep", "drop"):
-            (bundle.partial / name).mkdir()
-            (bundle.partial / name / "file").touch()
-        (bundle.partial / "file").touch()
-        bundle.clean_partial(keep=bundle.partial / "keep")
-        assert names(bundle.partial) == ["keep"]
-        assert names(bundle.partial / "keep") == ["file"]
+def test_a_stage_goes_on_from_what_it_kept_and_from_nothing_else(tmp_path: Path) -> None:
+    """What a kill left of other stages, or of other inputs, is gone."""
+    found = []
+
+    def interrupted(_: Words, work: Workspace, __: Progress) -> Made:
+        found.append((names(work.partial), work.kept.is_dir()))
+        work.kept.mkdir(exist_ok=True)
+        (work.partial / "half").mkdir()
+        raise RuntimeError("on purpose")
+
+    stage = Stage(name="make", result=Made, run=interrupted)
+    for text in ("one", "one", "two"):
+        with pytest.raises(RuntimeError, match="on purpose"), open_bundle(tmp_path) as bundle:
+            bundle.run(stage, Words(text=text), silent)
+    (kept,) = [name for names_, _ in found for name in names_]
+    assert kept.startswith("make-")
+    assert found == [([], False), ([kept], True), ([], False)]
 
 
 def die_at(change: int) -> None:
@@ -355,7 +390,7 @@ def die_at(change: int) -> None:
     def flush(descriptor: int) -> None:
         status = os.fstat(descriptor)
         if stat.S_ISREG(status.st_mode) and next(changes) == change:
-            os.ftruncate(descriptor, status.st_size // 2)
+            os.truncate(f"/proc/self/fd/{descriptor}", status.st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
@@ -493,7 +528,7 @@ def test_an_existing_bundle_can_be_asked_for(tmp_path: Path) -> None:
     assert names(tmp_path) == []
     build(tmp_path / "out")
     with open_bundle(tmp_path / "out", existing=True) as bundle:
-        assert bundle.load("make", Made) == Made("one")
+        assert bundle.load(MAKE) == Made("one")
 
 
 def test_only_one_build_at_a_time(tmp_path: Path) -> None:
@@ -533,17 +568,177 @@ def test_an_error_passes_through_and_frees_the_lock(tmp_path: Path, error: Excep
     assert build(tmp_path) == ["base", "make"]
 
 
-def test_fresh_removes_what_the_tool_made_and_nothing_else(tmp_path: Path) -> None:
+def test_fresh_removes_what_the_tool_made(tmp_path: Path) -> None:
     build(tmp_path)
     with open_bundle(tmp_path) as bundle:
-        bundle.clean_partial()
-    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+        bundle.partial.mkdir()
     (tmp_path / "folder").mkdir()
     with open_bundle(tmp_path, fresh=True) as bundle:
         assert bundle.manifest.stages == {}
         assert bundle.manifest.files == {}
         assert read_manifest(tmp_path).stages == {}
-        assert names(tmp_path) == ["folder", MANIFEST_FILE, "mine.txt"]
+        assert names(tmp_path) == ["folder", MANIFEST_FILE]
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "stages/old.json", "deep/made/extra", "base2"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_file_of_somebody_else_is_named_and_kept(
+    tmp_path: Path, name: str, *, fresh: bool
+) -> None:
+    build(tmp_path)
+    (tmp_path / name).write_text("mine", encoding="utf-8")
+    before = content(tmp_path)
+    message = f"holds '{name}', which no stage of it made; move it out of there"
+    with pytest.raises(BundleError, match=message):
+        build(tmp_path, "two", fresh=fresh)
+    assert content(tmp_path) == before
+    (tmp_path / name).unlink()
+    assert verify(tmp_path) == []
+
+
+def test_a_file_that_came_while_a_bundle_was_built_keeps_it_from_being_sealed(
+    tmp_path: Path,
+) -> None:
+    with open_bundle(tmp_path) as bundle:
+        make(bundle, "one", [])
+        (tmp_path / "notes.txt").touch()
+        with pytest.raises(BundleError, match=r"does not verify: notes.txt is not listed"):
+            bundle.seal([])
+    assert not read_manifest(tmp_path).complete
+
+
+def copy_base(inputs: Copied, work: Workspace, _: Progress) -> Made:
+    (work.partial / "copy").write_bytes(inputs.base.path.read_bytes())
+    return Made(inputs.text)
+
+
+COPY = Stage(name="copy", result=Made, run=copy_base, outputs=("copy",))
+
+
+def test_what_a_stage_read_is_forgotten_with_all_that_was_made_of_it(tmp_path: Path) -> None:
+    """A kill between the two must not leave the copy of another base behind."""
+    with open_bundle(tmp_path) as bundle:
+        bundle.run(BASE, Words(text="one"), silent)
+        bundle.run(COPY, Copied(base=bundle.artifact("base")), silent)
+        assert bundle.manifest.stages["copy"].reads == ["base"]
+        bundle.run(BASE, Words(text="two"), silent)
+        assert list(bundle.manifest.stages) == ["base"]
+        assert names(tmp_path) == [PARTIAL, "base", MANIFEST_FILE, "stages"]
+        with pytest.raises(BundleError, match="holds no finished stage 'copy'"):
+            bundle.load(COPY)
+
+
+def test_an_artifact_is_what_the_manifest_lists_or_none(tmp_path: Path) -> None:
+    with open_bundle(tmp_path) as bundle:
+        with pytest.raises(BundleError, match="holds no base/; run the stage that makes it"):
+            bundle.artifact("base")
+        bundle.run(BASE, Words(text="one"), silent)
+        bundle.artifact("base").require_unchanged()
+        (tmp_path / "base").write_text("oNe", encoding="utf-8")
+        with pytest.raises(BundleError, match="base is not what the stage 'base' left there"):
+            bundle.artifact("base")
+
+
+def put_back(path: Path) -> None:
+    """Replace a file, and put back the very bytes that it had."""
+    before = path.read_bytes()
+    path.write_bytes(b"other")
+    path.write_bytes(before)
+
+
+def replace_file(path: Path) -> None:
+    path.write_bytes(b"other")
+
+
+def remove_file(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [put_back, replace_file, remove_file])
+def test_a_result_of_files_that_changed_while_it_was_made_is_not_kept(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    def disturbed(inputs: Copied, work: Workspace, progress: Progress) -> Made:
+        change(inputs.base.path)
+        return Made("of what?")
+
+    stage = Stage(name="copy", result=Made, run=disturbed)
+    with open_bundle(tmp_path) as bundle:
+        bundle.run(BASE, Words(text="one"), silent)
+        inputs = Copied(base=bundle.artifact("base"))
+        with pytest.raises(BundleError, match="base is not what the stage 'base' left there"):
+            bundle.run(stage, inputs, silent)
+        assert "copy" not in read_manifest(tmp_path).stages
+
+
+def test_a_bundle_is_readable_by_whoever_may_read_its_folder(tmp_path: Path) -> None:
+    def closed(_: Words, work: Workspace, __: Progress) -> Made:
+        folder = work.partial / "made"
+        folder.mkdir(mode=0o700)
+        (folder / "weights").touch(mode=0o600)
+        (folder / "weights").chmod(0o600)
+        folder.chmod(0o700)
+        return Made("closed")
+
+    tmp_path.chmod(0o755)
+    with open_bundle(tmp_path) as bundle:
+        stage = Stage(name="make", result=Made, run=closed, outputs=("made",))
+        bundle.run(stage, Words(text=""), silent)
+    for path in tmp_path.rglob("*"):
+        wanted = 0o555 if path.is_dir() else 0o444
+        assert stat.S_IMODE(path.stat().st_mode) & wanted == wanted, path
+    assert stat.S_IMODE((tmp_path / "made" / "weights").stat().st_mode) == 0o644
+
+
+def test_what_is_published_was_flushed_before_it_was_renamed(tmp_path: Path) -> None:
+    """After a power cut a name must not stand for a file that was never written."""
+    flushed: list[str] = []
+    moved: list[str] = []
+    fsync, move = os.fsync, Path.replace
+
+    def flush(descriptor: int) -> None:
+        flushed.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def watch(self: Path, target: Path) -> Path:
+        if not self.name.endswith(".tmp"):
+            inside = {str(self), *map(str, self.rglob("*"))}
+            moved.extend(sorted(inside - set(flushed)))
+        return move(self, target)
+
+    with (
+        mock.patch("os.fsync", flush),
+        mock.patch.object(Path, "replace", watch),
+        open_bundle(tmp_path) as bundle,
+    ):
+        make(bundle, "one", [])
+    assert moved == []
+    assert {str(tmp_path / name) for name in ("deep", "deep/made/result", "made.log")} <= {
+        *flushed, str(tmp_path / "deep"),
+    }  # fmt: skip
+
+
+def test_the_manifest_names_the_version_that_wrote_it_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path)
+    manifest = read_manifest(tmp_path)
+    manifest.tool_version = "0.0.1"
+    write_manifest(tmp_path, manifest)
+    assert build(tmp_path) == []
+    assert read_manifest(tmp_path).tool_version == __version__
+
+
+def test_a_stage_of_another_version_is_not_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path)
+    monkeypatch.setattr(stage_module, "__version__", "99")
+    with (
+        open_bundle(tmp_path) as bundle,
+        pytest.raises(BundleError, match="holds no finished stage 'make'; run it first"),
+    ):
+        bundle.load(MAKE)
 
 
 def test_only_temporary_files_of_the_tool_are_cleaned(tmp_path: Path) -> None:
@@ -552,9 +747,10 @@ def test_only_temporary_files_of_the_tool_are_cleaned(tmp_path: Path) -> None:
     mine = tmp_path / "deep" / ".notes.tmp"
     ours.touch()
     mine.touch()
-    with open_bundle(tmp_path):
-        assert not ours.exists()
-        assert mine.exists()
+    with pytest.raises(BundleError, match=r"holds 'deep/.notes.tmp'"), open_bundle(tmp_path):
+        pass
+    assert not ours.exists()
+    assert mine.exists()
 
 
 @pytest.mark.parametrize("link", [".partial", "stages", "linked"])

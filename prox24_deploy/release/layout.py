@@ -1,0 +1,26 @@
+"""The paths in a bundle, relative to it."""
+
+MANIFEST_FILE = "manifest.json"
+# Where stages work; it is gone once the bundle is sealed.
+PARTIAL = ".partial"
+STAGES = "stages"
+# Outputs of the stages that prune, export and compile.
+PRUNED = "pruned"
+ONNX = "onnx"
+ENGINES = "engines"
+# Written into the output of a stage once it has ended: the model card, and the recipe with its
+# limits and comments. That they are there, or other than before, says nothing of the stage.
+CARD = f"{PRUNED}/README.md"
+RECIPE = f"{PRUNED}/recipe.toml"
+LATE_FILES = (CARD, RECIPE)
+REPORT_FILES = ("report.json", "report.html", "summary.md", "junit.xml", "benchmark.json")
+
+
+def record_of(stage: str) -> str:
+    """The file that holds the result of a stage."""
+    return f"{STAGES}/{stage}.json"
+
+
+def lies_below(file: str, output: str) -> bool:
+    """Whether a file is an output, or lies in the folder that it is."""
+    return file == output or file.startswith(f"{output}/")
