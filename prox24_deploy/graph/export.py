@@ -29,7 +29,7 @@ from prox24_deploy.graph.module import (
     copy_with,
     to_dtype,
 )
-from prox24_deploy.graph.weights import MODULE_KEY
+from prox24_deploy.graph.modules import MODULE_KEY
 from prox24_deploy.recipe import Recipe, TensorSpec, dynamic_names, shape_of
 
 _SUFFIX, _DATA_SUFFIX = ".onnx", ".onnx.data"

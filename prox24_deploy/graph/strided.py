@@ -49,6 +49,19 @@ class Strided:
         strides[axis] *= step
         return Strided(offset, tuple(shape), tuple(strides))
 
+    def insert(self, axis: int) -> "Strided":
+        """Put an axis of length one before `axis`."""
+        shape = (*self.shape[:axis], 1, *self.shape[axis:])
+        return Strided(self.offset, shape, (*self.strides[:axis], 0, *self.strides[axis:]))
+
+    def outer(self, axes: Sequence[tuple[int, int]]) -> "Strided":
+        """Put axes, each as (length, stride), before all others."""
+        return Strided(
+            self.offset,
+            (*(length for length, _ in axes), *self.shape),
+            (*(stride for _, stride in axes), *self.strides),
+        )
+
     def split(self, axis: int, pieces: int) -> "Strided":
         """Turn one axis into two: that of equal pieces, and that of the elements of a piece."""
         length, stride = self.shape[axis] // pieces, self.strides[axis]
@@ -56,6 +69,18 @@ class Strided:
             self.offset,
             (*self.shape[:axis], pieces, length, *self.shape[axis + 1 :]),
             (*self.strides[:axis], stride * length, stride, *self.strides[axis + 1 :]),
+        )
+
+    def merge(self, axis: int, count: int) -> "Strided | None":
+        """Make one axis of neighbouring ones, None where no fixed stride steps through them."""
+        inner = Strided(0, self.shape[axis : axis + count], self.strides[axis : axis + count])
+        merged = inner.reshape((inner.size,))
+        if merged is None:
+            return None
+        return Strided(
+            self.offset,
+            (*self.shape[:axis], *merged.shape, *self.shape[axis + count :]),
+            (*self.strides[:axis], *merged.strides, *self.strides[axis + count :]),
         )
 
     def expand(self, shape: Sequence[int]) -> "Strided | None":

@@ -1,0 +1,140 @@
+"""Read the weights of one ONNX file and say of each whether it is 2:4."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from prox24_deploy.artifacts import TensorCheck
+from prox24_deploy.errors import Prox24Error, UsageError
+from prox24_deploy.graph.constants import constant_of, read_tensor, release, sizes_of
+from prox24_deploy.graph.eligibility import obstacles, refused_zero_point
+from prox24_deploy.graph.evaluation import Budget, NotComputedError
+from prox24_deploy.graph.folding import nodes_of, stored_elements
+from prox24_deploy.graph.inspection import Finding, inspect_groups, unread
+from prox24_deploy.graph.judgement import Candidate, Scan
+from prox24_deploy.graph.model_file import load_model
+from prox24_deploy.graph.modules import declared_modules, module_of
+from prox24_deploy.graph.weights import ConstantWeight, find_weights
+
+_REPLACEABLE = "it is the default of an input of the graph, which a caller can replace"
+_SET_APART = "remove its name from the inputs of the graph"
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What a weight holds; `unproven` says that its finding is no proof of either."""
+
+    finding: Finding
+    unproven: bool = False
+    remedy: str = ""
+
+
+def scan_onnx(path: Path) -> Scan:
+    """Every weight of one ONNX file, and the modules that it declares as 2:4.
+
+    Raises:
+        UsageError: the file or its external data is missing, damaged or outside its folder, or its
+            graph breaks the standard.
+    """
+    try:
+        return _scan(path)
+    except Prox24Error:
+        raise
+    except Exception as error:  # a file made to break readers can break any line of this one
+        raise UsageError(
+            f"{path} breaks the standard of ONNX in a way that the check does not expect "
+            f"({type(error).__name__}: {str(error)[:200]}); export it again."
+        ) from error
+
+
+def _scan(path: Path) -> Scan:
+    model = load_model(path)
+    declared = declared_modules(model, path)
+    budget = Budget.of(stored_elements(model))
+    refusal = refused_zero_point(nodes_of(model), path)
+    rows = [
+        _candidate(weight, path, budget, refusal) for weight in find_weights(model, path, budget)
+    ]
+    return Scan(declared, tuple(rows), declares_tensors=False)
+
+
+def _candidate(weight: ConstantWeight, path: Path, budget: Budget, refusal: str) -> Candidate:
+    verdict = _verdict(weight, path, budget)
+    node, finding = weight.nodes[0], verdict.finding
+    multiplied = weight.exact or weight
+    dtype = "" if multiplied.dtype is None else _type_name(multiplied.dtype)
+    rules = obstacles(node.op_type, node.domain, dtype, multiplied.gemm)
+    problems = ["it is not proven 2:4"] if finding.reason else []
+    problems += [refusal] if refusal else []
+    problems += rules
+    stored = constant_of(weight.value) or weight.tensor
+    check = TensorCheck(
+        tensor=weight.value.name or "",
+        module=module_of(node),
+        node=node.name or "",
+        op_type=node.op_type,
+        dtype=_type_name(stored.dtype),
+        shape=finding.shape,
+        axis=-1 if weight.moved else weight.axis,
+        density=finding.density,
+        is_24=not finding.reason,
+        expected=False,
+        first_violation=finding.first,
+        reason=finding.reason,
+        part=finding.part,
+        eligible=not problems,
+        ineligible_reason="; ".join(problems),
+        unproven=verdict.unproven,
+        remedy=verdict.remedy if verdict.unproven else "",
+    )
+    return Candidate(check, frozenset(module_of(node) for node in weight.nodes) - {""})
+
+
+def _verdict(weight: ConstantWeight, path: Path, budget: Budget) -> _Verdict:
+    """Look at the stored tensor, and where that does not settle it, at what is multiplied."""
+    try:
+        budget.spend(weight.view.size)
+        finding = _inspected(weight, path)
+    except NotComputedError as error:
+        shape = sizes_of(weight.tensor)
+        return _Verdict(unread(str(error), shape), unproven=True, remedy=weight.remedy)
+    doubt = weight.reason or (weight.doubt if finding.reason else "")
+    if doubt:
+        return _settled(weight, path, finding, doubt)
+    if not finding.reason and weight.replaceable:
+        return _Verdict(replace(finding, reason=_REPLACEABLE), unproven=True, remedy=_SET_APART)
+    return _Verdict(finding)
+
+
+def _settled(weight: ConstantWeight, path: Path, finding: Finding, doubt: str) -> _Verdict:
+    """Look at the weight as it is multiplied, if that can be computed."""
+    unproven = _Verdict(replace(finding, reason=doubt), unproven=True, remedy=weight.remedy)
+    if weight.exact is None or weight.exact.reason:
+        return unproven
+    try:
+        exact = _inspected(weight.exact, path)
+    except NotComputedError:
+        return unproven
+    return _Verdict(replace(finding, first=exact.first, reason=exact.reason))
+
+
+def _inspected(weight: ConstantWeight, path: Path) -> Finding:
+    array = read_tensor(weight.tensor, weight.value.name or "", path)
+    finding = inspect_groups(
+        array, weight.view, weight.reduction, weight.axis, weight.zero, weight.reason
+    )
+    if weight.moved:
+        reason = finding.reason and f"as it is multiplied, {finding.reason}"
+        finding = replace(finding, first=None, reason=reason)
+    del array
+    # Pages of a large model would pile up in memory if every weight stayed mapped.
+    release(weight.tensor)
+    return finding
+
+
+def _type_name(dtype: ir.DataType) -> str:
+    try:
+        return str(dtype.numpy().name)
+    except TypeError:  # a type that NumPy lacks
+        return dtype.name.lower()

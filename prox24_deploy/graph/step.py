@@ -1,0 +1,70 @@
+"""One node on the way from stored constants to a product, with what is known of its inputs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from prox24_deploy.graph import attributes
+from prox24_deploy.graph.constants import input_of
+from prox24_deploy.graph.groups import Array
+from prox24_deploy.graph.sources import Runtime, Source
+
+# Bounds and shapes have no more numbers than a sound file needs.
+_MOST_NUMBERS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A node, which of its results is asked for, and the source of every input.
+
+    `read` gives the array of a constant value, None where the check does not compute it.
+    """
+
+    node: ir.Node
+    output: int
+    sources: tuple[Source, ...]
+    read: Callable[[ir.Value], Array | None]
+
+    @property
+    def op(self) -> str:
+        """Name of the operator."""
+        return self.node.op_type
+
+    def source(self, index: int = 0) -> Source:
+        """Source of an input, a `Runtime` where it is left out."""
+        return self.sources[index] if index < len(self.sources) else Runtime()
+
+    def has(self, index: int) -> bool:
+        """Whether an input is given at all."""
+        return input_of(self.node, index) is not None
+
+    def is_constant(self, index: int) -> bool:
+        """Whether an input is given and nothing at run time changes it."""
+        source = self.source(index)
+        return not isinstance(source, Runtime) and source.nature == "constant"
+
+    def array(self, index: int) -> Array | None:
+        """A constant input as an array, None if it is not constant or not computed."""
+        value = input_of(self.node, index)
+        return None if value is None or not self.is_constant(index) else self.read(value)
+
+    def numbers(
+        self, index: int, attribute: str = "", default: tuple[int, ...] | None = None
+    ) -> tuple[int, ...] | None:
+        """Integers given as an input, or as an attribute in older operator sets."""
+        if self.has(index):
+            array = self.array(index)
+            small = array is not None and array.dtype.kind in "iu" and array.size <= _MOST_NUMBERS
+            return tuple(int(n) for n in array.reshape(-1)) if array is not None and small else None
+        given = attributes.integers(self.node, attribute) if attribute else None
+        return default if given is None else given
+
+    def integer(self, name: str, default: int) -> int:
+        """An integer attribute."""
+        return attributes.integer(self.node, name, default)
+
+    def rank(self, index: int) -> int | None:
+        """Number of axes of an input, None where the file does not tell it."""
+        value = input_of(self.node, index)
+        return None if value is None or value.shape is None else len(value.shape)
