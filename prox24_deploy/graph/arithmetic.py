@@ -29,6 +29,8 @@ from prox24_deploy.graph.sources import (
 )
 from prox24_deploy.graph.step import Step
 
+# Of these operators only zero gives zero.
+_ONE_TO_ONE = ("Abs", "Neg", "Sign")
 # This type has no zero, so that nothing stays zero in it.
 _WITHOUT_ZERO = ir.DataType.FLOAT8E8M0
 
@@ -76,12 +78,11 @@ def clip(step: Step, source: Folded) -> Source | None:
     return _with_parts(source, parts, source.dtype)
 
 
-def keeping_zeros(_: Step, source: Folded) -> Source | None:
+def keeping_zeros(step: Step, source: Folded) -> Source | None:
     """An operator of one tensor that maps zero to zero; of a constant it is computed."""
     if source.nature == "constant":
         return None
-    parts = [_recoded(part, 0, 0, rounded=True) for part in source.parts]
-    return _with_parts(source, parts, source.dtype)
+    return _zeros_kept(source, rounded=step.op not in _ONE_TO_ONE)
 
 
 def multiply(step: Step, source: Folded) -> Source | None:
@@ -105,13 +106,35 @@ def divide(step: Step, source: Folded) -> Source | None:
     return _modulated(step, source, 1)
 
 
+def add(step: Step, source: Folded) -> Source | None:
+    """Add of zeros, or Sub of them."""
+    other = 1 if source is step.source(0) else 0
+    moves = step.op == "Sub" and other == 0
+    if source.nature == "constant" or moves or not _is_zero(step, other):
+        return None
+    return _zeros_kept(tear(source, _ones(source)))
+
+
+def limit(step: Step, source: Folded) -> Source | None:
+    """Min or Max with constants that leave zero as it is."""
+    if source.nature == "constant":
+        return None
+    for index in range(len(step.sources)):
+        if step.source(index) is source:
+            continue
+        bound = step.array(index)
+        if bound is None or np.any(bound < 0 if step.op == "Min" else bound > 0):
+            return None
+    return _zeros_kept(tear(source, _ones(source)))
+
+
 def where(step: Step, _: Folded) -> Source | None:
-    """Where between constants by a condition that is known at run time alone.
+    """Where between constants of which, or by which, something is known at run time alone.
 
     With zeros on the other side it is a mask. Otherwise the choice may differ from element to
     element, and along every axis.
     """
-    if step.is_constant(0):
+    if all(step.is_constant(index) for index in range(3)):
         return None
     chosen = [step.source(1), step.source(2)]
     folded = [found for found in chosen if isinstance(found, Folded)]
@@ -126,25 +149,12 @@ def where(step: Step, _: Folded) -> Source | None:
 
 def _modulated(step: Step, source: Folded, other: int) -> Source | None:
     """A constant times a value known at run time alone, which may be an activation."""
-    value = input_of(step.node, other)
     found = step.source(other)
-    if isinstance(found, Runtime) and found.hot and covers(value, source.shape):
+    if isinstance(found, Runtime) and found.hot and step.covers(other, source.shape):
         return Runtime(hot=True)
     if not has_matrix(source):
         return Runtime(hot=isinstance(found, Runtime) and found.hot)
     return scaled_by_runtime(source)
-
-
-def covers(value: ir.Value | None, shape: tuple[int, ...]) -> bool:
-    """Whether a value has more than one element along every axis along which a constant has.
-
-    An activation has, whereas a scale of a weight is one long along some of its axes.
-    """
-    lengths = value.shape if value is not None else None
-    if lengths is None:
-        return False
-    own = (1,) * (len(shape) - len(lengths)) + tuple(lengths)
-    return not any(n > 1 and m == 1 for n, m in zip(reversed(shape), reversed(own), strict=False))
 
 
 def _recoded(part: Part, old: int, new: int, *, rounded: bool = False) -> Part | None:
@@ -153,6 +163,12 @@ def _recoded(part: Part, old: int, new: int, *, rounded: bool = False) -> Part |
     if zero is None:
         return None
     return replace(part, zero=zero, code=new, rounded=part.rounded or rounded)
+
+
+def _zeros_kept(source: Folded, *, rounded: bool = True) -> Folded | None:
+    """The same shape with zeros where they were, and perhaps more of them if `rounded`."""
+    parts = [_recoded(part, 0, 0, rounded=rounded) for part in source.parts]
+    return _with_parts(source, parts, source.dtype)
 
 
 def _with_parts(source: Folded, parts: list[Part | None], dtype: ir.DataType) -> Folded | None:
@@ -224,6 +240,10 @@ ARITHMETIC: Mapping[str, Rule] = {
     "Cast": cast,
     "CastLike": cast,
     "Clip": clip,
+    "Add": add,
+    "Sub": add,
+    "Min": limit,
+    "Max": limit,
     "Mul": multiply,
     "Div": divide,
     "Where": where,

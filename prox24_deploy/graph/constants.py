@@ -1,5 +1,6 @@
 """The constant tensors of an ONNX graph: which values are stored, and their data."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -60,9 +61,11 @@ def read_tensor(tensor: ir.TensorProtocol, name: str, path: Path | None) -> Arra
 
 
 def release(tensor: ir.TensorProtocol) -> None:
-    """Unmap what `read_tensor` mapped; no array of it may be in use any more."""
+    """Unmap what `read_tensor` mapped, unless an array of it is still in use."""
     if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
+        # A computed array may be a view of the mapping, which is unmapped with it then.
+        with contextlib.suppress(BufferError):
+            tensor.release()
 
 
 def sizes_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:

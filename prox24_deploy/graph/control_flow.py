@@ -99,7 +99,13 @@ class ControlFlow:
             case "Scan":
                 return list(_present(self._scan_output(node, index)))
             case _:
-                return None
+                closed = [
+                    _linked(output, "closed")
+                    for graph in attributes.subgraphs(node)
+                    for output in graph.outputs
+                ]
+                inputs = [_linked(each, "closed") for each in node.inputs]
+                return list(_present([*inputs, *closed])) if closed else None
 
     def _entry(self, node: ir.Node, index: int) -> Iterator[Link | None]:
         if node.domain in ONNX_DOMAINS and node.op_type == "Loop":

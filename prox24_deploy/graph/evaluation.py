@@ -31,8 +31,10 @@ _MOST_GROWTH = 2
 # Multiply-adds in a product of constants: some seconds of one core.
 _MOST_PRODUCT = 1 << 36
 _MOST_SLOW_ELEMENTS = 1 << 16
-# Each operator costs the evaluator up to a millisecond: ten seconds.
-_MOST_STEPS = 10_000
+# Each operator costs the evaluator up to a millisecond: five seconds.
+_MOST_STEPS = 5_000
+# Stacks of experts have some 10^4 pieces; each takes some 30 microseconds to place.
+_MOST_PIECES = 200_000
 # Bounds and shapes have no more numbers than a sound file needs.
 _MOST_NUMBERS = 1024
 
@@ -41,23 +43,30 @@ _IR_VERSION = 10
 Outline = tuple[ir.DataType, tuple[int, ...]]
 
 
+TOO_MUCH = "it takes more work than the check does for a file of this size"
+
+
 class NotComputedError(Exception):
     """A constant that is not computed; the message says why, as a clause."""
 
 
 @dataclass(slots=True)
 class Budget:
-    """Elements that may be read or computed for one file, so that none keeps the check busy."""
+    """Elements that may be read or computed for one file, so that none keeps the check busy.
+
+    `steps` counts operators that may be computed, and `pieces` parts of constants under products.
+    """
 
     elements: int
     steps: int = _MOST_STEPS
+    pieces: int = _MOST_PIECES
 
     @classmethod
     def of(cls, stored: int) -> "Budget":
         """Enough to read and compute every one of the stored elements several times."""
         return cls(16 * stored + (1 << 28))
 
-    def spend(self, elements: int, steps: int = 0) -> None:
+    def spend(self, elements: int, steps: int = 0, pieces: int = 0) -> None:
         """Take away from what is left.
 
         Raises:
@@ -65,8 +74,9 @@ class Budget:
         """
         self.elements -= elements
         self.steps -= steps
-        if min(self.elements, self.steps) < 0:
-            raise NotComputedError("it takes more work than the check does for a file of this size")
+        self.pieces -= pieces
+        if min(self.elements, self.steps, self.pieces) < 0:
+            raise NotComputedError(TOO_MUCH)
 
 
 @dataclass(slots=True)

@@ -11,8 +11,8 @@ from onnx_ir.passes.common import InlinePass
 # for any number of nodes. The largest exports seen have some 10^4.
 MOST_NODES = 200_000
 # The pass looks for a free name from 1 on at every call, so that n calls of one function take time
-# in the order of n squared: 4000 calls some seconds.
-MOST_CALLS = 4_000
+# in the order of n squared: 3000 calls some seconds.
+MOST_CALLS = 3_000
 
 _Key = tuple[str, str, str]
 

@@ -85,6 +85,26 @@ def require_24(report: CheckReport) -> None:
         SparsityUnprovenError: names the first weight that is neither shown nor refuted to be 2:4,
             or says that there was nothing to prove.
     """
+    require_expected(report)
+    if not report.proven:
+        said = (
+            "what it declares names no weight of its own"
+            if report.declared
+            else "all of its weights are ignored"
+        )
+        raise SparsityUnprovenError(
+            f"{report.path} proves nothing: {said}; pass the file or the folder that holds the "
+            "pruned weights."
+        )
+
+
+def require_expected(report: CheckReport) -> None:
+    """Do nothing if every expected weight is proven 2:4, also where none is expected.
+
+    Raises:
+        SparsityLostError: names the first weight that is not 2:4, where, and how many others.
+        SparsityUnprovenError: names the first weight that is neither shown nor refuted to be 2:4.
+    """
     lost, unproven = report.violations, report.unproven
     if lost:
         where = f" along axis {lost[0].axis}" if lost[0].axis >= 0 else ""
@@ -97,16 +117,6 @@ def require_24(report: CheckReport) -> None:
         raise SparsityUnprovenError(
             f"In {report.path}, {_named(unproven[0])} is not proven 2:4: {unproven[0].reason}"
             f"{_others(unproven)}; {unproven[0].remedy or _WRITE}."
-        )
-    if not report.proven:
-        said = (
-            "what it declares names no weight of its own"
-            if report.declared
-            else "all of its weights are ignored"
-        )
-        raise SparsityUnprovenError(
-            f"{report.path} proves nothing: {said}; pass the file or the folder that holds the "
-            "pruned weights."
         )
 
 

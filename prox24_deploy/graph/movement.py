@@ -20,6 +20,7 @@ from prox24_deploy.graph.sources import (
     place,
     renumbered,
     reshaped,
+    selected,
     tear,
     transposed,
     widest,
@@ -94,7 +95,7 @@ def expand(step: Step, source: Folded) -> Source | None:
     """Expand; lengths known at run time alone may repeat what is one long."""
     shape = step.numbers(1)
     if step.has(1) and not step.is_constant(1):
-        return tear(_selected(source), (i for i, n in enumerate(source.shape) if n == 1))
+        return tear(selected(source), (i for i, n in enumerate(source.shape) if n == 1))
     if shape is None or len(shape) > _MOST_AXES:
         return None
     found = renumbered(source, shape, expand=True)
@@ -111,7 +112,7 @@ def sliced(step: Step, source: Folded) -> Source | None:
     if axes is None:
         return None
     if not all(step.is_constant(index) for index in given):
-        return tear(_selected(source), axes)
+        return tear(selected(source), axes)
     steps = step.numbers(4, "steps", (1,) * count)
     if starts is None or ends is None or steps is None or min(steps, default=1) < 1:
         return None
@@ -129,7 +130,7 @@ def split(step: Step, source: Folded) -> Source | None:
     if axis is None:
         return None
     if step.has(1) and not step.is_constant(1):
-        return tear(_selected(source), [axis])
+        return tear(selected(source), [axis])
     count = max(1, step.integer("num_outputs", len(step.node.outputs)))
     chunk = -(-source.shape[axis] // count)
     lengths = step.numbers(1, "split", (chunk,) * count)
@@ -169,16 +170,15 @@ def gather(step: Step, source: Folded) -> Source | None:
 
 def gather_nd(step: Step, source: Folded) -> Source | None:
     """GatherND of slices that are chosen at run time."""
-    value = step.node.inputs[1] if step.has(1) else None
-    lengths = value.shape if value is not None else None
+    lengths = step.lengths(1)
     depth = lengths[-1] if lengths else None
     if step.is_constant(1) and source.nature == "constant":
         return None
-    if not isinstance(depth, int) or not 0 < depth <= len(source.shape):
+    if depth is None or not 0 < depth <= len(source.shape):
         return None
     if step.integer("batch_dims", 0):
         return None
-    source = tear(_selected(source), range(depth))
+    source = tear(selected(source), range(depth))
     for _ in range(depth):
         source = dropped(source, 0)
     for _ in range(len(lengths or ()) - 1):
@@ -192,7 +192,7 @@ def compress(step: Step, source: Folded) -> Source | None:
     if axis is None or not step.has(1) or (step.is_constant(1) and source.nature == "constant"):
         return None
     at = place(step.integer("axis", 0), len(source.shape))
-    return None if at is None else tear(_selected(source), [at])
+    return None if at is None else tear(selected(source), [at])
 
 
 def _picked(source: Folded, axis: int, rank: int | None) -> Folded:
@@ -206,10 +206,6 @@ def _picked(source: Folded, axis: int, rank: int | None) -> Folded:
     return source
 
 
-def _selected(source: Folded) -> Folded:
-    return replace(source, nature=widest(("selected", source.nature)))
-
-
 def _places(axes: tuple[int, ...] | None, rank: int) -> list[int] | None:
     """Axes counted from 0, in order; None where they are unknown or outside of the rank."""
     found = [place(axis, rank) for axis in axes] if axes is not None else [None]
@@ -217,8 +213,14 @@ def _places(axes: tuple[int, ...] | None, rank: int) -> list[int] | None:
     return inside if len(set(inside)) == len(found) else None
 
 
+def dropout(step: Step, source: Folded) -> Source | None:
+    """Dropout, which at inference does nothing."""
+    return None if step.has(2) or step.output else source
+
+
 MOVEMENTS: Mapping[str, Rule] = {
     "Identity": lambda _, source: source,
+    "Dropout": dropout,
     "Transpose": transpose,
     "Reshape": reshape,
     "Flatten": flatten,

@@ -35,13 +35,13 @@ UNRELATED = frozenset(
 # Each of these maps zero to zero, element by element.
 ZERO_KEEPING = frozenset(
     {
-        "Abs", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Celu", "Dropout", "Elu", "Erf", "Floor",
+        "Abs", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Celu", "Elu", "Erf", "Floor",
         "Gelu", "HardSwish", "LeakyRelu", "Mish", "Neg", "PRelu", "Relu", "Round", "Selu", "Shrink",
         "Sign", "Sin", "Sinh", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
     }
 )  # fmt: skip
 
-ELEMENTWISE = (ZERO_KEEPING - {"Dropout", "Shrink"}) | {
+ELEMENTWISE = (ZERO_KEEPING - {"Shrink"}) | {
     "Acos", "Acosh", "Add", "And", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr",
     "BitwiseXor", "Cast", "CastLike", "Clip", "Cos", "Cosh", "DequantizeLinear", "Div", "Equal",
     "Exp", "Greater", "GreaterOrEqual", "HardSigmoid", "Identity", "IsInf", "IsNaN", "Less",

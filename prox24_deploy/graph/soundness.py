@@ -24,6 +24,8 @@ _STORAGE = (
 )
 _REMEDY = "export the file again"
 
+_Scopes = tuple[Set[str], ...]
+
 
 def require_sound(model: onnx.ModelProto, path: Path) -> None:
     """Check names, attributes and shapes of a whole model, subgraphs and functions included.
@@ -43,19 +45,20 @@ def require_sound(model: onnx.ModelProto, path: Path) -> None:
         for node in function.node:
             _require_sound_node(node, path)
             for graph in _graphs_of(node):
-                _require_sound_graphs(graph, path, own)
+                _require_sound_graphs(graph, path, (own,))
 
 
-def _require_sound_graphs(
-    graph: onnx.GraphProto, path: Path, outside: Set[str] = frozenset()
-) -> None:
-    """Walk a graph and all graphs inside it; `outside` are the names that it can see."""
-    pending: list[tuple[onnx.GraphProto, Set[str]]] = [(graph, outside)]
+def _require_sound_graphs(graph: onnx.GraphProto, path: Path, outside: _Scopes = ()) -> None:
+    """Walk a graph and all graphs inside it; `outside` are the scopes whose names it can see."""
+    pending = [(graph, outside)]
     while pending:
         graph, outside = pending.pop()
         own = _require_own_names(graph, path)
+        scopes = (own, *outside)
+        _require_own_outputs(graph, scopes, path)
         # A name that an input hides is no fault: every runtime takes the input.
-        hidden = min((own & outside) - _named(value.name for value in graph.input), default=None)
+        made = own - _named(value.name for value in graph.input)
+        hidden = next((name for name in sorted(made) if _is_in(name, outside)), None)
         if hidden is not None:
             raise UsageError(
                 f"{path} gives the name {hidden!r} to a value of subgraph {graph.name!r} and to "
@@ -64,7 +67,7 @@ def _require_sound_graphs(
             )
         for node in graph.node:
             _require_sound_node(node, path)
-            pending.extend((inner, own | outside) for inner in _graphs_of(node))
+            pending.extend((inner, scopes) for inner in _graphs_of(node))
 
 
 def _require_own_names(graph: onnx.GraphProto, path: Path) -> Set[str]:
@@ -76,9 +79,25 @@ def _require_own_names(graph: onnx.GraphProto, path: Path) -> Set[str]:
     _require_single([*made, *stored], "value", path)
     inputs = [value.name for value in graph.input]
     _require_single([*made, *inputs], "value", path)
+    _require_single(inputs, "input", path)
     for tensor in graph.initializer:
         _require_sound_tensor(tensor, path)
     return _named([*stored, *made, *inputs])
+
+
+def _require_own_outputs(graph: onnx.GraphProto, scopes: _Scopes, path: Path) -> None:
+    """A subgraph returns what it makes: what it only passes on would be lost by its readers."""
+    own, *outside = scopes
+    for value in graph.output:
+        if value.name not in own and _is_in(value.name, tuple(outside)):
+            raise UsageError(
+                f"Subgraph {graph.name!r} of {path} returns {value.name!r}, which is made outside "
+                f"of it; {_REMEDY} with an Identity for what is only passed on."
+            )
+
+
+def _is_in(name: str, scopes: _Scopes) -> bool:
+    return any(name in scope for scope in scopes)
 
 
 def _require_sound_node(node: onnx.NodeProto, path: Path) -> None:

@@ -235,6 +235,11 @@ def tear(source: Folded, axes: Iterable[int]) -> Folded:
     return replace(source, torn=source.torn | frozenset(axes))
 
 
+def selected(source: Folded) -> Folded:
+    """The same value, chosen at run time."""
+    return replace(source, nature=widest(("selected", source.nature)))
+
+
 def dropped(source: Folded, axis: int) -> Folded:
     """Leave out an axis of length one, or one that is torn."""
     keep = [i for i in range(len(source.shape)) if i != axis]

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from prox24_deploy.graph import attributes
 from prox24_deploy.graph.constants import input_of
 from prox24_deploy.graph.groups import Array
+from prox24_deploy.graph.shapes import Lengths, Shapes
 from prox24_deploy.graph.sources import Runtime, Source
 
 # Bounds and shapes have no more numbers than a sound file needs.
@@ -18,13 +19,15 @@ _MOST_NUMBERS = 1024
 class Step:
     """A node, which of its results is asked for, and the source of every input.
 
-    `read` gives the array of a constant value, None where the check does not compute it.
+    `read` gives the array of a constant value, None where the check does not compute it, and
+    `shapes` what is known of the lengths of any value.
     """
 
     node: ir.Node
     output: int
     sources: tuple[Source, ...]
     read: Callable[[ir.Value], Array | None]
+    shapes: Shapes
 
     @property
     def op(self) -> str:
@@ -64,7 +67,23 @@ class Step:
         """An integer attribute."""
         return attributes.integer(self.node, name, default)
 
+    def lengths(self, index: int) -> Lengths | None:
+        """Lengths of an input, None where their number is not known."""
+        return self.shapes.of(input_of(self.node, index))
+
     def rank(self, index: int) -> int | None:
-        """Number of axes of an input, None where the file does not tell it."""
-        value = input_of(self.node, index)
-        return None if value is None or value.shape is None else len(value.shape)
+        """Number of axes of an input, None where it is not known."""
+        lengths = self.lengths(index)
+        return None if lengths is None else len(lengths)
+
+    def covers(self, index: int, shape: tuple[int, ...]) -> bool:
+        """Whether an input is longer than one along every axis along which a constant is.
+
+        An activation is, whereas a scale of a weight is one long along some of its axes.
+        """
+        lengths = self.lengths(index)
+        if lengths is None:
+            return False
+        own = (1,) * (len(shape) - len(lengths)) + lengths
+        pairs = zip(reversed(shape), reversed(own), strict=False)
+        return not any(n > 1 and m == 1 for n, m in pairs)

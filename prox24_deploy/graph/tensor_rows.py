@@ -58,17 +58,20 @@ class _Reader:
         return Scan(names, tuple(rows), declares_tensors=True)
 
     def _row(self, entry: TensorEntry) -> Candidate:
-        told = self._told_axis(entry)
         packed = self._packed.get(entry.name)
         if packed is not None:
             return _unproven(entry, f"it is packed ({packed}), and not read", _UNPACK)
         if not entry.is_readable:
             return _unproven(entry, f"the check does not read its type {entry.dtype}", _UNPACK)
-        if told is not None:
-            return self._along(entry, told)
+        declared = self._declared_axis(entry)
+        if declared is not None:
+            return self._along(entry, declared)
         weight = scaled_weight(entry, self._file.tensors)
         if weight:
             return _unproven(entry, f"it holds the scales of {weight!r}", "", never=True)
+        told = self._told_axis(entry)
+        if told is not None:
+            return self._along(entry, told)
         if not entry.is_float:
             reason = f"it holds integers ({entry.dtype}): indices, or packed weights, not read"
             return _unproven(entry, reason, _UNPACK)
@@ -81,14 +84,16 @@ class _Reader:
             case Unknown():
                 return self._undecided(entry, role)
 
-    def _told_axis(self, entry: TensorEntry) -> int | None:
-        """Axis that the file declares, or that the caller tells."""
+    def _declared_axis(self, entry: TensorEntry) -> int | None:
         axis = (self._declared or {}).get(entry.name)
-        who = f"{self._file.path} declares"
-        remedy = "write the file again"
-        if axis is None:
-            told = [at for glob, at in self._axes.items() if fnmatchcase(entry.name, glob)]
-            axis, who, remedy = (told[0] if told else None), "--axis tells", "pass it again"
+        return self._within(entry, axis, f"{self._file.path} declares", "write the file again")
+
+    def _told_axis(self, entry: TensorEntry) -> int | None:
+        """Axis that the caller tells; the first glob that matches decides."""
+        told = [axis for glob, axis in self._axes.items() if fnmatchcase(entry.name, glob)]
+        return self._within(entry, told[0] if told else None, "--axis tells", "pass it again")
+
+    def _within(self, entry: TensorEntry, axis: int | None, who: str, remedy: str) -> int | None:
         if axis is not None and not 0 <= axis < len(entry.shape):
             raise UsageError(
                 f"{who} axis {axis} for tensor {entry.name!r} of shape {entry.shape}; "

@@ -12,9 +12,10 @@ from prox24_deploy.errors import UsageError
 from prox24_deploy.graph import attributes
 from prox24_deploy.graph.constants import constant_of, input_of, is_matrix, sizes_of
 from prox24_deploy.graph.eligibility import GemmShape
-from prox24_deploy.graph.evaluation import Budget
-from prox24_deploy.graph.folding import EXPORT, FOLD, Folder, nodes_of
+from prox24_deploy.graph.evaluation import Budget, NotComputedError
+from prox24_deploy.graph.folding import Folder, nodes_of
 from prox24_deploy.graph.groups import GROUP
+from prox24_deploy.graph.mixing import EXPORT, FOLD
 from prox24_deploy.graph.operands import (
     Operand,
     Reduction,
@@ -75,8 +76,8 @@ class ConstantWeight:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every element of the stored tensor belongs to the weight."""
-        return self.view.size == self.tensor.size
+        """Whether every element of an initializer belongs to the weight, and is not computed."""
+        return self.tensor is self.value.const_value and self.view.size == self.tensor.size
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -101,26 +102,34 @@ def find_weights(
         budget: what may be computed, by default as much as is in proportion to the model.
 
     Raises:
-        UsageError: external data that is needed to follow a weight is missing or damaged, a node
-            breaks the standard, or a weight is not in the file.
+        UsageError: external data that is needed to follow a weight is missing or damaged, or a node
+            breaks the standard, or multiplies by what the file does not hold.
     """
     folder = Folder(model, path, budget)
     found: dict[tuple[object, ...], ConstantWeight] = {}
     for node in nodes_of(model):
-        for weight in (*_operand_weights(node, folder, path), *_attribute_weights(node)):
+        for weight in (*_operand_weights(node, folder), *_attribute_weights(node)):
             found.setdefault(weight.key, weight).nodes.append(node)
     return list(found.values())
 
 
-def _operand_weights(node: ir.Node, folder: Folder, path: Path | None) -> Iterator[ConstantWeight]:
+def _operand_weights(node: ir.Node, folder: Folder) -> Iterator[ConstantWeight]:
     operands = list(weight_operands(node))
     for operand in operands:
-        _require_defined(node, node.inputs[operand.index], path)
+        _require_defined(node, node.inputs[operand.index])
     sources = [folder.fold(node.inputs[operand.index]) for operand in operands]
+    if _chooses_rows(node, sources, folder):
+        return
     for operand, source in zip(operands, sources, strict=True):
         others = [other for other in sources if other is not source]
         if _is_listed(operand, source, others):
             yield from _Finder(node, operand, folder).weights(source)
+
+
+def _chooses_rows(node: ir.Node, sources: Sequence[Source], folder: Folder) -> bool:
+    """Whether a product by a matrix of ones and zeros looks up rows, which later nodes multiply."""
+    picks = any(isinstance(source, Runtime) and source.one_hot for source in sources)
+    return picks and not isinstance(folder.fold(node.outputs[0]), Runtime)
 
 
 def _is_listed(operand: Operand, source: Source, others: Sequence[Source]) -> bool:
@@ -164,13 +173,13 @@ def _attribute_weights(node: ir.Node) -> Iterator[ConstantWeight]:
             yield _unproven(stored, reason, UNPACK)
 
 
-def _require_defined(node: ir.Node, value: ir.Value | None, path: Path | None) -> None:
+def _require_defined(node: ir.Node, value: ir.Value | None) -> None:
     if value is None or value.producer() is not None or value.is_graph_input():
         return
     if constant_of(value) is None:
         raise UsageError(
-            f"{attributes.described(node).capitalize()} of {path} multiplies by {value.name!r}, "
-            "which the file does not hold; export it again."
+            f"The {attributes.described(node)} multiplies by {value.name!r}, which the file does "
+            "not hold; export it again."
         )
 
 
@@ -190,10 +199,18 @@ class _Finder:
         elif isinstance(source, Folded) and source.shape and not self._is_skipped(source):
             found = reduction_of(self.node, self.operand, len(source.shape))
             if isinstance(found, str):
-                remedy = UNPACK if self.operand.form == "packed" else EXPORT
-                yield from (_unproven(s, found, remedy) for s in stored_of(source))
+                yield from self._unread(source, found)
             elif found is not None and not self._sums_nothing(source, found):
                 yield from self._summed(source, found)
+
+    def _unread(self, source: Folded, reason: str) -> Iterator[ConstantWeight]:
+        remedy = UNPACK if self.operand.form == "packed" else EXPORT
+        if self.node.op_identifier() in self.folder.functions:
+            reason = (
+                f"{self.node.op_type} is a local function that grows too large where it is put in"
+            )
+            remedy = "inline the functions of the model first"
+        yield from (_unproven(stored, reason, remedy) for stored in stored_of(source))
 
     def _is_skipped(self, source: Folded | Blocked) -> bool:
         """Of a node that is not known, only matrices count: scales and biases are vectors."""
@@ -212,6 +229,11 @@ class _Finder:
         if source.torn & set(range(found.axis, found.axis + found.joined)):
             reason = "which of its elements are summed together is chosen at run time"
             yield from (_unproven(part.stored, reason, EXPORT) for part in source.parts)
+            return
+        try:
+            self.folder.evaluator.budget.spend(0, pieces=len(source.parts))
+        except NotComputedError as error:
+            yield from (_unproven(s, str(error), FOLD) for s in stored_of(source))
             return
         code = self._zero_point()
         weights = [self._weight(source, found, part, code) for part in source.parts]
