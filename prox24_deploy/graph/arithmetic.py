@@ -87,6 +87,8 @@ def keeping_zeros(step: Step, source: Folded) -> Source | None:
 
 def multiply(step: Step, source: Folded) -> Source | None:
     """Mul by what is known at run time alone, or of a chosen constant by a scale."""
+    if not step.has(0) or not step.has(1):
+        return None
     first, second = step.source(0), step.source(1)
     other = second if source is first else first
     if isinstance(other, Runtime):
@@ -101,7 +103,9 @@ def multiply(step: Step, source: Folded) -> Source | None:
 
 def divide(step: Step, source: Folded) -> Source | None:
     """Div of a constant by what is known at run time alone; such a divisor is taken as finite."""
-    if source is not step.source(0) or not isinstance(step.source(1), Runtime):
+    if source is not step.source(0) or not step.has(1):
+        return None
+    if not isinstance(step.source(1), Runtime):
         return None
     return _modulated(step, source, 1)
 

@@ -23,9 +23,10 @@ _SET_APART = "remove its name from the inputs of the graph"
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """What a weight holds; `unproven` says that its finding is no proof of either."""
+    """What a weight holds along `axis`; `unproven` says that its finding proves neither."""
 
     finding: Finding
+    axis: int
     unproven: bool = False
     remedy: str = ""
 
@@ -76,7 +77,7 @@ def _candidate(weight: ConstantWeight, path: Path, budget: Budget, refusal: str)
         op_type=node.op_type,
         dtype=_type_name(stored.dtype),
         shape=finding.shape,
-        axis=-1 if weight.moved else weight.axis,
+        axis=verdict.axis,
         density=finding.density,
         is_24=not finding.reason,
         expected=False,
@@ -97,26 +98,34 @@ def _verdict(weight: ConstantWeight, path: Path, budget: Budget) -> _Verdict:
         budget.spend(weight.view.size)
         finding = _inspected(weight, path)
     except NotComputedError as error:
-        shape = sizes_of(weight.tensor)
-        return _Verdict(unread(str(error), shape), unproven=True, remedy=weight.remedy)
+        finding = unread(str(error), sizes_of(weight.tensor))
+        return _Verdict(finding, weight.axis, unproven=True, remedy=weight.remedy)
     doubt = weight.reason or (weight.doubt if finding.reason else "")
     if doubt:
         return _settled(weight, path, finding, doubt)
     if not finding.reason and weight.replaceable:
-        return _Verdict(replace(finding, reason=_REPLACEABLE), unproven=True, remedy=_SET_APART)
-    return _Verdict(finding)
+        finding = replace(finding, reason=_REPLACEABLE)
+        return _Verdict(finding, weight.axis, unproven=True, remedy=_SET_APART)
+    return _Verdict(finding, -1 if weight.moved else weight.axis)
 
 
 def _settled(weight: ConstantWeight, path: Path, finding: Finding, doubt: str) -> _Verdict:
-    """Look at the weight as it is multiplied, if that can be computed."""
-    unproven = _Verdict(replace(finding, reason=doubt), unproven=True, remedy=weight.remedy)
-    if weight.exact is None or weight.exact.reason:
+    """Look at the weight as it is multiplied, if that can be computed.
+
+    Where its elements have other places then, it keeps the shape and density that are stored.
+    """
+    exact = weight.exact
+    finding = replace(finding, first=None, reason=doubt)
+    unproven = _Verdict(finding, weight.axis, unproven=True, remedy=weight.remedy)
+    if exact is None or exact.reason:
         return unproven
     try:
-        exact = _inspected(weight.exact, path)
+        found = _inspected(exact, path)
     except NotComputedError:
         return unproven
-    return _Verdict(replace(finding, first=exact.first, reason=exact.reason))
+    if exact.moved:
+        return _Verdict(replace(finding, reason=found.reason), -1)
+    return _Verdict(found, exact.axis)
 
 
 def _inspected(weight: ConstantWeight, path: Path) -> Finding:

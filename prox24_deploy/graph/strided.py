@@ -120,7 +120,7 @@ class Strided:
         kept = [
             (stride, size, i == axis)
             for i, (size, stride) in enumerate(zip(self.shape, self.strides, strict=True))
-            if i == axis or (size > 1 and stride)
+            if i == axis or not size or (size > 1 and stride)
         ]
         merged: list[tuple[int, int, bool]] = []
         for stride, size, reduced in sorted(kept, key=lambda entry: (-entry[0], entry[1])):
@@ -137,7 +137,9 @@ class Strided:
         if not self.size:
             return flat[:0].reshape(self.shape)
         strides = [stride * flat.itemsize for stride in self.strides]
-        return as_strided(flat[self.offset :], self.shape, strides, writeable=False)
+        # NumPy cannot step through some types of ml_dtypes, so bare bytes are stepped through.
+        bare = flat[self.offset :].view(f"V{flat.itemsize}")
+        return as_strided(bare, self.shape, strides, writeable=False).view(flat.dtype)
 
     def position(self, index: Sequence[int]) -> int:
         """Position in the stored tensor, in C order, of one element of the view."""

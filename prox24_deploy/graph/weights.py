@@ -342,7 +342,7 @@ def _placed(source: Folded, found: Reduction, part: Part) -> tuple[Strided, int]
     outside = [edge for edge in (start, start + view.shape[axis]) if edge % GROUP]
     if outside and length % GROUP == 0:
         return f"other tensors are joined to it at position {outside[0]}, inside a group of four"
-    if view.strides[axis] == 0 and length > 1:
+    if view.size and view.strides[axis] == 0 and length > 1:
         return "its elements are repeated along the axis that is summed"
     return view, axis
 
