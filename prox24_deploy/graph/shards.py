@@ -31,11 +31,13 @@ def require_index(folder: Path, names: Mapping[Path, frozenset[str]]) -> None:
                 )
     held = {path.name: tensors for path, tensors in names.items()}
     for index in sorted(folder.glob(_INDEX)):
-        for name, shard in _weight_map(index).items():
-            if shard not in held:
-                raise UsageError(
-                    f"{folder} lacks {shard[:255]}, which {index.name} lists; copy it again."
-                )
+        listed = _weight_map(index)
+        missing = min(set(listed.values()) - held.keys(), default=None)
+        if missing is not None:
+            raise UsageError(
+                f"{folder} lacks {missing[:255]}, which {index.name} lists; copy it again."
+            )
+        for name, shard in listed.items():
             if name not in held[shard]:
                 raise UsageError(
                     f"{shard} of {folder} lacks tensor {name!r}, which {index.name} lists; copy it "

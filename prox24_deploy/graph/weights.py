@@ -206,9 +206,7 @@ class _Finder:
     def _unread(self, source: Folded, reason: str) -> Iterator[ConstantWeight]:
         remedy = UNPACK if self.operand.form == "packed" else EXPORT
         if self.node.op_identifier() in self.folder.functions:
-            reason = (
-                f"{self.node.op_type} is a local function that grows too large where it is put in"
-            )
+            reason = f"{self.node.op_type} is a local function that is too large to inline"
             remedy = "inline the functions of the model first"
         yield from (_unproven(stored, reason, remedy) for stored in stored_of(source))
 
