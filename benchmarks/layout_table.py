@@ -12,10 +12,7 @@ import re
 from pathlib import Path
 
 import transformers
-from transformers.models.auto.configuration_auto import (
-    CONFIG_MAPPING_NAMES,
-    model_type_to_module_name,
-)
+from transformers.models.auto import configuration_auto
 
 TABLE = Path(__file__).parents[1] / "prox24_deploy" / "graph" / "layouts.json"
 _MODELS = Path(transformers.__file__).parent / "models"
@@ -24,7 +21,7 @@ _CONV1D = re.compile(r"pytorch_utils import (\([^)]*|.*)\bConv1D\b")
 
 def sources_of(model_type: str) -> str:
     """The code of all models of one type."""
-    folder = _MODELS / model_type_to_module_name(model_type)
+    folder = _MODELS / configuration_auto.model_type_to_module_name(model_type)
     return "".join(
         path.read_text(encoding="utf-8") for path in sorted(folder.glob("modeling_*.py"))
     )
@@ -32,7 +29,7 @@ def sources_of(model_type: str) -> str:
 
 def layouts() -> dict[str, list[str]]:
     """Types of models by what their code uses."""
-    code = {name: sources_of(name) for name in sorted(CONFIG_MAPPING_NAMES)}
+    code = {name: sources_of(name) for name in sorted(configuration_auto.CONFIG_MAPPING.keys())}
     return {
         "conv1d": [name for name, text in code.items() if _CONV1D.search(text)],
         "transposed_convolutions": [name for name, text in code.items() if "ConvTranspose" in text],
@@ -41,9 +38,10 @@ def layouts() -> dict[str, list[str]]:
 
 
 def main() -> None:
-    table = {"transformers": transformers.__version__, "types": layouts()}
+    types = layouts()
+    table = {"transformers": transformers.__version__, "types": types}
     TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    counts = ", ".join(f"{len(names)} {name}" for name, names in table["types"].items())
+    counts = ", ".join(f"{len(names)} {name}" for name, names in types.items())
     print(f"{TABLE}: {counts}")
 
 

@@ -178,8 +178,7 @@ class TensorCheck:
     index are those of the stored tensor. `part` is the slice of it that the weight is, "" for all
     of it, and `shape` the shape of that slice. `density` is the share of its elements that are not
     zero, 0 if not read. `node` names the consumer ("" outside ONNX). `eligible` says that TensorRT
-    may take a sparse kernel for it, `ineligible_reason` why not. An `unproven` one is neither shown
-    nor refuted to be 2:4.
+    may take a sparse kernel for it. An `unproven` one is neither shown nor refuted to be 2:4.
     """
 
     tensor: str

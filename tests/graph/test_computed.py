@@ -129,7 +129,7 @@ def test_blocks_have_zero_points_of_their_own(tmp_path: Path) -> None:
     points = np.arange(2 * N).reshape(2, N).astype(np.uint8)
     stored = np.where(MASK, 99, np.repeat(points, K // 2, 0)).astype(np.uint8)
     nodes = [node("DequantizeLinear", ["w", "s", "p"], "c", axis=0, block_size=K // 2)]
-    weights = {"w": stored, "s": np.ones((2, N), np.float32), "p": points}
+    weights: dict[str, Array] = {"w": stored, "s": np.ones((2, N), np.float32), "p": points}
     assert agrees(tmp_path / "m.onnx", nodes, weights).is_24
     weights["w"] = stored + 1
     assert not agrees(tmp_path / "m.onnx", nodes, weights).is_24
@@ -149,7 +149,7 @@ def test_zero_points_of_blocks_of_four_bits(tmp_path: Path) -> None:
     points = np.array([[3] * N, [5] * N]).astype(ml_dtypes.uint4)
     stored = np.where(MASK, 9, np.repeat(points.astype(int), K // 2, 0)).astype(ml_dtypes.uint4)
     nodes = [node("DequantizeLinear", ["w", "s", "p"], "c", axis=0, block_size=K // 2)]
-    weights = {"w": stored, "s": np.ones((2, N), np.float32), "p": points}
+    weights: dict[str, Array] = {"w": stored, "s": np.ones((2, N), np.float32), "p": points}
     assert row(tmp_path / "m.onnx", nodes, weights).is_24
 
 

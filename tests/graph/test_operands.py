@@ -1,19 +1,24 @@
 """Which axis each operator sums over, against the runtimes that execute it."""
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from graph_models import Array, array_24, node, write_onnx
+from graph_models import Array, array_24, node, spoil, write_onnx
+from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from prox24_deploy.artifacts import TensorCheck
 from prox24_deploy.graph.check import check_onnx
+from prox24_deploy.graph.operands import sums_no_weight
+from prox24_deploy.graph.operators import ACTIVATIONS, NO_PRODUCT
 
 MICROSOFT = "com.microsoft"
 
@@ -155,6 +160,49 @@ def test_einsum_that_is_not_one_product_is_a_row(
     assert reason in check.reason
 
 
+@pytest.mark.parametrize(
+    ("equation", "shape", "first", "count"),
+    [
+        ("bhd,hdo->bo", (2, 8, 4), 0, 2),
+        ("bhd,ohd->bo", (4, 2, 6), 1, 2),
+        ("...hd,hdo->...o", (2, 2, 4), 0, 2),
+        ("b...k,kn->b...n", (8, 4), 0, 1),
+        ("...k,nk->...n", (4, 8), 1, 1),
+        ("bk,kn", (8, 4), 0, 1),
+        ("...k,kn", (8, 4), 0, 1),
+        ("bk,...kn->...bn", (3, 8, 4), 1, 1),
+        ("ebk,ekn->ebn", (2, 8, 4), 1, 1),
+        ("eb, e b n -> en", (2, 8, 4), 1, 1),
+    ],
+)
+def test_several_letters_batches_and_dots_are_read_from_the_equation(
+    tmp_path: Path, equation: str, shape: tuple[int, ...], first: int, count: int
+) -> None:
+    """Axes of the weight that are summed are one axis of groups, whatever lies around them."""
+    summed = math.prod(shape[first : first + count])
+    outer = (*shape[:first], summed, *shape[first + count :])
+    pruned = array_24(outer, first)
+    made = node("Einsum", ["x", "w"], "y", equation=equation)
+    path = tmp_path / "m.onnx"
+    assert only(write_onnx(path, [made], {"w": pruned.reshape(shape)})).is_24
+    spoiled = spoil(pruned, (0,) * len(outer), first)
+    check = only(write_onnx(path, [made], {"w": spoiled.reshape(shape)}))
+    assert (check.is_24, check.unproven) == (False, False)
+    assert check.first_violation == (0,) * len(shape)
+
+
+def test_einsum_of_three_operands_has_a_weight_in_each(tmp_path: Path) -> None:
+    made = node("Einsum", ["x", "w", "s"], "y", equation="bk,kn,n->bn")
+    weights = {"w": array_24((8, 4), 0), "s": np.ones(4, np.float32)}
+    assert [c.tensor for c in check_onnx(write_onnx(tmp_path / "m.onnx", [made], weights))] == ["w"]
+    made = node("Einsum", ["x", "w", "v"], "y", equation="bk,kn,nm->bm")
+    weights = {"w": np.ones((8, 4), np.float32), "v": np.ones((4, 8), np.float32)}
+    checks = check_onnx(write_onnx(tmp_path / "m.onnx", [made], weights))
+    assert [(c.tensor, c.is_24, c.unproven) for c in checks] == [
+        ("w", False, True), ("v", False, False),
+    ]  # fmt: skip
+
+
 def test_einsum_that_sums_nothing_has_no_weight(tmp_path: Path) -> None:
     nodes = [
         node("Einsum", ["x", "w"], "a", equation="b,hd->bhd"),
@@ -212,6 +260,50 @@ def test_weight_in_a_form_that_is_not_read_is_a_row(tmp_path: Path, op: str, dom
     assert check.ineligible_reason == (
         f"it is not proven 2:4; TensorRT does not parse {op} of {domain}"
     )
+
+
+def test_weights_in_attributes_are_listed(tmp_path: Path) -> None:
+    held = numpy_helper.from_array(np.ones((8, 8), np.float32), "inner")
+    nodes = [
+        node("Dense", ["x"], "a", domain="local", kernel=held, sizes=[1.0, 2.0]),
+        node("Filter", ["a"], "b", domain="local", taps=[0.5] * 64),
+        node("LinearRegressor", ["b"], "c", domain="ai.onnx.ml", coefficients=[1.0, 2.0]),
+        node("Scaler", ["c"], "d", domain="ai.onnx.ml", scale=[1.0] * 99),
+        node("MatMul", ["d", "w"], "y"),
+    ]
+    checks = check_onnx(write_onnx(tmp_path / "m.onnx", nodes, {"w": array_24((8, 8), 0)}))
+    assert [(c.tensor, c.unproven, c.is_24) for c in checks] == [
+        ("kernel of node_a", True, False),
+        ("taps of node_b", True, False),
+        ("coefficients of node_c", True, False),
+        ("w", False, True),
+    ]
+
+
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose", "LSTM", "ConvInteger", "QLinearConv"])
+def test_a_constant_that_is_taken_for_data_is_listed(tmp_path: Path, op: str) -> None:
+    rest = ["x"] * 7 if op == "QLinearConv" else ["x"]
+    made = node(op, ["w", *rest], "y")
+    check = only(write_onnx(tmp_path / "m.onnx", [made], {"w": array_24((4, 8, 4), 1)}))
+    assert check.reason == f"{op} takes it for data, which the check does not prove"
+
+
+def test_an_operator_of_a_later_set_may_sum_over_any_input(tmp_path: Path) -> None:
+    made = node("FutureProduct", ["x", "w"], "y")
+    check = only(write_onnx(tmp_path / "m.onnx", [made], {"w": array_24((8, 8), 0)}))
+    assert (check.unproven, check.op_type) == (True, "FutureProduct")
+
+
+def test_every_operator_of_onnx_is_told_apart() -> None:
+    names = {
+        schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain
+    }
+    for name in names:
+        made = node(name, ["x"], "y")
+        known = ir.from_proto(made)
+        assert sums_no_weight(known) != (name in ACTIVATIONS - NO_PRODUCT), name
+    assert sums_no_weight(ir.from_proto(node("Relu", ["x"], "y")))
+    assert not sums_no_weight(ir.from_proto(node("Attention", ["x"], "y")))
 
 
 def test_tables_of_fused_operators_are_no_weights(tmp_path: Path) -> None:

@@ -340,7 +340,8 @@ def test_a_scale_that_a_layer_computes_is_told_from_an_activation(tmp_path: Path
     ]
     weights = {"v": array_24((8, 1), 0), "w": dense(8, 8)}
     model = onnx.load(write_onnx(tmp_path / "m.onnx", nodes, weights))
-    for shape, listed in (([1, 8], True), (["batch", 8], False)):
+    shapes: list[tuple[list[int | str | None], bool]] = [([1, 8], True), (["batch", 8], False)]
+    for shape, listed in shapes:
         del model.graph.value_info[:]
         model.graph.value_info.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, shape))
         (tmp_path / "m.onnx").write_bytes(model.SerializeToString())

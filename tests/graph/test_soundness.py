@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,7 +46,7 @@ def test_two_initializers_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def inner_model(path: Path, names: str, outer: str) -> Path:
     """An If whose branches hold tensors of the given names, beside one of the graph."""
-    branches = {}
+    branches: dict[str, Any] = {}
     for branch, name in zip(("then_branch", "else_branch"), names, strict=True):
         out = f"{branch}_out"
         branches[branch] = helper.make_graph(
@@ -162,7 +163,7 @@ def test_what_is_given_twice_or_cannot_be_stored_is_refused(
     ],
 )
 def test_attribute_of_a_wrong_type_is_named(
-    tmp_path: Path, op: str, attribute: str, value: object, expected: str
+    tmp_path: Path, op: str, attribute: str, value: Any, expected: str
 ) -> None:
     nodes = [node(op, ["w", "w"], "c", **{attribute: value}), node("MatMul", ["x", "c"], "y")]
     path = write_onnx(tmp_path / "m.onnx", nodes, {"w": array_24((8, 8), 0)})
@@ -222,7 +223,8 @@ def test_name_scopes_that_are_none_tell_no_module(tmp_path: Path, scopes: str) -
 
 
 def test_text_is_no_weight_no_shape_and_no_zero_point(tmp_path: Path) -> None:
-    text = helper.make_tensor("t", TensorProto.STRING, [8, 8], [b"x"] * 64)
+    text = onnx.TensorProto(name="t", data_type=TensorProto.STRING, dims=[8, 8])
+    text.string_data.extend([b"x"] * 64)
     for nodes in (
         [node("Reshape", ["w", "t"], "c"), node("MatMul", ["x", "c"], "y")],
         [node("DequantizeLinear", ["w", "w", "t"], "c"), node("MatMul", ["x", "c"], "y")],
@@ -242,7 +244,7 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
 
 def doubling(op: str, depth: int) -> list[onnx.NodeProto]:
     names = ["w", *(f"c{i}" for i in range(depth))]
-    attributes = {"axis": 1} if op == "Concat" else {}
+    attributes: dict[str, Any] = {"axis": 1} if op == "Concat" else {}
     nodes = [node(op, [a, a], b, **attributes) for a, b in itertools.pairwise(names)]
     return [*nodes, node("MatMul", ["x", names[-1]], "y")]
 

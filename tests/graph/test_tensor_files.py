@@ -69,9 +69,7 @@ def test_what_the_library_does_not_open_is_refused(
 ) -> None:
     path = write(tmp_path / "m.safetensors", header, body)
     assert not opens(path)
-    with pytest.raises(
-        UsageError, match=r"m\.safetensors is not .* or is damaged: .+; copy"
-    ):
+    with pytest.raises(UsageError, match=r"m\.safetensors is not .* or is damaged: .+; copy"):
         check_safetensors(path)
 
 
@@ -111,9 +109,7 @@ def test_a_header_out_of_proportion_is_not_read(
 ) -> None:
     monkeypatch.setattr(tensor_files, "_MAX_HEADER", 99)
     path = write(tmp_path / "m.safetensors", b"{" + b" " * 98 + b"}")
-    with pytest.raises(
-        UsageError, match=r"has a header of 100 bytes; the check reads up to 99"
-    ):
+    with pytest.raises(UsageError, match=r"has a header of 100 bytes; the check reads up to 99"):
         check_safetensors(path)
 
 
