@@ -88,7 +88,8 @@ def check(
         print_json(asdict(report))
     else:
         print_table(tables.checks(report.tensors))
-        stdout.print(tables.check_sentence(report), soft_wrap=True, markup=False)
+        for sentence in tables.check_sentences(report):
+            stdout.print(sentence, soft_wrap=True, markup=False)
     require_24(report)
 
 

@@ -116,13 +116,14 @@ def checks(tensors: Sequence[TensorCheck]) -> Table:
     return table
 
 
-def check_sentence(report: "CheckReport") -> str:
-    """How many weights were proven, were not and could not be, of those that must be 2:4."""
+def check_sentences(report: "CheckReport") -> list[str]:
+    """How many of the weights were proven, were not and could not be, and which files not read."""
     rest = sum(not tensor.expected for tensor in report.tensors)
-    return (
+    counts = (
         f"Weights proven 2:4: {len(report.proven)}, not 2:4: {len(report.violations)}, not proven: "
         f"{len(report.unproven)}, need not be: {rest}."
     )
+    return [counts, *(f"Not read: {name}" for name in report.unread)]
 
 
 def findings(found: Sequence["Finding"]) -> Table:

@@ -194,11 +194,9 @@ def _zero_point(step: Step) -> int | None:
 
 
 def _is_finite(step: Step) -> bool:
-    """Whether a scale keeps zero zero; one that is known at run time alone is taken to."""
-    if not step.is_constant(1):
-        return True
+    """Whether a scale keeps zero zero; one that is not known is taken to."""
     array = step.array(1)
-    return array is not None and bool(np.isfinite(array.astype(np.float64)).all())
+    return array is None or bool(np.isfinite(array.astype(np.float64)).all())
 
 
 def _bound(step: Step, index: int, attribute: str) -> float | None:

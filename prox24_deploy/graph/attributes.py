@@ -88,9 +88,13 @@ def described(node: ir.Node) -> str:
 
 def _attribute(node: ir.Node, name: str, wanted: ir.AttributeType) -> ir.Attr | None:
     attribute = node.attributes.get(name)
-    # The attribute of a function that no call gives a value has its default.
-    if attribute is None or attribute.is_ref():
+    if attribute is None:
         return None
+    if attribute.is_ref():
+        raise UsageError(
+            f"Attribute {name!r} of {described(node)} is that of a function, of which it is no "
+            "part; export the file again."
+        )
     if attribute.type != wanted:
         raise UsageError(
             f"Attribute {name!r} of {described(node)} has type {attribute.type.name}; expected "

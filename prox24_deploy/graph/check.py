@@ -18,6 +18,9 @@ from prox24_deploy.graph.shards import require_index
 from prox24_deploy.graph.tensor_files import open_tensor_file
 from prox24_deploy.graph.tensor_rows import scan_safetensors
 
+_READ = (".onnx", ".safetensors")
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".npz")
+
 __all__ = ["CheckReport", "check_onnx", "check_path", "check_safetensors", "require_24"]
 
 
@@ -82,7 +85,14 @@ def check_path(
             "a model folder with .safetensors or .onnx files."
         )
     declared = any(scan.declared is not None for group in scans for scan in group)
-    return CheckReport(str(path), declared, tensors)
+    return CheckReport(str(path), declared, tensors, _unread(path) if path.is_dir() else ())
+
+
+def _unread(folder: Path) -> tuple[str, ...]:
+    """Files in or right below a folder that may hold weights of the model and are not read."""
+    beside = [file for file in folder.glob("*") if file.suffix in _OTHER_WEIGHTS]
+    below = [file for file in folder.glob("*/*") if file.suffix in (*_READ, *_OTHER_WEIGHTS)]
+    return tuple(sorted(str(file.relative_to(folder)) for file in (*beside, *below)))
 
 
 def _files(path: Path, suffix: str) -> list[Path]:
@@ -92,7 +102,7 @@ def _files(path: Path, suffix: str) -> list[Path]:
         )
     if path.is_dir():
         return sorted(path.glob(f"*{suffix}"))
-    if path.suffix not in (".onnx", ".safetensors"):
+    if path.suffix not in _READ:
         raise UsageError(
             f"{path} has suffix {path.suffix!r}; pass an .onnx or .safetensors file, or a folder "
             "of them."

@@ -13,17 +13,23 @@ from fnmatch import fnmatchcase
 from prox24_deploy.artifacts import TensorCheck
 from prox24_deploy.errors import SparsityLostError, SparsityUnprovenError
 
+# A sentence is read by people, and a file may name a tensor by a megabyte.
+_MOST_CHARACTERS = 200
 _WRITE = "write the file again from the pruned weights"
 _PRUNE = "prune the model first, or ignore the weights that are meant to stay dense"
 
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """2:4 check of a file or folder; `declared` says that it names its own 2:4 weights."""
+    """2:4 check of a file or folder; `declared` says that it names its own 2:4 weights.
+
+    `unread` are files of a folder that may hold weights too, and were not looked at.
+    """
 
     path: str
     declared: bool
     tensors: tuple[TensorCheck, ...]
+    unread: tuple[str, ...] = ()
 
     @property
     def proven(self) -> tuple[TensorCheck, ...]:
@@ -146,8 +152,12 @@ def _missing(name: str, scan: Scan) -> TensorCheck:
 
 
 def _named(check: TensorCheck) -> str:
-    what = f"tensor {check.tensor!r}" if check.tensor else "the weight"
-    return f"{what} of module {check.module!r}" if check.module else what
+    what = f"tensor {_short(check.tensor)!r}" if check.tensor else "the weight"
+    return f"{what} of module {_short(check.module)!r}" if check.module else what
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _MOST_CHARACTERS else f"{name[:_MOST_CHARACTERS]}..."
 
 
 def _others(checks: Sequence[TensorCheck]) -> str:

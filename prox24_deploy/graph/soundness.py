@@ -79,7 +79,6 @@ def _require_own_names(graph: onnx.GraphProto, path: Path) -> Set[str]:
     _require_single([*made, *stored], "value", path)
     inputs = [value.name for value in graph.input]
     _require_single([*made, *inputs], "value", path)
-    _require_single(inputs, "input", path)
     for tensor in graph.initializer:
         _require_sound_tensor(tensor, path)
     return _named([*stored, *made, *inputs])

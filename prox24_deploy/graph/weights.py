@@ -13,7 +13,7 @@ from prox24_deploy.graph import attributes
 from prox24_deploy.graph.constants import constant_of, input_of, is_matrix, sizes_of
 from prox24_deploy.graph.eligibility import GemmShape
 from prox24_deploy.graph.evaluation import Budget, NotComputedError
-from prox24_deploy.graph.folding import Folder, nodes_of
+from prox24_deploy.graph.folding import Folder
 from prox24_deploy.graph.groups import GROUP
 from prox24_deploy.graph.mixing import EXPORT, FOLD
 from prox24_deploy.graph.operands import (
@@ -38,6 +38,7 @@ from prox24_deploy.graph.sources import (
 from prox24_deploy.graph.strided import Strided
 
 UNPACK = "check the file from which it was packed"
+INLINE = "inline the functions of the model first"
 # A list of numbers this long in an attribute is no bound, size or list of anchors.
 _LONG_LIST = 64
 _COEFFICIENTS = ("coefficients", "support_vectors")
@@ -107,9 +108,13 @@ def find_weights(
     """
     folder = Folder(model, path, budget)
     found: dict[tuple[object, ...], ConstantWeight] = {}
-    for node in nodes_of(model):
+    for node in model.graph.all_nodes():
         for weight in (*_operand_weights(node, folder), *_attribute_weights(node)):
             found.setdefault(weight.key, weight).nodes.append(node)
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            for weight in _function_weights(node, function.name):
+                found.setdefault(weight.key, weight).nodes.append(node)
     return list(found.values())
 
 
@@ -173,6 +178,18 @@ def _attribute_weights(node: ir.Node) -> Iterator[ConstantWeight]:
             yield _unproven(stored, reason, UNPACK)
 
 
+def _function_weights(node: ir.Node, name: str) -> Iterator[ConstantWeight]:
+    """Constants of a function that was not inlined, so that its attributes are not known."""
+    graphs = [
+        value for graph in attributes.subgraphs(node) for value in graph.initializers.values()
+    ]
+    for value in (*node.outputs, *graphs):
+        tensor = constant_of(value)
+        if tensor is not None and is_matrix(sizes_of(tensor)):
+            reason = f"it lies in the local function {name}, which is too large to inline"
+            yield _unproven(Stored(value, tensor), reason, INLINE)
+
+
 def _require_defined(node: ir.Node, value: ir.Value | None) -> None:
     if value is None or value.producer() is not None or value.is_graph_input():
         return
@@ -207,7 +224,7 @@ class _Finder:
         remedy = UNPACK if self.operand.form == "packed" else EXPORT
         if self.node.op_identifier() in self.folder.functions:
             reason = f"{self.node.op_type} is a local function that is too large to inline"
-            remedy = "inline the functions of the model first"
+            remedy = INLINE
         yield from (_unproven(stored, reason, remedy) for stored in stored_of(source))
 
     def _is_skipped(self, source: Folded | Blocked) -> bool:

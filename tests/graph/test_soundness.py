@@ -136,7 +136,7 @@ def twice_declared(model: onnx.ModelProto) -> None:
             lambda m: m.graph.initializer[0].dims.extend([1] * 100),
             "Tensor 'w' of .* has the shape .* expected at most 64 lengths",
         ),
-        (lambda m: m.graph.input.add(name="x"), "has the input 'x' twice"),
+        (lambda m: m.graph.input.add(name="x"), "has the value 'x' twice"),
     ],
 )  # fmt: skip
 def test_what_is_given_twice_or_cannot_be_stored_is_refused(
@@ -313,7 +313,8 @@ def test_constants_inside_of_a_function_that_is_not_inlined_are_listed(
     function = helper.make_function("local", "f", ["a"], ["c"], held, [helper.make_opsetid("", 20)])
     call = helper.make_node("f", ["x"], ["y"], domain="local")
     (check,) = check_onnx(write_onnx(tmp_path / "m.onnx", [call], {}, functions=[function]))
-    assert (check.tensor, check.is_24, check.unproven) == ("w", False, False)
+    assert (check.tensor, check.is_24, check.unproven) == ("w", False, True)
+    assert check.reason == "it lies in the local function f, which is too large to inline"
 
 
 def test_functions_that_call_themselves_are_not_inlined(tmp_path: Path) -> None:
