@@ -107,6 +107,8 @@ class Evaluator:
             raise
         except Exception:  # a node that breaks the standard makes ONNX raise types of many kinds
             return None
+        if dtype in (ir.DataType.UNDEFINED, ir.DataType.STRING):
+            return None
         known = found.HasField("shape") and all(d.HasField("dim_value") for d in found.shape.dim)
         shape = tuple(dim.dim_value for dim in found.shape.dim)
         sizes = {place: shape for place, (_, shape) in inputs.items()}
@@ -214,14 +216,16 @@ class Evaluator:
         """Compute one node whose inputs are known."""
         if node is None:
             raise NotComputedError("no node computes it")
-        model = _model_of(*self._slotted(node))
         feeds = {f"i{i}": known[v] for i, v in enumerate(node.inputs) if v is not None}
         self.budget.spend(sum(array.size for array in feeds.values()), steps=1)
         from onnx.reference import ReferenceEvaluator  # a quarter of a second that few files need
 
         try:
+            model = _model_of(*self._slotted(node))
             with np.errstate(all="ignore"):
                 results = ReferenceEvaluator(model).run(None, feeds)
+        except NotComputedError:
+            raise
         except Exception as error:  # operators raise types of many kinds
             raise NotComputedError(f"{described(node)} cannot be computed ({error})") from error
         arrays = [np.asarray(result) for result in results]

@@ -1,5 +1,6 @@
 """Open an ONNX file as the graph that is proven: sound, dense, and with its functions inlined."""
 
+import warnings
 from pathlib import Path
 
 import onnx
@@ -25,7 +26,10 @@ def load_model(path: Path) -> ir.Model:
     require_sound(proto, path)
     make_dense(proto, path)
     try:
-        model = ir.from_proto(proto)
+        with warnings.catch_warnings():
+            # Of keys that the format does not know, which are left out.
+            warnings.simplefilter("ignore")
+            model = ir.from_proto(proto)
         inline_functions(model)
     except Exception as error:  # the deserialiser raises types of many kinds
         raise UsageError(_not_onnx(path)) from error

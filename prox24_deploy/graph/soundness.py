@@ -22,6 +22,7 @@ _STORAGE = (
     "double_data",
     "uint64_data",
 )
+_TYPES = frozenset(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
 _REMEDY = "export the file again"
 
 _Scopes = tuple[Set[str], ...]
@@ -103,7 +104,9 @@ def _require_sound_node(node: onnx.NodeProto, path: Path) -> None:
     what = f"attribute of node {node.name!r} ({node.op_type})"
     _require_single((attribute.name for attribute in node.attribute), what, path)
     for attribute in node.attribute:
-        for tensor in (attribute.t, *attribute.tensors):
+        claimed = attribute.type == onnx.AttributeProto.TENSOR
+        held = [attribute.t] if claimed or attribute.HasField("t") else []
+        for tensor in (*held, *attribute.tensors):
             _require_sound_tensor(tensor, path)
 
 
@@ -113,6 +116,11 @@ def _require_sound_tensor(tensor: onnx.TensorProto, path: Path) -> None:
         raise UsageError(
             f"Tensor {name!r} of {path} has the shape {tuple(tensor.dims)[:8]}; expected at most "
             f"{_MOST_AXES} lengths, none below 0; {_REMEDY}."
+        )
+    if tensor.data_type not in _TYPES:
+        raise UsageError(
+            f"Tensor {name!r} of {path} has type {tensor.data_type}, which is no type of ONNX; "
+            f"{_REMEDY}."
         )
     stored = [field for field in _STORAGE if len(getattr(tensor, field))]
     # Asking for the length of raw data would copy it.
@@ -146,6 +154,9 @@ def _named(names: Iterable[str]) -> Set[str]:
 def _require_single(names: Iterable[str], what: str, path: Path) -> None:
     seen: set[str] = set()
     for name in names:
+        # Where a name is no UTF-8, protobuf gives its bytes.
+        if not isinstance(name, str):
+            raise UsageError(f"The {what} {name!r} of {path} is no UTF-8 text; {_REMEDY}.")
         if name and name in seen:
             raise UsageError(
                 f"{path} has the {what} {name!r} twice, of which runtimes take one or the other; "

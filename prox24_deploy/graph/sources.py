@@ -222,10 +222,15 @@ def either(sources: Sequence[Folded]) -> Folded | None:
 
 
 def tear(source: Folded, axes: Iterable[int]) -> Folded:
-    """Say of some axes that the indices along them are chosen at run time."""
+    """Say of some axes that the indices along them are chosen at run time.
+
+    Parts without elements, of which none can be chosen, fall away.
+    """
     for axis in sorted(set(axes) - source.torn):
         parts = []
         for part in source.parts:
+            if not part.view.size:
+                continue
             picked = (part.view.shape[axis], part.view.strides[axis])
             view = part.view.slice(axis, 0, 1)
             choices = (*part.choices, picked) if picked[0] > 1 else part.choices

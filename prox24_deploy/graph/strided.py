@@ -132,10 +132,17 @@ class Strided:
         return view, [m[2] for m in merged].index(True)
 
     def apply(self, array: Array) -> Array:
-        """The elements of `array`, in C order, that the view shows; nothing is copied."""
+        """The elements of `array`, in C order, that the view shows; nothing is copied.
+
+        Raises:
+            ValueError: the view shows elements that the array has not.
+        """
         flat = array.reshape(-1)
         if not self.size:
             return flat[:0].reshape(self.shape)
+        last = self.position([length - 1 for length in self.shape])
+        if not 0 <= self.offset <= last < flat.size:
+            raise ValueError(f"elements {self.offset} to {last} of {flat.size} are looked at")
         strides = [stride * flat.itemsize for stride in self.strides]
         # NumPy cannot step through some types of ml_dtypes, so bare bytes are stepped through.
         bare = flat[self.offset :].view(f"V{flat.itemsize}")
