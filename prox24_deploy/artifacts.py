@@ -176,9 +176,9 @@ class TensorCheck:
     the caller) declares this weight as 2:4. `first_violation` is the index of the first element of
     the first group of four with more than two non-zeros, or None. `axis` (-1 if not known) and that
     index are those of the stored tensor. `part` is the slice of it that the weight is, "" for all
-    of it, and `shape` the shape of that slice. `density` is the share of its elements that are not
-    zero, 0 if not read. `node` names the consumer ("" outside ONNX). `eligible` says that TensorRT
-    may take a sparse kernel for it. An `unproven` one is neither shown nor refuted to be 2:4.
+    of it, or says what it is computed from; `shape` is that of the slice. `density` is the share of
+    its elements that are not zero, 0 if not read. `node` names the consumer ("" outside ONNX).
+    TensorRT may take a sparse kernel for an `eligible` one; of an `unproven` one nothing is known.
     """
 
     tensor: str

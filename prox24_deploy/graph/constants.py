@@ -53,7 +53,7 @@ def read_tensor(tensor: ir.TensorProtocol, name: str, path: Path | None) -> Arra
         if isinstance(tensor, ir.ExternalTensor) and path is not None:
             _require_external(tensor, name, path)
         return np.asarray(tensor.numpy())
-    except (ValueError, TypeError, OSError, OverflowError) as error:
+    except (ValueError, TypeError, OSError, OverflowError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
             f"Tensor {name!r} of {path} cannot be read ({reason}); copy or export the file again."

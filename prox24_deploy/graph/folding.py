@@ -7,7 +7,7 @@ constants reach it, and why they are not followed (`graph.mixing`).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,7 +223,7 @@ class Folder:
         if largest is None or not is_matrix(sizes_of(largest.stored.tensor)):
             return Folded((Part.whole(Stored(value, tensor)),), outline[1], outline[0])
         still = step.op in ELEMENTWISE and largest.view.shape == outline[1] and largest.is_in_place
-        stored = Stored(largest.stored.value, tensor, moved=not still)
+        stored = Stored(largest.stored.value, tensor, not still, _matrices(parts))
         return Folded((Part.whole(stored),), outline[1], outline[0])
 
     def _reaching(self, value: ir.Value) -> Source:
@@ -263,6 +263,15 @@ class Folder:
                 reason = f"it is taken apart and joined in more than {MOST_PARTS} pieces"
                 return Blocked(stored_of(source), reason, FOLD, source.nature)
         return source
+
+
+def _matrices(parts: Sequence[Part]) -> tuple[str, ...]:
+    """Names of the stored matrices that some parts are made of, each once."""
+    names: dict[str, None] = {}
+    for stored in (part.stored for part in parts):
+        if is_matrix(sizes_of(stored.tensor)):
+            names.update(dict.fromkeys(stored.made_of or (stored.value.name or "",)))
+    return tuple(names)
 
 
 # Of these any input may be the constant, of the others the first.

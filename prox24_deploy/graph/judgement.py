@@ -51,12 +51,14 @@ class CheckReport:
 class Candidate:
     """A checked weight and the names under which a declaration may mean it.
 
-    A candidate that is `never` expected is listed, but is no weight.
+    A candidate that is `never` expected is listed, but is no weight. `made_of` are the names of
+    all tensors that it is computed from.
     """
 
     check: TensorCheck
     keys: frozenset[str]
     never: bool = False
+    made_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ def require_expected(report: CheckReport) -> None:
 
 
 def _matches(candidate: Candidate, globs: Iterable[str]) -> bool:
-    names = {candidate.check.tensor, candidate.check.module} - {""}
+    names = {candidate.check.tensor, candidate.check.module, *candidate.made_of} - {""}
     return any(fnmatchcase(name, glob) for glob in globs for name in names)
 
 

@@ -17,6 +17,8 @@ from prox24_deploy.graph.model_file import load_model
 from prox24_deploy.graph.modules import declared_modules, module_of
 from prox24_deploy.graph.weights import ConstantWeight, find_weights
 
+# A weight is made of itself, a mask and a scale or two.
+_MOST_NAMES = 8
 _REPLACEABLE = "it is the default of an input of the graph, which a caller can replace"
 _SET_APART = "remove its name from the inputs of the graph"
 
@@ -43,9 +45,10 @@ def scan_onnx(path: Path) -> Scan:
     except Prox24Error:
         raise
     except Exception as error:  # a file made to break readers can break any line of this one
+        said = next(iter(str(error).splitlines()), "")[:200]
         raise UsageError(
             f"{path} breaks the standard of ONNX in a way that the check does not expect "
-            f"({type(error).__name__}: {str(error)[:200]}); export it again."
+            f"({type(error).__name__}: {said}); export it again."
         ) from error
 
 
@@ -83,13 +86,14 @@ def _candidate(weight: ConstantWeight, path: Path, budget: Budget, refusal: str)
         expected=False,
         first_violation=finding.first,
         reason=finding.reason,
-        part=finding.part,
+        part=finding.part or _made_of(weight),
         eligible=not problems,
         ineligible_reason="; ".join(problems),
         unproven=verdict.unproven,
         remedy=verdict.remedy if verdict.unproven else "",
     )
-    return Candidate(check, frozenset(module_of(node) for node in weight.nodes) - {""})
+    modules = frozenset(module_of(node) for node in weight.nodes) - {""}
+    return Candidate(check, modules, made_of=weight.made_of)
 
 
 def _verdict(weight: ConstantWeight, path: Path, budget: Budget) -> _Verdict:
@@ -140,6 +144,12 @@ def _inspected(weight: ConstantWeight, path: Path) -> Finding:
     # Pages of a large model would pile up in memory if every weight stayed mapped.
     release(weight.tensor)
     return finding
+
+
+def _made_of(weight: ConstantWeight) -> str:
+    """The tensors that a computed weight is made of, where they are several."""
+    names = weight.made_of[:_MOST_NAMES]
+    return f" (computed from {', '.join(names)})" if len(names) > 1 else ""
 
 
 def _type_name(dtype: ir.DataType) -> str:

@@ -34,12 +34,14 @@ _NATURES: tuple[Nature, ...] = ("constant", "selected", "looked up", "mixed")
 class Stored:
     """A constant tensor under the name of the value that holds it, or that it is computed from.
 
-    `moved` says that its elements have other places than those of the value.
+    `moved` says that its elements have other places than those of the value, and `made_of` names
+    all matrices that a computed one is made of.
     """
 
     value: ir.Value
     tensor: ir.TensorProtocol
     moved: bool = False
+    made_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

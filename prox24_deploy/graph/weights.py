@@ -56,7 +56,7 @@ class ConstantWeight:
     what would help. `doubt` is a reason why groups that are not 2:4 prove nothing yet, and `exact`
     the weight as it is multiplied, computed, where that can settle it. A `replaceable` weight is
     the default of an input. The elements of a `moved` one have other places than in the tensor that
-    `value` stores.
+    `value` stores, and a computed one may be `made_of` several tensors.
     """
 
     value: ir.Value
@@ -73,6 +73,7 @@ class ConstantWeight:
     exact: "ConstantWeight | None" = None
     replaceable: bool = False
     moved: bool = False
+    made_of: tuple[str, ...] = ()
     nodes: list[ir.Node] = field(default_factory=list)
 
     @property
@@ -285,6 +286,7 @@ class _Finder:
             doubt=doubt,
             replaceable=part.replaceable,
             moved=part.stored.moved,
+            made_of=part.stored.made_of,
         )
 
     def _computed(self, source: Folded, found: Reduction, value: ir.Value) -> ConstantWeight | None:
@@ -370,4 +372,6 @@ def _named(source: Source) -> list[Stored]:
 
 def _unproven(stored: Stored, reason: str, remedy: str) -> ConstantWeight:
     whole = Strided.of(sizes_of(stored.tensor))
-    return ConstantWeight(stored.value, stored.tensor, whole, reason=reason, remedy=remedy)
+    return ConstantWeight(
+        stored.value, stored.tensor, whole, reason=reason, remedy=remedy, made_of=stored.made_of
+    )

@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from prox24_deploy.artifacts import TensorCheck
 from prox24_deploy.graph import evaluation
-from prox24_deploy.graph.check import check_onnx
+from prox24_deploy.graph.check import check_onnx, check_path
 
 K, N = 16, 12
 MASK = (array_24((K, N), 0) != 0).astype(np.float32)
@@ -52,8 +52,19 @@ def agrees(path: Path, nodes: Sequence[onnx.NodeProto], weights: dict[str, Array
 @pytest.mark.parametrize("mask", [MASK, np.ones((K, N), np.float32)])
 def test_a_mask_in_front_of_a_weight(tmp_path: Path, order: list[str], mask: Array) -> None:
     check = agrees(tmp_path / "m.onnx", [node("Mul", order, "c")], {"w": FULL, "m": mask})
-    assert check.axis == 0
+    assert (check.axis, check.part) == (0, f" (computed from {', '.join(order)})")
     assert check.first_violation == (None if check.is_24 else (0, 0))
+
+
+@pytest.mark.parametrize("order", [["w", "m"], ["m", "w"]])
+def test_a_weight_is_ignored_by_the_name_of_any_tensor_that_it_is_made_of(
+    tmp_path: Path, order: list[str]
+) -> None:
+    nodes = [node("Mul", order, "c"), node("MatMul", ["x", "c"], "y")]
+    path = write_onnx(tmp_path / "m.onnx", nodes, {"w": FULL, "m": FULL})
+    assert len(check_path(path).violations) == 1
+    for name in order:
+        assert not check_path(path, ignore=[name]).violations
 
 
 CHAINS: list[tuple[list[onnx.NodeProto], dict[str, Array]]] = [
