@@ -4,14 +4,14 @@ Each function takes a `Step` with what is known of its inputs and gives the sour
 None where zeros may not stay zero, or where the constant is rather computed exactly.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
 from prox24_deploy.graph import attributes
-from prox24_deploy.graph.constants import input_of, type_of_input
+from prox24_deploy.graph.constants import type_of_input
 from prox24_deploy.graph.movement import Rule
 from prox24_deploy.graph.operators import ZERO_KEEPING
 from prox24_deploy.graph.quantisers import quantised_type
@@ -21,10 +21,10 @@ from prox24_deploy.graph.sources import (
     Part,
     Runtime,
     Source,
+    broadcast,
     either,
     has_matrix,
     scaled_by_runtime,
-    tear,
     widest,
 )
 from prox24_deploy.graph.step import Step
@@ -97,7 +97,8 @@ def multiply(step: Step, source: Folded) -> Source | None:
         return None
     if isinstance(other, Blocked) or has_matrix(other):
         return None
-    found = scaled_by_runtime(source)
+    met = _met(step, source, [0 if other is first else 1])
+    found = met and scaled_by_runtime(met)
     return found and replace(found, nature=widest((source.nature, other.nature)))
 
 
@@ -116,20 +117,21 @@ def add(step: Step, source: Folded) -> Source | None:
     moves = step.op == "Sub" and other == 0
     if source.nature == "constant" or moves or not _is_zero(step, other):
         return None
-    return _zeros_kept(tear(source, _ones(source)))
+    met = _met(step, source, [other])
+    return met and _zeros_kept(met)
 
 
 def limit(step: Step, source: Folded) -> Source | None:
     """Min or Max with constants that leave zero as it is."""
     if source.nature == "constant":
         return None
-    for index in range(len(step.sources)):
-        if step.source(index) is source:
-            continue
+    others = [i for i in range(len(step.sources)) if step.source(i) is not source]
+    for index in others:
         bound = step.array(index)
         if bound is None or np.any(bound < 0 if step.op == "Min" else bound > 0):
             return None
-    return _zeros_kept(tear(source, _ones(source)))
+    met = _met(step, source, others)
+    return met and _zeros_kept(met)
 
 
 def where(step: Step, _: Folded) -> Source | None:
@@ -140,15 +142,18 @@ def where(step: Step, _: Folded) -> Source | None:
     """
     if all(step.is_constant(index) for index in range(3)):
         return None
-    chosen = [step.source(1), step.source(2)]
-    folded = [found for found in chosen if isinstance(found, Folded)]
-    for index, found in enumerate(chosen):
-        if isinstance(found, Folded) and _is_zero(step, 2 - index):
-            scaled = scaled_by_runtime(found)
+    for index in (1, 2):
+        found = step.source(index)
+        if isinstance(found, Folded) and _is_zero(step, 3 - index):
+            met = _met(step, found, [0, 3 - index])
+            scaled = met and scaled_by_runtime(met)
             return scaled and replace(scaled, nature=widest(("selected", found.nature)))
-    if len(folded) < 2 or _condition_is_full(step):
+    first, second = step.source(1), step.source(2)
+    if not isinstance(first, Folded) or not isinstance(second, Folded) or _is_full(step):
         return None
-    return either([tear(found, _ones(found)) for found in folded])
+    either_way = [_met(step, first, [0, 2]), _met(step, second, [0, 1])]
+    known = [found for found in either_way if found is not None]
+    return either(known) if len(known) == len(either_way) else None
 
 
 def _modulated(step: Step, source: Folded, other: int) -> Source | None:
@@ -158,7 +163,15 @@ def _modulated(step: Step, source: Folded, other: int) -> Source | None:
         return Runtime(hot=True)
     if not has_matrix(source):
         return Runtime(hot=isinstance(found, Runtime) and found.hot)
-    return scaled_by_runtime(source)
+    met = _met(step, source, [other])
+    return met and scaled_by_runtime(met)
+
+
+def _met(step: Step, source: Folded, others: Sequence[int]) -> Folded | None:
+    """A value as it is spread over other inputs; None where their ranks are not known."""
+    ranks = [step.rank(index) for index in others]
+    known = [rank for rank in ranks if rank is not None]
+    return broadcast(source, max(known, default=0)) if len(known) == len(ranks) else None
 
 
 def _recoded(part: Part, old: int, new: int, *, rounded: bool = False) -> Part | None:
@@ -215,16 +228,10 @@ def _is_zero(step: Step, index: int) -> bool:
     return array is not None and not np.any(array)
 
 
-def _condition_is_full(step: Step) -> bool:
-    """Whether a condition may differ along an axis; what a node computes has no known shape."""
-    value = input_of(step.node, 0)
-    if value is None or not value.is_graph_input() or value.shape is None:
-        return True
-    return any(length != 1 for length in value.shape)
-
-
-def _ones(source: Folded) -> list[int]:
-    return [axis for axis, length in enumerate(source.shape) if length == 1]
+def _is_full(step: Step) -> bool:
+    """Whether a condition may differ along an axis."""
+    lengths = step.lengths(0)
+    return lengths is None or any(length != 1 for length in lengths)
 
 
 def _holds(dtype: ir.DataType, other: ir.DataType) -> bool:

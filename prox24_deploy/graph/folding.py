@@ -65,7 +65,7 @@ class Folder:
         self.functions = frozenset(model.functions)
         self._inputs = frozenset(model.graph.inputs)
         self._replaceable = (model.ir_version or 0) >= _FIRST_REPLACEABLE
-        self._shapes = Shapes(path)
+        self._shapes = Shapes(model, trusted=path is None)
         self._known: dict[ir.Value, Source] = {}
         self._renewed: dict[ir.Value, Source] = {}
         self._left = _MOST_WORK
@@ -183,9 +183,12 @@ class Folder:
         """Result of a node that is followed without computing anything."""
         if step.op == "SequenceAt":
             return self._chosen_of_sequence(step)
-        source = next((found for found in passing if isinstance(found, Folded)), None)
-        if source is None:
+        folded = [found for found in passing if isinstance(found, Folded)]
+        if not folded:
             return None
+        # Beside another constant, what is chosen at run time is the weight.
+        chosen = [found for found in folded if found.nature != "constant"]
+        source = (chosen if chosen and step.op in _ANY_INPUT else folded)[0]
         if is_quantiser(step.node):
             return quantize(step, source) if step.output == 0 else None
         if is_dequantiser(step.node):

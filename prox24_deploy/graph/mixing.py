@@ -82,10 +82,12 @@ def mixed(step: Step, passing: Sequence[Source]) -> Source:
         return _blocked(passing, reason, EXPORT, "looked up") if moves else unreached(step)
     if op in ACTIVATIONS | UNRELATED:
         return _chosen_by_one_hot(step) or unreached(step)
-    if op in _CHOOSING:
+    has_weight = any(has_matrix(found) for found in passing)
+    # A vector that is repeated is no matrix; one that takes another shape may be.
+    if op in _CHOOSING and (has_weight or op != "Expand"):
         reason = f"{op} moves or chooses its elements by values known at run time alone"
-        return _blocked(passing, reason, EXPORT, "selected")
-    if not any(has_matrix(found) for found in passing) or _is_activation(step, passing):
+        return _blocked(passing, reason, EXPORT, "looked up" if _is_table(step) else "selected")
+    if not has_weight or _is_activation(step, passing):
         return unreached(step)
     reason = f"{op} combines it with values known at run time alone"
     return _blocked(passing, reason, EXPORT, "mixed")
@@ -147,10 +149,20 @@ def _chosen_by_one_hot(step: Step) -> Source | None:
     if not isinstance(second, Folded) or len(second.shape) != 2:
         return None
     rank = step.rank(0)
+    if rank is None:
+        reason = "rows of it are chosen by a tensor of unknown rank"
+        return _blocked([second], reason, EXPORT, "selected")
     chosen = dropped(tear(selected(second), [0]), 0)
-    for _ in range(1 if rank is None else rank - 1):
+    for _ in range(rank - 1):
         chosen = inserted(chosen, 0, torn=True)
     return chosen
+
+
+def _is_table(step: Step) -> bool:
+    """Whether rows of a matrix are gathered, as an embedding looks them up."""
+    source = step.source()
+    matrix = isinstance(source, Folded) and len(source.shape) == 2
+    return matrix and step.op == "Gather" and step.integer("axis", 0) == 0
 
 
 def _is_one_hot(step: Step) -> bool:

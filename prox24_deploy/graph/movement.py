@@ -13,6 +13,7 @@ from prox24_deploy.graph import attributes
 from prox24_deploy.graph.sources import (
     Folded,
     Source,
+    broadcast,
     cut,
     dropped,
     inserted,
@@ -95,7 +96,11 @@ def expand(step: Step, source: Folded) -> Source | None:
     """Expand; lengths known at run time alone may repeat what is one long."""
     shape = step.numbers(1)
     if step.has(1) and not step.is_constant(1):
-        return tear(selected(source), (i for i, n in enumerate(source.shape) if n == 1))
+        lengths = step.lengths(1)
+        # How many axes there are then is told by how many lengths there are.
+        if lengths is None or len(lengths) != 1 or lengths[0] is None:
+            return None
+        return broadcast(selected(source), min(lengths[0], _MOST_AXES))
     if shape is None or len(shape) > _MOST_AXES:
         return None
     found = renumbered(source, shape, expand=True)
@@ -162,7 +167,8 @@ def gather(step: Step, source: Folded) -> Source | None:
         picked, index = step.numbers(1), step.source(1)
         if not isinstance(index, Folded) or index.shape or not picked:
             # Several known indices are computed where the tensor is constant too.
-            return None if source.nature == "constant" else _picked(source, axis, 1)
+            constant = source.nature == "constant"
+            return None if constant else _picked(source, axis, step.rank(1))
         at = range(source.shape[axis])[picked[0] :][:1]
         return dropped(cut(source, axis, at), axis) if at or axis in source.torn else None
     return _picked(source, axis, step.rank(1))
@@ -195,13 +201,15 @@ def compress(step: Step, source: Folded) -> Source | None:
     return None if at is None else tear(selected(source), [at])
 
 
-def _picked(source: Folded, axis: int, rank: int | None) -> Folded:
+def _picked(source: Folded, axis: int, rank: int | None) -> Folded | None:
     """Indices of one axis chosen at run time; `rank` is that of the indices."""
+    if rank is None or rank > _MOST_AXES:
+        return None
     # Rows of a table by a list of indices are what an embedding looks up.
     table = axis == 0 and len(source.shape) == 2 and rank != 0
     nature = widest(("looked up" if table else "selected", source.nature))
     source = dropped(tear(replace(source, nature=nature), [axis]), axis)
-    for _ in range(1 if rank is None else min(rank, _MOST_AXES)):
+    for _ in range(rank):
         source = inserted(source, axis, torn=True)
     return source
 

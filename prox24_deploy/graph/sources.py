@@ -324,17 +324,24 @@ def _reshaped_behind(
 
 
 def scaled_by_runtime(source: Folded) -> Folded | None:
-    """Multiply by what is known at run time alone; None where zeros would not stay zero.
-
-    Such a factor may be longer than one along any axis along which the value is one long.
-    """
+    """Multiply by what is known at run time alone; None where zeros would not stay zero."""
     if any(part.zero_for(0) is None for part in source.parts):
         return None
     parts = tuple(
         replace(part, zero=part.zero_for(0), code=0, scaled=True) for part in source.parts
     )
+    return replace(source, parts=parts, nature="mixed")
+
+
+def broadcast(source: Folded, rank: int) -> Folded:
+    """Meet a value of some rank, whose lengths are not known.
+
+    It may add axes before all others, and be longer than one where this one is one long.
+    """
+    for _ in range(rank - len(source.shape)):
+        source = inserted(source, 0, torn=True)
     ones = [axis for axis, length in enumerate(source.shape) if length == 1]
-    return tear(replace(source, parts=parts, nature="mixed"), ones)
+    return tear(source, ones if rank else [])
 
 
 def put(numbers: tuple[int, ...], axis: int, number: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from prox24_deploy.graph import attributes
 from prox24_deploy.graph.constants import input_of
 from prox24_deploy.graph.groups import Array
 from prox24_deploy.graph.shapes import Lengths, Shapes
-from prox24_deploy.graph.sources import Runtime, Source
+from prox24_deploy.graph.sources import Folded, Runtime, Source
 
 # Bounds and shapes have no more numbers than a sound file needs.
 _MOST_NUMBERS = 1024
@@ -68,11 +68,17 @@ class Step:
         return attributes.integer(self.node, name, default)
 
     def lengths(self, index: int) -> Lengths | None:
-        """Lengths of an input, None where their number is not known."""
-        return self.shapes.of(input_of(self.node, index))
+        """Lengths of an input, None where their number is not known for sure."""
+        source = self.source(index)
+        if isinstance(source, Folded) and not source.torn:
+            return source.shape
+        return self.shapes.sure(input_of(self.node, index))
 
     def rank(self, index: int) -> int | None:
-        """Number of axes of an input, None where it is not known."""
+        """Number of axes of an input, None where it is not known for sure."""
+        source = self.source(index)
+        if isinstance(source, Folded):
+            return len(source.shape)
         lengths = self.lengths(index)
         return None if lengths is None else len(lengths)
 
@@ -81,7 +87,7 @@ class Step:
 
         An activation is, whereas a scale of a weight is one long along some of its axes.
         """
-        lengths = self.lengths(index)
+        lengths = self.shapes.told(input_of(self.node, index))
         if lengths is None:
             return False
         own = (1,) * (len(shape) - len(lengths)) + lengths

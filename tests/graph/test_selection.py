@@ -138,7 +138,7 @@ def test_inputs_that_are_gathered_one_by_one_are_not_proven(tmp_path: Path) -> N
         ([node("Slice", ["w", "i", "j", "zero"], "g")], INDICES | {"j": (TensorProto.INT64, [1])}),
         ([helper.make_node("Split", ["w", "i"], ["g", "rest"], axis=0)], INDICES),
         ([node("Compress", ["w", "c"], "g", axis=0)], {"c": (TensorProto.BOOL, [4])}),
-        ([node("Expand", ["w", "i"], "g")], INDICES),
+        ([node("Expand", ["w", "i"], "g")], {"i": (TensorProto.INT64, [4])}),
     ],
 )
 def test_other_choices_of_whole_matrices_are_proven(
@@ -160,6 +160,10 @@ def test_other_choices_of_whole_matrices_are_proven(
         (node("ScatterND", ["w", "i", "x"], "g"), INDICES),
         (node("Tile", ["w", "i"], "g"), INDICES),
         (node("Reshape", ["w", "i"], "g"), INDICES),
+        (node("Expand", ["w", "i"], "g"), INDICES),
+        (node("Gather", ["w", "i"], "g"), {"i": (TensorProto.INT64, None)}),
+        (node("Mul", ["w", "i"], "g"), {"i": (TensorProto.FLOAT, None)}),
+        (node("Where", ["c", "w", "zero"], "g"), {"c": (TensorProto.BOOL, None)}),
         (node("Pad", ["w", "i"], "g"), INDICES),
         (node("Add", ["w", "i"], "g"), INDICES),
         (node("Where", ["c", "w", "x"], "g"), FLAG),
@@ -169,7 +173,9 @@ def test_what_is_not_followed_is_listed_and_not_proven(
     tmp_path: Path, made: onnx.NodeProto, inputs: Inputs
 ) -> None:
     nodes = [made, node("MatMul", ["x", "g"], "y")]
-    (check,) = rows(tmp_path / "m.onnx", nodes, {"w": array_24((4, 8, 12), 1)}, inputs)
+    weights = {"w": array_24((4, 8, 12), 1), "zero": np.zeros(1, np.float32)}
+    found = rows(tmp_path / "m.onnx", nodes, weights, inputs)
+    check = next(check for check in found if check.tensor == "w")
     assert (check.tensor, check.unproven, check.is_24) == ("w", True, False)
     assert check.reason.startswith(f"{made.op_type} ")
 
@@ -329,6 +335,40 @@ def test_a_weight_times_what_is_known_at_run_time_keeps_its_zeros(tmp_path: Path
         (check,) = rows(tmp_path / "m.onnx", nodes, {"w": dense(8, 8)}, scale)
         assert check.unproven
         assert check.reason.startswith("it is multiplied by values known at run time alone")
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_vector_that_grows_into_a_matrix_is_not_taken_for_one_sum(
+    tmp_path: Path, rank: int
+) -> None:
+    """Each column holds one element eight times, so that no group is 2:4 however the vector is."""
+    factor: Inputs = {"i": (TensorProto.INT64, []), "s": (TensorProto.FLOAT, [8] * rank)}
+    nodes = [
+        node("Gather", ["w", "i"], "v"),
+        node("Mul", ["v", "s"], "g"),
+        node("MatMul", ["x", "g"], "y"),
+    ]
+    (check,) = rows(tmp_path / "m.onnx", nodes, {"w": array_24((4, 8), 1)}, factor)
+    assert (check.unproven, check.reason) == (True, TORN)
+
+
+def test_a_claim_about_a_shape_proves_nothing(tmp_path: Path) -> None:
+    """Nodes behind the choice count axes from the front, of which the file tells a wrong number."""
+    nodes = [
+        node("Reshape", ["i", "any"], "j"),
+        node("Gather", ["w", "j"], "g"),
+        node("Transpose", ["g"], "t"),
+        node("MatMul", ["x", "t"], "y"),
+    ]
+    weights = {"w": array_24((4, 8, 8), 2), "any": ints(1, -1)}
+    path = write_onnx(tmp_path / "m.onnx", nodes, weights)
+    model = onnx.load(path)
+    for name in "ij":
+        made = helper.make_tensor_value_info(name, TensorProto.INT64, [] if name == "j" else None)
+        (model.graph.input if name == "i" else model.graph.value_info).append(made)
+    path.write_bytes(model.SerializeToString())
+    (check,) = check_onnx(path)
+    assert (check.is_24, check.unproven) == (False, True)
 
 
 def test_a_scale_that_a_layer_computes_is_told_from_an_activation(tmp_path: Path) -> None:
