@@ -40,10 +40,6 @@ class ControlFlow:
                 for index, value in enumerate(graph.inputs):
                     self._entries[value] = (node, index)
 
-    def is_entry(self, value: ir.Value) -> bool:
-        """Whether a value is an input of a graph that a node holds."""
-        return value in self._entries
-
     def links(self, value: ir.Value) -> tuple[Link, ...] | None:
         """All that a value may be; None if no control flow makes it.
 

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from prox24_deploy.artifacts import TensorCheck
 from prox24_deploy.errors import UsageError
+from prox24_deploy.graph import folding
 from prox24_deploy.graph.check import check_onnx
 
 TORN = "which of its elements are summed together is chosen at run time"
@@ -275,6 +276,82 @@ def test_a_stack_that_a_scan_returns_is_read(tmp_path: Path) -> None:
     assert verdicts(rows(tmp_path / "m.onnx", nodes, {"w": dense(8, 8)}, INDEX)) == {"w": False}
     weights = {"w": array_24((8, 8), 0)}
     assert verdicts(rows(tmp_path / "m.onnx", nodes, weights, INDEX)) == {"w": True}
+
+
+def test_what_a_loop_stacks_is_read(tmp_path: Path) -> None:
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["more"]),
+            helper.make_node("Identity", ["w"], ["each"]),
+        ],
+        "body",
+        [value("step", TensorProto.INT64), value("go", TensorProto.BOOL)],
+        [value("more", TensorProto.BOOL), value("each")],
+    )
+    nodes = [
+        helper.make_node("Loop", ["count", ""], ["s"], body=body),
+        node("Gather", ["s", "i"], "g"),
+        node("MatMul", ["x", "g"], "y"),
+    ]
+    weights = {"w": dense(8, 8), "count": np.array(3)}
+    assert verdicts(rows(tmp_path / "m.onnx", nodes, weights, INDEX)) == {"w": False}
+
+
+@pytest.mark.parametrize("op", ["Scan", "SequenceMap"])
+def test_a_graph_that_gets_its_inputs_in_another_way_is_not_followed(
+    tmp_path: Path, op: str
+) -> None:
+    body = helper.make_graph(
+        [node("MatMul", ["x", "layer"], "each")], "body", [value("layer")], [value("each")]
+    )
+    made = node(op, ["w"], "s", body=body, num_scan_inputs=1)
+    nodes = [made, node("MatMul", ["x", "s"], "y")]
+    path = write_onnx(tmp_path / "m.onnx", nodes, {"w": array_24((3, 8, 8), 1)}, opset=8)
+    checks = check_onnx(path)
+    assert [(c.tensor, c.unproven) for c in checks] == [("w", True)]
+    assert checks[0].reason.startswith(
+        "a graph inside of the graph gets it in a way that the check"
+    )
+
+
+def test_loops_that_carry_more_than_is_followed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = [node("MatMul", ["x", "s"], "product"), node("Transpose", ["s"], "next")]
+    made = loop(loop_body(inner, "s", "next"), "w")
+    path = write_onnx(tmp_path / "m.onnx", [made], {"w": dense(8, 8), "count": np.array(3)})
+    monkeypatch.setattr(folding, "_MOST_WORK", 1)
+    with pytest.raises(UsageError, match="loops of the model carry more values than"):
+        check_onnx(path)
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_rows_that_are_gathered_from_blocks_are_an_embedding_on_the_left_alone(
+    tmp_path: Path, right: bool
+) -> None:
+    gathered = node("GatherBlockQuantized", ["q", "i", "s"], "g", domain="com.microsoft")
+    nodes = [gathered, node("MatMul", ["x", "g"] if right else ["g", "w"], "y")]
+    weights: dict[str, Array] = {
+        "q": np.ones((8, 16), np.uint8),
+        "s": np.ones((8, 1), np.float32),
+        "w": array_24((16, 8), 0),
+    }  # fmt: skip
+    found = verdicts(rows(tmp_path / "m.onnx", nodes, weights, INDICES))
+    assert found == ({"q": None} if right else {"w": True})
+
+
+def test_axes_that_a_transpose_parted_are_computed_as_one_sum(tmp_path: Path) -> None:
+    nodes = [
+        node("Transpose", ["w"], "t", perm=[1, 0, 2]),
+        node("Einsum", ["x", "t"], "y", equation="bhd,hdo->bo"),
+    ]
+    whole = array_24((8, 5), 0)
+    stored = np.ascontiguousarray(whole.reshape(2, 4, 5).transpose(1, 0, 2))
+    (check,) = rows(tmp_path / "m.onnx", nodes, {"w": stored})
+    assert (check.is_24, check.axis) == (True, -1)
+    stored[:, 0, 0] = 1
+    (check,) = rows(tmp_path / "m.onnx", nodes, {"w": stored})
+    assert check.reason.startswith("as it is multiplied, 4 non-zeros in group")
 
 
 def test_one_of_a_sequence_is_read(tmp_path: Path) -> None:
