@@ -174,11 +174,11 @@ class TensorCheck:
 
     `module` is the module path where the file tells it, else "". `expected` says that the file (or
     the caller) declares this weight as 2:4. `first_violation` is the index of the first element of
-    the first group of four with more than two non-zeros, or None. `axis` and that index are those
-    of the stored tensor; axis -1 means that it is not known. `part` is the slice of the stored
-    tensor that the weight is, "" for all of it, and `shape` the shape of that slice. `density` is
-    the share of its elements that are not zero. `node` names the consumer ("" outside ONNX).
-    `eligible` says that TensorRT may take a sparse kernel for it, `ineligible_reason` why not.
+    the first group of four with more than two non-zeros, or None. `axis` (-1 if not known) and that
+    index are those of the stored tensor. `part` is the slice of it that the weight is, "" for all
+    of it, or says what it is computed from; `shape` is that of the slice. `density` is the share of
+    its elements that are not zero, 0 if not read. `node` names the consumer ("" outside ONNX).
+    TensorRT may take a sparse kernel for an `eligible` one; of an `unproven` one nothing is known.
     """
 
     tensor: str
@@ -196,6 +196,8 @@ class TensorCheck:
     part: str = ""
     eligible: bool = False
     ineligible_reason: str = ""
+    unproven: bool = False
+    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)

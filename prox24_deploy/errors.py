@@ -7,6 +7,7 @@ Prox24Error                  exit code 1
 ├── CalibrationError         2   calibration or evaluation text is missing, empty or too short
 ├── BundleError              2   the output directory cannot be used, or does not verify
 ├── SparsityLostError        4   a weight that must be 2:4 is not
+├── SparsityUnprovenError    5   a weight that must be 2:4 cannot be shown to be, or none was read
 ├── ExportError              1   the model could not be exported, or its file differs in numerics
 └── EngineError              1   a backend failed to build or run
     └── BackendMissingError  5   a library or device that the backend needs is not there
@@ -58,6 +59,12 @@ class SparsityLostError(Prox24Error):
     """A weight that must be 2:4 along its reduction axis is not."""
 
     exit_code = 4
+
+
+class SparsityUnprovenError(Prox24Error):
+    """It is neither shown nor refuted that what must be 2:4 is."""
+
+    exit_code = 5
 
 
 class ExportError(Prox24Error):

@@ -127,14 +127,23 @@ def test_checks_say_what_is_lost_and_why_a_weight_is_not_eligible() -> None:
     )  # fmt: skip
     dense = replace(lost, module="head", expected=False, part="")
     proven = replace(lost, module="", is_24=True, eligible=True, part="")
-    text = rendered(tables.checks([lost, dense, proven]), 200)
-    first, second, third = (" ".join(line.split()) for line in text.splitlines()[1:])
+    open_ = replace(
+        lost, module="moe", unproven=True, axis=-1, reason="chosen [at] run time", part=""
+    )
+    left = replace(open_, expected=False)
+    text = rendered(tables.checks([lost, dense, proven, open_, left]), 200)
+    first, second, third, *others = (" ".join(line.split()) for line in text.splitlines()[1:])
     assert first == (
         "attn.k[:, 8:12] float32 0 8×4 0.750 no: 4 non-zeros in group [4:8, 1] "
         "no: it is not proven 2:4; float32 has"
     )
     assert second == "head float32 0 8×4 0.750 dense no: it is not proven 2:4; float32 has"
     assert third == "w float32 0 8×4 0.750 yes yes"
+    end = "no: it is not proven 2:4; float32 has"
+    assert others == [
+        f"moe float32 8×4 0.750 not proven: chosen [at] run time {end}",
+        f"moe float32 8×4 0.750 not read: chosen [at] run time {end}",
+    ]
 
 
 def test_a_metric_shows_what_it_has() -> None:

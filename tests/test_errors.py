@@ -13,6 +13,7 @@ EXIT_CODES = {
     "CalibrationError": 2,
     "BundleError": 2,
     "SparsityLostError": 4,
+    "SparsityUnprovenError": 5,
     "ExportError": 1,
     "EngineError": 1,
     "BackendMissingError": 5,

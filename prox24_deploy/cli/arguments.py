@@ -306,6 +306,24 @@ def engine_options(
     )
 
 
+def tensor_axes(arguments: Sequence[str]) -> dict[str, int]:
+    """`GLOB=AXIS` of the command line as a table.
+
+    Raises:
+        UsageError: an argument has no such form.
+    """
+    found = {}
+    for argument in arguments:
+        glob, equals, axis = argument.rpartition("=")
+        if not equals or not glob or not re.fullmatch(r"\d{1,2}", axis):
+            raise UsageError(
+                f"--axis takes GLOB=AXIS, as '*.c_attn.weight=0', got {argument!r}; pass a glob "
+                "over names of tensors and the number of an axis."
+            )
+        found[glob] = int(axis)
+    return found
+
+
 def join_shapes(arguments: Sequence[str]) -> list[str]:
     """Let `--shapes batch=1,8 sequence=128` take several words: repeat the option for each."""
     joined: list[str] = []

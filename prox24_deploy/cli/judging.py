@@ -66,20 +66,30 @@ def check(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Weights that may be dense, as globs; repeatable.")
     ] = None,
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="GLOB=AXIS: axis along which tensors of a safetensors file are summed, where "
+            "neither the file nor its config.json tells; repeatable."
+        ),
+    ] = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
-    """Check the 2:4 pattern of every weight along its reduction axis; exit 4 if it is violated.
+    """Check the 2:4 pattern of every weight along its reduction axis.
 
     A file that declares its 2:4 weights is held to that; in any other file every weight that no
-    --ignore matches must be 2:4.
+    --ignore matches must be 2:4. Ends with 4 if a weight is not 2:4, and with 5 if one cannot be
+    proven or there is none to prove.
     """
     from prox24_deploy.graph.check import check_path, require_24
 
-    report = check_path(path, ignore or ())
+    report = check_path(path, ignore or (), arguments.tensor_axes(axis or ()))
     if as_json:
         print_json(asdict(report))
     else:
         print_table(tables.checks(report.tensors))
+        for sentence in tables.check_sentences(report):
+            stdout.print(sentence, soft_wrap=True, markup=False)
     require_24(report)
 
 

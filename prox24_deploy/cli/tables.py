@@ -13,6 +13,7 @@ from prox24_deploy.artifacts import Estimate, LatencyRow, LayerRecord, Metric, T
 
 if TYPE_CHECKING:
     from prox24_deploy.engines.planning import LayerPlan, Plan
+    from prox24_deploy.graph.judgement import CheckReport
     from prox24_deploy.release.baseline import BaselineFile
     from prox24_deploy.release.environment import Finding
     from prox24_deploy.release.report import Report
@@ -95,21 +96,34 @@ def latency(rows: Sequence[LatencyRow]) -> Table:
 
 
 def checks(tensors: Sequence[TensorCheck]) -> Table:
-    """Every weight that was looked at; "dense" marks one that nothing declares 2:4."""
+    """Every weight with one of three words: "yes", "no" and "not proven", the last two with why.
+
+    "dense" and "not read" mark what need not be 2:4.
+    """
     table = _table(
         "module or tensor", "type", "axis", "shape", "density", "2:4", "TensorRT eligible"
     )
     for tensor in tensors:
         table.add_row(
-            (tensor.module or tensor.tensor) + tensor.part,
+            escape((tensor.module or tensor.tensor) + tensor.part),
             tensor.dtype,
-            str(tensor.axis),
+            "" if tensor.axis < 0 else str(tensor.axis),
             "×".join(map(str, tensor.shape)),
             f"{tensor.density:.3f}",
-            "yes" if tensor.is_24 else f"no: {tensor.reason}" if tensor.expected else "dense",
-            "yes" if tensor.eligible else f"no: {tensor.ineligible_reason}",
+            escape(_proof(tensor)),
+            escape("yes" if tensor.eligible else f"no: {tensor.ineligible_reason}"),
         )
     return table
+
+
+def check_sentences(report: "CheckReport") -> list[str]:
+    """How many of the weights were proven, were not and could not be, and which files not read."""
+    rest = sum(not tensor.expected for tensor in report.tensors)
+    counts = (
+        f"Weights proven 2:4: {len(report.proven)}, not 2:4: {len(report.violations)}, not proven: "
+        f"{len(report.unproven)}, need not be: {rest}."
+    )
+    return [counts, *(f"Not read: {name}" for name in report.unread)]
 
 
 def findings(found: Sequence["Finding"]) -> Table:
@@ -208,6 +222,14 @@ def plan_sentences(plan: "Plan") -> list[str]:
         else f"Prune nothing: 2:4 does not pay at these shapes {where}."
     )
     return found
+
+
+def _proof(tensor: TensorCheck) -> str:
+    if tensor.is_24:
+        return "yes"
+    if not tensor.expected:
+        return f"not read: {tensor.reason}" if tensor.unproven else "dense"
+    return f"{'not proven' if tensor.unproven else 'no'}: {tensor.reason}"
 
 
 def _shown(estimate: Estimate) -> str:

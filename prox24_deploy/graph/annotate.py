@@ -13,14 +13,9 @@ from torch import nn
 
 from prox24_deploy.errors import ExportError
 from prox24_deploy.graph.module import RecipeModule
+from prox24_deploy.graph.modules import MODULE_KEY, SPARSE_KEY, scoped_module
 from prox24_deploy.graph.signature import Signature, axes_of
-from prox24_deploy.graph.weights import (
-    MODULE_KEY,
-    SPARSE_KEY,
-    ConstantWeight,
-    find_weights,
-    scoped_module,
-)
+from prox24_deploy.graph.weights import ConstantWeight, find_weights
 from prox24_deploy.recipe import TensorSpec, dynamic_names
 
 

@@ -10,8 +10,9 @@ import torch
 
 from prox24_deploy.graph.activations import watched
 from prox24_deploy.graph.groups import Array
+from prox24_deploy.graph.model_file import load_model
 from prox24_deploy.graph.module import RecipeModule
-from prox24_deploy.graph.weights import load_model, module_of
+from prox24_deploy.graph.modules import module_of
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 

@@ -1,24 +1,32 @@
-"""The constant tensors of an ONNX graph: which values are constant, and their stored data."""
+"""The constant tensors of an ONNX graph: which values are stored, and their data."""
 
+import contextlib
+import math
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from prox24_deploy.errors import UsageError
 from prox24_deploy.graph.groups import Array
 
 ONNX_DOMAINS = ("", "ai.onnx")
-QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
 
 
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     """Tensor of an initializer or of a Constant node's output, else None."""
     if value is None:
         return None
-    try:
-        return ir.convenience.get_const_tensor(value)
-    except ValueError:  # a Constant node that breaks the standard: no constant to speak of
+    if value.const_value is not None:
+        return value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or node.domain not in ONNX_DOMAINS:
         return None
+    attributes = list(node.attributes.values())
+    # A Constant node that breaks the standard is no constant to speak of.
+    if len(node.outputs) != 1 or len(attributes) != 1 or attributes[0].is_ref():
+        return None
+    return _attribute_tensor(attributes[0], value.name)
 
 
 def input_of(node: ir.Node, index: int) -> ir.Value | None:
@@ -26,21 +34,11 @@ def input_of(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
-def constant_values(model: ir.Model) -> frozenset[ir.Value]:
-    """Every value that no input of the model can change: stored, or computed from such alone.
-
-    A node that holds a subgraph counts as changing, and so does one with neither inputs nor a
-    stored tensor, as those that draw random numbers. A quantised constant stays one whatever its
-    scale is.
-    """
-    found: set[ir.Value] = set()
-    for node in model.graph.all_nodes():
-        sources = node.inputs[:1] if node.op_type in QUANTISERS else node.inputs
-        inputs = [value for value in sources if value is not None]
-        found.update(value for value in inputs if constant_of(value) is not None)
-        if inputs and found.issuperset(inputs) and not _holds_graph(node):
-            found.update(node.outputs)
-    return frozenset(found)
+def type_of_input(node: ir.Node, index: int) -> ir.DataType | None:
+    """Type of an input as it is stored, or as the file tells it."""
+    value = input_of(node, index)
+    tensor = constant_of(value)
+    return tensor.dtype if tensor is not None else value.dtype if value is not None else None
 
 
 def read_tensor(tensor: ir.TensorProtocol, name: str, path: Path | None) -> Array:
@@ -51,11 +49,11 @@ def read_tensor(tensor: ir.TensorProtocol, name: str, path: Path | None) -> Arra
     Raises:
         UsageError: the data is missing, truncated, outside the model's folder or damaged.
     """
-    if isinstance(tensor, ir.ExternalTensor) and path is not None:
-        _require_external(tensor, name, path)
     try:
-        return tensor.numpy()
-    except (ValueError, TypeError, OSError) as error:
+        if isinstance(tensor, ir.ExternalTensor) and path is not None:
+            _require_external(tensor, name, path)
+        return np.asarray(tensor.numpy())
+    except (ValueError, TypeError, OSError, OverflowError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
             f"Tensor {name!r} of {path} cannot be read ({reason}); copy or export the file again."
@@ -63,37 +61,75 @@ def read_tensor(tensor: ir.TensorProtocol, name: str, path: Path | None) -> Arra
 
 
 def release(tensor: ir.TensorProtocol) -> None:
-    """Unmap what `read_tensor` mapped; no array of it may be in use any more."""
+    """Unmap what `read_tensor` mapped, unless an array of it is still in use."""
     if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
+        # A computed array may be a view of the mapping, which is unmapped with it then.
+        with contextlib.suppress(BufferError):
+            tensor.release()
 
 
 def sizes_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
     """Shape of a stored tensor, as integers."""
-    return tuple(tensor.shape.numpy())
+    return tuple(int(length) for length in tensor.shape.numpy())
 
 
-def _holds_graph(node: ir.Node) -> bool:
-    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-    return any(attribute.type in kinds for attribute in node.attributes.values())
+def is_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether more than one axis is longer than one; scales, biases and bounds are not."""
+    return len([length for length in shape if length > 1]) > 1
+
+
+def _attribute_tensor(attribute: ir.Attr, name: str | None) -> ir.TensorProtocol | None:
+    kinds = ir.AttributeType
+    match attribute.type:
+        case kinds.TENSOR:
+            return attribute.as_tensor()
+        case kinds.FLOAT | kinds.FLOATS:
+            return ir.Tensor(np.asarray(attribute.value, np.float32), name=name)
+        case kinds.INT | kinds.INTS:
+            return ir.Tensor(np.asarray(attribute.value, np.int64), name=name)
+        case _:
+            return None
 
 
 def _require_external(tensor: ir.ExternalTensor, name: str, path: Path) -> None:
-    folder = path.parent.resolve()
-    data = (folder / tensor.location).resolve()
+    try:
+        folder = path.parent.resolve()
+        data = (folder / tensor.location).resolve()
+        size = data.stat().st_size if data.is_file() else -1
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"Tensor {name!r} of {path} points to external data "
+            f"{_short(str(tensor.location))!r}, which is no name of a file; save the model again."
+        ) from error
     if not data.is_relative_to(folder):
         raise UsageError(
-            f"Tensor {name!r} of {path} points to external data {str(tensor.location)!r} outside "
-            f"the model's folder; save the model with its data beside it."
+            f"Tensor {name!r} of {path} points to external data {_short(str(tensor.location))!r} "
+            "outside the model's folder; save the model with its data beside it."
         )
-    if not data.is_file():
+    if size < 0:
         raise UsageError(
-            f"External data {str(tensor.location)!r} of {path} is missing; copy it into {folder}."
+            f"External data {_short(str(tensor.location))!r} of {path} is missing; copy it into "
+            f"{folder}."
         )
-    needed = (tensor.offset or 0) + tensor.nbytes
-    size = data.stat().st_size
-    if size < needed:
+    _require_range(tensor, name, size, path)
+
+
+def _require_range(tensor: ir.ExternalTensor, name: str, size: int, path: Path) -> None:
+    """The bytes of a tensor lie inside its file, and are as many as its shape needs."""
+    bits = math.prod(sizes_of(tensor)) * tensor.dtype.bitwidth
+    needed = -(-bits // 8)
+    begin, length = tensor.offset or 0, tensor.length
+    if begin < 0 or (length is not None and length != needed):
         raise UsageError(
-            f"External data {str(tensor.location)!r} of {path} is truncated: tensor {name!r} needs "
-            f"{needed} bytes, the file has {size}; copy it again."
+            f"Tensor {name!r} of {path} takes {length} bytes from byte {begin} on, and its shape "
+            f"needs {needed}; save the model again."
         )
+    if size < begin + needed:
+        raise UsageError(
+            f"External data {_short(str(tensor.location))!r} of {path} is truncated: tensor "
+            f"{name!r} needs {begin + needed} bytes, the file has {size}; copy it again."
+        )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -5,9 +5,20 @@ which channels below about 256 seldom are (github.com/NVIDIA/TensorRT, issue 384
 are eligible besides Conv (issues 2169 and 2271), convolutions of several groups are not (4054).
 Sizes that are no multiple of 8 and 16, and types without sparse tensor-core instructions, are not.
 Batches of matrices follow the rules of one matrix here; what TensorRT does with them is not known.
+Its parser refuses a whole file in which a zero point of QuantizeLinear or DequantizeLinear is not
+zero ("Non-zero zero point is not supported", issue 2774).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from prox24_deploy.graph.attributes import described
+from prox24_deploy.graph.constants import constant_of, input_of, read_tensor
+from prox24_deploy.graph.quantisers import is_quantising
 
 _SPARSE_OPS = ("MatMul", "Gemm", "Conv", "")
 _SPARSE_TYPES = ("float16", "bfloat16", "int8", "float8_e4m3fn")
@@ -54,3 +65,17 @@ def obstacles(op_type: str, domain: str, dtype: str, gemm: GemmShape | None) -> 
     if gemm.k % _K_MULTIPLE:
         found.append(f"{inputs} = {gemm.k} is not a multiple of {_K_MULTIPLE}")
     return found
+
+
+def refused_zero_point(nodes: Iterable[ir.Node], path: Path) -> str:
+    """Why TensorRT refuses a file for its zero points, "" if it does not."""
+    for node in nodes:
+        zeros = input_of(node, 2) if is_quantising(node) else None
+        if zeros is None:
+            continue
+        tensor = constant_of(zeros)
+        if tensor is None:
+            return f"TensorRT takes no zero point that is computed, as that of {described(node)}"
+        if np.any(read_tensor(tensor, zeros.name or "", path)):
+            return f"TensorRT takes no zero point but 0, and {described(node)} has another"
+    return ""

@@ -22,14 +22,15 @@ from prox24_deploy.artifacts import DType
 from prox24_deploy.errors import BundleError, ExportError
 from prox24_deploy.graph.annotate import annotate, settle_signature
 from prox24_deploy.graph.branches import AllFinite
-from prox24_deploy.graph.check import check_path, require_24
+from prox24_deploy.graph.check import check_path
+from prox24_deploy.graph.judgement import require_expected
 from prox24_deploy.graph.module import (
     TORCH_DTYPES,
     RecipeModule,
     copy_with,
     to_dtype,
 )
-from prox24_deploy.graph.weights import MODULE_KEY
+from prox24_deploy.graph.modules import MODULE_KEY
 from prox24_deploy.recipe import Recipe, TensorSpec, dynamic_names, shape_of
 
 _SUFFIX, _DATA_SUFFIX = ".onnx", ".onnx.data"
@@ -78,7 +79,8 @@ def export_graphs(
 
     Raises:
         ExportError: the model cannot be exported, does not fit the recipe, or overflows `dtype`.
-        SparsityLostError: a weight named in `sparse` is not 2:4 in the file, or is not there.
+        SparsityLostError: a weight named in `sparse` is not 2:4 in the file.
+        SparsityUnprovenError: a weight named in `sparse` is not there, or cannot be followed.
         BundleError: `out` holds something other than an earlier export.
         OSError: the file cannot be written, for example because the disk is full.
     """
@@ -283,7 +285,7 @@ def _publish(graphs: Mapping[str, ir.Model], out: Path, prove: bool) -> tuple[Pa
             file = partial / f"{name}{_SUFFIX}"
             ir.save(graph, file, external_data=f"{name}{_DATA_SUFFIX}")
             if prove:
-                require_24(replace(check_path(file), path=str(out / file.name)))
+                require_expected(replace(check_path(file), path=str(out / file.name)))
         if out.exists():
             out.rename(replaced)
         partial.rename(out)

@@ -1,356 +1,301 @@
-"""Follow a constant value back to the stored tensors whose elements it shows.
+"""Follow a value back to the stored tensors whose elements it shows.
 
-Nodes that only renumber elements are followed exactly: Transpose, Reshape, Flatten, Squeeze,
-Unsqueeze, Expand, Slice, Split, Concat, and Gather of one index. So are those that keep zeros zero:
-Identity, Cast, QuantizeLinear and DequantizeLinear. Where anything else computes a constant, the
-result is `Blocked` and says why.
+Nodes that only renumber elements are followed exactly (`graph.movement`), those that keep zeros
+zero are followed too (`graph.arithmetic`), and so is control flow (`graph.control_flow`). What else
+is computed from constants alone is computed (`graph.evaluation`). Of the rest it is known which
+constants reach it, and why they are not followed (`graph.mixing`).
 """
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
-from prox24_deploy.graph.constants import (
-    ONNX_DOMAINS,
-    QUANTISERS,
-    constant_of,
-    input_of,
-    read_tensor,
-    release,
-    sizes_of,
+from prox24_deploy.errors import UsageError
+from prox24_deploy.graph import attributes
+from prox24_deploy.graph.arithmetic import ARITHMETIC, dequantize, quantize
+from prox24_deploy.graph.constants import ONNX_DOMAINS, constant_of, is_matrix, sizes_of
+from prox24_deploy.graph.control_flow import ControlFlow
+from prox24_deploy.graph.evaluation import Budget, Evaluator, NotComputedError
+from prox24_deploy.graph.groups import Array
+from prox24_deploy.graph.mixing import (
+    FOLD,
+    data_inputs,
+    mixed,
+    one_of,
+    renewed,
+    through,
+    unfollowed,
+    unreached,
 )
-from prox24_deploy.graph.strided import Strided
+from prox24_deploy.graph.movement import MOVEMENTS
+from prox24_deploy.graph.operators import ACTIVATIONS, ELEMENTWISE
+from prox24_deploy.graph.quantisers import is_dequantiser, is_quantiser
+from prox24_deploy.graph.shapes import Shapes
+from prox24_deploy.graph.sources import (
+    MOST_PARTS,
+    Blocked,
+    Folded,
+    Nature,
+    Part,
+    Runtime,
+    Source,
+    Stored,
+    stored_of,
+)
+from prox24_deploy.graph.step import Step
 
-# No bound or shape has more numbers, and NumPy knows no more axes, than a sound file needs.
-_MOST_NUMBERS = 1024
-_MOST_AXES = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Elements of one stored tensor, and where in the folded tensor they begin.
-
-    `zero_point` is the input of the DequantizeLinear that stored integers pass, if any. `is_float`
-    says that a QuantizeLinear came before it, so that the stored zero is that of a float.
-    """
-
-    value: ir.Value
-    tensor: ir.TensorProtocol
-    view: Strided
-    start: tuple[int, ...]
-    zero_point: ir.Value | None = None
-    is_float: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """A constant as the stored parts that it is put together from.
-
-    `dtype` is that of the values as they arrive, `quantized` the type before the DequantizeLinear
-    that they leave, if they come straight from one.
-    """
-
-    parts: tuple[Part, ...]
-    shape: tuple[int, ...]
-    dtype: ir.DataType
-    quantized: ir.DataType | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Blocked:
-    """A constant that cannot be followed: its largest stored source, and why."""
-
-    value: ir.Value
-    tensor: ir.TensorProtocol
-    shape: tuple[int, ...] | None
-    reason: str
+# Followed parts, over all values of a file: a joined tensor may pass many nodes.
+_MOST_WORK = 1 << 18
+# Initializers that are inputs too can be replaced since this version of the format.
+_FIRST_REPLACEABLE = 4
 
 
 class Folder:
-    """Folds the constant values of one model; `path` is its file, None if it is in memory."""
+    """Folds the values of one model; `path` is its file, None if it is in memory."""
 
-    def __init__(self, constants: Collection[ir.Value], path: Path | None) -> None:
-        self._constants = constants
-        self._path = path
-        self._sources: dict[ir.Value, tuple[ir.Value, ir.TensorProtocol]] = {}
+    def __init__(self, model: ir.Model, path: Path | None, budget: Budget | None = None) -> None:
+        opsets = model.opset_imports
+        opset = opsets.get("", opsets.get("ai.onnx", 1))
+        self.evaluator = Evaluator(opset, path, budget or Budget.of(stored_elements(model)))
+        self._control = ControlFlow(nodes_of(model), opset)
+        # Those that were not inlined, for their size.
+        self.functions = frozenset(model.functions)
+        self._inputs = frozenset(model.graph.inputs)
+        self._replaceable = (model.ir_version or 0) >= _FIRST_REPLACEABLE
+        self._shapes = Shapes(model, trusted=path is None)
+        self._known: dict[ir.Value, Source] = {}
+        self._renewed: dict[ir.Value, Source] = {}
+        self._left = _MOST_WORK
 
-    def fold(self, value: ir.Value | None) -> Folded | Blocked | None:
-        """Stored parts of a value, or why they cannot be told; None if inputs can change it."""
-        if value is None or value not in self._constants:
+    def fold(self, value: ir.Value | None) -> Source:
+        """What is known of a value.
+
+        Raises:
+            UsageError: nodes form a ring, an attribute has a wrong type, or data that is needed to
+                follow a constant cannot be read.
+        """
+        if value is None:
+            return Runtime()
+        pending, started = [value], dict[ir.Value, None]()
+        while pending:
+            last = pending[-1]
+            if last in self._known:
+                pending.pop()
+                continue
+            if last not in started:
+                started[last] = None
+                pending += self._needed(last, started)
+                if pending[-1] is not last:
+                    continue
+            self._known[last] = self._bounded(self._source(last))
+            del started[last]
+        return self._known[value]
+
+    def is_constant(self, value: ir.Value | None) -> bool:
+        """Whether a value is given and nothing at run time changes it."""
+        source = self.fold(value)
+        return not isinstance(source, Runtime) and source.nature == "constant"
+
+    def read(self, value: ir.Value) -> Array | None:
+        """Array of a constant value, None if it is not computed."""
+        try:
+            return self.evaluator.array(value)
+        except NotComputedError:
             return None
+
+    def _needed(self, value: ir.Value, started: dict[ir.Value, None]) -> list[ir.Value]:
+        """Values that must be known before this one."""
+        needed = []
+        for each in self._feeding(value):
+            if each in started:
+                self._require_loop(each, list(started))
+            elif each not in self._known:
+                needed.append(each)
+        return needed
+
+    def _feeding(self, value: ir.Value) -> list[ir.Value]:
+        if constant_of(value) is not None:
+            return []
+        links = self._control.links(value)
+        if links is not None:
+            return [link.value for link in links]
+        node = value.producer()
+        return [] if node is None else [each for each in node.inputs if each is not None]
+
+    def _require_loop(self, value: ir.Value, started: list[ir.Value]) -> None:
+        """A ring is sound where it goes through what a loop passes from step to step."""
+        ring = started[started.index(value) :]
+        if not any(self._control.links(each) is not None for each in ring):
+            raise UsageError(
+                f"The nodes of the model form a ring through {value.name!r}; expected every value "
+                "to be computed from earlier ones; export the file again."
+            )
+
+    def _at(self, value: ir.Value | None) -> Source:
+        """Source of a value that was needed; of one that depends on itself, all that reaches it."""
+        if value is None:
+            return Runtime()
+        known = self._known.get(value)
+        return self._reaching(value) if known is None else known
+
+    def _source(self, value: ir.Value) -> Source:
         tensor = constant_of(value)
         if tensor is not None:
-            shape = sizes_of(tensor)
-            part = Part(value, tensor, Strided.of(shape), (0,) * len(shape))
-            return Folded((part,), shape, tensor.dtype)
+            return self._whole(value, tensor)
+        links = self._control.links(value)
+        if links is not None:
+            return one_of([through(link, self._at(link.value)) for link in links])
         node = value.producer()
-        return None if node is None else self._follow(node, value) or self._blocked(node, value)
+        if node is None:
+            return Runtime()
+        index = list(node.outputs).index(value)
+        sources = tuple(self._at(each) for each in node.inputs)
+        return self._made(Step(node, index, sources, self.read, self._shapes), value)
 
-    def _follow(self, node: ir.Node, value: ir.Value) -> Folded | Blocked | None:
-        """Result of one node; None where its kind, or this use of it, is not followed."""
-        if node.domain not in ONNX_DOMAINS and node.op_type not in QUANTISERS:
+    def _whole(self, value: ir.Value, tensor: ir.TensorProtocol) -> Source:
+        if tensor.dtype == ir.DataType.STRING:
+            return Runtime()
+        part = Part.whole(Stored(value, tensor))
+        replaceable = value in self._inputs and self._replaceable
+        nature: Nature = "selected" if replaceable else "constant"
+        part = replace(part, replaceable=replaceable)
+        return Folded((part,), part.view.shape, tensor.dtype, nature=nature)
+
+    def _made(self, step: Step, value: ir.Value) -> Source:
+        """Source of the result of a node."""
+        places = data_inputs(step.node)
+        passing = [step.source(i) for i in places if not isinstance(step.source(i), Runtime)]
+        if not passing:
+            return unreached(step)
+        followed = self._followed(step, passing)
+        if followed is not None:
+            return followed
+        given = [i for i in range(len(step.sources)) if step.has(i)]
+        if all(step.is_constant(i) for i in given) and not attributes.subgraphs(step.node):
+            computed = self._computed(step, value, passing)
+            return computed or unfollowed(step, passing, _static_shape(value))
+        return mixed(step, passing)
+
+    def _followed(self, step: Step, passing: list[Source]) -> Source | None:
+        """Result of a node that is followed without computing anything."""
+        if step.op == "SequenceAt":
+            return self._chosen_of_sequence(step)
+        folded = [found for found in passing if isinstance(found, Folded)]
+        if not folded:
             return None
-        if node.op_type == "Concat":
-            return self._concat(node)
-        source = self.fold(input_of(node, 0))
-        if not isinstance(source, Folded):
-            return source and replace(source, shape=_static_shape(value))
-        match node.op_type:
-            case "Identity" | "Cast" | "CastLike" | "QuantizeLinear" | "DequantizeLinear":
-                return _retyped(node, source)
-            case "Transpose":
-                return _transposed(node, source)
-            case "Slice":
-                return self._sliced(node, source)
-            case "Split":
-                return self._split(node, source, list(node.outputs).index(value))
-            case "Gather":
-                return self._selected(node, source)
-            case "Expand":
-                shape = self._integers(input_of(node, 1))
-                return None if shape is None else _renumbered(source, shape, expand=True)
-            case _:
-                shape = self._new_shape(node, source.shape)
-                return None if shape is None else _renumbered(source, shape)
-
-    def _blocked(self, node: ir.Node, value: ir.Value) -> Blocked:
-        """Name the largest stored tensor behind a value that is not followed."""
-        reason = (
-            f"{node.op_type} computes the weight from it in a way that the check does not follow"
-        )
-        return Blocked(*self._largest(value), _static_shape(value), reason)
-
-    def _largest(self, value: ir.Value) -> tuple[ir.Value, ir.TensorProtocol]:
-        if value not in self._sources:
-            tensor, node = constant_of(value), value.producer()
-            inputs = node.inputs if node is not None and tensor is None else ()
-            sources = [source for source in inputs if source is not None]
-            found = [self._largest(source) for source in sources if source in self._constants]
-            stored = found if tensor is None else [(value, tensor)]
-            self._sources[value] = max(stored, key=lambda pair: pair[1].size)
-        return self._sources[value]
-
-    def _concat(self, node: ir.Node) -> Folded | Blocked | None:
-        sources = [self.fold(value) for value in node.inputs]
-        folded = [source for source in sources if isinstance(source, Folded)]
-        if len(folded) < len(sources):
-            return next((source for source in sources if isinstance(source, Blocked)), None)
-        axis = _axis(node.attributes.get_int("axis", 0), len(folded[0].shape))
-        if axis is None or len({_put(source.shape, axis, 0) for source in folded}) > 1:
+        # Beside another constant, what is chosen at run time is the weight.
+        chosen = [found for found in folded if found.nature != "constant"]
+        source = (chosen if chosen and step.op in _ANY_INPUT else folded)[0]
+        if is_quantiser(step.node):
+            return quantize(step, source) if step.output == 0 else None
+        if is_dequantiser(step.node):
+            return dequantize(step, source)
+        if step.node.domain not in ONNX_DOMAINS:
             return None
-        starts = accumulate((source.shape[axis] for source in folded), initial=0)
-        parts = tuple(
-            replace(part, start=_put(part.start, axis, part.start[axis] + begin))
-            for source, begin in zip(folded, starts, strict=False)
-            for part in source.parts
-        )
-        length = sum(source.shape[axis] for source in folded)
-        return replace(folded[0], parts=parts, shape=_put(folded[0].shape, axis, length))
-
-    def _sliced(self, node: ir.Node, source: Folded) -> Folded | None:
-        """Slice with bounds as inputs (opset 10) or attributes; backward steps are not followed."""
-        starts = self._numbers(node, 1, "starts")
-        ends = self._numbers(node, 2, "ends")
-        if starts is None or ends is None:
-            return None
-        axes = self._numbers(node, 3, "axes", tuple(range(len(starts))))
-        steps = self._numbers(node, 4, "steps", (1,) * len(starts))
-        if axes is None or steps is None or min(steps, default=1) < 1:
-            return None
-        for start, end, axis, step in zip(starts, ends, axes, steps, strict=False):
-            at = _axis(axis, len(source.shape))
-            if at is None:
-                return None
-            bounds = slice(start, end, step).indices(source.shape[at])
-            source = _cut(source, at, range(*bounds))
-        return source
-
-    def _split(self, node: ir.Node, source: Folded, output: int) -> Folded | None:
-        axis = _axis(node.attributes.get_int("axis", 0), len(source.shape))
-        if axis is None:
-            return None
-        count = max(1, node.attributes.get_int("num_outputs", len(node.outputs)))
-        chunk = -(-source.shape[axis] // count)
-        lengths = self._numbers(node, 1, "split", (chunk,) * count)
-        if lengths is None or output >= len(lengths):
-            return None
-        begin = sum(lengths[:output])
-        end = min(begin + lengths[output], source.shape[axis])
-        return _cut(source, axis, range(begin, end))
-
-    def _selected(self, node: ir.Node, source: Folded) -> Folded | Blocked | None:
-        """Gather of one scalar index, as `weight[i]` is exported."""
-        axis = _axis(node.attributes.get_int("axis", 0), len(source.shape))
-        index = self.fold(input_of(node, 1))
-        picked = self._integers(input_of(node, 1))
-        if axis is None or picked is None or index is None or index.shape:
-            return None
-        at = range(source.shape[axis])[picked[0] :][:1]
-        rest = (*source.shape[:axis], *source.shape[axis + 1 :])
-        return _renumbered(_cut(source, axis, at), rest)
-
-    def _new_shape(self, node: ir.Node, old: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Shape after Reshape, Flatten, Squeeze or Unsqueeze, None for another or unknown."""
-        if node.op_type == "Reshape":
-            wanted = self._numbers(node, 1, "shape")
-            allow_zero = bool(node.attributes.get_int("allowzero", 0))
-            return None if wanted is None else _reshaped(old, wanted, allow_zero=allow_zero)
-        if node.op_type == "Flatten":
-            axis = node.attributes.get_int("axis", 1)
-            return math.prod(old[:axis]), math.prod(old[axis:])
-        if node.op_type == "Squeeze":
-            ones = tuple(axis for axis, length in enumerate(old) if length == 1)
-            axes = self._numbers(node, 1, "axes", ones)
-            return None if axes is None else _squeezed(old, axes)
-        if node.op_type == "Unsqueeze":
-            axes = self._numbers(node, 1, "axes")
-            return None if axes is None else _unsqueezed(old, axes)
+        rule = MOVEMENTS.get(step.op) or ARITHMETIC.get(step.op)
+        if rule is not None and (step.op in _ANY_INPUT or source is step.source(0)):
+            return rule(step, source)
         return None
 
-    def _numbers(
-        self, node: ir.Node, index: int, attribute: str, default: tuple[int, ...] | None = None
-    ) -> tuple[int, ...] | None:
-        """Integers given as an input, or as an attribute in older operator sets."""
-        value = input_of(node, index)
-        if value is not None:
-            return self._integers(value)
-        given = node.attributes.get_ints(attribute, None)
-        return default if given is None else tuple(given)
-
-    def _integers(self, value: ir.Value | None) -> tuple[int, ...] | None:
-        """Elements of a constant that says how to renumber another, as bounds and shapes do."""
-        source = self.fold(value)
-        if not isinstance(source, Folded) or math.prod(source.shape) > _MOST_NUMBERS:
+    def _chosen_of_sequence(self, step: Step) -> Source | None:
+        """One of the tensors that a sequence was put together from."""
+        value = step.node.inputs[0]
+        node = value.producer() if value is not None else None
+        if node is None or node.op_type != "SequenceConstruct" or node.domain not in ONNX_DOMAINS:
             return None
-        numbers = np.zeros(source.shape, np.int64)
-        for part in source.parts:
-            begins = zip(part.start, part.view.shape, strict=True)
-            numbers[tuple(slice(begin, begin + length) for begin, length in begins)] = (
-                part.view.apply(read_tensor(part.tensor, part.value.name or "", self._path))
+        return one_of([self._at(each) for each in node.inputs])
+
+    def _computed(self, step: Step, value: ir.Value, passing: list[Source]) -> Folded | None:
+        """A constant that is computed when it is read, under the name of its largest source."""
+        outlines = {
+            index: (source.dtype, source.shape)
+            for index, source in enumerate(step.sources)
+            if isinstance(source, Folded)
+        }
+        if len(outlines) < sum(step.has(index) for index in range(len(step.sources))):
+            return None
+        outline = self.evaluator.outline(step.node, step.output, outlines)
+        if outline is None:
+            return None
+        tensor = self.evaluator.tensor(value, outline)
+        parts = [part for each in passing if isinstance(each, Folded) for part in each.parts]
+        largest = max(parts, key=lambda part: part.stored.tensor.size, default=None)
+        if largest is None or not is_matrix(sizes_of(largest.stored.tensor)):
+            return Folded((Part.whole(Stored(value, tensor)),), outline[1], outline[0])
+        still = step.op in ELEMENTWISE and largest.view.shape == outline[1] and largest.is_in_place
+        stored = Stored(largest.stored.value, tensor, not still, _matrices(parts))
+        return Folded((Part.whole(stored),), outline[1], outline[0])
+
+    def _reaching(self, value: ir.Value) -> Source:
+        """All constants that reach a value which a loop computes anew from itself.
+
+        Raises:
+            UsageError: loops carry more values than a sound file does.
+        """
+        if value in self._renewed:
+            return self._renewed[value]
+        found: list[Source] = []
+        seen = {value}
+        pending = [value]
+        while pending:
+            last = pending.pop()
+            tensor, node = constant_of(last), last.producer()
+            if tensor is not None and is_matrix(sizes_of(tensor)):
+                found.append(self._whole(last, tensor))
+            if tensor is None and (node is None or node.op_type not in ACTIVATIONS):
+                fresh = [each for each in self._feeding(last) if each not in seen]
+                seen.update(fresh)
+                pending += fresh
+        self._left -= len(seen)
+        if self._left < 0:
+            raise UsageError(
+                "The loops of the model carry more values than the check follows; unroll them, or "
+                "export the file again."
             )
-            release(part.tensor)
-        return tuple(numbers.reshape(-1).tolist())
+        self._renewed[value] = renewed(found)
+        return self._renewed[value]
+
+    def _bounded(self, source: Source) -> Source:
+        """Give up on what takes more steps than a sound file needs."""
+        if isinstance(source, Folded):
+            self._left -= len(source.parts)
+            if self._left < 0 or len(source.parts) > MOST_PARTS:
+                reason = f"it is taken apart and joined in more than {MOST_PARTS} pieces"
+                return Blocked(stored_of(source), reason, FOLD, source.nature)
+        return source
+
+
+def _matrices(parts: Sequence[Part]) -> tuple[str, ...]:
+    """Names of the stored matrices that some parts are made of, each once."""
+    names: dict[str, None] = {}
+    for stored in (part.stored for part in parts):
+        if is_matrix(sizes_of(stored.tensor)):
+            names.update(dict.fromkeys(stored.made_of or (stored.value.name or "",)))
+    return tuple(names)
+
+
+# Of these any input may be the constant, of the others the first.
+_ANY_INPUT = ("Add", "Concat", "Max", "Min", "Mul", "Sub", "Where")
 
 
 def _static_shape(value: ir.Value) -> tuple[int, ...] | None:
     return value.shape.numpy() if value.shape is not None and value.shape.is_static() else None
 
 
-def _axis(axis: int, rank: int) -> int | None:
-    return axis % rank if -rank <= axis < rank else None
+def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node of a model, those of subgraphs and of functions that were not inlined too."""
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
 
 
-def _put(numbers: tuple[int, ...], axis: int, number: int) -> tuple[int, ...]:
-    return (*numbers[:axis], number, *numbers[axis + 1 :])
-
-
-def _retyped(node: ir.Node, source: Folded) -> Folded:
-    """Same elements in the type that the node gives them."""
-    if node.op_type == "Identity":
-        return source
-    dtype = _output_type(node, source.dtype)
-    if node.op_type == "QuantizeLinear":
-        parts = tuple(replace(part, is_float=True) for part in source.parts)
-        return Folded(parts, source.shape, dtype)
-    if node.op_type == "DequantizeLinear":
-        zero = input_of(node, 2)
-        parts = tuple(
-            part if part.is_float else replace(part, zero_point=zero) for part in source.parts
-        )
-        return Folded(parts, source.shape, dtype, source.dtype)
-    return replace(source, dtype=dtype, quantized=None)
-
-
-def _output_type(node: ir.Node, default: ir.DataType) -> ir.DataType:
-    """Type of the first output, as the graph says it or as the operator makes it."""
-    told = node.outputs[0].dtype
-    if told is not None:
-        return told
-    stated = node.attributes.get_int("to", 0) or node.attributes.get_int("output_dtype", 0)
-    if stated:
-        return ir.DataType(stated)
-    if node.op_type == "QuantizeLinear":
-        zero = _type_of(node, 2)
-        return ir.DataType.UINT8 if zero is None else zero
-    return _type_of(node, 1) or default
-
-
-def _type_of(node: ir.Node, index: int) -> ir.DataType | None:
-    value = input_of(node, index)
-    tensor = constant_of(value)
-    return tensor.dtype if tensor is not None else value.dtype if value is not None else None
-
-
-def _transposed(node: ir.Node, source: Folded) -> Folded | None:
-    rank = len(source.shape)
-    perm = node.attributes.get_ints("perm", None)
-    order = tuple(reversed(range(rank))) if perm is None else tuple(perm)
-    if sorted(order) != list(range(rank)):
-        return None
-    parts = tuple(
-        replace(
-            part, view=part.view.transpose(order), start=tuple(part.start[axis] for axis in order)
-        )
-        for part in source.parts
-    )
-    return replace(source, parts=parts, shape=tuple(source.shape[axis] for axis in order))
-
-
-def _cut(source: Folded, axis: int, kept: range) -> Folded:
-    """Keep some indices of one axis; parts that hold none of them fall away."""
-    parts = []
-    for part in source.parts:
-        begin = part.start[axis]
-        # The first kept index that is not before the part.
-        first = max(kept.start, begin + (kept.start - begin) % kept.step)
-        inside = range(first, min(kept.stop, begin + part.view.shape[axis]), kept.step)
-        if inside:
-            view = part.view.slice(axis, inside.start - begin, len(inside), kept.step)
-            start = _put(part.start, axis, (inside.start - kept.start) // kept.step)
-            parts.append(replace(part, view=view, start=start))
-    return replace(source, parts=tuple(parts), shape=_put(source.shape, axis, len(kept)))
-
-
-def _renumbered(
-    source: Folded, shape: Sequence[int], *, expand: bool = False
-) -> Folded | Blocked | None:
-    """Give the elements of one part another shape, if fixed strides still describe them."""
-    if len(source.parts) != 1 or len(shape) > _MOST_AXES:
-        return None
-    part = source.parts[0]
-    view = part.view.expand(shape) if expand else part.view.reshape(shape)
-    if view is None:
-        reason = "it is reshaped in a way that no fixed steps through the stored tensor describe"
-        return Blocked(part.value, part.tensor, tuple(shape), reason)
-    part = replace(part, view=view, start=(0,) * len(view.shape))
-    return replace(source, parts=(part,), shape=view.shape)
-
-
-def _reshaped(
-    old: tuple[int, ...], wanted: tuple[int, ...], *, allow_zero: bool
-) -> tuple[int, ...] | None:
-    """Resolve 0 (keep the length) and -1 (what is left) of a Reshape."""
-    if not allow_zero and any(n == 0 and i >= len(old) for i, n in enumerate(wanted)):
-        return None
-    shape = [old[i] if n == 0 and not allow_zero else n for i, n in enumerate(wanted)]
-    if -1 in shape:
-        rest = math.prod(n for n in shape if n != -1)
-        shape[shape.index(-1)] = math.prod(old) // rest if rest else 0
-    return tuple(shape)
-
-
-def _squeezed(old: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
-    gone = {axis % len(old) for axis in axes} if old else set()
-    return tuple(length for axis, length in enumerate(old) if axis not in gone)
-
-
-def _unsqueezed(old: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
-    rank = len(old) + len(axes)
-    new = {axis % rank for axis in axes}
-    rest = iter(old)
-    return tuple(1 if axis in new else next(rest, 1) for axis in range(rank))
+def stored_elements(model: ir.Model) -> int:
+    """Number of elements that a file stores, whatever it may claim to compute from them."""
+    values = {value for graph in model.graphs() for value in graph.initializers.values()}
+    for node in nodes_of(model):
+        values.update(node.outputs if node.op_type == "Constant" else ())
+    tensors = (constant_of(value) for value in values)
+    return sum(math.prod(sizes_of(tensor)) for tensor in tensors if tensor is not None)

@@ -56,6 +56,11 @@ def inspect_groups(
     return Finding(count.nonzeros / max(1, shown.size), first, reason, part, shape)
 
 
+def unread(reason: str, shape: tuple[int, ...]) -> Finding:
+    """Finding of a tensor that was not looked at, with the reason."""
+    return Finding(0.0, None, reason, "", shape)
+
+
 def _part(view: Strided, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     """The slice that a view is, as text, and its shape; "" for a whole tensor."""
     box = view.box(shape)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from prox24_deploy.graph.model_file import load_model
 from prox24_deploy.graph.signature import axes_of
-from prox24_deploy.graph.weights import load_model
 from prox24_deploy.recipe import GraphTensor
 
 

@@ -10,11 +10,13 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from prox24_deploy.graph import attributes
 from prox24_deploy.graph.constants import ONNX_DOMAINS
+from prox24_deploy.graph.einsum import contraction_of
+from prox24_deploy.graph.operators import NO_PRODUCT
+from prox24_deploy.graph.quantisers import MICROSOFT, TENSORRT
 
-MICROSOFT = "com.microsoft"
-
-Form = Literal["left", "right", "conv", "transposed conv", "recurrent", "einsum", "packed"]
+Form = Literal["left", "right", "conv", "transposed conv", "recurrent", "einsum", "data", "packed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +32,21 @@ class Operand:
 class Reduction:
     """How a node sums over a weight of one rank.
 
-    `axis` is summed and `outputs` run over the results. The outermost `groups` equal pieces of
-    `axis` are summed apart from each other.
+    `axis` is summed, together with the `joined - 1` axes behind it, and `outputs` run over the
+    results. The outermost `groups` equal pieces of `axis` are summed apart from each other.
     """
 
     axis: int
     outputs: tuple[int, ...]
     groups: int = 1
+    joined: int = 1
 
 
 _BOTH = (Operand(0, "left"), Operand(1, "right"))
 _RIGHT = (Operand(1, "right"),)
-_CONV = (Operand(1, "conv"),)
-_RECURRENT = (Operand(1, "recurrent"), Operand(2, "recurrent"))
+_CONV = (Operand(0, "data"), Operand(1, "conv"))
+_TRANSPOSED_CONV = (Operand(0, "data"), Operand(1, "transposed conv"))
+_RECURRENT = (Operand(0, "data"), Operand(1, "recurrent"), Operand(2, "recurrent"))
 
 
 def _packed(*indices: int) -> tuple[Operand, ...]:
@@ -56,13 +60,12 @@ _STANDARD: Mapping[str, tuple[Operand, ...]] = {
     "QLinearMatMul": (Operand(0, "left", 2), Operand(3, "right", 5)),
     "Conv": _CONV,
     "DeformConv": _CONV,
-    "ConvInteger": (Operand(1, "conv", 3),),
-    "QLinearConv": (Operand(3, "conv", 5),),
-    "ConvTranspose": (Operand(1, "transposed conv"),),
+    "ConvInteger": (Operand(0, "data"), Operand(1, "conv", 3)),
+    "QLinearConv": (Operand(0, "data"), Operand(3, "conv", 5)),
+    "ConvTranspose": _TRANSPOSED_CONV,
     "LSTM": _RECURRENT,
     "GRU": _RECURRENT,
     "RNN": _RECURRENT,
-    "Einsum": (Operand(0, "einsum"), Operand(1, "einsum")),
 }
 
 _CONTRIB: Mapping[str, tuple[Operand, ...]] = {
@@ -84,8 +87,8 @@ _CONTRIB: Mapping[str, tuple[Operand, ...]] = {
     "LongformerAttention": (Operand(1, "right"), Operand(4, "right")),
     "FusedConv": _CONV,
     "NhwcFusedConv": _CONV,
-    "QLinearConv": (Operand(3, "conv", 5),),
-    "ConvTransposeWithDynamicPads": (Operand(1, "transposed conv"),),
+    "QLinearConv": (Operand(0, "data"), Operand(3, "conv", 5)),
+    "ConvTransposeWithDynamicPads": _TRANSPOSED_CONV,
     "AttnLSTM": _RECURRENT,
     "MatMulNBits": _packed(1),
     "MatMulBnb4": _packed(1),
@@ -118,28 +121,44 @@ _SUM_NO_WEIGHT = frozenset(
     }
 )  # fmt: skip
 
-
-_LOOPS = ("Loop", "Scan")
+# TensorRT's quantisers, as graph.arithmetic follows them, and classic machine learning.
+_OTHERS_SUM_NO_WEIGHT = {
+    TENSORRT: frozenset(
+        {
+            "TRT_FP4DynamicQuantize", "TRT_FP8DequantizeLinear", "TRT_FP8QuantizeLinear",
+            "TRT_INT4DequantizeLinear", "TRT_INT4QuantizeLinear", "TRT_INT8DequantizeLinear",
+            "TRT_INT8QuantizeLinear", "TRT_MXFP8DequantizeLinear", "TRT_MXFP8DynamicQuantize",
+        }
+    ),
+    "ai.onnx.ml": frozenset(
+        {
+            "ArrayFeatureExtractor", "Binarizer", "CastMap", "CategoryMapper", "DictVectorizer",
+            "FeatureVectorizer", "Imputer", "LabelEncoder", "Normalizer", "OneHotEncoder", "Scaler",
+            "TreeEnsemble", "TreeEnsembleClassifier", "TreeEnsembleRegressor", "ZipMap",
+        }
+    ),
+    MICROSOFT: _SUM_NO_WEIGHT,
+}  # fmt: skip
 
 
 def weight_operands(node: ir.Node) -> Iterator[Operand]:
-    """Inputs of a node that may be weights.
-
-    Of a node that is not known, and is no operator of ONNX itself, every input may be one; so may
-    every input that a loop passes to its body.
-    """
-    if node.domain in ONNX_DOMAINS and node.op_type not in _LOOPS:
-        known = _STANDARD.get(node.op_type, ())
-    elif node.domain != MICROSOFT or node.op_type not in (_CONTRIB.keys() | _SUM_NO_WEIGHT):
-        known = _packed(*range(len(node.inputs)))
-    else:
-        known = _CONTRIB.get(node.op_type, ())
+    """Inputs of a node that may be weights; every one of a node that is not known."""
+    known = _known(node)
+    if known is None:
+        known = () if sums_no_weight(node) else _packed(*range(len(node.inputs)))
     yield from (operand for operand in known if operand.index < len(node.inputs))
 
 
 def is_known(node: ir.Node) -> bool:
     """Whether it is known which inputs of a node are weights."""
-    return (_STANDARD if node.domain in ONNX_DOMAINS else _CONTRIB).get(node.op_type) is not None
+    return _known(node) is not None
+
+
+def sums_no_weight(node: ir.Node) -> bool:
+    """Whether it is known that a node sums no products over a constant."""
+    if node.domain in ONNX_DOMAINS:
+        return node.op_type in NO_PRODUCT
+    return node.op_type in _OTHERS_SUM_NO_WEIGHT.get(node.domain, ())
 
 
 def reduction_of(node: ir.Node, operand: Operand, rank: int) -> Reduction | str | None:
@@ -155,25 +174,34 @@ def reduction_of(node: ir.Node, operand: Operand, rank: int) -> Reduction | str 
         case "conv":
             found = Reduction(1, (0,))
         case "transposed conv":
-            found = Reduction(0, (1,), node.attributes.get_int("group", 1))
+            found = Reduction(0, (1,), attributes.integer(node, "group", 1))
         case "recurrent":
             found = Reduction(2, (1,))
         case "einsum":
-            found = _of_einsum(node, operand.index)
-        case _ if node.op_type in _LOOPS:
-            found = f"{node.op_type} passes it to its body, into which the check does not follow it"
+            found = _of_einsum(node, operand.index, rank)
+        case "data":
+            found = f"{node.op_type} takes it for data, which the check does not prove"
         case _:
             found = f"{node.op_type} keeps it in a form that the check does not read"
     if isinstance(found, Reduction) and max(found.axis, *found.outputs, 0) >= rank:
         return f"its rank {rank} does not fit the node that reads it"
+    if isinstance(found, Reduction) and found.groups < 1:
+        return f"{node.op_type} has {found.groups} groups"
     return found
+
+
+def _known(node: ir.Node) -> tuple[Operand, ...] | None:
+    if node.domain in ONNX_DOMAINS and node.op_type == "Einsum":
+        return tuple(Operand(index, "einsum") for index in range(len(node.inputs)))
+    tables = {**dict.fromkeys(ONNX_DOMAINS, _STANDARD), MICROSOFT: _CONTRIB}
+    return tables.get(node.domain, {}).get(node.op_type)
 
 
 def _of_matrix(node: ir.Node, operand: Operand, rank: int) -> Reduction:
     left = operand.form == "left"
     side = "A" if left else "B"
-    batch = node.attributes.get_int(f"transBatch{side}", 0)
-    swap = node.attributes.get_int(f"trans{side}", 0)
+    batch = attributes.integer(node, f"transBatch{side}", 0)
+    swap = attributes.integer(node, f"trans{side}", 0)
     order = list(range(rank))
     if rank == 1:
         return Reduction(0, ())
@@ -186,18 +214,8 @@ def _of_matrix(node: ir.Node, operand: Operand, rank: int) -> Reduction:
     return Reduction(summed, (free,))
 
 
-def _of_einsum(node: ir.Node, index: int) -> Reduction | str | None:
-    """Axis of an operand that the other has too and the result has not."""
-    text = node.attributes.get_string("equation", "").replace(" ", "")
-    inputs, arrow, result = text.partition("->")
-    terms = inputs.split(",")
-    if not arrow or len(terms) != 2 or "." in text or len(set(terms[index])) < len(terms[index]):
-        return f"the check does not read the equation {text!r} of Einsum"
-    own, other = terms[index], terms[1 - index]
-    summed = [axis for axis, letter in enumerate(own) if letter not in result]
-    free = [i for i, letter in enumerate(own) if letter in result and letter not in other]
-    if not summed:
-        return None
-    if len(summed) > 1 or own[summed[0]] not in other:
-        return f"Einsum {text!r} does not sum over exactly one axis that both operands have"
-    return Reduction(summed[0], tuple(free))
+def _of_einsum(node: ir.Node, index: int, rank: int) -> Reduction | str | None:
+    found = contraction_of(attributes.text(node, "equation"), index, rank)
+    if found is None or isinstance(found, str):
+        return found
+    return Reduction(found.first, found.outputs, joined=found.count)

@@ -9,7 +9,8 @@ import onnx_ir as ir
 from prox24_deploy.errors import ExportError
 from prox24_deploy.graph.bisect import run_for
 from prox24_deploy.graph.groups import Array
-from prox24_deploy.graph.weights import load_model, module_of
+from prox24_deploy.graph.model_file import load_model
+from prox24_deploy.graph.modules import module_of
 
 
 def require_finite(path: Path, feeds: Mapping[str, Array]) -> None:

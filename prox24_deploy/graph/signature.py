@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from prox24_deploy.errors import ExportError
-from prox24_deploy.graph.weights import load_model
+from prox24_deploy.graph.model_file import load_model
 from prox24_deploy.recipe import STATES, Recipe, TensorSpec
 
 _PAST = "past_key_values"

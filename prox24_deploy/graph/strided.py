@@ -49,6 +49,19 @@ class Strided:
         strides[axis] *= step
         return Strided(offset, tuple(shape), tuple(strides))
 
+    def insert(self, axis: int) -> "Strided":
+        """Put an axis of length one before `axis`."""
+        shape = (*self.shape[:axis], 1, *self.shape[axis:])
+        return Strided(self.offset, shape, (*self.strides[:axis], 0, *self.strides[axis:]))
+
+    def outer(self, axes: Sequence[tuple[int, int]]) -> "Strided":
+        """Put axes, each as (length, stride), before all others."""
+        return Strided(
+            self.offset,
+            (*(length for length, _ in axes), *self.shape),
+            (*(stride for _, stride in axes), *self.strides),
+        )
+
     def split(self, axis: int, pieces: int) -> "Strided":
         """Turn one axis into two: that of equal pieces, and that of the elements of a piece."""
         length, stride = self.shape[axis] // pieces, self.strides[axis]
@@ -56,6 +69,18 @@ class Strided:
             self.offset,
             (*self.shape[:axis], pieces, length, *self.shape[axis + 1 :]),
             (*self.strides[:axis], stride * length, stride, *self.strides[axis + 1 :]),
+        )
+
+    def merge(self, axis: int, count: int) -> "Strided | None":
+        """Make one axis of neighbouring ones, None where no fixed stride steps through them."""
+        inner = Strided(0, self.shape[axis : axis + count], self.strides[axis : axis + count])
+        merged = inner.reshape((inner.size,))
+        if merged is None:
+            return None
+        return Strided(
+            self.offset,
+            (*self.shape[:axis], *merged.shape, *self.shape[axis + count :]),
+            (*self.strides[:axis], *merged.strides, *self.strides[axis + count :]),
         )
 
     def expand(self, shape: Sequence[int]) -> "Strided | None":
@@ -95,7 +120,7 @@ class Strided:
         kept = [
             (stride, size, i == axis)
             for i, (size, stride) in enumerate(zip(self.shape, self.strides, strict=True))
-            if i == axis or (size > 1 and stride)
+            if i == axis or not size or (size > 1 and stride)
         ]
         merged: list[tuple[int, int, bool]] = []
         for stride, size, reduced in sorted(kept, key=lambda entry: (-entry[0], entry[1])):
@@ -107,12 +132,21 @@ class Strided:
         return view, [m[2] for m in merged].index(True)
 
     def apply(self, array: Array) -> Array:
-        """The elements of `array`, in C order, that the view shows; nothing is copied."""
+        """The elements of `array`, in C order, that the view shows; nothing is copied.
+
+        Raises:
+            ValueError: the view shows elements that the array has not.
+        """
         flat = array.reshape(-1)
         if not self.size:
             return flat[:0].reshape(self.shape)
+        last = self.position([length - 1 for length in self.shape])
+        if not 0 <= self.offset <= last < flat.size:
+            raise ValueError(f"elements {self.offset} to {last} of {flat.size} are looked at")
         strides = [stride * flat.itemsize for stride in self.strides]
-        return as_strided(flat[self.offset :], self.shape, strides, writeable=False)
+        # NumPy cannot step through some types of ml_dtypes, so bare bytes are stepped through.
+        bare = flat[self.offset :].view(f"V{flat.itemsize}")
+        return as_strided(bare, self.shape, strides, writeable=False).view(flat.dtype)
 
     def position(self, index: Sequence[int]) -> int:
         """Position in the stored tensor, in C order, of one element of the view."""

@@ -1,40 +1,48 @@
 """Find the constant weights of an ONNX graph and the axis along which each is reduced."""
 
-import ast
-import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 
 from prox24_deploy.errors import UsageError
-from prox24_deploy.graph.constants import (
-    constant_of,
-    constant_values,
-    input_of,
-    read_tensor,
-    release,
-    sizes_of,
-)
+from prox24_deploy.graph import attributes
+from prox24_deploy.graph.constants import constant_of, input_of, is_matrix, sizes_of
 from prox24_deploy.graph.eligibility import GemmShape
-from prox24_deploy.graph.folding import Blocked, Folded, Folder, Part
+from prox24_deploy.graph.evaluation import Budget, NotComputedError
+from prox24_deploy.graph.folding import Folder
 from prox24_deploy.graph.groups import GROUP
+from prox24_deploy.graph.mixing import EXPORT, FOLD
 from prox24_deploy.graph.operands import (
     Operand,
     Reduction,
     is_known,
     reduction_of,
+    sums_no_weight,
     weight_operands,
+)
+from prox24_deploy.graph.quantisers import is_dequantiser
+from prox24_deploy.graph.sources import (
+    Blocked,
+    Folded,
+    Part,
+    Runtime,
+    Source,
+    Stored,
+    has_matrix,
+    stored_of,
 )
 from prox24_deploy.graph.strided import Strided
 
-MODULE_KEY = "prox24.module"
-SPARSE_KEY = "prox24.sparse_weights"
-SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+UNPACK = "check the file from which it was packed"
+INLINE = "inline the functions of the model first"
+# A list of numbers this long in an attribute is no bound, size or list of anchors.
+_LONG_LIST = 64
+_COEFFICIENTS = ("coefficients", "support_vectors")
+_MACHINE_LEARNING = ("LinearClassifier", "LinearRegressor", "SVMClassifier", "SVMRegressor")
 
 
 @dataclass(slots=True)
@@ -43,9 +51,12 @@ class ConstantWeight:
 
     `view` shows the elements in the order in which they are stored and `reduction` is its axis of
     the groups; `axis` is that axis of the stored tensor, -1 where it is not known. `gemm` and
-    `dtype` are those of the multiplication, None where they are not known. `zero_point` is the
-    input that holds the stored integer for zero, if any. `reason` says why nothing can be proven,
-    "" if it can.
+    `dtype` are those of the multiplication, None where they are not known. `zero` is the stored
+    number that stands for zero. `reason` says why nothing can be proven, "" if it can, and `remedy`
+    what would help. `doubt` is a reason why groups that are not 2:4 prove nothing yet, and `exact`
+    the weight as it is multiplied, computed, where that can settle it. A `replaceable` weight is
+    the default of an input. The elements of a `moved` one have other places than in the tensor that
+    `value` stores, and a computed one may be `made_of` several tensors.
     """
 
     value: ir.Value
@@ -55,219 +66,312 @@ class ConstantWeight:
     axis: int = -1
     gemm: GemmShape | None = None
     dtype: ir.DataType | None = None
-    zero_point: ir.Value | None = None
+    zero: int = 0
     reason: str = ""
+    remedy: str = ""
+    doubt: str = ""
+    exact: "ConstantWeight | None" = None
+    replaceable: bool = False
+    moved: bool = False
+    made_of: tuple[str, ...] = ()
     nodes: list[ir.Node] = field(default_factory=list)
 
     @property
     def is_whole(self) -> bool:
-        """Whether every element of the stored tensor belongs to the weight."""
-        return self.view.size == self.tensor.size
+        """Whether every element of an initializer belongs to the weight, and is not computed."""
+        return self.tensor is self.value.const_value and self.view.size == self.tensor.size
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What two weights have in common that are one."""
+        place = (id(self.tensor), self.view, self.reduction, self.axis)
+        return (*place, self.zero, self.reason, self.doubt)
 
 
-def load_model(path: Path) -> ir.Model:
-    """Load the graph of an ONNX file; weights stay in the file until they are read.
-
-    Local functions are inlined, so that a weight passed to one is seen at its consumer.
-
-    Raises:
-        UsageError: the file cannot be read or is not an ONNX model.
-    """
-    try:
-        model = ir.load(path, format="protobuf")
-        if model.functions:
-            InlinePass()(model)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); pass an ONNX file.") from error
-    except Exception as error:  # protobuf and the deserialiser raise types of many kinds
-        raise UsageError(_not_onnx(path)) from error
-    if not len(model.graph):
-        raise UsageError(_not_onnx(path))
-    return model
-
-
-def find_weights(model: ir.Model, path: Path | None = None) -> list[ConstantWeight]:
+def find_weights(
+    model: ir.Model, path: Path | None = None, budget: Budget | None = None
+) -> list[ConstantWeight]:
     """List every constant that a node of the model multiplies and sums over, subgraphs included.
 
-    A weight is followed back to the tensors that are stored. Elements with several consumers along
-    one axis are listed once. A product over a single element, as rotary position tables use it,
-    sums nothing and has no weight. What cannot be followed or read is listed with the reason.
+    A weight is followed back to the tensors that are stored, also where it is chosen among several
+    at run time. Elements with several consumers along one axis are listed once. A product over a
+    single element, as rotary position tables use it, sums nothing and has no weight. What cannot be
+    followed or read is listed with the reason.
 
     Args:
-        model: with inlined functions.
+        model: as `graph.model_file` opens it.
         path: the file of the model, None if it holds its tensors in memory.
+        budget: what may be computed, by default as much as is in proportion to the model.
 
     Raises:
-        UsageError: external data that is needed to follow a weight is missing or damaged, or a
-            weight is stored in a way that is not read (as a sparse initializer).
+        UsageError: external data that is needed to follow a weight is missing or damaged, or a node
+            breaks the standard, or multiplies by what the file does not hold.
     """
-    folder = Folder(constant_values(model), path)
+    folder = Folder(model, path, budget)
     found: dict[tuple[object, ...], ConstantWeight] = {}
     for node in model.graph.all_nodes():
-        for operand in weight_operands(node):
-            value = node.inputs[operand.index]
-            _require_defined(node, value, path)
-            for weight in _weights_of(node, operand, folder.fold(value)):
-                place = (weight.value, weight.view, weight.reduction, weight.axis)
-                key = (*place, weight.zero_point, weight.reason)
-                found.setdefault(key, weight).nodes.append(node)
+        for weight in (*_operand_weights(node, folder), *_attribute_weights(node)):
+            found.setdefault(weight.key, weight).nodes.append(node)
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            for weight in _function_weights(node, function.name):
+                found.setdefault(weight.key, weight).nodes.append(node)
     return list(found.values())
 
 
-def module_of(node: ir.Node) -> str:
-    """Module path of a node, "" where the file does not tell it.
+def _operand_weights(node: ir.Node, folder: Folder) -> Iterator[ConstantWeight]:
+    operands = list(weight_operands(node))
+    for operand in operands:
+        _require_defined(node, node.inputs[operand.index])
+    sources = [folder.fold(node.inputs[operand.index]) for operand in operands]
+    if _chooses_rows(node, sources, folder):
+        return
+    for operand, source in zip(operands, sources, strict=True):
+        others = [other for other in sources if other is not source]
+        if _is_listed(operand, source, others):
+            yield from _Finder(node, operand, folder).weights(source)
 
-    Sources, first that tells: our own metadata, the name scopes of torch's exporter, and names that
-    are paths, as torch's TorchScript exporter and the builders that imitate it write them
-    (`/encoder/layer.0/dense/MatMul`).
+
+def _chooses_rows(node: ir.Node, sources: Sequence[Source], folder: Folder) -> bool:
+    """Whether a product by a matrix of ones and zeros looks up rows, which later nodes multiply."""
+    picks = any(isinstance(source, Runtime) and source.one_hot for source in sources)
+    return picks and not isinstance(folder.fold(node.outputs[0]), Runtime)
+
+
+def _is_listed(operand: Operand, source: Source, others: Sequence[Source]) -> bool:
+    """Whether what reaches an operand is a weight rather than an activation.
+
+    A constant always is. What is chosen or made at run time is one where weights are expected.
+    Where activations are, rows of a table that are looked up, and constants that are mixed with
+    other values, are activations if the other operand is a weight.
     """
-    if MODULE_KEY in node.metadata_props:
-        return node.metadata_props[MODULE_KEY]
-    root, *scopes = (node.name or "").rpartition("/")[0].split("/")
-    return scoped_module(node.metadata_props) or (".".join(scopes) if not root else "")
+    if isinstance(source, Runtime):
+        return False
+    first = operand.index == 0
+    if source.nature == "constant" or not (first or operand.form == "data"):
+        return True
+    weighted = any(not isinstance(other, Runtime) for other in others)
+    if operand.form in ("data", "packed") or weighted:
+        return source.nature == "selected" and has_matrix(source)
+    return has_matrix(source)
 
 
-def scoped_module(metadata: Mapping[str, str]) -> str:
-    """Innermost module path in the `pkg.torch.onnx.name_scopes` that torch's exporter writes.
-
-    The value is the text of a list that runs from the root "" to the innermost module and ends in
-    the name of the operator instance, which is dropped.
-    """
-    try:
-        scopes = ast.literal_eval(metadata.get(SCOPES_KEY, "[]"))
-    except (ValueError, SyntaxError):
-        return ""
-    if not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
-        return ""
-    if len(scopes) > 1 and scopes[-2] and scopes[-1].startswith(f"{scopes[-2]}."):
-        return str(scopes[-1])
-    return str(scopes[-2]) if len(scopes) > 1 else ""
-
-
-def declared_modules(model: ir.Model, path: Path) -> frozenset[str] | None:
-    """Module paths that the file itself declares as 2:4, or None if it declares nothing.
-
-    Raises:
-        UsageError: the declaration is not a JSON list of strings.
-    """
-    text = model.metadata_props.get(SPARSE_KEY)
-    if text is None:
-        return None
-    try:
-        names = json.loads(text)
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UsageError(
-            f"Metadata {SPARSE_KEY} of {path} must be a JSON list of module paths, got "
-            f"{text[:80]!r}; export the file again."
-        )
-    return frozenset(names)
+def _attribute_weights(node: ir.Node) -> Iterator[ConstantWeight]:
+    """Weights that an operator which is not known, or of classic machine learning, holds itself."""
+    if is_known(node) or sums_no_weight(node):
+        return
+    linear = node.op_type in _MACHINE_LEARNING
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.TENSOR:
+            tensor = attribute.as_tensor()
+            wanted = is_matrix(sizes_of(tensor)) and tensor.dtype != ir.DataType.STRING
+        elif attribute.type == ir.AttributeType.FLOATS:
+            tensor = ir.Tensor(np.asarray(attribute.as_floats(), np.float32))
+            wanted = tensor.size >= _LONG_LIST or (linear and attribute.name in _COEFFICIENTS)
+        else:
+            continue
+        if wanted:
+            name = f"{attribute.name} of {node.name or node.op_type}"
+            stored = Stored(ir.Value(name=name), tensor)
+            reason = f"{node.op_type} keeps it in a form that the check does not read"
+            yield _unproven(stored, reason, UNPACK)
 
 
-def _not_onnx(path: Path) -> str:
-    return f"{path} is not an ONNX model, or is damaged; pass a file that onnx.load can read."
+def _function_weights(node: ir.Node, name: str) -> Iterator[ConstantWeight]:
+    """Constants of a function that was not inlined, so that its attributes are not known."""
+    graphs = [
+        value for graph in attributes.subgraphs(node) for value in graph.initializers.values()
+    ]
+    for value in (*node.outputs, *graphs):
+        tensor = constant_of(value)
+        if tensor is not None and is_matrix(sizes_of(tensor)):
+            reason = f"it lies in the local function {name}, which is too large to inline"
+            yield _unproven(Stored(value, tensor), reason, INLINE)
 
 
-def _require_defined(node: ir.Node, value: ir.Value | None, path: Path | None) -> None:
+def _require_defined(node: ir.Node, value: ir.Value | None) -> None:
     if value is None or value.producer() is not None or value.is_graph_input():
         return
     if constant_of(value) is None:
         raise UsageError(
-            f"Node {node.name!r} of {path} multiplies by {value.name!r}, which the file does not "
-            "hold as a dense tensor; store sparse initializers as dense ones."
+            f"The {attributes.described(node)} multiplies by {value.name!r}, which the file does "
+            "not hold; export it again."
         )
 
 
-def _weights_of(
-    node: ir.Node, operand: Operand, source: Folded | Blocked | None
-) -> Iterator[ConstantWeight]:
-    if source is None or (source.shape is not None and not source.shape):
-        return
-    rank = len(source.shape or ())
-    if operand.form == "packed" and not is_known(node) and not _is_matrix(source):
-        return
-    found = reduction_of(node, operand, rank) if source.shape else None
-    if isinstance(found, Reduction) and _is_outer_product(operand, found, source):
-        return
-    if source.shape and found is None:
-        return
-    if isinstance(source, Blocked):
-        yield _unproven(source, source.reason)
-    elif isinstance(found, str):
-        yield from (_unproven(part, found) for part in source.parts)
-    elif found is not None:
-        yield from (_weight(node, operand, found, source, part) for part in source.parts)
+@dataclass(frozen=True, slots=True)
+class _Finder:
+    """Weights that reach one operand of one node."""
+
+    node: ir.Node
+    operand: Operand
+    folder: Folder
+
+    def weights(self, source: Source) -> Iterator[ConstantWeight]:
+        """One weight for each stored part, with why it is not proven where it is not."""
+        if isinstance(source, Blocked):
+            if not self._is_skipped(source):
+                yield from (_unproven(s, source.reason, source.remedy) for s in _named(source))
+        elif isinstance(source, Folded) and source.shape and not self._is_skipped(source):
+            found = reduction_of(self.node, self.operand, len(source.shape))
+            if isinstance(found, str):
+                yield from self._unread(source, found)
+            elif found is not None and not self._sums_nothing(source, found):
+                yield from self._summed(source, found)
+
+    def _unread(self, source: Folded, reason: str) -> Iterator[ConstantWeight]:
+        remedy = UNPACK if self.operand.form == "packed" else EXPORT
+        if self.node.op_identifier() in self.folder.functions:
+            reason = f"{self.node.op_type} is a local function that is too large to inline"
+            remedy = INLINE
+        yield from (_unproven(stored, reason, remedy) for stored in stored_of(source))
+
+    def _is_skipped(self, source: Folded | Blocked) -> bool:
+        """Of a node that is not known, only matrices count: scales and biases are vectors."""
+        if self.operand.form != "packed" or is_known(self.node):
+            return False
+        return not (has_matrix(source) if isinstance(source, Blocked) else is_matrix(source.shape))
+
+    def _sums_nothing(self, source: Folded, found: Reduction) -> bool:
+        """Outer products, also of a vector that is repeated as often as is known at run time."""
+        if found.axis in source.torn:
+            return not has_matrix(source)
+        summed = math.prod(source.shape[found.axis : found.axis + found.joined])
+        return self.operand.form in ("left", "right", "einsum") and summed == 1
+
+    def _summed(self, source: Folded, found: Reduction) -> Iterator[ConstantWeight]:
+        if source.torn & set(range(found.axis, found.axis + found.joined)):
+            reason = "which of its elements are summed together is chosen at run time"
+            yield from (_unproven(part.stored, reason, EXPORT) for part in source.parts)
+            return
+        try:
+            self.folder.evaluator.budget.spend(0, pieces=len(source.parts))
+        except NotComputedError as error:
+            yield from (_unproven(s, str(error), FOLD) for s in stored_of(source))
+            return
+        code = self._zero_point()
+        weights = [self._weight(source, found, part, code) for part in source.parts]
+        value = self.node.inputs[self.operand.index]
+        if source.nature == "constant" and value is not None and weights:
+            exact = self._computed(source, found, value)
+            weights = [replace(w, exact=exact) if w.reason or w.doubt else w for w in weights]
+        yield from weights
+
+    def _weight(
+        self, source: Folded, found: Reduction, part: Part, code: int | None
+    ) -> ConstantWeight:
+        """One stored part of a weight, as the node sums over it."""
+        zero = None if code is None else part.zero_for(code)
+        if zero is None:
+            reason = "its zero points are not one known constant"
+            return _unproven(part.stored, reason, EXPORT)
+        placed = _placed(source, found, part)
+        if isinstance(placed, str):
+            return _unproven(part.stored, placed, FOLD)
+        view, axis = placed
+        doubt = _DOUBTS["scaled"] if part.scaled else _DOUBTS["rounded"] if part.rounded else ""
+        stored, reduction = view.outer(part.choices).storage_order(axis + len(part.choices))
+        return ConstantWeight(
+            part.stored.value,
+            part.stored.tensor,
+            stored,
+            reduction,
+            stored.stored_axis(reduction, sizes_of(part.stored.tensor)),
+            self._gemm(source, found),
+            self._multiplied_in(source),
+            zero,
+            remedy=EXPORT if part.scaled else FOLD,
+            doubt=doubt,
+            replaceable=part.replaceable,
+            moved=part.stored.moved,
+            made_of=part.stored.made_of,
+        )
+
+    def _computed(self, source: Folded, found: Reduction, value: ir.Value) -> ConstantWeight | None:
+        """The whole operand as it is multiplied, to be computed when it is read."""
+        evaluator, code = self.folder.evaluator, self._zero_point()
+        zeros = self._zero_points()
+        if code is not None:
+            tensor = evaluator.tensor(value, (source.dtype, source.shape))
+        elif self.folder.is_constant(zeros) and zeros is not None:
+            axis = found.outputs[0] if found.outputs else found.axis
+            tensor = evaluator.differing(value, zeros, axis, source.shape)
+        else:
+            return None
+        first = source.parts[0]
+        still = len(source.parts) == 1 and first.is_in_place
+        whole = Part.whole(Stored(first.stored.value, tensor, moved=not still))
+        return self._weight(replace(source, parts=(whole,)), found, whole, code or 0)
+
+    def _zero_point(self) -> int | None:
+        """The number that stands for zero in this operand, None where elements have several."""
+        zeros = self._zero_points()
+        if zeros is None:
+            return 0
+        array = self.folder.read(zeros) if self.folder.is_constant(zeros) else None
+        if array is None or not array.size or np.any(array != array.reshape(-1)[0]):
+            return None
+        return int(array.reshape(-1)[0])
+
+    def _zero_points(self) -> ir.Value | None:
+        place = self.operand.zero_point
+        return None if place is None else input_of(self.node, place)
+
+    def _gemm(self, source: Folded, found: Reduction) -> GemmShape:
+        summed = math.prod(source.shape[found.axis : found.axis + found.joined]) // found.groups
+        groups = attributes.integer(self.node, "group", 1)
+        return GemmShape(math.prod(source.shape[i] for i in found.outputs), summed, groups)
+
+    def _multiplied_in(self, source: Folded) -> ir.DataType:
+        """Type of the multiplication: that before dequantisation only if both operands pass one."""
+        other = input_of(self.node, 0 if self.operand.index else 1)
+        producer = other.producer() if other is not None else None
+        both = producer is not None and is_dequantiser(producer)
+        return source.quantized if source.quantized is not None and both else source.dtype
 
 
-def _weight(
-    node: ir.Node, operand: Operand, found: Reduction, source: Folded, part: Part
-) -> ConstantWeight:
-    """One stored part of a weight, as the node sums over it."""
-    view, axis, length = part.view, found.axis, source.shape[found.axis]
+_DOUBTS = {
+    "scaled": "it is multiplied by values known at run time alone, which may make more of it zero",
+    "rounded": "it is rounded before it is multiplied, which may make more of it zero",
+}
+
+
+def _placed(source: Folded, found: Reduction, part: Part) -> tuple[Strided, int] | str:
+    """A part with one axis for each sum, and that axis; or why its groups cannot be told."""
+    view, axis = part.view, found.axis
+    if found.joined > 1:
+        behind = range(axis, axis + found.joined)
+        whole = all(view.shape[i] == source.shape[i] for i in behind)
+        merged = view.merge(axis, found.joined) if whole else None
+        if merged is None:
+            return "the axes that are summed together do not follow each other where it is stored"
+        view = merged
+    length = view.shape[axis] if found.joined > 1 else source.shape[axis]
     if found.groups > 1:
         length //= found.groups
         if view.shape[axis] != source.shape[axis] or length * found.groups != view.shape[axis]:
-            return _unproven(part, f"its {found.groups} groups do not fit the stored tensor")
+            return f"its {found.groups} groups do not fit the stored tensor"
         view = view.split(axis, found.groups)
         axis += 1
-    edges = (part.start[axis], part.start[axis] + view.shape[axis]) if found.groups == 1 else (0,)
-    outside = [edge for edge in edges if edge % GROUP]
+    start = part.start[found.axis] if found.groups == found.joined == 1 else 0
+    outside = [edge for edge in (start, start + view.shape[axis]) if edge % GROUP]
     if outside and length % GROUP == 0:
-        reason = f"other tensors are joined to it at position {outside[0]}, inside a group of four"
-        return _unproven(part, reason)
-    if view.strides[axis] == 0 and length > 1:
-        return _unproven(part, "its elements are repeated along the axis that is summed")
-    zero = part.zero_point
-    if zero is None and operand.zero_point is not None and not part.is_float:
-        zero = input_of(node, operand.zero_point)
-    gemm = GemmShape(math.prod(source.shape[i] for i in found.outputs), length, _groups(node))
-    stored, reduction = view.storage_order(axis)
+        return f"other tensors are joined to it at position {outside[0]}, inside a group of four"
+    if view.size and view.strides[axis] == 0 and length > 1:
+        return "its elements are repeated along the axis that is summed"
+    return view, axis
+
+
+def _named(source: Source) -> list[Stored]:
+    """Constants to list for a value that is not followed: its matrices, or the largest tensor."""
+    stored = stored_of(source)
+    return [s for s in stored if is_matrix(sizes_of(s.tensor))] or list(stored[:1])
+
+
+def _unproven(stored: Stored, reason: str, remedy: str) -> ConstantWeight:
+    whole = Strided.of(sizes_of(stored.tensor))
     return ConstantWeight(
-        part.value,
-        part.tensor,
-        stored,
-        reduction,
-        stored.stored_axis(reduction, sizes_of(part.tensor)),
-        gemm,
-        _multiplied_in(node, operand, source),
-        zero,
+        stored.value, stored.tensor, whole, reason=reason, remedy=remedy, made_of=stored.made_of
     )
-
-
-def _unproven(source: Part | Blocked, reason: str) -> ConstantWeight:
-    whole = Strided.of(sizes_of(source.tensor))
-    return ConstantWeight(source.value, source.tensor, whole, reason=reason)
-
-
-def _groups(node: ir.Node) -> int:
-    return node.attributes.get_int("group", 1)
-
-
-def _multiplied_in(node: ir.Node, operand: Operand, source: Folded) -> ir.DataType:
-    """Type of the multiplication: that before dequantisation only if both operands pass one."""
-    other = input_of(node, 0 if operand.index else 1)
-    producer = other.producer() if other is not None else None
-    both = producer is not None and producer.op_type == "DequantizeLinear"
-    return source.quantized if source.quantized is not None and both else source.dtype
-
-
-def _is_matrix(source: Folded | Blocked) -> bool:
-    return len([length for length in source.shape or () if length > 1]) > 1
-
-
-def _is_outer_product(operand: Operand, found: Reduction, source: Folded | Blocked) -> bool:
-    lengths = source.shape or ()
-    return operand.form in ("left", "right", "einsum") and lengths[found.axis] == 1
-
-
-def zero_point_of(weight: ConstantWeight, path: Path) -> int | None:
-    """The stored integer that stands for zero, or None where no single one is known."""
-    if weight.zero_point is None:
-        return 0
-    tensor = constant_of(weight.zero_point)
-    if tensor is None:
-        return None
-    points = np.unique(read_tensor(tensor, weight.zero_point.name or "", path).astype(np.int64))
-    release(tensor)
-    return int(points[0]) if len(points) == 1 else None

@@ -29,7 +29,10 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-_SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+_SAFETENSORS_NAMES = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
 
 TOY_RECIPE = """
 family = "toy"

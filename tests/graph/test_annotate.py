@@ -8,7 +8,7 @@ from onnx import helper
 
 from prox24_deploy.graph.annotate import annotate
 from prox24_deploy.graph.module import RecipeModule
-from prox24_deploy.graph.weights import SCOPES_KEY
+from prox24_deploy.graph.modules import SCOPES_KEY
 
 
 def scoped(made: onnx.NodeProto, module: str) -> onnx.NodeProto:

@@ -11,7 +11,7 @@ from graph_models import DTYPES, Array, array_24, node, spoil, write_matmul, wri
 from onnx import TensorProto, helper, numpy_helper
 
 from prox24_deploy.artifacts import TensorCheck
-from prox24_deploy.errors import SparsityLostError
+from prox24_deploy.errors import SparsityLostError, SparsityUnprovenError
 from prox24_deploy.graph.check import check_onnx, check_path, require_24
 
 
@@ -129,13 +129,16 @@ def test_quantised_weight_is_checked_against_its_zero_point(tmp_path: Path) -> N
     assert dequantised(path, pruned, np.full(4, 7, np.uint8)).is_24
 
 
-def test_zero_points_that_differ_are_reported(tmp_path: Path) -> None:
-    zero = np.array([0, 1, 0, 0], np.int8)
+def test_each_channel_is_compared_with_its_own_zero_point(tmp_path: Path) -> None:
+    zero = np.array([0, 1, 0, 5], np.int8)
+    pruned = np.where(array_24((8, 4), 0) != 0, 9, zero).astype(np.int8)
+    check = dequantised(tmp_path / "m.onnx", pruned, zero)
+    assert (check.is_24, check.density, check.tensor, check.dtype) == (True, 0.5, "w", "int8")
     check = dequantised(tmp_path / "m.onnx", np.zeros((8, 4), np.int8), zero)
-    assert (check.is_24, check.reason) == (False, "its zero points are not one known constant")
+    assert (check.is_24, check.unproven, check.first_violation) == (False, False, (0, 1))
 
 
-def test_zero_point_that_is_computed_is_reported(tmp_path: Path) -> None:
+def test_zero_point_that_is_known_at_run_time_alone_is_reported(tmp_path: Path) -> None:
     nodes = [
         node("Neg", ["x"], "zero"),
         node("DequantizeLinear", ["w", "scale", "zero"], "d"),
@@ -143,7 +146,10 @@ def test_zero_point_that_is_computed_is_reported(tmp_path: Path) -> None:
     ]
     weights: dict[str, Array] = {"w": np.zeros((8, 4), np.int8), "scale": np.ones(1, np.float32)}
     check = only(check_onnx(write_onnx(tmp_path / "m.onnx", nodes, weights)))
-    assert check.reason == "its zero points are not one known constant"
+    assert (
+        check.reason == "DequantizeLinear has a zero point or scale that is not one known constant"
+    )
+    assert check.unproven
 
 
 def test_float_weight_behind_quantise_and_dequantise_is_checked_as_float(tmp_path: Path) -> None:
@@ -212,8 +218,7 @@ def test_constant_nodes_are_weights_and_activations_are_not(tmp_path: Path) -> N
     ]
     first, second = check_onnx(write_onnx(tmp_path / "m.onnx", nodes, {"w": array_24((4, 4), 0)}))
     assert (first.tensor, first.is_24) == ("c", True)
-    assert (second.tensor, second.is_24) == ("w", False)
-    assert second.reason.startswith("Relu computes the weight from it in a way that the check")
+    assert (second.tensor, second.is_24, second.axis) == ("w", True, 0)
 
 
 def test_weight_in_a_subgraph_is_checked(tmp_path: Path) -> None:
@@ -297,12 +302,44 @@ def test_dense_twin_that_declares_nothing_violates(tmp_path: Path) -> None:
 
 
 def test_ignored_weight_is_reported_and_not_expected(tmp_path: Path) -> None:
-    path = write_matmul(tmp_path / "m.onnx", np.ones((8, 8), np.float32))
+    nodes = [
+        node("MatMul", ["x", "w"], "a", "layer.dense"),
+        node("MatMul", ["a", "v"], "y", "pruned"),
+    ]
+    weights = {"w": np.ones((8, 8), np.float32), "v": array_24((8, 8), 0)}
+    path = write_onnx(tmp_path / "m.onnx", nodes, weights)
     for glob in ("w", "layer.*"):
         report = check_path(path, ignore=[glob])
         require_24(report)
-        assert [(c.expected, c.is_24) for c in report.tensors] == [(False, False)]
+        assert [(c.expected, c.is_24) for c in report.tensors] == [(False, False), (True, True)]
     assert check_path(path, ignore=["layer"]).violations
+
+
+def test_a_check_that_proves_nothing_does_not_pass(tmp_path: Path) -> None:
+    path = write_matmul(tmp_path / "m.onnx", array_24((8, 8), 0))
+    with pytest.raises(SparsityUnprovenError, match=r"m\.onnx proves nothing: all of its weights"):
+        require_24(check_path(path, ignore=["*"]))
+    path = write_matmul(tmp_path / "m.onnx", array_24((8, 8), 0), declared=[])
+    with pytest.raises(SparsityUnprovenError, match="proves nothing: what it declares names no we"):
+        require_24(check_path(path))
+    path = write_matmul(tmp_path / "m.onnx", np.zeros((8, 0), np.float32))
+    with pytest.raises(SparsityUnprovenError, match="proves nothing"):
+        require_24(check_path(path))
+
+
+def test_a_weight_that_is_lost_goes_before_one_that_is_not_proven(tmp_path: Path) -> None:
+    nodes = [
+        node("MatMulNBits", ["x", "p"], "a", domain="com.microsoft"),
+        node("MatMul", ["a", "w"], "y"),
+    ]
+    packed = np.ones((8, 2, 16), np.uint8)
+    path = write_onnx(tmp_path / "m.onnx", nodes, {"p": packed, "w": array_24((8, 8), 0)})
+    with pytest.raises(SparsityUnprovenError, match=r"'p' is not proven 2:4: MatMulNBits keeps it"):
+        require_24(check_path(path))
+    write_onnx(path, nodes, {"p": packed, "w": np.ones((8, 8), np.float32)})
+    with pytest.raises(SparsityLostError, match=r"'w' is not 2:4 .*, 1 not proven; prune the mod"):
+        require_24(check_path(path))
+    assert SparsityUnprovenError.exit_code == 5
 
 
 def test_declared_weights_are_the_only_ones_expected(tmp_path: Path) -> None:
@@ -321,7 +358,8 @@ def test_declared_weights_are_the_only_ones_expected(tmp_path: Path) -> None:
 
 def test_declared_module_without_a_weight_violates(tmp_path: Path) -> None:
     path = write_matmul(tmp_path / "m.onnx", array_24((8, 8), 0), declared=["layer.dense", "gone"])
-    with pytest.raises(SparsityLostError, match=r"the weight of module 'gone' .* no such weight;"):
+    message = r"the weight of module 'gone' is not proven 2:4: .* no such weight; write the file"
+    with pytest.raises(SparsityUnprovenError, match=message):
         require_24(check_path(path))
 
 

@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
-from graph_models import array_24, node, spoil, write_onnx, write_safetensors
+from graph_models import Array, array_24, node, spoil, write_onnx, write_safetensors
+from onnx import TensorProto, helper
 
 from prox24_deploy.graph.check import check_onnx, check_safetensors
 from prox24_deploy.graph.eligibility import GemmShape, obstacles
@@ -86,3 +88,65 @@ def test_stored_weights_are_judged_as_the_layers_they_will_be(tmp_path: Path) ->
     checks = check_safetensors(write_safetensors(tmp_path / "m.safetensors", tensors, axes))
     assert [check.eligible for check in checks] == [True, False, True, False]
     assert checks[1].ineligible_reason == f"{FLOAT}; N = 12 is not a multiple of 8"
+
+
+def quantised(path: Path, point: dict[str, int], *, computed: bool = False) -> Path:
+    """A product of two int8 operands with a zero point each."""
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "px"], "qx"),
+        node("DequantizeLinear", ["qx", "s", "px"], "dx"),
+        node("DequantizeLinear", ["w", "s", "pw"], "dw"),
+        node("MatMul", ["dx", "dw"], "y", "fc"),
+    ]
+    if computed:
+        nodes[:0] = [node("Identity", ["z"], "px")]
+    weight = np.where(array_24((32, 16), 0) != 0, 9, point["w"]).astype(np.int8)
+    weights: dict[str, Array] = {
+        "w": weight,
+        "s": np.array(0.5, np.float32),
+        "pw": np.array(point["w"], np.int8),
+        "z" if computed else "px": np.array(point["x"], np.int8),
+    }
+    path = write_onnx(path, nodes, weights)
+    model = onnx.load(path)
+    for value, shape in ((model.graph.input[0], [4, 32]), (model.graph.output[0], [4, 16])):
+        value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, shape))
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(("x", "w"), [(0, 0), (7, 0), (0, 3), (7, 3)])
+def test_a_zero_point_that_is_not_zero_keeps_the_whole_file_from_tensorrt(
+    tmp_path: Path, x: int, w: int
+) -> None:
+    (check,) = check_onnx(quantised(tmp_path / "m.onnx", {"x": x, "w": w}))
+    assert (check.is_24, check.eligible) == (True, not x and not w)
+    if not check.eligible:
+        who = "node_qx' (QuantizeLinear)" if x else "node_dw' (DequantizeLinear)"
+        assert check.ineligible_reason == (
+            f"TensorRT takes no zero point but 0, and node '{who} has another"
+        )
+
+
+def test_a_zero_point_that_is_computed_is_not_taken_for_one(tmp_path: Path) -> None:
+    (check,) = check_onnx(quantised(tmp_path / "m.onnx", {"x": 0, "w": 0}, computed=True))
+    assert check.ineligible_reason.startswith(
+        "TensorRT takes no zero point that is computed, as tha"
+    )
+
+
+@pytest.mark.tensorrt_rtx
+@pytest.mark.parametrize(("x", "w"), [(0, 0), (7, 0), (0, 3)])
+def test_the_parser_of_tensorrt_refuses_what_is_said_to_be_refused(
+    tmp_path: Path, x: int, w: int
+) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    path = quantised(tmp_path / "m.onnx", {"x": x, "w": w})
+    logger = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(logger).create_network(
+        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    )
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(path.read_bytes()) == (not x and not w)
+    errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    assert bool(errors) == any("zero point" in text for text in errors)

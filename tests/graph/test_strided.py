@@ -23,7 +23,8 @@ def factors(draw: st.DrawFn, size: int) -> tuple[int, ...]:
 
 def step(draw: st.DrawFn, view: Strided, array: Array) -> tuple[Strided, Array]:
     """Do one operation to a view and to the array that it should show."""
-    kinds = ["transpose", "reshape", "expand", *(["slice", "split"] if array.ndim else [])]
+    more = ["slice", "split", "merge"] if array.ndim else []
+    kinds = ["transpose", "reshape", "expand", "insert", "outer", *more]
     kind = draw(st.sampled_from(kinds))
     if kind == "transpose":
         order = draw(st.permutations(range(array.ndim)))
@@ -33,6 +34,11 @@ def step(draw: st.DrawFn, view: Strided, array: Array) -> tuple[Strided, Array]:
         made = view.expand((2, *shape))
         assert made is not None
         return made, np.broadcast_to(array, (2, *shape))
+    if kind == "insert":
+        axis = draw(st.integers(0, array.ndim))
+        return view.insert(axis), np.expand_dims(array, axis)
+    if kind == "outer":
+        return view.outer([(3, 0)]), np.broadcast_to(array, (3, *array.shape))
     if kind == "reshape":
         shape = factors(draw, array.size)
         renumbered = view.reshape(shape)
@@ -47,6 +53,14 @@ def step(draw: st.DrawFn, view: Strided, array: Array) -> tuple[Strided, Array]:
         pieces = draw(st.sampled_from([n for n in (1, 2, 3) if array.shape[axis] % n == 0]))
         shape = (*array.shape[:axis], pieces, -1, *array.shape[axis + 1 :])
         return view.split(axis, pieces), array.reshape(shape)
+    if kind == "merge":
+        count = draw(st.integers(1, array.ndim - axis))
+        shape = (*array.shape[:axis], -1, *array.shape[axis + count :])
+        merged, expected = view.merge(axis, count), array.reshape(shape)
+        if merged is None:
+            assert not np.shares_memory(expected, array)
+            return view, array
+        return merged, expected
     start = draw(st.integers(0, array.shape[axis] - 1))
     stride = draw(st.integers(1, 2))
     cut = array[(slice(None),) * axis + (slice(start, None, stride),)]
@@ -90,6 +104,12 @@ def test_a_block_has_bounds_and_anything_else_has_none() -> None:
     assert whole.slice(1, 2, 3).box((4, 6)) == ((0, 4), (2, 5))
     assert whole.slice(1, 0, 3, 2).box((4, 6)) is None
     assert whole.slice(0, 0, 0).box((4, 6)) is None
+
+
+def test_elements_that_an_array_has_not_are_never_shown() -> None:
+    for view in (Strided(4, (3,), (1,)), Strided(-1, (2,), (1,)), Strided(2, (2,), (-3,))):
+        with pytest.raises(ValueError, match=r"elements -?\d to -?\d of 6 are looked at"):
+            view.apply(np.zeros(6))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
