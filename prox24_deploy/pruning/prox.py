@@ -25,6 +25,8 @@ most one local minimiser and comparing the three objective values is exact. One 
 sweep at the end never increases the objective and restores relative accuracy for tiny y.
 """
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -64,10 +66,11 @@ def prox_24(weight: Tensor, lam: Tensor | float, *, newton_iterations: int = 8) 
     """Minimise ½|w - z|² + λ R(w) in every cell along the last axis.
 
     Args:
-        weight: z, shape (..., 4 n), float32 or float64, finite.
+        weight: z, shape (..., 4 n), float32 or float64, finite; on a GPU also float16 or bfloat16,
+            which is computed in float32.
         lam: λ ≥ 0, a number or a tensor broadcastable to (..., 1). λ = 0 is the identity.
         newton_iterations: of the eager form, where 8 give an objective within 1e-12 of the optimum
-            in float64; the compiled one has its own number.
+            in float64; the compiled ones have their own number.
 
     Returns:
         The minimiser, shape and dtype of `weight`; zeros are +0.0. On a tie between supports the
@@ -78,14 +81,58 @@ def prox_24(weight: Tensor, lam: Tensor | float, *, newton_iterations: int = 8) 
     """
     if weight.shape[-1] % _CELL:
         raise ValueError(f"last axis has length {weight.shape[-1]}, expected a multiple of {_CELL}")
-    per_row = torch.as_tensor(lam, dtype=weight.dtype, device=weight.device)
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    per_row = torch.as_tensor(lam, dtype=precise, device=weight.device)
     per_row = per_row.expand(*weight.shape[:-1], 1)
     if weight.device.type == "cpu" and weight.numel() >= COMPILED_FROM * _CELL:
         from prox24_deploy.pruning.prox_cpu import prox_24_compiled
 
         rows = weight.reshape(-1, weight.shape[-1])
         return prox_24_compiled(rows, per_row.reshape(-1)).view(weight.shape)
+    if _has_kernel(weight):
+        from prox24_deploy.pruning.prox_cuda import prox_24_cuda
+
+        rows = weight.reshape(-1, weight.shape[-1])
+        return prox_24_cuda(rows, per_row.reshape(-1)).view(weight.shape)
     return _prox_eager(weight, per_row, newton_iterations)
+
+
+def admm_step(
+    weight: Tensor,
+    dual: Tensor,
+    linear: Tensor,
+    lam: Tensor,
+    rho: float,
+    *,
+    newton_iterations: int = 8,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What lies between two W-steps of ADMM: the Z-step, the dual update and the next target.
+
+    Args:
+        weight: W, (rows, 4 n), as the W-step left it.
+        dual: U, same shape.
+        linear: B, same shape, of the quadratic ½ tr(W A Wᵀ) - tr(W Bᵀ).
+        lam: λ / ρ, (rows, 1).
+        rho: ρ, of the W-step (A + ρ I)⁻¹.
+        newton_iterations: see `prox_24`.
+
+    Returns:
+        Z = prox(W + U), U' = W + U - Z, and B + ρ (Z - U'), which the inverse is multiplied by.
+    """
+    if weight.dtype == torch.float32 and _has_kernel(weight):
+        from prox24_deploy.pruning.prox_cuda import admm_step_cuda
+
+        return admm_step_cuda(weight, dual, linear, lam.reshape(-1), rho)
+    target = weight + dual
+    split = prox_24(target, lam, newton_iterations=newton_iterations)
+    dual = target - split
+    return split, dual, linear + rho * (split - dual)
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    """Whether the kernel of `prox_cuda` serves a tensor; torch for CUDA comes with Triton."""
+    half = weight.dtype in {torch.float32, torch.float16, torch.bfloat16}
+    return weight.device.type == "cuda" and half and importlib.util.find_spec("triton") is not None
 
 
 def _prox_eager(weight: Tensor, per_row: Tensor, newton_iterations: int) -> Tensor:

@@ -16,7 +16,7 @@ from prox24_deploy.pruning.baselines import magnitude_mask, sparsegpt, wanda_mas
 from prox24_deploy.pruning.ista import IstaOptions, ista
 from prox24_deploy.pruning.pattern import is_24, mask_24, settle_mask, unfinished_fraction
 from prox24_deploy.pruning.problem import LayerProblem
-from prox24_deploy.pruning.prox import prox_24
+from prox24_deploy.pruning.prox import admm_step
 from prox24_deploy.pruning.refine import masked_conjugate_gradient, masked_gradient
 
 Method = Literal["prox", "ista", "sparsegpt", "wanda", "magnitude"]
@@ -160,14 +160,16 @@ def prox_admm(problem: LayerProblem, options: AdmmOptions) -> tuple[Tensor, Tens
     row_scale = problem.start.abs().mean(1, keepdim=True)
     # A zero row has no scale; any finite λ leaves it zero.
     base = options.start / torch.where(row_scale > 0, row_scale, 1.0)
-    split, dual = problem.start, torch.zeros_like(problem.start)
-    weight, iterations = problem.start, 0
+    weight = split = problem.start
+    dual, target = torch.zeros_like(split), problem.linear + rho * split
+    steps, iterations = options.newton_iterations, 0
     best = _Best(problem)
     while iterations < options.max_iterations:
         lam = base * options.growth**iterations
-        weight = (problem.linear + rho * (split - dual)) @ inverse
-        split = prox_24(weight + dual, lam / rho, newton_iterations=options.newton_iterations)
-        dual = dual + weight - split
+        weight = target @ inverse
+        split, dual, target = admm_step(
+            weight, dual, problem.linear, lam / rho, rho, newton_iterations=steps
+        )
         iterations += 1
         if iterations % options.check_every == 0:
             best.offer(split, weight)

@@ -10,13 +10,20 @@ from layers import correlated_layer
 from torch import Tensor
 
 from prox24_deploy.pruning import ista as ista_module
-from prox24_deploy.pruning import solver
+from prox24_deploy.pruning import prox as prox_module
 from prox24_deploy.pruning.ista import IstaOptions, ista
 from prox24_deploy.pruning.pattern import is_24, mask_24, settle_mask
 from prox24_deploy.pruning.problem import LayerProblem, layer_problem
 from prox24_deploy.pruning.prox import prox_24
 from prox24_deploy.pruning.refine import masked_conjugate_gradient, masked_gradient
-from prox24_deploy.pruning.solver import PRESETS, AdmmOptions, Method, prox_admm, solve_layer
+from prox24_deploy.pruning.solver import (
+    PRESETS,
+    AdmmOptions,
+    Method,
+    Refinement,
+    prox_admm,
+    solve_layer,
+)
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -41,7 +48,7 @@ def test_no_row_is_given_a_lambda_that_is_not_finite(
         given.append(lam)
         return prox_24(weight, lam, **rest)
 
-    for module in (solver, ista_module):
+    for module in (prox_module, ista_module):
         monkeypatch.setattr(module, "prox_24", watched)
     layer = correlated_layer(rows=4, features=16)
     layer.weight[1] = 0.0
@@ -116,9 +123,7 @@ def test_a_settled_mask_keeps_non_zeros_first_and_fills_up_by_the_fallback() -> 
 
 @pytest.mark.parametrize("refinement", ["none", "gradient", "conjugate-gradient"])
 @pytest.mark.parametrize("method", METHODS)
-def test_masked_negative_weights_are_positive_zeros(
-    method: Method, refinement: solver.Refinement
-) -> None:
+def test_masked_negative_weights_are_positive_zeros(method: Method, refinement: Refinement) -> None:
     """A cap of three steps leaves most weights to be masked instead of made zero by the prox."""
     layer = correlated_layer(rows=4, features=16)
     layer.weight[:] = -layer.weight.abs()

@@ -1,0 +1,97 @@
+"""The kernel on a GPU against the form in float64, and its step of ADMM against its parts."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from prox24_deploy.pruning.pattern import is_24
+from prox24_deploy.pruning.prox import _prox_eager, admm_step, objective_24, prox_24
+
+pytestmark = pytest.mark.gpu
+LAMBDAS = (1e-12, 1e-7, 1e-3, 0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 1.99, 2.01, 10.0, 1e6, 1e12)
+SHAPES = ((1, 4), (3, 8), (5, 252), (4, 256), (2, 260), (65, 4096))
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cuda")
+
+
+def excess(found: Tensor, weight: Tensor, lam: float) -> float:
+    """Largest excess of the objective over that of the eager form in float64, in ½|z|²."""
+    exact = weight.double()
+    best = _prox_eager(exact, torch.full_like(exact[..., :1], lam), 12)
+    energy = 0.5 * exact.unflatten(-1, (-1, 4)).square().sum(-1)
+    gap = objective_24(found.double(), exact, lam) - objective_24(best, exact, lam)
+    return float((gap / energy.clamp_min(1e-300)).max())
+
+
+@pytest.mark.parametrize("lam", LAMBDAS)
+@pytest.mark.parametrize("scale", [1e-12, 1e-4, 1.0, 1e6])
+def test_no_cell_loses_a_millionth_of_its_energy(lam: float, scale: float) -> None:
+    weight = draw(8, 20_000) * scale
+    assert excess(prox_24(weight, lam / scale), weight, lam / scale) <= 1e-6
+
+
+def test_ten_million_cells_agree_with_float64() -> None:
+    weight = draw(1000, 40_000)
+    for lam in (0.1, 0.3, 1.0):
+        assert excess(prox_24(weight, lam), weight, lam) <= 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_ends_where_it_ends_and_has_a_lambda_of_its_own(shape: tuple[int, int]) -> None:
+    weight = draw(*shape)
+    lam = torch.linspace(0.0, 3.0, shape[0], device="cuda")[:, None]
+    found = prox_24(weight, lam)
+    for row in range(shape[0]):
+        alone = prox_24(weight[row : row + 1], float(lam[row]))
+        assert torch.equal(found[row : row + 1], alone)
+    assert torch.equal(found[0], weight[0])
+
+
+def test_cells_of_equal_elements_keep_the_first_ones() -> None:
+    cells = torch.tensor(
+        [[1.0, 1, 1, 1], [1, 0, 1, 2], [-1, 1, -1, 0], [0, 0, 0, 0], [0, -2, 0, 0], [3, 3, -3, 1]]
+    )
+    found = prox_24(cells.cuda(), 1e6).cpu()
+    expected = torch.tensor(
+        [[1.0, 1, 0, 0], [1, 0, 0, 2], [-1, 1, 0, 0], [0, 0, 0, 0], [0, -2, 0, 0], [3, 3, 0, 0]]
+    )
+    assert torch.equal(found, expected)
+    assert not torch.signbit(found[found == 0]).any()
+    assert torch.equal(prox_24(cells, 1e6), expected)
+
+
+def test_masks_are_those_of_the_cpu_but_for_near_ties() -> None:
+    weight = draw(64, 16_384)
+    for lam in (0.3, 1.0, 10.0):
+        here, there = prox_24(weight, lam).cpu() != 0, prox_24(weight.cpu(), lam) != 0
+        assert (here == there).float().mean() >= 0.9999
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_storage_alone(dtype: torch.dtype) -> None:
+    weight = draw(16, 4096).to(dtype)
+    found = prox_24(weight, 0.7)
+    assert found.dtype == dtype
+    assert torch.equal(found, prox_24(weight.float(), 0.7).to(dtype))
+
+
+def test_what_is_not_contiguous_or_empty_is_served() -> None:
+    weight = draw(4096, 64)
+    assert torch.equal(prox_24(weight.t(), 0.7), prox_24(weight.t().contiguous(), 0.7))
+    assert prox_24(torch.empty(0, 8, device="cuda"), 1.0).shape == (0, 8)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0, 10.0])
+def test_a_step_of_admm_is_its_parts(lam: float) -> None:
+    weight, dual, linear = (draw(48, 1020, seed=i) for i in range(3))
+    rows = torch.full((48, 1), lam, device="cuda")
+    split, after, target = admm_step(weight, dual, linear, rows, 0.7)
+    assert torch.equal(split, prox_24(weight + dual, rows))
+    assert torch.equal(after, weight + dual - split)
+    torch.testing.assert_close(target, linear + 0.7 * (split - after))
+    if lam == 10.0:
+        assert (split.view(-1, 4) != 0).sum(1).le(2).float().mean() > 0.99
+    assert not is_24(weight)
