@@ -6,7 +6,8 @@ are eligible besides Conv (issues 2169 and 2271), convolutions of several groups
 Sizes that are no multiple of 8 and 16, and types without sparse tensor-core instructions, are not.
 Batches of matrices follow the rules of one matrix here; what TensorRT does with them is not known.
 Its parser refuses a whole file in which a zero point of QuantizeLinear or DequantizeLinear is not
-zero ("Non-zero zero point is not supported", issue 2774).
+zero ("Non-zero zero point is not supported", issue 2774), has no sign ("Found unsupported input
+type of UINT8"), or in which a tensor is sparse; the last two are what TensorRT-RTX 1.7 does.
 """
 
 from collections.abc import Iterable
@@ -17,8 +18,13 @@ import numpy as np
 import onnx_ir as ir
 
 from prox24_deploy.graph.attributes import described
-from prox24_deploy.graph.constants import constant_of, input_of, read_tensor
-from prox24_deploy.graph.quantisers import is_quantising
+from prox24_deploy.graph.constants import (
+    constant_of,
+    input_of,
+    read_tensor,
+    type_of_input,
+)
+from prox24_deploy.graph.quantisers import is_quantiser, is_quantising, quantised_type
 
 _SPARSE_OPS = ("MatMul", "Gemm", "Conv", "")
 _SPARSE_TYPES = ("float16", "bfloat16", "int8", "float8_e4m3fn")
@@ -67,15 +73,49 @@ def obstacles(op_type: str, domain: str, dtype: str, gemm: GemmShape | None) -> 
     return found
 
 
-def refused_zero_point(nodes: Iterable[ir.Node], path: Path) -> str:
-    """Why TensorRT refuses a file for its zero points, "" if it does not."""
+def refusal(nodes: Iterable[ir.Node], path: Path, sparse: str) -> str:
+    """Why the parser of TensorRT refuses a whole file, "" if nothing of it is known to.
+
+    Args:
+        nodes: of the graph.
+        path: of the file.
+        sparse: name of a sparse tensor of the file, "" if it has none.
+    """
+    if sparse:
+        return f"TensorRT takes no sparse tensors, as which the file stores {sparse!r}"
     for node in nodes:
-        zeros = input_of(node, 2) if is_quantising(node) else None
-        if zeros is None:
-            continue
-        tensor = constant_of(zeros)
-        if tensor is None:
-            return f"TensorRT takes no zero point that is computed, as that of {described(node)}"
-        if np.any(read_tensor(tensor, zeros.name or "", path)):
-            return f"TensorRT takes no zero point but 0, and {described(node)} has another"
+        if is_quantising(node):
+            found = _refused_quantiser(node, path)
+            if found:
+                return found
     return ""
+
+
+def _refused_quantiser(node: ir.Node, path: Path) -> str:
+    zeros = input_of(node, 2)
+    types = [type_of_input(node, 0), type_of_input(node, 2)]
+    types += [quantised_type(node)] if zeros is None and is_quantiser(node) else []
+    if ir.DataType.UINT8 in types:
+        return f"TensorRT takes no integers without a sign, as {described(node)} has"
+    if zeros is None:
+        return ""
+    zeros = _passed_on(zeros)
+    tensor = constant_of(zeros)
+    if tensor is None:
+        return f"TensorRT takes no zero point that is computed, as that of {described(node)}"
+    if np.any(read_tensor(tensor, zeros.name or "", path)):
+        return f"TensorRT takes no zero point but 0, and {described(node)} has another"
+    return ""
+
+
+def _passed_on(value: ir.Value) -> ir.Value:
+    """Where a value comes from through nodes that the parser folds."""
+    seen = {value}
+    node = value.producer()
+    while node is not None and node.op_type in ("Identity", "Cast"):
+        source = input_of(node, 0)
+        if source is None or source in seen:
+            break
+        seen.add(source)
+        value, node = source, source.producer()
+    return value

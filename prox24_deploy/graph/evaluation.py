@@ -31,8 +31,8 @@ _MOST_GROWTH = 2
 # Multiply-adds in a product of constants: some seconds of one core.
 _MOST_PRODUCT = 1 << 36
 _MOST_SLOW_ELEMENTS = 1 << 16
-# Each operator costs the evaluator up to a millisecond: five seconds.
-_MOST_STEPS = 5_000
+# Each operator costs the evaluator up to a millisecond: three seconds.
+_MOST_STEPS = 3_000
 # Stacks of experts have some 10^4 pieces; each takes some 30 microseconds to place.
 _MOST_PIECES = 200_000
 # Bounds and shapes have no more numbers than a sound file needs.
@@ -75,7 +75,8 @@ class Budget:
         self.elements -= elements
         self.steps -= steps
         self.pieces -= pieces
-        if min(self.elements, self.steps, self.pieces) < 0:
+        spent = (elements and self.elements, steps and self.steps, pieces and self.pieces)
+        if min(spent) < 0:
             raise NotComputedError(TOO_MUCH)
 
 

@@ -11,6 +11,9 @@ from prox24_deploy.graph.inlining import inline_functions
 from prox24_deploy.graph.soundness import require_sound
 from prox24_deploy.graph.sparse_tensors import make_dense
 
+# Name of a tensor that the file stores as a sparse one, among what is noted of a model.
+SPARSE_META = "prox24.sparse_tensor"
+
 
 def load_model(path: Path) -> ir.Model:
     """Load the graph of an ONNX file; weights stay in the file until they are read.
@@ -24,7 +27,7 @@ def load_model(path: Path) -> ir.Model:
     """
     proto = _read(path)
     require_sound(proto, path)
-    make_dense(proto, path)
+    sparse = make_dense(proto, path)
     try:
         with warnings.catch_warnings():
             # Of keys that the format does not know, which are left out.
@@ -37,6 +40,7 @@ def load_model(path: Path) -> ir.Model:
         raise UsageError(_not_onnx(path))
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         ir.external_data.set_base_dir(graph, path.parent)
+    model.meta[SPARSE_META] = min(sparse, default="")
     return model
 
 

@@ -8,12 +8,12 @@ import onnx_ir as ir
 from prox24_deploy.artifacts import TensorCheck
 from prox24_deploy.errors import Prox24Error, UsageError
 from prox24_deploy.graph.constants import constant_of, read_tensor, release, sizes_of
-from prox24_deploy.graph.eligibility import obstacles, refused_zero_point
+from prox24_deploy.graph.eligibility import obstacles, refusal
 from prox24_deploy.graph.evaluation import Budget, NotComputedError
 from prox24_deploy.graph.folding import nodes_of, stored_elements
 from prox24_deploy.graph.inspection import Finding, inspect_groups, unread
 from prox24_deploy.graph.judgement import Candidate, Scan
-from prox24_deploy.graph.model_file import load_model
+from prox24_deploy.graph.model_file import SPARSE_META, load_model
 from prox24_deploy.graph.modules import declared_modules, module_of
 from prox24_deploy.graph.weights import ConstantWeight, find_weights
 
@@ -56,21 +56,21 @@ def _scan(path: Path) -> Scan:
     model = load_model(path)
     declared = declared_modules(model, path)
     budget = Budget.of(stored_elements(model))
-    refusal = refused_zero_point(nodes_of(model), path)
+    refused = refusal(nodes_of(model), path, model.meta.get(SPARSE_META, ""))
     rows = [
-        _candidate(weight, path, budget, refusal) for weight in find_weights(model, path, budget)
+        _candidate(weight, path, budget, refused) for weight in find_weights(model, path, budget)
     ]
     return Scan(declared, tuple(rows), declares_tensors=False)
 
 
-def _candidate(weight: ConstantWeight, path: Path, budget: Budget, refusal: str) -> Candidate:
+def _candidate(weight: ConstantWeight, path: Path, budget: Budget, refused: str) -> Candidate:
     verdict = _verdict(weight, path, budget)
     node, finding = weight.nodes[0], verdict.finding
     multiplied = weight.exact or weight
     dtype = "" if multiplied.dtype is None else _type_name(multiplied.dtype)
     rules = obstacles(node.op_type, node.domain, dtype, multiplied.gemm)
     problems = ["it is not proven 2:4"] if finding.reason else []
-    problems += [refusal] if refusal else []
+    problems += [refused] if refused else []
     problems += rules
     stored = constant_of(weight.value) or weight.tensor
     check = TensorCheck(

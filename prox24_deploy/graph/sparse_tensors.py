@@ -19,27 +19,29 @@ from prox24_deploy.graph.groups import Array
 MOST_ELEMENTS = 1 << 28
 
 
-def make_dense(model: onnx.ModelProto, path: Path) -> None:
+def make_dense(model: onnx.ModelProto, path: Path) -> list[str]:
     """Replace, in place, every sparse tensor of a model by a dense one of the same name.
+
+    Returns the names.
 
     Raises:
         UsageError: places are missing, repeated or outside of the shape, or the dense tensor would
             have more than `MOST_ELEMENTS`.
     """
-    for graph in _graphs(model.graph):
+    names = []
+    inner = [graph for f in model.functions for node in f.node for graph in _inner(node)]
+    for graph in (each for outer in (model.graph, *inner) for each in _graphs(outer)):
         for sparse in graph.sparse_initializer:
             graph.initializer.append(_dense(sparse, path))
+            names.append(sparse.values.name)
         del graph.sparse_initializer[:]
-        _replace_values(graph.node, path)
+        names += _replace_values(graph.node, path)
     for function in model.functions:
-        _replace_values(function.node, path)
-        for node in function.node:
-            for graph in _inner(node):
-                for each in _graphs(graph):
-                    _replace_values(each.node, path)
+        names += _replace_values(function.node, path)
+    return names
 
 
-def _replace_values(nodes: Iterable[onnx.NodeProto], path: Path) -> None:
+def _replace_values(nodes: Iterable[onnx.NodeProto], path: Path) -> Iterator[str]:
     for node in nodes:
         for attribute in node.attribute:
             if attribute.HasField("sparse_tensor"):
@@ -47,6 +49,7 @@ def _replace_values(nodes: Iterable[onnx.NodeProto], path: Path) -> None:
                 attribute.Clear()
                 attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
                 attribute.t.CopyFrom(dense)
+                yield node.output[0] if node.output else dense.name
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -1,10 +1,12 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from graph_models import Array, array_24, node, spoil, write_onnx, write_safetensors
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from prox24_deploy.graph.check import check_onnx, check_safetensors
 from prox24_deploy.graph.eligibility import GemmShape, obstacles
@@ -90,8 +92,10 @@ def test_stored_weights_are_judged_as_the_layers_they_will_be(tmp_path: Path) ->
     assert checks[1].ineligible_reason == f"{FLOAT}; N = 12 is not a multiple of 8"
 
 
-def quantised(path: Path, point: dict[str, int], *, computed: bool = False) -> Path:
-    """A product of two int8 operands with a zero point each."""
+def quantised(
+    path: Path, point: dict[str, int], *, computed: str = "", kind: type[np.integer[Any]] = np.int8
+) -> Path:
+    """A product of two 8-bit operands with a zero point each."""
     nodes = [
         node("QuantizeLinear", ["x", "s", "px"], "qx"),
         node("DequantizeLinear", ["qx", "s", "px"], "dx"),
@@ -99,13 +103,13 @@ def quantised(path: Path, point: dict[str, int], *, computed: bool = False) -> P
         node("MatMul", ["dx", "dw"], "y", "fc"),
     ]
     if computed:
-        nodes[:0] = [node("Identity", ["z"], "px")]
-    weight = np.where(array_24((32, 16), 0) != 0, 9, point["w"]).astype(np.int8)
+        nodes[:0] = [node(computed, ["z"], "px")]
+    weight = np.where(array_24((32, 16), 0) != 0, 9, point["w"]).astype(kind)
     weights: dict[str, Array] = {
         "w": weight,
         "s": np.array(0.5, np.float32),
-        "pw": np.array(point["w"], np.int8),
-        "z" if computed else "px": np.array(point["x"], np.int8),
+        "pw": np.array(point["w"], kind),
+        "z" if computed else "px": np.array(point["x"], kind),
     }
     path = write_onnx(path, nodes, weights)
     model = onnx.load(path)
@@ -129,24 +133,66 @@ def test_a_zero_point_that_is_not_zero_keeps_the_whole_file_from_tensorrt(
 
 
 def test_a_zero_point_that_is_computed_is_not_taken_for_one(tmp_path: Path) -> None:
-    (check,) = check_onnx(quantised(tmp_path / "m.onnx", {"x": 0, "w": 0}, computed=True))
+    zero = {"x": 0, "w": 0}
+    assert check_onnx(quantised(tmp_path / "m.onnx", zero, computed="Identity"))[0].eligible
+    (check,) = check_onnx(quantised(tmp_path / "m.onnx", zero, computed="Abs"))
     assert check.ineligible_reason.startswith(
         "TensorRT takes no zero point that is computed, as tha"
     )
 
 
+def test_unsigned_integers_keep_the_whole_file_from_tensorrt(tmp_path: Path) -> None:
+    (check,) = check_onnx(quantised(tmp_path / "m.onnx", {"x": 0, "w": 0}, kind=np.uint8))
+    assert check.ineligible_reason.startswith("TensorRT takes no integers without a sign, as node")
+
+
+def half_product(path: Path, *, sparse: bool) -> Path:
+    """A product in float16 that TensorRT may run sparse, but for how its weight is stored."""
+    weight = array_24((32, 16), 0, "float16")
+    path = write_onnx(path, [node("MatMul", ["x", "w"], "y")], {} if sparse else {"w": weight})
+    model = onnx.load(path)
+    for value, shape in ((model.graph.input[0], [4, 32]), (model.graph.output[0], [4, 16])):
+        value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT16, shape))
+    if sparse:
+        places = np.flatnonzero(weight).astype(np.int64)
+        values = numpy_helper.from_array(weight.reshape(-1)[places], "w")
+        model.graph.sparse_initializer.append(
+            helper.make_sparse_tensor(values, numpy_helper.from_array(places, "p"), weight.shape)
+        )
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_a_sparse_tensor_keeps_the_whole_file_from_tensorrt(tmp_path: Path) -> None:
+    assert check_onnx(half_product(tmp_path / "m.onnx", sparse=False))[0].eligible
+    (check,) = check_onnx(half_product(tmp_path / "m.onnx", sparse=True))
+    assert (check.is_24, check.eligible) == (True, False)
+    assert (
+        check.ineligible_reason == "TensorRT takes no sparse tensors, as which the file stores 'w'"
+    )
+
+
 @pytest.mark.tensorrt_rtx
-@pytest.mark.parametrize(("x", "w"), [(0, 0), (7, 0), (0, 3)])
-def test_the_parser_of_tensorrt_refuses_what_is_said_to_be_refused(
-    tmp_path: Path, x: int, w: int
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: quantised(path, {"x": 0, "w": 0}),
+        lambda path: quantised(path, {"x": 0, "w": 0}, computed="Identity"),
+        lambda path: quantised(path, {"x": 7, "w": 0}),
+        lambda path: quantised(path, {"x": 0, "w": 3}),
+        lambda path: quantised(path, {"x": 0, "w": 0}, kind=np.uint8),
+        lambda path: half_product(path, sparse=False),
+        lambda path: half_product(path, sparse=True),
+    ],
+)
+def test_the_parser_of_tensorrt_takes_what_is_said_to_be_taken(
+    tmp_path: Path, make: Callable[[Path], Path]
 ) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    path = quantised(tmp_path / "m.onnx", {"x": x, "w": w})
+    path = make(tmp_path / "m.onnx")
     logger = trt.Logger(trt.Logger.ERROR)
     network = trt.Builder(logger).create_network(
         1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     )
     parser = trt.OnnxParser(network, logger)
-    assert parser.parse(path.read_bytes()) == (not x and not w)
-    errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-    assert bool(errors) == any("zero point" in text for text in errors)
+    assert parser.parse(path.read_bytes()) == check_onnx(path)[0].eligible
