@@ -53,8 +53,8 @@ def ours(path: Path) -> set[str]:
 
 
 COMMON = {
-    "accuracy", "artifacts", "errors", "files", "fingerprint", "limits", "options", "recipe",
-    "snapshot", "tasks", "__version__",
+    "accuracy", "artifacts", "documents", "errors", "files", "fingerprint", "limits", "options",
+    "recipe", "snapshot", "tasks", "__version__",
 }  # fmt: skip
 MAY_IMPORT = {
     "pruning": {"pruning"},
@@ -65,10 +65,11 @@ MAY_IMPORT = {
     "accuracy": {"artifacts"},
     "artifacts": {"fingerprint"},
     "errors": set(),
+    "documents": {"errors"},
     "fingerprint": set(),
     "options": {"artifacts", "errors", "fingerprint"},
-    "limits": {"errors"},
-    "recipe": {"errors", "limits", "options", "tasks"},
+    "limits": {"documents", "errors"},
+    "recipe": {"documents", "errors", "limits", "options", "tasks"},
     "snapshot": set(),
     "tasks": set(),
 }

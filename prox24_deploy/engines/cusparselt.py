@@ -23,6 +23,7 @@ from prox24_deploy.artifacts import (
     OnnxModel,
     TensorCheck,
 )
+from prox24_deploy.documents import Document, read_document
 from prox24_deploy.engines.choice import LayerChoice
 from prox24_deploy.engines.cuda_graph import GraphSession
 from prox24_deploy.engines.gemm import choose_measured, gpu_profile
@@ -267,7 +268,8 @@ def _algorithms(choice: LayerChoice) -> dict[int, int]:
 
 
 def _read(adapter: TypeAdapter[T], path: Path) -> T:
+    document = Document(str(path), EngineError, "compile the model again")
     try:
-        return adapter.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise EngineError(f"{path} cannot be read; compile the model again.") from error
+        return adapter.validate_json(read_document(path, document))
+    except ValidationError as error:
+        raise document.refused("cannot be read") from error

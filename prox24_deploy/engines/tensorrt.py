@@ -26,6 +26,7 @@ from typing import Any, Literal
 import onnx
 
 from prox24_deploy.artifacts import Engine, EngineEvidence, OnnxModel, TensorCheck
+from prox24_deploy.documents import Document, read_json
 from prox24_deploy.engines.base import Session
 from prox24_deploy.engines.evidence import engine_evidence, parse_builder
 from prox24_deploy.engines.host import INSTALL, gpu
@@ -46,6 +47,7 @@ DEFAULT_CAPABILITIES = ("SM86", "SM89", "SM120")
 TITLES: dict[Library, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 _JOB_MODULE = "prox24_deploy.engines.tensorrt_job"
+_AGAIN = "compile the model again"
 _OUR_ERROR = "prox24_deploy.errors.EngineError: "
 
 
@@ -354,20 +356,18 @@ def read_record(plan: Path, engine: Engine) -> BuildRecord:
     """
     path = plan.with_name(RECORD_FILE)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, Document(f"Engine record {path}", EngineError, _AGAIN))
         flags, sha256 = list(record["flags"]), record["onnx_sha256"]
         batches = {
             name: (int(least[0]), int(most[0]))
             for name, (least, _, most) in record.get("profile", {}).items()
             if least
         }
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise EngineError(
-            f"Engine record {path} cannot be read ({error}); compile the model again."
-        ) from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise EngineError(f"Engine record {path} cannot be read ({error}); {_AGAIN}.") from error
     if sha256 != engine.onnx_sha256:
         raise EngineError(
             f"Engine record {path} is of an ONNX file with hash {sha256}, expected "
-            f"{engine.onnx_sha256}; compile the model again."
+            f"{engine.onnx_sha256}; {_AGAIN}."
         )
     return BuildRecord(flags, batches)

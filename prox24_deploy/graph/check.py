@@ -8,7 +8,6 @@ A file that declares nothing is expected to be 2:4 in every weight that the call
 so a dense model does not pass by saying nothing.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from prox24_deploy.artifacts import TensorCheck
+from prox24_deploy.documents import Document, read_json
 from prox24_deploy.errors import SparsityLostError, UsageError
 from prox24_deploy.graph.constants import read_tensor, release
 from prox24_deploy.graph.eligibility import GemmShape, obstacles
@@ -167,10 +167,12 @@ def _require_all_shards(folder: Path, found: list[Path]) -> None:
     index = folder / _INDEX_FILE
     if not index.is_file():
         return
+    document = Document(str(index), UsageError, "copy it again")
+    found_in = read_json(index, document)
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UsageError(f"{index} is damaged; copy it again.") from error
+        shards = set(found_in["weight_map"].values())
+    except (KeyError, AttributeError, TypeError) as error:
+        raise document.refused("is damaged") from error
     missing = sorted(shards - {file.name for file in found})
     if missing:
         raise UsageError(f"{folder} lacks {missing[0]}, which {_INDEX_FILE} lists; copy it again.")

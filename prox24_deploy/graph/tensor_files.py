@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from prox24_deploy.documents import decode_json
 from prox24_deploy.errors import UsageError
 from prox24_deploy.graph.groups import Array
 from prox24_deploy.graph.weights import SPARSE_KEY
@@ -114,7 +115,7 @@ def _sparse_axes(metadata: Any, path: Path) -> dict[str, int] | None:
     if text is None:
         return None
     try:
-        axes = json.loads(text)
+        axes = decode_json(text)
     except (TypeError, ValueError):
         axes = None
     if not isinstance(axes, dict) or not all(type(axis) is int for axis in axes.values()):

@@ -1,7 +1,6 @@
 """Find the constant weights of an ONNX graph and the axis along which each is reduced."""
 
 import ast
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from prox24_deploy.documents import decode_json
 from prox24_deploy.errors import UsageError
 from prox24_deploy.graph.constants import (
     constant_of,
@@ -154,7 +154,7 @@ def declared_modules(model: ir.Model, path: Path) -> frozenset[str] | None:
     if text is None:
         return None
     try:
-        names = json.loads(text)
+        names = decode_json(text)
     except ValueError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

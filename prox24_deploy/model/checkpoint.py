@@ -18,14 +18,9 @@ from torch import Tensor, nn
 
 from prox24_deploy.artifacts import LayerRecord
 from prox24_deploy.errors import ModelDirError, RecipeError, SparsityLostError
-from prox24_deploy.model.directory import (
-    CARD_FILE,
-    INDEX_FILE,
-    ModelDir,
-    companion_files,
-    is_single,
-)
+from prox24_deploy.model.directory import CARD_FILE, ModelDir, companion_files
 from prox24_deploy.model.layers import is_layer
+from prox24_deploy.model.shards import INDEX_FILE, is_single
 from prox24_deploy.pruning.pattern import first_violation
 from prox24_deploy.recipe import RECIPE_FILE
 

@@ -5,7 +5,6 @@ it keeps the text, below its own, and of its metadata what stays true: licence a
 https://huggingface.co/docs/hub/model-cards says what the metadata means.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ import yaml
 
 from prox24_deploy import __version__
 from prox24_deploy.artifacts import TextSource
+from prox24_deploy.documents import Document, read_json
+from prox24_deploy.errors import ModelDirError
 from prox24_deploy.files import write_atomic
 from prox24_deploy.release.render import render_markdown
 from prox24_deploy.release.schema import Report
@@ -53,7 +54,8 @@ def read_source_card(model_dir: Path) -> SourceCard:
     """Read README.md and config.json of the source model; a card that is damaged says so."""
     path = model_dir / CARD_FILE
     written = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    config = json.loads((model_dir / "config.json").read_bytes())
+    file = model_dir / "config.json"
+    config = read_json(file, Document(str(file), ModelDirError, "restore it"), finite=False)
     metadata, problem = _metadata(written)
     if "license" not in metadata and isinstance(config.get("license"), str):
         metadata = metadata | {"license": config["license"]}

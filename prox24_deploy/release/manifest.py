@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from prox24_deploy import __version__
 from prox24_deploy.artifacts import ModelInfo
+from prox24_deploy.documents import Document, read_json
 from prox24_deploy.errors import BundleError
 from prox24_deploy.files import write_atomic
 from prox24_deploy.release.layout import MANIFEST_FILE
@@ -99,14 +100,12 @@ def read_manifest(root: Path) -> Manifest:
         BundleError: there is none, or it is not one that this version wrote.
     """
     path = root / MANIFEST_FILE
+    document = Document(
+        f"Bundle {root}: {MANIFEST_FILE}", BundleError, "restore it, or pass the OUT of a build"
+    )
+    raw = read_json(path, document)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(
-            f"{root} is not a bundle: {MANIFEST_FILE} cannot be read ({error.strerror})."
-        ) from error
-    try:
-        return Manifest.model_validate_json(data)
+        return Manifest.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the file"

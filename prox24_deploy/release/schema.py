@@ -26,6 +26,7 @@ from prox24_deploy.artifacts import (
     TextSource,
     Verdict,
 )
+from prox24_deploy.documents import Document, parse_json, read_document
 from prox24_deploy.errors import BundleError
 
 SCHEMA_VERSION: Final = 1
@@ -231,13 +232,8 @@ def load_report(path: Path) -> Report:
     Raises:
         BundleError: the file is missing, is not JSON, is of another schema version, or lacks a key.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(
-            f"Report {path} cannot be read ({error.strerror}); pass the report.json of a bundle."
-        ) from error
-    return parse_report(data, str(path))
+    document = Document(f"Report {path}", BundleError, "pass the report.json of a bundle")
+    return parse_report(read_document(path, document), str(path))
 
 
 def parse_report(data: bytes, source: str) -> Report:
@@ -246,12 +242,7 @@ def parse_report(data: bytes, source: str) -> Report:
     Raises:
         BundleError: as for `load_report`.
     """
-    try:
-        raw = json.loads(data)
-    except ValueError as error:
-        raise BundleError(
-            f"Report {source} is not JSON ({error}); build the bundle again."
-        ) from error
+    raw = parse_json(data, Document(f"Report {source}", BundleError, "build the bundle again"))
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
@@ -259,7 +250,7 @@ def parse_report(data: bytes, source: str) -> Report:
             "bundle again with this version of prox24-deploy."
         )
     try:
-        return Report.model_validate_json(data)
+        return Report.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])

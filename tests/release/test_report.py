@@ -318,7 +318,9 @@ def test_unknown_sparse_kernels_are_reported_as_unknown(records: Records) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not JSON"),
+        ("{", "is not readable JSON"),
+        ("[" * 5000, r"is not readable JSON \(it nests deeper than 100 levels\)"),
+        ('{"schema_version": 1, "x": NaN}', "holds a number that is not finite"),
         ("[1]", "has schema_version None, expected 1"),
         ('{"schema_version": 2}', "has schema_version 2, expected 1; build the bundle again"),
         ('{"schema_version": 1}', "is damaged at 'verdict': Field required"),
