@@ -138,7 +138,8 @@ def _text_beside(file: Path) -> str | None:
 
 def _listed(path: Path) -> Iterator[Recording]:
     """The recordings of a list, in its order."""
-    for number, record in json_lines(path):
+    for line in json_lines(path):
+        number, record = line.number, line.value
         name = record.get("audio") if isinstance(record, dict) else None
         if not isinstance(name, str):
             raise CalibrationError(

@@ -129,7 +129,7 @@ def test_a_recording_in_another_format_is_named(tmp_path: Path) -> None:
         (b'{"audio": "b.wav"}', r"line 1 names recording 'b\.wav', which is not there; correct it"),
         (b'{"audio": "0.wav", "text": 7}', r"The text of .* line 1 is 7, expected what is said in"),
         (b'{"audio": "0.wav", "text": " "}', r"The text of .* line 1 is ' ', expected what is sai"),
-        (b"\xff", r"list\.jsonl is not UTF-8; convert it\.$"),
+        (b"\xff", r"list\.jsonl is not UTF-8, see byte 0; convert it\.$"),
     ],
 )
 def test_a_list_that_says_nothing_is_refused(line: bytes, message: str, tmp_path: Path) -> None:
