@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.artifacts import LayerRecord, PruneResult, Sensitivity
 from prox24_deploy.errors import CalibrationError, ModelDirError, RecipeError
-from prox24_deploy.model.blocks import find_blocks, shared_inputs
+from prox24_deploy.model.blocks import find_blocks, require_runs, shared_inputs
 from prox24_deploy.model.calibration import Batch, Samples, thin
 from prox24_deploy.model.checkpoint import (
     BlockStore,
@@ -154,6 +154,8 @@ def prune_directory(
     """
     began = time.perf_counter()
     model = load_model(directory, recipe, device)
+    for batch in calibration.batches[:1]:
+        require_runs(model, batch, recipe.task, directory.path)
     directory = replace(directory, renamed=renamed_tensors(directory, model))
     dense = left_dense(recipe, model, options)
     sensitivity = (
