@@ -36,7 +36,7 @@ from prox24_deploy.engines.torch_model import (
     open_torch_model,
 )
 from prox24_deploy.errors import EngineError, ModelDirError
-from prox24_deploy.files import write_atomic
+from prox24_deploy.files import make_folder, write_atomic
 from prox24_deploy.fingerprint import unkeyed
 from prox24_deploy.model.directory import ModelDir, open_model_dir
 from prox24_deploy.options import EngineOptions
@@ -120,7 +120,7 @@ class CuSparseLt:
         source = self._source(bundle, twin)
         opened = open_torch_model(source, self.recipe, model.dtype)
         folder = bundle / out
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         chosen = self._compress(opened, folder) if twin == "sparse" else {}
         source.require_unchanged()
         record = EngineFile(

@@ -32,6 +32,7 @@ from prox24_deploy.engines.evidence import engine_evidence, parse_builder
 from prox24_deploy.engines.host import INSTALL, gpu
 from prox24_deploy.engines.tensorrt_job import NO_ENGINE, Job, ShapeRange, open_engine
 from prox24_deploy.errors import BackendMissingError, EngineError, UsageError
+from prox24_deploy.files import make_folder, write_atomic, writing
 from prox24_deploy.options import EngineOptions
 from prox24_deploy.recipe import TensorSpec, shape_of
 
@@ -112,12 +113,13 @@ class TensorRt:
         work = target.with_name(f".{target.name}.building")
         for leftover in (work, target):
             shutil.rmtree(leftover, ignore_errors=True)
-        work.mkdir(parents=True)
+        make_folder(work)
         try:
             job = self._job(bundle / model.path, work, twin)
             self._run(job, work / LOG_FILE, target / LOG_FILE)
             _write_record(work / RECORD_FILE, self, model, job)
-            work.rename(target)
+            with writing(target):
+                work.rename(target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return Engine(
@@ -225,7 +227,9 @@ class TensorRt:
         )
 
     def _run(self, job: Job, log: Path, kept_log: Path) -> None:
-        with log.open("wb") as file:
+        with writing(log):
+            file = log.open("wb")
+        with file:
             ran = subprocess.run(
                 [sys.executable, "-m", _JOB_MODULE],
                 input=json.dumps(asdict(job)).encode(),
@@ -235,8 +239,9 @@ class TensorRt:
             )
         if ran.returncode == 0 and Path(job.plan).is_file():
             return
-        kept_log.parent.mkdir(parents=True)
-        log.replace(kept_log)
+        make_folder(kept_log.parent)
+        with writing(kept_log):
+            log.replace(kept_log)
         raise EngineError(
             f"{TITLES[self.library]} does not compile {job.onnx} for {self.device()}: "
             f"{_last_words(_text(kept_log), ran.returncode)}; the whole log is {kept_log}."
@@ -345,7 +350,7 @@ def _write_record(path: Path, backend: TensorRt, model: OnnxModel, job: Job) -> 
         "workspace_gib": job.workspace_gib,
         "builder_level": job.builder_level,
     }
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def read_record(plan: Path, engine: Engine) -> BuildRecord:
