@@ -23,9 +23,16 @@ WRITING = "while this was written"
 
 
 class Prox24Error(Exception):
-    """Base of all errors; `exit_code` is what the command line exits with."""
+    """Base of all errors; `exit_code` is what the command line exits with.
+
+    `attached` is what a sentence ends by pointing at, such as a file to save.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, attached: str = "") -> None:
+        super().__init__(message)
+        self.attached = attached
 
 
 class UsageError(Prox24Error):

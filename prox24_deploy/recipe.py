@@ -354,13 +354,15 @@ def select_recipe(
         if model_type in recipe.model_types:
             return recipe, text
     known = ", ".join(f"{name} ({', '.join(r.model_types)})" for name, (r, _) in shipped.items())
-    remedy = advise() or (
+    remedy, _, drawn = advise().partition("\n\n")
+    remedy = remedy or (
         "copy the nearest one, adapt its blocks, targets, inputs and outputs, and pass it with "
         "--recipe."
     )
     raise RecipeError(
         f"No recipe supports model_type {model_type!r} of {model_dir}; shipped families are "
-        f"{known}; {remedy}"
+        f"{known}; {remedy}",
+        attached=drawn,
     )
 
 

@@ -6,11 +6,10 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.logging import RichHandler
 
 from prox24_deploy import __version__
 from prox24_deploy.cli import arguments, building, gating, handing, judging
-from prox24_deploy.cli.terminal import fail, stderr, stdout
+from prox24_deploy.cli.terminal import fail, log_handler, say, stderr
 from prox24_deploy.errors import Prox24Error
 
 EXIT_INTERRUPTED = 130
@@ -54,9 +53,12 @@ def main() -> None:
     except SystemExit as stop:
         # typer turns an interrupt from the keyboard into this code and says nothing.
         if stop.code == EXIT_INTERRUPTED:
-            stderr.print("Interrupted; finished stages are kept, run the same command to go on.")
+            say("Interrupted; finished stages are kept, run the same command to go on.", to=stderr)
         raise
-    except Exception as error:  # the one place where a fault of ours becomes an exit code
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the one place where a fault of ours becomes an exit code
+        # Libraries in Rust panic with an error that is no Exception.
         fail(error, debug="--debug" in line)
 
 
@@ -69,10 +71,9 @@ def common(
 ) -> None:
     """Set up logging; options here come before the command."""
     if version:
-        stdout.print(__version__)
+        say(__version__)
         raise typer.Exit
     level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
-    handler = RichHandler(console=stderr, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[log_handler()], force=True)
     logging.getLogger("prox24_deploy").setLevel(level)
     context.obj = {"debug": debug}

@@ -8,7 +8,7 @@ import typer
 
 from prox24_deploy.cli import arguments, tables
 from prox24_deploy.cli.building import VERDICT_EXIT
-from prox24_deploy.cli.terminal import print_json, print_table, stdout
+from prox24_deploy.cli.terminal import print_json, print_table, say
 
 ReportArg = Annotated[
     Path, typer.Argument(metavar="REPORT", help="The new release: a report.json or a bundle.")
@@ -53,9 +53,9 @@ def compare(
         print_json(found.model_dump(mode="json"))
     else:
         for difference in found.allowed:
-            stdout.print(f"Note: {in_words(difference)}", soft_wrap=True, markup=False)
+            say(f"Note: {in_words(difference)}")
         print_table(tables.comparison(found))
-        stdout.print(f"Verdict: {found.verdict}", soft_wrap=True, markup=False)
+        say(f"Verdict: {found.verdict}")
     raise typer.Exit(VERDICT_EXIT[found.verdict])
 
 
@@ -75,11 +75,9 @@ def update(
     if as_json:
         print_json(made.model_dump(mode="json", exclude={"report"}))
         return
-    stdout.print(
+    say(
         f"{path}: {made.report.model.path} accepted, release {len(made.history)} of at most "
-        f"{keep} kept.",
-        soft_wrap=True,
-        markup=False,
+        f"{keep} kept."
     )
 
 
@@ -96,4 +94,4 @@ def show(
         print_json(found.model_dump(mode="json", exclude={"report"}))
         return
     print_table(tables.history(found))
-    stdout.print(f"Baseline since {found.date}: {found.reason}", soft_wrap=True, markup=False)
+    say(f"Baseline since {found.date}: {found.reason}")

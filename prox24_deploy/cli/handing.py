@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from prox24_deploy.cli import arguments
-from prox24_deploy.cli.terminal import print_json, stdout
+from prox24_deploy.cli.terminal import print_json, say
 from prox24_deploy.errors import UsageError
 
 
@@ -71,6 +71,6 @@ def package(
         print_json({"written": written, "notes": list(notes)})
         return
     for kind, where in written.items():
-        stdout.print(f"{kind}: {where}", soft_wrap=True, markup=False)
+        say(f"{kind}: {where}")
     for note in notes:
-        stdout.print(f"Note: {note}", soft_wrap=True, markup=False)
+        say(f"Note: {note}")

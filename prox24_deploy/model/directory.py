@@ -218,6 +218,9 @@ def quiet_transformers() -> Any:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # What it says goes where everything else goes, and not to stderr past it.
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
     return transformers
 
 
