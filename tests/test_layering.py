@@ -54,7 +54,7 @@ def ours(path: Path) -> set[str]:
 
 COMMON = {
     "accuracy", "artifacts", "documents", "errors", "files", "fingerprint", "limits", "options",
-    "recipe", "snapshot", "tasks", "__version__",
+    "printable", "recipe", "snapshot", "tasks", "__version__",
 }  # fmt: skip
 MAY_IMPORT = {
     "pruning": {"pruning"},
@@ -67,6 +67,7 @@ MAY_IMPORT = {
     "errors": set(),
     "documents": {"errors"},
     "fingerprint": set(),
+    "printable": set(),
     "options": {"artifacts", "errors", "fingerprint"},
     "limits": {"documents", "errors"},
     "recipe": {"documents", "errors", "limits", "options", "tasks"},

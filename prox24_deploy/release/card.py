@@ -12,12 +12,14 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from prox24_deploy import __version__
 from prox24_deploy.artifacts import TextSource
-from prox24_deploy.documents import Document, read_json
+from prox24_deploy.documents import Document, read_json, reason_of
 from prox24_deploy.errors import ModelDirError
 from prox24_deploy.files import write_atomic
+from prox24_deploy.release.escape import code
 from prox24_deploy.release.render import render_markdown
 from prox24_deploy.release.schema import Report
 
@@ -82,13 +84,13 @@ def render_card(report: Report, source: SourceCard) -> str:
         "report": report,
         "totals": report.pruning.totals,
         "name": name,
-        "title": f"{name}, 2:4 sparse",
         "tool_version": __version__,
         "base_model": source.repository,
         "dense": dense,
         "source": _samples,
         "limits": _limits(report, source),
-        "text": source.text,
+        # Quoted as its authors wrote it.
+        "text": Markup(source.text),
         "front_matter": yaml.safe_dump(
             _front_matter(report, source), sort_keys=False, allow_unicode=True
         ),
@@ -107,8 +109,9 @@ def _metadata(written: str) -> tuple[dict[str, Any], str]:
         return {}, ""
     try:
         metadata = yaml.safe_load(found[1])
-    except yaml.YAMLError as error:
-        return {}, str(error).splitlines()[0]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Dates that there are none of are a ValueError.
+        return {}, reason_of(error)
     if not isinstance(metadata, dict):
         return {}, "it is no mapping"
     return {key: metadata[key] for key in _KEPT if key in metadata}, ""
@@ -150,8 +153,8 @@ def _limits(report: Report, source: SourceCard) -> list[str]:
         limits.append("The source model names no licence, so that none is given here.")
     if source.problem:
         limits.append(
-            f"The metadata of the source model's card could not be read ({source.problem}); its "
-            "licence is missing here."
+            "The metadata of the source model's card could not be read "
+            f"({code(source.problem)}); its licence is missing here."
         )
     if source.repository is None:
         limits.append(

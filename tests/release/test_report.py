@@ -25,7 +25,7 @@ from markupsafe import escape
 from prox24_deploy.artifacts import Estimate, Metric, Verdict
 from prox24_deploy.errors import BundleError
 from prox24_deploy.limits import Limits
-from prox24_deploy.release.render import markdown
+from prox24_deploy.release.escape import markdown
 from prox24_deploy.release.report import (
     SCHEMA_FILE,
     Report,
