@@ -3,6 +3,7 @@
 import ast
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -137,3 +138,22 @@ def test_everything_is_printed_in_one_module() -> None:
                 assert node.attr not in {"print", "echo", "secho", "write", "add_row"} or (
                     node.attr == "add_row" and path.stem == "tables"
                 ), path
+
+
+def test_names_that_are_not_utf8_are_refused_before_any_work(
+    tmp_path: Path, tiny_bert: Path
+) -> None:
+    odd = os.fsdecode(b"m\xff")
+    for arguments in (("build", odd), ("verify", odd), ("build", tiny_bert, "-o", odd)):
+        run = run_cli(*arguments)
+        assert run.code == 2
+        assert_plain(run)
+        assert (
+            run.err == r"Error: Argument 'm\udcff' is not UTF-8; rename the file or folder." + "\n"
+        )
+    model = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    (model / os.fsdecode(b"\xff.json")).write_text("{}")
+    run = run_cli("build", model, "-o", tmp_path / "out")
+    assert run.code == 2
+    assert_plain(run)
+    assert r"\udcff.json is not UTF-8; rename it." in run.err

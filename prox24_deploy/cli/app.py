@@ -47,6 +47,7 @@ def main() -> None:
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     line = arguments.hoist_common(arguments.join_shapes(sys.argv[1:]))
     try:
+        arguments.require_utf8(line)
         app(args=line, prog_name="prox24-deploy")
     except (Prox24Error, OSError) as error:
         fail(error, debug="--debug" in line)

@@ -306,6 +306,21 @@ def engine_options(
     )
 
 
+def require_utf8(arguments: Sequence[str]) -> None:
+    """Refuse names of files that no report could hold.
+
+    Raises:
+        UsageError: an argument holds bytes that are not UTF-8.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"Argument {argument!r} is not UTF-8; rename the file or folder."
+            ) from error
+
+
 def join_shapes(arguments: Sequence[str]) -> list[str]:
     """Let `--shapes batch=1,8 sequence=128` take several words: repeat the option for each."""
     joined: list[str] = []

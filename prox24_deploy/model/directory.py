@@ -125,6 +125,7 @@ def open_model_dir(path: Path) -> ModelDir:
     # Before the weights are hashed, which takes long.
     read_config(path)
     shards = find_shards(path)
+    _require_utf8(path, companion_files(path))
     names = [shard.name for shard in shards] + ([] if is_single(shards) else [INDEX_FILE])
     snapshot = take_snapshot(path, partial(_model_files, names=names))
     config = read_config(path)
@@ -326,6 +327,15 @@ def _check_loading(directory: ModelDir, recipe: Recipe, info: dict[str, Any]) ->
             f"{tuple(stored)}, but config.json asks for {tuple(expected)}; restore the matching "
             "config.json."
         )
+
+
+def _require_utf8(path: Path, files: Sequence[Path]) -> None:
+    """Refuse names that no document can hold, such as the manifest that lists copies of these."""
+    for file in (path.resolve(), *files):
+        try:
+            str(file).encode()
+        except UnicodeEncodeError as error:
+            raise ModelDirError(f"The name of {file} is not UTF-8; rename it.") from error
 
 
 def _model_files(path: Path, names: Sequence[str]) -> list[Path]:

@@ -198,9 +198,10 @@ def test_a_manifest_that_is_a_folder_is_no_manifest(bundle: Path) -> None:
 
 
 HOSTILE = ["../x", "..", "/etc/x", "a/../../x", "a/../b", "a/..", ".", "./a", "", "a//b", "a/"]
+HOSTILE += ["a\0b", "x" * 256, "a/" + "é" * 128, "/".join(["x" * 200] * 16)]
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_path_that_leaves_the_bundle_is_refused(bundle: Path, name: str) -> None:
     rewrite(bundle, files={name: {"sha256": "0", "size": 1}})
     with pytest.raises(BundleError, match="is not a plain path inside the bundle"):
