@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_validator
 
 from prox24_deploy.accuracy import EngineAccuracy, TaskScores
 from prox24_deploy.artifacts import (
@@ -211,6 +211,22 @@ class Report(_Part):
     checks: tuple[Check, ...]
     regressions: tuple[Check, ...]
     baseline: Comparison | None = None
+
+    @field_validator("latency")
+    @classmethod
+    def _times_are_times(cls, rows: tuple[LatencyRow, ...]) -> tuple[LatencyRow, ...]:
+        for row in rows:
+            times = (row.dense, row.sparse)
+            known = [part for time in times for part in (time.median_ms, *time.samples_ms)]
+            known += [row.speedup.value, row.speedup.low, row.speedup.high]
+            if not all(map(_is_measured, known)) or not all(time.samples_ms for time in times):
+                raise ValueError(f"a time or ratio of {row.backend} cannot have been measured")
+        return rows
+
+
+def _is_measured(value: float) -> bool:
+    """Whether this can be milliseconds, or a ratio of them, from which others are computed."""
+    return 1e-12 < value < 1e12
 
 
 def report_schema() -> dict[str, Any]:

@@ -34,6 +34,7 @@ from prox24_deploy.release.report import (
     schema_text,
     write_report,
 )
+from prox24_deploy.release.schema import parse_report
 
 VIEWS = {"report.json", "report.html", "summary.md", "junit.xml", "benchmark.json"}
 
@@ -440,3 +441,19 @@ def test_layers_over_a_budget_share_one_warning(records: Records) -> None:
     report = with_layers(records, (*layers, *records.prune.layers[3:])).report()
     (warning,) = [text for text in report.warnings if "budget" in text]
     assert warning.startswith("3 layers left dense (over the budget of --max-loss 0.1): encoder.")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e300])
+@pytest.mark.parametrize("key", ["median_ms", "samples_ms", "speedup"])
+def test_times_that_cannot_have_been_measured_are_damage(key: str, value: float) -> None:
+    made = json.loads(make_records().report().model_dump_json())
+    row = made["latency"][0]
+    if key == "speedup":
+        row["speedup"]["low"] = value
+    else:
+        row["sparse"][key] = value if key == "median_ms" else [value]
+    with pytest.raises(BundleError, match=r"is damaged at 'latency': .* cannot have been measured"):
+        parse_report(json.dumps(made).encode(), "r.json")
+    row["sparse"]["samples_ms"] = []
+    with pytest.raises(BundleError, match="is damaged at 'latency'"):
+        parse_report(json.dumps(made).encode(), "r.json")
