@@ -2,7 +2,12 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -12,7 +17,9 @@ from prox24_deploy.cli import arguments, building, gating, handing, judging
 from prox24_deploy.cli.terminal import fail, log_handler, say, stderr
 from prox24_deploy.errors import Prox24Error
 
-EXIT_INTERRUPTED = 130
+# What shells say of a program that a signal ended: 128 and its number.
+EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+_ENDINGS = {EXIT_INTERRUPTED: "Interrupted", EXIT_TERMINATED: "Terminated"}
 
 app = typer.Typer(
     name="prox24-deploy",
@@ -48,19 +55,44 @@ def main() -> None:
     line = arguments.hoist_common(arguments.join_shapes(sys.argv[1:]))
     try:
         arguments.require_utf8(line)
-        app(args=line, prog_name="prox24-deploy")
+        with _terminable():
+            app(args=line, prog_name="prox24-deploy")
     except (Prox24Error, OSError) as error:
         fail(error, debug="--debug" in line)
     except SystemExit as stop:
         # typer turns an interrupt from the keyboard into this code and says nothing.
-        if stop.code == EXIT_INTERRUPTED:
-            say("Interrupted; finished stages are kept, run the same command to go on.", to=stderr)
+        if stop.code in _ENDINGS:
+            ending = _ENDINGS[stop.code]
+            say(f"{ending}; finished stages are kept, run the same command to go on.", to=stderr)
         raise
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the one place where a fault of ours becomes an exit code
         # Libraries in Rust panic with an error that is no Exception.
         fail(error, debug="--debug" in line)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """End on SIGTERM as on an interrupt from the keyboard, so that what is half done is removed."""
+    # Who started this process may have it ignored, and only the main thread may change it.
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        # A second one does not wait.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise SystemExit(EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @app.callback(invoke_without_command=True)

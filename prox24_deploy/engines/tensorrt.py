@@ -15,7 +15,6 @@ import json
 import logging
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ import onnx
 from prox24_deploy.artifacts import Engine, EngineEvidence, OnnxModel, TensorCheck
 from prox24_deploy.documents import Document, read_json
 from prox24_deploy.engines.base import Session
+from prox24_deploy.engines.child import run_child
 from prox24_deploy.engines.evidence import engine_evidence, parse_builder
 from prox24_deploy.engines.host import INSTALL, gpu
 from prox24_deploy.engines.tensorrt_job import NO_ENGINE, Job, ShapeRange, open_engine
@@ -230,21 +230,17 @@ class TensorRt:
         with writing(log):
             file = log.open("wb")
         with file:
-            ran = subprocess.run(
-                [sys.executable, "-m", _JOB_MODULE],
-                input=json.dumps(asdict(job)).encode(),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                check=False,
+            code = run_child(
+                [sys.executable, "-m", _JOB_MODULE], json.dumps(asdict(job)).encode(), file
             )
-        if ran.returncode == 0 and Path(job.plan).is_file():
+        if code == 0 and Path(job.plan).is_file():
             return
         make_folder(kept_log.parent)
         with writing(kept_log):
             log.replace(kept_log)
         raise EngineError(
             f"{TITLES[self.library]} does not compile {job.onnx} for {self.device()}: "
-            f"{_last_words(_text(kept_log), ran.returncode)}; the whole log is {kept_log}."
+            f"{_last_words(_text(kept_log), code)}; the whole log is {kept_log}."
         )
 
 
