@@ -78,7 +78,8 @@ def layers(records: Sequence[LayerRecord]) -> Table:
             "" if error is None else f"{error:.4f}"
             for error in (record.relative_error, record.held_out_error)
         ]
-        _add_row(table, record.name, *errors, record.reason and f"dense: {record.reason}")
+        note = f"dense: {record.reason}" if record.reason else record.note
+        _add_row(table, record.name, *errors, note)
     return table
 
 

@@ -24,6 +24,7 @@ from prox24_deploy.model.checkpoint import (
     write_pruned,
 )
 from prox24_deploy.model.directory import ModelDir, load_model
+from prox24_deploy.model.doubts import doubt_about
 from prox24_deploy.model.evaluate import pooling_of
 from prox24_deploy.model.flow import Flow, Twin, advance, after_pruning, collect, start_flow
 from prox24_deploy.model.grams import Grams
@@ -312,6 +313,9 @@ def _prune_group(
                 iterations=found.iterations,
                 seconds=seconds,
                 rows=calibration.tokens,
+                note=doubt_about(
+                    before, found.weight.dtype, calibration, chosen=found.method != "unchanged"
+                ),
             )
         )
         log.info("%s: error %.4f, %.1f s", path, records[-1].relative_error, seconds)

@@ -457,3 +457,13 @@ def test_times_that_cannot_have_been_measured_are_damage(key: str, value: float)
     row["sparse"]["samples_ms"] = []
     with pytest.raises(BundleError, match="is damaged at 'latency'"):
         parse_report(json.dumps(made).encode(), "r.json")
+
+
+def test_layers_whose_error_says_nothing_are_warned_of_by_name() -> None:
+    records = make_records()
+    first, second, *others = records.prune.layers
+    notes = ("all its weights are zero", "its inputs are all zero")
+    layers = (replace(first, note=notes[0]), replace(second, note=notes[1]), *others)
+    report = replace(records, prune=replace(records.prune, layers=layers)).report()
+    assert f"The error says nothing of 1 layer ({notes[0]}): {first.name}." in report.warnings
+    assert f"The error says nothing of 1 layer ({notes[1]}): {second.name}." in report.warnings
