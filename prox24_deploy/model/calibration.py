@@ -185,7 +185,7 @@ def _one_paragraph(texts: Texts) -> str:
     """Why a file of many lines may give few tokens, or nothing."""
     if len(texts.documents) != 1 or "\n" not in texts.documents[0]:
         return ""
-    return ", and all its lines are one paragraph, for only a blank line ends one"
+    return ", and it is 1 paragraph or JSON record (paragraphs end at blank lines)"
 
 
 def thin(samples: Samples, tokens: int) -> tuple[Batch, ...]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from prox24_deploy.errors import CalibrationError
 from prox24_deploy.model import text_files
-from prox24_deploy.model.calibration import read_texts
+from prox24_deploy.model.calibration import read_texts, require_tokens
 from prox24_deploy.model.text_files import json_lines, read_text
 
 RECORDS = [{"text": f"record {i}\n\nof two parts", "id": i, "score": float(i)} for i in range(6)]
@@ -204,6 +204,10 @@ def test_what_a_paragraph_is_is_said(tmp_path: Path) -> None:
     message = r"has 1 paragraph or JSON record \(paragraphs end at blank lines\), .*; add text, put"
     with pytest.raises(CalibrationError, match=message):
         read_texts([tmp_path / "a.txt"], [], 0)
+    texts, _ = read_texts([tmp_path / "a.txt"], [tmp_path / "a.txt"], 0)
+    message = r"at least 1024, and it is 1 paragraph or JSON record \(paragraphs end at blank lines"
+    with pytest.raises(CalibrationError, match=message):
+        require_tokens(texts, 512)
 
 
 def outcome(path: Path) -> tuple[str, tuple[str, ...]]:
