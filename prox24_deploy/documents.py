@@ -84,6 +84,23 @@ def open_regular(path: Path) -> BinaryIO:
     raise OSError(errno.ENODEV, f"it is {kind}, expected a file", str(path))
 
 
+def files_below(folder: Path) -> list[Path]:
+    """What lies in a folder and in those in it, but for hidden folders; links are not entered.
+
+    Raises:
+        OSError: one of them cannot be read, so that files may be missed.
+    """
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += (Path(place, name) for name in files)
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def require_readable(path: Path, document: Document) -> None:
     """Refuse a file that `open_regular` does not open.
 

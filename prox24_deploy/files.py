@@ -19,8 +19,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+        # Not under the name of a temporary file, which says nothing to anybody.
+        error.filename = str(path)
         error.add_note(WRITING)
         raise
 

@@ -16,6 +16,7 @@ from prox24_deploy.documents import (
     MOST_DEPTH,
     MOST_TOML_BYTES,
     Document,
+    files_below,
     is_file_name,
     open_regular,
     parse_json,
@@ -228,3 +229,25 @@ def test_no_file_beside_has_this_name(name: str) -> None:
 @pytest.mark.parametrize("name", ["a", "...", "a b\n", "é" * 127, "model-00001-of-2.safetensors"])
 def test_a_file_beside_may_have_this_name(name: str) -> None:
     assert is_file_name(name)
+
+
+def test_files_below_a_folder_are_all_found_or_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b/c/d.txt", "a.txt", ".hidden/e.txt", ".f"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    found = [path.relative_to(tmp_path).as_posix() for path in files_below(tmp_path)]
+    assert found == [".f", "a.txt", "b/c/d.txt"]
+    whole = os.scandir
+
+    def closed(path: str) -> Any:
+        if Path(path).name == "c":
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    # Root, which tests may be, reads everything.
+    monkeypatch.setattr("os.scandir", closed)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        files_below(tmp_path)

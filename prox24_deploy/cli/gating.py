@@ -11,7 +11,10 @@ from prox24_deploy.cli.building import VERDICT_EXIT
 from prox24_deploy.cli.terminal import print_json, print_table, say
 
 ReportArg = Annotated[
-    Path, typer.Argument(metavar="REPORT", help="The new release: a report.json or a bundle.")
+    Path,
+    typer.Argument(
+        metavar="REPORT", help="The new release: a report.json or a bundle.", readable=False
+    ),
 ]
 baseline = typer.Typer(
     help="Accept a release as the baseline of later ones.",
@@ -27,13 +30,19 @@ def compare(
         typer.Argument(
             metavar="BASELINE",
             help="What it must hold: a baseline file, a report.json or a bundle.",
+            readable=False,
         ),
     ],
     limits: arguments.LimitsOpt = None,
     allow: arguments.AllowOpt = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Folder for compare.json, .md, .junit.xml, benchmark."),
+        typer.Option(
+            "-o",
+            "--out",
+            help="Folder for compare.json, .md, .junit.xml, benchmark.",
+            readable=False,
+        ),
     ] = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
@@ -62,7 +71,9 @@ def compare(
 @baseline.command()
 def update(
     report: ReportArg,
-    path: Annotated[Path, typer.Argument(metavar="BASELINE", help="Baseline file to write.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="BASELINE", help="Baseline file to write.", readable=False)
+    ],
     reason: Annotated[str, typer.Option(help="Why this release is the one to hold others to.")],
     keep: Annotated[int, typer.Option(min=1, help="Accepted releases to keep figures of.")] = 10,
     as_json: arguments.JsonOpt = False,
@@ -83,7 +94,9 @@ def update(
 
 @baseline.command()
 def show(
-    path: Annotated[Path, typer.Argument(metavar="BASELINE", help="A baseline file.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="BASELINE", help="A baseline file.", readable=False)
+    ],
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Show which release is the baseline, why, and the figures of those before it."""

@@ -13,7 +13,8 @@ from prox24_deploy.errors import UsageError
 def package(
     bundle: arguments.BundleArg,
     triton: Annotated[
-        Path | None, typer.Option(help="Write the model into this Triton model repository.")
+        Path | None,
+        typer.Option(help="Write the model into this Triton model repository.", readable=False),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Triton: name of the model; default: the source model's.")
@@ -32,10 +33,14 @@ def package(
         int | None, typer.Option(min=1, help="Triton: copies of the model on every device.")
     ] = None,
     sbom: Annotated[
-        Path | None, typer.Option(help="Write a bill of materials to this file, CycloneDX JSON.")
+        Path | None,
+        typer.Option(
+            help="Write a bill of materials to this file, CycloneDX JSON.", readable=False
+        ),
     ] = None,
     checksums: Annotated[
-        Path | None, typer.Option(help="Write a list of hashes to this file, for sha256sum -c.")
+        Path | None,
+        typer.Option(help="Write a list of hashes to this file, for sha256sum -c.", readable=False),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Hand over a bundle whose verdict is fail.")

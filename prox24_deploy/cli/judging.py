@@ -62,7 +62,9 @@ def plan(
 
 
 def check(
-    path: Annotated[Path, typer.Argument(help="Model directory, safetensors or ONNX file.")],
+    path: Annotated[
+        Path, typer.Argument(help="Model directory, safetensors or ONNX file.", readable=False)
+    ],
     ignore: Annotated[
         list[str] | None, typer.Option(help="Weights that may be dense, as globs; repeatable.")
     ] = None,

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from prox24_deploy.documents import open_regular
 from prox24_deploy.errors import CalibrationError
-from prox24_deploy.model.held_out import Files, Search, hold_out
+from prox24_deploy.model.held_out import Files, Search, hold_out, readable_files
 from prox24_deploy.model.text_files import JSON_LINES, json_lines, read_text
 
 MIN_RECORDINGS = 8
@@ -144,7 +144,7 @@ def _recordings_of(path: Path) -> list[Recording]:
             f"Recordings {path} is neither a folder nor a list (.jsonl); pass a folder of "
             "recordings."
         )
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = readable_files(path)
     if other := next((file for file in files if file.suffix.lower() in _OTHERS), None):
         raise CalibrationError(
             f"Recording {other} is no WAV file, and nothing else is read; convert it, or move it "

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from prox24_deploy.artifacts import ModelInfo
-from prox24_deploy.documents import reason_of
+from prox24_deploy.documents import files_below, reason_of
 from prox24_deploy.errors import ModelDirError, RecipeError
 from prox24_deploy.model.capacity import require_counts, require_size
 from prox24_deploy.model.config_file import blame_config, read_config
@@ -146,9 +146,8 @@ def open_model_dir(path: Path) -> ModelDir:
 
 def companion_files(path: Path) -> list[Path]:
     """Files beside the weights that a copy of the model needs, sorted; no code, no pickles."""
-    found = [p for p in path.rglob("*") if p.is_file() and p.suffix in _COMPANIONS]
-    hidden = [p for p in found if any(part.startswith(".") for part in p.relative_to(path).parts)]
-    return sorted(p for p in set(found) - set(hidden) if p.name != INDEX_FILE)
+    shown = (p for p in files_below(path) if not p.name.startswith(".") and p.name != INDEX_FILE)
+    return [p for p in shown if p.suffix in _COMPANIONS and p.is_file()]
 
 
 def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.Module:

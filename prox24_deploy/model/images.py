@@ -14,7 +14,7 @@ from prox24_deploy.artifacts import TextSource
 from prox24_deploy.documents import open_regular, reason_of
 from prox24_deploy.errors import CalibrationError, ModelDirError
 from prox24_deploy.model.calibration import Batch, Samples
-from prox24_deploy.model.held_out import Files, Search, hold_out
+from prox24_deploy.model.held_out import Files, Search, hold_out, readable_files
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 MIN_IMAGES = 16
@@ -91,8 +91,7 @@ def pixel_sizes(processor: Any) -> dict[str, int]:
 def _images_in(folder: Path) -> list[tuple[Path, str]]:
     if not folder.is_dir():
         raise CalibrationError(f"Images {folder} is not a folder; pass a folder of images.")
-    named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    files = sorted(path for path in named if not path.is_dir())
+    files = [path for path in readable_files(folder) if path.suffix.lower() in SUFFIXES]
     return [(path, path.parent.relative_to(folder).as_posix().strip(".")) for path in files]
 
 
