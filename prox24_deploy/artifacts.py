@@ -56,7 +56,7 @@ class LayerRecord:
     height · width · in_channels). Errors are ||Y - Y'||^2 / ||Y||^2, where Y is the output
     of the dense layer in the dense model and Y' that of the pruned layer in the pruned model (bias
     excluded), on calibration and on held-out text; None for a skipped layer. `rows` counts the
-    inputs that it was calibrated on: tokens, patches or pixels.
+    inputs that it was calibrated on: tokens, patches or pixels. `note`: why its errors say nothing.
     """
 
     name: str
@@ -69,6 +69,7 @@ class LayerRecord:
     iterations: int
     seconds: float
     rows: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +103,9 @@ class Sensitivity:
     """What pruning costs layer by layer and in sum, on calibration text that was withheld.
 
     `metric` names the loss, such as "log-perplexity" or "1 - embedding cosine", averaged over
-    `samples`.
-    `layers` are in the order of the harm per weight, the least first; `curve` has some of the
-    prefixes of that order, and the first `chosen` layers were pruned. Each layer was solved alone,
-    on inputs of the dense model; the whole model, solved in sequence, usually loses less.
+    `samples`. `layers` are in order of the harm per weight, the least first; `curve` has some of
+    the prefixes of it, and the first `chosen` layers were pruned. Each layer was solved alone, on
+    inputs of the dense model; the whole model, solved in sequence, usually loses less.
     """
 
     metric: str

@@ -5,7 +5,51 @@ import re
 import stat
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from prox24_deploy.errors import WRITING
+
+_BLOCK = 2**20
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Note on an OSError that something was to be written, and what; see `errors.explained`."""
+    try:
+        yield
+    except OSError as error:
+        # Not under the name of a temporary file, which says nothing to anybody.
+        error.filename = str(path)
+        error.add_note(WRITING)
+        raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder with its parents, unless it is there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file; an error tells whether it could not be read or not written.
+
+    Raises:
+        OSError: one of both.
+    """
+    with source.open("rb") as read:
+        with writing(target):
+            written = target.open("wb")
+        with written:
+            while block := read.read(_BLOCK):
+                with writing(target):
+                    written.write(block)
+            with writing(target):
+                written.close()
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -16,18 +60,19 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         OSError: the folder cannot be written or is full; `path` is then as it was before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
+    with writing(path):
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
 
 
 def sync_tree(path: Path, *, deep: bool = True) -> None:

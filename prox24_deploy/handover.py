@@ -225,5 +225,7 @@ def _entry(bundle: Path, manifest: Manifest, name: str) -> tuple[Path, FileEntry
 
 def _largest_batch(options: dict[str, Any]) -> int:
     """The largest batch that was measured."""
-    batches: list[int] = options.get("engine", {}).get("batches", [])
-    return max(batches, default=1)
+    engine = options.get("engine")
+    batches = engine.get("batches") if isinstance(engine, dict) else None
+    known = [batch for batch in batches if type(batch) is int] if isinstance(batches, list) else []
+    return max(known, default=1)

@@ -4,7 +4,6 @@ The recipe holds the defaults under `[limits]`; a limits file has the tables of 
 at its top level. Names of metrics are globs and the last one that matches a metric applies whole.
 """
 
-import tomllib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
+from prox24_deploy.documents import Document, parse_toml, read_toml_text
 from prox24_deploy.errors import UsageError
 
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -98,15 +98,9 @@ def read_limits(path: Path) -> MetricTable:
     Raises:
         UsageError: the file is missing, is not TOML, or has an unknown key or a wrong value.
     """
+    document = Document(f"Limits {path}", UsageError, "pass a TOML file of limits with --limits")
     try:
-        return _TABLE.validate_python(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UsageError(
-            f"Limits {path} cannot be read ({reason}); pass a TOML file with --limits."
-        ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"Limits {path} is not valid TOML: {error}; correct it.") from error
+        return _TABLE.validate_python(parse_toml(read_toml_text(path, document), document))
     except ValidationError as error:
         raise UsageError(f"Limits {path}: {_problem(error)}.") from error
 

@@ -7,7 +7,6 @@ the shipped recipe whose `model_types` lists the model.
 import hashlib
 import importlib.resources
 import json
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -16,6 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from prox24_deploy.documents import Document, parse_toml, read_toml_text
 from prox24_deploy.errors import RecipeError
 from prox24_deploy.limits import Limits, MetricLimits
 from prox24_deploy.options import Method, Preset, Refinement
@@ -32,6 +32,8 @@ FEATURES = "input_features"
 STATES = "encoder_hidden_states"
 _CACHE_AXIS = "past"
 _SUM = " + "
+# Of a static axis, and of samples: beyond every model, and within every memory.
+_MOST_EXTENT = 2**20
 
 
 class _Table(BaseModel):
@@ -46,7 +48,7 @@ class TensorSpec(_Table):
 
     name: str
     dtype: Literal["int64", "float"]
-    axes: list[str | int]
+    axes: list[str | Annotated[int, Field(ge=1, le=_MOST_EXTENT)]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ class Recipe(_Table):
     ignore: list[str] = []
     overrides: list[Override] = []
     optional_weights: list[str] = []
-    sequence_length: Annotated[int, Field(ge=8)] = 512
+    sequence_length: Annotated[int, Field(ge=8, le=_MOST_EXTENT)] = 512
     opset: Annotated[int, Field(ge=18, le=24)] = 20
     attention: Literal["default", "eager"] = "default"
     cache: bool = False
@@ -311,23 +313,13 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: the file is missing, is not TOML, or has a missing, unknown or wrong key.
     """
-    return parse_recipe(_read_text(path), str(path))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise RecipeError(f"Recipe {path} cannot be read ({reason}); pass a TOML file.") from error
+    return parse_recipe(read_toml_text(path, _document(path)), str(path))
 
 
 def parse_recipe(text: str, source: str) -> Recipe:
     """Parse the TOML of one recipe; `source` names it in errors."""
     try:
-        return Recipe.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"Recipe {source} is not valid TOML: {error}.") from error
+        return Recipe.model_validate(parse_toml(text, _document(source)))
     except ValidationError as error:
         raise RecipeError(f"Recipe {source}: {_first_problem(error)}.") from error
 
@@ -336,10 +328,7 @@ def shipped_recipes() -> dict[str, str]:
     """Family name to TOML text of every recipe in the package, sorted by family."""
     folder = importlib.resources.files("prox24_deploy.recipes")
     found = {entry.name: entry for entry in folder.iterdir() if entry.name.endswith(".toml")}
-    return {
-        name.removesuffix(".toml"): found[name].read_text(encoding="utf-8")
-        for name in sorted(found)
-    }
+    return {name.removesuffix(".toml"): found[name].read_text("utf-8") for name in sorted(found)}
 
 
 def select_recipe(
@@ -358,21 +347,27 @@ def select_recipe(
     own = model_dir / RECIPE_FILE
     path = explicit or (own if own.is_file() else None)
     if path is not None:
-        text = _read_text(path)
+        text = read_toml_text(path, _document(path))
         return parse_recipe(text, str(path)), text
     shipped = {name: (parse_recipe(text, name), text) for name, text in shipped_recipes().items()}
     for recipe, text in shipped.values():
         if model_type in recipe.model_types:
             return recipe, text
     known = ", ".join(f"{name} ({', '.join(r.model_types)})" for name, (r, _) in shipped.items())
-    remedy = advise() or (
+    remedy, _, drawn = advise().partition("\n\n")
+    remedy = remedy or (
         "copy the nearest one, adapt its blocks, targets, inputs and outputs, and pass it with "
         "--recipe."
     )
     raise RecipeError(
         f"No recipe supports model_type {model_type!r} of {model_dir}; shipped families are "
-        f"{known}; {remedy}"
+        f"{known}; {remedy}",
+        attached=drawn,
     )
+
+
+def _document(source: str | Path) -> Document:
+    return Document(f"Recipe {source}", RecipeError, "pass a TOML file with --recipe")
 
 
 def _first_problem(error: ValidationError) -> str:

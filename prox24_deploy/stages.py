@@ -22,6 +22,7 @@ from prox24_deploy.artifacts import (
     OnnxModel,
     PruneResult,
 )
+from prox24_deploy.files import make_folder
 from prox24_deploy.options import BuildOptions, DeviceChoice, PruneOptions
 from prox24_deploy.recipe import Recipe
 from prox24_deploy.release.baseline import Gate
@@ -276,7 +277,7 @@ def _export_twin(
     recipe = inputs.recipe
     module = load_model(directory, recipe, torch_device("cpu"))
     folder = partial / ONNX / twin
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     paths = export_graphs(
         module,
         recipe,

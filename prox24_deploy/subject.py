@@ -1,6 +1,5 @@
 """The model to build and what to build it with, read and checked before any work."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prox24_deploy.artifacts import ModelInfo
 from prox24_deploy.errors import BackendMissingError, BundleError
+from prox24_deploy.model.config_file import labels_of, read_config, whole_number
 from prox24_deploy.options import BuildOptions, DeviceChoice, EngineOptions, TextOptions
 from prox24_deploy.recipe import Recipe, parse_recipe, select_recipe
 from prox24_deploy.release.bundle import Bundle
@@ -71,9 +71,7 @@ def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
     if recipe.reads_speech:
         from prox24_deploy.model.speech import feature_sizes
 
-        return recipe.with_sizes(
-            feature_sizes(json.loads((model_dir / "config.json").read_bytes()))
-        )
+        return recipe.with_sizes(feature_sizes(read_config(model_dir)))
     if not recipe.reads_images:
         return recipe
     from prox24_deploy.model.directory import load_image_processor
@@ -126,7 +124,7 @@ def _read_images(
 
     images = read_images(options.calibration, options.evaluation, options.seed)
     processor = load_image_processor(directory.path)
-    labels = {str(name): int(i) for i, name in directory.config.get("id2label", {}).items()}
+    labels = labels_of(directory.config)
     calibration, held_out = (
         make_image_samples(part, processor, labels, limit=options.images) for part in images
     )
@@ -160,8 +158,8 @@ def fitted_shapes(options: EngineOptions, config: dict[str, Any], recipe: Recipe
 
 def longest_of(config: dict[str, Any], recipe: Recipe) -> int:
     """Tokens that the model accepts at most; the recipe's length where it does not say."""
-    known = (config.get(key) for key in _POSITION_KEYS)
-    return int(next(filter(None, known), recipe.sequence_length))
+    said = next((key for key in _POSITION_KEYS if config.get(key)), _POSITION_KEYS[0])
+    return whole_number(config, said, recipe.sequence_length)
 
 
 def model_of(bundle: Bundle) -> ModelInfo:
@@ -202,13 +200,12 @@ def recipe_of(bundle: Bundle) -> Recipe:
 
 def config_of(bundle: Bundle) -> dict[str, Any]:
     """config.json of the pruned model."""
-    config: dict[str, Any] = json.loads((bundle.root / "pruned" / "config.json").read_bytes())
-    return config
+    return read_config(bundle.root / "pruned")
 
 
 def vocabulary_of(config: dict[str, Any]) -> int:
     """Number of tokens; 1 for a model that reads none."""
-    return int(config.get("vocab_size", 1))
+    return whole_number(config, "vocab_size", 1)
 
 
 def torch_device(choice: DeviceChoice) -> "torch.device":

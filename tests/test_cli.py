@@ -50,8 +50,10 @@ def test_the_module_runs_as_the_command_does() -> None:
         (EngineError("The engine broke; mend it."), 1, "Error: The engine broke; mend it."),
         (ZeroDivisionError("oops"), 1, "Internal error, ZeroDivisionError: oops; run again with"),
         (OSError(errno.ENOSPC, "full", "/out/x"), 2, "No space left on the disk while writing"),
-        (OSError(errno.EACCES, "Permission denied", "/out/x"), 2, "/out/x cannot be written"),
-        (OSError(errno.EIO, "I/O error"), 1, "Internal error, OSError"),
+        (OSError(errno.EACCES, "Permission denied", "/m/x"), 2, "/m/x cannot be read (Permission"),
+        (OSError(errno.EIO, "I/O error", "/m/x"), 2, "/m/x cannot be read (I/O error); check its"),
+        (OSError(errno.EBADF, "Bad file descriptor"), 1, "Internal error, OSError"),
+        (MemoryError(), 5, "Error: Not enough memory for this model"),
         (KeyboardInterrupt(), 130, "Interrupted; finished stages are kept"),
     ],
 )

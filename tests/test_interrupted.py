@@ -120,3 +120,37 @@ def test_two_builds_into_one_output_do_not_mix(
     assert "is being written by another build" in run.err
     _, errors = first.communicate()
     assert first.returncode == 0, errors
+
+
+def test_a_build_that_is_told_to_end_says_so_and_goes_on_later(
+    tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    command = [*build_command(tiny_bert, out, prose)]
+    command[command.index("build")] = "prune"
+    command = command[: command.index("--shapes")] + list(SMALL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Until the first block is solved, which is the middle of the work.
+    while not list(out.glob(".partial/**/block-*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said == "Terminated; finished stages are kept, run the same command to go on.\n"
+    assert printed == ""
+    assert not list(out.rglob("*.tmp"))
+    run = run_cli(*command[3:])
+    assert run.code == 0, run.err
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `nohup` and init systems ask for."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert run_cli("doctor").code == 0
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert run_cli("--version").code == 0
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -55,8 +55,8 @@ def ours(path: Path) -> set[str]:
 
 
 COMMON = {
-    "accuracy", "artifacts", "errors", "files", "fingerprint", "limits", "options", "recipe",
-    "snapshot", "tasks", "__version__",
+    "accuracy", "artifacts", "documents", "errors", "files", "fingerprint", "limits", "options",
+    "printable", "recipe", "snapshot", "tasks", "__version__",
 }  # fmt: skip
 MAY_IMPORT = {
     "pruning": {"pruning"},
@@ -67,10 +67,12 @@ MAY_IMPORT = {
     "accuracy": {"artifacts"},
     "artifacts": {"fingerprint"},
     "errors": set(),
+    "documents": {"errors"},
     "fingerprint": set(),
+    "printable": set(),
     "options": {"artifacts", "errors", "fingerprint"},
-    "limits": {"errors"},
-    "recipe": {"errors", "limits", "options", "tasks"},
+    "limits": {"documents", "errors"},
+    "recipe": {"documents", "errors", "limits", "options", "tasks"},
     "snapshot": set(),
     "tasks": set(),
 }

@@ -52,7 +52,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_limits(tmp_path / "none.toml")
     path = tmp_path / "latin.toml"
     path.write_bytes(b"# \xe4\n")
-    with pytest.raises(UsageError, match="not UTF-8 text"):
+    with pytest.raises(UsageError, match="not UTF-8"):
         read_limits(path)
 
 

@@ -233,7 +233,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=rf"{tmp_path} cannot be read \(Is a directory\); pass a"):
         read_recipe(tmp_path)
     (tmp_path / "odd.toml").write_bytes(b"\xff")
-    with pytest.raises(RecipeError, match=r"odd\.toml cannot be read \(not UTF-8 text\); pass a"):
+    with pytest.raises(
+        RecipeError, match=r"odd\.toml cannot be read \(not UTF-8, see byte 0\); pass a"
+    ):
         read_recipe(tmp_path / "odd.toml")
 
 

@@ -2,18 +2,24 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.logging import RichHandler
 
 from prox24_deploy import __version__
 from prox24_deploy.cli import arguments, building, gating, handing, judging
-from prox24_deploy.cli.terminal import fail, stderr, stdout
+from prox24_deploy.cli.terminal import fail, log_handler, say, stderr
 from prox24_deploy.errors import Prox24Error
 
-EXIT_INTERRUPTED = 130
+# What shells say of a program that a signal ended: 128 and its number.
+EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+_ENDINGS = {EXIT_INTERRUPTED: "Interrupted", EXIT_TERMINATED: "Terminated"}
 
 app = typer.Typer(
     name="prox24-deploy",
@@ -48,16 +54,45 @@ def main() -> None:
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     line = arguments.hoist_common(arguments.join_shapes(sys.argv[1:]))
     try:
-        app(args=line, prog_name="prox24-deploy")
+        arguments.require_utf8(line)
+        with _terminable():
+            app(args=line, prog_name="prox24-deploy")
     except (Prox24Error, OSError) as error:
         fail(error, debug="--debug" in line)
     except SystemExit as stop:
         # typer turns an interrupt from the keyboard into this code and says nothing.
-        if stop.code == EXIT_INTERRUPTED:
-            stderr.print("Interrupted; finished stages are kept, run the same command to go on.")
+        if stop.code in _ENDINGS:
+            ending = _ENDINGS[stop.code]
+            say(f"{ending}; finished stages are kept, run the same command to go on.", to=stderr)
         raise
-    except Exception as error:  # the one place where a fault of ours becomes an exit code
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the one place where a fault of ours becomes an exit code
+        # Libraries in Rust panic with an error that is no Exception.
         fail(error, debug="--debug" in line)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """End on SIGTERM as on an interrupt from the keyboard, so that what is half done is removed."""
+    # Who started this process may have it ignored, and only the main thread may change it.
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        # A second one does not wait.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise SystemExit(EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @app.callback(invoke_without_command=True)
@@ -69,10 +104,9 @@ def common(
 ) -> None:
     """Set up logging; options here come before the command."""
     if version:
-        stdout.print(__version__)
+        say(__version__)
         raise typer.Exit
     level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
-    handler = RichHandler(console=stderr, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[log_handler()], force=True)
     logging.getLogger("prox24_deploy").setLevel(level)
     context.obj = {"debug": debug}

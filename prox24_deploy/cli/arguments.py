@@ -26,25 +26,35 @@ from prox24_deploy.options import (
 _COMMON = {"-v", "--verbose", "--debug"}
 _TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
 
-ModelArg = Annotated[Path, typer.Argument(help="Hugging Face model directory with safetensors.")]
-BundleArg = Annotated[Path, typer.Argument(help="A bundle: the OUT of an earlier command.")]
+ModelArg = Annotated[
+    Path, typer.Argument(help="Hugging Face model directory with safetensors.", readable=False)
+]
+BundleArg = Annotated[
+    Path, typer.Argument(help="A bundle: the OUT of an earlier command.", readable=False)
+]
 OutOpt = Annotated[
-    Path | None, typer.Option("-o", "--out", help="Bundle to write; default NAME-prox24.")
+    Path | None,
+    typer.Option("-o", "--out", help="Bundle to write; default NAME-prox24.", readable=False),
 ]
 RecipeOpt = Annotated[
-    Path | None, typer.Option(help="Export recipe; default: the model's own, else its family's.")
+    Path | None,
+    typer.Option(
+        help="Export recipe; default: the model's own, else its family's.", readable=False
+    ),
 ]
 CalibrationOpt = Annotated[
     list[Path] | None,
     typer.Option(
         help="Text, JSONL, or folder of images or recordings to calibrate on; repeatable. Default: "
-        "CPython's docs, for text alone."
+        "CPython's docs, for text alone.",
+        readable=False,
     ),
 ]
 EvaluationOpt = Annotated[
     list[Path] | None,
     typer.Option(
-        help="Held-out text, images or recordings; repeatable. Default: a fifth of calibration."
+        help="Held-out text, images or recordings; repeatable. Default: a fifth of calibration.",
+        readable=False,
     ),
 ]
 TokensOpt = Annotated[int, typer.Option(min=1024, help="Calibration tokens to use.")]
@@ -76,6 +86,7 @@ HarnessDataOpt = Annotated[
         "--lm-eval-data",
         metavar="DIR",
         help="Its data as TASK/SPLIT.jsonl, and tasks of your own as YAML; nothing is fetched.",
+        readable=False,
     ),
 ]
 HarnessLimitOpt = Annotated[
@@ -119,10 +130,14 @@ BackendOpt = Annotated[
     typer.Option(help="onnxruntime, cusparselt, tensorrt, tensorrt-rtx or auto; repeatable."),
 ]
 PlanOutOpt = Annotated[
-    Path | None, typer.Option("-o", "--out", help="Write the plan to this file for build --plan.")
+    Path | None,
+    typer.Option(
+        "-o", "--out", help="Write the plan to this file for build --plan.", readable=False
+    ),
 ]
 PlanOpt = Annotated[
-    Path | None, typer.Option("--plan", help="Prune only the layers that a plan says to prune.")
+    Path | None,
+    typer.Option("--plan", help="Prune only the layers that a plan says to prune.", readable=False),
 ]
 WorkspaceOpt = Annotated[
     float | None, typer.Option(min=0.001, help="TensorRT: scratch memory of a kernel at most, GiB.")
@@ -142,7 +157,8 @@ StripOpt = Annotated[
     typer.Option("--strip-weights", help="TensorRT: engines without weights, refitted from ONNX."),
 ]
 TimingsOpt = Annotated[
-    Path | None, typer.Option(help="TensorRT: folder to keep timings of kernels in.")
+    Path | None,
+    typer.Option(help="TensorRT: folder to keep timings of kernels in.", readable=False),
 ]
 CapabilityOpt = Annotated[
     list[str] | None,
@@ -162,20 +178,28 @@ ProfileOpt = Annotated[
     typer.Option(
         "--gpu-profile",
         help="Plan for the GPU of this file, measured elsewhere; h100.json is shipped.",
+        readable=False,
     ),
 ]
 SaveProfileOpt = Annotated[
-    Path | None, typer.Option("--save-profile", help="Write the measured GEMM times to this file.")
+    Path | None,
+    typer.Option(
+        "--save-profile", help="Write the measured GEMM times to this file.", readable=False
+    ),
 ]
 DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where to prune and evaluate.")]
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 BaselineOpt = Annotated[
     Path | None,
-    typer.Option(help="Hold the report against this baseline file, report.json or bundle."),
+    typer.Option(
+        help="Hold the report against this baseline file, report.json or bundle.", readable=False
+    ),
 ]
 LimitsOpt = Annotated[
     Path | None,
-    typer.Option(help="TOML with limits per metric; default: those of the baseline's recipe."),
+    typer.Option(
+        help="TOML with limits per metric; default: those of the baseline's recipe.", readable=False
+    ),
 ]
 AllowOpt = Annotated[
     list[str] | None,
@@ -322,6 +346,21 @@ def tensor_axes(arguments: Sequence[str]) -> dict[str, int]:
             )
         found[glob] = int(axis)
     return found
+
+
+def require_utf8(arguments: Sequence[str]) -> None:
+    """Refuse names of files that no report could hold.
+
+    Raises:
+        UsageError: an argument holds bytes that are not UTF-8.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"Argument {argument!r} is not UTF-8; rename the file or folder."
+            ) from error
 
 
 def join_shapes(arguments: Sequence[str]) -> list[str]:

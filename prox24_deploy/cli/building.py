@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from prox24_deploy.cli import arguments, tables
-from prox24_deploy.cli.terminal import print_json, print_table, stderr, stdout
+from prox24_deploy.cli.terminal import print_json, print_table, say, stderr
 from prox24_deploy.options import BuildOptions, HarnessOptions, TextOptions
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def prune(
         return
     pruned = [layer for layer in result.layers if layer.status == "pruned"]
     print_table(tables.layers(result.layers))
-    stdout.print(f"{len(pruned)} layers are 2:4 in {root / 'pruned'}.", soft_wrap=True)
+    say(f"{len(pruned)} layers are 2:4 in {root / 'pruned'}.")
 
 
 def export(
@@ -156,10 +156,7 @@ def export(
     proven = sum(check.expected and check.is_24 for check in result.sparsity)
     worst = max((c.max_abs_difference for c in result.numerics), default=float("nan"))
     files = " and ".join(str(bundle / model.path) for model in result.sparse)
-    stdout.print(
-        f"{proven} weights proven 2:4 in {files}; largest difference to PyTorch {worst:.2g}.",
-        soft_wrap=True,
-    )
+    say(f"{proven} weights proven 2:4 in {files}; largest difference to PyTorch {worst:.2g}.")
 
 
 def compile_engines(
@@ -189,9 +186,9 @@ def compile_engines(
         print_json(asdict(result))
         return
     for engine in result.engines:
-        stdout.print(f"{engine.twin}: {bundle / engine.path}", soft_wrap=True)
+        say(f"{engine.twin}: {bundle / engine.path}")
     for evidence in result.evidence:
-        stdout.print(f"{evidence.backend}: {evidence.summary}", soft_wrap=True)
+        say(f"{evidence.backend}: {evidence.summary}")
 
 
 def bench(
@@ -220,9 +217,9 @@ def exit_code(report: "Report") -> int:
 def print_report(report: "Report", root: Path) -> None:
     """The page of a build: verdict, accuracy, latency, warnings, where to look."""
     for line in tables.report_head(report):
-        stdout.print(line, soft_wrap=True, markup=False)
+        say(line)
     if report.latency:
         print_table(tables.latency(report.latency))
     for warning in report.warnings:
-        stdout.print(f"Note: {warning}", soft_wrap=True, markup=False)
-    stdout.print(f"Report: {root / 'report.html'}", soft_wrap=True, markup=False)
+        say(f"Note: {warning}")
+    say(f"Report: {root / 'report.html'}")

@@ -8,10 +8,13 @@ import typer
 
 from prox24_deploy.cli import arguments, tables
 from prox24_deploy.cli.building import VERDICT_EXIT
-from prox24_deploy.cli.terminal import print_json, print_table, stdout
+from prox24_deploy.cli.terminal import print_json, print_table, say
 
 ReportArg = Annotated[
-    Path, typer.Argument(metavar="REPORT", help="The new release: a report.json or a bundle.")
+    Path,
+    typer.Argument(
+        metavar="REPORT", help="The new release: a report.json or a bundle.", readable=False
+    ),
 ]
 baseline = typer.Typer(
     help="Accept a release as the baseline of later ones.",
@@ -27,13 +30,19 @@ def compare(
         typer.Argument(
             metavar="BASELINE",
             help="What it must hold: a baseline file, a report.json or a bundle.",
+            readable=False,
         ),
     ],
     limits: arguments.LimitsOpt = None,
     allow: arguments.AllowOpt = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Folder for compare.json, .md, .junit.xml, benchmark."),
+        typer.Option(
+            "-o",
+            "--out",
+            help="Folder for compare.json, .md, .junit.xml, benchmark.",
+            readable=False,
+        ),
     ] = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
@@ -53,16 +62,18 @@ def compare(
         print_json(found.model_dump(mode="json"))
     else:
         for difference in found.allowed:
-            stdout.print(f"Note: {in_words(difference)}", soft_wrap=True, markup=False)
+            say(f"Note: {in_words(difference)}")
         print_table(tables.comparison(found))
-        stdout.print(f"Verdict: {found.verdict}", soft_wrap=True, markup=False)
+        say(f"Verdict: {found.verdict}")
     raise typer.Exit(VERDICT_EXIT[found.verdict])
 
 
 @baseline.command()
 def update(
     report: ReportArg,
-    path: Annotated[Path, typer.Argument(metavar="BASELINE", help="Baseline file to write.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="BASELINE", help="Baseline file to write.", readable=False)
+    ],
     reason: Annotated[str, typer.Option(help="Why this release is the one to hold others to.")],
     keep: Annotated[int, typer.Option(min=1, help="Accepted releases to keep figures of.")] = 10,
     as_json: arguments.JsonOpt = False,
@@ -75,17 +86,17 @@ def update(
     if as_json:
         print_json(made.model_dump(mode="json", exclude={"report"}))
         return
-    stdout.print(
+    say(
         f"{path}: {made.report.model.path} accepted, release {len(made.history)} of at most "
-        f"{keep} kept.",
-        soft_wrap=True,
-        markup=False,
+        f"{keep} kept."
     )
 
 
 @baseline.command()
 def show(
-    path: Annotated[Path, typer.Argument(metavar="BASELINE", help="A baseline file.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="BASELINE", help="A baseline file.", readable=False)
+    ],
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Show which release is the baseline, why, and the figures of those before it."""
@@ -96,4 +107,4 @@ def show(
         print_json(found.model_dump(mode="json", exclude={"report"}))
         return
     print_table(tables.history(found))
-    stdout.print(f"Baseline since {found.date}: {found.reason}", soft_wrap=True, markup=False)
+    say(f"Baseline since {found.date}: {found.reason}")

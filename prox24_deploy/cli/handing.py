@@ -6,14 +6,15 @@ from typing import Annotated, Literal
 import typer
 
 from prox24_deploy.cli import arguments
-from prox24_deploy.cli.terminal import print_json, stdout
+from prox24_deploy.cli.terminal import print_json, say
 from prox24_deploy.errors import UsageError
 
 
 def package(
     bundle: arguments.BundleArg,
     triton: Annotated[
-        Path | None, typer.Option(help="Write the model into this Triton model repository.")
+        Path | None,
+        typer.Option(help="Write the model into this Triton model repository.", readable=False),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Triton: name of the model; default: the source model's.")
@@ -32,10 +33,14 @@ def package(
         int | None, typer.Option(min=1, help="Triton: copies of the model on every device.")
     ] = None,
     sbom: Annotated[
-        Path | None, typer.Option(help="Write a bill of materials to this file, CycloneDX JSON.")
+        Path | None,
+        typer.Option(
+            help="Write a bill of materials to this file, CycloneDX JSON.", readable=False
+        ),
     ] = None,
     checksums: Annotated[
-        Path | None, typer.Option(help="Write a list of hashes to this file, for sha256sum -c.")
+        Path | None,
+        typer.Option(help="Write a list of hashes to this file, for sha256sum -c.", readable=False),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Hand over a bundle whose verdict is fail.")
@@ -71,6 +76,6 @@ def package(
         print_json({"written": written, "notes": list(notes)})
         return
     for kind, where in written.items():
-        stdout.print(f"{kind}: {where}", soft_wrap=True, markup=False)
+        say(f"{kind}: {where}")
     for note in notes:
-        stdout.print(f"Note: {note}", soft_wrap=True, markup=False)
+        say(f"Note: {note}")

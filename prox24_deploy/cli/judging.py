@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from prox24_deploy.cli import arguments, tables
-from prox24_deploy.cli.terminal import print_json, print_table, stderr, stdout
+from prox24_deploy.cli.terminal import print_json, print_table, say, stderr
 from prox24_deploy.errors import BundleError
 from prox24_deploy.options import BuildOptions, PruneOptions, TextOptions
 
@@ -58,11 +58,13 @@ def plan(
     print_table(tables.plan_layers(found))
     print_table(tables.plan_shapes(found))
     for sentence in tables.plan_sentences(found):
-        stdout.print(sentence, soft_wrap=True, markup=False)
+        say(sentence)
 
 
 def check(
-    path: Annotated[Path, typer.Argument(help="Model directory, safetensors or ONNX file.")],
+    path: Annotated[
+        Path, typer.Argument(help="Model directory, safetensors or ONNX file.", readable=False)
+    ],
     ignore: Annotated[
         list[str] | None, typer.Option(help="Weights that may be dense, as globs; repeatable.")
     ] = None,
@@ -89,7 +91,7 @@ def check(
     else:
         print_table(tables.checks(report.tensors))
         for sentence in tables.check_sentences(report):
-            stdout.print(sentence, soft_wrap=True, markup=False)
+            say(sentence)
     require_24(report)
 
 
@@ -103,11 +105,11 @@ def verify(bundle: arguments.BundleArg, as_json: arguments.JsonOpt = False) -> N
         print_json({"bundle": str(bundle), "sound": not faults, "faults": faults})
     if faults:
         for fault in faults[1:]:
-            stderr.print(fault, soft_wrap=True, markup=False)
+            say(fault, to=stderr)
         raise BundleError(f"Bundle {bundle} does not verify: {faults[0]}")
     if not as_json:
         count = len(read_manifest(bundle).files)
-        stdout.print(f"{bundle}: {count} files match their hashes.", soft_wrap=True)
+        say(f"{bundle}: {count} files match their hashes.")
 
 
 def doctor(as_json: arguments.JsonOpt = False) -> None:

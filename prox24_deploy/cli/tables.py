@@ -5,11 +5,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from prox24_deploy.artifacts import Estimate, LatencyRow, LayerRecord, Metric, TensorCheck
+from prox24_deploy.cli.terminal import plain
+
+# Of a name or a reason; a table of many rows has little room for one.
+_MOST_OF_A_CELL = 600
 
 if TYPE_CHECKING:
     from prox24_deploy.engines.planning import LayerPlan, Plan
@@ -75,7 +79,8 @@ def layers(records: Sequence[LayerRecord]) -> Table:
             "" if error is None else f"{error:.4f}"
             for error in (record.relative_error, record.held_out_error)
         ]
-        table.add_row(record.name, *errors, record.reason and f"dense: {record.reason}")
+        note = f"dense: {record.reason}" if record.reason else record.note
+        _add_row(table, record.name, *errors, note)
     return table
 
 
@@ -83,7 +88,8 @@ def latency(rows: Sequence[LatencyRow]) -> Table:
     """Median latency of both twins and their ratio with its interval."""
     table = _table("backend", "batch", "seq", "dense ms", "sparse ms", "speed-up", "95 %")
     for row in rows:
-        table.add_row(
+        _add_row(
+            table,
             row.engine,
             str(row.batch),
             str(row.sequence or ""),
@@ -104,14 +110,15 @@ def checks(tensors: Sequence[TensorCheck]) -> Table:
         "module or tensor", "type", "axis", "shape", "density", "2:4", "TensorRT eligible"
     )
     for tensor in tensors:
-        table.add_row(
-            escape((tensor.module or tensor.tensor) + tensor.part),
+        _add_row(
+            table,
+            (tensor.module or tensor.tensor) + tensor.part,
             tensor.dtype,
             "" if tensor.axis < 0 else str(tensor.axis),
             "×".join(map(str, tensor.shape)),
             f"{tensor.density:.3f}",
-            escape(_proof(tensor)),
-            escape("yes" if tensor.eligible else f"no: {tensor.ineligible_reason}"),
+            _proof(tensor),
+            "yes" if tensor.eligible else f"no: {tensor.ineligible_reason}",
         )
     return table
 
@@ -131,7 +138,7 @@ def findings(found: Sequence["Finding"]) -> Table:
     table = _table("what", "found", "if missing")
     for finding in found:
         remedy, style = ("", "") if finding.usable else (finding.remedy, "yellow")
-        table.add_row(finding.name, finding.found, remedy, style=style)
+        _add_row(table, finding.name, finding.found, remedy, style=style)
     return table
 
 
@@ -141,10 +148,13 @@ def comparison(found: "Comparison") -> Table:
     styles = {"pass": "", "inconclusive": "yellow", "fail": "red"}
     for change in found.changes:
         values = ["–" if v is None else f"{v:.6g}" for v in (change.before, change.after)]
-        table.add_row(
-            *map(escape, (change.name, *values, change.limits)),
+        _add_row(
+            table,
+            change.name,
+            *values,
+            change.limits,
             change.verdict if change.gated else "not gated",
-            escape(change.message),
+            change.message,
             style=styles[change.verdict] if change.gated else "dim",
         )
     return table
@@ -153,10 +163,10 @@ def comparison(found: "Comparison") -> Table:
 def history(found: "BaselineFile") -> Table:
     """The accepted releases of a baseline with their figures, the oldest first."""
     names = list(dict.fromkeys(name for entry in found.history for name in entry.figures))
-    table = _table("accepted", "reason", "verdict", *map(escape, names))
+    table = _table("accepted", "reason", "verdict", *names)
     for entry in found.history:
         figures = [f"{entry.figures[n]:.6g}" if n in entry.figures else "–" for n in names]
-        table.add_row(entry.date, escape(entry.reason), entry.verdict, *figures)
+        _add_row(table, entry.date, entry.reason, entry.verdict, *figures)
     return table
 
 
@@ -174,8 +184,13 @@ def plan_layers(plan: "Plan") -> Table:
         losses = [layer.loss.value for layer in group if layer.loss]
         loss = [f"{sum(losses):+.4f}" if losses else ""] if plan.metric else []
         dense = "dense: over the budget" if chosen else "dense"
-        table.add_row(
-            f"{len(group)} × {kind}", f"{n}×{k}", *speedups, *loss, "prune" if prune else dense
+        _add_row(
+            table,
+            f"{len(group)} × {kind}",
+            f"{n}×{k}",
+            *speedups,
+            *loss,
+            "prune" if prune else dense,
         )
     return table
 
@@ -188,7 +203,8 @@ def plan_shapes(plan: "Plan") -> Table:
     )
     for shape in plan.shapes:
         base = shape.linear_ms if shape.dense_ms is None else shape.dense_ms
-        table.add_row(
+        _add_row(
+            table,
             str(shape.batch),
             str(shape.sequence or ""),
             f"{base:.3f}",
@@ -240,5 +256,14 @@ def _table(*headers: str) -> Table:
     """A plain table that folds what does not fit: a name cut short is no name."""
     table = Table(box=None)
     for header in headers:
-        table.add_column(header, overflow="fold")
+        table.add_column(_cell(header), overflow="fold")
     return table
+
+
+def _add_row(table: Table, *cells: str | None, style: str = "") -> None:
+    """A row in which no name can end a line, or take more of the page than it is worth."""
+    table.add_row(*(None if cell is None else _cell(cell) for cell in cells), style=style)
+
+
+def _cell(text: str) -> Text:
+    return plain(text, _MOST_OF_A_CELL)

@@ -1,28 +1,66 @@
-"""Where the command line prints and exits."""
+"""Where the command line prints and exits; whatever it prints goes through here."""
 
 import json
+import logging
 import sys
 import traceback
 from typing import Any
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.table import Table
+from rich.text import Text
 
-from prox24_deploy.errors import explained
+from prox24_deploy.errors import Prox24Error, explained
+from prox24_deploy.printable import MOST_CHARACTERS, printable, shortened
 
 # Columns of a table that goes to a file or a pipe.
 _LOG_WIDTH = 400
+# Ends of lines and columns, of a text that is ours or of many lines.
+_LAYOUT = "\n\t"
 
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+
+class _PlainFormatter(logging.Formatter):
+    """A message of ours is one line, whatever names are in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, as it may be shown."""
+        ours = record.name.partition(".")[0] == "prox24_deploy"
+        return printable(super().format(record), keep="" if ours else _LAYOUT)
+
+
+stderr = Console(stderr=True, markup=False, emoji=False, highlight=False)
+stdout = Console(markup=False, emoji=False, highlight=False)
+
+
+def plain(text: str, most: int = MOST_CHARACTERS) -> Text:
+    """What anything is printed as: one line of about `most` characters that acts on nothing.
+
+    No markup, no code of a terminal, no end of a line and no sign that hides or turns text is left.
+    """
+    return Text(shortened(printable(text), most))
+
+
+def log_handler() -> logging.Handler:
+    """Writes what is logged to the terminal."""
+    handler = RichHandler(console=stderr, show_path=False, show_time=False)
+    handler.setFormatter(_PlainFormatter("%(message)s"))
+    return handler
+
+
+def say(text: str, *, to: Console = stdout) -> None:
+    """Print a sentence on one line, which no name in it can end or act on."""
+    to.print(plain(text), soft_wrap=True)
 
 
 def fail(error: BaseException, *, debug: bool) -> None:
     """Print one sentence (and the traceback if asked) and exit with the error's code."""
     if debug:
-        stderr.print(traceback.format_exc(), markup=False)
+        stderr.print(Text(printable(traceback.format_exc(), keep=_LAYOUT)))
     message, code = explained(error)
-    stderr.print(f"Error: {message}", soft_wrap=True, markup=False)
+    say(f"Error: {message}", to=stderr)
+    if isinstance(error, Prox24Error) and error.attached:
+        stderr.print(Text("\n" + printable(error.attached, keep=_LAYOUT)), soft_wrap=True)
     raise SystemExit(code)
 
 
@@ -33,5 +71,5 @@ def print_table(table: Table) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One object on stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    """One object on stdout, in ASCII, so that it can be shown and sent anywhere."""
+    sys.stdout.write(json.dumps(value, default=str) + "\n")

@@ -23,6 +23,7 @@ from prox24_deploy.artifacts import (
     OnnxModel,
     TensorCheck,
 )
+from prox24_deploy.documents import Document, read_document
 from prox24_deploy.engines.choice import LayerChoice
 from prox24_deploy.engines.cuda_graph import GraphSession
 from prox24_deploy.engines.gemm import choose_measured, gpu_profile
@@ -35,7 +36,7 @@ from prox24_deploy.engines.torch_model import (
     open_torch_model,
 )
 from prox24_deploy.errors import EngineError, ModelDirError
-from prox24_deploy.files import write_atomic
+from prox24_deploy.files import make_folder, write_atomic
 from prox24_deploy.fingerprint import unkeyed
 from prox24_deploy.model.directory import ModelDir, open_model_dir
 from prox24_deploy.options import EngineOptions
@@ -119,7 +120,7 @@ class CuSparseLt:
         source = self._source(bundle, twin)
         opened = open_torch_model(source, self.recipe, model.dtype)
         folder = bundle / out
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         chosen = self._compress(opened, folder) if twin == "sparse" else {}
         source.require_unchanged()
         record = EngineFile(
@@ -267,7 +268,8 @@ def _algorithms(choice: LayerChoice) -> dict[int, int]:
 
 
 def _read(adapter: TypeAdapter[T], path: Path) -> T:
+    document = Document(str(path), EngineError, "compile the model again")
     try:
-        return adapter.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise EngineError(f"{path} cannot be read; compile the model again.") from error
+        return adapter.validate_json(read_document(path, document))
+    except ValidationError as error:
+        raise document.refused("cannot be read") from error

@@ -24,6 +24,7 @@ from prox24_deploy.artifacts import (
     OnnxModel,
     TensorCheck,
 )
+from prox24_deploy.documents import Document, read_json
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.engines.host import cpu_model
 from prox24_deploy.errors import EngineError
@@ -221,14 +222,13 @@ def _load(path: Path, options: dict[str, int]) -> ort.InferenceSession:
 
 
 def _session_options(path: Path, engine: Engine) -> dict[str, int]:
+    document = Document(f"Engine file {path}", EngineError, "compile the model again")
+    record = read_json(path, document)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         threads = int(record["session_options"]["intra_op_num_threads"])
         sha256 = record["onnx_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(
-            f"Engine file {path} cannot be read ({_one_line(error)}); compile the model again."
-        ) from error
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise document.refused(f"cannot be read ({_one_line(error)})") from error
     if sha256 != engine.onnx_sha256:
         raise EngineError(
             f"Engine file {path} was made from an ONNX file with hash {sha256}, expected "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import PositiveFloat, PositiveInt, TypeAdapter
 
 from prox24_deploy.artifacts import DType
 from prox24_deploy.engines.records import read_record
@@ -22,9 +22,9 @@ _NEIGHBOURS = 4
 class GemmShape:
     """Y (m, n) = X (m, k) Wᵀ: n outputs, k inputs of a linear layer, m rows of activations."""
 
-    n: int
-    k: int
-    m: int
+    n: PositiveInt
+    k: PositiveInt
+    m: PositiveInt
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class GemmTiming:
     """
 
     shape: GemmShape
-    dense_us: float
-    sparse_us: float
+    dense_us: PositiveFloat
+    sparse_us: PositiveFloat
     algorithm: int = 0
     measured: bool = True
 

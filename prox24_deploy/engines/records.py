@@ -1,9 +1,11 @@
 """Read files that `plan` wrote, of which there are kinds, each with a schema version."""
 
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from prox24_deploy.documents import Document, parse_json, read_document
 from prox24_deploy.errors import UsageError
 
 
@@ -47,10 +49,15 @@ def read_record(
     Raises:
         UsageError: the file cannot be read, or is no record of this version.
     """
+    # One inside the package is as it was shipped.
+    data = (
+        read_document(file, Document(title, UsageError, missing))
+        if isinstance(file, Path)
+        else file.read_bytes()
+    )
+    raw = parse_json(data, Document(title, UsageError, f"write it again with {again}"))
     try:
-        record = adapter.validate_json(file.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{title} cannot be read ({error.strerror}); {missing}.") from error
+        record = adapter.validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its start"

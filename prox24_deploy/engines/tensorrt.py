@@ -15,7 +15,6 @@ import json
 import logging
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +25,14 @@ from typing import Any, Literal
 import onnx
 
 from prox24_deploy.artifacts import Engine, EngineEvidence, OnnxModel, TensorCheck
+from prox24_deploy.documents import Document, read_json
 from prox24_deploy.engines.base import Session
+from prox24_deploy.engines.child import run_child
 from prox24_deploy.engines.evidence import engine_evidence, parse_builder
 from prox24_deploy.engines.host import INSTALL, gpu
 from prox24_deploy.engines.tensorrt_job import NO_ENGINE, Job, ShapeRange, open_engine
 from prox24_deploy.errors import BackendMissingError, EngineError, UsageError
+from prox24_deploy.files import make_folder, write_atomic, writing
 from prox24_deploy.options import EngineOptions
 from prox24_deploy.recipe import TensorSpec, shape_of
 
@@ -46,6 +48,7 @@ DEFAULT_CAPABILITIES = ("SM86", "SM89", "SM120")
 TITLES: dict[Library, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 _JOB_MODULE = "prox24_deploy.engines.tensorrt_job"
+_AGAIN = "compile the model again"
 _OUR_ERROR = "prox24_deploy.errors.EngineError: "
 
 
@@ -110,12 +113,13 @@ class TensorRt:
         work = target.with_name(f".{target.name}.building")
         for leftover in (work, target):
             shutil.rmtree(leftover, ignore_errors=True)
-        work.mkdir(parents=True)
+        make_folder(work)
         try:
             job = self._job(bundle / model.path, work, twin)
             self._run(job, work / LOG_FILE, target / LOG_FILE)
             _write_record(work / RECORD_FILE, self, model, job)
-            work.rename(target)
+            with writing(target):
+                work.rename(target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return Engine(
@@ -223,21 +227,20 @@ class TensorRt:
         )
 
     def _run(self, job: Job, log: Path, kept_log: Path) -> None:
-        with log.open("wb") as file:
-            ran = subprocess.run(
-                [sys.executable, "-m", _JOB_MODULE],
-                input=json.dumps(asdict(job)).encode(),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                check=False,
+        with writing(log):
+            file = log.open("wb")
+        with file:
+            code = run_child(
+                [sys.executable, "-m", _JOB_MODULE], json.dumps(asdict(job)).encode(), file
             )
-        if ran.returncode == 0 and Path(job.plan).is_file():
+        if code == 0 and Path(job.plan).is_file():
             return
-        kept_log.parent.mkdir(parents=True)
-        log.replace(kept_log)
+        make_folder(kept_log.parent)
+        with writing(kept_log):
+            log.replace(kept_log)
         raise EngineError(
             f"{TITLES[self.library]} does not compile {job.onnx} for {self.device()}: "
-            f"{_last_words(_text(kept_log), ran.returncode)}; the whole log is {kept_log}."
+            f"{_last_words(_text(kept_log), code)}; the whole log is {kept_log}."
         )
 
 
@@ -343,7 +346,7 @@ def _write_record(path: Path, backend: TensorRt, model: OnnxModel, job: Job) -> 
         "workspace_gib": job.workspace_gib,
         "builder_level": job.builder_level,
     }
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def read_record(plan: Path, engine: Engine) -> BuildRecord:
@@ -354,20 +357,18 @@ def read_record(plan: Path, engine: Engine) -> BuildRecord:
     """
     path = plan.with_name(RECORD_FILE)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, Document(f"Engine record {path}", EngineError, _AGAIN))
         flags, sha256 = list(record["flags"]), record["onnx_sha256"]
         batches = {
             name: (int(least[0]), int(most[0]))
             for name, (least, _, most) in record.get("profile", {}).items()
             if least
         }
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise EngineError(
-            f"Engine record {path} cannot be read ({error}); compile the model again."
-        ) from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise EngineError(f"Engine record {path} cannot be read ({error}); {_AGAIN}.") from error
     if sha256 != engine.onnx_sha256:
         raise EngineError(
             f"Engine record {path} is of an ONNX file with hash {sha256}, expected "
-            f"{engine.onnx_sha256}; compile the model again."
+            f"{engine.onnx_sha256}; {_AGAIN}."
         )
     return BuildRecord(flags, batches)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prox24_deploy.engines.child import end_on_termination
 from prox24_deploy.errors import EngineError
+from prox24_deploy.files import write_atomic
 from prox24_deploy.options import Compatibility
 
 # Least, usual and largest shape of one input.
@@ -155,10 +157,8 @@ def _use_timings(config: Any, path: Path) -> None:
 
 
 def _keep_timings(config: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(config.get_timing_cache().serialize())
-    temporary.replace(path)
+    # Of builds that share it at the same time the last one wins; what is lost is timed again.
+    write_atomic(path, bytes(config.get_timing_cache().serialize()))
 
 
 def _inspect(trt: Any, messages: Any, plan: Any, job: Job) -> str:
@@ -167,4 +167,5 @@ def _inspect(trt: Any, messages: Any, plan: Any, job: Job) -> str:
 
 
 if __name__ == "__main__":
+    end_on_termination()
     run_job(Job(**json.load(sys.stdin)))

@@ -68,8 +68,13 @@ def run_workers(
     """Share `trials` among processes of `command`, which reads and answers as `gemm_job` does."""
     board = _Board(trials, answered)
     with ThreadPoolExecutor(workers) as pool:
-        for worker in [pool.submit(_work, command, board) for _ in range(workers)]:
-            worker.result()
+        try:
+            for worker in [pool.submit(_work, command, board) for _ in range(workers)]:
+                worker.result()
+        except BaseException:
+            # The pool waits for its threads, which wait for their processes.
+            board.close()
+            raise
     return board.found
 
 
@@ -83,18 +88,34 @@ class _Board:
     _given: int = 0
     _done: int = 0
     _unusable: set[int] = field(default_factory=set)
+    _children: "list[subprocess.Popen[str]]" = field(default_factory=list)
+    _closed: bool = False
     _guard: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self) -> Trial | None:
         """The next trial of a usable algorithm; None when all are given out."""
         with self._guard:
-            while self._given < len(self.trials):
+            while self._given < len(self.trials) and not self._closed:
                 trial = self.trials[self._given]
                 self._given += 1
                 if trial.algorithm not in self._unusable:
                     return trial
                 self._count()
         return None
+
+    def enlist(self, child: "subprocess.Popen[str]") -> None:
+        """End this child too when the trials are given up."""
+        with self._guard:
+            self._children.append(child)
+            if self._closed:
+                child.kill()
+
+    def close(self) -> None:
+        """Give up: no trial is given out any more, and no child goes on."""
+        with self._guard:
+            self._closed = True
+            for child in self._children:
+                child.kill()
 
     def note(self, trial: Trial, microseconds: float | None) -> None:
         """Keep the answer to a trial."""
@@ -120,7 +141,7 @@ def _work(command: Sequence[str], board: _Board) -> None:
     """Run trials until none is left, each process as long as it lives."""
     trial = board.take()
     while trial is not None:
-        with _process(command) as process:
+        with _process(command, board) as process:
             while trial is not None:
                 answer = process.ask([*_sizes(trial.shape), trial.algorithm])
                 if answer is None:
@@ -155,13 +176,15 @@ class _Process:
         watchdog.daemon = True
         watchdog.start()
         try:
-            return self._child.stdout.readline() or None
+            line = self._child.stdout.readline()
+            # Half a line is what a child left that ended while it wrote.
+            return line if line.endswith("\n") else None
         finally:
             watchdog.cancel()
 
 
 @contextmanager
-def _process(command: Sequence[str]) -> Iterator[_Process]:
+def _process(command: Sequence[str], board: _Board) -> Iterator[_Process]:
     """Start a child, and end it."""
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
@@ -170,6 +193,7 @@ def _process(command: Sequence[str]) -> Iterator[_Process]:
         ) as child,
     ):
         try:
+            board.enlist(child)
             process = _Process(child)
             if process.answer(_START_SECONDS) != f"{READY}\n":
                 errors.seek(0)

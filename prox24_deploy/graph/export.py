@@ -20,6 +20,7 @@ from torch import nn
 
 from prox24_deploy.artifacts import DType
 from prox24_deploy.errors import BundleError, ExportError
+from prox24_deploy.files import make_folder, writing
 from prox24_deploy.graph.annotate import annotate, settle_signature
 from prox24_deploy.graph.branches import AllFinite
 from prox24_deploy.graph.check import check_path
@@ -279,16 +280,18 @@ def _publish(graphs: Mapping[str, ir.Model], out: Path, prove: bool) -> tuple[Pa
     replaced = out.with_name(f".{out.name}.replaced")
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        make_folder(partial)
         for name, graph in graphs.items():
             file = partial / f"{name}{_SUFFIX}"
-            ir.save(graph, file, external_data=f"{name}{_DATA_SUFFIX}")
+            with writing(file):
+                ir.save(graph, file, external_data=f"{name}{_DATA_SUFFIX}")
             if prove:
                 require_expected(replace(check_path(file), path=str(out / file.name)))
-        if out.exists():
-            out.rename(replaced)
-        partial.rename(out)
+        with writing(out):
+            if out.exists():
+                out.rename(replaced)
+            partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from prox24_deploy.documents import Document, read_json
 from prox24_deploy.errors import UsageError
 
 _CONFIG = "config.json"
@@ -127,12 +128,11 @@ def read_layout(folder: Path) -> Layout:
     path = folder / _CONFIG
     if not path.is_file():
         return Layout()
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(_damaged(path)) from error
+    document = Document(str(path), UsageError, "copy it again or remove it")
+    # Some writers of configurations know numbers that JSON does not.
+    config = read_json(path, document, finite=False)
     if not isinstance(config, dict):
-        raise UsageError(_damaged(path))
+        raise document.refused("is no JSON object")
     parts = list(_configs(config, _MOST_DEPTH))
     named = [part["model_type"] for part in parts if "model_type" in part]
     types = frozenset(each for each in named if isinstance(each, str))
@@ -155,7 +155,3 @@ def _configs(config: dict[str, Any], depth: int) -> Iterator[dict[str, Any]]:
 def _table() -> dict[str, frozenset[str]]:
     text = files("prox24_deploy.graph").joinpath("layouts.json").read_text(encoding="utf-8")
     return {key: frozenset(value) for key, value in json.loads(text)["types"].items()}
-
-
-def _damaged(path: Path) -> str:
-    return f"{path} is not a JSON object, so that it tells no layout; copy it again or remove it."

@@ -1,12 +1,12 @@
 """Which module of the source model a node comes from, and which modules a file declares."""
 
 import ast
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
+from prox24_deploy.documents import decode_json
 from prox24_deploy.errors import UsageError
 
 MODULE_KEY = "prox24.module"
@@ -58,8 +58,8 @@ def declared_modules(model: ir.Model, path: Path) -> frozenset[str] | None:
     if text is None:
         return None
     try:
-        names = json.loads(text)
-    except (ValueError, RecursionError):
+        names = decode_json(text)
+    except ValueError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UsageError(

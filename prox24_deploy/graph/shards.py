@@ -1,9 +1,9 @@
 """Compare the index of a model in several safetensors files with what those files hold."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from prox24_deploy.documents import Document, read_json
 from prox24_deploy.errors import UsageError
 
 _INDEX = "*.safetensors.index.json"
@@ -46,14 +46,9 @@ def require_index(folder: Path, names: Mapping[Path, frozenset[str]]) -> None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(_damaged(index)) from error
+    document = Document(str(index), UsageError, "copy it again")
+    content = read_json(index, document)
+    found = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
-        raise UsageError(_damaged(index))
+        raise document.refused("is damaged")
     return found
-
-
-def _damaged(index: Path) -> str:
-    return f"{index} is damaged; copy it again."

@@ -4,7 +4,6 @@ The safetensors library checks the header, as every loader does. It keeps the la
 one name, which others need not, so such a file is refused here.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from prox24_deploy.documents import decode_json
 from prox24_deploy.errors import UsageError
 from prox24_deploy.graph.groups import Array
 from prox24_deploy.graph.modules import SPARSE_KEY
@@ -109,13 +109,13 @@ def open_tensor_file(path: Path) -> TensorFile:
         with path.open("rb") as stream:
             stream.seek(_LENGTH_BYTES)
             text = stream.read(length)
-        header = json.loads(text, object_pairs_hook=_object)
+        header = decode_json(text.decode())
     except SafetensorError as error:
         raise UsageError(_damaged(path, _reason(error))) from error
     except OSError as error:
         raise UsageError(_unreadable(path, error)) from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(_damaged(path, str(error))) from error
+    except ValueError as error:
+        raise UsageError(_damaged(path, f"its header: {error}")) from error
     metadata = header.pop("__metadata__", None) or {}
     start = _LENGTH_BYTES + length
     entries = tuple(_entry(name, header[name], start, path) for name in sorted(header))
@@ -140,16 +140,6 @@ def _header_length(path: Path) -> int:
     return length
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, each of whose names occurs once."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"its header has the key {name!r} twice")
-        found[name] = value
-    return found
-
-
 def _entry(name: str, raw: dict[str, Any], start: int, path: Path) -> TensorEntry:
     shape = tuple(raw["shape"])
     if len(shape) > _MOST_AXES:
@@ -163,8 +153,8 @@ def _sparse_axes(metadata: dict[str, str], path: Path) -> dict[str, int] | None:
     if text is None:
         return None
     try:
-        axes = json.loads(text)
-    except (ValueError, RecursionError):
+        axes = decode_json(text)
+    except ValueError:
         axes = None
     if not isinstance(axes, dict) or not all(type(axis) is int for axis in axes.values()):
         raise UsageError(

@@ -4,6 +4,8 @@ Only PCM in WAV files of one channel, at the rate of the model, is read. Nothing
 mixed: what a converter makes of a recording would be part of what is measured.
 """
 
+import os
+import struct
 import wave
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from prox24_deploy.documents import open_regular
 from prox24_deploy.errors import CalibrationError
-from prox24_deploy.model.held_out import Files, Search, hold_out
+from prox24_deploy.model.held_out import Files, Search, hold_out, readable_files
 from prox24_deploy.model.text_files import JSON_LINES, json_lines, read_text
 
 MIN_RECORDINGS = 8
 _WAVE = ".wav"
 _OTHERS = frozenset({".aac", ".aiff", ".flac", ".m4a", ".mp3", ".mp4", ".ogg", ".opus", ".webm"})
+_WIDTHS = (1, 2, 3, 4)
 _FORM = '{"audio": "FILE.wav", "text": "..."}'
 
 Samples1D = npt.NDArray[np.float32]
@@ -70,30 +74,53 @@ def read_wave(path: Path, rate: int, seconds: float) -> Samples1D:
         CalibrationError: the file cannot be read, or is not such a recording.
     """
     try:
-        with wave.open(str(path), "rb") as file:
-            form, data = file.getparams(), file.readframes(file.getnframes())
-    except (OSError, EOFError, wave.Error) as error:
+        with open_regular(path) as stored, wave.open(stored, "rb") as file:
+            form = file.getparams()
+            size = os.fstat(stored.fileno()).st_size - stored.tell()
+            _require_form(path, form.nchannels, form.framerate, rate, form.sampwidth)
+            _require_length(path, form.nframes, form.sampwidth, size, seconds * rate, rate)
+            data = file.readframes(form.nframes)
+    except (OSError, EOFError, wave.Error, ValueError, struct.error) as error:
         reason = getattr(error, "strerror", None) or str(error) or "it ends too early"
         raise CalibrationError(
             f"Recording {path} cannot be read ({reason}), expected PCM in a WAV file; "
             f"{_remedy(rate)}."
         ) from error
-    if form.nchannels != 1 or form.framerate != rate:
+    _require_bytes(path, len(data), form.nframes * form.sampwidth)
+    return _as_floats(data, form.sampwidth)
+
+
+def _require_form(path: Path, channels: int, found: int, rate: int, width: int) -> None:
+    if channels != 1 or found != rate:
         raise CalibrationError(
-            f"Recording {path} has {form.nchannels} channel(s) at {form.framerate} Hz, expected "
-            f"1 at {rate} Hz, and nothing is mixed or resampled here; {_remedy(rate)}."
+            f"Recording {path} has {channels} channel(s) at {found} Hz, expected 1 at {rate} Hz, "
+            f"and nothing is mixed or resampled here; {_remedy(rate)}."
         )
-    if not data or len(data) != form.nframes * form.sampwidth:
+    if width not in _WIDTHS:
         raise CalibrationError(
-            f"Recording {path} holds {len(data)} of {form.nframes * form.sampwidth} bytes of "
-            "sound; record or copy it again."
+            f"Recording {path} has {8 * width} bits a sample, expected 8, 16, 24 or 32; "
+            f"{_remedy(rate)}."
         )
-    if form.nframes > seconds * rate:
+
+
+def _require_length(
+    path: Path, samples: int, width: int, size: int, most: float, rate: int
+) -> None:
+    """Before they are read, for a header may say any length."""
+    if samples * width > size:
+        _require_bytes(path, size, samples * width)
+    if samples > most:
         raise CalibrationError(
-            f"Recording {path} is {form.nframes / rate:.1f} s long, more than the {seconds:g} s "
+            f"Recording {path} is {samples / rate:.1f} s long, more than the {most / rate:g} s "
             "that the model hears at once; cut it at a pause."
         )
-    return _as_floats(data, form.sampwidth)
+
+
+def _require_bytes(path: Path, found: int, expected: int) -> None:
+    if not found or found != expected:
+        raise CalibrationError(
+            f"Recording {path} holds {found} of {expected} bytes of sound; record or copy it again."
+        )
 
 
 def _as_floats(data: bytes, width: int) -> Samples1D:
@@ -117,7 +144,7 @@ def _recordings_of(path: Path) -> list[Recording]:
             f"Recordings {path} is neither a folder nor a list (.jsonl); pass a folder of "
             "recordings."
         )
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = readable_files(path)
     if other := next((file for file in files if file.suffix.lower() in _OTHERS), None):
         raise CalibrationError(
             f"Recording {other} is no WAV file, and nothing else is read; convert it, or move it "
@@ -138,7 +165,8 @@ def _text_beside(file: Path) -> str | None:
 
 def _listed(path: Path) -> Iterator[Recording]:
     """The recordings of a list, in its order."""
-    for number, record in json_lines(path):
+    for line in json_lines(path):
+        number, record = line.number, line.value
         name = record.get("audio") if isinstance(record, dict) else None
         if not isinstance(name, str):
             raise CalibrationError(

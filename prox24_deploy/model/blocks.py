@@ -4,12 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prox24_deploy.errors import RecipeError
+from prox24_deploy.documents import reason_of
+from prox24_deploy.errors import ModelDirError, Prox24Error, RecipeError
 from prox24_deploy.model.calibration import Batch
 from prox24_deploy.model.layers import Layer, input_rows, is_layer, same_rows
 from prox24_deploy.recipe import Recipe
@@ -114,6 +116,26 @@ def run_model(model: nn.Module, batch: Batch, task: str) -> Any:
     if task in WRITES_TEXT:
         return model(**inputs, use_cache=False)
     return model(**inputs)
+
+
+@torch.no_grad()
+def require_runs(model: nn.Module, batch: Batch, task: str, path: Path) -> None:
+    """Forward one batch of a model just opened, before any work rests on it.
+
+    Raises:
+        ModelDirError: the model of the directory `path` does not take it.
+    """
+    try:
+        run_model(model, batch, task)
+    except (Prox24Error, MemoryError):
+        raise
+    except Exception as error:
+        # Sizes that do not fit each other surface as whatever the model's own code runs into.
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in batch.inputs.items())
+        raise ModelDirError(
+            f"Model directory {path} opens but does not run on its samples, {shapes} "
+            f"({reason_of(error)}); restore config.json and the configuration of its processor."
+        ) from error
 
 
 def run_block(block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:

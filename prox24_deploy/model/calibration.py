@@ -5,7 +5,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,8 @@ from torch import Tensor
 from prox24_deploy.artifacts import TextSource
 from prox24_deploy.errors import CalibrationError
 from prox24_deploy.fingerprint import fingerprint
-from prox24_deploy.model.text_files import JSON_LINES, json_lines, read_text
+from prox24_deploy.model.text_files import Record, mended, read_records, read_text
+from prox24_deploy.model.tokens import enough_of, truncated
 from prox24_deploy.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -135,8 +136,9 @@ def read_texts(
     cut = len(texts.documents) - max(1, round(len(texts.documents) * _HELD_OUT_SHARE))
     if cut < 1:
         raise CalibrationError(
-            f"Calibration text {', '.join(texts.paths)} has {len(texts.documents)} paragraph, "
-            "expected at least 2 so that some can be held out; add text or pass --evaluation."
+            f"Calibration text {', '.join(texts.paths)} has {len(texts.documents)} paragraph or "
+            "JSON record (paragraphs end at blank lines), expected at least 2 so that some can be "
+            "held out; add text, put blank lines between paragraphs, or pass --evaluation."
         )
     kept = Texts(texts.kind, texts.paths, texts.documents[:cut], texts.targets[:cut])
     return kept, Texts("split", texts.paths, texts.documents[cut:], texts.targets[cut:])
@@ -175,8 +177,15 @@ def require_tokens(texts: Texts, total: int) -> None:
     if total < MIN_TOKENS:
         raise CalibrationError(
             f"Text {', '.join(texts.paths)} gives {total} usable tokens, expected at least "
-            f"{MIN_TOKENS}; pass more text."
+            f"{MIN_TOKENS}{_one_paragraph(texts)}; pass more text."
         )
+
+
+def _one_paragraph(texts: Texts) -> str:
+    """Why a file of many lines may give few tokens, or nothing."""
+    if len(texts.documents) != 1 or "\n" not in texts.documents[0]:
+        return ""
+    return ", and it is 1 paragraph or JSON record (paragraphs end at blank lines)"
 
 
 def thin(samples: Samples, tokens: int) -> tuple[Batch, ...]:
@@ -193,10 +202,12 @@ def _from_files(paths: Sequence[Path]) -> Texts:
 
 def _documents_of(path: Path) -> list[tuple[str, object]]:
     """Documents of a file, each with its target or None."""
-    if path.suffix in JSON_LINES:
-        documents = _jsonl(path)
+    text = read_text(path)
+    records = read_records(path, text)
+    if records is None:
+        documents: list[tuple[str, object]] = [(part, None) for part in _paragraphs(text)]
     else:
-        documents = [(part, None) for part in _paragraphs(read_text(path))]
+        documents = _documents_in(path, records)
     if not documents:
         raise CalibrationError(f"Text {path} is empty; pass a file with paragraphs of text.")
     return documents
@@ -206,17 +217,29 @@ def _paragraphs(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
-def _jsonl(path: Path) -> list[tuple[str, object]]:
+def _documents_in(path: Path, records: Iterable[Record]) -> list[tuple[str, object]]:
+    """Documents and targets of JSON records, with a word about what had to be mended in them."""
     documents: list[tuple[str, object]] = []
-    for number, record in json_lines(path):
-        document = record.get("text") if isinstance(record, dict) else record
+    damaged: list[str] = []
+    for record in records:
+        where = f"{record.unit} {record.number}"
+        fields = record.value if isinstance(record.value, dict) else {"text": record.value}
+        document, target = fields.get("text"), fields.get("target")
         if not isinstance(document, str):
             raise CalibrationError(
-                f'{path} line {number} has no string "text"; expected {{"text": "..."}} per line.'
+                f'{path} {where} has no string "text"; expected {{"text": "..."}} per '
+                f"{record.unit}."
             )
+        whole = mended(document), mended(target) if isinstance(target, str) else target
+        if whole != (document, target):
+            damaged.append(where)
         if document.strip():
-            target = record.get("target") if isinstance(record, dict) else None
-            documents.append((document.strip(), target))
+            documents.append((whole[0].strip(), whole[1]))
+    if damaged:
+        log.warning(
+            "%s holds half of a surrogate pair in %d records, first in %s; each half was replaced "
+            "by U+FFFD.", path, len(damaged), damaged[0],
+        )  # fmt: skip
     return documents
 
 
@@ -248,7 +271,8 @@ def _windows(documents: Sequence[str], tokenizer: Any, tokens: int, length: int)
     for document in documents:
         if len(stream) >= max(tokens, length):
             break
-        encoded = list(tokenizer(document)["input_ids"])
+        part = enough_of(document, tokenizer, max(tokens, length) - len(stream))
+        encoded = list(tokenizer(part)["input_ids"])
         if start is not None and (not encoded or encoded[0] != start):
             encoded.insert(0, start)
         stream.extend(encoded)
@@ -264,7 +288,7 @@ def _documents(
     for document in documents:
         if total >= tokens:
             break
-        rows.append(list(tokenizer(document, truncation=True, max_length=length)["input_ids"]))
+        rows.append(truncated(document, tokenizer, length))
         total += len(rows[-1])
     return rows
 

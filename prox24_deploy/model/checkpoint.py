@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,10 @@ from torch import Tensor, nn
 
 from prox24_deploy.artifacts import LayerRecord
 from prox24_deploy.errors import ModelDirError, RecipeError, SparsityLostError
-from prox24_deploy.model.directory import (
-    CARD_FILE,
-    INDEX_FILE,
-    ModelDir,
-    companion_files,
-    is_single,
-)
+from prox24_deploy.files import copy_file, make_folder, writing
+from prox24_deploy.model.directory import CARD_FILE, ModelDir, companion_files
 from prox24_deploy.model.layers import is_layer
+from prox24_deploy.model.shards import INDEX_FILE, is_single
 from prox24_deploy.pruning.pattern import first_violation
 from prox24_deploy.recipe import RECIPE_FILE
 
@@ -66,7 +61,7 @@ class BlockStore:
     ) -> None:
         """Write one block atomically."""
         self.guard()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         metadata = {"records": _RECORDS.dump_json(records).decode()}
         write_tensors(self._path(index), dict(weights), metadata)
 
@@ -81,20 +76,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         OSError: the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.touch()
-    # The writer makes files that nobody else may read.
-    mode = temporary.stat().st_mode
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.chmod(mode)
-        with temporary.open("r+b") as handle:
-            _sort_metadata(handle)
-            os.fsync(handle.fileno())
-    except SafetensorError as error:
-        # The writer reports I/O errors as its own kind; the number is lost, the free space is not.
-        temporary.unlink(missing_ok=True)
-        raise OSError(_io_error_number(error), str(error), str(path)) from error
-    temporary.replace(path)
+    with writing(path):
+        try:
+            temporary.touch()
+            # The writer makes files that nobody else may read.
+            mode = temporary.stat().st_mode
+            save_file(tensors, temporary, metadata=metadata)
+            temporary.chmod(mode)
+            with temporary.open("r+b") as handle:
+                _sort_metadata(handle)
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+        except SafetensorError as error:
+            # The writer reports I/O errors as its own kind, with their number in the text.
+            temporary.unlink(missing_ok=True)
+            raise OSError(_io_error_number(error), str(error), str(path)) from error
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _sort_metadata(file: BinaryIO) -> None:
@@ -208,14 +207,15 @@ def write_pruned(
         checkpoint_name(directory, name): (tensor, axes.get(name, 1))
         for name, tensor in weights.items()
     }
-    out.mkdir(parents=True)
+    with writing(out):
+        out.mkdir(parents=True)
     late = {directory.path / CARD_FILE, directory.path / RECIPE_FILE}
     for file in (file for file in companion_files(directory.path) if file not in late):
         target = out / file.relative_to(directory.path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+        make_folder(target.parent)
+        copy_file(file, target)
     if not is_single(directory.shards):
-        shutil.copyfile(directory.path / INDEX_FILE, out / INDEX_FILE)
+        copy_file(directory.path / INDEX_FILE, out / INDEX_FILE)
     digest = hashlib.sha256()
     for shard in directory.shards:
         _rewrite_shard(shard, replaced, out / shard.name)

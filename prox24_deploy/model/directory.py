@@ -1,10 +1,9 @@
 """Open a Hugging Face model directory safely: nothing unpickled, no remote code, no network."""
 
 import hashlib
-import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
@@ -12,35 +11,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from prox24_deploy.artifacts import ModelInfo
+from prox24_deploy.documents import files_below, reason_of
 from prox24_deploy.errors import ModelDirError, RecipeError
+from prox24_deploy.model.capacity import require_counts, require_size
+from prox24_deploy.model.config_file import blame_config, read_config
+from prox24_deploy.model.processor_file import require_usable_sizes
+from prox24_deploy.model.shards import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    check_index,
+    find_shards,
+    is_single,
+    sound_tensors,
+)
 from prox24_deploy.recipe import RECIPE_FILE, Recipe
 from prox24_deploy.snapshot import Snapshot, take_snapshot
 from prox24_deploy.tasks import Task
 
 log = logging.getLogger(__name__)
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 CARD_FILE = "README.md"
 # Files of a model directory that say nothing of what the model computes: its card, and a recipe,
 # whose meaning counts wherever it comes from.
 _NOT_THE_MODEL = frozenset({CARD_FILE, RECIPE_FILE})
 # What else belongs to a model directory: configuration, tokenizer, documentation. Never code.
 _COMPANIONS = {".json", ".txt", ".model", ".md", ".jinja", ".toml", ".vocab", ".spm"}
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a checkpoint."""
-
-    shard: Path
-    dtype: torch.dtype
-    numel: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +123,17 @@ def open_model_dir(path: Path) -> ModelDir:
         kind = "is a file" if path.exists() else "does not exist"
         raise ModelDirError(f"Model directory {path} {kind}; pass a directory with config.json.")
     # Before the weights are hashed, which takes long.
-    _read_config(path)
-    shards = _find_shards(path)
+    read_config(path)
+    shards = find_shards(path)
+    _require_utf8(path, companion_files(path))
     names = [shard.name for shard in shards] + ([] if is_single(shards) else [INDEX_FILE])
     snapshot = take_snapshot(path, partial(_model_files, names=names))
-    config = _read_config(path)
+    config = read_config(path)
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
-        tensors.update(_sound_tensors(shard))
-    _check_index(path, shards, tensors)
+        tensors.update(sound_tensors(shard))
+    check_index(path, shards, tensors)
+    require_counts(path, config, tensors)
     if not any(tensor.dtype.is_floating_point for tensor in tensors.values()):
         raise ModelDirError(
             f"Model directory {path} holds no floating-point weights in {shards[0].name}; pass a "
@@ -145,14 +146,8 @@ def open_model_dir(path: Path) -> ModelDir:
 
 def companion_files(path: Path) -> list[Path]:
     """Files beside the weights that a copy of the model needs, sorted; no code, no pickles."""
-    found = [p for p in path.rglob("*") if p.is_file() and p.suffix in _COMPANIONS]
-    hidden = [p for p in found if any(part.startswith(".") for part in p.relative_to(path).parts)]
-    return sorted(p for p in set(found) - set(hidden) if p.name != INDEX_FILE)
-
-
-def is_single(shards: Sequence[Path]) -> bool:
-    """Whether the weights lie in one file, for which an index beside it means nothing."""
-    return [shard.name for shard in shards] == [SINGLE_FILE]
+    shown = (p for p in files_below(path) if not p.name.startswith(".") and p.name != INDEX_FILE)
+    return [p for p in shown if p.suffix in _COMPANIONS and p.is_file()]
 
 
 def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.Module:
@@ -162,6 +157,8 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
         ModelDirError: transformers refuses the directory, or weights are missing from it.
     """
     auto = _class_of(recipe)
+    sizes = {name: tensor.numel for name, tensor in directory.tensors.items()}
+    require_size(directory.path, directory.config, sizes, auto)
     try:
         model, info = auto.from_pretrained(
             directory.path,
@@ -179,8 +176,7 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
     except Exception as error:
         # A wrong value in config.json surfaces as whatever the model's own code runs into.
         raise ModelDirError(
-            f"Model directory {directory.path} does not open as {recipe.task}: "
-            f"{_first_line(error)}."
+            f"Model directory {directory.path} does not open as {recipe.task}: {reason_of(error)}."
         ) from error
     _check_loading(directory, recipe, info)
     directory.require_untouched()
@@ -222,6 +218,9 @@ def quiet_transformers() -> Any:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # What it says goes where everything else goes, and not to stderr past it.
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
     return transformers
 
 
@@ -243,9 +242,10 @@ def open_tokenizer(path: Path) -> Any:
         )
     except Exception as error:
         # The tokenizers library raises bare Exception for a file that it cannot read.
+        blame_config(path, error)
         raise ModelDirError(
             f"Model directory {path} has no tokenizer that opens "
-            f"({_first_line(error)}); add tokenizer.json and tokenizer_config.json."
+            f"({reason_of(error)}); add tokenizer.json and tokenizer_config.json."
         ) from error
     # Without any of its files transformers makes a tokenizer that knows no word.
     files = tokenizer.vocab_files_names.values()
@@ -279,13 +279,15 @@ def load_feature_extractor(path: Path) -> Any:
 
 
 def _load_processor(path: Path, auto: Any, what: str) -> Any:
+    require_usable_sizes(path)
     try:
         return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # A damaged preprocessor_config.json surfaces as whatever the processor's code runs into.
+        blame_config(path, error)
         raise ModelDirError(
             f"Model directory {path} has no {what} that opens "
-            f"({_first_line(error)}); add preprocessor_config.json."
+            f"({reason_of(error)}); add preprocessor_config.json."
         ) from error
 
 
@@ -307,95 +309,6 @@ def model_info(directory: ModelDir, recipe: Recipe) -> ModelInfo:
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if not file.is_file():
-        raise ModelDirError(
-            f"Model directory {path} has no config.json; pass a directory as written by "
-            "save_pretrained."
-        )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelDirError(f"{file} is not readable JSON ({_first_line(error)}).") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelDirError(f"{file} names no model_type, so its family is unknown; add it.")
-    return config
-
-
-def _find_shards(path: Path) -> tuple[Path, ...]:
-    # Where both are there, transformers loads the single file; what is checked is what is loaded.
-    single = path / SINGLE_FILE
-    if single.is_file():
-        return (single,)
-    index = path / INDEX_FILE
-    if index.is_file():
-        return tuple(_shards_of_index(index))
-    loose = sorted(path.glob("*.safetensors"))
-    if loose:
-        raise ModelDirError(
-            f"Model directory {path} holds {loose[0].name} but neither {SINGLE_FILE} nor "
-            f"{INDEX_FILE}; rename it or add the index."
-        )
-    if any(next(path.glob(pattern), None) for pattern in _PICKLES):
-        raise ModelDirError(
-            f"Model directory {path} holds only pickled weights, which are never opened here; "
-            "convert them with save_pretrained(..., safe_serialization=True)."
-        )
-    raise ModelDirError(f"Model directory {path} has no {SINGLE_FILE}; add the weights.")
-
-
-def _shards_of_index(index: Path) -> Iterator[Path]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        if not names:
-            raise ValueError("weight_map is empty")  # noqa: TRY301
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelDirError(f"{index} has no readable weight_map; restore it.") from error
-    for name in names:
-        shard = index.parent / str(name)
-        if Path(str(name)).name != name:
-            raise ModelDirError(f"{index} names {name!r}, expected a plain file name beside it.")
-        if not shard.is_file():
-            raise ModelDirError(
-                f"{index} names shard {name}, which is missing; download it into {index.parent}."
-            )
-        yield shard
-
-
-def _sound_tensors(shard: Path) -> dict[str, StoredTensor]:
-    """The tensors of one shard, each read once and checked for NaN and infinity."""
-    found = {}
-    try:
-        with safe_open(shard, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - not a dict
-                tensor = handle.get_tensor(name)
-                # Not every float of eight bits has an `isfinite` of its own.
-                wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-                if tensor.is_floating_point() and not bool(torch.isfinite(wide).all()):
-                    bad = int((~torch.isfinite(wide)).sum())
-                    raise ModelDirError(
-                        f"Weight {name} in {shard} holds {bad} NaN or infinite values of "
-                        f"{tensor.numel()}; restore a sound checkpoint."
-                    )
-                found[name] = StoredTensor(shard, tensor.dtype, tensor.numel())
-    except SafetensorError as error:
-        raise ModelDirError(
-            f"Weight file {shard} is damaged ({_first_line(error)}); download it again."
-        ) from error
-    return found
-
-
-def _check_index(path: Path, shards: Sequence[Path], tensors: dict[str, StoredTensor]) -> None:
-    if is_single(shards):
-        return
-    index = path / INDEX_FILE
-    for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-        if name not in tensors or tensors[name].shard != path / shard:
-            raise ModelDirError(f"{index} places {name} in {shard}, which does not hold it.")
-
-
 def _check_loading(directory: ModelDir, recipe: Recipe, info: dict[str, Any]) -> None:
     optional: Sequence[str] = recipe.optional_weights
     missing = sorted(
@@ -415,6 +328,15 @@ def _check_loading(directory: ModelDir, recipe: Recipe, info: dict[str, Any]) ->
         )
 
 
+def _require_utf8(path: Path, files: Sequence[Path]) -> None:
+    """Refuse names that no document can hold, such as the manifest that lists copies of these."""
+    for file in (path.resolve(), *files):
+        try:
+            str(file).encode()
+        except UnicodeEncodeError as error:
+            raise ModelDirError(f"The name of {file} is not UTF-8; rename it.") from error
+
+
 def _model_files(path: Path, names: Sequence[str]) -> list[Path]:
     """Weights and companions; a single file that appears beside shards would be loaded instead."""
     weights = {path / name for name in (*names, SINGLE_FILE)}
@@ -423,8 +345,3 @@ def _model_files(path: Path, names: Sequence[str]) -> list[Path]:
 
 def _and_more(names: Sequence[object]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")

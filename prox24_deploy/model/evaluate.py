@@ -1,6 +1,5 @@
 """Stage: how much of the dense model's behaviour the pruned one keeps."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import Estimate, EvaluateResult, Metric
+from prox24_deploy.documents import Document, read_json
 from prox24_deploy.errors import ModelDirError, RecipeError
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.calibration import IGNORED, Batch, Samples
@@ -293,11 +293,11 @@ def _window_mean(values: Tensor, targets: Tensor) -> Tensor:
 
 
 def _declared_pooling(declared: Path) -> Pooling:
+    options = read_json(declared, Document(str(declared), ModelDirError, "restore it"))
     try:
-        options = json.loads(declared.read_text(encoding="utf-8"))
         flags = {n for n, on in options.items() if n.startswith("pooling_mode_") and on is True}
         chosen = {options["pooling_mode"]} if "pooling_mode" in options else flags
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise ModelDirError(f"{declared} is not a readable pooling; restore it.") from error
     if len(chosen) > 1 or not chosen <= _POOLINGS.keys():
         modes = ", ".join(sorted(map(str, chosen)))

@@ -22,6 +22,7 @@ from torch import nn
 
 from prox24_deploy.artifacts import Estimate, Metric
 from prox24_deploy.errors import BackendMissingError, UsageError
+from prox24_deploy.files import make_folder, write_atomic
 from prox24_deploy.model.evaluate import mean_estimate, per_sample
 from prox24_deploy.options import HarnessOptions
 
@@ -73,7 +74,7 @@ def open_tasks(options: HarnessOptions, work: Path) -> Iterator[Callable[[], dic
             or runs code that the model writes.
     """
     require_harness()
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
     try:
         with _offline(work / "datasets"):
             manager = _manager(options, work)
@@ -273,7 +274,7 @@ def _write_definition(name: str, original: Path, files: Mapping[str, Path], work
         "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}},
     }
     path = work / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(definition), encoding="utf-8")
+    write_atomic(path, yaml.safe_dump(definition).encode())
 
 
 def _without_data(name: str, entry: Any, folder: Path | None) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
+from prox24_deploy.documents import files_below
 from prox24_deploy.errors import CalibrationError
 
 Entry = TypeVar("Entry")
@@ -56,6 +57,20 @@ def hold_out(
         return Files("file", paths, files), Files("file", tuple(map(str, evaluation)), others)
     cut = len(files) - max(1, round(len(files) * _HELD_OUT_SHARE))
     return Files("file", paths, files[:cut]), Files("split", paths, files[cut:])
+
+
+def readable_files(folder: Path) -> list[Path]:
+    """What lies below a folder of the user's.
+
+    Raises:
+        CalibrationError: a folder in it cannot be read.
+    """
+    try:
+        return files_below(folder)
+    except OSError as error:
+        raise CalibrationError(
+            f"Folder {error.filename} cannot be read ({error.strerror}); make it readable."
+        ) from error
 
 
 def _shuffled(paths: Sequence[Path], seed: int, search: Search[Entry]) -> tuple[Entry, ...]:

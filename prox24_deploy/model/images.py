@@ -1,22 +1,29 @@
 """Calibration and evaluation images: find them in folders, label them, turn them into batches."""
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from prox24_deploy.artifacts import TextSource
-from prox24_deploy.errors import CalibrationError
+from prox24_deploy.documents import open_regular, reason_of
+from prox24_deploy.errors import CalibrationError, ModelDirError
 from prox24_deploy.model.calibration import Batch, Samples
-from prox24_deploy.model.held_out import Files, Search, hold_out
+from prox24_deploy.model.held_out import Files, Search, hold_out, readable_files
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 MIN_IMAGES = 16
 _BATCH_IMAGES = 16
+# A photograph of the largest cameras; decoded, it takes four bytes a pixel, twice.
+MOST_PIXELS = 2**26
+# What is scaled by its shorter side grows by this.
+MOST_ASPECT = 20
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 # Image files, each with the name of the folder it lies in, relative to the user's; "" at its top.
@@ -72,33 +79,92 @@ def make_image_samples(
 
 
 def pixel_sizes(processor: Any) -> dict[str, int]:
-    """Channels, height and width of what the processor makes of an image."""
-    pixels = processor(images=[Image.new("RGB", (96, 64))], return_tensors="pt")["pixel_values"]
-    return dict(zip(("channels", "height", "width"), pixels.shape[1:], strict=True))
+    """Channels, height and width of what the processor makes of an image.
+
+    Raises:
+        ModelDirError: it makes nothing of one.
+    """
+    pixels = _prepared(Image.new("RGB", (96, 64)), processor)
+    return dict(zip(("channels", "height", "width"), pixels.shape, strict=True))
 
 
 def _images_in(folder: Path) -> list[tuple[Path, str]]:
     if not folder.is_dir():
         raise CalibrationError(f"Images {folder} is not a folder; pass a folder of images.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = [path for path in readable_files(folder) if path.suffix.lower() in SUFFIXES]
     return [(path, path.parent.relative_to(folder).as_posix().strip(".")) for path in files]
 
 
 def _batches(files: Sequence[tuple[Path, str]], processor: Any) -> Iterator[Batch]:
+    shape: torch.Size | None = None
     for start in range(0, len(files), _BATCH_IMAGES):
-        group = [_read(path) for path, _ in files[start : start + _BATCH_IMAGES]]
-        pixels: Tensor = processor(images=group, return_tensors="pt")["pixel_values"]
-        yield Batch({"pixel_values": pixels}, torch.ones(len(group), dtype=torch.bool))
+        # One at a time, for a photograph takes a thousand times the memory of its pixels here.
+        group = [_pixels(path, processor) for path, _ in files[start : start + _BATCH_IMAGES]]
+        shape = shape or group[0].shape
+        for (path, _), pixels in zip(files[start:], group, strict=False):
+            if pixels.shape != shape:
+                raise ModelDirError(
+                    f"The image processor makes {tuple(pixels.shape)} of {path} and "
+                    f"{tuple(shape)} of {files[0][0]}, expected one size of all; set it in "
+                    "preprocessor_config.json."
+                )
+        real = torch.ones(len(group), dtype=torch.bool)
+        yield Batch({"pixel_values": torch.stack(group)}, real)
+
+
+def _pixels(path: Path, processor: Any) -> Tensor:
+    return _prepared(_read(path), processor)
+
+
+def _prepared(image: Image.Image, processor: Any) -> Tensor:
+    """What the model reads of one image, (channels, height, width)."""
+    kind = f"The {type(processor).__name__} that preprocessor_config.json describes"
+    try:
+        made: Tensor = processor(images=[image], return_tensors="pt")["pixel_values"]
+        pixels = made[0]
+        sound = pixels.ndim == 3 and bool(pixels.isfinite().all())
+    except MemoryError:
+        raise
+    except Exception as error:
+        # A wrong value surfaces as whatever the code of the processor runs into.
+        raise ModelDirError(
+            f"{kind} cannot prepare an image ({reason_of(error)}); restore it."
+        ) from error
+    if not sound:
+        raise ModelDirError(
+            f"{kind} makes values of shape {tuple(pixels.shape)}, some of them NaN or infinite, or "
+            "not of three axes; restore it."
+        )
+    return pixels
 
 
 def _read(path: Path) -> Image.Image:
+    """One image of a named format: others start programs, as Ghostscript for PostScript."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        with open_regular(path) as file, warnings.catch_warnings():
+            # The bound here is lower.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file, formats=_FORMATS) as image:
+                _require_size(*image.size)
+                return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:
+        # What Pillow raises on damaged files has no common base.
         raise CalibrationError(
-            f"Image {path} cannot be read ({error}); remove it or write it again."
+            f"Image {path} cannot be read ({reason_of(error)}); remove it or write it again."
         ) from error
+
+
+def _require_size(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise ValueError(
+            f"it has {width} × {height} pixels, more than the {MOST_PIXELS:,} that are read"
+        )
+    if max(width, height) > MOST_ASPECT * min(width, height):
+        raise ValueError(
+            f"it has {width} × {height} pixels, more than {MOST_ASPECT} times as long as wide"
+        )
 
 
 def _classes(files: Sequence[tuple[Path, str]], labels: Mapping[str, int]) -> Tensor | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from prox24_deploy.artifacts import TextSource
+from prox24_deploy.documents import Document, read_json
 from prox24_deploy.errors import CalibrationError, ModelDirError
 from prox24_deploy.model.calibration import (
     BATCH_TOKENS,
@@ -27,6 +28,7 @@ from prox24_deploy.model.calibration import (
     require_tokens,
 )
 from prox24_deploy.model.directory import ModelDir
+from prox24_deploy.model.tokens import truncated
 from prox24_deploy.recipe import Recipe
 
 _START = "decoder_start_token_id"
@@ -54,10 +56,10 @@ def start_token(directory: ModelDir) -> int:
     file = directory.path / "generation_config.json"
     generation: dict[str, Any] = {}
     if file.is_file():
-        try:
-            generation = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelDirError(f"{file} is not readable JSON; restore it.") from error
+        document = Document(str(file), ModelDirError, "restore it")
+        generation = read_json(file, document, finite=False)
+        if not isinstance(generation, dict):
+            raise document.refused("is no JSON object")
     found = directory.config.get(_START)
     found = generation.get(_START) if found is None else found
     if not isinstance(found, int):
@@ -83,10 +85,9 @@ def make_pairs(
     for document, target in zip(texts.documents, texts.all_targets, strict=True):
         if total >= tokens:
             break
-        asked = {"truncation": True, "max_length": max_length}
         wanted = document if target is None else _as_text(target, len(pairs), texts)
-        text = tokenizer(document, **asked)["input_ids"]
-        pairs.append(_Pair(list(text), list(tokenizer(text_target=wanted, **asked)["input_ids"])))
+        text = truncated(document, tokenizer, max_length)
+        pairs.append(_Pair(text, truncated(wanted, tokenizer, max_length, as_target=True)))
         total += len(pairs[-1].text) + len(pairs[-1].target)
         own += target is not None
     require_tokens(texts, total)

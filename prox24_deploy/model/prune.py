@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.artifacts import LayerRecord, PruneResult, Sensitivity
 from prox24_deploy.errors import CalibrationError, ModelDirError, RecipeError
-from prox24_deploy.model.blocks import find_blocks, shared_inputs
+from prox24_deploy.model.blocks import find_blocks, require_runs, shared_inputs
 from prox24_deploy.model.calibration import Batch, Samples, thin
 from prox24_deploy.model.checkpoint import (
     BlockStore,
@@ -24,6 +24,7 @@ from prox24_deploy.model.checkpoint import (
     write_pruned,
 )
 from prox24_deploy.model.directory import ModelDir, load_model
+from prox24_deploy.model.doubts import doubt_about
 from prox24_deploy.model.evaluate import pooling_of
 from prox24_deploy.model.flow import Flow, Twin, advance, after_pruning, collect, start_flow
 from prox24_deploy.model.grams import Grams
@@ -154,6 +155,8 @@ def prune_directory(
     """
     began = time.perf_counter()
     model = load_model(directory, recipe, device)
+    for batch in calibration.batches[:1]:
+        require_runs(model, batch, recipe.task, directory.path)
     directory = replace(directory, renamed=renamed_tensors(directory, model))
     dense = left_dense(recipe, model, options)
     sensitivity = (
@@ -310,6 +313,9 @@ def _prune_group(
                 iterations=found.iterations,
                 seconds=seconds,
                 rows=calibration.tokens,
+                note=doubt_about(
+                    before, found.weight.dtype, calibration, chosen=found.method != "unchanged"
+                ),
             )
         )
         log.info("%s: error %.4f, %.1f s", path, records[-1].relative_error, seconds)

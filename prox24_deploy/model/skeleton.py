@@ -4,9 +4,9 @@ import inspect
 import json
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
+from prox24_deploy.model.capacity import bounded
 from prox24_deploy.model.directory import ModelDir, auto_classes, quiet_transformers
 from prox24_deploy.model.layers import is_layer
 from prox24_deploy.tasks import Task
@@ -78,7 +78,7 @@ def _without_weights(directory: ModelDir, task: Task) -> nn.Module | None:
         config = transformers.AutoConfig.from_pretrained(
             directory.path, local_files_only=True, trust_remote_code=False
         )
-        with torch.device("meta"):
+        with bounded({name: tensor.numel for name, tensor in directory.tensors.items()}):
             model: nn.Module = auto_classes()[task].from_config(config, trust_remote_code=False)
     except Exception:
         return None

@@ -19,6 +19,7 @@ from prox24_deploy.errors import CalibrationError, ModelDirError
 from prox24_deploy.model.audio import Recording, Recordings, read_wave
 from prox24_deploy.model.calibration import IGNORED, Batch, Samples, pad_rows, padding_id
 from prox24_deploy.model.directory import ModelDir
+from prox24_deploy.model.tokens import enough_of
 from prox24_deploy.model.transcribe import start_tokens, write_down
 from prox24_deploy.model.words import words_of
 
@@ -158,8 +159,11 @@ def _hearing(listener: Listener) -> tuple[int, float]:
 def _tokens(file: Recording, text: str, start: int, listener: Listener) -> list[int]:
     """Tokens of a transcript with the end token, which must fit behind those it starts from."""
     tokenizer = listener.tokenizer
-    tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    room = int(listener.directory.config["max_target_positions"]) - start
+    settings: Any = listener.model.config
+    positions = int(settings.max_target_positions)
+    part = enough_of(text, tokenizer, positions)
+    tokens = [*tokenizer(part, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    room = positions - start
     if len(tokens) > room:
         raise CalibrationError(
             f"The transcript of recording {file.path} has {len(tokens)} tokens, more than the "

@@ -1,13 +1,13 @@
 """The baseline: an accepted report, why it was accepted, and the figures of those before it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from prox24_deploy.documents import Document, parse_json, read_document
 from prox24_deploy.errors import BundleError, UsageError
 from prox24_deploy.files import write_atomic
 from prox24_deploy.limits import MetricTable, read_limits
@@ -69,14 +69,9 @@ def read_baseline(path: Path) -> Baseline:
         BundleError: it cannot be read, is damaged, or is of another schema version.
     """
     path = report_path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(
-            f"Baseline {path} cannot be read ({error.strerror}); pass a baseline file, a "
-            "report.json or a bundle."
-        ) from error
-    if not _is_baseline(data):
+    remedy = "pass a baseline file, a report.json or a bundle"
+    data = read_document(path, Document(f"Baseline {path}", BundleError, remedy))
+    if not _is_baseline(data, path):
         return Baseline(str(path), parse_report(data, str(path)))
     found = parse_baseline(data, str(path))
     return Baseline(str(path), found.report, found.reason, found.date, found.history)
@@ -100,13 +95,8 @@ def read_baseline_file(path: Path) -> BaselineFile:
     Raises:
         BundleError: it cannot be read, or is a report or something else.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(
-            f"Baseline {path} cannot be read ({error.strerror}); pass a baseline file."
-        ) from error
-    if not _is_baseline(data):
+    data = read_document(path, Document(f"Baseline {path}", BundleError, "pass a baseline file"))
+    if not _is_baseline(data, path):
         raise BundleError(
             f"{path} is no baseline file; make one with prox24-deploy baseline update."
         )
@@ -119,10 +109,10 @@ def parse_baseline(data: bytes, source: str) -> BaselineFile:
     Raises:
         BundleError: it is damaged, or of another version than this one writes.
     """
-    raw = json.loads(data)
+    raw = _parsed(data, source)
     report = raw.get("report")
     versions = {
-        "baseline_version": (raw["baseline_version"], BASELINE_VERSION),
+        "baseline_version": (raw.get("baseline_version"), BASELINE_VERSION),
         "schema_version": (report.get("schema_version") if isinstance(report, dict) else None, 1),
     }
     for key, (version, expected) in versions.items():
@@ -132,7 +122,7 @@ def parse_baseline(data: bytes, source: str) -> BaselineFile:
                 "run prox24-deploy baseline update with a report of this version."
             )
     try:
-        return BaselineFile.model_validate_json(data)
+        return BaselineFile.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
@@ -177,10 +167,14 @@ def update_baseline(
     return made
 
 
-def _is_baseline(data: bytes) -> bool:
-    """Whether this is meant to be a baseline file; anything else is taken for a report."""
-    try:
-        raw = json.loads(data)
-    except ValueError:
-        return False
-    return isinstance(raw, dict) and "baseline_version" in raw
+def _is_baseline(data: bytes, path: Path) -> bool:
+    """Whether this is meant to be a baseline file; any other object is taken for a report."""
+    return "baseline_version" in _parsed(data, str(path))
+
+
+def _parsed(data: bytes, source: str) -> dict[str, JsonValue]:
+    document = Document(f"Baseline {source}", BundleError, "pass a baseline file or a report.json")
+    raw = parse_json(data, document)
+    if not isinstance(raw, dict):
+        raise document.refused("is no JSON object")
+    return raw

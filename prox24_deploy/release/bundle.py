@@ -21,7 +21,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from prox24_deploy import __version__
 from prox24_deploy.errors import BundleError
-from prox24_deploy.files import is_temporary, make_readable, sync_tree, write_atomic
+from prox24_deploy.files import (
+    is_temporary,
+    make_folder,
+    make_readable,
+    sync_tree,
+    write_atomic,
+    writing,
+)
 from prox24_deploy.fingerprint import fields_of
 from prox24_deploy.release.layout import (
     LATE_FILES,
@@ -214,7 +221,7 @@ class Bundle:
     def _workspace(self, name: str, key: str) -> Workspace:
         """An empty place to work in; only what the same stage left there for itself stays."""
         kept = self.partial / f"{name}-{key[:16]}"
-        self.partial.mkdir(exist_ok=True)
+        make_folder(self.partial)
         for leftover in self.partial.iterdir():
             if leftover != kept:
                 remove(leftover)
@@ -226,8 +233,9 @@ class Bundle:
             made, target = self.partial / name, self.root / name
             if made.exists():
                 sync_tree(made)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                made.replace(target)
+                make_folder(target.parent)
+                with writing(target):
+                    made.replace(target)
             make_readable(self.root, name)
             sync_tree(target)
         sync_tree(self.root, deep=False)
@@ -290,7 +298,7 @@ def open_bundle(root: Path, *, fresh: bool = False, existing: bool = False) -> I
 
 def _make_root(root: Path) -> None:
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
     except OSError as error:
         if error.errno == errno.EEXIST and root.is_file():
             raise BundleError(f"Output {root} is a file; pass a directory with -o.") from error
@@ -303,10 +311,11 @@ def _make_root(root: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file or folder if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with writing(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _claim(root: Path) -> Manifest:

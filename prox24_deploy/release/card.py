@@ -5,7 +5,6 @@ it keeps the text, below its own, and of its metadata what stays true: licence a
 https://huggingface.co/docs/hub/model-cards says what the metadata means.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +12,14 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from prox24_deploy import __version__
 from prox24_deploy.artifacts import TextSource
+from prox24_deploy.documents import Document, read_json, reason_of
+from prox24_deploy.errors import ModelDirError
 from prox24_deploy.files import write_atomic
+from prox24_deploy.release.escape import code
 from prox24_deploy.release.render import render_markdown
 from prox24_deploy.release.schema import Report
 
@@ -53,7 +56,8 @@ def read_source_card(model_dir: Path) -> SourceCard:
     """Read README.md and config.json of the source model; a card that is damaged says so."""
     path = model_dir / CARD_FILE
     written = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    config = json.loads((model_dir / "config.json").read_bytes())
+    file = model_dir / "config.json"
+    config = read_json(file, Document(str(file), ModelDirError, "restore it"), finite=False)
     metadata, problem = _metadata(written)
     if "license" not in metadata and isinstance(config.get("license"), str):
         metadata = metadata | {"license": config["license"]}
@@ -80,13 +84,13 @@ def render_card(report: Report, source: SourceCard) -> str:
         "report": report,
         "totals": report.pruning.totals,
         "name": name,
-        "title": f"{name}, 2:4 sparse",
         "tool_version": __version__,
         "base_model": source.repository,
         "dense": dense,
         "source": _samples,
         "limits": _limits(report, source),
-        "text": source.text,
+        # Quoted as its authors wrote it.
+        "text": Markup(source.text),
         "front_matter": yaml.safe_dump(
             _front_matter(report, source), sort_keys=False, allow_unicode=True
         ),
@@ -105,8 +109,9 @@ def _metadata(written: str) -> tuple[dict[str, Any], str]:
         return {}, ""
     try:
         metadata = yaml.safe_load(found[1])
-    except yaml.YAMLError as error:
-        return {}, str(error).splitlines()[0]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Dates that there are none of are a ValueError.
+        return {}, reason_of(error)
     if not isinstance(metadata, dict):
         return {}, "it is no mapping"
     return {key: metadata[key] for key in _KEPT if key in metadata}, ""
@@ -148,8 +153,8 @@ def _limits(report: Report, source: SourceCard) -> list[str]:
         limits.append("The source model names no licence, so that none is given here.")
     if source.problem:
         limits.append(
-            f"The metadata of the source model's card could not be read ({source.problem}); its "
-            "licence is missing here."
+            "The metadata of the source model's card could not be read "
+            f"({code(source.problem)}); its licence is missing here."
         )
     if source.repository is None:
         limits.append(

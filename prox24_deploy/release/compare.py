@@ -9,6 +9,8 @@ the sparse one, is taken out.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from prox24_deploy.artifacts import Interval, Verdict
 from prox24_deploy.errors import BundleError
 from prox24_deploy.limits import Limits, MetricLimits, limits_of
@@ -41,7 +43,7 @@ def compare_reports(
     allowed = require_alike(report, baseline.report, allow, baseline.source)
     keys = {difference.key for difference in allowed}
     judges = _Judges(
-        recipe=_recipe_limits(baseline.report),
+        recipe=_recipe_limits(baseline),
         file=limits,
         paired="evaluation" not in keys,
         same_machine=not keys & MACHINE_KEYS,
@@ -120,8 +122,15 @@ class _Judges:
         return not figure.gated or (figure.kind == "latency" and not self.same_machine)
 
 
-def _recipe_limits(report: Report) -> Mapping[str, MetricLimits]:
-    return Limits.model_validate(report.options.get("limits", {})).metrics
+def _recipe_limits(baseline: Baseline) -> Mapping[str, MetricLimits]:
+    try:
+        return Limits.model_validate(baseline.report.options.get("limits", {})).metrics
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in ("options", "limits", *problem["loc"]))
+        raise BundleError(
+            f"Baseline {baseline.source} is damaged at {where!r}: {problem['msg']}; restore it."
+        ) from error
 
 
 def _release(report: Report) -> Change:

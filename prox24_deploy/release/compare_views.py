@@ -9,8 +9,9 @@ from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from prox24_deploy.errors import UsageError
 from prox24_deploy.files import write_atomic
+from prox24_deploy.release.escape import code, markdown, xml_text
 from prox24_deploy.release.layout import MANIFEST_FILE
-from prox24_deploy.release.render import code, markdown, number, xml_text
+from prox24_deploy.release.render import number
 from prox24_deploy.release.schema import Change, Comparison
 
 _SENTENCES = {

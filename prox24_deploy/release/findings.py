@@ -44,6 +44,7 @@ def find_warnings(
         *_text_warnings(prune, evaluate),
         *_token_warnings(prune),
         *_skipped_warnings(prune.layers),
+        *_doubt_warnings(prune.layers),
         *_dtype_warnings(export),
         *_backend_warnings(compiled, bench.latency),
         *_unmeasured_warnings(bench),
@@ -148,6 +149,14 @@ def _skipped_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
             by_reason.setdefault(layer.reason.partition(":")[0], []).append(layer.name)
     for reason, names in by_reason.items():
         yield f"{_counted(len(names), 'layer')} left dense ({reason}): {_named(names)}."
+
+
+def _doubt_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
+    """Layers whose error of 0, or any, tells nothing, by the reason."""
+    for note in dict.fromkeys(layer.note for layer in layers if layer.note):
+        names = [layer.name for layer in layers if layer.note == note]
+        layers_in_words = _counted(len(names), "layer")
+        yield f"The error says nothing of {layers_in_words} ({note}): {_named(names)}."
 
 
 def _dtype_warnings(export: ExportResult) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from prox24_deploy import __version__
 from prox24_deploy.artifacts import ModelInfo
+from prox24_deploy.documents import Document, is_file_name, read_json
 from prox24_deploy.errors import BundleError
 from prox24_deploy.files import write_atomic
 from prox24_deploy.release.layout import MANIFEST_FILE
@@ -18,10 +20,15 @@ from prox24_deploy.snapshot import sha256_of
 SCHEMA_VERSION: Literal[1] = 1
 
 
+# Of Linux, in bytes, with some left for the folder of the bundle.
+_LONGEST_PATH = 3072
+
+
 def _inside(name: str) -> str:
     """Refuse a path that leaves the bundle: stale outputs are deleted by these names."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == ".":
+    plain = all(is_file_name(part) for part in path.parts) and path.as_posix() == name != "."
+    if path.is_absolute() or not plain or len(os.fsencode(name)) > _LONGEST_PATH:
         raise ValueError(f"{name!r} is not a plain path inside the bundle")
     return name
 
@@ -99,14 +106,12 @@ def read_manifest(root: Path) -> Manifest:
         BundleError: there is none, or it is not one that this version wrote.
     """
     path = root / MANIFEST_FILE
+    document = Document(
+        f"Bundle {root}: {MANIFEST_FILE}", BundleError, "restore it, or pass the OUT of a build"
+    )
+    raw = read_json(path, document)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(
-            f"{root} is not a bundle: {MANIFEST_FILE} cannot be read ({error.strerror})."
-        ) from error
-    try:
-        return Manifest.model_validate_json(data)
+        return Manifest.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the file"

@@ -4,7 +4,6 @@ import importlib.resources
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -12,9 +11,17 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
-from markupsafe import Markup
 
 from prox24_deploy.artifacts import Estimate, Interval, LatencyRow, LayerRecord
+from prox24_deploy.release.escape import (
+    class_name,
+    code,
+    drawing,
+    markdown,
+    plain_name,
+    shown,
+    xml_text,
+)
 from prox24_deploy.release.findings import row_name
 from prox24_deploy.release.plots import (
     bar_plot,
@@ -48,8 +55,6 @@ class Trend:
         return None if value is None else self.scale * value
 
 
-# XML 1.0 has no way to write these, not even escaped.
-_NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # A standard error below it comes from rounding.
 _NO_ERROR = 1e-7
 
@@ -58,11 +63,11 @@ def render_html(report: Report) -> str:
     """One page that needs no other file, no script and no network."""
     budget = report.pruning.sensitivity
     plots = {
-        "sensitivity": [Markup(sensitivity_plot(budget))] if budget else [],
-        "errors": [Markup(plot) for plot in error_plots(report.pruning.layers)],
-        "latency": [Markup(latency_plot(row, i)) for i, row in enumerate(report.latency)],
-        "sizes": [Markup(plot) for plot in _size_plots(report.sizes)],
-        "trends": [Markup(plot) for plot in _trend_plots(report.baseline)],
+        "sensitivity": [drawing(sensitivity_plot(budget))] if budget else [],
+        "errors": [drawing(plot) for plot in error_plots(report.pruning.layers)],
+        "latency": [drawing(latency_plot(row, i)) for i, row in enumerate(report.latency)],
+        "sizes": [drawing(plot) for plot in _size_plots(report.sizes)],
+        "trends": [drawing(plot) for plot in _trend_plots(report.baseline)],
     }
     template = _environment(html=True).get_template("report.html.jinja")
     return template.render(**_view(report), plots=plots)
@@ -176,18 +181,9 @@ def known(value: bool | None) -> str:
     return "unknown" if value is None else "yes" if value else "no"
 
 
-def markdown(text: object) -> str:
-    """Text that Markdown, and the HTML in it, leaves as it is; also within a table."""
-    return re.sub(r"([\\`*\[\]|<>])", r"\\\1", " ".join(str(text).split()))
-
-
-def code(text: object) -> str:
-    """A name as a code span, also within a table."""
-    return "`" + " ".join(str(text).replace("`", "'").split()).replace("|", "\\|") + "`"
-
-
 _FILTERS: tuple[Callable[..., str], ...] = (
     number, estimate, ratio, size, amount, count, seconds, percent, shape, known, markdown, code,
+    plain_name, class_name,
 )  # fmt: skip
 
 
@@ -196,6 +192,7 @@ def _environment(*, html: bool) -> Environment:
         loader=FunctionLoader(_template),
         autoescape=html,
         undefined=StrictUndefined,
+        finalize=shown,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -305,11 +302,6 @@ def _test_case(check: Check) -> TestCase:
     elif check.verdict == "fail":
         case.result = [Failure(message, check.kind)]
     return case
-
-
-def xml_text(text: str) -> str:
-    """Text without what XML 1.0 cannot hold."""
-    return _NOT_IN_XML.sub("\ufffd", text)
 
 
 def _latency_entries(report: Report) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_validator
 
 from prox24_deploy.accuracy import EngineAccuracy, TaskScores
 from prox24_deploy.artifacts import (
@@ -26,6 +26,7 @@ from prox24_deploy.artifacts import (
     TextSource,
     Verdict,
 )
+from prox24_deploy.documents import Document, parse_json, read_document
 from prox24_deploy.errors import BundleError
 
 SCHEMA_VERSION: Final = 1
@@ -211,6 +212,22 @@ class Report(_Part):
     regressions: tuple[Check, ...]
     baseline: Comparison | None = None
 
+    @field_validator("latency")
+    @classmethod
+    def _times_are_times(cls, rows: tuple[LatencyRow, ...]) -> tuple[LatencyRow, ...]:
+        for row in rows:
+            times = (row.dense, row.sparse)
+            known = [part for time in times for part in (time.median_ms, *time.samples_ms)]
+            known += [row.speedup.value, row.speedup.low, row.speedup.high]
+            if not all(map(_is_measured, known)) or not all(time.samples_ms for time in times):
+                raise ValueError(f"a time or ratio of {row.backend} cannot have been measured")
+        return rows
+
+
+def _is_measured(value: float) -> bool:
+    """Whether this can be milliseconds, or a ratio of them, from which others are computed."""
+    return 1e-12 < value < 1e12
+
 
 def report_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a written `report.json`."""
@@ -231,13 +248,8 @@ def load_report(path: Path) -> Report:
     Raises:
         BundleError: the file is missing, is not JSON, is of another schema version, or lacks a key.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(
-            f"Report {path} cannot be read ({error.strerror}); pass the report.json of a bundle."
-        ) from error
-    return parse_report(data, str(path))
+    document = Document(f"Report {path}", BundleError, "pass the report.json of a bundle")
+    return parse_report(read_document(path, document), str(path))
 
 
 def parse_report(data: bytes, source: str) -> Report:
@@ -246,12 +258,7 @@ def parse_report(data: bytes, source: str) -> Report:
     Raises:
         BundleError: as for `load_report`.
     """
-    try:
-        raw = json.loads(data)
-    except ValueError as error:
-        raise BundleError(
-            f"Report {source} is not JSON ({error}); build the bundle again."
-        ) from error
+    raw = parse_json(data, Document(f"Report {source}", BundleError, "build the bundle again"))
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
@@ -259,7 +266,7 @@ def parse_report(data: bytes, source: str) -> Report:
             "bundle again with this version of prox24-deploy."
         )
     try:
-        return Report.model_validate_json(data)
+        return Report.model_validate(raw)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from prox24_deploy.errors import BundleError, UsageError
-from prox24_deploy.files import write_atomic
+from prox24_deploy.files import copy_file, make_folder, write_atomic, writing
 from prox24_deploy.recipe import GraphTensor
 from prox24_deploy.release.manifest import FileEntry, hash_file
 
@@ -134,16 +134,17 @@ def write_repository(
     partial = out / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     version = partial / "1"
-    version.mkdir(parents=True)
     try:
+        make_folder(version)
         for file, (source, expected) in files.items():
-            shutil.copyfile(source, version / file)
+            copy_file(source, version / file)
             if hash_file(version / file) != expected:
                 raise BundleError(
                     f"File {source} changed while it was copied to {target}; verify the bundle."
                 )
         write_atomic(partial / CONFIG_FILE, config.encode())
-        partial.rename(target)
+        with writing(target):
+            partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target

@@ -134,9 +134,12 @@ def test_damaged_or_foreign_engine_files_are_refused(
 ) -> None:
     backend, engine = backend_of(tiny_bert), engines_of(bundle)["sparse"]
     missing = replace(engine, path="engines/nowhere/engine.json")
-    with pytest.raises(EngineError, match="cannot be read; compile the model again"):
+    with pytest.raises(EngineError, match=r"cannot be read .*; compile the model again"):
         backend.evidence(bundle, missing, ())
-    with pytest.raises(EngineError, match="cannot be read; compile"), backend.open(bundle, missing):
+    with (
+        pytest.raises(EngineError, match=r"cannot be read .*; compile"),
+        backend.open(bundle, missing),
+    ):
         pass
     record = json.loads((bundle / engine.path).read_text())
     (tmp_path / "engine.json").write_text(json.dumps({**record, "model_sha256": "0" * 64}))

@@ -118,7 +118,7 @@ def test_a_plan_comes_back_from_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "cannot be read"), ("[]", "is damaged at its start"), ("{", "Invalid JSON")],
+    [(None, "cannot be read"), ("[]", "is damaged at its start"), ("{", "is not readable JSON")],
 )
 def test_an_unreadable_plan_says_what_to_do(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:

@@ -6,6 +6,7 @@ the half-built engine are real ones of a real process.
 
 import json
 import logging
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,34 @@ def test_a_graph_with_a_cache_decodes_from_an_empty_past(tmp_path: Path) -> None
         "attention_mask": ((1, 1), (8, 256), (8, 256)),
         "past_key_values.0.key": ((1, 2, 0, 8), (8, 2, 128, 8), (8, 2, 128, 8)),
     }
+
+
+def test_a_timing_cache_that_builds_share_is_never_torn(tmp_path: Path) -> None:
+    """Two processes write one cache again and again while this one reads it."""
+    script = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from prox24_deploy.engines.tensorrt_job import _keep_timings
+cache = SimpleNamespace(serialize=lambda: sys.argv[2].encode() * 200_000)
+for _ in range(60):
+    _keep_timings(SimpleNamespace(get_timing_cache=lambda: cache), Path(sys.argv[1]))
+"""
+    path = tmp_path / "deep" / "gpu-sparse.cache"
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(path), letter], stderr=subprocess.PIPE, text=True
+        )
+        for letter in "ab"
+    ]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        if path.is_file():
+            data = path.read_bytes()
+            seen.add((len(data), len(set(data))))
+    assert [(writer.returncode, writer.communicate()[1]) for writer in writers] == [(0, "")] * 2
+    assert seen == {(200_000, 1)}
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 def test_timings_outlive_a_build_and_never_meet_those_of_the_other_twin(

@@ -1,11 +1,15 @@
 """Recordings are found with their transcripts, and what is no such recording is refused."""
 
 import json
+import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import write_wave
 
 from prox24_deploy.errors import CalibrationError
@@ -58,6 +62,24 @@ def test_a_list_gives_its_recordings_and_evaluation_is_used_whole(tmp_path: Path
     assert len(calibration.files) == 10
 
 
+def raw_wave(
+    _: Path,
+    *,
+    form: int = 1,
+    channels: int = 1,
+    rate: int = HZ,
+    bits: int = 16,
+    data: bytes = bytes(8),
+    length: int | None = None,
+) -> bytes:
+    """A WAV file whose header says what it is told to."""
+    width = (bits + 7) // 8 * channels
+    said = struct.pack("<HHIIHH", form, channels, rate, rate * width, width, bits)
+    size = len(data) if length is None else length
+    chunks = b"fmt " + struct.pack("<I", len(said)) + said + b"data" + struct.pack("<I", size)
+    return b"RIFF" + struct.pack("<I", 0xFFFFFFFF) + b"WAVE" + chunks + data
+
+
 CONVERT = r"convert it, for example with ffmpeg -i IN -ac 1 -ar 8000 -c:a pcm_s16le OUT\.wav\.$"
 WAVES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no sound file": (
@@ -84,6 +106,42 @@ WAVES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: path.write_bytes(write_wave(path, [0] * 9, rate=HZ).read_bytes()[:-5]),
         r"a\.wav holds 13 of 18 bytes of sound; record or copy it again\.$",
     ),
+    "wider samples than are read": (
+        lambda path: path.write_bytes(raw_wave(path, bits=40, data=bytes(10))),
+        rf"a\.wav has 40 bits a sample, expected 8, 16, 24 or 32; {CONVERT}",
+    ),
+    "samples of 64 bits": (
+        lambda path: path.write_bytes(raw_wave(path, bits=64, data=bytes(16))),
+        rf"a\.wav has 64 bits a sample, expected 8, 16, 24 or 32; {CONVERT}",
+    ),
+    "floats": (
+        lambda path: path.write_bytes(raw_wave(path, bits=32, form=3, data=bytes(16))),
+        rf"a\.wav cannot be read \(unknown format: 3\), expected PCM in a WAV file; {CONVERT}",
+    ),
+    "no channel": (
+        lambda path: path.write_bytes(raw_wave(path, channels=0)),
+        rf"a\.wav cannot be read \(bad # of channels\), expected PCM in a WAV file; {CONVERT}",
+    ),
+    "no rate": (
+        lambda path: path.write_bytes(raw_wave(path, rate=0)),
+        rf"a\.wav has 1 channel\(s\) at 0 Hz, expected 1 at 8000 Hz, and .*; {CONVERT}",
+    ),
+    "no bits": (
+        lambda path: path.write_bytes(raw_wave(path, bits=0)),
+        rf"a\.wav cannot be read \(bad sample width\), expected PCM in a WAV file; {CONVERT}",
+    ),
+    "a length of gigabytes that is not there": (
+        lambda path: path.write_bytes(raw_wave(path, length=2**32 - 2)),
+        r"a\.wav holds 8 of 4294967294 bytes of sound; record or copy it again\.$",
+    ),
+    "a pipe": (
+        os.mkfifo,
+        rf"a\.wav cannot be read \(it is a pipe, expected a file\), expected PCM .*; {CONVERT}",
+    ),
+    "a folder": (
+        lambda path: path.mkdir(),
+        rf"a\.wav cannot be read \(Is a directory\), expected PCM in a WAV file; {CONVERT}",
+    ),
     "too long": (
         lambda path: write_wave(path, [0] * (2 * HZ + 1), rate=HZ),
         r"a\.wav is 2\.0 s long, more than the 2 s that the model hears at once; cut it at a p",
@@ -97,6 +155,26 @@ def test_what_is_no_such_recording_is_refused(kind: str, tmp_path: Path) -> None
     write(tmp_path / "a.wav")
     with pytest.raises(CalibrationError, match=message):
         read_wave(tmp_path / "a.wav", HZ, 2.0)
+
+
+@settings(max_examples=150)
+@given(st.binary(max_size=60), st.integers(0, 60), st.booleans())
+def test_any_bytes_are_a_recording_or_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, noise: bytes, place: int, whole: bool
+) -> None:
+    """Noise alone, and over a part of a sound file."""
+    path = tmp_path_factory.getbasetemp() / "any.wav"
+    sound = raw_wave(path)
+    path.write_bytes(noise if whole else sound[:place] + noise + sound[place + len(noise) :])
+    try:
+        found = read_wave(path, HZ, 2.0)
+    except CalibrationError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+        assert len(found) > 0
+        assert bool((abs(found) <= 1).all())
+    assert not refusal or (str(path) in refusal and refusal.endswith("."))
 
 
 def test_a_recording_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -129,7 +207,7 @@ def test_a_recording_in_another_format_is_named(tmp_path: Path) -> None:
         (b'{"audio": "b.wav"}', r"line 1 names recording 'b\.wav', which is not there; correct it"),
         (b'{"audio": "0.wav", "text": 7}', r"The text of .* line 1 is 7, expected what is said in"),
         (b'{"audio": "0.wav", "text": " "}', r"The text of .* line 1 is ' ', expected what is sai"),
-        (b"\xff", r"list\.jsonl is not UTF-8; convert it\.$"),
+        (b"\xff", r"list\.jsonl is not UTF-8, see byte 0; convert it\.$"),
     ],
 )
 def test_a_list_that_says_nothing_is_refused(line: bytes, message: str, tmp_path: Path) -> None:

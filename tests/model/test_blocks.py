@@ -1,5 +1,6 @@
 """Blocks run one at a time give what the whole model gives."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 from opened import Opened, open_tiny
 from torch import nn
 
-from prox24_deploy.errors import RecipeError
+from prox24_deploy.errors import ModelDirError, RecipeError
 from prox24_deploy.model.blocks import (
     find_blocks,
     layer_input,
     real_rows,
     record_calls,
+    require_runs,
     run_block,
     run_model,
     shared_inputs,
@@ -117,3 +119,15 @@ def test_padding_is_left_out_of_the_rows() -> None:
     assert real_rows(tensor, real).tolist() == [[0, 1], [2, 3], [6, 7]]
     with pytest.raises(RecipeError, match=r"shape \(2, 6, 1\), expected \(2, 3\) positions"):
         real_rows(tensor.reshape(2, 6, 1), real)
+
+
+def test_samples_that_the_model_does_not_take_are_refused_before_any_work(opened: Opened) -> None:
+    batch, path = opened.batches[0], Path("some/model")
+    require_runs(opened.model, batch, opened.recipe.task, path)
+    ids = batch.inputs["input_ids"]
+    beyond = replace(batch, inputs=batch.inputs | {"input_ids": torch.full_like(ids, 10_000)})
+    message = (
+        r"^Model directory some/model opens but does not run on its samples, input_ids \(.*\); "
+    )
+    with pytest.raises(ModelDirError, match=message):
+        require_runs(opened.model, beyond, opened.recipe.task, path)

@@ -73,7 +73,9 @@ def test_held_out_text_is_the_last_fifth_and_no_more(prose: Path) -> None:
 def test_one_paragraph_cannot_be_split(tmp_path: Path) -> None:
     path = tmp_path / "one.txt"
     path.write_text("only one", encoding="utf-8")
-    with pytest.raises(CalibrationError, match="has 1 paragraph"):
+    with pytest.raises(
+        CalibrationError, match=r"has 1 paragraph or JSON record \(paragraphs end at blank lines\)"
+    ):
         read_texts([path], [], 0)
 
 

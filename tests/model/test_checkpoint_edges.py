@@ -27,7 +27,8 @@ from prox24_deploy.model.checkpoint import (
     write_pruned,
     write_tensors,
 )
-from prox24_deploy.model.directory import ModelDir, StoredTensor, load_model, open_model_dir
+from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
+from prox24_deploy.model.shards import StoredTensor
 from prox24_deploy.pruning.pattern import is_24, project_24
 
 INDEX = "model.safetensors.index.json"

@@ -1,5 +1,6 @@
 """What a model directory may hold beside or instead of sound weights, and what is read of it."""
 
+import errno
 import json
 import logging
 import os
@@ -143,6 +144,13 @@ def test_weight_files_without_weights_are_refused(
         '{"weight_map": {"a": ["model-00001-of-00003.safetensors"]}}',
         '{"weight_map": {"a": 1, "b": "model-00001-of-00003.safetensors"}}',
         '{"weight_map": {}}',
+        '{"weight_map": {"a": "' + "x" * 300 + '"}}',
+        '{"weight_map": {"a": "x\\u0000"}}',
+        '{"weight_map": {"a": "\\ud800"}}',
+        '{"weight_map": {"a": ""}}',
+        '{"weight_map": {"a": ".."}}',
+        '{"weight_map": {"a": "b", "a": "c"}}',
+        '{"weight_map": ' + "[" * 5000 + "]" * 5000 + "}",
     ],
 )
 def test_an_index_without_a_readable_map_is_refused(decoder: Path, content: str) -> None:
@@ -150,6 +158,56 @@ def test_an_index_without_a_readable_map_is_refused(decoder: Path, content: str)
     with pytest.raises(ModelDirError) as caught:
         describe(decoder, LLAMA)
     assert_one_sentence(caught.value, str(decoder))
+
+
+def refuse_to_open(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Root, which tests may be, reads everything."""
+    whole = os.open
+
+    def checked(path: Any, *arguments: Any, **options: Any) -> int:
+        if Path(path).name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return whole(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", checked)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "model-00002-of-00003.safetensors"])
+def test_a_file_that_may_not_be_read_is_not_called_missing(
+    decoder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_open(monkeypatch, name)
+    with pytest.raises(ModelDirError, match=r"cannot be read \(Permission denied\)") as caught:
+        open_model_dir(decoder)
+    assert_one_sentence(caught.value, str(decoder / name))
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_a_document_that_nests_deeply_is_one_sentence(decoder: Path, name: str) -> None:
+    (decoder / name).write_text(
+        '{"model_type": "llama", "a": ' + '{"b": ' * 5000 + "1" + "}" * 5001
+    )
+    with pytest.raises(ModelDirError, match="nests deeper than 100 levels") as caught:
+        open_model_dir(decoder)
+    assert_one_sentence(caught.value, str(decoder / name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden_size": "32"}, "hidden_size.*expected int, got str"),
+        ({"num_attention_heads": None}, "num_attention_heads"),
+        ({"vocab_size": [1]}, "vocab_size"),
+    ],
+)
+def test_a_wrong_value_is_blamed_on_the_config_and_not_on_the_tokenizer(
+    encoder: Path, changes: dict[str, Any], reason: str
+) -> None:
+    edit_json(encoder / "config.json", **changes)
+    with pytest.raises(ModelDirError, match=rf"config\.json holds .*{reason}") as caught:
+        load_tokenizer(open_model_dir(encoder))
+    assert_one_sentence(caught.value, str(encoder))
+    assert "tokenizer" not in str(caught.value)
 
 
 def test_an_index_never_leads_out_of_the_directory(decoder: Path) -> None:
@@ -234,7 +292,8 @@ def test_code_of_an_unknown_family_is_not_run(encoder: Path) -> None:
     with pytest.raises(ModelDirError, match="does not open as feature-extraction") as caught:
         load_model(directory, BERT, CPU)
     assert_one_sentence(caught.value, str(encoder))
-    with pytest.raises(ModelDirError, match="has no tokenizer that opens") as caught:
+    # transformers opens the configuration before the tokenizer, and that names code already.
+    with pytest.raises(ModelDirError, match=r"config\.json holds .* custom code") as caught:
         load_tokenizer(directory)
     assert_one_sentence(caught.value, str(encoder))
     assert not mark.exists()

@@ -1,16 +1,28 @@
 """Images from folders: order, labels, batches as the processor makes them, and bad input."""
 
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import ViTImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from prox24_deploy.errors import CalibrationError
-from prox24_deploy.model.images import Images, make_image_samples, read_images
+from prox24_deploy.errors import CalibrationError, ModelDirError
+from prox24_deploy.model.directory import load_image_processor
+from prox24_deploy.model.images import Images, make_image_samples, pixel_sizes, read_images
 
 LABELS = {"cat": 0, "dog": 1}
 
@@ -114,3 +126,184 @@ def test_a_damaged_image_is_named(tmp_path: Path, processor: object) -> None:
     images = Images("file", (str(tmp_path),), ((path, ""),))
     with pytest.raises(CalibrationError, match=r"Image .*broken\.png cannot be read"):
         make_image_samples(images, processor, LABELS, limit=1)
+
+
+def one(path: Path) -> Images:
+    return Images("file", (str(path.parent),), ((path, ""),))
+
+
+def test_a_photograph_is_prepared_as_it_is_among_others(labelled: Path, processor: Any) -> None:
+    images, _ = read_images([labelled], [labelled], 0)
+    together = make_image_samples(images, processor, LABELS, limit=16).batches[0]
+    loaded = [Image.open(path).convert("RGB") for path, _ in images.files[:16]]
+    theirs = processor(images=loaded, return_tensors="pt")["pixel_values"]
+    assert torch.equal(together.inputs["pixel_values"], theirs)
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_no_program_is_started_for_a_file_that_says_it_is_postscript(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(POSTSCRIPT)
+    # A stand-in for Ghostscript, without which Pillow starts nothing.
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text("#!/bin/sh\nexit 1\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    started: list[str] = []
+    watched = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"}
+    watching = True
+
+    def note(event: str, _: object) -> None:
+        if watching and event in watched:
+            started.append(event)
+
+    # A hook stays as long as the interpreter, so it is told to stop.
+    sys.addaudithook(note)
+    try:
+        with pytest.raises(
+            CalibrationError, match=r"x\.png cannot be read \(cannot identify image"
+        ):
+            make_image_samples(one(path), None, {}, limit=1)
+        assert not started
+        # Pillow of its own accord does, and the hook sees it.
+        with Image.open(path) as image, pytest.raises(subprocess.CalledProcessError):
+            image.load()
+        assert "subprocess.Popen" in started
+    finally:
+        watching = False
+
+
+def encoded(kind: str) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(out, kind)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
+def test_the_named_formats_are_read_whatever_the_name(
+    kind: str, tmp_path: Path, processor: object
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(kind))
+    assert make_image_samples(one(path), processor, {}, limit=1).source.samples == 1
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "TGA", "PCX", "PDF", "EPS"])
+def test_any_other_format_is_refused(kind: str, tmp_path: Path, processor: object) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(kind))
+    with pytest.raises(CalibrationError, match=r"a\.png cannot be read \(cannot identify image fi"):
+        make_image_samples(one(path), processor, {}, limit=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]),
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=8),
+    st.integers(0, 2000),
+)
+def test_damaged_images_are_read_or_refused_in_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str,
+    changes: list[tuple[int, int]],
+    kept: int,
+) -> None:
+    data = bytearray(encoded(kind))
+    for place, value in changes:
+        data[place % len(data)] = value
+    path = tmp_path_factory.getbasetemp() / "any.png"
+    path.write_bytes(bytes(data[: kept or None]))
+    refusal = ""
+    with warnings.catch_warnings():
+        # Pillow warns of some damage that it reads over.
+        warnings.simplefilter("ignore")
+        try:
+            make_image_samples(one(path), _to_pixels, {}, limit=1)
+        except CalibrationError as error:
+            refusal = str(error)
+    assert not refusal or (str(path) in refusal and refusal.endswith("."))
+
+
+def _to_pixels(*, images: list[Image.Image], return_tensors: str) -> dict[str, torch.Tensor]:
+    assert return_tensors == "pt"
+    return {"pixel_values": torch.zeros(len(images), 3, 4, 4)}
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((13_000, 13_000), r"it has 13000 × 13000 pixels, more than the 67,108,864 that are read"),
+        ((20_000, 20_000), r".* exceeds limit of .*, could be decompression bomb DOS attack"),
+        ((3000, 2), r"it has 3000 × 2 pixels, more than 20 times as long as wide"),
+    ],
+)
+def test_an_image_that_would_fill_memory_is_not_decoded(
+    size: tuple[int, int], message: str, tmp_path: Path, processor: object
+) -> None:
+    path = tmp_path / "a.bmp"
+    header = struct.pack("<IiiHHIIiiII", 40, *size, 1, 24, 0, 0, 1, 1, 0, 0)
+    path.write_bytes(b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + header)
+    with pytest.raises(CalibrationError, match=rf"a\.bmp cannot be read \({message}"):
+        make_image_samples(one(path), processor, {}, limit=1)
+
+
+def test_one_image_is_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Image.Image]] = []
+
+    def prepare(*, images: list[Image.Image], return_tensors: str) -> dict[str, torch.Tensor]:
+        assert sum(known() is not None for known in alive) == 0
+        alive.extend(weakref.ref(image) for image in images)
+        return _to_pixels(images=images, return_tensors=return_tensors)
+
+    write_images(tmp_path / "in", 16)
+    images, _ = read_images([tmp_path / "in"], [tmp_path / "in"], 0)
+    assert make_image_samples(images, prepare, {}, limit=16).source.samples == 16
+    assert len(alive) == 16
+
+
+def test_what_is_no_file_is_no_image(tmp_path: Path, processor: object) -> None:
+    write_images(tmp_path / "in", 16)
+    (tmp_path / "in" / "folder.png").mkdir()
+    assert len(read_images([tmp_path / "in"], [tmp_path / "in"], 0)[1].files) == 16
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(CalibrationError, match=r"pipe\.png cannot be read \(.*it is a pipe"):
+        make_image_samples(one(tmp_path / "pipe.png"), processor, {}, limit=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"image_mean": [0.5]}, "cannot prepare an image"),
+        ({"image_mean": "a"}, "cannot prepare an image"),
+        ({"image_std": [0.0, 0.0, 0.0]}, "NaN or infinite|cannot prepare"),
+        ({"rescale_factor": "x"}, "cannot prepare an image"),
+        ({"size": {"height": 5}}, "cannot prepare an image|size"),
+    ],
+)
+def test_a_processor_of_wrong_values_is_named(
+    wrong: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    described = {
+        "image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}, **wrong
+    }  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(described))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    # numpy warns where it divides by the wrong values.
+    with np.errstate(all="ignore"), pytest.raises(ModelDirError, match=message) as caught:
+        pixel_sizes(load_image_processor(tmp_path))
+    assert "preprocessor_config.json" in str(caught.value)
+
+
+def test_images_that_are_prepared_in_several_sizes_are_refused(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "in", 17)
+    images, _ = read_images([folder], [folder], 0)
+
+    def keep(*, images: list[Image.Image], return_tensors: str) -> dict[str, torch.Tensor]:
+        return {"pixel_values": torch.zeros(1, 3, *images[0].size)}
+
+    with pytest.raises(ModelDirError, match="expected one size of all; set it in preprocessor_con"):
+        make_image_samples(images, keep, {}, limit=17)

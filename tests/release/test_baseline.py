@@ -93,11 +93,14 @@ def test_another_version_or_a_damaged_file_is_refused_with_the_way_on(
 def test_what_is_no_json_or_is_not_there_is_named(bundle: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
     broken.write_bytes(b"{")
-    with pytest.raises(BundleError, match=r"broken\.json is not JSON"):
-        read_baseline(broken)
-    with pytest.raises(BundleError, match=r"broken\.json is no baseline file; make one with"):
-        read_baseline_file(broken)
     for read in (read_baseline, read_baseline_file):
+        for content in (b"{", b"[" * 5000, b'{"a": 1, "a": 2}', b'"\xff"'):
+            broken.write_bytes(content)
+            with pytest.raises(BundleError, match=r"broken\.json is not readable JSON"):
+                read(broken)
+        broken.write_bytes(b"[]")
+        with pytest.raises(BundleError, match=r"broken\.json is no JSON object"):
+            read(broken)
         with pytest.raises(BundleError, match=r"none\.json cannot be read"):
             read(tmp_path / "none.json")
 

@@ -126,5 +126,5 @@ def test_metadata_that_cannot_be_read_is_said(front: str, problem: str, tmp_path
     assert source.problem.startswith(problem)
     assert source.text == "Text"
     card = ModelCard(render_card(make_records().report(), source))
-    assert f"could not be read ({problem}" in card.text
+    assert f"could not be read (`{problem}" in card.text
     assert "license" not in metadata(card)

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from builders import make_metrics, make_records, make_row
 from junitparser import JUnitXml
 from markdown_it import MarkdownIt
+from pydantic import JsonValue
 
 from prox24_deploy.artifacts import Estimate, Interval, LatencyRow, Metric, Verdict
 from prox24_deploy.errors import BundleError, UsageError
@@ -388,3 +390,22 @@ def test_without_values_per_sample_the_interval_is_that_of_independent_samples(
     assert change.worse is not None
     assert change.worse.high - change.worse.low == pytest.approx(width)
     assert isinstance(change.worse, Interval)
+
+
+@pytest.mark.parametrize(
+    ("limits", "where"),
+    [
+        (7, "options.limits"),
+        ([], "options.limits"),
+        ({"metrics": 7}, "options.limits.metrics"),
+        ({"metrics": {"*": {"max-degradation": "1"}}}, "options.limits.metrics.*.max-degradation"),
+        ({"max_slowdown": None}, "options.limits.max_slowdown"),
+        ({"slowdown": 1}, "options.limits.slowdown"),
+    ],
+)
+def test_damaged_limits_of_a_baseline_are_named(limits: JsonValue, where: str) -> None:
+    report = make_records().report()
+    damaged = report.model_copy(update={"options": {**report.options, "limits": limits}})
+    message = rf"^Baseline old\.json is damaged at '{re.escape(where)}': .*; restore it\.$"
+    with pytest.raises(BundleError, match=message):
+        compare_reports(report, Baseline("old.json", damaged), limits={})

@@ -193,14 +193,15 @@ def test_without_a_manifest_there_is_nothing_to_verify(tmp_path: Path) -> None:
 def test_a_manifest_that_is_a_folder_is_no_manifest(bundle: Path) -> None:
     (bundle / MANIFEST_FILE).unlink()
     (bundle / MANIFEST_FILE).mkdir()
-    with pytest.raises(BundleError, match=r"is not a bundle: .* cannot be read \(Is a directory"):
+    with pytest.raises(BundleError, match=r": manifest\.json cannot be read \(Is a directory"):
         verify(bundle)
 
 
 HOSTILE = ["../x", "..", "/etc/x", "a/../../x", "a/../b", "a/..", ".", "./a", "", "a//b", "a/"]
+HOSTILE += ["a\0b", "x" * 256, "a/" + "é" * 128, "/".join(["x" * 200] * 16)]
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_path_that_leaves_the_bundle_is_refused(bundle: Path, name: str) -> None:
     rewrite(bundle, files={name: {"sha256": "0", "size": 1}})
     with pytest.raises(BundleError, match="is not a plain path inside the bundle"):
@@ -242,10 +243,15 @@ def test_a_manifest_of_another_kind_is_refused_with_its_place(
 
 
 def test_a_manifest_that_is_not_json_is_refused_as_a_whole(bundle: Path) -> None:
-    for data in (b"", b"\xff", b"{", b"[]"):
+    deep = b'{"options": ' + b"[" * 5000 + b"]" * 5000 + b"}"
+    not_finite = b'{"options": {"x": NaN}}'
+    for data in (b"", b"\xff", b"{", b'{"seed": 0, "seed": 1}', deep, not_finite):
         (bundle / MANIFEST_FILE).write_bytes(data)
-        with pytest.raises(BundleError, match=r"another version \(the file: "):
+        with pytest.raises(BundleError, match=r"manifest\.json is not readable JSON \(.*\); rest"):
             read_manifest(bundle)
+    (bundle / MANIFEST_FILE).write_bytes(b"[]")
+    with pytest.raises(BundleError, match=r"another version \(the file: "):
+        read_manifest(bundle)
 
 
 def test_the_same_value_has_one_text() -> None:

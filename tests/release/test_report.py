@@ -25,7 +25,7 @@ from markupsafe import escape
 from prox24_deploy.artifacts import Estimate, Metric, Verdict
 from prox24_deploy.errors import BundleError
 from prox24_deploy.limits import Limits
-from prox24_deploy.release.render import markdown
+from prox24_deploy.release.escape import markdown
 from prox24_deploy.release.report import (
     SCHEMA_FILE,
     Report,
@@ -34,6 +34,7 @@ from prox24_deploy.release.report import (
     schema_text,
     write_report,
 )
+from prox24_deploy.release.schema import parse_report
 
 VIEWS = {"report.json", "report.html", "summary.md", "junit.xml", "benchmark.json"}
 
@@ -318,7 +319,9 @@ def test_unknown_sparse_kernels_are_reported_as_unknown(records: Records) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not JSON"),
+        ("{", "is not readable JSON"),
+        ("[" * 5000, r"is not readable JSON \(it nests deeper than 100 levels\)"),
+        ('{"schema_version": 1, "x": NaN}', "holds a number that is not finite"),
         ("[1]", "has schema_version None, expected 1"),
         ('{"schema_version": 2}', "has schema_version 2, expected 1; build the bundle again"),
         ('{"schema_version": 1}', "is damaged at 'verdict': Field required"),
@@ -438,3 +441,29 @@ def test_layers_over_a_budget_share_one_warning(records: Records) -> None:
     report = with_layers(records, (*layers, *records.prune.layers[3:])).report()
     (warning,) = [text for text in report.warnings if "budget" in text]
     assert warning.startswith("3 layers left dense (over the budget of --max-loss 0.1): encoder.")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e300])
+@pytest.mark.parametrize("key", ["median_ms", "samples_ms", "speedup"])
+def test_times_that_cannot_have_been_measured_are_damage(key: str, value: float) -> None:
+    made = json.loads(make_records().report().model_dump_json())
+    row = made["latency"][0]
+    if key == "speedup":
+        row["speedup"]["low"] = value
+    else:
+        row["sparse"][key] = value if key == "median_ms" else [value]
+    with pytest.raises(BundleError, match=r"is damaged at 'latency': .* cannot have been measured"):
+        parse_report(json.dumps(made).encode(), "r.json")
+    row["sparse"]["samples_ms"] = []
+    with pytest.raises(BundleError, match="is damaged at 'latency'"):
+        parse_report(json.dumps(made).encode(), "r.json")
+
+
+def test_layers_whose_error_says_nothing_are_warned_of_by_name() -> None:
+    records = make_records()
+    first, second, *others = records.prune.layers
+    notes = ("all its weights are zero", "its inputs are all zero")
+    layers = (replace(first, note=notes[0]), replace(second, note=notes[1]), *others)
+    report = replace(records, prune=replace(records.prune, layers=layers)).report()
+    assert f"The error says nothing of 1 layer ({notes[0]}): {first.name}." in report.warnings
+    assert f"The error says nothing of 1 layer ({notes[1]}): {second.name}." in report.warnings

@@ -1,0 +1,86 @@
+"""config.json of a model: read it, and take from it only what is of the type that it must be."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prox24_deploy.documents import Document, read_json, reason_of
+from prox24_deploy.errors import ModelDirError
+
+CONFIG_FILE = "config.json"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of the model directory `path`.
+
+    Raises:
+        ModelDirError: there is none that can be read, or it does not say what model it is of.
+    """
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        raise ModelDirError(
+            f"Model directory {path} has no {CONFIG_FILE}; pass a directory as written by "
+            "save_pretrained."
+        )
+    # transformers itself writes infinity into some.
+    config = read_json(file, Document(str(file), ModelDirError, "restore it"), finite=False)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelDirError(f"{file} names no model_type, so its family is unknown; add it.")
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelDirError(
+            f"{file} has architectures {names!r}, expected a list of names of classes; restore it."
+        )
+    return config
+
+
+def blame_config(path: Path, error: Exception) -> None:
+    """Do nothing, unless `error` is one of the configuration, which tokenizers open first.
+
+    Raises:
+        ModelDirError: transformers opens the configuration of `path` with the same error.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as fault:
+        # A wrong value surfaces as whatever the code of its family runs into.
+        if (reason := reason_of(fault)) == reason_of(error):
+            raise ModelDirError(
+                f"{path / CONFIG_FILE} holds a value that cannot be used ({reason}); restore it."
+            ) from error
+
+
+def whole_number(config: Mapping[str, Any], key: str, default: int) -> int:
+    """A number of the configuration, from 1 on; the default where it says none or zero.
+
+    Raises:
+        ModelDirError: it says something else.
+    """
+    value = config.get(key) or default
+    if type(value) is not int or value < 1:
+        raise ModelDirError(
+            f"{CONFIG_FILE} has {key} {value!r}, expected a whole number from 1 on; restore it."
+        )
+    return value
+
+
+def labels_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """Number of each class that a model tells apart, by its name; empty where none is named.
+
+    Raises:
+        ModelDirError: `id2label` is no object from numbers to names.
+    """
+    named = config.get("id2label")
+    named = {} if named is None else named
+    if not isinstance(named, dict) or not all(_is_label(*entry) for entry in named.items()):
+        raise ModelDirError(
+            f"{CONFIG_FILE} has id2label {named!r}, expected an object from numbers of classes to "
+            "their names; restore it."
+        )
+    return {str(name): int(number) for number, name in named.items()}
+
+
+def _is_label(number: str, name: object) -> bool:
+    return number.isascii() and number.isdigit() and isinstance(name, str | int)
