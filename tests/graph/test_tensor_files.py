@@ -88,7 +88,7 @@ def test_a_key_that_is_there_twice_is_refused_though_the_library_takes_the_last(
 ) -> None:
     path = write(tmp_path / "m.safetensors", header.encode(), FOUR)
     assert opens(path)
-    with pytest.raises(UsageError, match=r"its header: the key '[aw]' is given twice; copy it again"):
+    with pytest.raises(UsageError, match=r"header: the key '[aw]' is given twice; copy it again"):
         check_safetensors(path)
 
 
