@@ -17,6 +17,12 @@ from torch import nn
 
 from prox24_deploy.artifacts import ModelInfo
 from prox24_deploy.errors import ModelDirError, RecipeError
+from prox24_deploy.model.refusals import (
+    require_fixed_rope,
+    require_no_adapter,
+    require_not_quantized,
+    require_plain_weights,
+)
 from prox24_deploy.recipe import RECIPE_FILE, Recipe
 from prox24_deploy.snapshot import Snapshot, take_snapshot
 from prox24_deploy.tasks import Task
@@ -118,13 +124,15 @@ def open_model_dir(path: Path) -> ModelDir:
     """Read and check a model directory without building the model.
 
     Raises:
-        ModelDirError: a file is missing, damaged or unsafe, or a weight is NaN or infinite.
+        ModelDirError: a file is missing, damaged or unsafe, a weight is NaN or infinite, or the
+            checkpoint is of a kind that cannot be built: quantised, an adapter, or with rotary
+            embeddings that depend on what is read.
     """
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
         raise ModelDirError(f"Model directory {path} {kind}; pass a directory with config.json.")
     # Before the weights are hashed, which takes long.
-    _read_config(path)
+    _require_supported(path)
     shards = _find_shards(path)
     names = [shard.name for shard in shards] + ([] if is_single(shards) else [INDEX_FILE])
     snapshot = take_snapshot(path, partial(_model_files, names=names))
@@ -132,6 +140,7 @@ def open_model_dir(path: Path) -> ModelDir:
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         tensors.update(_sound_tensors(shard))
+    require_plain_weights(path, {name: tensor.dtype for name, tensor in tensors.items()})
     _check_index(path, shards, tensors)
     if not any(tensor.dtype.is_floating_point for tensor in tensors.values()):
         raise ModelDirError(
@@ -141,6 +150,13 @@ def open_model_dir(path: Path) -> ModelDir:
     directory = ModelDir(path, config, shards, tensors, snapshot)
     directory.require_untouched()
     return directory
+
+
+def _require_supported(path: Path) -> None:
+    require_no_adapter(path)
+    config = _read_config(path)
+    require_not_quantized(path, config)
+    require_fixed_rope(path, config)
 
 
 def companion_files(path: Path) -> list[Path]:
@@ -179,8 +195,7 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
     except Exception as error:
         # A wrong value in config.json surfaces as whatever the model's own code runs into.
         raise ModelDirError(
-            f"Model directory {directory.path} does not open as {recipe.task}: "
-            f"{_first_line(error)}."
+            f"Model directory {directory.path} does not open as {recipe.task}: {first_line(error)}."
         ) from error
     _check_loading(directory, recipe, info)
     directory.require_untouched()
@@ -225,70 +240,6 @@ def quiet_transformers() -> Any:
     return transformers
 
 
-def load_tokenizer(directory: ModelDir) -> Any:
-    """Open the tokenizer of a model directory; see `open_tokenizer`."""
-    return open_tokenizer(directory.path)
-
-
-def open_tokenizer(path: Path) -> Any:
-    """Open the tokenizer in a directory (a transformers tokenizer).
-
-    Raises:
-        ModelDirError: there is none, or it cannot be opened without remote code.
-    """
-    transformers = quiet_transformers()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        # The tokenizers library raises bare Exception for a file that it cannot read.
-        raise ModelDirError(
-            f"Model directory {path} has no tokenizer that opens "
-            f"({_first_line(error)}); add tokenizer.json and tokenizer_config.json."
-        ) from error
-    # Without any of its files transformers makes a tokenizer that knows no word.
-    files = tokenizer.vocab_files_names.values()
-    if not any((path / file).is_file() for file in files):
-        raise ModelDirError(
-            f"Model directory {path} has no tokenizer, expected one of {', '.join(files)}; add it."
-        )
-    return tokenizer
-
-
-def load_image_processor(path: Path) -> Any:
-    """Open the image processor of a model directory (a transformers image processor).
-
-    Raises:
-        ModelDirError: there is none, or it cannot be opened without remote code.
-    """
-    quiet_transformers()
-    # Older versions offer it at the top only beside torchvision, which it does not need.
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-    return _load_processor(path, AutoImageProcessor, "image processor")
-
-
-def load_feature_extractor(path: Path) -> Any:
-    """Open the feature extractor of a model that hears (a transformers feature extractor).
-
-    Raises:
-        ModelDirError: there is none, or it cannot be opened without remote code.
-    """
-    return _load_processor(path, quiet_transformers().AutoFeatureExtractor, "feature extractor")
-
-
-def _load_processor(path: Path, auto: Any, what: str) -> Any:
-    try:
-        return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        # A damaged preprocessor_config.json surfaces as whatever the processor's code runs into.
-        raise ModelDirError(
-            f"Model directory {path} has no {what} that opens "
-            f"({_first_line(error)}); add preprocessor_config.json."
-        ) from error
-
-
 def model_info(directory: ModelDir, recipe: Recipe) -> ModelInfo:
     """Describe the model for the report; parameters are counted in the checkpoint."""
     floats = [t for t in directory.tensors.values() if t.dtype.is_floating_point]
@@ -317,7 +268,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelDirError(f"{file} is not readable JSON ({_first_line(error)}).") from error
+        raise ModelDirError(f"{file} is not readable JSON ({first_line(error)}).") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelDirError(f"{file} names no model_type, so its family is unknown; add it.")
     return config
@@ -382,7 +333,7 @@ def _sound_tensors(shard: Path) -> dict[str, StoredTensor]:
                 found[name] = StoredTensor(shard, tensor.dtype, tensor.numel())
     except SafetensorError as error:
         raise ModelDirError(
-            f"Weight file {shard} is damaged ({_first_line(error)}); download it again."
+            f"Weight file {shard} is damaged ({first_line(error)}); download it again."
         ) from error
     return found
 
@@ -425,6 +376,7 @@ def _and_more(names: Sequence[object]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says, without its full stop."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")

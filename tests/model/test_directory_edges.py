@@ -19,13 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from prox24_deploy.artifacts import ModelInfo
 from prox24_deploy.errors import ModelDirError
-from prox24_deploy.model.directory import (
-    companion_files,
-    load_model,
-    load_tokenizer,
-    model_info,
-    open_model_dir,
-)
+from prox24_deploy.model.directory import companion_files, load_model, model_info, open_model_dir
+from prox24_deploy.model.processors import load_tokenizer
 from prox24_deploy.recipe import Recipe
 
 INDEX = "model.safetensors.index.json"
