@@ -76,8 +76,8 @@ def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
         )
     if not recipe.reads_images:
         return recipe
-    from prox24_deploy.model.directory import load_image_processor
     from prox24_deploy.model.images import pixel_sizes
+    from prox24_deploy.model.processors import load_image_processor
 
     return recipe.with_sizes(pixel_sizes(load_image_processor(model_dir)))
 
@@ -95,9 +95,9 @@ def _read_text(
     directory: "ModelDir", recipe: Recipe, text: TextOptions
 ) -> tuple["Samples", "Samples"]:
     from prox24_deploy.model.calibration import make_samples, read_texts
-    from prox24_deploy.model.directory import load_tokenizer
     from prox24_deploy.model.evaluate import pooling_of
     from prox24_deploy.model.pairs import make_pairs, start_token
+    from prox24_deploy.model.processors import load_tokenizer
 
     texts = read_texts(text.calibration, text.evaluation, text.seed)
     tokenizer = load_tokenizer(directory)
@@ -121,8 +121,8 @@ def _read_text(
 def _read_images(
     directory: "ModelDir", _: Recipe, options: TextOptions
 ) -> tuple["Samples", "Samples"]:
-    from prox24_deploy.model.directory import load_image_processor
     from prox24_deploy.model.images import make_image_samples, read_images
+    from prox24_deploy.model.processors import load_image_processor
 
     images = read_images(options.calibration, options.evaluation, options.seed)
     processor = load_image_processor(directory.path)
@@ -137,7 +137,8 @@ def _read_speech(
     directory: "ModelDir", recipe: Recipe, options: BuildOptions, progress: Progress
 ) -> tuple["Samples", "Samples"]:
     from prox24_deploy.model.audio import read_recordings
-    from prox24_deploy.model.directory import load_feature_extractor, load_model, load_tokenizer
+    from prox24_deploy.model.directory import load_model
+    from prox24_deploy.model.processors import load_feature_extractor, load_tokenizer
     from prox24_deploy.model.speech import Listener, make_speech_samples
 
     text = options.text
