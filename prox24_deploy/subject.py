@@ -98,9 +98,11 @@ def _read_text(
     from prox24_deploy.model.evaluate import pooling_of
     from prox24_deploy.model.pairs import make_pairs, start_token
     from prox24_deploy.model.processors import load_tokenizer
+    from prox24_deploy.model.vocabulary import require_embedded, require_special_tokens
 
     texts = read_texts(text.calibration, text.evaluation, text.seed)
     tokenizer = load_tokenizer(directory)
+    require_special_tokens(directory, tokenizer)
     if recipe.task in {"feature-extraction", "text-encoding"}:
         pooling_of(directory.path, recipe.embedding)
     budgets = (text.calibration_tokens, text.evaluation_tokens)
@@ -115,6 +117,7 @@ def _read_text(
     calibration, held_out = (
         make(part, tokens=tokens) for part, tokens in zip(texts, budgets, strict=True)
     )
+    require_embedded(directory, tokenizer, (*calibration.batches, *held_out.batches))
     return calibration, held_out
 
 
@@ -140,16 +143,19 @@ def _read_speech(
     from prox24_deploy.model.directory import load_model
     from prox24_deploy.model.processors import load_feature_extractor, load_tokenizer
     from prox24_deploy.model.speech import Listener, make_speech_samples
+    from prox24_deploy.model.vocabulary import require_embedded, require_special_tokens
 
     text = options.text
     recordings = read_recordings(text.calibration, text.evaluation, text.seed)
     extractor, tokenizer = load_feature_extractor(directory.path), load_tokenizer(directory)
+    require_special_tokens(directory, tokenizer)
     model = load_model(directory, recipe, torch_device(options.device))
     listener = Listener(directory, model, extractor, tokenizer)
     calibration, held_out = (
         make_speech_samples(part, listener, limit=text.recordings, progress=progress)
         for part in recordings
     )
+    require_embedded(directory, tokenizer, (*calibration.batches, *held_out.batches))
     return calibration, held_out
 
 
