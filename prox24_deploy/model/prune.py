@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.artifacts import LayerRecord, PruneResult, Sensitivity
 from prox24_deploy.errors import CalibrationError, ModelDirError, RecipeError
-from prox24_deploy.model.blocks import find_blocks, shared_inputs
+from prox24_deploy.model.blocks import find_blocks, layer_runs, shared_inputs
 from prox24_deploy.model.calibration import Batch, Samples, thin
 from prox24_deploy.model.checkpoint import (
     BlockStore,
@@ -275,10 +275,25 @@ def _prune_block(
             records.extend(made)
     if options.reconstructs:
         records = _reconstruct(twin, groups, solved, records, flows, options.preset)
-    for name in [n for n in layers if n not in solved]:
-        reason = "no forward pass on calibration text reaches it"
-        records.append(_skipped(f"{twin.prefix}.{name}", layers[name], reason))
+    left = {name: layer for name, layer in layers.items() if name not in solved}
+    records += _unsolved(twin, left, first)
     return solved, tuple(records)
+
+
+def _unsolved(twin: Twin, layers: Mapping[str, Layer], flow: Flow) -> list[LayerRecord]:
+    """Layers that are run by no forward pass of their block, or by one more than once."""
+    if not layers:
+        return []
+    runs = layer_runs(twin.pruned, layers, flow.pruned_calls[0][twin.index], flow.pruned[0])
+    reasons = {
+        name: (
+            f"its block runs it on {runs[name]} inputs in one forward pass"
+            if runs[name]
+            else "no forward pass on calibration text reaches it"
+        )
+        for name in layers
+    }
+    return [_skipped(f"{twin.prefix}.{n}", layers[n], reason) for n, reason in reasons.items()]
 
 
 def _prune_group(
