@@ -120,7 +120,6 @@ def _sensitivity(
     """What each layer that pays costs when it alone is pruned, and what a budget makes of it."""
     from prox24_deploy.model.checkpoint import stored_dtype
     from prox24_deploy.model.directory import load_model
-    from prox24_deploy.model.evaluate import pooling_of
     from prox24_deploy.model.selection import left_dense
     from prox24_deploy.model.sensitivity import measure_sensitivity
     from prox24_deploy.subject import torch_device
@@ -132,7 +131,6 @@ def _sensitivity(
         subject.recipe,
         subject.calibration.batches,
         options.prune,
-        pooling=pooling_of(subject.directory.path, subject.recipe.embedding),
         dense={**{c.name: c.reason for c in choices if not c.chosen}, **dense},
         stored_dtype=lambda name: stored_dtype(subject.directory, name),
         progress=progress,

@@ -1,5 +1,6 @@
 """Find the repeated blocks of a model and run them one at a time."""
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -145,10 +146,11 @@ def record_calls(
 
 
 def run_model(model: nn.Module, batch: Batch, task: str) -> Any:
-    """Forward one batch; a model that generates text is run without a cache."""
+    """Forward one batch, without a cache, which blocks that are run again would fill further."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    if task in WRITES_TEXT:
+    # A decoder that embeds text has one too.
+    if task in WRITES_TEXT or "use_cache" in inspect.signature(model.forward).parameters:
         return model(**inputs, use_cache=False)
     return model(**inputs)
 

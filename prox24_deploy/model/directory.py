@@ -23,6 +23,8 @@ from prox24_deploy.model.refusals import (
     require_not_quantized,
     require_plain_weights,
 )
+from prox24_deploy.model.sentence import module_weights, read_pipeline
+from prox24_deploy.model.sentence_modules import attach_sentence_modules
 from prox24_deploy.recipe import RECIPE_FILE, Recipe
 from prox24_deploy.snapshot import Snapshot, take_snapshot
 from prox24_deploy.tasks import Task
@@ -125,8 +127,9 @@ def open_model_dir(path: Path) -> ModelDir:
 
     Raises:
         ModelDirError: a file is missing, damaged or unsafe, a weight is NaN or infinite, or the
-            checkpoint is of a kind that cannot be built: quantised, an adapter, or with rotary
-            embeddings that depend on what is read.
+            checkpoint is of a kind that cannot be built: quantised, an adapter, with rotary
+            embeddings that depend on what is read, or with modules of sentence-transformers that
+            are not known here.
     """
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
@@ -140,6 +143,8 @@ def open_model_dir(path: Path) -> ModelDir:
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         tensors.update(_sound_tensors(shard))
+    for file in module_weights(path):
+        _sound_tensors(file)
     require_plain_weights(path, {name: tensor.dtype for name, tensor in tensors.items()})
     _check_index(path, shards, tensors)
     if not any(tensor.dtype.is_floating_point for tensor in tensors.values()):
@@ -154,6 +159,7 @@ def open_model_dir(path: Path) -> ModelDir:
 
 def _require_supported(path: Path) -> None:
     require_no_adapter(path)
+    read_pipeline(path)
     config = _read_config(path)
     require_not_quantized(path, config)
     require_fixed_rope(path, config)
@@ -162,6 +168,7 @@ def _require_supported(path: Path) -> None:
 def companion_files(path: Path) -> list[Path]:
     """Files beside the weights that a copy of the model needs, sorted; no code, no pickles."""
     found = [p for p in path.rglob("*") if p.is_file() and p.suffix in _COMPANIONS]
+    found += module_weights(path)
     hidden = [p for p in found if any(part.startswith(".") for part in p.relative_to(path).parts)]
     return sorted(p for p in set(found) - set(hidden) if p.name != INDEX_FILE)
 
@@ -173,6 +180,8 @@ def is_single(shards: Sequence[Path]) -> bool:
 
 def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.Module:
     """Build the model of `recipe.task` in float32 evaluation mode on `device`.
+
+    One that embeds texts has the modules for it under the name `SENTENCE_MODULES`.
 
     Raises:
         ModelDirError: transformers refuses the directory, or weights are missing from it.
@@ -198,6 +207,7 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
             f"Model directory {directory.path} does not open as {recipe.task}: {first_line(error)}."
         ) from error
     _check_loading(directory, recipe, info)
+    attach_sentence_modules(model, directory.path, recipe)
     directory.require_untouched()
     built: nn.Module = model.eval().requires_grad_(False).to(device)
     return built

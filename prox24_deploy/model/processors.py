@@ -6,13 +6,39 @@ As of the model itself nothing is unpickled, no remote code is run and nothing i
 from pathlib import Path
 from typing import Any
 
+from tokenizers import normalizers
+
 from prox24_deploy.errors import ModelDirError
 from prox24_deploy.model.directory import ModelDir, first_line, quiet_transformers
+from prox24_deploy.model.sentence import read_pipeline
 
 
 def load_tokenizer(directory: ModelDir) -> Any:
-    """Open the tokenizer of a model directory; see `open_tokenizer`."""
-    return open_tokenizer(directory.path)
+    """Open the tokenizer of a model directory as it reads texts; see `open_tokenizer`.
+
+    What sentence-transformers says of lower case and of the length of a text is set in it.
+    """
+    tokenizer = open_tokenizer(directory.path)
+    pipeline = read_pipeline(directory.path)
+    if pipeline is not None and pipeline.lower_case:
+        _put_in_lower_case(tokenizer)
+    if pipeline is not None and pipeline.max_length is not None:
+        tokenizer.model_max_length = pipeline.max_length
+    return tokenizer
+
+
+def _put_in_lower_case(tokenizer: Any) -> None:
+    """Lower case before anything else, as sentence-transformers does it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelDirError(
+            f"sentence_bert_config.json sets do_lower_case for a {type(tokenizer).__name__}, which "
+            "has no normaliser to put it in; convert it to tokenizer.json."
+        )
+    known = backend.normalizer
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), *([] if known is None else [known])]
+    )
 
 
 def open_tokenizer(path: Path) -> Any:

@@ -24,7 +24,6 @@ from prox24_deploy.model.checkpoint import (
     write_pruned,
 )
 from prox24_deploy.model.directory import ModelDir, load_model
-from prox24_deploy.model.evaluate import pooling_of
 from prox24_deploy.model.flow import Flow, Twin, advance, after_pruning, collect, start_flow
 from prox24_deploy.model.grams import Grams
 from prox24_deploy.model.layers import (
@@ -41,7 +40,7 @@ from prox24_deploy.model.sensitivity import SensitivityStore, measure_sensitivit
 from prox24_deploy.model.solve import solve_group
 from prox24_deploy.options import Preset, PruneOptions
 from prox24_deploy.pruning.problem import damping_for
-from prox24_deploy.recipe import Recipe
+from prox24_deploy.recipe import SENTENCE_MODULES, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +214,6 @@ def _sensitivity(
         recipe,
         calibration.batches,
         options,
-        pooling=pooling_of(directory.path, recipe.embedding),
         dense=dense,
         stored_dtype=lambda name: stored_dtype(directory, name),
         progress=progress,
@@ -385,9 +383,12 @@ def _layers_outside(model: nn.Module, recipe: Recipe, known: set[str]) -> list[L
         if not is_layer(layer) or name in known:
             continue
         tied = embeddings.get(id(layer.weight))
-        reason = (
-            f"shares its weight with {tied}" if tied else f"not a target of recipe {recipe.family}"
-        )
+        if name.startswith(f"{SENTENCE_MODULES}."):
+            reason = "part of the sentence embedding, which runs once a text and stays dense"
+        elif tied:
+            reason = f"shares its weight with {tied}"
+        else:
+            reason = f"not a target of recipe {recipe.family}"
         skipped.append(_skipped(name, layer, reason))
     return skipped
 

@@ -114,8 +114,8 @@ def test_a_shared_block_is_refused_before_anything_is_solved(
     assert not store.folder.exists()
     with pytest.raises(RecipeError, match=told):
         measure_sensitivity(
-            albert, ALBERT, batches(), MAGNITUDE, pooling=lambda hidden, _: hidden[:, 0],
-            dense={}, stored_dtype=lambda _: torch.float32, progress=lambda *_: None,
+            albert, ALBERT, batches(), MAGNITUDE, dense={},
+            stored_dtype=lambda _: torch.float32, progress=lambda *_: None,
         )  # fmt: skip
 
 
