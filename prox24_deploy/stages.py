@@ -242,7 +242,6 @@ def _run_evaluate(inputs: EvaluateInputs, _: Workspace, progress: Progress) -> E
         inputs.held_out,
         inputs.source.path,
         progress,
-        embedding=inputs.recipe.embedding,
     )
 
 

@@ -67,7 +67,9 @@ def read_subject(
 
 def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
     """The recipe for a class of models, with the sizes of what it reads of images and speech."""
-    recipe = recipe.for_architecture(architecture)
+    from prox24_deploy.model.sentence import fitted_to_sentences
+
+    recipe = fitted_to_sentences(recipe, architecture, model_dir)
     if recipe.reads_speech:
         from prox24_deploy.model.speech import feature_sizes
 
@@ -95,18 +97,19 @@ def _read_text(
     directory: "ModelDir", recipe: Recipe, text: TextOptions
 ) -> tuple["Samples", "Samples"]:
     from prox24_deploy.model.calibration import make_samples, read_texts
-    from prox24_deploy.model.evaluate import pooling_of
     from prox24_deploy.model.pairs import make_pairs, start_token
     from prox24_deploy.model.processors import load_tokenizer
+    from prox24_deploy.model.sentence import settled
     from prox24_deploy.model.vocabulary import require_embedded, require_special_tokens
 
     texts = read_texts(text.calibration, text.evaluation, text.seed)
     tokenizer = load_tokenizer(directory)
     require_special_tokens(directory, tokenizer)
-    if recipe.task in {"feature-extraction", "text-encoding"}:
-        pooling_of(directory.path, recipe.embedding)
     budgets = (text.calibration_tokens, text.evaluation_tokens)
     longest = min(recipe.sequence_length, longest_of(directory.config, recipe))
+    if (pipeline := settled(directory.path, recipe)) is not None:
+        longest = min(longest, tokenizer.model_max_length)
+        texts = (texts[0].behind(pipeline.prompt), texts[1].behind(pipeline.prompt))
     if recipe.decoder is None:
         make = partial(make_samples, tokenizer=tokenizer, recipe=recipe, max_length=longest)
     else:
