@@ -36,7 +36,7 @@ class TextSource:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What was read from the model directory."""
+    """What was read from the model directory, and what the model is called."""
 
     path: str
     sha256: str
@@ -46,6 +46,12 @@ class ModelInfo:
     task: str
     parameters: int
     source_dtype: str
+    name: str = ""
+
+    @property
+    def title(self) -> str:
+        """Its name; where an older version has stored none, that of its folder."""
+        return self.name or PurePosixPath(self.path).name or self.path
 
 
 @dataclass(frozen=True, slots=True)

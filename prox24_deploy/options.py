@@ -126,6 +126,7 @@ class HarnessOptions:
 class BuildOptions:
     """Everything that `build` can be told.
 
+    `name` is what the model is called in all that is published; None leaves it to its card.
     `device` is where pruning and evaluation run. `engine_tokens` bounds how much of the evaluation
     is run through the engines; an image counts as 64 tokens. The report is held against `baseline`,
     by the limits file `baseline_limits` before those of its recipe, and may differ from it in what
@@ -143,6 +144,7 @@ class BuildOptions:
     allow: tuple[str, ...] = ()
     harness: HarnessOptions = field(default_factory=HarnessOptions)
     engine_tokens: int = 8192
+    name: str | None = None
 
 
 def parse_capabilities(words: Sequence[str]) -> tuple[str, ...]:

@@ -31,6 +31,13 @@ BundleArg = Annotated[Path, typer.Argument(help="A bundle: the OUT of an earlier
 OutOpt = Annotated[
     Path | None, typer.Option("-o", "--out", help="Bundle to write; default NAME-prox24.")
 ]
+NameOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What the model is called, such as owner/model; default: as its card says.",
+    ),
+]
 RecipeOpt = Annotated[
     Path | None, typer.Option(help="Export recipe; default: the model's own, else its family's.")
 ]
@@ -187,7 +194,10 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout
 
 def default_out(model_dir: Path) -> Path:
     """The bundle of a model where -o names none."""
-    return Path(f"{model_dir.resolve().name}-prox24")
+    # Reads cards, which the start of every command need not wait for.
+    from prox24_deploy.release.naming import folder_name
+
+    return Path(f"{Path(folder_name(model_dir)).name}-prox24")
 
 
 def text_options(

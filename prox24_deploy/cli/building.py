@@ -21,6 +21,7 @@ VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCL
 def build(
     model_dir: arguments.ModelArg,
     out: arguments.OutOpt = None,
+    name: arguments.NameOpt = None,
     recipe: arguments.RecipeOpt = None,
     calibration: arguments.CalibrationOpt = None,
     evaluation: arguments.EvaluationOpt = None,
@@ -82,6 +83,7 @@ def build(
         tuple(allow or ()),
         HarnessOptions(tuple(dict.fromkeys(lm_eval or ())), lm_eval_data, lm_eval_limit),
         engine_tokens,
+        name,
     )
     root = out or arguments.default_out(model_dir)
     with tables.progress(stderr) as progress:
@@ -96,6 +98,7 @@ def build(
 def prune(
     model_dir: arguments.ModelArg,
     out: arguments.OutOpt = None,
+    name: arguments.NameOpt = None,
     recipe: arguments.RecipeOpt = None,
     calibration: arguments.CalibrationOpt = None,
     evaluation: arguments.EvaluationOpt = None,
@@ -128,6 +131,7 @@ def prune(
             method, preset, refinement, reconstruct, include, exclude, max_loss, layers
         ),
         device,
+        name=name,
     )
     root = out or arguments.default_out(model_dir)
     with tables.progress(stderr) as progress:

@@ -250,8 +250,8 @@ def quiet_transformers() -> Any:
     return transformers
 
 
-def model_info(directory: ModelDir, recipe: Recipe) -> ModelInfo:
-    """Describe the model for the report; parameters are counted in the checkpoint."""
+def model_info(directory: ModelDir, recipe: Recipe, *, name: str = "") -> ModelInfo:
+    """Describe the model of this name for the report; parameters are counted in the checkpoint."""
     floats = [t for t in directory.tensors.values() if t.dtype.is_floating_point]
     by_dtype = Counter(dict.fromkeys({t.dtype for t in floats}, 0))
     for tensor in floats:
@@ -265,6 +265,7 @@ def model_info(directory: ModelDir, recipe: Recipe) -> ModelInfo:
         task=recipe.task,
         parameters=by_dtype.total(),
         source_dtype=str(by_dtype.most_common(1)[0][0]).removeprefix("torch."),
+        name=name,
     )
 
 

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -214,7 +213,7 @@ def _view(report: Report) -> dict[str, Any]:
     telling = _telling(report.latency)
     return {
         "report": report,
-        "name": PurePath(report.model.path).name or report.model.path,
+        "name": report.model.title,
         "sentence": VERDICT_SENTENCES[report.verdict],
         "undecided": _undecided(report),
         "expected": expected,
