@@ -197,7 +197,7 @@ def _describe(bundle: Bundle, subject: Subject, options: BuildOptions) -> None:
     from prox24_deploy.model.directory import model_info
 
     manifest = bundle.manifest
-    manifest.model = model_info(subject.directory, subject.recipe)
+    manifest.model = model_info(subject.directory, subject.recipe, name=subject.name)
     manifest.recipe = subject.recipe_text
     manifest.options = json.loads(json.dumps(asdict(options), default=str))
     manifest.seed = options.text.seed

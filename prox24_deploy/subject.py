@@ -12,6 +12,7 @@ from prox24_deploy.errors import BackendMissingError, BundleError
 from prox24_deploy.options import BuildOptions, DeviceChoice, EngineOptions, TextOptions
 from prox24_deploy.recipe import Recipe, parse_recipe, select_recipe
 from prox24_deploy.release.bundle import Bundle
+from prox24_deploy.release.naming import source_name
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +32,14 @@ def _silent(_label: str, _done: int, _total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model to build, the recipe that fits its architecture, and what it reads or hears."""
+    """The model to build, the recipe that fits it, what it reads or hears, and its name."""
 
     directory: "ModelDir"
     recipe: Recipe
     recipe_text: str
     calibration: "Samples"
     held_out: "Samples"
+    name: str
 
 
 def read_subject(
@@ -49,11 +51,13 @@ def read_subject(
 
     Raises:
         ModelDirError, RecipeError, CalibrationError: the input cannot be used.
+        UsageError: the name that was asked for is none.
         BundleError: `out` lies in the model directory.
     """
     from prox24_deploy.model.directory import open_model_dir
     from prox24_deploy.model.skeleton import advise
 
+    name = source_name(model_dir, options.name)
     directory = open_model_dir(model_dir)
     if out.resolve().is_relative_to(model_dir.resolve()):
         raise BundleError(f"Output {out} lies in the model directory {model_dir}; pass another -o.")
@@ -62,7 +66,7 @@ def read_subject(
     )
     recipe = fitted_recipe(recipe, directory.architecture, directory.path)
     calibration, held_out = _read_samples(directory, recipe, options, progress)
-    return Subject(directory, recipe, recipe_text, calibration, held_out)
+    return Subject(directory, recipe, recipe_text, calibration, held_out, name)
 
 
 def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
