@@ -12,7 +12,7 @@ from prox24_deploy.subject import Subject, fitted_shapes, read_subject, vocabula
 if TYPE_CHECKING:
     from torch import nn
 
-    from prox24_deploy.artifacts import Sensitivity
+    from prox24_deploy.artifacts import DType, Sensitivity
     from prox24_deploy.engines.choice import LayerChoice
     from prox24_deploy.engines.linear import LayerUse
     from prox24_deploy.engines.planning import Plan
@@ -84,9 +84,10 @@ def _measured(
     from prox24_deploy.engines.torch_model import median_ms, open_torch_model, require_gpu
 
     require_gpu("plan", "--gpu-profile FILE, measured elsewhere")
-    opened = open_torch_model(subject.directory, subject.recipe, options.dtype)
+    dtype = _timed_dtype(subject, options)
+    opened = open_torch_model(subject.directory, subject.recipe, dtype)
     targets = _targets(opened.wrapped, subject)
-    known = gpu_profile(options.dtype)
+    known = gpu_profile(dtype)
     choices, profile = choose_measured(opened, shapes, targets, known, progress)
     session = opened.session(f"the model in {subject.directory.path}")
     dense_ms: list[float | None] = []
@@ -95,6 +96,14 @@ def _measured(
         dense_ms.append(median_ms(session, sets, _SECONDS_PER_SHAPE))
     session.close()
     return tuple(c for c in choices if c.name in targets), profile, dense_ms
+
+
+def _timed_dtype(subject: Subject, options: BuildOptions) -> "DType":
+    """The dtype asked for, else the checkpoint's own if there are sparse kernels for it."""
+    from prox24_deploy.model.dtypes import settled_dtype
+
+    own = settled_dtype(subject.directory, subject.recipe, options.dtype)
+    return "float16" if options.dtype is None and own == "float32" else own
 
 
 def _estimated(subject: Subject, shapes: Shapes, saved: "GpuProfile") -> "tuple[LayerChoice, ...]":

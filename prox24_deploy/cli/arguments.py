@@ -120,7 +120,20 @@ LayersOpt = Annotated[
     int | None, typer.Option("--layers", min=1, help="Prune only the N least harmful layers.")
 ]
 PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
-DTypeOpt = Annotated[DType, typer.Option(help="Precision of the exported models.")]
+DTypeOpt = Annotated[
+    DType | None,
+    typer.Option(
+        help="Precision of the exported models; default: the checkpoint's own. Nothing runs "
+        "bfloat16 on a CPU, and TensorRT has no sparse kernels for float32."
+    ),
+]
+PlanDTypeOpt = Annotated[
+    DType | None,
+    typer.Option(
+        help="Precision to time; default: the checkpoint's own, float16 if that is float32, for "
+        "which there are no sparse kernels."
+    ),
+]
 BackendOpt = Annotated[
     list[str] | None,
     typer.Option(help="onnxruntime, cusparselt, tensorrt, tensorrt-rtx or auto; repeatable."),

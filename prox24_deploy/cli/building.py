@@ -37,7 +37,7 @@ def build(
     exclude: arguments.ExcludeOpt = None,
     max_loss: arguments.MaxLossOpt = None,
     layers: arguments.LayersOpt = None,
-    dtype: arguments.DTypeOpt = "float32",
+    dtype: arguments.DTypeOpt = None,
     backend: arguments.BackendOpt = None,
     shapes: arguments.ShapesOpt = None,
     engine_tokens: arguments.EngineTokensOpt = _BUILD.engine_tokens,
@@ -146,7 +146,7 @@ def prune(
 
 def export(
     bundle: arguments.BundleArg,
-    dtype: arguments.DTypeOpt = "float32",
+    dtype: arguments.DTypeOpt = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the file."""

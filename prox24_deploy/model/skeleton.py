@@ -63,7 +63,7 @@ def skeleton_recipe(directory: ModelDir) -> str:
     """
     architecture = directory.architecture
     task = next(task for suffix, task in _TASKS if architecture.endswith(suffix))
-    model = _without_weights(directory, task)
+    model = without_weights(directory, task)
     found = _largest_list(model) if model is not None else None
     inputs = _inputs_of(model) if model is not None else []
     if found is None or "input_ids" not in inputs:
@@ -72,7 +72,8 @@ def skeleton_recipe(directory: ModelDir) -> str:
     return _toml(directory.model_type, task, path, _layer_names(blocks), inputs)
 
 
-def _without_weights(directory: ModelDir, task: Task) -> nn.Module | None:
+def without_weights(directory: ModelDir, task: Task) -> nn.Module | None:
+    """The model of a directory for a task, on the meta device; None where it cannot be built."""
     transformers = quiet_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(
