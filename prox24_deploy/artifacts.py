@@ -129,7 +129,7 @@ class PruneResult:
 
     `state_sha256` hashes every weight file that was written; `reconstructed` says that the kept
     weights of each block were tuned together after the layers were solved. `sensitivity` is there
-    where a budget chose the layers.
+    where a budget chose the layers. `notes` are sentences on what of the checkpoint was left out.
     """
 
     method: str
@@ -144,6 +144,7 @@ class PruneResult:
     seconds: float
     reconstructed: bool = False
     sensitivity: Sensitivity | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,6 +141,8 @@ def prune(
         return
     pruned = [layer for layer in result.layers if layer.status == "pruned"]
     print_table(tables.layers(result.layers))
+    for note in result.notes:
+        stdout.print(f"Note: {note}", soft_wrap=True, markup=False)
     stdout.print(f"{len(pruned)} layers are 2:4 in {root / 'pruned'}.", soft_wrap=True)
 
 

@@ -186,6 +186,13 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
     Raises:
         ModelDirError: transformers refuses the directory, or weights are missing from it.
     """
+    return load_with_rest(directory, recipe, device)[0]
+
+
+def load_with_rest(
+    directory: ModelDir, recipe: Recipe, device: torch.device
+) -> tuple[nn.Module, list[str]]:
+    """As `load_model`; also the tensors of the checkpoint that the model has no place for."""
     auto = _class_of(recipe)
     try:
         model, info = auto.from_pretrained(
@@ -210,7 +217,7 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
     attach_sentence_modules(model, directory.path, recipe)
     directory.require_untouched()
     built: nn.Module = model.eval().requires_grad_(False).to(device)
-    return built
+    return built, sorted(directory.tensors.keys() & info["unexpected_keys"])
 
 
 def auto_classes() -> dict[Task, Any]:

@@ -23,7 +23,7 @@ from prox24_deploy.model.checkpoint import (
     stored_dtype,
     write_pruned,
 )
-from prox24_deploy.model.directory import ModelDir, load_model
+from prox24_deploy.model.directory import ModelDir, load_with_rest
 from prox24_deploy.model.flow import Flow, Twin, advance, after_pruning, collect, start_flow
 from prox24_deploy.model.grams import Grams
 from prox24_deploy.model.layers import (
@@ -34,6 +34,7 @@ from prox24_deploy.model.layers import (
     reduction_axis,
     to_matrix,
 )
+from prox24_deploy.model.notes import left_out
 from prox24_deploy.model.reconstruct import SCHEDULES, reconstruct_block, require_batches
 from prox24_deploy.model.selection import by_options, left_dense, prunable, require_matches
 from prox24_deploy.model.sensitivity import SensitivityStore, measure_sensitivity, over_budget
@@ -152,7 +153,8 @@ def prune_directory(
             `prune_model` raises.
     """
     began = time.perf_counter()
-    model = load_model(directory, recipe, device)
+    model, unused = load_with_rest(directory, recipe, device)
+    notes = left_out(directory, model, recipe, unused)
     directory = replace(directory, renamed=renamed_tensors(directory, model))
     dense = left_dense(recipe, model, options)
     sensitivity = (
@@ -192,6 +194,7 @@ def prune_directory(
         seconds=time.perf_counter() - began,
         reconstructed=options.reconstructs,
         sensitivity=sensitivity,
+        notes=notes,
     )
 
 
