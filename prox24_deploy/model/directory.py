@@ -39,7 +39,12 @@ CARD_FILE = "README.md"
 # whose meaning counts wherever it comes from.
 _NOT_THE_MODEL = frozenset({CARD_FILE, RECIPE_FILE})
 # What else belongs to a model directory: configuration, tokenizer, documentation. Never code.
-_COMPANIONS = {".json", ".txt", ".model", ".md", ".jinja", ".toml", ".vocab", ".spm"}
+_COMPANIONS = {
+    ".json", ".txt", ".model", ".md", ".jinja", ".toml", ".vocab", ".spm", ".codes", ".bpe",
+    ".tiktoken", ".tokenizer",
+}  # fmt: skip
+# A licence that a card links to, and a vocabulary; without an ending.
+_NAMED_COMPANIONS = {"LICENSE", "NOTICE", "vocab"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +172,8 @@ def _require_supported(path: Path) -> None:
 
 def companion_files(path: Path) -> list[Path]:
     """Files beside the weights that a copy of the model needs, sorted; no code, no pickles."""
-    found = [p for p in path.rglob("*") if p.is_file() and p.suffix in _COMPANIONS]
+    files = (p for p in path.rglob("*") if p.is_file())
+    found = [p for p in files if p.suffix in _COMPANIONS or p.name in _NAMED_COMPANIONS]
     found += module_weights(path)
     hidden = [p for p in found if any(part.startswith(".") for part in p.relative_to(path).parts)]
     return sorted(p for p in set(found) - set(hidden) if p.name != INDEX_FILE)

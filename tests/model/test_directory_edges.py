@@ -344,11 +344,13 @@ def test_companions_are_configuration_and_words_but_never_code(tmp_path: Path) -
     # The directory itself may lie in a hidden folder, as the Hub's cache does.
     path = tmp_path / ".cache" / "model"
     wanted = [
-        "1_Pooling/config.json", "README.md", "chat_template.jinja", "config.json", "merges.txt",
-        "pieces.spm", "recipe.toml", "sentencepiece.model", "words.vocab",
+        "1_Pooling/config.json", "LICENSE", "README.md", "bpe.codes", "chat_template.jinja",
+        "config.json", "merges.txt", "pieces.spm", "recipe.toml", "sentencepiece.model", "vocab",
+        "words.vocab",
     ]  # fmt: skip
     unwanted = [
-        ".git/config.json", ".hidden.json", "1_Pooling/.cache/x.json", "modeling.py", "setup.sh",
+        ".git/config.json", ".hidden.json", "1_Pooling/.cache/x.json", "Makefile",
+        "modeling.py", "setup.sh",
         "model.safetensors", "pytorch_model.bin", "weights.h5", INDEX,
     ]  # fmt: skip
     for name in (*wanted, *unwanted):
