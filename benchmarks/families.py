@@ -30,12 +30,14 @@ from safetensors import safe_open
 from tiny_families import (
     FAMILIES,
     FEATURES,
+    MODULES,
     PIXELS,
     REFUSED,
     REFUSED_DTYPES,
     VOCABULARY,
     tiny_model,
 )
+from tiny_sentences import write_modules
 from torch import nn
 
 from prox24_deploy.artifacts import DType, OnnxModel
@@ -49,6 +51,7 @@ from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.checkpoint import checkpoint_name, renamed_tensors
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.model.layers import layer_at, reduction_axis
+from prox24_deploy.model.sentence import fitted_to_sentences
 from prox24_deploy.model.skeleton import advise
 from prox24_deploy.options import EngineOptions, TensorRtOptions
 from prox24_deploy.pruning.pattern import mask_24
@@ -141,13 +144,16 @@ def dtype_refusal(family: str, dtype: DType) -> str:
 def recipe_for(directory: ModelDir) -> Recipe:
     """The shipped recipe that a build of this directory would take."""
     recipe, _ = select_recipe(directory.path, directory.model_type, None, lambda: advise(directory))
-    return recipe.for_architecture(directory.architecture).with_sizes(PIXELS | FEATURES)
+    fitted = fitted_to_sentences(recipe, directory.architecture, directory.path)
+    return fitted.with_sizes(PIXELS | FEATURES)
 
 
 def write_pruned(path: Path, family: str, dtype: DType) -> tuple[ModelDir, Recipe, list[str]]:
     """Write the family's model in `dtype` with all targets 2:4; also returns their names."""
     model = tiny_model(family)
     model.save_pretrained(path)  # type: ignore[operator]  # a transformers model
+    if family in MODULES:
+        write_modules(path, *MODULES[family])
     directory = open_model_dir(path)
     recipe = recipe_for(directory)
     names = targets(model, recipe)

@@ -36,7 +36,6 @@ from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
 from prox24_deploy.model.calibration import thin
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.model.directory import load_model
-from prox24_deploy.model.evaluate import pooling_of
 from prox24_deploy.model.flow import Flow, Twin, advance, collect, start_flow
 from prox24_deploy.model.layers import layer_at, to_matrix
 from prox24_deploy.model.losses import loss_against
@@ -186,8 +185,7 @@ def model_losses(
     """Name of the loss, loss per evaluation sample by method, seconds of pruning by method."""
     recipe = subject.recipe
     dense = load_model(subject.directory, recipe, device)
-    pooling = pooling_of(subject.directory.path, recipe.embedding)
-    loss = loss_against(dense, recipe.task, subject.held_out.batches, pooling)
+    loss = loss_against(dense, recipe.task, subject.held_out.batches)
     losses, seconds = {}, {}
     for name in methods:
         model = deepcopy(dense)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from tiny_sentences import HIDDEN, NORMALIZE, Module, dense, layer_norm, pooling
 from torch import nn
 
 from prox24_deploy.artifacts import DType
@@ -134,6 +135,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", _GPT2),
     "opt": ("OPTForCausalLM", _OPT | _ONE),
     "bert": ("BertModel", _COMMON),
+    "qwen3, sentences": ("Qwen3Model", _GROUPED | _ONE),
     "bert, text classes": ("BertForSequenceClassification", _COMMON | _ONE),
     "bert, token classes": ("BertForTokenClassification", _COMMON | _ONE),
     "roberta": ("RobertaModel", _COMMON),
@@ -169,6 +171,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet, classes": ("ResNetForImageClassification", _RESNET),
     "convnext, classes": ("ConvNextForImageClassification", _CONVNEXT),
     "convnextv2, classes": ("ConvNextV2ForImageClassification", _CONVNEXT),
+}
+# Rows that are directories of sentence-transformers, with the modules behind the Transformer.
+MODULES: dict[str, tuple[Module, ...]] = {
+    "bert": (
+        pooling("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"),
+        dense(6 * HIDDEN, 24),
+        layer_norm(24),
+        dense(24, 16, bias=False, activation="Identity", residual=True),
+        NORMALIZE,
+    ),
+    "qwen3, sentences": (pooling("lasttoken"), NORMALIZE),
 }
 # What the image processors of these models would make.
 PIXELS = {"channels": 3, "height": 32, "width": 32}

@@ -36,7 +36,7 @@ class TextSource:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What was read from the model directory."""
+    """What was read from the model directory, and what the model is called."""
 
     path: str
     sha256: str
@@ -46,6 +46,12 @@ class ModelInfo:
     task: str
     parameters: int
     source_dtype: str
+    name: str = ""
+
+    @property
+    def title(self) -> str:
+        """Its name; where an older version has stored none, that of its folder."""
+        return self.name or PurePosixPath(self.path).name or self.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +129,7 @@ class PruneResult:
 
     `state_sha256` hashes every weight file that was written; `reconstructed` says that the kept
     weights of each block were tuned together after the layers were solved. `sensitivity` is there
-    where a budget chose the layers.
+    where a budget chose the layers. `notes` are sentences on what of the checkpoint was left out.
     """
 
     method: str
@@ -138,6 +144,7 @@ class PruneResult:
     seconds: float
     reconstructed: bool = False
     sensitivity: Sensitivity | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

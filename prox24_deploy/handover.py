@@ -80,7 +80,7 @@ def triton_repository(
         served = _onnx_files(bundle, manifest, onnx, options.twin)
     else:
         served = _engine_files(bundle, manifest, options.twin, inputs)
-    name = triton.model_name(options.name, manifest.model.path if manifest.model else "")
+    name = triton.model_name(options.name, manifest.model.title if manifest.model else "")
     max_batch = options.max_batch
     if max_batch is None:
         max_batch = served.largest_batch if triton.batches(tensors) else 0

@@ -126,6 +126,8 @@ class HarnessOptions:
 class BuildOptions:
     """Everything that `build` can be told.
 
+    `name` is what the model is called in all that is published; None leaves it to its card. `dtype`
+    is that of the exported files; None means the checkpoint's own.
     `device` is where pruning and evaluation run. `engine_tokens` bounds how much of the evaluation
     is run through the engines; an image counts as 64 tokens. The report is held against `baseline`,
     by the limits file `baseline_limits` before those of its recipe, and may differ from it in what
@@ -136,13 +138,14 @@ class BuildOptions:
     text: TextOptions = field(default_factory=TextOptions)
     prune: PruneOptions = field(default_factory=PruneOptions)
     device: DeviceChoice = "auto"
-    dtype: DType = "float32"
+    dtype: DType | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
     baseline: Path | None = None
     baseline_limits: Path | None = None
     allow: tuple[str, ...] = ()
     harness: HarnessOptions = field(default_factory=HarnessOptions)
     engine_tokens: int = 8192
+    name: str | None = None
 
 
 def parse_capabilities(words: Sequence[str]) -> tuple[str, ...]:

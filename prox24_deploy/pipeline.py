@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prox24_deploy import engine_accuracy, engine_stages, stages, task_accuracy
 from prox24_deploy.artifacts import (
@@ -21,6 +22,9 @@ from prox24_deploy.release.bundle import Bundle, open_bundle
 from prox24_deploy.release.report import Report
 from prox24_deploy.subject import config_of, model_of, read_subject, recipe_of, source_of
 
+if TYPE_CHECKING:
+    from prox24_deploy.model.directory import ModelDir
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -38,6 +42,8 @@ def build(
     gate = _read_gate(options)
     subject = read_subject(model_dir, out, options, progress)
     source, recipe, engine = subject.directory, subject.recipe, options.engine
+    dtype = _settled_dtype(source, recipe, options.dtype)
+    options = replace(options, dtype=dtype)
     task_accuracy.require_usable(options.harness, recipe)
     backends = engine_stages.open_backends(
         engine, source.path, source.sha256, recipe, source.config
@@ -45,7 +51,7 @@ def build(
     with open_bundle(out, fresh=fresh) as bundle:
         task_accuracy.verify(bundle, options.harness)
         pruned = stages.prune(bundle, subject, options, progress)
-        exported = stages.export(bundle, source, recipe, pruned, options.dtype, progress)
+        exported = stages.export(bundle, source, recipe, pruned, dtype, progress)
         compiled = engine_stages.compile_engines(bundle, exported, recipe, backends, progress)
         measured = engine_stages.bench(
             bundle, compiled, backends, engine, recipe, source.config, progress
@@ -67,12 +73,16 @@ def prune(
         return stages.prune(bundle, subject, options, progress)
 
 
-def export(out: Path, dtype: DType, *, progress: Progress) -> ExportResult:
-    """Run only the export stage, on a bundle that holds a pruned model."""
+def export(out: Path, dtype: DType | None, *, progress: Progress) -> ExportResult:
+    """Run only the export stage, on a bundle that holds a pruned model.
+
+    A `dtype` of None means that of the checkpoint.
+    """
     with open_bundle(out, existing=True) as bundle:
         pruned = bundle.load(stages.PRUNE)
         source, recipe = source_of(bundle), recipe_of(bundle)
-        return stages.export(bundle, source, recipe, pruned, dtype, progress)
+        settled = _settled_dtype(source, recipe, dtype)
+        return stages.export(bundle, source, recipe, pruned, settled, progress)
 
 
 def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) -> CompileResult:
@@ -102,6 +112,13 @@ def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResu
     if not result.latency and result.not_measured:
         raise BackendMissingError(result.not_measured[0].reason)
     return result
+
+
+def _settled_dtype(source: "ModelDir", recipe: Recipe, asked: DType | None) -> DType:
+    # Imports torch, which stages that are not run anew do without.
+    from prox24_deploy.model.dtypes import settled_dtype
+
+    return settled_dtype(source, recipe, asked)
 
 
 def _backends_of(bundle: Bundle, recipe: Recipe, options: EngineOptions) -> tuple[Backend, ...]:

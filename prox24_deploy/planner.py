@@ -12,7 +12,7 @@ from prox24_deploy.subject import Subject, fitted_shapes, read_subject, vocabula
 if TYPE_CHECKING:
     from torch import nn
 
-    from prox24_deploy.artifacts import Sensitivity
+    from prox24_deploy.artifacts import DType, Sensitivity
     from prox24_deploy.engines.choice import LayerChoice
     from prox24_deploy.engines.linear import LayerUse
     from prox24_deploy.engines.planning import Plan
@@ -84,9 +84,10 @@ def _measured(
     from prox24_deploy.engines.torch_model import median_ms, open_torch_model, require_gpu
 
     require_gpu("plan", "--gpu-profile FILE, measured elsewhere")
-    opened = open_torch_model(subject.directory, subject.recipe, options.dtype)
+    dtype = _timed_dtype(subject, options)
+    opened = open_torch_model(subject.directory, subject.recipe, dtype)
     targets = _targets(opened.wrapped, subject)
-    known = gpu_profile(options.dtype)
+    known = gpu_profile(dtype)
     choices, profile = choose_measured(opened, shapes, targets, known, progress)
     session = opened.session(f"the model in {subject.directory.path}")
     dense_ms: list[float | None] = []
@@ -95,6 +96,14 @@ def _measured(
         dense_ms.append(median_ms(session, sets, _SECONDS_PER_SHAPE))
     session.close()
     return tuple(c for c in choices if c.name in targets), profile, dense_ms
+
+
+def _timed_dtype(subject: Subject, options: BuildOptions) -> "DType":
+    """The dtype asked for, else the checkpoint's own if there are sparse kernels for it."""
+    from prox24_deploy.model.dtypes import settled_dtype
+
+    own = settled_dtype(subject.directory, subject.recipe, options.dtype)
+    return "float16" if options.dtype is None and own == "float32" else own
 
 
 def _estimated(subject: Subject, shapes: Shapes, saved: "GpuProfile") -> "tuple[LayerChoice, ...]":
@@ -120,7 +129,6 @@ def _sensitivity(
     """What each layer that pays costs when it alone is pruned, and what a budget makes of it."""
     from prox24_deploy.model.checkpoint import stored_dtype
     from prox24_deploy.model.directory import load_model
-    from prox24_deploy.model.evaluate import pooling_of
     from prox24_deploy.model.selection import left_dense
     from prox24_deploy.model.sensitivity import measure_sensitivity
     from prox24_deploy.subject import torch_device
@@ -132,7 +140,6 @@ def _sensitivity(
         subject.recipe,
         subject.calibration.batches,
         options.prune,
-        pooling=pooling_of(subject.directory.path, subject.recipe.embedding),
         dense={**{c.name: c.reason for c in choices if not c.chosen}, **dense},
         stored_dtype=lambda name: stored_dtype(subject.directory, name),
         progress=progress,

@@ -19,11 +19,14 @@ from prox24_deploy.documents import Document, parse_toml, read_toml_text
 from prox24_deploy.errors import RecipeError
 from prox24_deploy.limits import Limits, MetricLimits
 from prox24_deploy.options import Method, Preset, Refinement
-from prox24_deploy.tasks import TWO_GRAPHS, Task
+from prox24_deploy.tasks import EMBEDS_TEXT, TWO_GRAPHS, Task
 
 RECIPE_FILE = "recipe.toml"
-# The output that `[embedding]` computes.
+# The output with one embedding for each text, and where a model has the modules that compute it.
 EMBEDDING = "sentence_embedding"
+SENTENCE_MODULES = "sentence_modules"
+# How hidden states become one vector; the names are those of sentence-transformers.
+PoolingMode = Literal["mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 # The input that makes a recipe one for images.
 PIXELS = "pixel_values"
 # The input that makes a recipe one for recordings of speech.
@@ -86,12 +89,14 @@ class Decoder(_Table):
 class Head(_Table):
     """Another task that models of a family are saved for, with what differs from the recipe.
 
-    It applies where `architectures` of config.json matches one of these globs.
+    It applies where `architectures` of config.json matches one of these globs. A head with inputs
+    of its own has a cache only if they say so.
     """
 
     task: Task
     architectures: Annotated[list[str], Field(min_length=1)]
     blocks: str
+    inputs: Annotated[list[TensorSpec], Field(min_length=1)] | None = None
     outputs: Annotated[list[TensorSpec], Field(min_length=1)]
     model_class: str | None = None
     decoder: Decoder | None = None
@@ -112,7 +117,7 @@ class Unsupported(_Table):
 class Embedding(_Table):
     """How the graph turns hidden states into the output `sentence_embedding`, (batch, hidden)."""
 
-    pooling: Literal["mean", "cls"]
+    pooling: PoolingMode
     normalize: bool
 
 
@@ -218,11 +223,34 @@ class Recipe(_Table):
                 )
         for head in self.heads:
             if any(fnmatch(architecture, pattern) for pattern in head.architectures):
-                update = head.model_dump(exclude={"architectures", "outputs"})
-                update |= {"outputs": head.outputs, "decoder": head.decoder}
-                update |= {"heads": [], "embedding": None}
-                return self.model_copy(update=update)
+                return self._with_head(head)
         return self
+
+    def for_embeddings(self) -> "Recipe":
+        """What applies to a model that embeds texts, whatever class it was saved from.
+
+        Raises:
+            RecipeError: neither the recipe nor any of its heads gives hidden states.
+        """
+        if self.task in EMBEDS_TEXT:
+            return self
+        for head in self.heads:
+            if head.task in EMBEDS_TEXT:
+                return self._with_head(head)
+        raise RecipeError(
+            f"Recipe {self.family} is for {self.task}, but the model embeds sentences; add "
+            f"[[heads]] with the task 'feature-extraction' to it and pass it with --recipe."
+        )
+
+    def _with_head(self, head: Head) -> "Recipe":
+        """The recipe with what a head says in place of its own, and no other head."""
+        update = {name: getattr(head, name) for name in Head.model_fields}
+        del update["architectures"]
+        if head.inputs is None:
+            del update["inputs"]
+        else:
+            update["cache"] = _CACHE_AXIS in dynamic_names(head.inputs)
+        return self.model_copy(update=update | {"heads": [], "embedding": None})
 
     @property
     def parts(self) -> tuple["Recipe", ...]:

@@ -198,7 +198,7 @@ def _describe(bundle: Bundle, subject: Subject, options: BuildOptions) -> None:
     from prox24_deploy.model.directory import model_info
 
     manifest = bundle.manifest
-    manifest.model = model_info(subject.directory, subject.recipe)
+    manifest.model = model_info(subject.directory, subject.recipe, name=subject.name)
     manifest.recipe = subject.recipe_text
     manifest.options = json.loads(json.dumps(asdict(options), default=str))
     manifest.seed = options.text.seed
@@ -243,7 +243,6 @@ def _run_evaluate(inputs: EvaluateInputs, _: Workspace, progress: Progress) -> E
         inputs.held_out,
         inputs.source.path,
         progress,
-        embedding=inputs.recipe.embedding,
     )
 
 

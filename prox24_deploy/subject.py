@@ -12,6 +12,7 @@ from prox24_deploy.model.config_file import labels_of, read_config, whole_number
 from prox24_deploy.options import BuildOptions, DeviceChoice, EngineOptions, TextOptions
 from prox24_deploy.recipe import Recipe, parse_recipe, select_recipe
 from prox24_deploy.release.bundle import Bundle
+from prox24_deploy.release.naming import source_name
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +32,14 @@ def _silent(_label: str, _done: int, _total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model to build, the recipe that fits its architecture, and what it reads or hears."""
+    """The model to build, the recipe that fits it, what it reads or hears, and its name."""
 
     directory: "ModelDir"
     recipe: Recipe
     recipe_text: str
     calibration: "Samples"
     held_out: "Samples"
+    name: str
 
 
 def read_subject(
@@ -49,11 +51,13 @@ def read_subject(
 
     Raises:
         ModelDirError, RecipeError, CalibrationError: the input cannot be used.
+        UsageError: the name that was asked for is none.
         BundleError: `out` lies in the model directory.
     """
     from prox24_deploy.model.directory import open_model_dir
     from prox24_deploy.model.skeleton import advise
 
+    name = source_name(model_dir, options.name)
     directory = open_model_dir(model_dir)
     if out.resolve().is_relative_to(model_dir.resolve()):
         raise BundleError(f"Output {out} lies in the model directory {model_dir}; pass another -o.")
@@ -62,20 +66,22 @@ def read_subject(
     )
     recipe = fitted_recipe(recipe, directory.architecture, directory.path)
     calibration, held_out = _read_samples(directory, recipe, options, progress)
-    return Subject(directory, recipe, recipe_text, calibration, held_out)
+    return Subject(directory, recipe, recipe_text, calibration, held_out, name)
 
 
 def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
     """The recipe for a class of models, with the sizes of what it reads of images and speech."""
-    recipe = recipe.for_architecture(architecture)
+    from prox24_deploy.model.sentence import fitted_to_sentences
+
+    recipe = fitted_to_sentences(recipe, architecture, model_dir)
     if recipe.reads_speech:
         from prox24_deploy.model.speech import feature_sizes
 
         return recipe.with_sizes(feature_sizes(read_config(model_dir)))
     if not recipe.reads_images:
         return recipe
-    from prox24_deploy.model.directory import load_image_processor
     from prox24_deploy.model.images import pixel_sizes
+    from prox24_deploy.model.processors import load_image_processor
 
     return recipe.with_sizes(pixel_sizes(load_image_processor(model_dir)))
 
@@ -93,16 +99,19 @@ def _read_text(
     directory: "ModelDir", recipe: Recipe, text: TextOptions
 ) -> tuple["Samples", "Samples"]:
     from prox24_deploy.model.calibration import make_samples, read_texts
-    from prox24_deploy.model.directory import load_tokenizer
-    from prox24_deploy.model.evaluate import pooling_of
     from prox24_deploy.model.pairs import make_pairs, start_token
+    from prox24_deploy.model.processors import load_tokenizer
+    from prox24_deploy.model.sentence import settled
+    from prox24_deploy.model.vocabulary import require_embedded, require_special_tokens
 
     texts = read_texts(text.calibration, text.evaluation, text.seed)
     tokenizer = load_tokenizer(directory)
-    if recipe.task in {"feature-extraction", "text-encoding"}:
-        pooling_of(directory.path, recipe.embedding)
+    require_special_tokens(directory, tokenizer)
     budgets = (text.calibration_tokens, text.evaluation_tokens)
     longest = min(recipe.sequence_length, longest_of(directory.config, recipe))
+    if (pipeline := settled(directory.path, recipe)) is not None:
+        longest = min(longest, tokenizer.model_max_length)
+        texts = (texts[0].behind(pipeline.prompt), texts[1].behind(pipeline.prompt))
     if recipe.decoder is None:
         make = partial(make_samples, tokenizer=tokenizer, recipe=recipe, max_length=longest)
     else:
@@ -113,14 +122,15 @@ def _read_text(
     calibration, held_out = (
         make(part, tokens=tokens) for part, tokens in zip(texts, budgets, strict=True)
     )
+    require_embedded(directory, tokenizer, (*calibration.batches, *held_out.batches))
     return calibration, held_out
 
 
 def _read_images(
     directory: "ModelDir", _: Recipe, options: TextOptions
 ) -> tuple["Samples", "Samples"]:
-    from prox24_deploy.model.directory import load_image_processor
     from prox24_deploy.model.images import make_image_samples, read_images
+    from prox24_deploy.model.processors import load_image_processor
 
     images = read_images(options.calibration, options.evaluation, options.seed)
     processor = load_image_processor(directory.path)
@@ -135,18 +145,22 @@ def _read_speech(
     directory: "ModelDir", recipe: Recipe, options: BuildOptions, progress: Progress
 ) -> tuple["Samples", "Samples"]:
     from prox24_deploy.model.audio import read_recordings
-    from prox24_deploy.model.directory import load_feature_extractor, load_model, load_tokenizer
+    from prox24_deploy.model.directory import load_model
+    from prox24_deploy.model.processors import load_feature_extractor, load_tokenizer
     from prox24_deploy.model.speech import Listener, make_speech_samples
+    from prox24_deploy.model.vocabulary import require_embedded, require_special_tokens
 
     text = options.text
     recordings = read_recordings(text.calibration, text.evaluation, text.seed)
     extractor, tokenizer = load_feature_extractor(directory.path), load_tokenizer(directory)
+    require_special_tokens(directory, tokenizer)
     model = load_model(directory, recipe, torch_device(options.device))
     listener = Listener(directory, model, extractor, tokenizer)
     calibration, held_out = (
         make_speech_samples(part, listener, limit=text.recordings, progress=progress)
         for part in recordings
     )
+    require_embedded(directory, tokenizer, (*calibration.batches, *held_out.batches))
     return calibration, held_out
 
 

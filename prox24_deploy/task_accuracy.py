@@ -134,8 +134,9 @@ def measure(
 def _run(inputs: TaskInputs, work: Workspace, progress: Progress) -> TaskScores:
     import torch
 
-    from prox24_deploy.model.directory import load_model, load_tokenizer, open_model_dir
+    from prox24_deploy.model.directory import load_model, open_model_dir
     from prox24_deploy.model.harness import open_tasks, run_tasks, task_metrics
+    from prox24_deploy.model.processors import load_tokenizer
 
     began = time.perf_counter()
     tokenizer = load_tokenizer(inputs.source)

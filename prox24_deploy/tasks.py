@@ -17,3 +17,5 @@ Task = Literal[
 TWO_GRAPHS = frozenset({"text-to-text", "automatic-speech-recognition"})
 # What writes text, one token after the other.
 WRITES_TEXT = TWO_GRAPHS | {"text-generation"}
+# What gives hidden states of texts, to be pooled into embeddings.
+EMBEDS_TEXT = frozenset({"feature-extraction", "text-encoding"})

@@ -144,17 +144,22 @@ def test_accuracy_and_agreement_are_those_of_transformers_on_the_same_files(
     assert agreement.agreement.value == pytest.approx(same / len(files))
 
 
-def test_a_convolutional_net_in_bfloat16_is_refused_by_the_name_of_a_layer(
-    images: Path, tmp_path: Path
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_convolutional_net_in_bfloat16_is_refused_before_any_work(
+    images: Path, tmp_path: Path, asked: bool
 ) -> None:
     model_dir = write_model(tmp_path / "model", "resnet")
-    refused = run_cli(
-        "build", model_dir, "-o", tmp_path / "out", "--calibration", images, "--dtype", "bfloat16",
-        "--method", "magnitude", "--refinement", "none",
-    )  # fmt: skip
-    assert refused.code == 1
-    assert "folded a batch norm into float weights of convolution resnet.embedder" in refused.err
-    assert "export with --dtype float16 or float32." in refused.err
+    options = ["--dtype", "bfloat16"] if asked else []
+    if not asked:
+        model = transformers.ResNetForImageClassification.from_pretrained(model_dir)
+        torch.nn.Module.to(model, torch.bfloat16)
+        model.save_pretrained(model_dir)
+    refused = run_cli("build", model_dir, "-o", tmp_path / "out", "--calibration", images, *options)
+    assert refused.code == 2
+    assert "ResNetForImageClassification cannot be exported in bfloat16" in refused.err
+    assert (f"in which {model_dir} is stored" in refused.err) != asked
+    assert "pass --dtype float16 or float32." in refused.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_image_model_without_images_or_processor_is_refused(

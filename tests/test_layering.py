@@ -17,6 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cyclonedx": "cyclonedx-python-lib",
+    "markdown_it": "markdown-it-py",
     "onnx_ir": "onnx-ir",
     "packageurl": "packageurl-python",
     "pynvml": "nvidia-ml-py",

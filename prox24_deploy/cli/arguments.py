@@ -36,6 +36,13 @@ OutOpt = Annotated[
     Path | None,
     typer.Option("-o", "--out", help="Bundle to write; default NAME-prox24.", readable=False),
 ]
+NameOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What the model is called, such as owner/model; default: as its card says.",
+    ),
+]
 RecipeOpt = Annotated[
     Path | None,
     typer.Option(
@@ -124,7 +131,20 @@ LayersOpt = Annotated[
     int | None, typer.Option("--layers", min=1, help="Prune only the N least harmful layers.")
 ]
 PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
-DTypeOpt = Annotated[DType, typer.Option(help="Precision of the exported models.")]
+DTypeOpt = Annotated[
+    DType | None,
+    typer.Option(
+        help="Precision of the exported models; default: the checkpoint's own. Nothing runs "
+        "bfloat16 on a CPU, and TensorRT has no sparse kernels for float32."
+    ),
+]
+PlanDTypeOpt = Annotated[
+    DType | None,
+    typer.Option(
+        help="Precision to time; default: the checkpoint's own, float16 if that is float32, for "
+        "which there are no sparse kernels."
+    ),
+]
 BackendOpt = Annotated[
     list[str] | None,
     typer.Option(help="onnxruntime, cusparselt, tensorrt, tensorrt-rtx or auto; repeatable."),
@@ -211,7 +231,10 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout
 
 def default_out(model_dir: Path) -> Path:
     """The bundle of a model where -o names none."""
-    return Path(f"{model_dir.resolve().name}-prox24")
+    # Reads cards, which the start of every command need not wait for.
+    from prox24_deploy.release.naming import folder_name
+
+    return Path(f"{Path(folder_name(model_dir)).name}-prox24")
 
 
 def text_options(

@@ -21,6 +21,7 @@ VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCL
 def build(
     model_dir: arguments.ModelArg,
     out: arguments.OutOpt = None,
+    name: arguments.NameOpt = None,
     recipe: arguments.RecipeOpt = None,
     calibration: arguments.CalibrationOpt = None,
     evaluation: arguments.EvaluationOpt = None,
@@ -36,7 +37,7 @@ def build(
     exclude: arguments.ExcludeOpt = None,
     max_loss: arguments.MaxLossOpt = None,
     layers: arguments.LayersOpt = None,
-    dtype: arguments.DTypeOpt = "float32",
+    dtype: arguments.DTypeOpt = None,
     backend: arguments.BackendOpt = None,
     shapes: arguments.ShapesOpt = None,
     engine_tokens: arguments.EngineTokensOpt = _BUILD.engine_tokens,
@@ -82,6 +83,7 @@ def build(
         tuple(allow or ()),
         HarnessOptions(tuple(dict.fromkeys(lm_eval or ())), lm_eval_data, lm_eval_limit),
         engine_tokens,
+        name,
     )
     root = out or arguments.default_out(model_dir)
     with tables.progress(stderr) as progress:
@@ -96,6 +98,7 @@ def build(
 def prune(
     model_dir: arguments.ModelArg,
     out: arguments.OutOpt = None,
+    name: arguments.NameOpt = None,
     recipe: arguments.RecipeOpt = None,
     calibration: arguments.CalibrationOpt = None,
     evaluation: arguments.EvaluationOpt = None,
@@ -128,6 +131,7 @@ def prune(
             method, preset, refinement, reconstruct, include, exclude, max_loss, layers
         ),
         device,
+        name=name,
     )
     root = out or arguments.default_out(model_dir)
     with tables.progress(stderr) as progress:
@@ -137,12 +141,14 @@ def prune(
         return
     pruned = [layer for layer in result.layers if layer.status == "pruned"]
     print_table(tables.layers(result.layers))
+    for note in result.notes:
+        say(f"Note: {note}")
     say(f"{len(pruned)} layers are 2:4 in {root / 'pruned'}.")
 
 
 def export(
     bundle: arguments.BundleArg,
-    dtype: arguments.DTypeOpt = "float32",
+    dtype: arguments.DTypeOpt = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the file."""

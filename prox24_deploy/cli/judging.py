@@ -21,7 +21,7 @@ def plan(
     calibration: arguments.CalibrationOpt = None,
     calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
     shapes: arguments.ShapesOpt = None,
-    dtype: arguments.DTypeOpt = "float16",
+    dtype: arguments.PlanDTypeOpt = None,
     max_loss: arguments.MaxLossOpt = None,
     layers: arguments.LayersOpt = None,
     sensitivity: arguments.SensitivityOpt = True,

@@ -8,23 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prox24_deploy.accuracy import EngineAccuracy, Fidelity
 from prox24_deploy.artifacts import DType, Engine, Estimate, Metric
-from prox24_deploy.engines.as_model import EngineModel, Graph, TorchGraph, embedding_output
+from prox24_deploy.engines.as_model import EngineModel, Graph, TorchGraph
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.errors import EngineError, ModelDirError
 from prox24_deploy.graph.module import RecipeModule
 from prox24_deploy.graph.signature import read_inputs
 from prox24_deploy.model.calibration import Samples
-from prox24_deploy.model.evaluate import (
-    Pooling,
-    evaluate_models,
-    evaluate_text_generation,
-    pooling_of,
-)
+from prox24_deploy.model.evaluate import evaluate_models, evaluate_text_generation
 from prox24_deploy.model.subset import Shapes, take
 from prox24_deploy.recipe import Recipe
 
@@ -178,8 +172,6 @@ def _asker(
 ) -> Callable[[nn.Module, nn.Module, int], tuple[Metric, ...]]:
     """From two models to the metrics between them, the number of the comparison for the bar."""
     recipe = question.recipe
-    pooled = embedding_output([spec.name for spec in recipe.outputs])
-    pooling = _single_state if pooled else _pooling(question)
     steps = len(samples.batches)
 
     def ask(dense: nn.Module, sparse: nn.Module, number: int) -> tuple[Metric, ...]:
@@ -191,7 +183,7 @@ def _asker(
                 # Forced along its targets whatever its task is, for engines write nothing freely.
                 return evaluate_text_generation(dense, sparse, samples.batches, advance)
             found = evaluate_models(
-                dense, sparse, recipe.task, samples, question.directory, advance, pooling=pooling
+                dense, sparse, recipe.task, samples, question.directory, advance
             )
         except ModelDirError as error:
             # PyTorch has been through the same samples before, so an engine is what differs.
@@ -199,14 +191,3 @@ def _asker(
         return found.metrics
 
     return ask
-
-
-def _pooling(question: Question) -> Pooling | None:
-    """How the PyTorch models were pooled, of a task that pools."""
-    if question.recipe.task not in {"feature-extraction", "text-encoding"}:
-        return None
-    return pooling_of(question.directory, question.recipe.embedding)
-
-
-def _single_state(hidden: Tensor, _: Tensor) -> Tensor:
-    return torch.as_tensor(hidden[:, 0])

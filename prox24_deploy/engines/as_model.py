@@ -17,7 +17,7 @@ from prox24_deploy.artifacts import DType
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.errors import EngineError
 from prox24_deploy.graph.module import RecipeModule
-from prox24_deploy.recipe import EMBEDDING, STATES, TensorSpec, shape_of
+from prox24_deploy.recipe import STATES, TensorSpec, shape_of
 
 _PAST, _PRESENT = "past_key_values.", "present."
 _DECODER = "decoder_"
@@ -81,14 +81,14 @@ class EngineModel(nn.Module):
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, **inputs: Any) -> SimpleNamespace:
-        """Outputs by name; a graph that gives one embedding per sample gives it as a single state.
+        """Outputs by name.
 
         Raises:
             EngineError: an input of a graph is not among `inputs`, or an output is not finite.
         """
         given = {name: value.numpy() for name, value in inputs.items() if name != "use_cache"}
         if len(self._graphs) == 1:
-            return SimpleNamespace(**_with_state(_run(self._graphs[0], given)))
+            return SimpleNamespace(**_run(self._graphs[0], given))
         encoder, decoder = self._graphs
         read = {name: value for name, value in given.items() if not name.startswith(_DECODER)}
         states = _run(encoder, read)["last_hidden_state"]
@@ -97,19 +97,6 @@ class EngineModel(nn.Module):
         if "attention_mask" in read:
             written["encoder_attention_mask"] = read["attention_mask"]
         return SimpleNamespace(**_run(decoder, written))
-
-
-def embedding_output(names: Sequence[str]) -> str | None:
-    """The output that is one embedding per sample, of a graph that gives such a thing."""
-    if EMBEDDING in names:
-        return EMBEDDING
-    found = [name for name in names if name.endswith("_embeds")]
-    return found[0] if found else None
-
-
-def _with_state(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    name = embedding_output(list(outputs))
-    return outputs if name is None else outputs | {"last_hidden_state": outputs[name][:, None]}
 
 
 def _run(graph: Graph, given: Mapping[str, Array]) -> dict[str, Tensor]:

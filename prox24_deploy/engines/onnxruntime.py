@@ -27,7 +27,7 @@ from prox24_deploy.artifacts import (
 from prox24_deploy.documents import Document, read_json
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.engines.host import cpu_model
-from prox24_deploy.errors import EngineError
+from prox24_deploy.errors import BackendMissingError, EngineError
 from prox24_deploy.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -130,17 +130,15 @@ class OnnxRuntime:
         """Prove that the file loads and write `engine.json`, which says how to open it.
 
         Nothing is compiled ahead: the ONNX file itself is the engine, so `size_bytes` is its size.
+        One in bfloat16 is not loaded, since the provider has no kernels for it, nor can it be
+        opened here.
 
         Raises:
-            EngineError: the model is bfloat16, the file does not load, or the provider is missing.
+            EngineError: the file does not load, or the provider is missing.
         """
-        if model.dtype == "bfloat16":
-            raise EngineError(
-                f"ONNX Runtime cannot run {model.path} in bfloat16, because its CPU provider has "
-                "no bfloat16 kernels; export with --dtype float32 or --dtype float16."
-            )
         options = {"intra_op_num_threads": self.threads or 0}
-        _load(bundle / model.path, options)
+        if model.dtype != "bfloat16":
+            _load(bundle / model.path, options)
         versions = {"onnxruntime": str(ort.__version__)}
         target = out / ENGINE_FILE
         _write_json(
@@ -154,7 +152,7 @@ class OnnxRuntime:
                 "versions": versions,
             },
         )
-        logger.info("%s loads in ONNX Runtime %s", model.path, versions["onnxruntime"])
+        logger.info("%s is for ONNX Runtime %s", model.path, versions["onnxruntime"])
         return Engine(
             path=target.as_posix(),
             backend=self.name,
@@ -191,7 +189,14 @@ class OnnxRuntime:
 
         Raises:
             EngineError: `engine.json` is damaged, is of another model, or the file does not load.
+            BackendMissingError: the model is bfloat16.
         """
+        if engine.dtype == "bfloat16":
+            raise BackendMissingError(
+                f"ONNX Runtime cannot run {engine.onnx} here, because its CPU provider has no "
+                "bfloat16 kernels; build with --dtype float16 or float32 to measure it on a CPU, "
+                "or for another backend with --backend."
+            )
         options = _session_options(bundle / engine.path, engine)
         session = OrtSession(_load(bundle / engine.onnx, options), engine.onnx)
         try:

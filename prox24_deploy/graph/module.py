@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from prox24_deploy.artifacts import DType
 from prox24_deploy.errors import ExportError
 from prox24_deploy.graph.signature import cached_layers, signature_of
-from prox24_deploy.recipe import EMBEDDING, STATES, Embedding, Recipe
+from prox24_deploy.recipe import EMBEDDING, SENTENCE_MODULES, STATES, Recipe
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {
     "float32": torch.float32,
@@ -28,7 +28,8 @@ class RecipeModule(nn.Module):
 
     Of an encoder-decoder it calls the half that the recipe, a part of one, describes. Its decoder
     starts every call with an empty cache of the cross-attention, so the states of the encoder are
-    projected anew each time.
+    projected anew each time. Where the model has modules that embed texts, under the name
+    `SENTENCE_MODULES`, they make the output `sentence_embedding`.
 
     The model sits under the attribute `wrapped`, so each of its module paths has the prefix
     "wrapped." in the exported graph.
@@ -43,7 +44,6 @@ class RecipeModule(nn.Module):
         self._inputs = [spec.name for spec in recipe.inputs]
         self._outputs = [spec.name for spec in recipe.outputs]
         self._cache = recipe.cache
-        self._embedding = recipe.embedding
         self._graph = recipe.graph
         # Without this a decoder returns its key/value cache as a second, unasked-for result.
         generates = recipe.cache or recipe.task == "text-generation"
@@ -77,10 +77,12 @@ class RecipeModule(nn.Module):
         return self.wrapped(**feeds, **self._options)
 
     def _output(self, result: object, name: str, feeds: dict[str, Any]) -> torch.Tensor:
-        if name == EMBEDDING and self._embedding is not None:
-            hidden = _output(result, "last_hidden_state")
-            return _embed(hidden, feeds["attention_mask"], self._embedding)
-        return _output(result, name)
+        modules = getattr(self.wrapped, SENTENCE_MODULES, None)
+        if name != EMBEDDING or modules is None:
+            return _output(result, name)
+        hidden = _output(result, "last_hidden_state")
+        embedding: torch.Tensor = modules(hidden, feeds["attention_mask"])
+        return embedding
 
 
 def copy_with(model: nn.Module, convert: Convert) -> nn.Module:
@@ -164,13 +166,3 @@ def _decoder_feeds(feeds: dict[str, Any]) -> dict[str, Any]:
 def _tie_lengths(mask: torch.Tensor, ids: torch.Tensor, past: torch.Tensor) -> None:
     """Tell the exporter that the mask covers the past and the new tokens, and nothing else."""
     torch._check(mask.shape[1] == past.shape[2] + ids.shape[1])
-
-
-def _embed(hidden: torch.Tensor, mask: torch.Tensor, embedding: Embedding) -> torch.Tensor:
-    """Sentence embeddings, (batch, hidden), of hidden states, (batch, sequence, hidden)."""
-    if embedding.pooling == "cls":
-        pooled = hidden[:, 0]
-    else:
-        weight = mask[..., None].to(hidden.dtype)
-        pooled = (hidden * weight).sum(1) / weight.sum(1)
-    return nn.functional.normalize(pooled, dim=-1) if embedding.normalize else pooled

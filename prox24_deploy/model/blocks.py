@@ -1,9 +1,12 @@
 """Find the repeated blocks of a model and run them one at a time."""
 
+import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,41 @@ def target_layers(block: nn.Module, recipe: Recipe) -> dict[str, Layer]:
     }
 
 
+def require_one_run(model: nn.Module, blocks: nn.ModuleList, batch: Batch, recipe: Recipe) -> None:
+    """Refuse a model that does not run each of its blocks once, in their order, in a forward pass.
+
+    What a layer reads in its first run says nothing about the others, and pruned for one run it
+    is pruned for all.
+
+    Raises:
+        RecipeError: names the block and how often it runs.
+    """
+    order: list[int] = []
+
+    def note(_: nn.Module, __: object, *, index: int) -> None:
+        order.append(index)
+
+    handles = [b.register_forward_pre_hook(partial(note, index=i)) for i, b in enumerate(blocks)]
+    try:
+        run_model(model, batch, recipe.task)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if order == list(range(len(blocks))):
+        return
+    runs = [order.count(index) for index in range(len(blocks))]
+    odd = next((index for index, count in enumerate(runs) if count != 1), None)
+    told = (
+        f"in the order {', '.join(map(str, order[:8]))}"
+        if odd is None
+        else f"block {recipe.blocks}.{odd} {runs[odd]} times"
+    )
+    raise RecipeError(
+        f"{type(model).__name__} runs {told} in one forward pass, expected every block once and in "
+        "order; blocks that share their weights cannot be pruned yet, pass a model without them."
+    )
+
+
 def record_calls(
     model: nn.Module, blocks: nn.ModuleList, batch: Batch, task: str
 ) -> tuple[Tensor, list[BlockCall]]:
@@ -110,10 +148,11 @@ def record_calls(
 
 
 def run_model(model: nn.Module, batch: Batch, task: str) -> Any:
-    """Forward one batch; a model that generates text is run without a cache."""
+    """Forward one batch, without a cache, which blocks that are run again would fill further."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    if task in WRITES_TEXT:
+    # A decoder that embeds text has one too.
+    if task in WRITES_TEXT or "use_cache" in inspect.signature(model.forward).parameters:
         return model(**inputs, use_cache=False)
     return model(**inputs)
 
@@ -166,11 +205,17 @@ def layer_input(block: nn.Module, call: BlockCall, hidden: Tensor, layer: Layer)
 def shared_inputs(
     block: nn.Module, layers: Mapping[str, Layer], call: BlockCall, hidden: Tensor
 ) -> list[list[str]]:
-    """Group layers that are fed the same rows, in the order in which a forward reaches them."""
+    """Group layers that are fed the same rows, in the order in which a forward reaches them.
+
+    A layer that the block runs on several tensors has no rows of its own and is in no group.
+    """
     seen: list[tuple[Tensor, list[str]]] = []
     with _recorded_inputs(layers) as events:
         run_block(block, call, hidden)
+    runs = _runs(events)
     for name, tensor in events:
+        if runs[name] > 1:
+            continue
         group = next(
             (
                 names
@@ -184,6 +229,20 @@ def shared_inputs(
         elif name not in group:
             group.append(name)
     return [names for _, names in seen]
+
+
+def layer_runs(
+    block: nn.Module, layers: Mapping[str, Layer], call: BlockCall, hidden: Tensor
+) -> Counter[str]:
+    """On how many different tensors a forward pass of a block runs each layer."""
+    with _recorded_inputs(layers) as events:
+        run_block(block, call, hidden)
+    return _runs(events)
+
+
+def _runs(events: Sequence[tuple[str, Tensor]]) -> Counter[str]:
+    # The events hold the tensors, so that no two of them have had the same address.
+    return Counter(name for name, _ in {(name, id(tensor)) for name, tensor in events})
 
 
 @contextmanager

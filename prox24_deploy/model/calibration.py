@@ -6,7 +6,7 @@ import logging
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +97,10 @@ class Texts:
     def all_targets(self) -> tuple[object, ...]:
         """One for each document."""
         return self.targets or (None,) * len(self.documents)
+
+    def behind(self, prompt: str) -> "Texts":
+        """The same with a prompt in front of every document."""
+        return replace(self, documents=tuple(prompt + document for document in self.documents))
 
 
 def _tensors_of(batch: Batch) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from prox24_deploy.model.directory import CARD_FILE, ModelDir, companion_files
 from prox24_deploy.model.layers import is_layer
 from prox24_deploy.model.shards import INDEX_FILE, is_single
 from prox24_deploy.pruning.pattern import first_violation
-from prox24_deploy.recipe import RECIPE_FILE
+from prox24_deploy.recipe import RECIPE_FILE, SENTENCE_MODULES
 
 SPARSE_KEY = "prox24.sparse_weights"
 _RECORDS = TypeAdapter(tuple[LayerRecord, ...])
@@ -144,7 +144,10 @@ def renamed_tensors(directory: ModelDir, model: nn.Module) -> dict[str, str]:
     missing = {
         f"{name}.weight": layer.weight
         for name, layer in model.named_modules()
-        if is_layer(layer) and not _same_names(directory, f"{name}.weight")
+        if is_layer(layer)
+        # Modules behind the model have files of their own.
+        and not name.startswith(f"{SENTENCE_MODULES}.")
+        and not _same_names(directory, f"{name}.weight")
     }
     if not missing:
         return {}

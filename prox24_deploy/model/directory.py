@@ -17,8 +17,15 @@ from prox24_deploy.artifacts import ModelInfo
 from prox24_deploy.documents import files_below, reason_of
 from prox24_deploy.errors import ModelDirError, RecipeError
 from prox24_deploy.model.capacity import require_counts, require_size
-from prox24_deploy.model.config_file import blame_config, read_config
-from prox24_deploy.model.processor_file import require_usable_sizes
+from prox24_deploy.model.config_file import read_config
+from prox24_deploy.model.refusals import (
+    require_fixed_rope,
+    require_no_adapter,
+    require_not_quantized,
+    require_plain_weights,
+)
+from prox24_deploy.model.sentence import module_weights, read_pipeline
+from prox24_deploy.model.sentence_modules import attach_sentence_modules
 from prox24_deploy.model.shards import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -39,7 +46,12 @@ CARD_FILE = "README.md"
 # whose meaning counts wherever it comes from.
 _NOT_THE_MODEL = frozenset({CARD_FILE, RECIPE_FILE})
 # What else belongs to a model directory: configuration, tokenizer, documentation. Never code.
-_COMPANIONS = {".json", ".txt", ".model", ".md", ".jinja", ".toml", ".vocab", ".spm"}
+_COMPANIONS = {
+    ".json", ".txt", ".model", ".md", ".jinja", ".toml", ".vocab", ".spm", ".codes", ".bpe",
+    ".tiktoken", ".tokenizer",
+}  # fmt: skip
+# A licence that a card links to, and a vocabulary; without an ending.
+_NAMED_COMPANIONS = {"LICENSE", "NOTICE", "vocab"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +129,16 @@ def open_model_dir(path: Path) -> ModelDir:
     """Read and check a model directory without building the model.
 
     Raises:
-        ModelDirError: a file is missing, damaged or unsafe, or a weight is NaN or infinite.
+        ModelDirError: a file is missing, damaged or unsafe, a weight is NaN or infinite, or the
+            checkpoint is of a kind that cannot be built: quantised, an adapter, with rotary
+            embeddings that depend on what is read, or with modules of sentence-transformers that
+            are not known here.
     """
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
         raise ModelDirError(f"Model directory {path} {kind}; pass a directory with config.json.")
     # Before the weights are hashed, which takes long.
-    read_config(path)
+    _require_supported(path)
     shards = find_shards(path)
     _require_utf8(path, companion_files(path))
     names = [shard.name for shard in shards] + ([] if is_single(shards) else [INDEX_FILE])
@@ -132,6 +147,9 @@ def open_model_dir(path: Path) -> ModelDir:
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         tensors.update(sound_tensors(shard))
+    for file in module_weights(path):
+        sound_tensors(file)
+    require_plain_weights(path, {name: tensor.dtype for name, tensor in tensors.items()})
     check_index(path, shards, tensors)
     require_counts(path, config, tensors)
     if not any(tensor.dtype.is_floating_point for tensor in tensors.values()):
@@ -144,18 +162,36 @@ def open_model_dir(path: Path) -> ModelDir:
     return directory
 
 
+def _require_supported(path: Path) -> None:
+    require_no_adapter(path)
+    read_pipeline(path)
+    config = read_config(path)
+    require_not_quantized(path, config)
+    require_fixed_rope(path, config)
+
+
 def companion_files(path: Path) -> list[Path]:
     """Files beside the weights that a copy of the model needs, sorted; no code, no pickles."""
     shown = (p for p in files_below(path) if not p.name.startswith(".") and p.name != INDEX_FILE)
-    return [p for p in shown if p.suffix in _COMPANIONS and p.is_file()]
+    found = (p for p in shown if p.suffix in _COMPANIONS or p.name in _NAMED_COMPANIONS)
+    return sorted({*(p for p in found if p.is_file()), *module_weights(path)})
 
 
 def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.Module:
     """Build the model of `recipe.task` in float32 evaluation mode on `device`.
 
+    One that embeds texts has the modules for it under the name `SENTENCE_MODULES`.
+
     Raises:
         ModelDirError: transformers refuses the directory, or weights are missing from it.
     """
+    return load_with_rest(directory, recipe, device)[0]
+
+
+def load_with_rest(
+    directory: ModelDir, recipe: Recipe, device: torch.device
+) -> tuple[nn.Module, list[str]]:
+    """As `load_model`; also the tensors of the checkpoint that the model has no place for."""
     auto = _class_of(recipe)
     sizes = {name: tensor.numel for name, tensor in directory.tensors.items()}
     require_size(directory.path, directory.config, sizes, auto)
@@ -179,9 +215,10 @@ def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.
             f"Model directory {directory.path} does not open as {recipe.task}: {reason_of(error)}."
         ) from error
     _check_loading(directory, recipe, info)
+    attach_sentence_modules(model, directory.path, recipe)
     directory.require_untouched()
     built: nn.Module = model.eval().requires_grad_(False).to(device)
-    return built
+    return built, sorted(directory.tensors.keys() & info["unexpected_keys"])
 
 
 def auto_classes() -> dict[Task, Any]:
@@ -224,75 +261,8 @@ def quiet_transformers() -> Any:
     return transformers
 
 
-def load_tokenizer(directory: ModelDir) -> Any:
-    """Open the tokenizer of a model directory; see `open_tokenizer`."""
-    return open_tokenizer(directory.path)
-
-
-def open_tokenizer(path: Path) -> Any:
-    """Open the tokenizer in a directory (a transformers tokenizer).
-
-    Raises:
-        ModelDirError: there is none, or it cannot be opened without remote code.
-    """
-    transformers = quiet_transformers()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        # The tokenizers library raises bare Exception for a file that it cannot read.
-        blame_config(path, error)
-        raise ModelDirError(
-            f"Model directory {path} has no tokenizer that opens "
-            f"({reason_of(error)}); add tokenizer.json and tokenizer_config.json."
-        ) from error
-    # Without any of its files transformers makes a tokenizer that knows no word.
-    files = tokenizer.vocab_files_names.values()
-    if not any((path / file).is_file() for file in files):
-        raise ModelDirError(
-            f"Model directory {path} has no tokenizer, expected one of {', '.join(files)}; add it."
-        )
-    return tokenizer
-
-
-def load_image_processor(path: Path) -> Any:
-    """Open the image processor of a model directory (a transformers image processor).
-
-    Raises:
-        ModelDirError: there is none, or it cannot be opened without remote code.
-    """
-    quiet_transformers()
-    # Older versions offer it at the top only beside torchvision, which it does not need.
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-    return _load_processor(path, AutoImageProcessor, "image processor")
-
-
-def load_feature_extractor(path: Path) -> Any:
-    """Open the feature extractor of a model that hears (a transformers feature extractor).
-
-    Raises:
-        ModelDirError: there is none, or it cannot be opened without remote code.
-    """
-    return _load_processor(path, quiet_transformers().AutoFeatureExtractor, "feature extractor")
-
-
-def _load_processor(path: Path, auto: Any, what: str) -> Any:
-    require_usable_sizes(path)
-    try:
-        return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        # A damaged preprocessor_config.json surfaces as whatever the processor's code runs into.
-        blame_config(path, error)
-        raise ModelDirError(
-            f"Model directory {path} has no {what} that opens "
-            f"({reason_of(error)}); add preprocessor_config.json."
-        ) from error
-
-
-def model_info(directory: ModelDir, recipe: Recipe) -> ModelInfo:
-    """Describe the model for the report; parameters are counted in the checkpoint."""
+def model_info(directory: ModelDir, recipe: Recipe, *, name: str = "") -> ModelInfo:
+    """Describe the model of this name for the report; parameters are counted in the checkpoint."""
     floats = [t for t in directory.tensors.values() if t.dtype.is_floating_point]
     by_dtype = Counter(dict.fromkeys({t.dtype for t in floats}, 0))
     for tensor in floats:
@@ -306,6 +276,7 @@ def model_info(directory: ModelDir, recipe: Recipe) -> ModelInfo:
         task=recipe.task,
         parameters=by_dtype.total(),
         source_dtype=str(by_dtype.most_common(1)[0][0]).removeprefix("torch."),
+        name=name,
     )
 
 

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import Estimate, EvaluateResult, Metric
-from prox24_deploy.documents import Document, read_json
-from prox24_deploy.errors import ModelDirError, RecipeError
+from prox24_deploy.errors import ModelDirError
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.calibration import IGNORED, Batch, Samples
-from prox24_deploy.recipe import Embedding
+from prox24_deploy.model.sentence_modules import embedding_of
 from prox24_deploy.tasks import WRITES_TEXT
 
 Progress = Callable[[str, int, int], None]
-Pooling = Callable[[Tensor, Tensor], Tensor]
 # exp() of more is no float.
 _MOST_NLL = 700.0
 
@@ -30,14 +28,8 @@ def evaluate_models(
     held_out: Samples,
     model_dir: Path,
     progress: Progress,
-    *,
-    embedding: Embedding | None = None,
-    pooling: Pooling | None = None,
 ) -> EvaluateResult:
-    """Measure what the task calls for: words, perplexity, classes, or agreement of embeddings.
-
-    `pooling` is that of models which do not say it in `model_dir` or `embedding`.
-    """
+    """Measure what the task calls for: words, perplexity, classes, or agreement of embeddings."""
     began = time.perf_counter()
     if task == "automatic-speech-recognition":
         # Builds on this module.
@@ -49,8 +41,7 @@ def evaluate_models(
     elif task.endswith("-classification"):
         metrics = evaluate_classes(dense, sparse, held_out.batches, progress, held_out.labels)
     else:
-        pooling = pooling or pooling_of(model_dir, embedding)
-        metrics = evaluate_embeddings(dense, sparse, held_out.batches, pooling, progress)
+        metrics = evaluate_embeddings(dense, sparse, held_out.batches, progress)
     return EvaluateResult(metrics, held_out.source, time.perf_counter() - began)
 
 
@@ -118,7 +109,6 @@ def evaluate_embeddings(
     dense: nn.Module,
     sparse: nn.Module,
     batches: tuple[Batch, ...],
-    pooling: Pooling,
     progress: Progress,
 ) -> tuple[Metric, ...]:
     """Mean cosine of embeddings, dense against sparse, and nearest-neighbour agreement.
@@ -129,7 +119,7 @@ def evaluate_embeddings(
     parts: list[Tensor] = []
     for i, batch in enumerate(batches):
         progress("evaluate", i, len(batches))
-        both = [embed(model, batch, pooling) for model in (dense, sparse)]
+        both = [embed(model, batch) for model in (dense, sparse)]
         parts.append(torch.stack(both))
     progress("evaluate", len(batches), len(batches))
     embeddings = torch.cat(parts, dim=1)
@@ -243,26 +233,6 @@ def per_sample(values: Tensor) -> tuple[float, ...]:
     return tuple(float(f"{value:.9g}") for value in values.double().tolist())
 
 
-def pooling_of(model_dir: Path, embedding: Embedding | None = None) -> Pooling:
-    """The pooling of a recipe, else what the directory declares, else the mean over tokens.
-
-    Raises:
-        ModelDirError: the declaration of a sentence-transformers directory cannot be read, or asks
-            for neither the mean nor [CLS].
-        RecipeError: it asks for another pooling than the recipe.
-    """
-    declared = model_dir / "1_Pooling" / "config.json"
-    if not declared.is_file():
-        return _POOLINGS[embedding.pooling] if embedding else _mean_tokens
-    found = _declared_pooling(declared)
-    if embedding and found is not _POOLINGS[embedding.pooling]:
-        raise RecipeError(
-            f"The recipe pools by {embedding.pooling!r}, but {declared} declares another pooling; "
-            "correct `pooling` under [embedding]."
-        )
-    return found
-
-
 def next_logits(model: nn.Module, batch: Batch) -> Tensor:
     """What a model that generates text foretells, (windows, positions, vocabulary).
 
@@ -292,22 +262,6 @@ def _window_mean(values: Tensor, targets: Tensor) -> Tensor:
     return (values * known).sum(1) / known.sum(1)
 
 
-def _declared_pooling(declared: Path) -> Pooling:
-    options = read_json(declared, Document(str(declared), ModelDirError, "restore it"))
-    try:
-        flags = {n for n, on in options.items() if n.startswith("pooling_mode_") and on is True}
-        chosen = {options["pooling_mode"]} if "pooling_mode" in options else flags
-    except (AttributeError, TypeError) as error:
-        raise ModelDirError(f"{declared} is not a readable pooling; restore it.") from error
-    if len(chosen) > 1 or not chosen <= _POOLINGS.keys():
-        modes = ", ".join(sorted(map(str, chosen)))
-        raise ModelDirError(
-            f"{declared} asks for pooling {modes}, expected the mean or the [CLS] token; "
-            "embeddings pooled otherwise cannot be compared yet."
-        )
-    return _POOLINGS[chosen.pop()] if chosen else _mean_tokens
-
-
 def _perplexity(losses: Tensor, which: str) -> Estimate:
     mean = mean_estimate(losses)
     # Not `<`, which NaN would pass.
@@ -320,14 +274,12 @@ def _perplexity(losses: Tensor, which: str) -> Estimate:
     return Estimate(value, value * mean.standard_error)
 
 
-def embed(model: nn.Module, batch: Batch, pooling: Pooling) -> Tensor:
-    """Embeddings of unit length, (samples, hidden), float64; of an image the mean of its states."""
+def embed(model: nn.Module, batch: Batch) -> Tensor:
+    """Embeddings of unit length, (samples, width), float64."""
     result = run_model(model, batch, "feature-extraction")
     if batch.real.ndim == 1:
         return nn.functional.normalize(_image_states(result).double(), dim=-1)
-    hidden = result.last_hidden_state
-    pooled = pooling(hidden, batch.real.to(hidden.device))
-    return nn.functional.normalize(pooled.double(), dim=-1)
+    return nn.functional.normalize(embedding_of(model, result, batch.real).double(), dim=-1)
 
 
 def _image_states(result: Any) -> Tensor:
@@ -339,24 +291,6 @@ def _image_states(result: Any) -> Tensor:
     return hidden.mean((2, 3)) if hidden.ndim == 4 else hidden.mean(1)
 
 
-def _mean_tokens(hidden: Tensor, real: Tensor) -> Tensor:
-    weight = real[..., None].to(hidden.dtype)
-    return (hidden * weight).sum(1) / weight.sum(1)
-
-
-def _first_token(hidden: Tensor, _: Tensor) -> Tensor:
-    return hidden[:, 0]
-
-
 def _nearest(embeddings: Tensor) -> Tensor:
     similarity = embeddings @ embeddings.T
     return similarity.fill_diagonal_(-math.inf).argmax(1)
-
-
-# Keys of both forms of the declaration: one flag per mode, and one name.
-_POOLINGS: dict[str, Pooling] = {
-    "pooling_mode_mean_tokens": _mean_tokens,
-    "pooling_mode_cls_token": _first_token,
-    "mean": _mean_tokens,
-    "cls": _first_token,
-}

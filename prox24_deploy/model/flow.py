@@ -10,6 +10,7 @@ from prox24_deploy.model.blocks import (
     layer_input,
     real_rows,
     record_calls,
+    require_one_run,
     run_block,
 )
 from prox24_deploy.model.calibration import Batch
@@ -62,7 +63,13 @@ class Twin:
 def start_flow(
     model: nn.Module, blocks: nn.ModuleList, recipe: Recipe, batches: tuple[Batch, ...]
 ) -> Flow:
-    """Run the batches up to the first block of a model of which nothing is pruned yet."""
+    """Run the batches up to the first block of a model of which nothing is pruned yet.
+
+    Raises:
+        RecipeError: the model runs a block more than once, or not at all.
+    """
+    for batch in batches[:1]:
+        require_one_run(model, blocks, batch, recipe)
     recorded = [record_calls(model, blocks, batch, recipe.task) for batch in batches]
     hidden = [first for first, _ in recorded]
     calls = [calls for _, calls in recorded]

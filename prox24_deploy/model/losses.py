@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.calibration import Batch
-from prox24_deploy.model.evaluate import Pooling, class_figures, embed, next_logits, window_nll
+from prox24_deploy.model.evaluate import class_figures, embed, next_logits, window_nll
 from prox24_deploy.tasks import WRITES_TEXT
 
 
@@ -25,7 +25,7 @@ class Loss:
     of: Callable[[nn.Module], Tensor]
 
 
-def loss_against(dense: nn.Module, task: str, batches: Sequence[Batch], pooling: Pooling) -> Loss:
+def loss_against(dense: nn.Module, task: str, batches: Sequence[Batch]) -> Loss:
     """The loss that a task calls for, on some batches.
 
     That is the rise of the log-perplexity where the model generates text, the divergence
@@ -38,11 +38,11 @@ def loss_against(dense: nn.Module, task: str, batches: Sequence[Batch], pooling:
         return Loss("log-perplexity", lambda model: _window_losses(model, batches) - reference)
     if task.endswith("-classification"):
         return _class_loss(dense, batches)
-    expected = [embed(dense, batch, pooling) for batch in batches]
+    expected = [embed(dense, batch) for batch in batches]
 
     def cosine_loss(model: nn.Module) -> Tensor:
         pairs = zip(batches, expected, strict=True)
-        return torch.cat([1 - (embed(model, b, pooling) * target).sum(1) for b, target in pairs])
+        return torch.cat([1 - (embed(model, b) * target).sum(1) for b, target in pairs])
 
     return Loss("1 - embedding cosine", cosine_loss)
 

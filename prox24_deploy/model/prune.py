@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.artifacts import LayerRecord, PruneResult, Sensitivity
 from prox24_deploy.errors import CalibrationError, ModelDirError, RecipeError
-from prox24_deploy.model.blocks import find_blocks, require_runs, shared_inputs
+from prox24_deploy.model.blocks import find_blocks, layer_runs, require_runs, shared_inputs
 from prox24_deploy.model.calibration import Batch, Samples, thin
 from prox24_deploy.model.checkpoint import (
     BlockStore,
@@ -23,9 +23,8 @@ from prox24_deploy.model.checkpoint import (
     stored_dtype,
     write_pruned,
 )
-from prox24_deploy.model.directory import ModelDir, load_model
+from prox24_deploy.model.directory import ModelDir, load_with_rest
 from prox24_deploy.model.doubts import doubt_about
-from prox24_deploy.model.evaluate import pooling_of
 from prox24_deploy.model.flow import Flow, Twin, advance, after_pruning, collect, start_flow
 from prox24_deploy.model.grams import Grams
 from prox24_deploy.model.layers import (
@@ -36,13 +35,14 @@ from prox24_deploy.model.layers import (
     reduction_axis,
     to_matrix,
 )
+from prox24_deploy.model.notes import left_out
 from prox24_deploy.model.reconstruct import SCHEDULES, reconstruct_block, require_batches
 from prox24_deploy.model.selection import by_options, left_dense, prunable, require_matches
 from prox24_deploy.model.sensitivity import SensitivityStore, measure_sensitivity, over_budget
 from prox24_deploy.model.solve import solve_group
 from prox24_deploy.options import Preset, PruneOptions
 from prox24_deploy.pruning.problem import damping_for
-from prox24_deploy.recipe import Recipe
+from prox24_deploy.recipe import SENTENCE_MODULES, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -154,9 +154,10 @@ def prune_directory(
             `prune_model` raises.
     """
     began = time.perf_counter()
-    model = load_model(directory, recipe, device)
+    model, unused = load_with_rest(directory, recipe, device)
     for batch in calibration.batches[:1]:
         require_runs(model, batch, recipe.task, directory.path)
+    notes = left_out(directory, model, recipe, unused)
     directory = replace(directory, renamed=renamed_tensors(directory, model))
     dense = left_dense(recipe, model, options)
     sensitivity = (
@@ -196,6 +197,7 @@ def prune_directory(
         seconds=time.perf_counter() - began,
         reconstructed=options.reconstructs,
         sensitivity=sensitivity,
+        notes=notes,
     )
 
 
@@ -218,7 +220,6 @@ def _sensitivity(
         recipe,
         calibration.batches,
         options,
-        pooling=pooling_of(directory.path, recipe.embedding),
         dense=dense,
         stored_dtype=lambda name: stored_dtype(directory, name),
         progress=progress,
@@ -278,10 +279,25 @@ def _prune_block(
             records.extend(made)
     if options.reconstructs:
         records = _reconstruct(twin, groups, solved, records, flows, options.preset)
-    for name in [n for n in layers if n not in solved]:
-        reason = "no forward pass on calibration text reaches it"
-        records.append(_skipped(f"{twin.prefix}.{name}", layers[name], reason))
+    left = {name: layer for name, layer in layers.items() if name not in solved}
+    records += _unsolved(twin, left, first)
     return solved, tuple(records)
+
+
+def _unsolved(twin: Twin, layers: Mapping[str, Layer], flow: Flow) -> list[LayerRecord]:
+    """Layers that are run by no forward pass of their block, or by one more than once."""
+    if not layers:
+        return []
+    runs = layer_runs(twin.pruned, layers, flow.pruned_calls[0][twin.index], flow.pruned[0])
+    reasons = {
+        name: (
+            f"its block runs it on {runs[name]} inputs in one forward pass"
+            if runs[name]
+            else "no forward pass on calibration text reaches it"
+        )
+        for name in layers
+    }
+    return [_skipped(f"{twin.prefix}.{n}", layers[n], reason) for n, reason in reasons.items()]
 
 
 def _prune_group(
@@ -376,9 +392,12 @@ def _layers_outside(model: nn.Module, recipe: Recipe, known: set[str]) -> list[L
         if not is_layer(layer) or name in known:
             continue
         tied = embeddings.get(id(layer.weight))
-        reason = (
-            f"shares its weight with {tied}" if tied else f"not a target of recipe {recipe.family}"
-        )
+        if name.startswith(f"{SENTENCE_MODULES}."):
+            reason = "part of the sentence embedding, which runs once a text and stays dense"
+        elif tied:
+            reason = f"shares its weight with {tied}"
+        else:
+            reason = f"not a target of recipe {recipe.family}"
         skipped.append(_skipped(name, layer, reason))
     return skipped
 

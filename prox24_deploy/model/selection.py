@@ -9,13 +9,15 @@ from torch import nn
 from prox24_deploy.errors import RecipeError, UsageError
 from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.flow import Twin
-from prox24_deploy.model.layers import Layer, obstacle
+from prox24_deploy.model.layers import Layer, layer_at, obstacle
 from prox24_deploy.options import PruneOptions
 from prox24_deploy.recipe import Recipe
 
 
 def left_dense(recipe: Recipe, model: nn.Module, options: PruneOptions) -> dict[str, str]:
-    """Map the full path of each target that the user's globs or plan leave dense to the reason.
+    """Map the full path of each target that is not to be pruned to the reason.
+
+    That is what the user's globs or plan say, and a weight that another module has too.
 
     Raises:
         UsageError: a glob matches no target, or the plan knows other layers.
@@ -34,7 +36,7 @@ def left_dense(recipe: Recipe, model: nn.Module, options: PruneOptions) -> dict[
                     f"{option} {glob!r} matches no target layer of recipe {recipe.family}; they "
                     f"are named like {'.'.join(example)} or {example[1]}."
                 )
-    dense = planned
+    dense = planned | _sharing(recipe, model)
     for prefix, name in paths:
         excluding = [glob for glob in options.exclude if concerns(glob, prefix, name)]
         if excluding:
@@ -95,6 +97,20 @@ def by_options(
 def concerns(glob: str, prefix: str, name: str) -> bool:
     """Whether a glob matches a layer by its path in the block or in the model."""
     return any(fnmatch(path, glob) for path in (name, f"{prefix}.{name}"))
+
+
+def _sharing(recipe: Recipe, model: nn.Module) -> dict[str, str]:
+    """Targets whose weight is that of another module too, which pruning for one would change."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            owners.setdefault(id(weight), []).append(name)
+    found = {}
+    for path in (".".join(parts) for parts in _paths(recipe, model)):
+        weight = layer_at(model, path).weight
+        if others := [name for name in owners[id(weight)] if name != path]:
+            found[path] = f"shares its weight with {others[0]}"
+    return found
 
 
 def _unmatched(glob: str, paths: Sequence[tuple[str, str]]) -> tuple[str, str] | None:

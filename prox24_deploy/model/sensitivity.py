@@ -21,7 +21,7 @@ from prox24_deploy.errors import CalibrationError, UsageError
 from prox24_deploy.files import write_atomic
 from prox24_deploy.model.blocks import find_blocks, shared_inputs
 from prox24_deploy.model.calibration import Batch
-from prox24_deploy.model.evaluate import Pooling, mean_estimate
+from prox24_deploy.model.evaluate import mean_estimate
 from prox24_deploy.model.flow import Twin, advance, collect, start_flow
 from prox24_deploy.model.layers import layer_at
 from prox24_deploy.model.losses import Loss, loss_against
@@ -70,7 +70,6 @@ def measure_sensitivity(
     calibration: Sequence[Batch],
     options: PruneOptions,
     *,
-    pooling: Pooling,
     dense: Mapping[str, str],
     stored_dtype: Callable[[str], torch.dtype],
     progress: Progress,
@@ -82,7 +81,6 @@ def measure_sensitivity(
         recipe: says where the blocks and targets are.
         calibration: batches to solve on and, every eighth, to measure on.
         options: the method, and `max_loss`, `max_layers` or both.
-        pooling: of embeddings.
         dense: targets that stay dense whatever they cost.
         stored_dtype: parameter name to the dtype in which the checkpoint stores it.
         progress: called with ("sensitivity", done, total).
@@ -102,7 +100,7 @@ def measure_sensitivity(
     # Sensitivity is about the order of layers, for which the fast schedule is as good as any.
     own = replace(options, preset="fast", target="symmetric")
     solved = _solve_all(model, recipe, solving, own, dense, stored_dtype, progress)
-    loss = loss_against(model, recipe.task, measuring, pooling)
+    loss = loss_against(model, recipe.task, measuring)
     layers = _each_alone(model, solved, loss, progress)
     prefixes = _Prefixes(model, layers, solved, loss, progress)
     chosen = _choose(prefixes, options)

@@ -9,6 +9,7 @@ from torch import nn
 from prox24_deploy.model.capacity import bounded
 from prox24_deploy.model.directory import ModelDir, auto_classes, quiet_transformers
 from prox24_deploy.model.layers import is_layer
+from prox24_deploy.model.notes import expert_weights
 from prox24_deploy.tasks import Task
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -45,10 +46,12 @@ def advise(directory: ModelDir) -> str:
         return _SPEECH
     if directory.config.get("is_encoder_decoder"):
         return _ENCODER_DECODER
-    if skeleton := skeleton_recipe(directory):
-        how = "this one was drawn from the model, save it, correct it and pass it with --recipe"
-        return f"{how}:\n\n{skeleton}"
-    return ""
+    skeleton, experts = _drawn(directory)
+    if not skeleton:
+        return ""
+    how = "this one was drawn from the model, save it, correct it and pass it with --recipe"
+    left_out = f"; {experts}" if experts else ""
+    return f"{how}{left_out}:\n\n{skeleton}"
 
 
 def skeleton_recipe(directory: ModelDir) -> str:
@@ -59,20 +62,28 @@ def skeleton_recipe(directory: ModelDir) -> str:
 
     Returns:
         "" where the model cannot be built, reads no tokens, or has no list of blocks with layers
-        that can be pruned.
+        that can be pruned. What of the blocks it leaves out stands in a comment.
     """
+    return _drawn(directory)[0]
+
+
+def _drawn(directory: ModelDir) -> tuple[str, str]:
+    """The recipe of a model, and what is to be said of its experts; "" where there is none."""
     architecture = directory.architecture
     task = next(task for suffix, task in _TASKS if architecture.endswith(suffix))
-    model = _without_weights(directory, task)
+    model = without_weights(directory, task)
     found = _largest_list(model) if model is not None else None
     inputs = _inputs_of(model) if model is not None else []
     if found is None or "input_ids" not in inputs:
-        return ""
+        return "", ""
     path, blocks = found
-    return _toml(directory.model_type, task, path, _layer_names(blocks), inputs)
+    experts = _left_out(blocks)
+    toml = _toml(directory.model_type, task, path, _layer_names(blocks), inputs)
+    return (f"# Note: {experts}.\n{toml}" if experts else toml), experts
 
 
-def _without_weights(directory: ModelDir, task: Task) -> nn.Module | None:
+def without_weights(directory: ModelDir, task: Task) -> nn.Module | None:
+    """The model of a directory for a task, on the meta device; None where it cannot be built."""
     transformers = quiet_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(
@@ -102,6 +113,20 @@ def _layer_names(blocks: nn.ModuleList) -> list[str]:
         dict.fromkeys(
             name for block in blocks for name, module in block.named_modules() if is_layer(module)
         )
+    )
+
+
+def _left_out(blocks: nn.ModuleList) -> str:
+    """What is to be said of weights that no target can name; "" where there are none."""
+    found = [(block, expert_weights(block)) for block in blocks]
+    names = list(dict.fromkeys(name for _, weights in found for name in weights))
+    if not names:
+        return ""
+    held = sum(block.get_parameter(name).numel() for block, known in found for name in known)
+    share = held / sum(parameter.numel() for parameter in blocks.parameters())
+    return (
+        f"the experts ({', '.join(names)}), which hold {share:.0%} of the weights of the blocks, "
+        "are left out and stay dense, because experts that are fused cannot be pruned yet"
     )
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from prox24_deploy.artifacts import Metric
 from prox24_deploy.errors import CalibrationError, ModelDirError
 from prox24_deploy.model.calibration import Samples
-from prox24_deploy.model.directory import open_tokenizer
 from prox24_deploy.model.evaluate import evaluate_text_generation, mean_estimate, per_sample
+from prox24_deploy.model.processors import open_tokenizer
 from prox24_deploy.model.words import word_errors, words_of
 
 Progress = Callable[[str, int, int], None]

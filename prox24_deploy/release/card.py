@@ -8,7 +8,7 @@ https://huggingface.co/docs/hub/model-cards says what the metadata means.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,11 +26,20 @@ from prox24_deploy.release.schema import Report
 CARD_FILE = "README.md"
 TAGS = ["2:4-sparsity", "semi-structured", "pruned", "prox24-deploy"]
 
+# Metadata of the source model that stays true of the pruned one.
 _KEPT = ("license", "license_name", "license_link", "language")
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Tasks that the Hub calls by another name.
 _HUB_TASKS = {"text-encoding": "feature-extraction"}
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedCard:
+    """A card: all of its metadata, its text, and why the metadata could not be read, else ""."""
+
+    metadata: Mapping[str, Any]
+    text: str
+    problem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,44 +47,55 @@ class SourceCard:
     """What the source model says of itself.
 
     Attributes:
-        metadata: of its card, with the licence of its configuration where the card names none.
+        metadata: what of its card stays true, with the licence of its configuration where the card
+            names none.
         text: of its card, without the metadata; "" where it has none.
-        repository: its name on the Hub, where its configuration tells.
-        library: that opens it.
+        opened_by: class of sentence-transformers that opens it; "" for a model of transformers.
         problem: why its metadata could not be read, else "".
     """
 
     metadata: Mapping[str, Any]
     text: str
-    repository: str | None
-    library: str
+    opened_by: str = ""
     problem: str = ""
+
+
+def parse_card(written: str) -> ParsedCard:
+    """Split the text of a card from its metadata."""
+    metadata, problem = _metadata(written)
+    return ParsedCard(metadata, _FRONT_MATTER.sub("", written, count=1).strip(), problem)
 
 
 def read_source_card(model_dir: Path) -> SourceCard:
     """Read README.md and config.json of the source model; a card that is damaged says so."""
     path = model_dir / CARD_FILE
-    written = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    file = model_dir / "config.json"
-    config = read_json(file, Document(str(file), ModelDirError, "restore it"), finite=False)
-    metadata, problem = _metadata(written)
-    if "license" not in metadata and isinstance(config.get("license"), str):
-        metadata = metadata | {"license": config["license"]}
-    name = config.get("_name_or_path")
-    known = isinstance(name, str) and _REPOSITORY.fullmatch(name) and not Path(name).exists()
-    pipeline = (model_dir / "modules.json").is_file()
-    return SourceCard(
-        metadata,
-        _FRONT_MATTER.sub("", written, count=1).strip(),
-        name if known else None,
-        "sentence-transformers" if pipeline else "transformers",
-        problem,
-    )
+    card = parse_card(path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
+    config = _read_object(model_dir / "config.json")
+    kept = {key: card.metadata[key] for key in _KEPT if key in card.metadata}
+    if "license" not in kept and isinstance(config.get("license"), str):
+        kept["license"] = config["license"]
+    return SourceCard(kept, card.text, _opened_by(model_dir), card.problem)
+
+
+def _opened_by(model_dir: Path) -> str:
+    if not (model_dir / "modules.json").is_file():
+        return ""
+    file = model_dir / "config_sentence_transformers.json"
+    library = _read_object(file) if file.is_file() else {}
+    return str(library.get("model_type", "SentenceTransformer"))
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    document = Document(str(file), ModelDirError, "restore it")
+    found = read_json(file, document, finite=False)
+    if not isinstance(found, dict):
+        raise document.refused("is no JSON object")
+    return found
 
 
 def render_card(report: Report, source: SourceCard) -> str:
     """Text of the card; the same report and source give the same text."""
-    name = PurePath(report.model.path).name or report.model.path
+    name = report.model.title
     dense: dict[str, list[str]] = {}
     for layer in report.pruning.layers:
         if layer.status == "skipped":
@@ -85,7 +105,7 @@ def render_card(report: Report, source: SourceCard) -> str:
         "totals": report.pruning.totals,
         "name": name,
         "tool_version": __version__,
-        "base_model": source.repository,
+        "opened_by": source.opened_by,
         "dense": dense,
         "source": _samples,
         "limits": _limits(report, source),
@@ -114,16 +134,16 @@ def _metadata(written: str) -> tuple[dict[str, Any], str]:
         return {}, reason_of(error)
     if not isinstance(metadata, dict):
         return {}, "it is no mapping"
-    return {key: metadata[key] for key in _KEPT if key in metadata}, ""
+    return metadata, ""
 
 
 def _front_matter(report: Report, source: SourceCard) -> dict[str, Any]:
     front: dict[str, Any] = dict(source.metadata)
-    if source.repository:
-        front["base_model"] = source.repository
+    if "/" in report.model.title:
+        front["base_model"] = report.model.title
     task = report.model.task
     return front | {
-        "library_name": source.library,
+        "library_name": "sentence-transformers" if source.opened_by else "transformers",
         "pipeline_tag": _HUB_TASKS.get(task, task),
         "tags": TAGS,
     }
@@ -156,9 +176,9 @@ def _limits(report: Report, source: SourceCard) -> list[str]:
             "The metadata of the source model's card could not be read "
             f"({code(source.problem)}); its licence is missing here."
         )
-    if source.repository is None:
+    if "/" not in report.model.title:
         limits.append(
-            "The source model was a directory that names no repository; add `base_model` to the "
-            "metadata above before this is published."
+            "No repository of the source model was named; add `base_model` to the metadata above "
+            "before this is published."
         )
     return limits

@@ -41,6 +41,7 @@ def find_warnings(
 ) -> tuple[str, ...]:
     """One sentence for each thing that a reader must know before trusting the figures."""
     return (
+        *prune.notes,
         *_text_warnings(prune, evaluate),
         *_token_warnings(prune),
         *_skipped_warnings(prune.layers),

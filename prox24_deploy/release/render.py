@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -211,7 +210,7 @@ def _view(report: Report) -> dict[str, Any]:
     telling = _telling(report.latency)
     return {
         "report": report,
-        "name": PurePath(report.model.path).name or report.model.path,
+        "name": report.model.title,
         "sentence": VERDICT_SENTENCES[report.verdict],
         "undecided": _undecided(report),
         "expected": expected,

@@ -6,7 +6,6 @@ with the extra `sbom`.
 
 import uuid
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from prox24_deploy.artifacts import ModelInfo, PruneResult
@@ -91,7 +90,7 @@ def _source(model: ModelInfo) -> "Component":
     from cyclonedx.model.component import Component, ComponentType
 
     return Component(
-        name=PurePath(model.path).name,
+        name=model.title,
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref="source-model",
         description=f"{model.architecture} as it was before pruning; the hash is of its files.",
@@ -111,7 +110,7 @@ def _pruned(
     from cyclonedx.model.component import Component, ComponentType, Pedigree
 
     return Component(
-        name=f"{PurePath(model.path).name}-2of4",
+        name=f"{model.title}-2of4",
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref="pruned-model",
         description="Pruned to 2:4 semi-structured sparsity; the hash is of its weight files.",

@@ -96,13 +96,13 @@ def batches(tensors: Sequence[GraphTensor]) -> bool:
     return all(tensor.axes[:1] == (BATCH,) for tensor in tensors)
 
 
-def model_name(wanted: str | None, model_path: str) -> str:
-    """Name of a model and of its folder.
+def model_name(wanted: str | None, title: str) -> str:
+    """Name of a model and of its folder; without another that of the source, less its owner.
 
     Raises:
         UsageError: it cannot be the name of a folder.
     """
-    name = re.sub(r"[^\w.-]+", "-", Path(model_path).name) if wanted is None else wanted
+    name = re.sub(r"[^\w.-]+", "-", Path(title).name) if wanted is None else wanted
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UsageError(
             f"Model name {name!r} cannot be used, expected letters, digits, '_', '-' and '.', "

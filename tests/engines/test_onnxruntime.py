@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from prox24_deploy.artifacts import DType, Engine, OnnxModel, TensorCheck
 from prox24_deploy.engines.host import cpu_model
 from prox24_deploy.engines.onnxruntime import NO_SPARSE_KERNELS, PROVIDER, OnnxRuntime
-from prox24_deploy.errors import EngineError
+from prox24_deploy.errors import BackendMissingError, EngineError
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3)
 
@@ -110,10 +110,13 @@ def test_session_is_closed_on_exit(tmp_path: Path, engine: Engine) -> None:
         session.infer({"rows": np.ones((1, 4), np.float32)})
 
 
-def test_bfloat16_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_bfloat16_is_built_but_cannot_run_here(tmp_path: Path) -> None:
     model = write_model(tmp_path, "bfloat16")
-    with pytest.raises(EngineError, match="no bfloat16 kernels; export with --dtype float32"):
-        OnnxRuntime().build(tmp_path, model, Path("engines"), twin="sparse")
+    engine = OnnxRuntime().build(tmp_path, model, Path("engines"), twin="sparse")
+    assert (engine.dtype, engine.onnx_sha256) == ("bfloat16", model.sha256)
+    told = "no bfloat16 kernels; build with --dtype float16 or float32 to measure it on a CPU"
+    with pytest.raises(BackendMissingError, match=told), OnnxRuntime().open(tmp_path, engine):
+        pass
 
 
 def test_file_that_does_not_load_writes_no_engine(tmp_path: Path, model: OnnxModel) -> None:

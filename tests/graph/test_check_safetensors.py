@@ -113,7 +113,7 @@ def test_an_architecture_that_is_not_known_tells_no_layout(
 def test_a_damaged_config_is_refused(tmp_path: Path, text: str) -> None:
     path = write_tensors(tmp_path / "m.safetensors", {"a.weight": array_24((8, 8), 1)})
     (tmp_path / "config.json").write_bytes(text.encode(errors="surrogatepass"))
-    message = r"config\.json is (no JSON object|not readable JSON \(.+\)); copy it again or remove it"
+    message = r"config\.json is (no JSON object|not readable JSON .+); copy it again or remove it"
     with pytest.raises(UsageError, match=message):
         check_path(path)
 

@@ -68,6 +68,32 @@ def test_a_padded_batch_is_decoded_as_transformers_does(family: str, tmp_path: P
     assert decode(path, recipe, model, ids, mask).tolist() == expected.tolist()
 
 
+@pytest.mark.filterwarnings("ignore:.*original_max_position_embeddings")
+def test_longrope_is_short_up_to_the_length_of_its_training_and_long_beyond(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    lengths = {"original_max_position_embeddings": 12, "max_position_embeddings": 80}
+    model, recipe = tiny_model("phi3", rope_scaling=rope, **lengths), shipped_recipe("phi3")
+    path = export_onnx(model, recipe, tmp_path / "onnx", dtype="float32")
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, size=(1, 20))
+    empty = {
+        entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+        for entry in session.get_inputs()
+        if entry.name.startswith("past_key_values.")
+    }
+    for length in (12, 13, 20, 12):
+        read = ids[:, :length]
+        feeds = {"input_ids": read, "attention_mask": np.ones_like(read), **empty}
+        with torch.inference_mode():
+            expected = model(torch.from_numpy(read), use_cache=False).logits.numpy()
+        np.testing.assert_allclose(session.run(["logits"], feeds)[0], expected, atol=1e-4)
+    # That the two sets of frequencies differ is what the comparison rests on.
+    with torch.inference_mode():
+        short = model(torch.from_numpy(ids[:, :12]), use_cache=False).logits[0, -1]
+        long = model(torch.from_numpy(ids[:, :13]), use_cache=False).logits[0, -2]
+    assert float((short - long).abs().max()) > 1e-2
+
+
 def translate(paths: tuple[Path, ...], ids: Array, mask: Array, start: int) -> Array:
     """The 64 tokens after the start token, by the graphs of encoder and decoder."""
     encoder, decoder = (

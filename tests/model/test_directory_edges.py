@@ -20,13 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from prox24_deploy.artifacts import ModelInfo
 from prox24_deploy.errors import ModelDirError
-from prox24_deploy.model.directory import (
-    companion_files,
-    load_model,
-    load_tokenizer,
-    model_info,
-    open_model_dir,
-)
+from prox24_deploy.model.directory import companion_files, load_model, model_info, open_model_dir
+from prox24_deploy.model.processors import load_tokenizer
 from prox24_deploy.recipe import Recipe
 
 INDEX = "model.safetensors.index.json"
@@ -408,11 +403,13 @@ def test_companions_are_configuration_and_words_but_never_code(tmp_path: Path) -
     # The directory itself may lie in a hidden folder, as the Hub's cache does.
     path = tmp_path / ".cache" / "model"
     wanted = [
-        "1_Pooling/config.json", "README.md", "chat_template.jinja", "config.json", "merges.txt",
-        "pieces.spm", "recipe.toml", "sentencepiece.model", "words.vocab",
+        "1_Pooling/config.json", "LICENSE", "README.md", "bpe.codes", "chat_template.jinja",
+        "config.json", "merges.txt", "pieces.spm", "recipe.toml", "sentencepiece.model", "vocab",
+        "words.vocab",
     ]  # fmt: skip
     unwanted = [
-        ".git/config.json", ".hidden.json", "1_Pooling/.cache/x.json", "modeling.py", "setup.sh",
+        ".git/config.json", ".hidden.json", "1_Pooling/.cache/x.json", "Makefile",
+        "modeling.py", "setup.sh",
         "model.safetensors", "pytorch_model.bin", "weights.h5", INDEX,
     ]  # fmt: skip
     for name in (*wanted, *unwanted):

@@ -150,7 +150,7 @@ def test_a_budget_chooses_among_the_layers_of_both(tmp_path: Path) -> None:
     part = batch(recipe)
     options = PruneOptions(method="magnitude", max_layers=9)
     found = measure_sensitivity(
-        model, recipe, (part, part), options, pooling=lambda hidden, _: hidden[:, 0],
+        model, recipe, (part, part), options,
         dense=left_dense(recipe, model, options), stored_dtype=lambda _: torch.float32,
         progress=lambda *_: None,
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """Accuracy figures against the models' own losses and plain formulas."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +12,13 @@ from opened import open_tiny
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import TextSource
-from prox24_deploy.errors import RecipeError
 from prox24_deploy.model.calibration import Samples
 from prox24_deploy.model.evaluate import (
     evaluate_embeddings,
     evaluate_models,
     evaluate_text_generation,
     mean_estimate,
-    pooling_of,
 )
-from prox24_deploy.recipe import Embedding
 
 
 def quiet(*_: object) -> None:
@@ -89,9 +85,7 @@ def test_a_model_agrees_with_itself(tiny_llama: Path, tiny_bert: Path, prose: Pa
     assert divergence.agreement is not None
     assert (divergence.agreement.value, divergence.agreement.standard_error) == (0.0, 0.0)
     encoder = open_tiny(tiny_bert, prose)
-    cosine, neighbours = evaluate_embeddings(
-        encoder.model, encoder.model, encoder.batches, pooling_of(tiny_bert), quiet
-    )
+    cosine, neighbours = evaluate_embeddings(encoder.model, encoder.model, encoder.batches, quiet)
     for metric in (top, neighbours, cosine):
         assert metric.agreement is not None
         assert metric.agreement.value == pytest.approx(1.0, abs=1e-12)
@@ -102,9 +96,7 @@ def test_cosine_and_neighbours_are_those_of_single_texts(tiny_bert: Path, prose:
     """One text at a time and without padding, pooled and compared by the plain formulas."""
     opened = open_tiny(tiny_bert, prose)
     dense, sparse = opened.model, shaken(open_tiny(tiny_bert, prose).model)
-    cosine, neighbours = evaluate_embeddings(
-        dense, sparse, opened.batches, pooling_of(tiny_bert), quiet
-    )
+    cosine, neighbours = evaluate_embeddings(dense, sparse, opened.batches, quiet)
     embedded: list[list[Tensor]] = [[], []]
     for batch in opened.batches:
         for ids, real in zip(batch.inputs["input_ids"], batch.real, strict=True):
@@ -126,27 +118,6 @@ def test_cosine_and_neighbours_are_those_of_single_texts(tiny_bert: Path, prose:
     assert neighbours.agreement is not None
     same = float((nearest[0] == nearest[1]).double().mean())
     assert neighbours.agreement.value == pytest.approx(same, abs=2 / len(first))
-
-
-@pytest.mark.parametrize(
-    ("declared", "first_token"),
-    [
-        (None, False),
-        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, False),
-        ({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, True),
-        ({"pooling_mode": "cls"}, True),
-    ],
-)
-def test_pooling_is_what_the_directory_declares(
-    tmp_path: Path, declared: dict[str, object] | None, first_token: bool
-) -> None:
-    if declared is not None:
-        (tmp_path / "1_Pooling").mkdir()
-        text = json.dumps(declared)
-        (tmp_path / "1_Pooling" / "config.json").write_text(text, encoding="utf-8")
-    hidden = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [50.0, 50.0]]])
-    pooled = pooling_of(tmp_path)(hidden, torch.tensor([[True, True, False]]))
-    assert pooled.tolist() == ([[1.0, 2.0]] if first_token else [[2.0, 4.0]])
 
 
 @pytest.mark.parametrize(
@@ -182,7 +153,6 @@ def test_values_per_sample_have_the_mean_and_the_error_of_every_metric(
             encoder.model,
             shaken(open_tiny(tiny_bert, prose).model),
             encoder.batches,
-            pooling_of(tiny_bert),
             quiet,
         ),
     )
@@ -202,17 +172,3 @@ def test_values_per_sample_have_the_mean_and_the_error_of_every_metric(
 def test_one_value_has_no_spread() -> None:
     estimate = mean_estimate(torch.tensor([2.0]))
     assert (estimate.value, estimate.standard_error) == (2.0, 0.0)
-
-
-def test_the_recipe_and_the_directory_must_pool_alike(tmp_path: Path) -> None:
-    cls = Embedding(pooling="cls", normalize=True)
-    hidden, real = torch.tensor([[[1.0, 2.0], [3.0, 6.0]]]), torch.tensor([[True, True]])
-    assert pooling_of(tmp_path, cls)(hidden, real).tolist() == [[1.0, 2.0]]
-    declared = tmp_path / "1_Pooling" / "config.json"
-    declared.parent.mkdir()
-    declared.write_text('{"pooling_mode": "cls"}', encoding="utf-8")
-    assert pooling_of(tmp_path, cls)(hidden, real).tolist() == [[1.0, 2.0]]
-    declared.write_text('{"pooling_mode": "mean"}', encoding="utf-8")
-    message = r"The recipe pools by 'cls', but .*config\.json declares another .* under \[embedd"
-    with pytest.raises(RecipeError, match=message):
-        pooling_of(tmp_path, cls)

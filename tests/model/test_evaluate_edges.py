@@ -1,6 +1,5 @@
 """Accuracy figures where texts, poolings or models are out of the ordinary."""
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -10,15 +9,12 @@ import torch
 from model_cases import BERT, LLAMA, load, padded_batch, random_batch, silent, token_rows
 from torch import Tensor, nn
 
-from prox24_deploy.artifacts import Estimate, TextSource
+from prox24_deploy.artifacts import Estimate
 from prox24_deploy.errors import ModelDirError
-from prox24_deploy.model.calibration import Samples
 from prox24_deploy.model.evaluate import (
     evaluate_embeddings,
-    evaluate_models,
     evaluate_text_generation,
     mean_estimate,
-    pooling_of,
 )
 
 LENGTHS = (5, 9, 14, 3, 11, 7)
@@ -43,12 +39,6 @@ def value_of(estimate: Estimate | None) -> float:
     return estimate.value
 
 
-def declare(folder: Path, text: str) -> Path:
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(text, encoding="utf-8")
-    return folder
-
-
 @pytest.mark.parametrize("values", [[0.0, 1.0, 5.0], [3.0, 3.0], [-2.5, 1e6]])
 def test_the_standard_error_is_the_sample_deviation_over_the_root_of_the_count(
     values: list[float],
@@ -67,9 +57,8 @@ def test_means_are_taken_in_float64() -> None:
 
 def test_padding_does_not_influence_embeddings(pair: tuple[nn.Module, nn.Module]) -> None:
     rows = token_rows(LENGTHS, seed=1)
-    pooling = pooling_of(Path("nowhere"))
     figures = [
-        evaluate_embeddings(*pair, batches, pooling, silent)
+        evaluate_embeddings(*pair, batches, silent)
         for batches in (
             tuple(padded_batch(BERT, [row]) for row in rows),
             (padded_batch(BERT, rows, extra=20),),
@@ -104,77 +93,23 @@ def test_neighbours_are_looked_for_among_all_texts_of_all_batches() -> None:
     other = torch.tensor([0.0, 0.1, 0.3, 0.35])
     far = torch.stack([other.cos(), other.sin()], 1).tolist()
     batches = tuple(padded_batch(BERT, [[2 * i] * 3, [2 * i + 1] * 2]) for i in range(2))
-    cosine, agreement = evaluate_embeddings(
-        Table(near), Table(far), batches, pooling_of(Path("nowhere")), silent
-    )
+    cosine, agreement = evaluate_embeddings(Table(near), Table(far), batches, silent)
     # near: 0-2, 1-3, 2-0, 3-1; far: 0-1, 1-0, 2-3, 3-2.
     assert value_of(agreement.agreement) == 0.0
     expected = statistics.fmean(math.cos(a - b) for a, b in zip(angles, other, strict=True))
     assert value_of(cosine.agreement) == pytest.approx(expected, abs=1e-6)
     _, same = evaluate_embeddings(
-        Table(near), Table([[2 * x, 2 * y] for x, y in near]), batches,
-        pooling_of(Path("nowhere")), silent,
+        Table(near), Table([[2 * x, 2 * y] for x, y in near]), batches, silent,
     )  # fmt: skip
     assert value_of(same.agreement) == 1.0
-
-
-@pytest.mark.parametrize("cls", [True, False])
-@torch.no_grad()
-def test_the_directory_s_pooling_is_what_is_compared(
-    pair: tuple[nn.Module, nn.Module], tmp_path: Path, cls: bool
-) -> None:
-    declare(tmp_path, json.dumps({"pooling_mode_cls_token": cls}))
-    rows = token_rows(LENGTHS, seed=2)
-    source = TextSource("file", ("x",), "0", len(rows), sum(LENGTHS))
-    samples = Samples((padded_batch(BERT, rows),), source)
-    result = evaluate_models(*pair, BERT.task, samples, tmp_path, silent)
-    cosines = []
-    for row in rows:
-        states = [model(torch.tensor([row])).last_hidden_state[0].double() for model in pair]
-        left, right = (state[0] if cls else state.mean(0) for state in states)
-        cosines.append(float(left @ right / left.norm() / right.norm()))
-    assert value_of(result.metrics[0].agreement) == pytest.approx(statistics.fmean(cosines))
-    assert result.evaluation == source
-    assert result.seconds > 0
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "[]", "\xff", '"cls"', '{"pooling_mode": ["cls"]}', '{"pooling_mode": 3}']
-)
-def test_a_damaged_pooling_is_refused_and_named(tmp_path: Path, text: str) -> None:
-    declare(tmp_path, "")
-    file = tmp_path / "1_Pooling" / "config.json"
-    file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ModelDirError) as caught:
-        pooling_of(tmp_path)
-    assert str(file) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "declared",
-    [
-        {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True},
-        {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True},
-        {"pooling_mode": "lasttoken"},
-        # Both at once are concatenated by sentence-transformers.
-        {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
-    ],
-)
-def test_another_pooling_is_not_silently_replaced_by_the_mean(
-    tmp_path: Path, declared: dict[str, object]
-) -> None:
-    declare(tmp_path, json.dumps(declared))
-    with pytest.raises(ModelDirError, match="pooling"):
-        pooling_of(tmp_path)
 
 
 def test_a_broken_embedding_is_refused_and_never_averaged() -> None:
     sound, broken = Table([[1.0, 0.0], [0.6, 0.8]]), Table([[1.0, 0.0], [math.nan, 0.8]])
     batches = (padded_batch(BERT, [[0, 0], [1]]),)
-    pooling = pooling_of(Path("nowhere"))
     for pair in ((sound, broken), (broken, sound)):
         with pytest.raises(ModelDirError, match="An embedding is NaN or infinite"):
-            evaluate_embeddings(*pair, batches, pooling, silent)
+            evaluate_embeddings(*pair, batches, silent)
 
 
 def test_a_perplexity_beyond_all_numbers_is_refused(tiny_llama: Path) -> None:

@@ -32,7 +32,8 @@ from prox24_deploy.model import prune
 from prox24_deploy.model import solve as solve_module
 from prox24_deploy.model.calibration import Batch, Samples, make_samples, read_texts
 from prox24_deploy.model.checkpoint import BlockStore
-from prox24_deploy.model.directory import load_tokenizer, open_model_dir
+from prox24_deploy.model.directory import open_model_dir
+from prox24_deploy.model.processors import load_tokenizer
 from prox24_deploy.model.prune import PrunedState, prune_directory, prune_model
 from prox24_deploy.options import PruneOptions, Target
 from prox24_deploy.pruning.pattern import is_24, project_24

@@ -13,7 +13,7 @@ from prox24_deploy.artifacts import Sensitivity
 from prox24_deploy.errors import CalibrationError, UsageError
 from prox24_deploy.model import sensitivity
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
-from prox24_deploy.model.evaluate import embed, pooling_of
+from prox24_deploy.model.evaluate import embed
 from prox24_deploy.model.losses import loss_against
 from prox24_deploy.model.prune import prune_model
 from prox24_deploy.model.selection import left_dense
@@ -30,7 +30,6 @@ def measure(opened: Opened, options: PruneOptions) -> Sensitivity:
         opened.recipe,
         opened.batches,
         options,
-        pooling=pooling_of(opened.directory.path),
         dense={},
         stored_dtype=lambda name: stored_dtype(opened.directory, name),
         progress=silent,
@@ -88,15 +87,14 @@ def test_the_loss_of_a_layer_is_that_of_the_model_with_its_weight_alone_replaced
     options = PruneOptions("magnitude", refinement="none", max_layers=1)
     found = measure(opened, options)
     name = found.layers[-1].name
-    pooling = pooling_of(tiny_bert)
     batches = opened.batches[::8]
     with torch.no_grad():
-        expected = torch.cat([embed(opened.model, batch, pooling) for batch in batches])
+        expected = torch.cat([embed(opened.model, batch) for batch in batches])
         weight = opened.model.get_submodule(name).get_parameter("weight")
         cells = weight.unflatten(1, (-1, 4))
         dropped = cells.abs().argsort(-1)[..., :2]
         weight.copy_(cells.scatter(-1, dropped, 0.0).flatten(1))
-        got = torch.cat([embed(opened.model, batch, pooling) for batch in batches])
+        got = torch.cat([embed(opened.model, batch) for batch in batches])
     losses = 1 - (got * expected).sum(1)
     assert found.layers[-1].loss.value == pytest.approx(float(losses.mean()), rel=1e-6)
 
@@ -194,9 +192,7 @@ def test_text_beyond_eight_withheld_batches_is_not_measured(
 def test_the_loss_of_the_dense_model_is_zero(family: Path, prose: Path) -> None:
     opened = open_tiny(family, prose)
     with torch.no_grad():
-        loss = loss_against(
-            opened.model, opened.recipe.task, opened.batches, pooling_of(opened.directory.path)
-        )
+        loss = loss_against(opened.model, opened.recipe.task, opened.batches)
         values = loss.of(opened.model)
     assert len(values) == sum(len(batch.real) for batch in opened.batches)
     torch.testing.assert_close(values, torch.zeros_like(values), rtol=0, atol=1e-12)

@@ -13,12 +13,8 @@ from tiny_models import RATE, write_recordings, write_tiny_whisper
 from prox24_deploy.errors import CalibrationError, ModelDirError
 from prox24_deploy.model.audio import Recording, Recordings, read_wave
 from prox24_deploy.model.calibration import IGNORED, Samples
-from prox24_deploy.model.directory import (
-    load_feature_extractor,
-    load_model,
-    load_tokenizer,
-    open_model_dir,
-)
+from prox24_deploy.model.directory import load_model, open_model_dir
+from prox24_deploy.model.processors import load_feature_extractor, load_tokenizer
 from prox24_deploy.model.speech import Listener, feature_sizes, make_speech_samples
 from prox24_deploy.model.transcribe import evaluate_speech, start_tokens, write_down
 from prox24_deploy.recipe import read_recipe

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from prox24_deploy.release.card import SourceCard, read_source_card, render_card
 
-PLAIN = SourceCard({}, "", None, "transformers")
+PLAIN = SourceCard({}, "")
 
 
 def model_dir(path: Path, card: str | None, config: dict[str, Any] | None = None) -> Path:
@@ -37,7 +37,7 @@ def test_it_is_a_card_of_the_hub_without_what_nobody_said() -> None:
     for section in ("How it was pruned", "Accuracy", "How to run", "Limits"):
         assert f"\n## {section}\n" in card.text
     assert "names no licence" in card.text
-    assert "names no repository; add `base_model`" in card.text
+    assert "No repository of the source model was named; add `base_model`" in card.text
     assert "Card of the source model" not in card.text
 
 
@@ -79,10 +79,12 @@ def test_licence_language_and_text_are_kept_of_the_source(tmp_path: Path) -> Non
             tmp_path,
             "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\nlanguage: [de, en]\n"
             "model-index: [{name: x}]\n---\n\n# Dense\n\n---\n\nkept: yes\n",
-            {"license": "mit", "_name_or_path": "org/dense-model"},
+            {"license": "mit", "_name_or_path": "org/what-it-was-made-from"},
         )
     )
-    card = ModelCard(render_card(make_records().report(), source))
+    records = make_records()
+    model = replace(records.model, name="org/dense-model")
+    card = ModelCard(render_card(replace(records, model=model).report(), source))
     found = metadata(card)
     assert found.pop("tags")[0] == "2:4-sparsity"
     assert found == {
@@ -97,25 +99,38 @@ def test_licence_language_and_text_are_kept_of_the_source(tmp_path: Path) -> Non
     assert card.text.rstrip().endswith("# Dense\n\n---\n\nkept: yes")
     assert "figures in it are not those of this one" in card.text
     assert "names no" not in card.text
+    assert "No repository" not in card.text
+    assert "what-it-was-made-from" not in card.text
+    assert "# org/dense-model, 2:4 sparse" in card.text
+    assert "| source model | `org/dense-model`, `" in card.text
 
 
 def test_the_licence_of_the_configuration_is_taken_where_the_card_names_none(
     tmp_path: Path,
 ) -> None:
     source = read_source_card(model_dir(tmp_path, "# Only text\n", {"license": "apache-2.0"}))
-    assert source == SourceCard({"license": "apache-2.0"}, "# Only text", None, "transformers")
+    assert source == SourceCard({"license": "apache-2.0"}, "# Only text")
 
 
-@pytest.mark.parametrize("name", ["bert", "/models/a/b", "../a", "a/b/c", 7, None])
-def test_what_is_no_name_on_the_hub_is_no_base_model(name: object, tmp_path: Path) -> None:
-    source = read_source_card(model_dir(tmp_path, None, {"_name_or_path": name}))
-    assert source.repository is None
-    assert source.text == ""
-
-
-def test_an_embedder_is_opened_by_sentence_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "opened_by"),
+    [(None, "SentenceTransformer"), ("CrossEncoder", "CrossEncoder")],
+)
+def test_a_model_of_sentence_transformers_is_opened_by_that_library(
+    tmp_path: Path, model_type: str | None, opened_by: str
+) -> None:
     (tmp_path / "modules.json").write_text("[]", encoding="utf-8")
-    assert read_source_card(model_dir(tmp_path, None)).library == "sentence-transformers"
+    if model_type is not None:
+        library = json.dumps({"model_type": model_type})
+        (tmp_path / "config_sentence_transformers.json").write_text(library, encoding="utf-8")
+    source = read_source_card(model_dir(tmp_path, None))
+    assert source.opened_by == opened_by
+    card = ModelCard(render_card(make_records().report(), source))
+    assert metadata(card)["library_name"] == "sentence-transformers"
+    assert f"from sentence_transformers import {opened_by}\n" in card.text
+    assert f'model = {opened_by}("path/to/this/directory")\n' in card.text
+    assert ("the output `sentence_embedding`" in card.text) == (model_type is None)
+    assert "from transformers import" not in card.text
 
 
 @pytest.mark.parametrize(

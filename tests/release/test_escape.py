@@ -16,7 +16,7 @@ from prox24_deploy.release.escape import class_name, code, markdown, plain_name,
 from prox24_deploy.release.render import render_benchmark, render_html, render_junit, render_summary
 from prox24_deploy.release.report import Report
 
-PLAIN = SourceCard({}, "", None, "transformers")
+PLAIN = SourceCard({}, "")
 HOSTILE = {
     "html": "X\n\n<script>alert(1)</script>\n\n# Owned",
     "heading": "X\n# Owned\n\nVerdict: pass",
