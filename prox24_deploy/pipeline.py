@@ -12,9 +12,9 @@ from prox24_deploy.artifacts import (
     ExportResult,
     PruneResult,
 )
-from prox24_deploy.errors import BackendMissingError, UsageError
+from prox24_deploy.demands import check_demands, read_demands
+from prox24_deploy.errors import BackendMissingError
 from prox24_deploy.options import BuildOptions, EngineOptions
-from prox24_deploy.release.baseline import Gate, read_gate
 from prox24_deploy.release.bundle import open_bundle
 from prox24_deploy.release.report import Report
 from prox24_deploy.subject import read_subject
@@ -33,12 +33,13 @@ def build(
         Prox24Error: any of its kinds; the stages finished until then are kept.
     """
     # Read before any work, so that a wrong path costs no time.
-    gate = _read_gate(options)
+    demands = read_demands(options)
     subject = read_subject(model_dir, out, options, progress)
     task_accuracy.require_usable(options.harness, subject.recipe)
     backends = engine_stages.open_backends(
         options.engine, model_dir, subject.recipe, subject.directory.config
     )
+    check_demands(demands, subject, [backend.name for backend in backends], options)
     with open_bundle(out, fresh=fresh) as bundle:
         stages.describe(bundle, subject, options)
         task_accuracy.verify(bundle, options.harness)
@@ -50,8 +51,9 @@ def build(
         through = engine_accuracy.measure(bundle, subject, compiled, backends, options, progress)
         tasks = task_accuracy.measure(bundle, subject, options, progress)
         return stages.report(
-            bundle, pruned, exported, compiled, measured, evaluated, gate, through, tasks
-        )
+            bundle, pruned, exported, compiled, measured, evaluated, demands.gate, through, tasks,
+            demands.given,
+        )  # fmt: skip
 
 
 def prune(
@@ -94,21 +96,3 @@ def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResu
     if not result.latency and result.not_measured:
         raise BackendMissingError(result.not_measured[0].reason)
     return result
-
-
-def _read_gate(options: BuildOptions) -> Gate | None:
-    """What the report is held against.
-
-    Raises:
-        UsageError: limits of a comparison, or what may differ in it, without a baseline.
-    """
-    if options.baseline:
-        return read_gate(options.baseline, options.baseline_limits, options.allow)
-    given = [f"--limits {options.baseline_limits}"] if options.baseline_limits else []
-    given += [f"--allow {key}" for key in options.allow]
-    if given:
-        raise UsageError(
-            f"{given[0]} has no effect on a build that is held against no baseline; name one with "
-            "--baseline, or leave it out."
-        )
-    return None

@@ -24,6 +24,7 @@ from prox24_deploy.artifacts import (
     PruneResult,
 )
 from prox24_deploy.errors import BundleError
+from prox24_deploy.limits import GivenLimits
 from prox24_deploy.options import BuildOptions, DeviceChoice, PruneOptions
 from prox24_deploy.release.baseline import Gate
 from prox24_deploy.release.bundle import LATE_FILES, Bundle, stage_key
@@ -174,6 +175,7 @@ def report(
     gate: Gate | None = None,
     through: EngineAccuracyResult | None = None,
     tasks: TaskScores | None = None,
+    given: GivenLimits | None = None,
 ) -> Report:
     """Assemble the report, hold it against a baseline, write its views and the card, and seal."""
     manifest = bundle.manifest
@@ -191,6 +193,7 @@ def report(
         recipe_of(bundle).limits,
         through=through or EngineAccuracyResult(),
         tasks=tasks,
+        given=given or GivenLimits(),
     )
     if gate:
         made = held_against(made, gate.baseline, limits=gate.limits, allow=gate.allow)

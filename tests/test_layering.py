@@ -53,7 +53,7 @@ def ours(path: Path) -> set[str]:
 
 
 COMMON = {
-    "accuracy", "artifacts", "errors", "files", "limits", "options", "recipe", "tasks",
+    "accuracy", "artifacts", "errors", "files", "limits", "metrics", "options", "recipe", "tasks",
     "__version__",
 }  # fmt: skip
 MAY_IMPORT = {
@@ -66,7 +66,8 @@ MAY_IMPORT = {
     "artifacts": set(),
     "errors": set(),
     "options": {"artifacts", "errors"},
-    "limits": {"errors"},
+    "limits": {"errors", "metrics"},
+    "metrics": {"tasks"},
     "recipe": {"errors", "limits", "options", "tasks"},
     "tasks": set(),
 }

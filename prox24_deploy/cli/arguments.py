@@ -175,7 +175,14 @@ BaselineOpt = Annotated[
 ]
 LimitsOpt = Annotated[
     Path | None,
-    typer.Option(help="TOML with limits per metric; default: those of the baseline's recipe."),
+    typer.Option(help="TOML with limits per metric, against a baseline and the dense model."),
+]
+AcceptLossOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="METRIC=AMOUNT",
+        help="Loss to accept against the dense model, e.g. perplexity=25%; repeatable.",
+    ),
 ]
 AllowOpt = Annotated[
     list[str] | None,

@@ -75,6 +75,8 @@ def update(
     if as_json:
         print_json(made.model_dump(mode="json", exclude={"report"}))
         return
+    if made.report.verdict != "pass":
+        stdout.print(f"Note: it did not pass. {made.report.sentence}", soft_wrap=True, markup=False)
     stdout.print(
         f"{path}: {made.report.model.path} accepted, release {len(made.history)} of at most "
         f"{keep} kept.",
