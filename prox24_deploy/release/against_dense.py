@@ -17,6 +17,7 @@ from prox24_deploy.release.intervals import (
     FEW,
     FEWEST,
     around_metric,
+    around_share,
     exactly,
     judge,
     negated,
@@ -188,7 +189,7 @@ def _value(metric: Metric) -> float | None:
 
 def _scale(metric: Metric, group: Group) -> _Scale:
     if metric.agreement:
-        return _Scale(metric.higher_is_better, around_metric(metric.agreement, metric))
+        return _Scale(metric.higher_is_better, around_share(metric.agreement, metric))
     logs = next((m for m in group.metrics if m.name == f"log-{PERPLEXITY}"), None)
     logarithmic = metric.name == PERPLEXITY and logs is not None and logs.difference is not None
     found = logs if logs and logarithmic else metric
@@ -201,7 +202,7 @@ def _scale(metric: Metric, group: Group) -> _Scale:
         difference = unpaired_difference(sparse, dense, found.samples)
     return _Scale(
         metric.higher_is_better,
-        around_metric(sparse, found),
+        around_share(sparse, found),
         worse=negated(difference) if metric.higher_is_better else difference,
         error=error,
         dense=_estimates(metric)[0].value,

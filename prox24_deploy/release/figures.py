@@ -7,7 +7,7 @@ from prox24_deploy.artifacts import Estimate, Interval, LatencyRow, Metric
 from prox24_deploy.release.against_dense import Group, groups_of
 from prox24_deploy.release.intervals import (
     FEWEST,
-    around_metric,
+    around_share,
     exactly,
     median_interval,
     median_ratio_interval,
@@ -118,7 +118,7 @@ def _accuracy(report: Report) -> Iterator[Figure]:
                     "accuracy",
                     "",
                     metric.higher_is_better,
-                    around_metric(found, metric),
+                    around_share(found, metric),
                     estimate=found,
                     values=metric.values,
                     samples=metric.samples,

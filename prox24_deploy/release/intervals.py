@@ -85,6 +85,14 @@ def around_metric(estimate: Estimate, metric: Metric) -> Interval:
     return Interval(value, min(interval.low, value - least), max(interval.high, value + least))
 
 
+def around_share(estimate: Estimate, metric: Metric) -> Interval:
+    """The same of a value, not a difference: a mean of samples between 0 and 1 lies there too."""
+    interval = around_metric(estimate, metric)
+    if not metric.values or not all(0 <= value <= 1 for value in metric.values):
+        return interval
+    return Interval(interval.value, max(interval.low, 0.0), min(interval.high, 1.0))
+
+
 def standard_error(interval: Interval, samples: int | None) -> float:
     """The standard error of a 95 % interval over so many samples; None stands for very many."""
     errors = NORMAL_95 if samples is None else student_95(max(samples - 1, 1))

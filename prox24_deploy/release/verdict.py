@@ -68,11 +68,11 @@ def _part(name: PartName, checks: Sequence[Check]) -> Part:
     if bad != "pass":
         guilty = [check for check in gated if check.verdict == bad]
         more = f", and {len(guilty) - 1} more" if len(guilty) > 1 else ""
-        return Part(verdict=bad, reason=_sentence(f"{guilty[0].name}: {guilty[0].message}{more}"))
+        return Part(verdict=bad, reason=_sentence(_told(guilty[0]) + more))
     if not proofs:
         return Part(verdict="not gated", reason=_sentence(_NOT_GATED[name]))
-    number, first = len(proofs), f"{proofs[0].name}: {proofs[0].message}"
-    reason = _PASSED[name].format(number, number, first=first)
+    number = len(proofs)
+    reason = _PASSED[name].format(number, number, first=_told(proofs[0]))
     return Part(verdict="pass", reason=_sentence(reason))
 
 
@@ -93,8 +93,7 @@ def _blamed(parts: Parts, verdict: Verdict) -> list[PartName]:
 def _telling(name: PartName, parts: Parts, checks: Sequence[Check]) -> str:
     """The check that decided a part."""
     verdict = parts.by_name()[name].verdict
-    check = next(c for c in checks if c.part == name and c.verdict == verdict)
-    return f"{check.name}, {check.message.rstrip('.')}"
+    return _told(next(c for c in checks if c.part == name and c.verdict == verdict))
 
 
 def _change(checks: Sequence[Check], groups: Sequence[Group]) -> str:
@@ -107,7 +106,7 @@ def _change(checks: Sequence[Check], groups: Sequence[Group]) -> str:
         return "no metric was measured"
     metric = named.get(check.name)
     if metric is None or check.kind != "accuracy":
-        return f"{check.name}, {check.message.rstrip('.')}"
+        return _told(check)
     if check.verdict == "not gated":
         return f"{change_in_words(check.name, metric)}, without a limit"
     return change_in_words(check.name, metric) + _why_open(check, metric)
@@ -117,6 +116,15 @@ def _why_open(check: Check, metric: Metric) -> str:
     if check.verdict != "inconclusive":
         return ""
     return ", too few to tell" if metric.samples < FEWEST else ", too near to the limit to tell"
+
+
+def _told(check: Check) -> str:
+    """A check in words; the message about a metric begins with its name."""
+    message = check.message.rstrip(".")
+    if check.kind == "accuracy":
+        return message
+    against = " against the baseline" if check.kind == "baseline" else ""
+    return f"{check.name}{against}: {message}"
 
 
 def _listed(names: Sequence[str]) -> str:
