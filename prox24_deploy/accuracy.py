@@ -16,8 +16,8 @@ class Fidelity:
     `torch` and `engine` are what each scores, `difference` is engine − torch sample by sample;
     where the metric compares both directly they are None and `agreement` is set. `departure` is
     how far the engine is from doing what PyTorch does, in units of the metric, with what
-    sampling noise explains taken off; it is None where a figure is not finite. `tolerance` is None
-    for a metric that informs and gates nothing.
+    sampling noise explains taken off; it is None where a figure is not finite. `tolerance` and
+    `passed` are None for a metric that informs and gates nothing.
     """
 
     twin: Literal["dense", "sparse"]
@@ -29,7 +29,7 @@ class Fidelity:
     agreement: Estimate | None
     departure: float | None
     tolerance: float | None
-    passed: bool
+    passed: bool | None
 
 
 @dataclass(frozen=True, slots=True)

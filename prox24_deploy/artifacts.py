@@ -13,6 +13,8 @@ from prox24_deploy.fingerprint import unkeyed
 
 DType = Literal["float32", "float16", "bfloat16"]
 Verdict = Literal["pass", "fail", "inconclusive"]
+# Of what may have no limit; a figure without one is never said to pass.
+Judgement = Literal["pass", "fail", "inconclusive", "not gated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +362,7 @@ class Clocks:
 class LatencyRow:
     """Dense against sparse at one shape, interleaved; `speedup` is dense over sparse time.
 
-    `gated` is False where the backend has no sparse kernels: the row informs and cannot fail.
+    `gated` is False where the backend has no sparse kernels: the row informs and is "not gated".
     `sequence` is 0 for a graph that has no such axis. `clocks` is None where nothing ran on a GPU.
     `graph` is "model", or "encoder" or "decoder" where there are both; what the decoder reads is
     as long as what it writes, `sequence` tokens.
@@ -376,7 +378,7 @@ class LatencyRow:
     speedup: Interval
     limit: float
     gated: bool
-    verdict: Verdict
+    verdict: Judgement
     clocks: Clocks | None = None
     graph: str = "model"
 

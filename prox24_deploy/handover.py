@@ -14,6 +14,7 @@ from prox24_deploy.errors import BundleError, UsageError
 from prox24_deploy.files import write_atomic
 from prox24_deploy.recipe import GraphTensor
 from prox24_deploy.release import triton
+from prox24_deploy.release.baseline import REPORT_FILE
 from prox24_deploy.release.manifest import (
     FileEntry,
     Manifest,
@@ -21,6 +22,7 @@ from prox24_deploy.release.manifest import (
     read_manifest,
     verify,
 )
+from prox24_deploy.release.schema import load_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,11 @@ class Served:
 
 
 def open_finished(bundle: Path, *, force: bool) -> Manifest:
-    """The manifest of a bundle that verifies and whose verdict is not "fail".
+    """The manifest of a bundle that verifies and that passed.
 
     Args:
         bundle: OUT of a build.
-        force: hand over a release that failed; one that does not verify is never handed over.
+        force: hand over a release that did not; one that does not verify is never handed over.
 
     Raises:
         BundleError: it may not be handed over.
@@ -48,12 +50,17 @@ def open_finished(bundle: Path, *, force: bool) -> Manifest:
             f"Bundle {bundle} does not verify and is not handed over: {faults[0]} Build it again."
         )
     manifest = read_manifest(bundle)
-    if manifest.verdict == "fail" and not force:
+    if manifest.verdict != "pass" and not force:
         raise BundleError(
-            f"Bundle {bundle} failed its own checks and is not handed over, see "
+            f"Bundle {bundle} did not pass and is not handed over. {said_of(bundle)}. See "
             f"{bundle / 'report.html'}; pass --force to hand it over all the same."
         )
     return manifest
+
+
+def said_of(bundle: Path) -> str:
+    """The first line of the report of a bundle that verifies."""
+    return load_report(bundle / REPORT_FILE).sentence
 
 
 def triton_repository(

@@ -129,9 +129,10 @@ class BuildOptions:
     `name` is what the model is called in all that is published; None leaves it to its card. `dtype`
     is that of the exported files; None means the checkpoint's own.
     `device` is where pruning and evaluation run. `engine_tokens` bounds how much of the evaluation
-    is run through the engines; an image counts as 64 tokens. The report is held against `baseline`,
-    by the limits file `baseline_limits` before those of its recipe, and may differ from it in what
-    `allow` names.
+    is run through the engines; an image counts as 64 tokens. The report is held against the dense
+    model and against `baseline`, by `limits_file` before the limits of the recipe, and may differ
+    from the baseline in what `allow` names. `accept_loss` has names of metrics and how much worse
+    than the dense model each may be, "25%" or a number.
     """
 
     recipe: Path | None = None
@@ -141,11 +142,30 @@ class BuildOptions:
     dtype: DType | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
     baseline: Path | None = None
-    baseline_limits: Path | None = None
+    limits_file: Path | None = None
     allow: tuple[str, ...] = ()
     harness: HarnessOptions = field(default_factory=HarnessOptions)
     engine_tokens: int = 8192
     name: str | None = None
+    accept_loss: tuple[tuple[str, str], ...] = ()
+
+
+def parse_losses(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Parse NAME=AMOUNT, the last one of a name.
+
+    Raises:
+        UsageError: a word has no name or no amount.
+    """
+    losses: dict[str, str] = {}
+    for word in words:
+        name, _, amount = (part.strip() for part in word.rpartition("="))
+        if not name or not amount:
+            raise UsageError(
+                f"--accept-loss {word} is not understood, expected METRIC=AMOUNT such as "
+                "perplexity=25% or accuracy=0.05."
+            )
+        losses[name] = amount
+    return tuple(losses.items())
 
 
 def parse_capabilities(words: Sequence[str]) -> tuple[str, ...]:

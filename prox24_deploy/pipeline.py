@@ -13,11 +13,11 @@ from prox24_deploy.artifacts import (
     ExportResult,
     PruneResult,
 )
+from prox24_deploy.demands import check_demands, read_demands
 from prox24_deploy.engines.base import Backend
-from prox24_deploy.errors import BackendMissingError, UsageError
+from prox24_deploy.errors import BackendMissingError
 from prox24_deploy.options import BuildOptions, EngineOptions
 from prox24_deploy.recipe import Recipe
-from prox24_deploy.release.baseline import Gate, read_gate
 from prox24_deploy.release.bundle import Bundle, open_bundle
 from prox24_deploy.release.report import Report
 from prox24_deploy.subject import config_of, model_of, read_subject, recipe_of, source_of
@@ -39,7 +39,7 @@ def build(
         Prox24Error: any of its kinds; the stages finished until then are kept.
     """
     # Read before any work, so that a wrong path costs no time.
-    gate = _read_gate(options)
+    demands = read_demands(options)
     subject = read_subject(model_dir, out, options, progress)
     source, recipe, engine = subject.directory, subject.recipe, options.engine
     dtype = _settled_dtype(source, recipe, options.dtype)
@@ -48,6 +48,7 @@ def build(
     backends = engine_stages.open_backends(
         engine, source.path, source.sha256, recipe, source.config
     )
+    check_demands(demands, subject, [backend.name for backend in backends], options)
     with open_bundle(out, fresh=fresh) as bundle:
         task_accuracy.verify(bundle, options.harness)
         pruned = stages.prune(bundle, subject, options, progress)
@@ -60,8 +61,9 @@ def build(
         through = engine_accuracy.measure(bundle, subject, compiled, backends, options, progress)
         tasks = task_accuracy.measure(bundle, subject, options, progress)
         return stages.report(
-            bundle, subject, pruned, exported, compiled, measured, evaluated, gate, through, tasks
-        )
+            bundle, subject, pruned, exported, compiled, measured, evaluated, demands.gate, through,
+            tasks, demands.given,
+        )  # fmt: skip
 
 
 def prune(
@@ -127,21 +129,3 @@ def _backends_of(bundle: Bundle, recipe: Recipe, options: EngineOptions) -> tupl
     return engine_stages.open_backends(
         options, Path(model.path), model.sha256, recipe, config_of(bundle)
     )
-
-
-def _read_gate(options: BuildOptions) -> Gate | None:
-    """What the report is held against.
-
-    Raises:
-        UsageError: limits of a comparison, or what may differ in it, without a baseline.
-    """
-    if options.baseline:
-        return read_gate(options.baseline, options.baseline_limits, options.allow)
-    given = [f"--limits {options.baseline_limits}"] if options.baseline_limits else []
-    given += [f"--allow {key}" for key in options.allow]
-    if given:
-        raise UsageError(
-            f"{given[0]} has no effect on a build that is held against no baseline; name one with "
-            "--baseline, or leave it out."
-        )
-    return None

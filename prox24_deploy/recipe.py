@@ -413,7 +413,7 @@ def _first_problem(error: ValidationError) -> str:
             "unsupported": Unsupported,
             "embedding": Embedding,
         }
-        if problem["loc"][:2] == ("limits", "metrics"):
+        if problem["loc"][0] == "limits" and len(problem["loc"]) > 2:
             names = ", ".join(name.replace("_", "-") for name in MetricLimits.model_fields)
             return f"unknown key {where!r}; the keys of a metric are {names}"
         # The innermost table around the key: heads.0.decoder.inputs.1.axis lies in inputs.

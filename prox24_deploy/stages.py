@@ -23,6 +23,7 @@ from prox24_deploy.artifacts import (
     PruneResult,
 )
 from prox24_deploy.files import make_folder
+from prox24_deploy.limits import GivenLimits
 from prox24_deploy.options import BuildOptions, DeviceChoice, PruneOptions
 from prox24_deploy.recipe import Recipe
 from prox24_deploy.release.baseline import Gate
@@ -162,6 +163,7 @@ def report(
     gate: Gate | None = None,
     through: EngineAccuracyResult | None = None,
     tasks: TaskScores | None = None,
+    given: GivenLimits | None = None,
 ) -> Report:
     """Assemble the report, hold it against a baseline, write its views and the card, and seal."""
     manifest = bundle.manifest
@@ -180,6 +182,7 @@ def report(
         subject.recipe.limits,
         through=through or EngineAccuracyResult(),
         tasks=tasks,
+        given=given or GivenLimits(),
     )
     if gate:
         made = held_against(made, gate.baseline, limits=gate.limits, allow=gate.allow)

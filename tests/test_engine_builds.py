@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from command_line import run_cli
+from command_line import ANY_EMBEDDING, run_cli
 
 from prox24_deploy.engines import tensorrt
 from prox24_deploy.options import parse_capabilities
@@ -16,7 +16,7 @@ from prox24_deploy.release.schema import load_report
 
 SMALL = (
     "--calibration-tokens", "4096", "--evaluation-tokens", "1024", "--method", "magnitude",
-    "--dtype", "float16", "--shapes", "batch=1,2", "sequence=16",
+    "--dtype", "float16", "--shapes", "batch=1,2", "sequence=16", *ANY_EMBEDDING,
 )  # fmt: skip
 RTX = Path("engines") / "tensorrt-rtx"
 rtx = pytest.mark.tensorrt_rtx

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import transformers
-from command_line import run_cli, snapshot
+from command_line import ANY_CLASS, ANY_EMBEDDING, ANY_TEXT, run_cli, snapshot
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
@@ -51,7 +51,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory, prose: Path) -> Path:
     model = write_tiny_bert(folder / "tiny-bert")
     (model / "README.md").write_text(SOURCE_CARD, encoding="utf-8")
     shapes = ("--shapes", "batch=1,4", "sequence=16")
-    run = run_cli("build", model, "-o", folder / "out", "--calibration", prose, *FAST, *shapes)
+    run = run_cli(
+        "build", model, "-o", folder / "out", "--calibration", prose, *FAST, *shapes, *ANY_EMBEDDING
+    )
     assert run.code == 0, run.err
     return folder / "out"
 
@@ -61,7 +63,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, prose: P
     out = tmp_path_factory.mktemp("decoder") / "out"
     run = run_cli(
         "build", tiny_llama, "-o", out, "--calibration", prose, "--dtype", "float16", *FAST,
-        "--shapes", "batch=2", "sequence=16",
+        "--shapes", "batch=2", "sequence=16", *ANY_TEXT,
     )  # fmt: skip
     assert run.code == 0, run.err
     return out
@@ -84,7 +86,7 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
     run = run_cli(
         "build", folder / "vit", "-o", folder / "out", "--calibration", folder / "images",
-        "--preset", "fast", "--shapes", "batch=2",
+        "--preset", "fast", "--shapes", "batch=2", *ANY_CLASS,
     )  # fmt: skip
     assert run.code == 0, run.err
     return folder / "out"
@@ -201,15 +203,21 @@ def test_a_bundle_that_does_not_verify_is_refused_even_with_force(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_release_that_failed_needs_force(copy: Path, tmp_path: Path) -> None:
-    reseal(copy, verdict="fail")
+@pytest.mark.parametrize("verdict", ["fail", "inconclusive"])
+def test_a_release_that_did_not_pass_needs_force(verdict: str, copy: Path, tmp_path: Path) -> None:
+    said = f"{verdict} on accuracy: perplexity +187 %"
+    report = json.loads((copy / "report.json").read_bytes()) | {"sentence": said}
+    (copy / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    reseal(copy, "report.json", verdict=verdict)
     run = run_cli("package", copy, "--triton", tmp_path / "out")
     assert run.code == 2
-    assert "failed its own checks and is not handed over" in run.err
+    assert f"did not pass and is not handed over. {said}. See {copy / 'report.html'}" in run.err
     assert not (tmp_path / "out").exists()
-    assert run_cli("package", copy, "--triton", tmp_path / "out", "--force").code == 0
+    forced = run_cli("package", copy, "--triton", tmp_path / "out", "--force")
+    assert forced.code == 0
+    assert f"Note: Handed over although it did not pass. {said}." in forced.out
     text = (tmp_path / "out" / "tiny-bert" / "config.pbtxt").read_text(encoding="utf-8")
-    assert "verdict fail" in text.splitlines()[0]
+    assert f"verdict {verdict}" in text.splitlines()[0]
 
 
 def test_nothing_to_write_and_a_place_inside_the_bundle_are_refused(encoder: Path) -> None:
@@ -396,7 +404,9 @@ def test_no_file_is_written_into_the_bundle(option: str, encoder: Path) -> None:
 def rebuild(encoder: Path, copy: Path, prose: Path) -> None:
     shapes = ("--shapes", "batch=1,4", "sequence=16")
     model = encoder.parent / "tiny-bert"
-    run = run_cli("build", model, "-o", copy, "--calibration", prose, *FAST, *shapes)
+    run = run_cli(
+        "build", model, "-o", copy, "--calibration", prose, *FAST, *shapes, *ANY_EMBEDDING
+    )
     assert run.code == 0, run.err
     assert run_cli("verify", copy).code == 0
 

@@ -11,10 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import run_cli, snapshot
+from command_line import ANY_EMBEDDING, run_cli, snapshot
 
 KILLS = 5
-SMALL = ("--calibration-tokens", "2048", "--evaluation-tokens", "1024", "--preset", "fast")
+SMALL = (
+    "--calibration-tokens",
+    "2048",
+    "--evaluation-tokens",
+    "1024",
+    "--preset",
+    "fast",
+    *ANY_EMBEDDING,
+)
 
 
 def build_command(model: Path, out: Path, text: Path) -> list[str]:

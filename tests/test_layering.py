@@ -56,8 +56,8 @@ def ours(path: Path) -> set[str]:
 
 
 COMMON = {
-    "accuracy", "artifacts", "documents", "errors", "files", "fingerprint", "limits", "options",
-    "printable", "recipe", "snapshot", "tasks", "__version__",
+    "accuracy", "artifacts", "documents", "errors", "files", "fingerprint", "limits", "metrics",
+    "options", "printable", "recipe", "snapshot", "tasks", "__version__",
 }  # fmt: skip
 MAY_IMPORT = {
     "pruning": {"pruning"},
@@ -72,7 +72,8 @@ MAY_IMPORT = {
     "fingerprint": set(),
     "printable": set(),
     "options": {"artifacts", "errors", "fingerprint"},
-    "limits": {"documents", "errors"},
+    "limits": {"documents", "errors", "metrics"},
+    "metrics": {"tasks"},
     "recipe": {"documents", "errors", "limits", "options", "tasks"},
     "snapshot": set(),
     "tasks": set(),

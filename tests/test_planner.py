@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run_cli
+from command_line import ANY_EMBEDDING, run_cli
 
 from prox24_deploy.engines.profile import GemmShape, GemmTiming, GpuProfile, write_profile
 
@@ -79,7 +79,7 @@ def test_a_build_prunes_what_the_plan_says_and_gives_its_reasons(
 ) -> None:
     run = run_cli(
         "build", tiny_bert, "-o", tmp_path / "out", "--calibration", prose, "--plan", planned,
-        *SMALL, "--json",
+        *SMALL, *ANY_EMBEDDING, "--json",
     )  # fmt: skip
     assert run.code == 0, run.err
     layers = json.loads(run.out)["pruning"]["layers"]

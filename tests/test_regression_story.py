@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from command_line import run_cli, snapshot
+from command_line import ANY_EMBEDDING, run_cli, snapshot
 from junitparser import Error, Failure, JUnitXml, Skipped
 from markdown_it import MarkdownIt
 
@@ -22,7 +22,7 @@ from prox24_deploy.release.schema import Report
 
 SMALL = (
     "--calibration-tokens", "4096", "--evaluation-tokens", "2048", "--shapes", "batch=2",
-    "sequence=16",
+    "sequence=16", *ANY_EMBEDDING,
 )  # fmt: skip
 LATENCY = "latency/onnxruntime/batch=2,sequence=16"
 SPEED_UP = "speed-up/onnxruntime/batch=2,sequence=16"
@@ -339,14 +339,31 @@ def test_build_refuses_what_compare_refuses_and_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [("--limits", "limits.toml"), ("--allow", "gpu")])
+@pytest.mark.parametrize(
+    ("text", "allow", "what"),
+    [
+        ("[perplexity]\nthreshold = 9\n", (), "[perplexity] in --limits {limits}"),
+        ("", (), "--limits {limits}, which is empty,"),
+        ("[against-dense]\n", (), "--limits {limits}, which is empty,"),
+        (
+            '["embedding*"]\n[against-dense."embedding cosine"]\nthreshold = 0.9\n',
+            (),
+            "[embedding*] in --limits {limits}",
+        ),
+        (None, ("--allow", "gpu"), "--allow gpu"),
+    ],
+)
 def test_what_belongs_to_a_baseline_is_refused_without_one(
-    options: tuple[str, str], tiny_bert: Path, tmp_path: Path
+    text: str | None, allow: tuple[str, ...], what: str, tiny_bert: Path, tmp_path: Path
 ) -> None:
-    run = run_cli("build", tiny_bert, "-o", tmp_path / "out", *options)
+    limits = None if text is None else write_limits(tmp_path, text)
+    given = () if limits is None else ("--limits", limits)
+    run = run_cli("build", tiny_bert, "-o", tmp_path / "out", *given, *allow)
     assert run.code == 2
-    assert f"{' '.join(options)} has no effect on a build that is held against no" in run.err
+    told = what.format(limits=limits)
+    assert f"{told} has no effect on a build that is held against no baseline" in run.err
     assert "name one with --baseline, or leave it out." in run.err
+    assert "Limits against the dense model stand under [against-dense]." in run.err
     assert not (tmp_path / "out").exists()
 
 

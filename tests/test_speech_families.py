@@ -30,7 +30,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "build", model_dir, "-o", out, "--calibration", speech, "--method", "magnitude",
         "--shapes", "batch=1", "sequence=8,16",
     )  # fmt: skip
-    assert done.code == 0, done.err
+    # Two recordings are held out, and fewer than three decide nothing.
+    assert done.code == 5, done.err
     return out
 
 
@@ -43,10 +44,13 @@ def test_a_model_of_speech_is_built_as_two_graphs_and_judged_by_its_words(out: P
     names = [metric.name for metric in report.accuracy.metrics]
     assert names[:3] == ["word error rate", "word error rate to dense", "perplexity"]
     assert [metric.samples for metric in report.accuracy.metrics] == [2] * 6
+    assert report.sentence.startswith("Inconclusive on accuracy: word error rate ")
+    assert ", 2 samples, too few to tell" in report.sentence
+    assert report.parts.export.verdict == report.parts.sparsity.verdict == "pass"
     # Engines are forced along the targets, and write no words of their own.
     (engine,) = report.accuracy.engines
     assert [metric.name for metric in engine.metrics] == names[2:]
-    assert all(one.passed for one in engine.fidelity)
+    assert all(one.passed is not False for one in engine.fidelity)
     assert any("word error rate" in one and "engine" in one for one in report.warnings)
     # The encoder has no axis for a sequence.
     rows = [(row.graph, row.sequence) for row in report.latency]

@@ -218,7 +218,14 @@ BaselineOpt = Annotated[
 LimitsOpt = Annotated[
     Path | None,
     typer.Option(
-        help="TOML with limits per metric; default: those of the baseline's recipe.", readable=False
+        help="TOML with limits per metric, against a baseline and the dense model.", readable=False
+    ),
+]
+AcceptLossOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="METRIC=AMOUNT",
+        help="Loss to accept against the dense model, e.g. perplexity=25%; repeatable.",
     ),
 ]
 AllowOpt = Annotated[

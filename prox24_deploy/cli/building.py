@@ -8,7 +8,7 @@ import typer
 
 from prox24_deploy.cli import arguments, tables
 from prox24_deploy.cli.terminal import print_json, print_table, say, stderr
-from prox24_deploy.options import BuildOptions, HarnessOptions, TextOptions
+from prox24_deploy.options import BuildOptions, HarnessOptions, TextOptions, parse_losses
 
 if TYPE_CHECKING:
     from prox24_deploy.release.report import Report
@@ -56,6 +56,7 @@ def build(
     seed: arguments.SeedOpt = 0,
     baseline: arguments.BaselineOpt = None,
     limits: arguments.LimitsOpt = None,
+    accept_loss: arguments.AcceptLossOpt = None,
     allow: arguments.AllowOpt = None,
     fresh: arguments.FreshOpt = False,
     as_json: arguments.JsonOpt = False,
@@ -84,6 +85,7 @@ def build(
         HarnessOptions(tuple(dict.fromkeys(lm_eval or ())), lm_eval_data, lm_eval_limit),
         engine_tokens,
         name,
+        parse_losses(accept_loss or ()),
     )
     root = out or arguments.default_out(model_dir)
     with tables.progress(stderr) as progress:
@@ -214,14 +216,14 @@ def bench(
 
 
 def exit_code(report: "Report") -> int:
-    """4 if a weight lost its pattern, else that of the verdict."""
-    if any(check.expected and not check.is_24 for check in report.sparsity.tensors):
+    """4 if a pruned weight is not proven to be 2:4, else that of the verdict."""
+    if any(check.kind == "sparsity" and check.verdict == "fail" for check in report.checks):
         return EXIT_SPARSITY
     return VERDICT_EXIT[report.verdict]
 
 
 def print_report(report: "Report", root: Path) -> None:
-    """The page of a build: verdict, accuracy, latency, warnings, where to look."""
+    """The page of a build: what changed and its verdict, accuracy, latency, where to look."""
     for line in tables.report_head(report):
         say(line)
     if report.latency:

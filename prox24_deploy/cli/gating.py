@@ -86,6 +86,8 @@ def update(
     if as_json:
         print_json(made.model_dump(mode="json", exclude={"report"}))
         return
+    if made.report.verdict != "pass":
+        say(f"Note: it did not pass. {made.report.sentence}")
     say(
         f"{path}: {made.report.model.path} accepted, release {len(made.history)} of at most "
         f"{keep} kept."

@@ -43,7 +43,7 @@ def package(
         typer.Option(help="Write a list of hashes to this file, for sha256sum -c.", readable=False),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Hand over a bundle whose verdict is fail.")
+        bool, typer.Option("--force", help="Hand over a bundle that did not pass.")
     ] = False,
     as_json: arguments.JsonOpt = False,
 ) -> None:
@@ -62,6 +62,8 @@ def package(
     manifest = handover.open_finished(bundle, force=force)
     written: dict[str, str] = {}
     notes: tuple[str, ...] = ()
+    if manifest.verdict != "pass":
+        notes = (f"Handed over although it did not pass. {handover.said_of(bundle)}.",)
     if sbom is not None:
         handover.write_sbom(bundle, manifest, sbom)
         written["sbom"] = str(sbom)
@@ -70,7 +72,8 @@ def package(
         written["checksums"] = str(checksums)
     # Last, because it alone is not written again where it is there.
     if triton is not None:
-        path, notes = handover.triton_repository(bundle, manifest, triton, options)
+        path, served = handover.triton_repository(bundle, manifest, triton, options)
+        notes += served
         written["triton"] = str(path)
     if as_json:
         print_json({"written": written, "notes": list(notes)})

@@ -57,10 +57,15 @@ def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def report_head(report: "Report") -> list[str]:
-    """Verdict, number of layers and accuracy of a build."""
+    """What changed and whether it may ship, why, and the figures of a build."""
     totals = report.pruning.totals
     return [
-        f"Verdict: {report.verdict}",
+        report.sentence,
+        *(f"Accepted loss: {loss}" for loss in report.accepted_losses),
+        *(
+            f"  {name}: {part.verdict}. {part.reason}"
+            for name, part in report.parts.by_name().items()
+        ),
         f"Pruned: {totals.pruned} layers proven 2:4, {totals.skipped} left dense",
         *map(metric_line, report.accuracy.metrics),
         *(
@@ -145,7 +150,7 @@ def findings(found: Sequence["Finding"]) -> Table:
 def comparison(found: "Comparison") -> Table:
     """Every figure against the baseline; what does not pass stands out."""
     table = _table("figure", "baseline", "now", "limit", "verdict", "finding")
-    styles = {"pass": "", "inconclusive": "yellow", "fail": "red"}
+    styles = {"pass": "", "inconclusive": "yellow", "fail": "red", "not gated": "dim"}
     for change in found.changes:
         values = ["–" if v is None else f"{v:.6g}" for v in (change.before, change.after)]
         _add_row(
@@ -153,9 +158,9 @@ def comparison(found: "Comparison") -> Table:
             change.name,
             *values,
             change.limits,
-            change.verdict if change.gated else "not gated",
+            change.verdict,
             change.message,
-            style=styles[change.verdict] if change.gated else "dim",
+            style=styles[change.verdict],
         )
     return table
 

@@ -136,7 +136,9 @@ def fidelity_of(twin: Twin, metric: Metric, dtype: DType) -> Fidelity:
     if found and math.isfinite(found.value) and math.isfinite(found.standard_error):
         noise = _NORMAL_95 * found.standard_error if metric.difference else 0.0
         departure = max(0.0, depart(found.value) - noise) if depart else None
-    passed = tolerance is None or (departure is not None and departure <= tolerance)
+    passed = None
+    if tolerance is not None:
+        passed = departure is not None and departure <= tolerance
     return Fidelity(
         twin=twin,
         metric=metric.name,

@@ -10,10 +10,16 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from prox24_deploy.documents import Document, parse_json, read_document
 from prox24_deploy.errors import BundleError, UsageError
 from prox24_deploy.files import write_atomic
-from prox24_deploy.limits import MetricTable, read_limits
+from prox24_deploy.limits import GivenLimits, read_limits
 from prox24_deploy.release.figures import figures_of
 from prox24_deploy.release.likeness import require_keys
-from prox24_deploy.release.schema import Headline, Report, load_report, parse_report
+from prox24_deploy.release.schema import (
+    SCHEMA_VERSION,
+    Headline,
+    Report,
+    load_report,
+    parse_report,
+)
 
 BASELINE_VERSION: Final = 1
 REPORT_FILE = "report.json"
@@ -53,7 +59,7 @@ class Gate:
     """A baseline, the limits that come before those of its recipe, and what may differ from it."""
 
     baseline: Baseline
-    limits: MetricTable
+    limits: GivenLimits
     allow: tuple[str, ...]
 
 
@@ -85,8 +91,8 @@ def read_gate(baseline: Path, limits: Path | None, allow: Sequence[str]) -> Gate
         UsageError: the limits file cannot be used, or `allow` names what is no key.
     """
     require_keys(allow)
-    table = read_limits(limits) if limits else {}
-    return Gate(read_baseline(baseline), table, tuple(allow))
+    given = read_limits(limits) if limits else GivenLimits()
+    return Gate(read_baseline(baseline), given, tuple(allow))
 
 
 def read_baseline_file(path: Path) -> BaselineFile:
@@ -113,7 +119,10 @@ def parse_baseline(data: bytes, source: str) -> BaselineFile:
     report = raw.get("report")
     versions = {
         "baseline_version": (raw.get("baseline_version"), BASELINE_VERSION),
-        "schema_version": (report.get("schema_version") if isinstance(report, dict) else None, 1),
+        "schema_version": (
+            report.get("schema_version") if isinstance(report, dict) else None,
+            SCHEMA_VERSION,
+        ),
     }
     for key, (version, expected) in versions.items():
         if version != expected:

@@ -7,54 +7,84 @@ the sparse one, is taken out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
-from prox24_deploy.artifacts import Interval, Verdict
+from prox24_deploy.artifacts import Interval, Judgement, Verdict
 from prox24_deploy.errors import BundleError
-from prox24_deploy.limits import Limits, MetricLimits, limits_of
+from prox24_deploy.limits import (
+    DEFAULT_METRICS,
+    GivenLimits,
+    Limits,
+    MetricLimits,
+    joined,
+    limits_of,
+)
+from prox24_deploy.release.against_dense import judge_metrics
 from prox24_deploy.release.baseline import Baseline
-from prox24_deploy.release.figures import Figure, figures_of, negated, without_drift, worsening
-from prox24_deploy.release.intervals import exactly, judge, standard_error
+from prox24_deploy.release.binding import (
+    NO_FIGURE,
+    part_of,
+    require_figures,
+    require_named,
+    unmatched,
+    unmatched_checks,
+)
+from prox24_deploy.release.figures import (
+    Figure,
+    figures_of,
+    metric_groups,
+    without_drift,
+    worsening,
+)
+from prox24_deploy.release.intervals import FEWEST, exactly, judge, negated, standard_error, worst
 from prox24_deploy.release.likeness import MACHINE_KEYS, in_words, require_alike
 from prox24_deploy.release.schema import Change, Check, Comparison, Report, Status
+from prox24_deploy.release.verdict import judge_parts, sentence_of, whole_verdict
+from prox24_deploy.release.wording import limits_in_words
 
-_BADNESS: tuple[Verdict, ...] = ("pass", "inconclusive", "fail")
 RELEASE = "release verdict"
+_NOTHING_GIVEN = GivenLimits()
 
 
 def compare_reports(
     report: Report,
     baseline: Baseline,
     *,
-    limits: Mapping[str, MetricLimits],
+    limits: GivenLimits = _NOTHING_GIVEN,
     allow: Sequence[str] = (),
 ) -> Comparison:
-    """Judge every figure of both; `limits` come before the recipe's and may be empty.
+    """Judge every figure of both; the `limits` of a file come before the recipe's.
 
     A figure with a limit that the report lacks fails; one that the baseline lacks is listed and not
-    gated.
+    gated, unless the file names it. Where the file has limits against the dense model, the report
+    is held to them instead of to its own, accepted losses among these.
 
     Raises:
         BundleError: the reports differ in what `allow` does not name.
-        UsageError: `allow` names what is no key.
+        UsageError: `allow` names what is no key, or the file a figure that neither report has.
     """
     allowed = require_alike(report, baseline.report, allow, baseline.source)
     keys = {difference.key for difference in allowed}
+    recipe = _limits_of(baseline.report, f"Baseline {baseline.source}").metrics
     judges = _Judges(
-        recipe=_recipe_limits(baseline),
-        file=limits,
+        recipe=recipe,
+        file=limits.metrics,
         paired="evaluation" not in keys,
         same_machine=not keys & MACHINE_KEYS,
     )
     new, old = figures_of(report), figures_of(baseline.report)
+    figures = {**old, **new}
+    require_figures(limits.metrics, figures, f"Limits file {limits.source}")
+    own = {name: entry for name, entry in recipe.items() if DEFAULT_METRICS.get(name) != entry}
     changes = (
-        _release(report),
-        *(_change(judges, name, new, old) for name in {**old, **new}),
+        _release(report, limits),
+        *(_change(judges, name, new, old) for name in figures),
+        *_unmatched(joined(own, limits.metrics), figures),
     )
     return Comparison(
-        verdict=worst(change.verdict for change in changes if change.gated),
+        verdict=worst(change.verdict for change in changes if change.verdict != "not gated"),
         baseline=baseline.source,
         reason=baseline.reason,
         date=baseline.date,
@@ -68,37 +98,34 @@ def held_against(
     report: Report,
     baseline: Baseline,
     *,
-    limits: Mapping[str, MetricLimits] | None = None,
+    limits: GivenLimits = _NOTHING_GIVEN,
     allow: Sequence[str] = (),
 ) -> Report:
     """The report with its comparison among its checks, regressions and verdict.
 
     A report that is unlike its baseline was still made: it is inconclusive and says why. What
-    differs and was allowed is among its warnings.
+    differs and was allowed is among its warnings. The limits against the dense model have judged
+    it when it was made.
 
     Raises:
-        UsageError: `allow` names what is no key.
+        UsageError: as for `compare_reports`.
     """
+    against_baseline = replace(limits, against_dense={})
     try:
-        comparison = compare_reports(report, baseline, limits=limits or {}, allow=allow)
+        comparison = compare_reports(report, baseline, limits=against_baseline, allow=allow)
     except BundleError as error:
         check = Check(
             name="comparison",
+            part="accuracy",
             kind="baseline",
             value=None,
             limit=None,
-            gated=True,
             verdict="inconclusive",
             message=str(error),
         )
         return _judged(report, (check,), None)
     found = (_check(change) for change in comparison.changes if change.kind != "release")
     return _judged(report, tuple(found), comparison)
-
-
-def worst(verdicts: Iterator[Verdict]) -> Verdict:
-    """Fail if any fails, else inconclusive if any is, else pass."""
-    return max(verdicts, key=_BADNESS.index, default="pass")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,38 +137,47 @@ class _Judges:
     paired: bool
     same_machine: bool
 
-    def of(self, figure: Figure) -> MetricLimits | None:
-        """The limits of a figure; a file gates what the recipe leaves alone."""
-        explicit = limits_of(self.file, figure.name)
-        if explicit is None and self._left_alone(figure):
+    def of(self, before: Figure) -> MetricLimits | None:
+        """Limits of a figure, as the baseline has it; a file gates what a recipe leaves alone."""
+        explicit = self.given(before)
+        if explicit is None and self._left_alone(before):
             return None
-        found = explicit or limits_of(self.recipe, figure.name)
+        found = explicit or limits_of(self.recipe, before.name)
         return found if found and found.gates else None
 
-    def _left_alone(self, figure: Figure) -> bool:
-        return not figure.gated or (figure.kind == "latency" and not self.same_machine)
+    def given(self, figure: Figure) -> MetricLimits | None:
+        """Those of the file."""
+        return limits_of(self.file, figure.name)
+
+    def _left_alone(self, before: Figure) -> bool:
+        if before.kind in {"layers", "kernels"} and before.value.value == 0:
+            # There are none to lose.
+            return True
+        return not before.gated or (before.kind == "latency" and not self.same_machine)
 
 
-def _recipe_limits(baseline: Baseline) -> Mapping[str, MetricLimits]:
+def _limits_of(report: Report, source: str) -> Limits:
+    """What a report was judged by; `source` names it in errors."""
     try:
-        return Limits.model_validate(baseline.report.options.get("limits", {})).metrics
+        return Limits.model_validate(report.options.get("limits", {}))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in ("options", "limits", *problem["loc"]))
         raise BundleError(
-            f"Baseline {baseline.source} is damaged at {where!r}: {problem['msg']}; restore it."
+            f"{source} is damaged at {where!r}: {problem['msg']}; restore it."
         ) from error
 
 
-def _release(report: Report) -> Change:
+def _release(report: Report, given: GivenLimits) -> Change:
     """What the report says of itself; what it says of an earlier baseline is not asked."""
-    own = (c.verdict for c in report.checks if c.gated and c.kind != "baseline")
-    verdict = worst(own)
-    sentence = {
-        "pass": "Every gate of the release itself holds",
-        "fail": "A gate of the release itself failed, its report says which",
-        "inconclusive": "A gate of the release itself is inconclusive, its report says which",
-    }
+    parts = judge_parts(_own_checks(report, given))
+    verdict = whole_verdict(parts)
+    found = [
+        f"{name} is {part.verdict}: {part.reason.rstrip('.')}"
+        for name, part in parts.by_name().items()
+        if part.verdict == verdict or (name == "accuracy" and part.verdict == "not gated")
+    ]
+    message = "Every part of the release itself that was gated passes"
     return Change(
         name=RELEASE,
         kind="release",
@@ -151,11 +187,47 @@ def _release(report: Report) -> Change:
         after=None,
         worse=None,
         limits="pass",
-        gated=True,
         status="compared",
         verdict=verdict,
-        message=sentence[verdict],
+        message=message if verdict == "pass" else f"Of the release itself, {'; '.join(found)}",
     )
+
+
+def _own_checks(report: Report, given: GivenLimits) -> list[Check]:
+    """Checks of a report without those of its baseline; by other limits where any are given."""
+    own = [check for check in report.checks if check.kind != "baseline"]
+    if not given.against_dense:
+        return own
+    groups = metric_groups(report)
+    names = [group.prefix + metric.name for group in groups for metric in group.metrics]
+    require_named(given, Limits(), names)
+    table = joined(_limits_of(report, "The report").against_dense, given.against_dense)
+    return [
+        *(one.check for one in judge_metrics(groups, table)),
+        *unmatched_checks(given, Limits(), names),
+        *(check for check in own if check.kind != "accuracy"),
+    ]
+
+
+def _unmatched(
+    table: Mapping[str, MetricLimits], figures: Mapping[str, Figure]
+) -> Iterator[Change]:
+    """A row that does not pass for each limit that found no figure."""
+    gating = [name for name, limits in table.items() if limits.gates]
+    for name in unmatched(gating, figures):
+        yield Change(
+            name=name,
+            kind="limits",
+            unit="",
+            higher_is_better=True,
+            before=None,
+            after=None,
+            worse=None,
+            limits=limits_in_words(table[name], higher_is_better=True),
+            status="unmatched",
+            verdict="inconclusive",
+            message=NO_FIGURE,
+        )
 
 
 def _change(
@@ -165,26 +237,40 @@ def _change(
     if after is None:
         return _missing(judges, old[name])
     if before is None:
-        return _record(
-            after, None, after, None, None, "new", "pass", "Not in the baseline, so not gated"
-        )
+        return _added(judges, after)
     worse = worsening(after, before, paired=judges.paired)
-    limits = judges.of(after)
-    if limits is None:
-        message = _moved(after, before, worse)
-        return _record(after, before, after, worse, None, "compared", "pass", message)
-    verdict = _verdict(limits, after, before, worse)
+    limits = judges.of(before)
     message = _moved(after, before, worse)
+    if limits is None:
+        return _record(after, before, after, worse, None, "compared", "not gated", message)
+    if not (after.decides and before.decides):
+        message += f"; fewer than {FEWEST} samples decide nothing"
+        return _record(after, before, after, worse, limits, "compared", "inconclusive", message)
+    verdict = _verdict(limits, after, before, worse)
     if after.kind == "latency" and verdict == "fail":
         verdict, reason = _drift(limits, new, old, name)
         message += reason
     return _record(after, before, after, worse, limits, "compared", verdict, message)
 
 
+def _added(judges: _Judges, after: Figure) -> Change:
+    """A figure that the baseline lacks: of limits in a file, a threshold alone can be judged."""
+    limits = judges.given(after)
+    if limits is None or not limits.gates:
+        message = "Not in the baseline, so not gated"
+        return _record(after, None, after, None, None, "new", "not gated", message)
+    if limits.model_fields_set == {"threshold"} and limits.threshold is not None and after.decides:
+        message = f"{_amount(after.value.value, after.unit, 6)}, not in the baseline"
+        verdict = _within(after, limits.threshold)
+        return _record(after, None, after, None, limits, "new", verdict, message)
+    message = "Not in the baseline, so that its limit cannot be judged"
+    return _record(after, None, after, None, limits, "new", "inconclusive", message)
+
+
 def _missing(judges: _Judges, before: Figure) -> Change:
     limits = judges.of(before)
     message = "Missing in the report, or not a finite number there; the baseline has it"
-    verdict: Verdict = "fail" if limits else "pass"
+    verdict: Judgement = "fail" if limits else "not gated"
     return _record(before, before, None, None, limits, "missing", verdict, message)
 
 
@@ -217,12 +303,19 @@ def _verdict(limits: MetricLimits, after: Figure, before: Figure, worse: Interva
         bound = limits.max_degradation_percent / 100 * abs(before.value.value)
         verdicts.append(judge(worse, bound))
     if limits.max_degradation_standard_errors is not None:
-        bound = limits.max_degradation_standard_errors * standard_error(worse)
+        bound = limits.max_degradation_standard_errors * standard_error(
+            worse, _fewer(after, before)
+        )
         # The limit is a statement about noise already.
         verdicts.append(judge(exactly(worse.value), bound))
     if limits.min_improvement is not None:
         verdicts.append(judge(worse, -limits.min_improvement))
-    return worst(iter(verdicts))
+    return worst(verdicts)
+
+
+def _fewer(after: Figure, before: Figure) -> int | None:
+    known = [samples for samples in (after.samples, before.samples) if samples is not None]
+    return min(known, default=None)
 
 
 def _within(after: Figure, threshold: float) -> Verdict:
@@ -254,20 +347,6 @@ def _amount(value: float, unit: str, digits: int) -> str:
     return f"{number} {unit}" if unit else number
 
 
-def limits_in_words(limits: MetricLimits, higher_is_better: bool) -> str:
-    """Every limit that is given, as a reader of a table wants it."""
-    bound = "at least" if higher_is_better else "at most"
-    zero = limits.max_degradation == 0
-    words = {
-        f"{bound} {{:g}}": limits.threshold,
-        "no worse" if zero else "at most {:g} worse": limits.max_degradation,
-        "at most {:g} % worse": limits.max_degradation_percent,
-        "at most {:g} standard errors worse": limits.max_degradation_standard_errors,
-        "at least {:g} better": limits.min_improvement,
-    }
-    return ", ".join(text.format(value) for text, value in words.items() if value is not None)
-
-
 def _record(
     figure: Figure,
     before: Figure | None,
@@ -275,7 +354,7 @@ def _record(
     worse: Interval | None,
     limits: MetricLimits | None,
     status: Status,
-    verdict: Verdict,
+    verdict: Judgement,
     message: str,
 ) -> Change:
     return Change(
@@ -287,7 +366,6 @@ def _record(
         after=after.value.value if after else None,
         worse=worse,
         limits=limits_in_words(limits, figure.higher_is_better) if limits else "",
-        gated=limits is not None,
         status=status,
         verdict=verdict,
         message=message,
@@ -298,10 +376,10 @@ def _check(change: Change) -> Check:
     limits = f"; limit: {change.limits}" if change.limits else ""
     return Check(
         name=change.name,
+        part=part_of(change.name),
         kind="baseline",
         value=change.after,
         limit=None,
-        gated=change.gated,
         verdict=change.verdict,
         message=f"{change.message}{limits}",
     )
@@ -309,6 +387,7 @@ def _check(change: Change) -> Check:
 
 def _judged(report: Report, checks: tuple[Check, ...], comparison: Comparison | None) -> Report:
     every = (*report.checks, *checks)
+    parts = judge_parts(every)
     told = (
         [check.message for check in checks]
         if comparison is None
@@ -317,9 +396,11 @@ def _judged(report: Report, checks: tuple[Check, ...], comparison: Comparison | 
     return report.model_copy(
         update={
             "warnings": (*report.warnings, *told),
-            "verdict": worst(iter((report.verdict, *(c.verdict for c in checks if c.gated)))),
+            "verdict": whole_verdict(parts),
+            "sentence": sentence_of(parts, every, metric_groups(report)),
+            "parts": parts,
             "checks": every,
-            "regressions": tuple(c for c in every if c.gated and c.verdict == "fail"),
+            "regressions": tuple(check for check in every if check.verdict == "fail"),
             "baseline": comparison,
         }
     )

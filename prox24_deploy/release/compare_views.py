@@ -17,7 +17,7 @@ from prox24_deploy.release.schema import Change, Comparison
 _SENTENCES = {
     "pass": "Every figure with a limit holds it.",
     "fail": "A figure does not hold its limit.",
-    "inconclusive": "A measurement is too noisy to tell whether its limit holds.",
+    "inconclusive": "Whether a limit holds is open: a measurement is too noisy, or missing.",
 }
 _DRIFT = (
     "Runs of different days share no clock: the speed-up over the dense twin, timed in turns, is "
@@ -56,13 +56,13 @@ def render_markdown(comparison: Comparison) -> str:
         for difference in comparison.allowed
     ]
     groups = {
-        "Regressions": [c for c in comparison.changes if c.gated and c.verdict == "fail"],
-        "Undecided": [c for c in comparison.changes if c.gated and c.verdict == "inconclusive"],
-        "Held": [c for c in comparison.changes if c.gated and c.verdict == "pass"],
-        "Not gated": [c for c in comparison.changes if not c.gated],
+        "Regressions": "fail",
+        "Undecided": "inconclusive",
+        "Held": "pass",
+        "Not gated": "not gated",
     }
-    for title, changes in groups.items():
-        if changes:
+    for title, verdict in groups.items():
+        if changes := [c for c in comparison.changes if c.verdict == verdict]:
             lines += ["", f"### {title}", "", *_rows(changes)]
     return "\n".join([*lines, "", _DRIFT, ""])
 
@@ -115,7 +115,7 @@ def _test_case(change: Change) -> TestCase:
     case = TestCase(xml_text(change.name), f"prox24-deploy.baseline.{change.kind}")
     limits = f"; limit: {change.limits}" if change.limits else "; no limit"
     message = xml_text(change.message + limits)
-    if not change.gated or change.verdict == "inconclusive":
+    if change.verdict in {"not gated", "inconclusive"}:
         case.result = [Skipped(message)]
     elif change.verdict == "fail":
         kind = Error if change.status == "missing" else Failure

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from prox24_deploy.accuracy import EngineAccuracy, EngineAccuracyResult, Fidelity
-from prox24_deploy.artifacts import Estimate, Metric, NotMeasured
+from prox24_deploy.artifacts import Judgement, Metric, NotMeasured
 from prox24_deploy.release.schema import Check
+from prox24_deploy.release.wording import with_error
 
 
 def engine_checks(result: EngineAccuracyResult) -> tuple[Check, ...]:
@@ -37,14 +38,16 @@ def engine_warnings(result: EngineAccuracyResult, metrics: Sequence[Metric]) -> 
 
 
 def _check(engine: EngineAccuracy, found: Fidelity) -> Check:
-    gated = found.tolerance is not None
+    verdict: Judgement = "not gated"
+    if found.passed is not None:
+        verdict = "pass" if found.passed else "fail"
     return Check(
         name=f"{engine.backend} {found.twin} {found.metric}",
-        kind="accuracy",
+        part="export",
+        kind="fidelity",
         value=found.departure,
         limit=found.tolerance,
-        gated=gated,
-        verdict="pass" if found.passed else "fail",
+        verdict=verdict,
         message=f"{_figures(found)} over {found.samples} samples; {_judgement(engine, found)}",
     )
 
@@ -52,9 +55,9 @@ def _check(engine: EngineAccuracy, found: Fidelity) -> Check:
 def _figures(found: Fidelity) -> str:
     if found.torch and found.engine:
         text = f"Engine {found.engine.value:.4g}, PyTorch {found.torch.value:.4g}"
-        return f"{text}, difference {_shown(found.difference)}" if found.difference else text
+        return f"{text}, difference {with_error(found.difference)}" if found.difference else text
     if found.agreement:
-        return f"Engine against PyTorch {_shown(found.agreement)}"
+        return f"Engine against PyTorch {with_error(found.agreement)}"
     return "Engine or PyTorch gave a figure that is not finite"
 
 
@@ -71,18 +74,14 @@ def _judgement(engine: EngineAccuracy, found: Fidelity) -> str:
 
 
 def _unmeasured(backend: NotMeasured, *, fails: bool) -> Check:
-    """What was delivered but cannot run here is told and fails nothing, as for its latency."""
+    """What was delivered but cannot run here is told and gates nothing, as for its latency."""
     verb = "could not be" if fails else "was not"
     return Check(
         name=f"{backend.backend} accuracy",
-        kind="accuracy",
+        part="export",
+        kind="fidelity",
         value=None,
         limit=None,
-        gated=fails,
-        verdict="fail" if fails else "inconclusive",
+        verdict="fail" if fails else "not gated",
         message=f"Accuracy through the engines {verb} measured: {backend.reason}",
     )
-
-
-def _shown(estimate: Estimate) -> str:
-    return f"{estimate.value:.4g} ± {estimate.standard_error:.2g}"

@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prox24_deploy.artifacts import Estimate, Interval, LatencyRow, Metric
+from prox24_deploy.release.against_dense import Group, groups_of
 from prox24_deploy.release.intervals import (
-    around,
+    FEWEST,
+    around_share,
     exactly,
     median_interval,
     median_ratio_interval,
+    negated,
     paired_difference,
     ratio_of_intervals,
     unpaired_difference,
@@ -20,9 +23,10 @@ from prox24_deploy.release.schema import ChangeKind, Report
 class Figure:
     """One figure: what it is called, its value with a 95 % interval, and which way is better.
 
-    `gated` says that the limits of the recipe apply: they leave alone the latency of a backend that
-    has no sparse kernels. `estimate` is there for accuracy, `values` has its value per sample, or
-    for latency the milliseconds of the runs that were kept.
+    `gated` says that the limits of the recipe apply: they leave alone what cannot be worse, the
+    latency of a backend that has no sparse kernels and the size of an engine that is but a record.
+    `estimate` and `samples` are there for accuracy, `values` has its value per sample, or for
+    latency the milliseconds of the runs that were kept.
     """
 
     name: str
@@ -33,6 +37,12 @@ class Figure:
     gated: bool = True
     estimate: Estimate | None = None
     values: tuple[float, ...] = ()
+    samples: int | None = None
+
+    @property
+    def decides(self) -> bool:
+        """Whether it is of samples enough to be judged."""
+        return self.samples is None or self.samples >= FEWEST
 
 
 def figures_of(report: Report) -> dict[str, Figure]:
@@ -44,6 +54,12 @@ def figures_of(report: Report) -> dict[str, Figure]:
         *_counts(report),
     )
     return {figure.name: figure for figure in figures}
+
+
+def metric_groups(report: Report) -> tuple[Group, ...]:
+    """The metrics of a report as they were judged."""
+    accuracy = report.accuracy
+    return groups_of(accuracy.metrics, accuracy.engines, accuracy.tasks)
 
 
 def row_path(row: LatencyRow) -> str:
@@ -68,7 +84,9 @@ def worsening(new: Figure, old: Figure, *, paired: bool) -> Interval:
         difference = (
             paired_difference(new.values, old.values)
             if paired and both
-            else unpaired_difference(new.estimate, old.estimate)
+            else unpaired_difference(
+                new.estimate, old.estimate, min(new.samples or 1, old.samples or 1)
+            )
         )
     else:
         difference = exactly(new.value.value - old.value.value)
@@ -84,12 +102,6 @@ def without_drift(before: Figure, speed: Figure, speed_before: Figure) -> Interv
     return _scaled(ratio, before.value.value, better=False)
 
 
-def negated(interval: Interval) -> Interval:
-    """The interval of the negative."""
-    # From zero, because -0.0 reads like something.
-    return Interval(0.0 - interval.value, 0.0 - interval.high, 0.0 - interval.low)
-
-
 def _scaled(ratio: Interval, old: float, *, better: bool) -> Interval:
     """A ratio new / old as an amount by which the new value is worse."""
     change = Interval(*(old * (part - 1) for part in (ratio.value, ratio.low, ratio.high)))
@@ -97,21 +109,20 @@ def _scaled(ratio: Interval, old: float, *, better: bool) -> Interval:
 
 
 def _accuracy(report: Report) -> Iterator[Figure]:
-    named = [("", report.accuracy.metrics)]
-    named += [(f"engine/{found.backend}/", found.metrics) for found in report.accuracy.engines]
-    named += [("lm-eval/", report.accuracy.tasks.metrics)] if report.accuracy.tasks else []
-    for prefix, metric in ((prefix, metric) for prefix, metrics in named for metric in metrics):
-        found = _estimate(metric)
-        if found is not None:
-            yield Figure(
-                prefix + metric.name,
-                "accuracy",
-                "",
-                metric.higher_is_better,
-                around(found),
-                estimate=found,
-                values=metric.values,
-            )
+    for group in metric_groups(report):
+        for metric in group.metrics:
+            found = _estimate(metric)
+            if found is not None:
+                yield Figure(
+                    group.prefix + metric.name,
+                    "accuracy",
+                    "",
+                    metric.higher_is_better,
+                    around_share(found, metric),
+                    estimate=found,
+                    values=metric.values,
+                    samples=metric.samples,
+                )
 
 
 def _estimate(metric: Metric) -> Estimate | None:
@@ -137,15 +148,19 @@ def _sizes(report: Report) -> Iterator[Figure]:
         "size/onnx sparse": report.sizes.onnx_sparse_bytes,
         "size/packed": report.sizes.packed_bytes,
     }
+    records = set()
     for evidence in report.sparsity.engines:
         prefix = f"engines/{evidence.backend}/sparse/"
         files = {n: size for n, size in report.sizes.files.items() if n.startswith(prefix)}
         # A log is as long as the builder is talkative.
-        engine = [size for name, size in files.items() if not name.endswith(".log")]
+        engine = {name: size for name, size in files.items() if not name.endswith(".log")}
         if engine:
-            sizes[f"size/engine {evidence.backend}"] = sum(engine)
+            sizes[f"size/engine {evidence.backend}"] = sum(engine.values())
+            # Where the ONNX file is what runs, there is but a record of it.
+            if all(name.endswith(".json") for name in engine):
+                records.add(f"size/engine {evidence.backend}")
     for name, size in sizes.items():
-        yield Figure(name, "size", "bytes", False, exactly(size))
+        yield Figure(name, "size", "bytes", False, exactly(size), name not in records)
 
 
 def _counts(report: Report) -> Iterator[Figure]:

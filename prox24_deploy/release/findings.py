@@ -1,4 +1,4 @@
-"""Turn the records of a build into warnings, checks and a verdict."""
+"""Turn the records of a build into warnings and checks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,7 @@ from prox24_deploy.artifacts import (
     TextSource,
     Verdict,
 )
+from prox24_deploy.release.intervals import FEWEST, around
 from prox24_deploy.release.schema import Check
 
 TOKENS_PER_FEATURE = 10
@@ -29,7 +30,6 @@ EXPORTED = "ONNX Runtime and PyTorch"
 COMPRESSED = "The compressed engine and the same weights multiplied dense"
 # A clock below this share of the highest seen is said to be unsteady.
 STEADY_CLOCK = 0.9
-_NORMAL_95 = 1.96
 
 
 def find_warnings(
@@ -60,7 +60,7 @@ def find_checks(
     compiled: CompileResult,
     bench: BenchResult,
 ) -> tuple[Check, ...]:
-    """Everything that was checked, gated or not, in the order of the stages."""
+    """Everything that was checked but the metrics, gated or not, in the order of the stages."""
     return (
         *_layer_checks(prune.layers),
         *_presence_checks(prune, export),
@@ -71,19 +71,10 @@ def find_checks(
             for evidence in compiled.evidence
             for check in evidence.numerics
         ),
-        *(accuracy_check(metric) for metric in evaluate.metrics),
         *_budget_checks(prune.sensitivity, evaluate.metrics),
         *(_latency_check(row) for row in bench.latency),
         *(_unmeasured_check(missing) for missing in bench.not_measured),
     )
-
-
-def overall_verdict(checks: Sequence[Check]) -> Verdict:
-    """Fail if a gated check fails, else inconclusive if one is, else pass."""
-    verdicts = {check.verdict for check in checks if check.gated}
-    if "fail" in verdicts:
-        return "fail"
-    return "inconclusive" if "inconclusive" in verdicts else "pass"
 
 
 def row_name(row: LatencyRow) -> str:
@@ -221,10 +212,10 @@ def _layer_checks(layers: Sequence[LayerRecord]) -> Iterator[Check]:
         if any(error is not None and not math.isfinite(error) for error in errors):
             yield Check(
                 name=layer.name,
+                part="accuracy",
                 kind="pruning",
                 value=None,
                 limit=None,
-                gated=True,
                 verdict="fail",
                 message="The error of the layer is not a finite number; prune on more text, or "
                 "leave the layer dense with ignore in the recipe",
@@ -232,18 +223,21 @@ def _layer_checks(layers: Sequence[LayerRecord]) -> Iterator[Check]:
 
 
 def _presence_checks(prune: PruneResult, export: ExportResult) -> Iterator[Check]:
-    pruned = sum(layer.status == "pruned" for layer in prune.layers)
-    if pruned and not any(check.expected for check in export.sparsity):
-        yield Check(
-            name=", ".join(model.path for model in export.sparse),
-            kind="sparsity",
-            value=0,
-            limit=pruned,
-            gated=True,
-            verdict="fail",
-            message=f"{_counted(pruned, 'layer')} pruned, but no weight of the file is declared "
-            "2:4; export the pruned model again.",
-        )
+    """A failed check for each pruned layer whose weight the files do not declare 2:4."""
+    declared = {check.module for check in export.sparsity if check.expected}
+    files = " and ".join(model.path for model in export.sparse)
+    for layer in prune.layers:
+        if layer.status == "pruned" and layer.name not in declared:
+            yield Check(
+                name=layer.name,
+                part="sparsity",
+                kind="sparsity",
+                value=None,
+                limit=0.5,
+                verdict="fail",
+                message=f"The layer was pruned, but no weight of {files} is declared to be its 2:4 "
+                "one; export the pruned model again",
+            )
 
 
 def _sparsity_check(check: TensorCheck) -> Check:
@@ -253,10 +247,10 @@ def _sparsity_check(check: TensorCheck) -> Check:
         message = f"Not 2:4 along axis {check.axis} of {check.shape}{where}: {check.reason}"
     return Check(
         name=check.module or check.tensor,
+        part="sparsity",
         kind="sparsity",
         value=check.density,
         limit=0.5,
-        gated=True,
         verdict="pass" if check.is_24 else "fail",
         message=message,
     )
@@ -265,31 +259,13 @@ def _sparsity_check(check: TensorCheck) -> Check:
 def _numerics_check(check: NumericsCheck, who: str, compared: str) -> Check:
     return Check(
         name=f"{who} {check.output}",
+        part="export",
         kind="numerics",
         value=check.max_abs_difference if math.isfinite(check.max_abs_difference) else None,
         limit=check.tolerance,
-        gated=True,
         verdict="pass" if check.passed else "fail",
         message=f"{compared} differ by at most {check.max_abs_difference:.3g}, tolerance "
         f"{check.tolerance:.3g}",
-    )
-
-
-def accuracy_check(metric: Metric) -> Check:
-    """Without a baseline there is no limit, but a figure that is not finite fails by itself."""
-    known = {"dense": metric.dense, "sparse": metric.sparse, "agreement": metric.agreement}
-    values = {key: part.value for key, part in known.items() if part}
-    figures = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-    finite = all(math.isfinite(value) for value in values.values())
-    reason = "there is no limit without a baseline" if finite else "a figure is not finite"
-    return Check(
-        name=metric.name,
-        kind="accuracy",
-        value=values.get("agreement", values.get("sparse")) if finite else None,
-        limit=None,
-        gated=not finite,
-        verdict="pass" if finite else "fail",
-        message=f"{figures}; {reason}",
     )
 
 
@@ -297,31 +273,35 @@ def _budget_checks(budget: Sensitivity | None, metrics: Sequence[Metric]) -> Ite
     """The loss on evaluation text against the limit that chose the layers on calibration text."""
     if budget is None or budget.max_loss is None:
         return
-    loss = _loss(budget.metric, metrics)
-    if loss.value <= budget.max_loss:
-        verdict: Verdict = "pass"
-    else:
-        beyond = loss.value - _NORMAL_95 * loss.standard_error > budget.max_loss
-        verdict = "fail" if beyond else "inconclusive"
+    loss, samples = _loss(budget.metric, metrics)
+    # The limit chose the layers by the mean, so that the mean is what has to keep it.
+    verdict: Verdict = "pass" if loss.value <= budget.max_loss else "inconclusive"
+    if samples < FEWEST:
+        verdict = "inconclusive"
+    elif around(loss, samples).low > budget.max_loss:
+        verdict = "fail"
     yield Check(
         name=f"{budget.metric} within --max-loss",
-        kind="accuracy",
+        part="accuracy",
+        kind="budget",
         value=loss.value if math.isfinite(loss.value) else None,
         limit=budget.max_loss,
-        gated=True,
         verdict=verdict,
         message=f"Pruning {budget.chosen} of {len(budget.layers)} layers costs {loss.value:.4g} ± "
         f"{loss.standard_error:.2g} {budget.metric} on evaluation text, limit {budget.max_loss:g}",
     )
 
 
-def _loss(name: str, metrics: Sequence[Metric]) -> Estimate:
-    """The loss of a budget among the metrics: a difference, a figure of both models, or 1 - it."""
+def _loss(name: str, metrics: Sequence[Metric]) -> tuple[Estimate, int]:
+    """The loss of a budget among the metrics: a difference, a figure of both models, or 1 - it.
+
+    With it, of how many samples it is the mean.
+    """
     for metric in metrics:
         if metric.name == name and (found := metric.difference or metric.agreement):
-            return found
-        if f"1 - {metric.name}" == name and metric.agreement:
-            return Estimate(1 - metric.agreement.value, metric.agreement.standard_error)
+            return found, metric.samples
+        if f"1 - {metric.name}" == name and (found := metric.agreement):
+            return Estimate(1 - found.value, found.standard_error), metric.samples
     raise ValueError(f"no metric among {[m.name for m in metrics]} tells the {name} of a budget")
 
 
@@ -331,10 +311,10 @@ def _latency_check(row: LatencyRow) -> Check:
     gate = f"limit {least:.3f}" if row.gated else "not gated, because there are no sparse kernels"
     return Check(
         name=row_name(row),
+        part="speed",
         kind="latency",
         value=speedup.value,
         limit=least,
-        gated=row.gated,
         verdict=row.verdict,
         message=f"Speed-up {speedup.value:.3f}, 95 % interval {speedup.low:.3f} to "
         f"{speedup.high:.3f}, {gate}",
@@ -345,11 +325,11 @@ def _unmeasured_check(missing: NotMeasured) -> Check:
     """What was asked for and delivered, but cannot run here, is told and fails nothing."""
     return Check(
         name=missing.backend,
+        part="speed",
         kind="latency",
         value=None,
         limit=None,
-        gated=False,
-        verdict="inconclusive",
+        verdict="not gated",
         message=f"Latency was not measured: {missing.reason}",
     )
 

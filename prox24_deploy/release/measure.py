@@ -235,7 +235,7 @@ def _row(
         speedup=speedup,
         limit=limit,
         gated=backend.sparse_kernels,
-        verdict=latency_verdict(speedup, limit),
+        verdict=latency_verdict(speedup, limit) if backend.sparse_kernels else "not gated",
         clocks=clocks,
         graph=engine.graph,
     )

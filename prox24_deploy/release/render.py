@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-from prox24_deploy.artifacts import Estimate, Interval, LatencyRow, LayerRecord
+from prox24_deploy.artifacts import Estimate, Interval, Judgement, LatencyRow, LayerRecord
 from prox24_deploy.release.escape import (
     class_name,
     code,
@@ -22,6 +22,7 @@ from prox24_deploy.release.escape import (
     xml_text,
 )
 from prox24_deploy.release.findings import row_name
+from prox24_deploy.release.intervals import NO_ERROR
 from prox24_deploy.release.plots import (
     bar_plot,
     error_plots,
@@ -29,14 +30,19 @@ from prox24_deploy.release.plots import (
     sensitivity_plot,
     trend_plot,
 )
-from prox24_deploy.release.schema import Check, Comparison, Headline, Report, Sizes
+from prox24_deploy.release.schema import (
+    KINDS,
+    Check,
+    Comparison,
+    Headline,
+    Part,
+    Report,
+    Sizes,
+)
 
 WORST_LAYERS = 5
-VERDICT_SENTENCES = {
-    "pass": "Passed: every check that gates the release holds.",
-    "fail": "Failed: a check that gates the release does not hold.",
-    "inconclusive": "Inconclusive: a measurement is too noisy to judge.",
-}
+# For dashboards on which less is better.
+_VERDICT_VALUES = {"pass": 0, "not gated": 1, "inconclusive": 2, "fail": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +58,6 @@ class Trend:
         """What it was in one release."""
         value = entry.figures.get(self.name)
         return None if value is None else self.scale * value
-
-
-# A standard error below it comes from rounding.
-_NO_ERROR = 1e-7
 
 
 def render_html(report: Report) -> str:
@@ -83,9 +85,15 @@ def render_markdown(template: str, view: Mapping[str, Any]) -> str:
 
 
 def render_junit(report: Report) -> bytes:
-    """One suite for each kind of check; what cannot fail the release is skipped with its reason."""
+    """A suite with the parts of the verdict, then one for each kind of check.
+
+    What has no limit, or is open, is skipped with its reason.
+    """
     xml = JUnitXml("prox24-deploy")
-    for kind in ("pruning", "sparsity", "numerics", "accuracy", "latency", "baseline"):
+    parts = TestSuite("verdict")
+    parts.add_testcases([_part_case(n, part) for n, part in report.parts.by_name().items()])
+    xml.add_testsuite(parts)
+    for kind in KINDS:
         checks = [check for check in report.checks if check.kind == kind]
         if checks:
             suite = TestSuite(kind)
@@ -103,6 +111,10 @@ def render_benchmark(report: Report) -> bytes:
     sizes = {"dense": report.sizes.onnx_dense_bytes, "sparse": report.sizes.onnx_sparse_bytes}
     entries += [_entry(f"onnx {twin} size", "bytes", size, "") for twin, size in sizes.items()]
     entries += _accuracy_entries(report)
+    entries += [
+        _entry(f"verdict, {name}", "0 pass to 3 fail", _VERDICT_VALUES[part.verdict], part.verdict)
+        for name, part in report.parts.by_name().items()
+    ]
     return (json.dumps(entries, indent=2) + "\n").encode()
 
 
@@ -127,7 +139,7 @@ def estimate(value: Estimate | None) -> str:
     if value is None:
         return "–"
     error = value.standard_error
-    if error < _NO_ERROR:
+    if error < NO_ERROR:
         return number(value.value)
     digits = max(1 - math.floor(math.log10(error)), 0)
     return f"{value.value:.{digits}f} ± {error:.{digits}f}".replace("-", "−")
@@ -211,7 +223,6 @@ def _view(report: Report) -> dict[str, Any]:
     return {
         "report": report,
         "name": report.model.title,
-        "sentence": VERDICT_SENTENCES[report.verdict],
         "undecided": _undecided(report),
         "expected": expected,
         "proven": sum(check.is_24 for check in expected),
@@ -227,7 +238,7 @@ def _view(report: Report) -> dict[str, Any]:
 
 
 def _undecided(report: Report) -> list[Check]:
-    return [check for check in report.checks if check.gated and check.verdict == "inconclusive"]
+    return [check for check in report.checks if check.verdict == "inconclusive"]
 
 
 def _telling(latency: Sequence[LatencyRow]) -> list[LatencyRow]:
@@ -294,12 +305,19 @@ def trends(comparison: Comparison) -> list[Trend]:
 
 
 def _test_case(check: Check) -> TestCase:
-    case = TestCase(xml_text(check.name), f"prox24-deploy.{check.kind}")
-    message = xml_text(check.message)
-    if not check.gated or check.verdict == "inconclusive":
-        case.result = [Skipped(message)]
-    elif check.verdict == "fail":
-        case.result = [Failure(message, check.kind)]
+    return _judged_case(check.name, check.kind, check.verdict, check.message)
+
+
+def _part_case(name: str, part: Part) -> TestCase:
+    return _judged_case(name, "verdict", part.verdict, f"{part.verdict}: {part.reason}")
+
+
+def _judged_case(name: str, kind: str, verdict: Judgement, message: str) -> TestCase:
+    case = TestCase(xml_text(name), f"prox24-deploy.{kind}")
+    if verdict in {"not gated", "inconclusive"}:
+        case.result = [Skipped(xml_text(message))]
+    elif verdict == "fail":
+        case.result = [Failure(xml_text(message), kind)]
     return case
 
 

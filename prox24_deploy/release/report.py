@@ -7,7 +7,7 @@ schema that the package ships is written again by
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,21 +20,26 @@ from prox24_deploy.artifacts import (
     Estimate,
     EvaluateResult,
     ExportResult,
+    LatencyRow,
     LayerRecord,
     Metric,
     ModelInfo,
     PruneResult,
 )
 from prox24_deploy.files import write_atomic
-from prox24_deploy.limits import Limits
+from prox24_deploy.limits import GivenLimits, Limits
+from prox24_deploy.release.against_dense import Group, groups_of, judge_metrics
+from prox24_deploy.release.binding import require_named, unmatched_checks
 from prox24_deploy.release.engine_findings import engine_checks, engine_warnings
-from prox24_deploy.release.findings import find_checks, find_warnings, overall_verdict
+from prox24_deploy.release.findings import find_checks, find_warnings
+from prox24_deploy.release.measure import latency_verdict
 from prox24_deploy.release.render import (
     render_benchmark,
     render_html,
     render_junit,
     render_summary,
 )
+from prox24_deploy.release.sample_findings import sample_warnings
 from prox24_deploy.release.schema import (
     SCHEMA_FILE,
     Accuracy,
@@ -49,7 +54,9 @@ from prox24_deploy.release.schema import (
     report_schema,
     schema_text,
 )
-from prox24_deploy.release.task_findings import task_checks, task_warnings
+from prox24_deploy.release.task_findings import task_warnings
+from prox24_deploy.release.verdict import judge_parts, sentence_of, whole_verdict
+from prox24_deploy.release.wording import limits_in_words, said
 
 __all__ = [
     "SCHEMA_FILE",
@@ -63,6 +70,7 @@ __all__ = [
 ]
 
 _NOT_ASKED = EngineAccuracyResult()
+_NOTHING_GIVEN = GivenLimits()
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -81,27 +89,43 @@ def assemble_report(
     *,
     through: EngineAccuracyResult = _NOT_ASKED,
     tasks: TaskScores | None = None,
+    given: GivenLimits = _NOTHING_GIVEN,
 ) -> Report:
     """Make the report of one build; pure.
 
-    `sizes` maps paths in the bundle to bytes and `timings` stages to seconds. The limits are kept
-    with the options, the conditions of the measurement with the environment. An error or metric
-    that is not finite becomes None and fails the release.
+    `sizes` maps paths in the bundle to bytes and `timings` stages to seconds. `limits` are those of
+    the recipe; those that apply are kept with the options, the conditions of the measurement with
+    the environment. An error or metric that is not finite becomes None and fails the release.
+
+    Raises:
+        UsageError: a limit that is no default names a metric that was not measured.
     """
+    groups = groups_of(evaluate.metrics, through.engines, tasks)
+    figures = [group.prefix + metric.name for group in groups for metric in group.metrics]
+    require_named(given, limits, figures)
+    applied = limits.over_defaults(model.task, figures, given)
+    judged = judge_metrics(groups, applied.against_dense)
+    bench = replace(bench, latency=_judged_rows(bench.latency, applied.max_slowdown))
     checks = (
+        *(one.check for one in judged),
         *find_checks(prune, evaluate, export, compile, bench),
         *engine_checks(through),
-        *task_checks(tasks),
+        *unmatched_checks(given, limits, figures),
     )
+    parts = judge_parts(checks)
     return Report(
-        verdict=overall_verdict(checks),
+        verdict=whole_verdict(parts),
+        sentence=sentence_of(parts, checks, groups),
+        parts=parts,
+        accepted_losses=_accepted(given, groups),
         warnings=(
+            *sample_warnings(judged, evaluate.evaluation, through.engines),
             *find_warnings(prune, evaluate, export, compile, bench),
             *engine_warnings(through, evaluate.metrics),
             *task_warnings(tasks),
         ),
         model=model,
-        options={**options, "limits": limits.as_json()},
+        options={**options, "limits": applied.as_json()},
         environment={**environment, "conditions": {**bench.conditions}},
         pruning=_pruning(prune, export),
         accuracy=_accuracy(evaluate, through, tasks),
@@ -111,7 +135,7 @@ def assemble_report(
         sizes=_sizes(export, sizes),
         timings=dict(timings),
         checks=checks,
-        regressions=tuple(check for check in checks if check.gated and check.verdict == "fail"),
+        regressions=tuple(check for check in checks if check.verdict == "fail"),
     )
 
 
@@ -131,6 +155,32 @@ def write_report(report: Report, out: Path) -> None:
     write_atomic(out / "junit.xml", render_junit(report))
     write_atomic(out / "benchmark.json", render_benchmark(report))
     write_atomic(out / "report.json", data)
+
+
+def _judged_rows(rows: Sequence[LatencyRow], limit: float) -> tuple[LatencyRow, ...]:
+    """Latencies judged by the limit that applies now, which may be another than when measured."""
+    return tuple(
+        replace(
+            row,
+            limit=limit,
+            verdict=latency_verdict(row.speedup, limit) if row.gated else "not gated",
+        )
+        for row in rows
+    )
+
+
+def _accepted(given: GivenLimits, groups: Sequence[Group]) -> tuple[str, ...]:
+    """The limits that were widened by name, in words."""
+    better = {
+        name: metric.higher_is_better
+        for group in groups
+        for metric in group.metrics
+        for name in (metric.name, group.prefix + metric.name)
+    }
+    return tuple(
+        f"{said(name)} {limits_in_words(limits, better[name], ' than dense')}"
+        for name, limits in given.accepted.items()
+    )
 
 
 def _pruning(prune: PruneResult, export: ExportResult) -> Pruning:

@@ -7,7 +7,7 @@ keys are errors.
 
 import json
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_validator
 
@@ -16,6 +16,7 @@ from prox24_deploy.artifacts import (
     EngineEvidence,
     Estimate,
     Interval,
+    Judgement,
     LatencyRow,
     LayerRecord,
     Metric,
@@ -29,34 +30,75 @@ from prox24_deploy.artifacts import (
 from prox24_deploy.documents import Document, parse_json, read_document
 from prox24_deploy.errors import BundleError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
-CheckKind = Literal["pruning", "sparsity", "numerics", "latency", "accuracy", "baseline"]
-Status = Literal["compared", "missing", "new"]
-ChangeKind = Literal["accuracy", "speed-up", "latency", "size", "layers", "kernels", "release"]
+PartName = Literal["sparsity", "export", "accuracy", "speed"]
+PARTS: tuple[PartName, ...] = get_args(PartName)
+CheckKind = Literal[
+    "pruning", "sparsity", "numerics", "fidelity", "accuracy", "budget", "latency", "limits",
+    "baseline",
+]  # fmt: skip
+KINDS: tuple[CheckKind, ...] = get_args(CheckKind)
+Status = Literal["compared", "missing", "new", "unmatched"]
+ChangeKind = Literal[
+    "accuracy", "speed-up", "latency", "size", "layers", "kernels", "release", "limits"
+]
 
 
-class _Part(BaseModel):
+class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Check(_Part):
-    """One thing that was checked; only a gated check can fail the release.
+class Check(_Record):
+    """One thing that was checked, for one part of the verdict; "not gated" is without a limit.
 
     `value` is judged against `limit`; both are None where the check is not a comparison of numbers.
+    The kinds: "fidelity" is an engine against PyTorch, "accuracy" a metric against the dense model,
+    "budget" the limit of loss that chose the layers, "limits" a limit that found no figure.
     """
 
     name: str
+    part: PartName
     kind: CheckKind
     value: float | None
     limit: float | None
-    gated: bool
-    verdict: Verdict
+    verdict: Judgement
     message: str
 
+    @property
+    def gated(self) -> bool:
+        """Whether it can fail the release."""
+        return self.verdict != "not gated"
 
-class PruningTotals(_Part):
+
+class Part(_Record):
+    """One part of the verdict, and in one sentence why."""
+
+    verdict: Judgement
+    reason: str
+
+
+class Parts(_Record):
+    """The verdict in four parts.
+
+    `sparsity`: every pruned weight is proven 2:4 on the files. `export`: files and engines do what
+    PyTorch does with the same weights. `accuracy`: the sparse model against the dense one, and
+    against a baseline where there is one. `speed`: sparse against dense, on backends that have
+    sparse kernels.
+    """
+
+    sparsity: Part
+    export: Part
+    accuracy: Part
+    speed: Part
+
+    def by_name(self) -> dict[PartName, Part]:
+        """Every part, in the order of the stages."""
+        return {name: getattr(self, name) for name in PARTS}
+
+
+class PruningTotals(_Record):
     """Sums and means over the layers.
 
     `parameters` counts the weights of the pruned layers, `density` is the non-zero share of the
@@ -71,7 +113,7 @@ class PruningTotals(_Part):
     held_out_error: float | None
 
 
-class Pruning(_Part):
+class Pruning(_Record):
     """What the pruning stage did, layer by layer."""
 
     method: str
@@ -88,7 +130,7 @@ class Pruning(_Part):
     totals: PruningTotals
 
 
-class Accuracy(_Part):
+class Accuracy(_Record):
     """The headline metric spelled out, and all metrics.
 
     `dense`, `sparse` and `difference` are None where the headline compares the two models directly;
@@ -114,14 +156,14 @@ class Accuracy(_Part):
     tasks: TaskScores | None = None
 
 
-class Sparsity(_Part):
+class Sparsity(_Record):
     """The proof on the ONNX file, and what each backend made of it."""
 
     tensors: tuple[TensorCheck, ...]
     engines: tuple[EngineEvidence, ...]
 
 
-class Sizes(_Part):
+class Sizes(_Record):
     """Bytes on disk, and numbers of weights.
 
     A 2:4 weight stores its zeros, so both ONNX files are about equally large. `packed_bytes` is
@@ -136,7 +178,7 @@ class Sizes(_Part):
     files: dict[str, int]
 
 
-class Difference(_Part):
+class Difference(_Record):
     """Something in which a report and its baseline are unlike, in words."""
 
     key: str
@@ -144,12 +186,13 @@ class Difference(_Part):
     baseline: str
 
 
-class Change(_Part):
+class Change(_Record):
     """One figure against that of the baseline.
 
     `worse` says by how much it is worse, in its unit and with a 95 % interval; negative is better.
-    A "missing" figure is in the baseline alone, a "new" one in the report alone. Only a gated
-    change can fail; `limits` says its limits in words.
+    A "missing" figure is in the baseline alone, a "new" one in the report alone, and an "unmatched"
+    row is a limit that found no figure. `limits` says its limits in words; a change without any is
+    "not gated".
     """
 
     name: str
@@ -160,13 +203,17 @@ class Change(_Part):
     after: float | None
     worse: Interval | None
     limits: str
-    gated: bool
     status: Status
-    verdict: Verdict
+    verdict: Judgement
     message: str
 
+    @property
+    def gated(self) -> bool:
+        """Whether it can fail the comparison."""
+        return self.verdict != "not gated"
 
-class Headline(_Part):
+
+class Headline(_Record):
     """The figures of one accepted release, for the trend."""
 
     date: str
@@ -175,14 +222,14 @@ class Headline(_Part):
     figures: dict[str, float]
 
 
-class Comparison(_Part):
+class Comparison(_Record):
     """A report against a baseline: what `compare.json` holds.
 
     `reason` and `date` are those of the baseline, "" where it is a plain report. `allowed` lists
     what differs and was accepted, `history` the figures of accepted releases, the oldest first.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = SCHEMA_VERSION
     verdict: Verdict
     baseline: str
     reason: str
@@ -192,11 +239,19 @@ class Comparison(_Part):
     history: tuple[Headline, ...]
 
 
-class Report(_Part):
-    """Everything that `report.json` holds."""
+class Report(_Record):
+    """Everything that `report.json` holds.
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    `verdict` follows from `parts`: "fail" if one failed, else "inconclusive" if one is or accuracy
+    was not gated, else "pass". `sentence` says what changed and whether that may ship, and is the
+    first line of every view. `accepted_losses` are the limits that the user widened by name.
+    """
+
+    schema_version: Literal[2] = SCHEMA_VERSION
     verdict: Verdict
+    sentence: str
+    parts: Parts
+    accepted_losses: tuple[str, ...] = ()
     warnings: tuple[str, ...]
     model: ModelInfo
     options: dict[str, JsonValue]

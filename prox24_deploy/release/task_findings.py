@@ -1,18 +1,8 @@
-"""Checks and warnings about tasks of the lm-evaluation-harness."""
+"""Warnings about tasks of the lm-evaluation-harness."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from prox24_deploy.accuracy import TaskScores
-from prox24_deploy.release.findings import accuracy_check
-from prox24_deploy.release.schema import Check
-
-
-def task_checks(scores: TaskScores | None) -> tuple[Check, ...]:
-    """One for each figure; like other accuracy, they are held to limits against a baseline."""
-    if scores is None:
-        return ()
-    return tuple(accuracy_check(replace(m, name=f"lm-eval/{m.name}")) for m in scores.metrics)
 
 
 def task_warnings(scores: TaskScores | None) -> Iterator[str]:

@@ -206,7 +206,7 @@ def test_the_engine_is_asked_in_shapes_it_was_compiled_for_and_agrees(
     assert found.tokens <= 40 * found.samples
     assert found.metrics[0].name == "embedding cosine"
     assert {metric.samples for metric in found.metrics} == {found.samples}
-    assert all(one.passed for one in found.fidelity)
+    assert all(one.passed is not False for one in found.fidelity)
     assert {(one.twin, one.metric) for one in found.fidelity if one.tolerance} == {
         ("dense", "embedding cosine"), ("sparse", "embedding cosine"),
     }  # fmt: skip
@@ -222,7 +222,7 @@ def test_an_engine_that_says_something_else_is_found(
         tmp_path / "model"
     )
     found, _ = measured(path, prose, tmp_path, 3.0, Shapes(rows=8, least=1, longest=48))
-    wrong = {(one.twin, one.metric) for one in found.fidelity if not one.passed}
+    wrong = {(one.twin, one.metric) for one in found.fidelity if one.passed is False}
     assert {twin for twin, _ in wrong} == {"sparse"}
     telling = {"classifier": "KL divergence", "decoder": "KL divergence"}
     assert ("sparse", telling.get(kind, "embedding cosine")) in wrong

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from prox24_deploy.artifacts import (
     BenchResult,
@@ -15,6 +16,7 @@ from prox24_deploy.artifacts import (
     Estimate,
     EvaluateResult,
     ExportResult,
+    Interval,
     LatencyRow,
     LayerEvidence,
     LayerRecord,
@@ -30,7 +32,7 @@ from prox24_deploy.artifacts import (
     TextSource,
     Verdict,
 )
-from prox24_deploy.limits import Limits
+from prox24_deploy.limits import GivenLimits, Limits
 from prox24_deploy.release.measure import PairSamples, latency_verdict, speedup_interval, timing
 from prox24_deploy.release.report import Report, assemble_report
 
@@ -55,7 +57,7 @@ class Records:
     compile: CompileResult
     bench: BenchResult
 
-    def report(self) -> Report:
+    def report(self, given: GivenLimits | None = None, limits: Limits | None = None) -> Report:
         return assemble_report(
             self.model,
             {"dtype": "float16", "seed": 0, "shapes": [[1, 128], [8, 128]], "baseline": None},
@@ -67,7 +69,8 @@ class Records:
             self.bench,
             {"pruned": 90_870_000, "onnx/dense": 45_600_000, "onnx/sparse": 45_600_000},
             {"prune": 93.2, "evaluate": 41.0, "export": 18.4, "compile": 0.6, "bench": 9.1},
-            Limits(),
+            limits or Limits(),
+            given=given or GivenLimits(),
         )
 
 
@@ -188,8 +191,48 @@ def make_row(
     speedup = speedup_interval(pair)
     return LatencyRow(
         "onnxruntime", device, "float16", batch, 128, timing(pair.dense), timing(pair.sparse),
-        speedup, 0.02, gated, latency_verdict(speedup, 0.02),
+        speedup, 0.02, gated, latency_verdict(speedup, 0.02) if gated else "not gated",
     )  # fmt: skip
+
+
+def perplexities(
+    dense: float, sparse: float, windows: int, *, spread: float = 0.05, seed: int = 0
+) -> tuple[Metric, ...]:
+    """Perplexity as an evaluation tells it, from windows whose loss differs by `spread`."""
+    random = np.random.default_rng(seed)
+    losses = math.log(dense) + random.normal(0, 0.3, windows)
+    losses += math.log(dense) - losses.mean()
+    gaps = random.normal(0, spread, windows)
+    gaps += math.log(sparse / dense) - gaps.mean()
+    after = losses + gaps
+
+    def mean(values: npt.NDArray[np.float64]) -> Estimate:
+        error = float(values.std(ddof=1)) / math.sqrt(windows) if windows > 1 else 0.0
+        return Estimate(float(values.mean()), error)
+
+    def power(values: npt.NDArray[np.float64]) -> Estimate:
+        found = mean(values)
+        return Estimate(math.exp(found.value), math.exp(found.value) * found.standard_error)
+
+    return (
+        Metric("perplexity", False, windows, power(losses), power(after), None, None),
+        Metric(
+            "log-perplexity", False, windows, mean(losses), mean(after), mean(gaps), None,
+            tuple(after.tolist()),
+        ),
+    )  # fmt: skip
+
+
+def with_metrics(records: Records, task: str, *metrics: Metric) -> Records:
+    """A model of this task with these metrics, over as many samples as the first one says."""
+    source = replace(
+        records.evaluate.evaluation, samples=metrics[0].samples, tokens=512 * metrics[0].samples
+    )
+    return replace(
+        records,
+        model=replace(records.model, task=task),
+        evaluate=EvaluateResult(metrics, source, 1.0),
+    )
 
 
 def with_layers(records: Records, layers: tuple[LayerRecord, ...]) -> Records:
@@ -234,7 +277,15 @@ def with_numerics_failed(records: Records) -> Records:
 
 
 def with_latency(records: Records, verdict: Verdict, *, gated: bool) -> Records:
-    rows = tuple(replace(row, verdict=verdict, gated=gated) for row in records.bench.latency)
+    """Latencies that a limit of 2 % judges so, where they are gated."""
+    speedups = {
+        "pass": Interval(1.0, 0.99, 1.01),
+        "inconclusive": Interval(0.98, 0.95, 1.0),
+        "fail": Interval(0.9, 0.89, 0.91),
+    }
+    rows = tuple(
+        replace(row, speedup=speedups[verdict], gated=gated) for row in records.bench.latency
+    )
     return replace(records, bench=replace(records.bench, latency=rows))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import make_records
+from builders import make_records, with_numerics_failed
 from huggingface_hub import ModelCard
 
 from prox24_deploy.release.card import SourceCard, read_source_card, render_card
@@ -58,8 +58,14 @@ def test_dense_sparse_and_difference_stand_with_their_standard_errors() -> None:
 
 
 def test_a_verdict_other_than_pass_is_said() -> None:
-    report = make_records().report().model_copy(update={"verdict": "fail"})
-    assert "the verdict of its release report is fail." in render_card(report, PLAIN)
+    card = ModelCard(render_card(with_numerics_failed(make_records()).report(), PLAIN))
+    first, second = [line for line in card.text.splitlines() if line][1:3]
+    assert first == "**This model did not pass its own release checks.**"
+    assert second.startswith("**Failed on export: sparse last_hidden_state, ONNX Runtime and PyTor")
+    assert "the verdict of its release report is fail" in card.text
+    passed = render_card(make_records().report(), PLAIN)
+    assert "did not pass" not in passed
+    assert "**Passed: embedding cosine 0.9712, 512 samples; speed not gated.**" in passed
 
 
 def test_no_path_of_the_maker_is_published() -> None:

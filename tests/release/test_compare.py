@@ -13,9 +13,9 @@ from pydantic import JsonValue
 
 from prox24_deploy.artifacts import Estimate, Interval, LatencyRow, Metric, Verdict
 from prox24_deploy.errors import BundleError, UsageError
-from prox24_deploy.limits import MetricLimits, MetricTable
+from prox24_deploy.limits import GivenLimits, MetricLimits, MetricTable
 from prox24_deploy.release.baseline import Baseline
-from prox24_deploy.release.compare import compare_reports, held_against, limits_in_words
+from prox24_deploy.release.compare import compare_reports, held_against
 from prox24_deploy.release.compare_views import (
     render_benchmark,
     render_junit,
@@ -23,8 +23,10 @@ from prox24_deploy.release.compare_views import (
     write_comparison,
 )
 from prox24_deploy.release.figures import row_path
+from prox24_deploy.release.intervals import student_95
 from prox24_deploy.release.likeness import KEYS
 from prox24_deploy.release.schema import Change, Comparison, Report
+from prox24_deploy.release.wording import limits_in_words
 
 COSINE = "embedding cosine"
 SPEED_UP = "speed-up/onnxruntime/batch=1,sequence=128"
@@ -55,7 +57,7 @@ def report() -> Report:
 
 
 def compared(new: Report, old: Report, table: MetricTable | None = None) -> Comparison:
-    return compare_reports(new, Baseline("before", old), limits=table or {})
+    return compare_reports(new, Baseline("before", old), limits=GivenLimits(metrics=table or {}))
 
 
 def change_of(found: Comparison, name: str) -> Change:
@@ -166,7 +168,7 @@ def test_a_missing_figure_fails_by_name_unless_nothing_gates_it(report: Report) 
     found = compared(new, with_metric(report, COSINE, 0.95))
     missing, added = change_of(found, COSINE), change_of(found, "other")
     assert (missing.status, missing.verdict, missing.gated) == ("missing", "fail", True)
-    assert (added.status, added.verdict, added.gated) == ("new", "pass", False)
+    assert (added.status, added.verdict, added.gated) == ("new", "not gated", False)
     assert found.verdict == "fail"
     lifted = compared(new, with_metric(report, COSINE, 0.95), {COSINE: MetricLimits()})
     assert lifted.verdict == "pass"
@@ -288,20 +290,20 @@ def test_unlike_reports_are_refused_by_the_name_of_what_differs(report: Report, 
     new = DIFFERENT[key](report)
     with pytest.raises(BundleError, match=rf"baseline before: {key} is .* with --allow {key}\.$"):
         compared(new, report)
-    found = compare_reports(new, Baseline("before", report), limits={}, allow=[key])
+    found = compare_reports(new, Baseline("before", report), allow=[key])
     assert [difference.key for difference in found.allowed] == [key]
 
 
 def test_another_machine_that_was_allowed_gates_no_milliseconds(report: Report) -> None:
     new = DIFFERENT["gpu"](row(report, drift=0.5))
-    found = compare_reports(new, Baseline("before", row(report)), limits={}, allow=["gpu"])
+    found = compare_reports(new, Baseline("before", row(report)), allow=["gpu"])
     assert not change_of(found, LATENCY).gated
     assert change_of(found, SPEED_UP).gated
 
 
 def test_allow_takes_known_keys_only(report: Report) -> None:
     with pytest.raises(UsageError, match="--allow weather names nothing that is compared"):
-        compare_reports(report, Baseline("b", report), limits={}, allow=["weather"])
+        compare_reports(report, Baseline("b", report), allow=["weather"])
 
 
 def test_a_regression_that_was_accepted_does_not_count_again(report: Report) -> None:
@@ -341,7 +343,7 @@ HOSTILE = '<script>|`x`|[a](b) \x00 & "quotes"'
 @pytest.fixture
 def hostile(report: Report) -> Comparison:
     new, old = with_metric(report, HOSTILE, 0.5), with_metric(report, HOSTILE, 0.9)
-    return compare_reports(new, Baseline(HOSTILE, old, HOSTILE, "2026-01-01"), limits={})
+    return compare_reports(new, Baseline(HOSTILE, old, HOSTILE, "2026-01-01"))
 
 
 def test_markdown_keeps_names_as_they_are(hostile: Comparison) -> None:
@@ -386,7 +388,7 @@ def test_without_values_per_sample_the_interval_is_that_of_independent_samples(
     first = make_metrics()[1]
     assert first.agreement is not None
     change = change_of(compared(report, report), COSINE)
-    width = 2 * 1.96 * 2**0.5 * first.agreement.standard_error
+    width = 2 * student_95(first.samples - 1) * 2**0.5 * first.agreement.standard_error
     assert change.worse is not None
     assert change.worse.high - change.worse.low == pytest.approx(width)
     assert isinstance(change.worse, Interval)
@@ -408,4 +410,4 @@ def test_damaged_limits_of_a_baseline_are_named(limits: JsonValue, where: str) -
     damaged = report.model_copy(update={"options": {**report.options, "limits": limits}})
     message = rf"^Baseline old\.json is damaged at '{re.escape(where)}': .*; restore it\.$"
     with pytest.raises(BundleError, match=message):
-        compare_reports(report, Baseline("old.json", damaged), limits={})
+        compare_reports(report, Baseline("old.json", damaged), limits=GivenLimits())
