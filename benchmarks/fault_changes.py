@@ -11,30 +11,12 @@ from random import Random
 
 import torch
 from fault_machine import lines_of, one_sentence
-from fault_room import REPORT, SEALED, WEIGHTS, Result, Room
+from fault_room import CHANGES, OPTIONS, REPORT, SEALED, WEIGHTS, Result, Room
 from fault_runs import Ended
 
 from prox24_deploy.release.manifest import canonical_json
 
 _REFUSED = 2
-# What is changed, by the name of the file of the world that takes its place.
-CHANGES = {
-    "weights": (f"model/{WEIGHTS}", f"model-b/{WEIGHTS}"),
-    "config": ("model/config.json", "config-b.json"),
-    "tokenizer": ("model/tokenizer.json", "tokenizer-b.json"),
-    "calibration": ("text.txt", "text-b.txt"),
-    "evaluation": ("held-out.txt", "held-out-b.txt"),
-    "recipe": ("recipe.toml", "recipe-b.toml"),
-    "pooling": ("recipe.toml", "recipe-pooling.toml"),
-}
-# Options of which each gives another bundle.
-OPTIONS = {
-    "dtype": ("--dtype", "float16"),
-    "method": ("--method", "magnitude"),
-    "exclude": ("--exclude", "*query"),
-    "seed": ("--seed", "7"),
-    "evaluated": ("--evaluation-tokens", "2048"),
-}
 
 
 def change(room: Room, name: str, *, back: bool = False, in_place: bool = False) -> None:

@@ -3,15 +3,21 @@
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 
-from fault_room import REPORT, ManifestWatch, Result, Room, Timeline
-from fault_runs import INTERRUPTED, Ended, Run, leftovers
+from fault_room import OPTIONS, ManifestWatch, Result, Room, Timeline
+from fault_runs import INTERRUPTED, PATIENCE_S, Ended, Run, leftovers
 
 # A run is struck twice before it is left in peace, in this share of the tries.
 _TWICE = 0.25
 # Share of the moments that lie in the work of the stage; the others lie anywhere before its end.
 _IN_STAGE = 0.8
+# A run that ends before it is struck was hit by nothing.
+_ATTEMPTS = 4
+# Where jobs are started, and about how long one takes.
+_COMPILE = "compile"
+_JOB_S = 4.0
 _WORD = "Interrupted"
 
 
@@ -44,8 +50,32 @@ def _struck(
     *,
     fresh: bool = False,
 ) -> Result:
-    every = (*room.stages, REPORT)
-    stage = every[number % len(every)]
+    """Strike a run in the stage of this number; one that was faster is begun again."""
+    for _ in range(_ATTEMPTS):
+        ended, went_on = _strike_once(room, draw, room.stage_of(number), sign, fresh=fresh)
+        if ended.code != room.sound["a"].code:
+            break
+        if problems := room.unlike(room.sound["a"]):
+            return Result(fault, number, "ended before", tuple(problems))
+    else:
+        return Result(fault, number, "ended before")
+    hit = room.next_stage()
+    problems = [] if sign == signal.SIGKILL else _impolite(ended, went_on, room)
+    times = 1
+    if draw.random() < _TWICE:
+        again = room.begin(room.build())
+        again.last(draw.uniform(0, room.timelines[hit].work[1]))
+        again.strike(signal.SIGKILL)
+        again.wait()
+        times = 2
+    problems += room.completed(room.sound["a"])
+    return Result(fault, number, f"struck {times} ×", tuple(problems), hit)
+
+
+def _strike_once(
+    room: Room, draw: Random, stage: str, sign: signal.Signals, *, fresh: bool
+) -> tuple[Ended, float]:
+    """How a run ended that was struck in a stage, and how long it went on."""
     room.restore(stage)
     timeline = room.timelines[stage]
     run = room.begin(room.build(), fresh=fresh)
@@ -55,21 +85,7 @@ def _struck(
         _wait_in_stage(run, room, timeline, draw)
     run.strike(sign, group=sign != signal.SIGTERM)
     began = time.monotonic()
-    ended = run.wait()
-    hit, problems = room.next_stage(), []
-    if ended.code == room.sound["a"].code:
-        return Result(fault, number, "ended before", tuple(room.unlike(room.sound["a"])))
-    if sign != signal.SIGKILL:
-        problems = _impolite(ended, time.monotonic() - began, room)
-    times = 1
-    if draw.random() < _TWICE:
-        again = room.begin(room.build())
-        again.last(draw.uniform(0, timeline.work[1]))
-        again.strike(signal.SIGKILL)
-        again.wait()
-        times = 2
-    problems += room.completed(room.sound["a"])
-    return Result(fault, number, f"ended by it, {times} ×", tuple(problems), hit)
+    return run.wait(), time.monotonic() - began
 
 
 # What a fresh process spends on imports before it does anything.
@@ -105,9 +121,39 @@ def _impolite(ended: Ended, seconds: float, room: Room) -> list[str]:
     ]
 
 
+def abandon(room: Room, draw: Random, number: int) -> Result:
+    """SIGKILL to the run alone, as the kernel does it: the job that compiles for it lives on."""
+    fault = "abandoned job"
+    if "engines" not in room.sound:
+        return Result(fault, number, "skipped: TensorRT-RTX is not installed")
+    room.restore(_COMPILE)
+    run = room.begin(room.build(*OPTIONS["engines"]))
+    while run.poll() is None and not _children(run.pid):
+        time.sleep(0.002)
+    run.last(draw.uniform(0, _JOB_S))
+    run.strike(signal.SIGKILL, group=False)
+    hit = room.next_stage() if run.wait().code < 0 else ""
+    alive = run.is_alive()
+    problems = room.completed(room.sound["engines"], *OPTIONS["engines"])
+    deadline = time.monotonic() + PATIENCE_S
+    while run.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    problems += [f"once the job had ended: {each}" for each in room.unlike(room.sound["engines"])]
+    outcome = "the job lived on" if alive else "the job ended"
+    return Result(fault, number, outcome, tuple(problems), hit)
+
+
+def _children(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
+    except OSError:
+        return ""
+
+
 KILLS: dict[str, tuple[Callable[[Room, Random, int], Result], int]] = {
     "kill": (kill, 0),
     "kill a fresh process": (kill_fresh, 0),
     "interrupt": (interrupt, 0),
     "terminate": (terminate, 0),
+    "abandoned job": (abandon, 6),
 }

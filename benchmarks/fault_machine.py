@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
-from fault_room import REPORT, SEALED, WEIGHTS, Result, Room
+from fault_room import SEALED, WEIGHTS, Result, Room
 from fault_runs import Ended, facts, hashes
 
 _REFUSED = 2
@@ -46,6 +46,9 @@ def one_sentence(ended: Ended, *, code: int = _REFUSED, names: str = "") -> list
         return [said]
     # What is logged on the way may come before it.
     lines = [line for line in ended.text.splitlines() if line.strip() and "WARNING" not in line]
+    if lines and lines[0].startswith("Usage:"):
+        # A wrong argument is told in a box, in which long lines are broken.
+        lines = ["Error: " + "".join(line.strip("│ ") for line in lines[3:-1])]
     if len(lines) != 1 or not lines[0].startswith("Error: ") or not lines[0].endswith("."):
         return [f"no one sentence: {ended.text[:300]!r}"]
     return [] if names in lines[0] else [f"{names!r} is not named: {lines[0][:200]!r}"]
@@ -53,9 +56,7 @@ def one_sentence(ended: Ended, *, code: int = _REFUSED, names: str = "") -> list
 
 def full_disk(room: Room, draw: Random, number: int) -> Result:
     """Too few bytes or too few files are left, somewhere between the first stage and the last."""
-    every = (*room.stages, REPORT)
-    stage = every[number % len(every)]
-    room.restore(stage)
+    room.restore(room.stage_of(number))
     kept = room.folder / "kept"
     if room.out.exists():
         room.out.rename(kept)
@@ -94,8 +95,7 @@ def _after(room: Room, fault: str, number: int, ended: Ended) -> Result:
 
 def file_size(room: Room, draw: Random, number: int) -> Result:
     """No file may grow over a limit (EFBIG), as some file systems and `ulimit -f` have it."""
-    every = (*room.stages, REPORT)
-    room.restore(every[number % len(every)])
+    room.restore(room.stage_of(number))
     limit = draw.randint(1, 60) * _KIB
     ended = room.run(
         room.build(), prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -105,8 +105,7 @@ def file_size(room: Room, draw: Random, number: int) -> Result:
 
 def memory(room: Room, draw: Random, number: int) -> Result:
     """Little memory is left; whatever is said of that, nothing wrong is kept."""
-    every = (*room.stages, REPORT)
-    room.restore(every[number % len(every)])
+    room.restore(room.stage_of(number))
     spare = draw.randint(2, 400) * _MIB
 
     def bound() -> None:

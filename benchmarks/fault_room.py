@@ -4,6 +4,7 @@ A room belongs to one worker. Every path on its command lines is relative to it,
 stages do not depend on where it lies and an unfinished bundle can be put back.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 import torch
 from fault_runs import (
@@ -36,6 +38,26 @@ _SMALL = (
 )  # fmt: skip
 WEIGHTS = "model.safetensors"
 SEALED = "sealed"
+# What is changed, by the name of the file of the world that takes its place.
+CHANGES = {
+    "weights": (f"model/{WEIGHTS}", f"model-b/{WEIGHTS}"),
+    "config": ("model/config.json", "config-b.json"),
+    "tokenizer": ("model/tokenizer.json", "tokenizer-b.json"),
+    "calibration": ("text.txt", "text-b.txt"),
+    "evaluation": ("held-out.txt", "held-out-b.txt"),
+    "recipe": ("recipe.toml", "recipe-b.toml"),
+    "pooling": ("recipe.toml", "recipe-pooling.toml"),
+}
+# Options of which each gives another bundle.
+OPTIONS = {
+    "dtype": ("--dtype", "float16"),
+    "method": ("--method", "magnitude"),
+    "exclude": ("--exclude", "*query"),
+    "seed": ("--seed", "7"),
+    "evaluated": ("--evaluation-tokens", "2048"),
+}
+if importlib.util.find_spec("tensorrt_rtx"):
+    OPTIONS["engines"] = ("--backend", "tensorrt-rtx")
 _OUTPUTS = "outputs = ["
 _EMBEDDING = '{ name = "sentence_embedding", dtype = "float", axes = ["batch", "hidden"] }'
 _POOLED = '\n[embedding]\npooling = "mean"\nnormalize = true\n'
@@ -114,6 +136,7 @@ class Room:
     world: Path
     sound: dict[str, Sound]
     stages: tuple[str, ...] = ()
+    seed: int = 0
     timelines: dict[str, Timeline] = field(default_factory=dict)
 
     @property
@@ -217,6 +240,12 @@ class Room:
         ended = self.run(["verify", "out"])
         return [] if ended.code == 0 else [f"verify ended with {ended.code}: {ended.sentence}"]
 
+    def stage_of(self, number: int) -> str:
+        """The stage that a try strikes; all are met equally often, in an order of the seed."""
+        every = (*self.stages, REPORT)
+        order = Random(self.seed).sample(every, len(every))
+        return order[number % len(order)]
+
     def next_stage(self) -> str:
         """The first stage that the bundle has not finished."""
         done = finished_stages(self.out)
@@ -239,6 +268,8 @@ class Room:
                 shutil.copytree(self.out, self.snapshots / stage)
             self.timelines[stage] = self._until_finished(stage)
         shutil.copytree(self.out, self.snapshots / SEALED)
+        if unlike := self.unlike(self.sound["a"]):
+            raise RuntimeError(f"a build in pieces is not as the undisturbed one: {unlike}")
 
     def _until_finished(self, stage: str) -> Timeline:
         run = self.begin(self.build())

@@ -69,6 +69,14 @@ class Run:
                 self._finish(os.waitstatus_to_exitcode(status))
         return self._ended
 
+    def is_alive(self) -> bool:
+        """Whether the run or a job of it is left."""
+        try:
+            os.killpg(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
     def last(self, seconds: float) -> None:
         """Let it run for so long, or to its end."""
         deadline = time.monotonic() + seconds

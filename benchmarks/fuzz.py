@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 # Before torch is imported: a process with threads cannot be forked safely.
@@ -29,7 +30,7 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELIS
 
 from fuzz_seeds import ROOMS
 from fuzz_targets import TARGETS, Target, choose
-from fuzz_workers import Outcome, Pool, drawn, in_child
+from fuzz_workers import Outcome, Pool, drawn, in_child, require_sound
 from tiny_directories import quiet
 
 _KEPT_OF_A_KIND = 3
@@ -84,13 +85,15 @@ class Row:
 def fuzz(options: argparse.Namespace, rooms: Path) -> list[Row]:
     """Try every parser that was asked for."""
     rows = []
+    warm_up([TARGETS[name] for name in options.parser or TARGETS])
     for name in options.parser or TARGETS:
         target = TARGETS[name]
         room = sound_inputs(target, rooms)
         row, began = Row(name), time.perf_counter()
         seed = f"{options.seed}/{name}"
         pool = Pool(target, room, rooms, seed, options.workers, options.most_killed)
-        for outcome in pool.run(options.first, options.inputs):
+        count = max(1, round(options.inputs * target.share))
+        for outcome in pool.run(options.first, count):
             if row.add(outcome) and options.save:
                 save(options.save, name, target, room, seed, outcome)
         row.seconds = time.perf_counter() - began
@@ -100,12 +103,21 @@ def fuzz(options: argparse.Namespace, rooms: Path) -> list[Row]:
     return rows
 
 
+def warm_up(targets: Sequence[Target]) -> None:
+    """Import what only some inputs need, so that not every process has to."""
+    if any(target.room == "models" for target in targets):
+        import_module("prox24_deploy.model.prune")
+        for family in ("bert", "llama", "t5", "vit", "whisper"):
+            import_module(f"transformers.models.{family}.modeling_{family}")
+
+
 def sound_inputs(target: Target, rooms: Path) -> Path:
     """The folder with the sound inputs of a parser; made once, in a process of its own."""
     room = rooms / target.room.replace(" ", "-")
     if not room.exists():
         room.mkdir()
         in_child(lambda: ROOMS[target.room](room))
+    in_child(lambda: require_sound(target, room, rooms))
     return room
 
 
@@ -177,7 +189,8 @@ def faults(rows: Sequence[Row], seed: int) -> str:
     for row in rows:
         for kind, kept in sorted(row.wrong.items(), key=lambda pair: -row.counted[pair[0]]):
             first = kept[0]
-            last = first.detail.strip().splitlines()[-1][:200] if first.detail else ""
+            killed = first.answer.startswith("killed")
+            last = "" if killed else first.detail.strip().splitlines()[-1][:200]
             lines += [
                 f"{row.parser}: {row.counted[kind]} × {kind}",
                 f"    {last}",
@@ -191,7 +204,7 @@ def faults(rows: Sequence[Row], seed: int) -> str:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parser", action="append", choices=TARGETS, metavar="NAME")
-    parser.add_argument("--inputs", type=int, default=1000)
+    parser.add_argument("--inputs", type=int, default=1000, help="Slow parsers get a fifth.")
     parser.add_argument("--first", type=int, default=0, help="Number of the first input.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +88,7 @@ def _index(room: Path) -> None:
 
 
 def _models(room: Path) -> None:
-    write_prose(room / "text.txt")
+    write_prose(room / "text.txt", paragraphs=240)
     write_recordings(room / "recordings")
     for row, options in _MODELS.items():
         folder = write_directory(room / row.partition(",")[0], row, **options)
@@ -102,7 +103,9 @@ def _add_companions(folder: Path, row: str) -> None:
     from prox24_deploy.recipe import shipped_recipes
 
     name = row.partition(",")[0]
-    (folder / "recipe.toml").write_text(shipped_recipes()[name], encoding="utf-8")
+    # Short samples, of which a forward pass takes little time.
+    text = re.sub(r"sequence_length = \d+", "sequence_length = 32", shipped_recipes()[name])
+    (folder / "recipe.toml").write_text(text, encoding="utf-8")
     if row == "bert":
         modules = [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -147,9 +150,9 @@ def _plans(room: Path) -> None:
 
 def _texts(room: Path) -> None:
     write_prose(room / "text.txt", paragraphs=30)
-    lines = [{"text": f"sample {i} of a text", "target": f"target {i}"} for i in range(60)]
+    lines = [{"text": f"sample {i} of a text", "target": f"target {i}"} for i in range(120)]
     (room / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    (room / "plain.jsonl").write_text("\n".join(f'"line {i} of a plain text"' for i in range(60)))
+    (room / "plain.jsonl").write_text("\n".join(f'"line {i} of a plain text"' for i in range(120)))
     write_directory(room / "model", "t5", num_layers=1)
 
 

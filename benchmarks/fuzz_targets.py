@@ -3,8 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -37,12 +37,16 @@ Spoiler = Callable[[bytes, Random], Spoiled]
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """Files of a room of which one is spoilt, in its place or as `place`."""
+    """Files of a room of which one is spoilt, in its place or as `place`.
+
+    `sound` says that what is not spoilt is accepted; a dense file, for one, is refused by `check`.
+    """
 
     glob: str
     spoil: Spoiler
     place: str = ""
     weight: int = 1
+    sound: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,8 @@ class Target:
 
     `room` is where its inputs come from, `command` what reproduces it. `prints` says that every
     other input is asked for JSON, and `writes_room` that a run may change other files of its room.
+    `ways` is in how many ways inputs are read, by their numbers, and `share` how many of the inputs
+    that are asked for it gets, where each takes long.
     """
 
     room: str
@@ -73,6 +79,15 @@ class Target:
     command: str
     prints: bool = True
     writes_room: bool = False
+    ways: int = 1
+    share: float = 1.0
+
+
+def unspoilt(target: Target, room: Path) -> Iterator[tuple[Path, Path]]:
+    """Every file that must be accepted as it is, and where it is put."""
+    for victim in target.victims:
+        for source in sorted(room.glob(victim.glob)) if victim.sound else ():
+            yield source, room / victim.place if victim.place else source
 
 
 def choose(target: Target, room: Path, draw: Random) -> tuple[Path, Path, Spoiled]:
@@ -106,7 +121,7 @@ def _prune(case: Case) -> None:
         case.room / "out",
         calibration=[case.room / kinds.get(model.name, "text.txt")],
         calibration_tokens=2048,
-        evaluation_tokens=1024,
+        evaluation_tokens=2048,
         images=16,
         recordings=8,
         method="magnitude",
@@ -242,11 +257,17 @@ _TENSORS = (
 )
 _GIVEN = (
     "prox24-deploy prune {model} -o {room}/out --calibration {calibration} --method magnitude "
-    "--refinement none --calibration-tokens 2048 --evaluation-tokens 1024 --images 16 "
+    "--refinement none --calibration-tokens 2048 --evaluation-tokens 2048 --images 16 "
     "--recordings 8"
 )
 TARGETS: dict[str, Target] = {
-    "safetensors-check": Target("tensor files", _TENSORS, _check, "prox24-deploy check {file}"),
+    "safetensors-check": Target(
+        "tensor files",
+        # Dense files, which are refused for that.
+        tuple(replace(victim, sound=False) for victim in _TENSORS),
+        _check,
+        "prox24-deploy check {file}",
+    ),
     "safetensors-open": Target("tensor files", _TENSORS, _open, "prox24-deploy prune {room}"),
     "index": Target(
         "index",
@@ -254,6 +275,7 @@ TARGETS: dict[str, Target] = {
         _index,
         "prox24-deploy check {room}; prox24-deploy prune {room}",
         prints=False,
+        ways=2,
     ),
     "config": Target(
         "models",
@@ -267,19 +289,21 @@ TARGETS: dict[str, Target] = {
     "tokenizer": Target("models", (Victim("*/tokenizer*.json", spoil_json),), _prune, _GIVEN),
     "recipe": Target("models", (Victim("*/recipe.toml", spoil_toml),), _prune, _GIVEN),
     "preprocessor": Target(
-        "models", (Victim("*/preprocessor_config.json", spoil_json),), _prune, _GIVEN
+        "models", (Victim("*/preprocessor_config.json", spoil_json),), _prune, _GIVEN, share=0.2
     ),
     "modules": Target(
         "models",
         (Victim("*/modules.json", spoil_json), Victim("*/1_Pooling/config.json", spoil_json)),
         _prune,
         _GIVEN,
+        share=0.2,
     ),
     "limits": Target(
         "bundle",
         (Victim("limits.toml", spoil_toml),),
         _limits,
         "prox24-deploy compare {room}/bundle {room}/baseline.json --limits {file}",
+        ways=2,
     ),
     "baseline": Target(
         "bundle",
@@ -287,12 +311,14 @@ TARGETS: dict[str, Target] = {
         _baseline,
         "prox24-deploy compare {room}/bundle {file} -o {room}/out; "
         "prox24-deploy baseline show {file}",
+        ways=6,
     ),
     "report": Target(
         "bundle",
         (Victim("bundle/report.json", spoil_json),),
         _report,
         "prox24-deploy compare {file} {room}/baseline.json -o {room}/out",
+        ways=2,
     ),
     "manifest": Target(
         "bundle",
@@ -301,6 +327,7 @@ TARGETS: dict[str, Target] = {
         "prox24-deploy verify {room}/bundle; prox24-deploy compile {room}/bundle; "
         "prox24-deploy package {room}/bundle --force --sbom {room}/out.json --triton {room}/out",
         writes_room=True,
+        ways=6,
     ),
     "stages": Target(
         "bundle",
@@ -312,6 +339,8 @@ TARGETS: dict[str, Target] = {
         "prox24-deploy compile {room}/bundle; "
         "prox24-deploy package {room}/bundle --force --sbom {room}/out.json --triton {room}/out",
         writes_room=True,
+        share=0.2,
+        ways=6,
     ),
     "plan": Target(
         "plans",
@@ -324,6 +353,7 @@ TARGETS: dict[str, Target] = {
         (Victim("*.jsonl", spoil_lines, "spoilt.jsonl"),),
         _text,
         "prox24-deploy prune {room}/model --calibration {file}",
+        ways=3,
     ),
     "text": Target(
         "texts",
@@ -333,6 +363,7 @@ TARGETS: dict[str, Target] = {
         ),
         _text,
         "prox24-deploy prune {room}/model --calibration {file}",
+        ways=3,
     ),
     "wav": Target(
         "waves",
@@ -348,18 +379,20 @@ TARGETS: dict[str, Target] = {
         "images",
         (
             Victim("seeds/[!o]*.img", spoil_image, "spoilt.png", 6),
-            Victim("seeds/other-*.img", spoil_image, "spoilt.png"),
+            Victim("seeds/other-*.img", spoil_image, "spoilt.png", sound=False),
         ),
         _image,
         "prox24-deploy prune {room}/model --calibration {room}",
+        share=0.2,
     ),
     "onnx": Target(
         "graphs",
         (
-            Victim("seeds/[!-]*[!0-9].onnx", spoil_onnx, "spoilt.onnx", 30),
-            Victim("seeds/*-*.onnx", spoil_onnx, "spoilt.onnx"),
+            Victim("seeds/[!-]*[!0-9].onnx", spoil_onnx, "spoilt.onnx", 30, sound=False),
+            Victim("seeds/*-*.onnx", spoil_onnx, "spoilt.onnx", sound=False),
         ),
         _check,
         "prox24-deploy check {file}",
+        share=0.2,
     ),
 }

@@ -19,7 +19,7 @@ from random import Random
 from typing import Any
 
 from fuzz_answers import PACKAGE, Watch, answered
-from fuzz_targets import Case, Target, choose, clear_output
+from fuzz_targets import Case, Target, choose, clear_output, unspoilt
 
 MOST_CPU_S = 10
 MOST_BYTES = 2 * 2**30
@@ -145,6 +145,26 @@ class Pool:
             where=_where_in_dump(text),
             detail=text,
         )
+
+
+def require_sound(target: Target, room: Path, scratch: Path) -> None:
+    """Require that what is not spoilt is accepted: else nothing deep would ever be reached.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    copy, watch = folder / "room", Watch(folder)
+    for source, place in unspoilt(target, room):
+        for number in range(target.ways):
+            shutil.copytree(room, copy)
+            file = copy / place.relative_to(room)
+            shutil.copyfile(source, file)
+            answer, where, detail = answered(target, Case(copy, file, number), watch)
+            if answer != "accepted":
+                raise RuntimeError(f"{source} as it is: {answer} {where} {detail}")
+            shutil.rmtree(copy)
+    shutil.rmtree(folder)
 
 
 def drawn(seed: str, number: int) -> Random:
