@@ -11,7 +11,16 @@ from random import Random
 
 import torch
 from fault_machine import lines_of, one_sentence
-from fault_room import CHANGES, OPTIONS, REPORT, SEALED, WEIGHTS, Result, Room
+from fault_room import (
+    CHANGES,
+    OPTIONS,
+    REPORT,
+    SEALED,
+    WEIGHTS,
+    ManifestWatch,
+    Result,
+    Room,
+)
 from fault_runs import Ended
 
 from prox24_deploy.release.manifest import canonical_json
@@ -46,7 +55,9 @@ def changed_between(room: Room, draw: Random, number: int) -> Result:
 def changed_during(room: Room, draw: Random, number: int) -> Result:
     """An input is exchanged while a build runs, in half of the tries only for a while."""
     name = list(CHANGES)[number % len(CHANGES)] if number % 2 else "weights"
-    stage = draw.choice((room.stages[0], *room.stages[3:], REPORT))
+    # What reads MODEL_DIR; half of the tries strike pruning, which reads it most often.
+    later = (*room.stages[3:], REPORT)
+    stage = room.stages[0] if number % 4 < 2 else later[number // 4 % len(later)]
     room.restore(stage)
     end = room.timelines[stage].work[1]
     run = room.begin(room.build())
@@ -76,7 +87,8 @@ def _of_one_version(room: Room, ended: Ended, name: str) -> list[str]:
     as_before, as_after = room.unlike(before), room.unlike(after)
     if not as_before or not as_after:
         return []
-    return [f"of two versions: {each}" for each in min(as_before, as_after, key=len)]
+    nearer = min(as_before, as_after, key=lambda problems: len(str(problems)))
+    return [f"of two versions: {each}" for each in nearer]
 
 
 def options_changed(room: Room, draw: Random, number: int) -> Result:
@@ -92,8 +104,10 @@ def two_builds(room: Room, draw: Random, number: int) -> Result:
     """A second command comes while a build writes into OUT."""
     command = ("build", "prune", "export", "compile", "bench")[number % 5]
     room.restore(draw.choice((room.stages[0], *room.stages[2:])))
+    watch = ManifestWatch(room.out)
     first = room.begin(room.build())
-    while not (room.out / "manifest.json").exists() and first.poll() is None:
+    # From its first write on, the bundle is its own.
+    while not watch.look() and first.poll() is None:
         time.sleep(0.001)
     first.last(draw.uniform(0, 0.5))
     late = room.begin(lines_of(room)[command], log="second").wait()

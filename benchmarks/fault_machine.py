@@ -60,15 +60,15 @@ def full_disk(room: Room, draw: Random, number: int) -> Result:
     kept = room.folder / "kept"
     if room.out.exists():
         room.out.rename(kept)
-    few = draw.random() < 0.3
-    room_left = f"nr_inodes={draw.randint(4, 40)}" if few else f"size={draw.randint(8, 500)}k"
+    else:
+        kept.mkdir()
+    limit = _between(kept, room.snapshots / SEALED, draw)
     with _mounted(room.out, "size=64m") as mounted:
         if not mounted:
             return Result("full disk", number, _NO_MOUNT)
-        if kept.exists():
-            shutil.copytree(kept, room.out, dirs_exist_ok=True)
+        shutil.copytree(kept, room.out, dirs_exist_ok=True)
         try:
-            _remount(room.out, _above(room.out, room_left))
+            _remount(room.out, limit)
         except subprocess.CalledProcessError:
             return Result("full disk", number, "skipped: this disk cannot shrink")
         ended = room.run(room.build())
@@ -76,21 +76,25 @@ def full_disk(room: Room, draw: Random, number: int) -> Result:
         return _after(room, "full disk", number, ended)
 
 
-def _above(folder: Path, limit: str) -> str:
-    """A limit on top of what is there already."""
-    kind, _, number = limit.partition("=")
-    if kind == "nr_inodes":
-        return f"{kind}={int(number) + sum(1 for _ in folder.rglob('*')) + 1}"
-    used = sum(path.stat().st_size + 4095 for path in folder.rglob("*")) // _KIB
-    return f"{kind}={int(number[:-1]) + used}k"
+def _between(now: Path, finished: Path, draw: Random) -> str:
+    """A limit that holds what is there now, and not what will be there in the end."""
+    if draw.random() < 0.3:
+        files = [sum(1 for _ in folder.rglob("*")) for folder in (now, finished)]
+        return f"nr_inodes={files[0] + 2 + int(draw.random() * (files[1] - files[0]))}"
+    pages = [
+        sum(4 + path.stat().st_size // _KIB for path in folder.rglob("*"))
+        for folder in (now, finished)
+    ]
+    return f"size={pages[0] + 4 + int(draw.random() * (pages[1] - pages[0]))}k"
 
 
 def _after(room: Room, fault: str, number: int, ended: Ended) -> Result:
     """A run either did it all the same, or said in one sentence what is the matter."""
     if ended.code == room.sound["a"].code:
         return Result(fault, number, "fitted", tuple(room.unlike(room.sound["a"])))
+    hit = room.next_stage()
     problems = one_sentence(ended) + room.completed(room.sound["a"])
-    return Result(fault, number, f"exit {ended.code}", tuple(problems), room.next_stage())
+    return Result(fault, number, f"exit {ended.code}", tuple(problems), hit)
 
 
 def file_size(room: Room, draw: Random, number: int) -> Result:
@@ -106,7 +110,7 @@ def file_size(room: Room, draw: Random, number: int) -> Result:
 def memory(room: Room, draw: Random, number: int) -> Result:
     """Little memory is left; whatever is said of that, nothing wrong is kept."""
     room.restore(room.stage_of(number))
-    spare = draw.randint(2, 400) * _MIB
+    spare = int(2 ** draw.uniform(0, 7) * _MIB)
 
     def bound() -> None:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
@@ -117,8 +121,9 @@ def memory(room: Room, draw: Random, number: int) -> Result:
     ended = room.run(room.build(), prepare=bound)
     if ended.code == room.sound["a"].code:
         return Result("memory", number, "fitted", tuple(room.unlike(room.sound["a"])))
+    hit = room.next_stage()
     problems = room.completed(room.sound["a"])
-    return Result("memory", number, f"exit {ended.code}", tuple(problems), room.next_stage())
+    return Result("memory", number, f"exit {ended.code}", tuple(problems), hit)
 
 
 # Command, what is in OUT before, and the file or folder that may not be read.

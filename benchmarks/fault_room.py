@@ -231,7 +231,8 @@ class Room:
 
     def unlike(self, sound: Sound) -> list[str]:
         """What of a finished bundle is not as expected."""
-        problems = [f"differs: {name}" for name in differences(self.facts(), sound.facts)]
+        names = differences(self.facts(), sound.facts)
+        problems = [f"differs: {', '.join(names)}"] if names else []
         problems += [f"left behind: {path}" for path in leftovers(self.out)]
         return problems + self.unverified()
 

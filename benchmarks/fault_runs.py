@@ -27,7 +27,7 @@ INTERRUPTED = 130
 # Written anew by every run, or with times in it.
 _DIFFERENT = re.compile(
     r"(pruned/README\.md|report\.(json|html)|summary\.md|junit\.xml|benchmark\.json|manifest\.json"
-    r"|stages/bench\.json)"
+    r"|stages/bench\.json|engines/.*\.log)"
 )
 Prepare = Callable[[], None]
 
