@@ -155,6 +155,13 @@ _HIDDEN = (
     ("check", SEALED, f"out/pruned/{WEIGHTS}"),
     ("compare", SEALED, "out/report.json"),
 )
+# The same of folders that may be read and not be written.
+_CLOSED = (
+    ("build", "evaluate", "out"),
+    ("build", "evaluate", "out/stages"),
+    ("build", "export", "out/pruned"),
+    ("compile", "compile", "out"),
+)
 # What a file that is there and may not be read is not.
 _FALSE_WORDS = ("does not exist", "No such file", "missing", "cannot be written", "damaged")
 
@@ -178,22 +185,32 @@ def lines_of(room: Room) -> dict[str, list[str]]:
 def unreadable(room: Room, _: Random, number: int) -> Result:
     """Something may not be read by whoever runs the command."""
     command, stage, name = _HIDDEN[number % len(_HIDDEN)]
-    room.restore(stage or room.stages[0])
-    hidden = room.folder / name
-    mode = hidden.stat().st_mode
-    hidden.chmod(0)
-    before = hashes(room.model) if name.startswith("out") else {}
-    ended = room.run(lines_of(room)[command], prepare=_as_others)
-    hidden.chmod(mode)
-    problems = one_sentence(ended, names=hidden.name)
+    ended, problems = _refused(room, command, stage, name, 0)
     problems += [f"says {word!r}: {ended.sentence}" for word in _FALSE_WORDS if word in ended.text]
-    if before and hashes(room.model) != before:
-        problems.append("MODEL_DIR was changed")
-    if stage == SEALED:
-        problems += room.unverified()
-    else:
-        problems += room.completed(room.sound["a"])
     return Result("unreadable", number, f"{command}: exit {ended.code}", tuple(problems), name)
+
+
+def unwritable(room: Room, _: Random, number: int) -> Result:
+    """Something may not be written by whoever runs the command."""
+    command, stage, name = _CLOSED[number % len(_CLOSED)]
+    ended, problems = _refused(room, command, stage, name, 0o500)
+    return Result("unwritable", number, f"{command}: exit {ended.code}", tuple(problems), name)
+
+
+def _refused(room: Room, command: str, stage: str, name: str, mode: int) -> tuple[Ended, list[str]]:
+    """How a command ends that meets a file or folder of this mode, and what is wrong then."""
+    if command == "export":
+        room.restore_pruned(stage)
+    else:
+        room.restore(stage or room.stages[0])
+    closed = room.folder / name
+    before = closed.stat().st_mode
+    closed.chmod(mode)
+    ended = room.run(lines_of(room)[command], prepare=_as_others)
+    closed.chmod(before)
+    problems = one_sentence(ended, names=closed.name)
+    later = room.unverified() if stage == SEALED else room.completed(room.sound["a"])
+    return ended, problems + later
 
 
 def others_may_read(room: Room, _: Random, number: int) -> Result:
@@ -284,6 +301,7 @@ MACHINE: dict[str, tuple[Callable[[Room, Random, int], Result], int]] = {
     "file size": (file_size, 14),
     "memory": (memory, 14),
     "unreadable": (unreadable, len(_HIDDEN)),
+    "unwritable": (unwritable, len(_CLOSED)),
     "readable by others": (others_may_read, 1),
     "read-only": (read_only, len(_READ_ONLY)),
     "other disk": (other_file_system, 4),

@@ -226,7 +226,7 @@ class Room:
         ended = self.run(self.build(*options))
         problems = [] if hashes(self.model) == before else ["MODEL_DIR was changed"]
         if ended.code != sound.code:
-            return [*problems, f"the next run ended with {ended.code}: {ended.sentence}"]
+            return [*problems, f"the next run ended with {ended.code}: {ended.text[-2000:]}"]
         return problems + self.unlike(sound)
 
     def unlike(self, sound: Sound) -> list[str]:
@@ -259,6 +259,13 @@ class Room:
         self.reset()
         if stage != self.stages[0]:
             shutil.copytree(self.snapshots / stage, self.out)
+
+    def restore_pruned(self, stage: str) -> None:
+        """The same, and `prune` was the last command, on which single stages can go on."""
+        self.restore(stage)
+        ended = self.run(self.prune())
+        if ended.code:
+            raise RuntimeError(f"prune ended with {ended.code}: {ended.text}")
 
     def _take_snapshots(self) -> None:
         """Build stage by stage, killed as soon as each is entered, and learn how long it takes."""

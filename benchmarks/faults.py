@@ -1,6 +1,7 @@
 """Strike real runs of the command line, and require that what they leave is sound.
 
     python benchmarks/faults.py [--kills N] [--tries N] [--only CLASS ...] [--seed S] [--workers N]
+    python benchmarks/faults.py --only CLASS --number N --seed S
 
 A tiny model is built undisturbed, and then again and again with one fault each: killed at random
 moments of every stage, on a full disk, with inputs that change meanwhile, and so on
@@ -154,7 +155,8 @@ def asked_for(options: argparse.Namespace) -> list[tuple[str, int]]:
     for name, (_, usual) in CLASSES.items():
         count = signals.get(name, usual if options.tries is None else options.tries)
         if not options.only or name in options.only:
-            found += [(name, number) for number in range(count)]
+            numbers = range(count) if options.number is None else [options.number]
+            found += [(name, number) for number in numbers]
     return found
 
 
@@ -194,6 +196,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--tries", type=int, help="Of every class that is no signal.")
     parser.add_argument("--only", action="append", choices=CLASSES, metavar="CLASS")
+    parser.add_argument("--number", type=int, help="Make this try alone, of each class.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(

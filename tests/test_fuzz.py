@@ -133,9 +133,9 @@ def test_every_kind_of_answer_is_judged() -> None:
 
 
 def test_no_spoilt_input_meets_anything_but_a_documented_answer() -> None:
-    done = run(BENCHMARKS / "fuzz.py", "--inputs", "30", "--seed", "16", "--workers", "1")
+    done = run(BENCHMARKS / "fuzz.py", "--inputs", "15", "--seed", "16", "--workers", "1")
     assert done.returncode == 0, done.stdout
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["wrong"] == 0
     assert len(found["parsers"]) >= 13
-    assert all(parser["inputs"] >= 6 for parser in found["parsers"])
+    assert all(parser["inputs"] >= 3 for parser in found["parsers"])
