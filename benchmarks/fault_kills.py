@@ -68,7 +68,7 @@ def _struck(
         again.strike(signal.SIGKILL)
         again.wait()
         times = 2
-    problems += room.completed(room.sound["a"])
+    problems += room.completed(room.sound["a"], fresh=fresh)
     return Result(fault, number, f"struck {times} ×", tuple(problems), hit)
 
 

@@ -220,10 +220,10 @@ class Room:
             raise RuntimeError(f"the undisturbed build ended with {ended.code}: {ended.text}")
         return Sound(ended.code, self.facts(), ended.seconds)
 
-    def completed(self, sound: Sound, *options: str) -> list[str]:
+    def completed(self, sound: Sound, *options: str, fresh: bool = False) -> list[str]:
         """Build to the end; what is not as after the undisturbed build."""
         before = hashes(self.model)
-        ended = self.run(self.build(*options))
+        ended = self.run(self.build(*options), fresh=fresh)
         problems = [] if hashes(self.model) == before else ["MODEL_DIR was changed"]
         if ended.code != sound.code:
             return [*problems, f"the next run ended with {ended.code}: {ended.text[-2000:]}"]

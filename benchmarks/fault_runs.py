@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,15 +222,3 @@ def finished_stages(bundle: Path) -> list[str]:
     except (OSError, ValueError):
         return []
     return list(manifest.get("stages", {}))
-
-
-@contextlib.contextmanager
-def removed(folder: Path) -> Iterator[Path]:
-    """A new folder that is removed when done with."""
-    import shutil
-
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

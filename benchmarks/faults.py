@@ -5,15 +5,16 @@
 
 A tiny model is built undisturbed, and then again and again with one fault each: killed at random
 moments of every stage, on a full disk, with inputs that change meanwhile, and so on
-(`fault_kills.py`, `fault_machine.py`, `fault_changes.py`). After each fault the same command is run
-to its end. Right is only: the exit code of the undisturbed build, the same bytes of weights, graphs
-and engines, the same figures, `verify` with 0, MODEL_DIR untouched, no temporary file; and a run
-that cannot go on says so in one sentence with exit code 2.
+(`fault_kills.py`, `fault_machine.py`, `fault_changes.py`, `fault_bundles.py`). After each fault the
+same command is run to its end. Right is only: the exit code of the undisturbed build, the same
+bytes of weights, graphs and engines, the same figures, `verify` with 0, MODEL_DIR untouched, no
+temporary file; and a run that cannot go on says so in one sentence with exit code 2.
 
 Most runs are forked from this process, which has imported the libraries, so that the work is struck
-and not the imports; "kill a fresh process" starts real ones. Of `--kills` signals a fifteenth goes
-to fresh processes, a tenth are interrupts (Ctrl-C) and a tenth SIGTERM. `--tries` replaces the
-number of tries of every other class.
+and not the imports. Such a run also has the hashes of strings of its parent and ends without the
+interpreter's own end. "kill a fresh process" therefore starts real ones, and goes on in real ones.
+Of `--kills` signals a fifteenth goes to those, a tenth are interrupts (Ctrl-C) and a tenth SIGTERM.
+`--tries` replaces the number of tries of every other class.
 
 Prints a table, every fault, and one JSON line; fails if anything is wrong.
 """
@@ -42,6 +43,7 @@ os.environ.update(
     ORT_DISABLE_TELEMETRY="1",
 )
 
+from fault_bundles import BUNDLES
 from fault_changes import USERS, change
 from fault_kills import KILLS
 from fault_machine import MACHINE
@@ -50,7 +52,7 @@ from fault_runs import differences
 from tiny_directories import quiet
 
 Try = Callable[[Room, Random, int], Result]
-CLASSES: dict[str, tuple[Try, int]] = {**KILLS, **MACHINE, **USERS}
+CLASSES: dict[str, tuple[Try, int]] = {**KILLS, **MACHINE, **USERS, **BUNDLES}
 # The classes that need what undisturbed builds of other inputs or options give.
 _NEEDS = {
     "changed between runs": tuple(CHANGES),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from fuzz_binaries import (
     spoil_wave,
 )
 from fuzz_documents import Spoiled, spoil_json, spoil_lines, spoil_text, spoil_toml
+from resealed import resealed
 
 from prox24_deploy.cli import building, gating, handing, judging
 from prox24_deploy.engines.planning import read_plan
@@ -30,7 +32,6 @@ from prox24_deploy.model.directory import load_image_processor, open_model_dir, 
 from prox24_deploy.model.images import Images, make_image_samples
 from prox24_deploy.model.pairs import make_pairs
 from prox24_deploy.recipe import parse_recipe, shipped_recipes
-from prox24_deploy.release.manifest import canonical_json
 
 Spoiler = Callable[[bytes, Random], Spoiled]
 
@@ -174,7 +175,7 @@ def _stage(case: Case) -> None:
     data = case.file.read_bytes()
     entry = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     value["files"][case.file.relative_to(case.room / "bundle").as_posix()] = entry
-    manifest.write_bytes(_resealed(value))
+    manifest.write_bytes(resealed(value))
     _manifest(case)
 
 
@@ -225,21 +226,12 @@ def _recipes() -> Mapping[str, Any]:
 def _spoil_manifest(data: bytes, draw: Random) -> Spoiled:
     """Most with the hash of itself that belongs to what it now says."""
     spoilt, story = spoil_json(data, draw)
-    try:
+    # What is none of JSON, or too deep for it, cannot be written by any version.
+    with suppress(ValueError, RecursionError):
         value = json.loads(spoilt)
         if isinstance(value, dict) and draw.random() < 0.7:
-            return _resealed(value), story
-    except (ValueError, RecursionError):
-        pass
+            return resealed(value), story
     return spoilt, story
-
-
-def _resealed(value: dict[str, Any]) -> bytes:
-    try:
-        digest = hashlib.sha256(canonical_json(value | {"self_sha256": ""})).hexdigest()
-        return canonical_json(value | {"self_sha256": digest})
-    except (ValueError, RecursionError):
-        return json.dumps(value).encode()
 
 
 def _spoil_declaration(data: bytes, draw: Random) -> Spoiled:
