@@ -79,7 +79,10 @@ def _index(room: Path) -> None:
     torch.manual_seed(0)
     names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     for i, name in enumerate(names):
-        save_file({f"{i}.weight": torch.randn(2, 4), f"{i}.bias": torch.ones(2)}, room / name)
+        tensors = {f"{i}.weight": torch.randn(2, 4), f"{i}.bias": torch.ones(2)}
+        tensors[f"{i}.weight"][:, ::2] = 0
+        declared = {"prox24.sparse_weights": json.dumps({f"{i}.weight": 1})}
+        save_file(tensors, room / name, {"format": "pt", **declared})
     weights = {f"{i}.{kind}": names[i] for i in (0, 1) for kind in ("weight", "bias")}
     index = {"metadata": {"total_size": 80}, "weight_map": weights}
     text = json.dumps(index, indent=2)

@@ -25,7 +25,6 @@ from resealed import resealed
 from prox24_deploy.cli import building, gating, handing, judging
 from prox24_deploy.engines.planning import read_plan
 from prox24_deploy.engines.profile import GemmShape, read_profile
-from prox24_deploy.graph.weights import SPARSE_KEY
 from prox24_deploy.model.audio import read_recordings, read_wave
 from prox24_deploy.model.calibration import make_samples, read_texts
 from prox24_deploy.model.directory import load_image_processor, open_model_dir, open_tokenizer
@@ -33,6 +32,8 @@ from prox24_deploy.model.images import Images, make_image_samples
 from prox24_deploy.model.pairs import make_pairs
 from prox24_deploy.recipe import parse_recipe, shipped_recipes
 
+# Under which a file names its own 2:4 weights, in its metadata.
+_SPARSE_KEY = "prox24.sparse_weights"
 Spoiler = Callable[[bytes, Random], Spoiled]
 
 
@@ -109,7 +110,7 @@ def _open(case: Case) -> None:
 
 def _index(case: Case) -> None:
     if case.as_json:
-        judging.check(case.room, ["*"])
+        judging.check(case.room)
     else:
         open_model_dir(case.room)
 
@@ -235,7 +236,7 @@ def _spoil_manifest(data: bytes, draw: Random) -> Spoiled:
 
 
 def _spoil_declaration(data: bytes, draw: Random) -> Spoiled:
-    return declare_sparse(data, draw, SPARSE_KEY)
+    return declare_sparse(data, draw, _SPARSE_KEY)
 
 
 def clear_output(room: Path) -> None:
