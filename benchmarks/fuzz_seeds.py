@@ -1,0 +1,216 @@
+"""The sound inputs that are spoilt: one folder, a room, for each kind of parser."""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from fuzz_onnx_seeds import onnx_seeds
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_directories import (
+    write_directory,
+    write_images,
+    write_prose,
+    write_recordings,
+)
+
+from prox24_deploy import cli
+from prox24_deploy.engines.choice import LayerChoice
+from prox24_deploy.engines.planning import Plan, plan_layers, plan_shapes, write_plan
+from prox24_deploy.engines.profile import GemmShape, GemmTiming, GpuProfile, write_profile
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+# Rows of tiny_families with what keeps them small, and what they are calibrated on.
+_MODELS = {
+    "bert": {"num_hidden_layers": 1},
+    "llama": {"num_hidden_layers": 1},
+    "t5": {"num_layers": 1, "num_decoder_layers": 1},
+    "vit, classes": {},
+    "whisper": {"encoder_layers": 1, "decoder_layers": 1, "max_source_positions": 10},
+}
+SMALL = ("--calibration-tokens", "2048", "--evaluation-tokens", "1024")
+
+
+def run_quietly(*line: str | Path) -> int:
+    """One line of the command line in this process, its exit code."""
+    shown = io.StringIO()
+    before, sys.argv = sys.argv, ["prox24-deploy", *map(str, line)]
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+            cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _tensor_files(room: Path) -> None:
+    torch.manual_seed(0)
+    seeds = room / "seeds"
+    seeds.mkdir()
+    pruned = torch.randn(4, 8)
+    pruned[:, ::2] = 0
+    for number, dtype in enumerate(_FLOATS):
+        tensors = {name: pruned.to(dtype).clone() for name in ("a.weight", "b.weight")}
+        tensors["norm"] = torch.ones(8)
+        declared = {"prox24.sparse_weights": json.dumps({"a.weight": 1})} if number % 2 else {}
+        save_file(tensors, seeds / f"{number}.safetensors", {"format": "pt", **declared})
+    others = {
+        "bytes": torch.arange(16, dtype=torch.uint8).view(2, 8),
+        "ids": torch.arange(4),
+        "mask": torch.tensor([True, False]),
+        "nothing.weight": torch.empty(0, 4),
+        "scalar": torch.tensor(1.5),
+        "conv.weight": pruned.view(2, 4, 2, 2).double(),
+    }
+    save_file(others, seeds / "others.safetensors")
+    (room / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+
+
+def _index(room: Path) -> None:
+    torch.manual_seed(0)
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    for i, name in enumerate(names):
+        tensors = {f"{i}.weight": torch.randn(2, 4), f"{i}.bias": torch.ones(2)}
+        tensors[f"{i}.weight"][:, ::2] = 0
+        declared = {"prox24.sparse_weights": json.dumps({f"{i}.weight": 1})}
+        save_file(tensors, room / name, {"format": "pt", **declared})
+    weights = {f"{i}.{kind}": names[i] for i in (0, 1) for kind in ("weight", "bias")}
+    index = {"metadata": {"total_size": 80}, "weight_map": weights}
+    text = json.dumps(index, indent=2)
+    (room / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    (room / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+
+
+def _models(room: Path) -> None:
+    write_prose(room / "text.txt", paragraphs=240)
+    write_recordings(room / "recordings")
+    for row, options in _MODELS.items():
+        folder = write_directory(room / row.partition(",")[0], row, **options)
+        labels = () if row != "vit, classes" else ("LABEL_0", "LABEL_1")
+        if labels:
+            write_images(room / "images", labels=labels)
+        _add_companions(folder, row)
+
+
+def _add_companions(folder: Path, row: str) -> None:
+    """What a build also reads where it is there."""
+    from prox24_deploy.recipe import shipped_recipes
+
+    name = row.partition(",")[0]
+    # Short samples, of which a forward pass takes little time.
+    text = re.sub(r"sequence_length = \d+", "sequence_length = 32", shipped_recipes()[name])
+    (folder / "recipe.toml").write_text(text, encoding="utf-8")
+    if row == "bert":
+        modules = [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate((("", "Transformer"), ("1_Pooling", "Pooling")))
+        ]
+        (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+        pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
+
+
+def _bundle(room: Path) -> None:
+    """A sealed bundle, a baseline, limits and plans, as the command line writes them."""
+    model = write_directory(room / "model", "bert", num_hidden_layers=1)
+    text, out = write_prose(room / "text.txt"), room / "bundle"
+    given = ("--calibration", text, *SMALL, "--shapes", "batch=1", "sequence=8")
+    fast = ("--method", "magnitude", "--refinement", "none", "--engine-tokens", "1024")
+    # What the verdict says of a random model is of no interest; a sealed bundle is.
+    code = run_quietly("build", model, "-o", out, *given, *fast)
+    if run_quietly("verify", out):
+        raise RuntimeError(f"no bundle to spoil: build ended with {code}")
+    for _ in range(2):
+        run_quietly("baseline", "update", out, room / "baseline.json", "--reason", "first")
+    (room / "limits.toml").write_text(
+        '"*" = { max-degradation-percent = 2 }\n"engine/*" = { threshold = 0.5 }\n'
+        '"speed-up/*" = { max-degradation = 1, max-degradation-standard-errors = 3 }\n'
+        '"layers/*" = { min-improvement = 0 }\n',
+        encoding="utf-8",
+    )
+
+
+def _plans(room: Path) -> None:
+    shapes = [GemmShape(n, 64, m) for n in (64, 128) for m in (8, 64)]
+    timings = tuple(GemmTiming(shape, 9.0 + i, 8.0, i) for i, shape in enumerate(shapes))
+    profile = GpuProfile("NVIDIA H100", "570.1", "float16", {"torch": "2.13.0"}, timings)
+    choices = [LayerChoice("encoder.layer.0.a", 64, 64, timings[:1], True, "pays")]
+    layers = plan_layers(choices, {}, {})
+    plan = Plan("a" * 64, "profile", "", plan_shapes([(1, 8)], layers, [None]), layers, profile)
+    write_plan(plan, room / "plan.json")
+    write_profile(profile, room / "profile.json")
+
+
+def _texts(room: Path) -> None:
+    write_prose(room / "text.txt", paragraphs=30)
+    lines = [{"text": f"sample {i} of a text", "target": f"target {i}"} for i in range(120)]
+    (room / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    (room / "plain.jsonl").write_text("\n".join(f'"line {i} of a plain text"' for i in range(120)))
+    write_directory(room / "model", "t5", num_layers=1)
+
+
+def _waves(room: Path) -> None:
+    draw = Random(0)
+    seeds = room / "seeds"
+    import wave
+
+    seeds.mkdir()
+    for width in (1, 2, 3, 4):
+        with wave.open(str(seeds / f"{width}.wav"), "wb") as file:
+            file.setparams((1, width, 16_000, 0, "NONE", ""))
+            file.writeframes(draw.randbytes(width * 50))
+    folder = write_recordings(room / "recordings")
+    listed = [{"audio": f"{i}.wav", "text": f"words {i}"} for i in range(10)]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, listed)), encoding="utf-8")
+
+
+def _images(room: Path) -> None:
+    seeds = room / "seeds"
+    seeds.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (12, 10, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"):
+        picture.save(seeds / f"{kind}.img", kind)
+    for mode in ("P", "L", "1", "I;16", "RGBA", "LA"):
+        picture.convert("L" if mode == "I;16" else mode).save(
+            seeds / f"{mode[0]}{len(mode)}.img", "PNG"
+        )
+    # What is no image that the tool names, and that an image library may still open.
+    for kind in ("PPM", "ICO", "TGA", "PCX", "SGI", "EPS", "PDF", "DDS", "IM", "ICNS"):
+        with contextlib.suppress(OSError, KeyError):
+            picture.save(seeds / f"other-{kind}.img", kind)
+    frames = [picture.rotate(90 * i) for i in range(3)]
+    frames[0].save(seeds / "frames.img", "GIF", save_all=True, append_images=frames[1:])
+    write_directory(room / "model", "vit, classes")
+
+
+def _graphs(room: Path) -> None:
+    seeds = room / "seeds"
+    seeds.mkdir()
+    for name, (model, files) in onnx_seeds().items():
+        (seeds / f"{name}.onnx").write_bytes(model.SerializeToString())
+        for file, data in files.items():
+            (room / file).write_bytes(data)
+
+
+ROOMS: dict[str, Callable[[Path], None]] = {
+    "tensor files": _tensor_files,
+    "index": _index,
+    "models": _models,
+    "bundle": _bundle,
+    "plans": _plans,
+    "texts": _texts,
+    "waves": _waves,
+    "images": _images,
+    "graphs": _graphs,
+}
