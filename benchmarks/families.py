@@ -1,6 +1,6 @@
 """Every model family in every dtype, from a model directory to ONNX and TensorRT-RTX, in one table.
 
-    python benchmarks/families.py [ROW ...] [--jobs N]
+    python benchmarks/families.py [ROW ...] [--dtype DTYPE] [--jobs N]
 
 The models are tiny and random, their weights projected to 2:4 by magnitude. The command fails
 unless every row is exported, agrees with PyTorch, is proven 2:4, carries the bits of the checkpoint
@@ -259,22 +259,25 @@ def _prepare() -> None:
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", default=list(FAMILIES), metavar="ROW")
+    parser.add_argument("--dtype", choices=DTYPES, help="one dtype in place of all three")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options: Any = parser.parse_args(arguments)
     began = time.perf_counter()
-    pairs = [(f, d) for f in options.rows for d in DTYPES if (f, d) not in REFUSED_DTYPES]
+    dtypes = (options.dtype,) if options.dtype else DTYPES
+    refused_dtypes = {pair: why for pair, why in REFUSED_DTYPES.items() if pair[1] in dtypes}
+    pairs = [(f, d) for f in options.rows for d in dtypes if (f, d) not in refused_dtypes]
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), _prepare) as pool:
         rows = list(pool.map(measure, *zip(*pairs, strict=True)))
     seconds = time.perf_counter() - began
     refused = {family: refusal(family) for family in REFUSED}
-    refused |= {", ".join(pair): dtype_refusal(*pair) for pair in REFUSED_DTYPES}
+    refused |= {", ".join(pair): dtype_refusal(*pair) for pair in refused_dtypes}
     print(table(rows))
     print("\nNot exported:\n" + "\n".join(f"{name}: {why}" for name, why in refused.items()))
     print(json.dumps({"families": [asdict(row) for row in rows], "seconds": round(seconds, 1)}))
     for row in rows:
         require(row)
     reasons = {family: why for family, (_, _, why) in REFUSED.items()}
-    reasons |= {", ".join(pair): why for pair, why in REFUSED_DTYPES.items()}
+    reasons |= {", ".join(pair): why for pair, why in refused_dtypes.items()}
     for name, why in reasons.items():
         assert refused[name].endswith(why), refused[name]
 

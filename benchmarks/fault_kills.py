@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 
 from fault_room import OPTIONS, ManifestWatch, Result, Room, Timeline
-from fault_runs import INTERRUPTED, PATIENCE_S, Ended, Run, leftovers
+from fault_runs import PATIENCE_S, Ended, Run, leftovers
 
 # A run is struck twice before it is left in peace, in this share of the tries.
 _TWICE = 0.25
@@ -18,7 +18,7 @@ _ATTEMPTS = 4
 # Where jobs are started, and about how long one takes.
 _COMPILE = "compile"
 _JOB_S = 4.0
-_WORD = "Interrupted"
+_WORDS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
 
 
 def kill(room: Room, draw: Random, number: int) -> Result:
@@ -60,7 +60,7 @@ def _struck(
     else:
         return Result(fault, number, "ended before")
     hit = room.next_stage()
-    problems = [] if sign == signal.SIGKILL else _impolite(ended, went_on, room)
+    problems = [] if sign == signal.SIGKILL else _impolite(ended, sign, went_on, room)
     times = 1
     if draw.random() < _TWICE:
         again = room.begin(room.build())
@@ -107,10 +107,10 @@ def _wait_in_stage(run: Run, room: Room, timeline: Timeline, draw: Random) -> No
     run.last(draw.uniform(0, 1) * (end - begin))
 
 
-def _impolite(ended: Ended, seconds: float, room: Room) -> list[str]:
+def _impolite(ended: Ended, sign: signal.Signals, seconds: float, room: Room) -> list[str]:
     """What an interrupted run must do: say so, soon, with its exit code, and leave no file."""
     problems = []
-    if ended.code != INTERRUPTED or _WORD not in ended.text:
+    if ended.code != 128 + sign or _WORDS[sign] not in ended.text:
         problems.append(f"ended with {ended.code} and {ended.sentence[:80]!r}")
     if "Traceback" in ended.text:
         problems.append("a traceback was printed")

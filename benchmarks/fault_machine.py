@@ -44,8 +44,10 @@ def one_sentence(ended: Ended, *, code: int = _REFUSED, names: str = "") -> list
     said = f"ended with {ended.code}: {ended.sentence[:200]!r}"
     if ended.code != code:
         return [said]
-    # What is logged on the way may come before it.
-    lines = [line for line in ended.text.splitlines() if line.strip() and "WARNING" not in line]
+    # What is logged on the way may come before it; its later lines are indented.
+    lines = [line for line in ended.text.splitlines() if line.strip()]
+    while lines and lines[0].startswith(("WARNING", " " * 9)):
+        del lines[0]
     if lines and lines[0].startswith("Usage:"):
         # A wrong argument is told in a box, in which long lines are broken.
         lines = ["Error: " + "".join(line.strip("│ ") for line in lines[3:-1])]

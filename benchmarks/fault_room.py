@@ -33,7 +33,8 @@ from tiny_directories import write_directory, write_prose
 
 REPORT = "report"
 _SMALL = (
-    "--calibration-tokens", "2048", "--evaluation-tokens", "1024", "--engine-tokens", "1024",
+    "--calibration-tokens", "2048", "--evaluation-tokens", "3072", "--engine-tokens", "3072",
+    "--accept-loss", "embedding cosine=0", "--accept-loss", "nearest-neighbour agreement=0",
     "--preset", "fast", "--shapes", "batch=1", "sequence=8", "--backend", "onnxruntime",
 )  # fmt: skip
 WEIGHTS = "model.safetensors"
@@ -54,7 +55,7 @@ OPTIONS = {
     "method": ("--method", "magnitude"),
     "exclude": ("--exclude", "*query"),
     "seed": ("--seed", "7"),
-    "evaluated": ("--evaluation-tokens", "2048"),
+    "evaluated": ("--evaluation-tokens", "4096"),
 }
 if importlib.util.find_spec("tensorrt_rtx"):
     OPTIONS["engines"] = ("--backend", "tensorrt-rtx")
@@ -178,7 +179,8 @@ class Room:
     def prune(self) -> list[str]:
         """The line that only prunes, with the inputs and options of `build`."""
         line = self.build()
-        for option, values in (("--engine-tokens", 1), ("--shapes", 2), ("--backend", 1)):
+        unknown = ("--engine-tokens", 1), ("--accept-loss", 1), ("--accept-loss", 1)
+        for option, values in (*unknown, ("--shapes", 2), ("--backend", 1)):
             at = line.index(option)
             del line[at : at + 1 + values]
         return ["prune", *line[1:]]

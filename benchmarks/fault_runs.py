@@ -23,7 +23,6 @@ from prox24_deploy import cli
 
 # Whatever takes this long hangs; the slowest run takes about 20 s on a busy machine.
 PATIENCE_S = 300
-INTERRUPTED = 130
 # Written anew by every run, or with times in it.
 _DIFFERENT = re.compile(
     r"(pruned/README\.md|report\.(json|html)|summary\.md|junit\.xml|benchmark\.json|manifest\.json"

@@ -27,9 +27,10 @@ from prox24_deploy.engines.planning import read_plan
 from prox24_deploy.engines.profile import GemmShape, read_profile
 from prox24_deploy.model.audio import read_recordings, read_wave
 from prox24_deploy.model.calibration import make_samples, read_texts
-from prox24_deploy.model.directory import load_image_processor, open_model_dir, open_tokenizer
+from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.model.images import Images, make_image_samples
 from prox24_deploy.model.pairs import make_pairs
+from prox24_deploy.model.processors import load_image_processor, open_tokenizer
 from prox24_deploy.recipe import parse_recipe, shipped_recipes
 
 # Under which a file names its own 2:4 weights, in its metadata.

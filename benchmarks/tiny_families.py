@@ -130,6 +130,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaForCausalLM", _GROUPED | _ONE),
     "gemma2": ("Gemma2ForCausalLM", _SLIDING),
     "gemma3_text": ("Gemma3ForCausalLM", _SLIDING | {"layer_types": _ALTERNATING}),
+    "gemma3_text, sentences": (
+        "Gemma3TextModel",
+        _SLIDING | {"layer_types": _ALTERNATING},
+    ),
     "phi": ("PhiForCausalLM", _COMMON | _ONE),
     "phi3": ("Phi3ForCausalLM", _COMMON | _ONE),
     "gpt2": ("GPT2LMHeadModel", _GPT2),

@@ -43,7 +43,7 @@ def read_demands(options: BuildOptions) -> Demands:
 def check_demands(
     demands: Demands, subject: Subject, backends: Collection[str], options: BuildOptions
 ) -> None:
-    """Before any work, refuse limits of figures that will not come; warn of few samples.
+    """Before any work, refuse limits of figures that will not come.
 
     Raises:
         UsageError: a limit, or an accepted loss, names no figure.
@@ -53,7 +53,11 @@ def check_demands(
     metrics = expected_metrics(recipe.task, labelled=labelled, harness=bool(options.harness.tasks))
     known = figures_of(demands.gate.baseline.report) if demands.gate else ()
     require_expected(demands.given, recipe.limits, metrics, backends, known)
-    if (few := few_samples(held_out.source)) is not None:
+
+
+def warn_of_few_samples(subject: Subject) -> None:
+    """Say before any work that the samples will decide little, or nothing."""
+    if (few := few_samples(subject.held_out.source)) is not None:
         log.warning("%s", few)
 
 

@@ -5,9 +5,9 @@ Nothing is handed over that does not verify. The bundle itself is only read.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from prox24_deploy.artifacts import CompileResult, Engine, PruneResult
 from prox24_deploy.errors import BundleError, UsageError
@@ -15,6 +15,7 @@ from prox24_deploy.files import write_atomic
 from prox24_deploy.recipe import GraphTensor
 from prox24_deploy.release import triton
 from prox24_deploy.release.baseline import REPORT_FILE
+from prox24_deploy.release.layout import record_of
 from prox24_deploy.release.manifest import (
     FileEntry,
     Manifest,
@@ -23,6 +24,8 @@ from prox24_deploy.release.manifest import (
     verify,
 )
 from prox24_deploy.release.schema import load_report
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +120,8 @@ def write_sbom(bundle: Path, manifest: Manifest, file: Path) -> None:
     from prox24_deploy.release.sbom import render_sbom
 
     require_file(bundle, file)
-    pruned = TypeAdapter(PruneResult).validate_json(_stage(bundle, "prune"))
-    engines = TypeAdapter(CompileResult).validate_json(_stage(bundle, "compile")).engines
+    pruned = _record(bundle, "prune", PruneResult)
+    engines = _record(bundle, "compile", CompileResult).engines
     built_with = {name: text for engine in engines for name, text in engine.versions.items()}
     write_atomic(file, render_sbom(manifest, pruned, built_with).encode())
 
@@ -209,7 +212,7 @@ def _engine_files(
 
 
 def _engine(bundle: Path, twin: str) -> Engine:
-    engines = TypeAdapter(CompileResult).validate_json(_stage(bundle, "compile")).engines
+    engines = _record(bundle, "compile", CompileResult).engines
     for engine in engines:
         if (engine.backend, engine.twin) == ("tensorrt", twin):
             return engine
@@ -220,8 +223,18 @@ def _engine(bundle: Path, twin: str) -> Engine:
     )
 
 
-def _stage(bundle: Path, name: str) -> bytes:
-    return (bundle / "stages" / f"{name}.json").read_bytes()
+def _record(bundle: Path, stage: str, kind: type[T]) -> T:
+    """The result of a stage; a bundle that verifies may still be of another version."""
+    path = bundle / record_of(stage)
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise BundleError(
+            f"Record {path} is damaged or of another version at {where!r}: {problem['msg']}; build "
+            "the bundle again."
+        ) from error
 
 
 def _entry(bundle: Path, manifest: Manifest, name: str) -> tuple[Path, FileEntry]:

@@ -13,7 +13,7 @@ from prox24_deploy.artifacts import (
     ExportResult,
     PruneResult,
 )
-from prox24_deploy.demands import check_demands, read_demands
+from prox24_deploy.demands import check_demands, read_demands, warn_of_few_samples
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.errors import BackendMissingError
 from prox24_deploy.options import BuildOptions, EngineOptions
@@ -50,6 +50,7 @@ def build(
     )
     check_demands(demands, subject, [backend.name for backend in backends], options)
     with open_bundle(out, fresh=fresh) as bundle:
+        warn_of_few_samples(subject)
         task_accuracy.verify(bundle, options.harness)
         pruned = stages.prune(bundle, subject, options, progress)
         exported = stages.export(bundle, source, recipe, pruned, dtype, progress)

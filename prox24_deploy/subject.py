@@ -110,7 +110,7 @@ def _read_text(
     budgets = (text.calibration_tokens, text.evaluation_tokens)
     longest = min(recipe.sequence_length, longest_of(directory.config, recipe))
     if (pipeline := settled(directory.path, recipe)) is not None:
-        longest = min(longest, tokenizer.model_max_length)
+        longest = min(longest, int(tokenizer.model_max_length))
         texts = (texts[0].behind(pipeline.prompt), texts[1].behind(pipeline.prompt))
     if recipe.decoder is None:
         make = partial(make_samples, tokenizer=tokenizer, recipe=recipe, max_length=longest)

@@ -85,7 +85,7 @@ def write_beside(case: Case) -> None:
 
 
 def steer_the_terminal(_: Case) -> None:
-    raise UsageError("File \x1b[31mred cannot be used; pass another.")
+    sys.stderr.write("File \x1b[31mred cannot be used; pass another.\n")
 
 
 def print_no_json(_: Case) -> None:

@@ -169,7 +169,7 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused(place: Path) -> None:
     shipped = Path(__file__).parents[1] / "export" / "llama.toml"
     (place / "out").mkdir()
     run = run_cli(
-        "build", place / "model", "-o", place / "out", "--recipe", shipped, *SMALL,
+        "prune", place / "model", "-o", place / "out", "--recipe", shipped, *SMALL,
         "--calibration", place / "text.txt",
     )  # fmt: skip
     assert_one_sentence(run)

@@ -266,8 +266,9 @@ def test_a_folder_named_like_a_recipe_is_none(tmp_path: Path) -> None:
 
 
 def test_advice_on_an_unknown_family_takes_the_place_of_the_general_one(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"\); try this:\n\nfamily = 1$"):
+    with pytest.raises(RecipeError, match=r"\); try this:$") as caught:
         select_recipe(tmp_path, "perceiver", None, lambda: "try this:\n\nfamily = 1")
+    assert caught.value.attached == "family = 1"
 
 
 def test_an_unknown_family_lists_the_known_ones_and_the_remedy(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from command_line import run_cli
+from command_line import ANY_EMBEDDING, run_cli
 from sentence_models import write_tiny_embedder
 from tiny_families import tiny_model
 from tiny_models import write_tiny_bert
@@ -29,7 +29,7 @@ def build(model: Path, out: Path, prose: Path) -> Report:
     # Every paragraph counts, so that the library can be asked about the same texts.
     done = run_cli(
         "build", model, "-o", out, "--calibration", prose, "--evaluation", prose,
-        "--evaluation-tokens", "100000", *SMALL,
+        "--evaluation-tokens", "100000", *SMALL, *ANY_EMBEDDING,
     )  # fmt: skip
     assert done.code == 0, done.err
     return load_report(out / "report.json")
@@ -94,7 +94,7 @@ def test_the_figures_are_those_of_the_library_s_embeddings(
     assert told is not None
     assert told.value == pytest.approx(float(cosines.mean()), abs=1e-5)
     (engine,) = report.accuracy.engines
-    assert all(one.passed for one in engine.fidelity)
+    assert all(one.passed is not False for one in engine.fidelity)
     assert engine.metrics[0].agreement is not None
     assert engine.metrics[0].agreement.value == pytest.approx(told.value, abs=1e-5)
 

@@ -397,6 +397,7 @@ READ_BEFORE = {
     "recipe": "its meaning counts, below",
     "text.calibration": "its content counts, below",
     "text.evaluation": "its content counts, below",
+    "name": "the record of the model holds it, below",
     "device": "this machine has one",
     "engine.plan": "what is in it counts: PruneOptions.planned_dense and CuSparseLt.known",
     "harness.data": "the harness is an extra; its files count, above",

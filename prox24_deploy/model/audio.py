@@ -80,7 +80,8 @@ def read_wave(path: Path, rate: int, seconds: float) -> Samples1D:
             _require_form(path, form.nchannels, form.framerate, rate, form.sampwidth)
             _require_length(path, form.nframes, form.sampwidth, size, seconds * rate, rate)
             data = file.readframes(form.nframes)
-    except (OSError, EOFError, wave.Error, ValueError, struct.error) as error:
+    except (OSError, EOFError, wave.Error, ValueError, RuntimeError, struct.error) as error:
+        # A chunk that is longer than its file is a RuntimeError without words.
         reason = getattr(error, "strerror", None) or str(error) or "it ends too early"
         raise CalibrationError(
             f"Recording {path} cannot be read ({reason}), expected PCM in a WAV file; "

@@ -3,6 +3,7 @@
 As of the model itself nothing is unpickled, no remote code is run and nothing is fetched.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,21 @@ def open_tokenizer(path: Path) -> Any:
         raise ModelDirError(
             f"Model directory {path} has no tokenizer, expected one of {', '.join(files)}; add it."
         )
+    _require_length(path, tokenizer.model_max_length)
     return tokenizer
+
+
+def _require_length(path: Path, length: Any) -> None:
+    """Transformers keeps whatever the file says, and compares it with numbers later.
+
+    Saved tokenizers without a limit have 1e30, as an integer or as a float.
+    """
+    is_number = isinstance(length, int | float) and not isinstance(length, bool)
+    if not is_number or not 1 <= length < math.inf:
+        raise ModelDirError(
+            f"Tokenizer of {path} has model_max_length {length!r}, expected a whole number of "
+            "tokens from 1; correct tokenizer_config.json."
+        )
 
 
 def load_image_processor(path: Path) -> Any:

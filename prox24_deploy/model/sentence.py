@@ -334,7 +334,7 @@ def _require_hidden_states(path: Path, modalities: object) -> None:
 
 def _poolings(path: Path, module: SentenceModule) -> tuple[PoolingMode, ...]:
     options, file = module.options, path / module.folder / _CONFIG_FILE
-    if not options:
+    if not file.is_file():
         raise ModelDirError(f"Module Pooling of {path} has no {file}; restore it.")
     named = options.get("pooling_mode")
     if named is None:

@@ -105,7 +105,8 @@ def sound_tensors(shard: Path) -> dict[str, StoredTensor]:
                         f"{tensor.numel()}; restore a sound checkpoint."
                     )
                 found[name] = StoredTensor(shard, tensor.dtype, tensor.numel())
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:
+        # Torch holds no tensor of more than 64 axes.
         raise ModelDirError(
             f"Weight file {shard} is damaged ({reason_of(error)}); download it again."
         ) from error

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import TextSource
+from prox24_deploy.documents import reason_of
 from prox24_deploy.errors import CalibrationError, ModelDirError
-from prox24_deploy.model.audio import Recording, Recordings, read_wave
+from prox24_deploy.model.audio import Recording, Recordings, Samples1D, read_wave
 from prox24_deploy.model.calibration import IGNORED, Batch, Samples, pad_rows, padding_id
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.tokens import enough_of
@@ -120,11 +121,26 @@ def _groups(files: Sequence[Recording]) -> Iterator[Sequence[Recording]]:
         yield files[start : start + _BATCH_RECORDINGS]
 
 
+def _features(listener: Listener, waves: Sequence[Samples1D], rate: int) -> Tensor:
+    """What the model reads of recordings, (recordings, mels, frames)."""
+    try:
+        made = listener.extractor(waves, sampling_rate=rate, return_tensors="pt")
+        features: Tensor = made["input_features"]
+    except MemoryError:
+        raise
+    except Exception as error:
+        # A wrong value surfaces as whatever the code of the extractor runs into.
+        raise ModelDirError(
+            f"The feature extractor of {listener.directory.path} cannot prepare a recording "
+            f"({reason_of(error)}); restore its preprocessor_config.json."
+        ) from error
+    return features
+
+
 def _hear(files: Sequence[Recording], listener: Listener) -> _Heard:
     rate, seconds = _hearing(listener)
     waves = [read_wave(file.path, rate, seconds) for file in files]
-    made = listener.extractor(waves, sampling_rate=rate, return_tensors="pt")
-    features: Tensor = made["input_features"]
+    features = _features(listener, waves, rate)
     sizes = feature_sizes(listener.directory.config)
     if features.shape[1:] != (expected := (sizes["mels"], sizes["frames"])):
         raise ModelDirError(

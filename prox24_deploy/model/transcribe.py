@@ -148,7 +148,7 @@ def _generate(model: nn.Module, features: Tensor, tokens: int) -> Tensor:
             # Gives what the decoder started from, too.
             force_unique_generate_call=True,
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelDirError(
             f"The {type(model).__name__} cannot write down a recording ({reason}); restore its "

@@ -61,7 +61,7 @@ def test_a_verdict_other_than_pass_is_said() -> None:
     card = ModelCard(render_card(with_numerics_failed(make_records()).report(), PLAIN))
     first, second = [line for line in card.text.splitlines() if line][1:3]
     assert first == "**This model did not pass its own release checks.**"
-    assert second.startswith("**Failed on export: sparse last_hidden_state, ONNX Runtime and PyTor")
+    assert second.startswith("**Failed on export: sparse last_hidden_state: ONNX Runtime and PyTor")
     assert "the verdict of its release report is fail" in card.text
     passed = render_card(make_records().report(), PLAIN)
     assert "did not pass" not in passed
@@ -107,7 +107,7 @@ def test_licence_language_and_text_are_kept_of_the_source(tmp_path: Path) -> Non
     assert "names no" not in card.text
     assert "No repository" not in card.text
     assert "what-it-was-made-from" not in card.text
-    assert "# org/dense-model, 2:4 sparse" in card.text
+    assert "# `org/dense-model`, 2:4 sparse" in card.text
     assert "| source model | `org/dense-model`, `" in card.text
 
 

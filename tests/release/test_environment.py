@@ -66,8 +66,8 @@ def test_versions_name_everything_that_shapes_a_result() -> None:
         **{
             name: importlib.metadata.version(name)
             for name in (
-                "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime",
-                "safetensors",
+                "torch", "transformers", "numpy", "numba", "onnx", "onnxscript", "onnx-ir",
+                "onnxruntime", "safetensors",
             )
         },
     }  # fmt: skip

@@ -132,14 +132,14 @@ def test_every_layer_that_was_pruned_needs_a_proof_of_its_own() -> None:
         (gated_rows("pass"), "Passed: embedding cosine 0.9712, 512 samples"),
         (
             gated_rows("fail"),
-            "Failed on speed: onnxruntime, batch 1, sequence 128, Speed-up 0.900, 95 % interval "
+            "Failed on speed: onnxruntime, batch 1, sequence 128: Speed-up 0.900, 95 % interval "
             "0.890 to 0.910, limit 0.980; embedding cosine 0.9712, 512 samples",
         ),
         (
             lambda r: with_sparsity_lost(with_numerics_failed(r)),
-            "Failed on sparsity and export: encoder.layer.0.attention.self.query, Not 2:4 along "
+            "Failed on sparsity and export: encoder.layer.0.attention.self.query: Not 2:4 along "
             "axis 0 of (384, 384) first at (4, 0): 3 of 4 values are not zero; sparse "
-            "last_hidden_state, ONNX Runtime and PyTorch differ by at most 0.5, tolerance 0.01; "
+            "last_hidden_state: ONNX Runtime and PyTorch differ by at most 0.5, tolerance 0.01; "
             "embedding cosine 0.9712, 512 samples; speed not gated",
         ),
         (
