@@ -25,7 +25,8 @@ from rich.table import Table
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from prox24_deploy.artifacts import DType, EngineEvidence, Interval
+from prox24_deploy.artifacts import EngineEvidence, Interval
+from prox24_deploy.core.types import DType
 from prox24_deploy.engines.choice import LayerChoice
 from prox24_deploy.engines.cusparselt import compress_model
 from prox24_deploy.engines.gemm import choose_measured, gpu_profile

@@ -40,7 +40,8 @@ from tiny_families import (
 from tiny_sentences import write_modules
 from torch import nn
 
-from prox24_deploy.artifacts import DType, OnnxModel
+from prox24_deploy.artifacts import OnnxModel
+from prox24_deploy.core.types import DType
 from prox24_deploy.engines.tensorrt import open_tensorrt
 from prox24_deploy.errors import BackendMissingError, ExportError, RecipeError
 from prox24_deploy.graph.check import check_path, require_24

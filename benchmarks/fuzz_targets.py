@@ -34,10 +34,9 @@ from prox24_deploy.model.pairs import make_pairs
 from prox24_deploy.model.processors import load_image_processor, open_tokenizer
 from prox24_deploy.options import BuildOptions, TextOptions
 from prox24_deploy.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.sparsity.declaration import SPARSE_KEY
 from prox24_deploy.subject import read_subject
 
-# Under which a file names its own 2:4 weights, in its metadata.
-_SPARSE_KEY = "prox24.sparse_weights"
 Spoiler = Callable[[bytes, Random], Spoiled]
 
 
@@ -256,7 +255,7 @@ def _spoil_manifest(data: bytes, draw: Random) -> Spoiled:
 
 
 def _spoil_declaration(data: bytes, draw: Random) -> Spoiled:
-    return declare_sparse(data, draw, _SPARSE_KEY)
+    return declare_sparse(data, draw, SPARSE_KEY)
 
 
 def clear_output(room: Path) -> None:

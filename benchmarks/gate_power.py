@@ -11,7 +11,8 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 
-from prox24_deploy.artifacts import Interval, Verdict
+from prox24_deploy.artifacts import Interval
+from prox24_deploy.core.types import Verdict
 from prox24_deploy.limits import DEFAULT_METRICS, limits_of
 from prox24_deploy.release.intervals import judge, ratio_of_intervals
 from prox24_deploy.release.measure import DEFAULT_OPTIONS, PairSamples, speedup_interval

@@ -36,7 +36,7 @@ from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
 from prox24_deploy.model.calibration import thin
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.model.directory import load_model
-from prox24_deploy.model.flow import Flow, Twin, advance, collect, start_flow
+from prox24_deploy.model.flow import BlockPair, Flow, advance, collect, start_flow
 from prox24_deploy.model.layers import layer_at, to_matrix
 from prox24_deploy.model.losses import loss_against
 from prox24_deploy.model.prune import prune_model
@@ -146,7 +146,7 @@ def layer_losses(
     losses: dict[str, dict[str, float]] = {name: {} for name in LAYER_METHODS}
     seconds = dict.fromkeys(LAYER_METHODS, 0.0)
     for index, block in enumerate(blocks):
-        twin = Twin(index, f"{subject.recipe.blocks}.{index}", block, block)
+        twin = BlockPair(index, f"{subject.recipe.blocks}.{index}", block, block)
         layers = target_layers(block, subject.recipe)
         for group in shared_inputs(block, layers, flows[0].calls[0][index], flows[0].dense[0]):
             _solve_group(twin, group, flows, losses, seconds)
@@ -156,7 +156,7 @@ def layer_losses(
 
 
 def _solve_group(
-    twin: Twin,
+    twin: BlockPair,
     group: list[str],
     flows: list[Flow],
     losses: dict[str, dict[str, float]],

@@ -10,7 +10,7 @@ import transformers
 from tiny_sentences import HIDDEN, NORMALIZE, Module, dense, layer_norm, pooling
 from torch import nn
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 
 VOCABULARY = 96
 _IDS = {"vocab_size": VOCABULARY, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}

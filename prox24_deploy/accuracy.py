@@ -4,9 +4,9 @@ Like those of `artifacts`, they are handed from stage to stage as JSON.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-from prox24_deploy.artifacts import DType, Estimate, Metric, NotMeasured
+from prox24_deploy.artifacts import Estimate, Metric, NotMeasured
+from prox24_deploy.core.types import DType, Twin
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Fidelity:
     `passed` are None for a metric that informs and gates nothing.
     """
 
-    twin: Literal["dense", "sparse"]
+    twin: Twin
     metric: str
     samples: int
     torch: Estimate | None

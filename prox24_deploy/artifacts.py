@@ -9,12 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
 
+from prox24_deploy.core.types import DType, Judgement, Twin
 from prox24_deploy.fingerprint import unkeyed
-
-DType = Literal["float32", "float16", "bfloat16"]
-Verdict = Literal["pass", "fail", "inconclusive"]
-# Of what may have no limit; a figure without one is never said to pass.
-Judgement = Literal["pass", "fail", "inconclusive", "not gated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +225,7 @@ class OnnxModel:
 class NumericsCheck:
     """ONNX Runtime on CPU against PyTorch for one output over all tried shapes."""
 
-    twin: Literal["dense", "sparse"]
+    twin: Twin
     output: str
     shapes: tuple[tuple[int, ...], ...]
     max_abs_difference: float
@@ -274,7 +270,7 @@ class Engine:
 
     path: str
     backend: str
-    twin: Literal["dense", "sparse"]
+    twin: Twin
     onnx: str
     onnx_sha256: str
     device: str

@@ -1,12 +1,13 @@
 """The stage that asks the engines what the PyTorch models were asked."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prox24_deploy.accuracy import EngineAccuracy, EngineAccuracyResult
 from prox24_deploy.artifacts import CompileResult, Engine, NotMeasured
+from prox24_deploy.core.types import Progress
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.errors import BackendMissingError, EngineError
 from prox24_deploy.options import BuildOptions
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from prox24_deploy.engines.accuracy import Question
     from prox24_deploy.model.calibration import Samples
     from prox24_deploy.model.directory import ModelDir
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +107,7 @@ def _question(inputs: EngineAccuracyInputs) -> "Question":
 
     from prox24_deploy.engines.accuracy import Question
     from prox24_deploy.model.directory import load_model, open_model_dir
-    from prox24_deploy.model.subset import Shapes
+    from prox24_deploy.model.subset import EngineShapes
 
     directories = {"dense": inputs.source, "sparse": open_model_dir(inputs.pruned.path)}
     device = torch.device(inputs.device)
@@ -118,7 +117,7 @@ def _question(inputs: EngineAccuracyInputs) -> "Question":
         directory=inputs.source.path,
         held_out=inputs.held_out,
         tokens=inputs.tokens,
-        shapes=Shapes(
+        shapes=EngineShapes(
             rows=max(inputs.batches),
             # A graph with a cache also decodes, so that it takes any number of tokens.
             least=1 if inputs.recipe.cache else min(inputs.sequences),

@@ -18,6 +18,7 @@ from prox24_deploy.artifacts import (
     OnnxModel,
     TensorCheck,
 )
+from prox24_deploy.core.types import TWINS, Progress, Twin
 from prox24_deploy.engines import Origin, backend_by_name
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.feeds import random_feeds
@@ -30,13 +31,10 @@ from prox24_deploy.release.environment import machine, versions
 from prox24_deploy.release.layout import ENGINES, ONNX, PRUNED
 from prox24_deploy.release.measure import conditions, latency_verdict, measure_latency
 from prox24_deploy.release.stage import Artifact, Stage, Workspace
-from prox24_deploy.stages import TWINS, Twin
 from prox24_deploy.subject import fitted_shapes, vocabulary_of
 
 if TYPE_CHECKING:
     from prox24_deploy.engines.profile import GpuProfile
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

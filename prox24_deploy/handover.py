@@ -181,10 +181,10 @@ def _engine_files(
     bundle: Path, manifest: Manifest, twin: str, inputs: tuple[GraphTensor, ...]
 ) -> Served:
     """The plan of TensorRT; engines of TensorRT-RTX are of another library."""
-    from prox24_deploy.engines.tensorrt import read_record
+    from prox24_deploy.engines.tensorrt import read_build_record
 
     engine = _engine(bundle, twin)
-    record = read_record(bundle / engine.path, engine)
+    record = read_build_record(bundle / engine.path, engine)
     if "STRIP_PLAN" in record.flags:
         raise BundleError(
             f"Engine {bundle / engine.path} holds no weights, and Triton cannot refit it; build "

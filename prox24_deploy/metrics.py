@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from prox24_deploy.tasks import WRITES_TEXT
+from prox24_deploy.core.types import WRITES_TEXT
 
 _EMBEDS = frozenset({"feature-extraction", "text-encoding", "image-feature-extraction"})
 _CLASSIFIES = frozenset({"text-classification", "token-classification", "image-classification"})

@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType, Method, Preset, Refinement
 from prox24_deploy.errors import UsageError
 from prox24_deploy.fingerprint import unkeyed
 
-Method = Literal["prox", "ista", "sparsegpt", "wanda", "magnitude"]
-Refinement = Literal["auto", "conjugate-gradient", "gradient", "none"]
-Preset = Literal["fast", "default", "best"]
 Target = Literal["asymmetric", "symmetric"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 Compatibility = Literal["none", "version", "ampere+"]

@@ -1,18 +1,12 @@
 """From a model directory to a sealed bundle: the stages, in order, and each on its own."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy import engine_accuracy, engine_stages, stages, task_accuracy
-from prox24_deploy.artifacts import (
-    BenchResult,
-    CompileResult,
-    DType,
-    ExportResult,
-    PruneResult,
-)
+from prox24_deploy.artifacts import BenchResult, CompileResult, ExportResult, PruneResult
+from prox24_deploy.core.types import DType, Progress
 from prox24_deploy.demands import check_demands, read_demands, warn_of_few_samples
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.errors import BackendMissingError
@@ -24,8 +18,6 @@ from prox24_deploy.subject import config_of, model_of, read_subject, recipe_of, 
 
 if TYPE_CHECKING:
     from prox24_deploy.model.directory import ModelDir
-
-Progress = Callable[[str, int, int], None]
 
 
 def build(

@@ -6,19 +6,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prox24_deploy.core.types import Progress
 from prox24_deploy.options import BuildOptions
 from prox24_deploy.subject import Subject, fitted_shapes, read_subject, vocabulary_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from prox24_deploy.artifacts import DType, Sensitivity
+    from prox24_deploy.artifacts import Sensitivity
+    from prox24_deploy.core.types import DType
     from prox24_deploy.engines.choice import LayerChoice
     from prox24_deploy.engines.linear import LayerUse
     from prox24_deploy.engines.planning import Plan
     from prox24_deploy.engines.profile import GpuProfile
 
-Progress = Callable[[str, int, int], None]
 Shapes = Sequence[tuple[int, int]]
 
 # A run on this many samples and tokens tells which layers see a row per token.

@@ -15,11 +15,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from prox24_deploy.core.types import EMBEDS_TEXT, TWO_GRAPHS, Method, Preset, Refinement, Task
 from prox24_deploy.documents import Document, parse_toml, read_toml_text
 from prox24_deploy.errors import RecipeError
 from prox24_deploy.limits import Limits, MetricLimits
-from prox24_deploy.options import Method, Preset, Refinement
-from prox24_deploy.tasks import EMBEDS_TEXT, TWO_GRAPHS, Task
 
 RECIPE_FILE = "recipe.toml"
 # The output with one embedding for each text, and where a model has the modules that compute it.

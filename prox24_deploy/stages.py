@@ -6,22 +6,22 @@ are imported by the stage that needs them.
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from prox24_deploy.accuracy import EngineAccuracyResult, TaskScores
 from prox24_deploy.artifacts import (
     BenchResult,
     CompileResult,
-    DType,
     EvaluateResult,
     ExportResult,
     NumericsCheck,
     OnnxModel,
     PruneResult,
 )
+from prox24_deploy.core.types import TWINS, DType, Progress, Twin
 from prox24_deploy.files import make_folder
 from prox24_deploy.limits import GivenLimits
 from prox24_deploy.options import BuildOptions, DeviceChoice, PruneOptions
@@ -40,10 +40,7 @@ if TYPE_CHECKING:
     from prox24_deploy.model.calibration import Samples
     from prox24_deploy.model.directory import ModelDir
 
-Progress = Callable[[str, int, int], None]
-Twin = Literal["dense", "sparse"]
 
-TWINS: tuple[Twin, ...] = ("dense", "sparse")
 _STAGES = ("prune", "export", "compile", "bench", "evaluate", "accuracy", "tasks")
 # Written when everything else is there.
 _LAST_FILES = (*REPORT_FILES, *LATE_FILES)

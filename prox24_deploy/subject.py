@@ -1,12 +1,12 @@
 """The model to build and what to build it with, read and checked before any work."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prox24_deploy.artifacts import ModelInfo
+from prox24_deploy.core.types import Progress
 from prox24_deploy.errors import BackendMissingError, BundleError
 from prox24_deploy.model.config_file import labels_of, read_config, whole_number
 from prox24_deploy.options import BuildOptions, DeviceChoice, EngineOptions, TextOptions
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from prox24_deploy.model.calibration import Samples
     from prox24_deploy.model.directory import ModelDir
 
-Progress = Callable[[str, int, int], None]
 
 # What the configurations of different families call the number of positions.
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions")

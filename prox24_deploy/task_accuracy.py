@@ -1,7 +1,7 @@
 """The stage that runs tasks of the lm-evaluation-harness on both models."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from prox24_deploy.accuracy import TaskScores
+from prox24_deploy.core.types import Progress
 from prox24_deploy.errors import UsageError
 from prox24_deploy.options import BuildOptions, HarnessOptions
 from prox24_deploy.recipe import Recipe
@@ -21,8 +22,6 @@ from prox24_deploy.subject import Subject, torch_device
 
 if TYPE_CHECKING:
     from prox24_deploy.model.directory import ModelDir
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,13 @@ from typing import Annotated
 
 import typer
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType, Method, Preset, Refinement
 from prox24_deploy.errors import UsageError
 from prox24_deploy.options import (
     Compatibility,
     DeviceChoice,
     EngineOptions,
-    Method,
-    Preset,
     PruneOptions,
-    Refinement,
     TensorRtOptions,
     TextOptions,
     parse_capabilities,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from prox24_deploy.engines.planning import LayerPlan, Plan
     from prox24_deploy.graph.judgement import CheckReport
     from prox24_deploy.release.baseline import BaselineFile
-    from prox24_deploy.release.environment import Finding
+    from prox24_deploy.release.environment import Diagnosis
     from prox24_deploy.release.report import Report
     from prox24_deploy.release.schema import Comparison
 
@@ -138,7 +138,7 @@ def check_sentences(report: "CheckReport") -> list[str]:
     return [counts, *(f"Not read: {name}" for name in report.unread)]
 
 
-def findings(found: Sequence["Finding"]) -> Table:
+def findings(found: Sequence["Diagnosis"]) -> Table:
     """What this machine can do; what is missing stands out, with its remedy."""
     table = _table("what", "found", "if missing")
     for finding in found:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
 from prox24_deploy.accuracy import EngineAccuracy, Fidelity
-from prox24_deploy.artifacts import DType, Engine, Estimate, Metric
+from prox24_deploy.artifacts import Engine, Estimate, Metric
+from prox24_deploy.core.types import TWINS, DType, Progress, Twin
 from prox24_deploy.engines.as_model import EngineModel, Graph, TorchGraph
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.errors import EngineError, ModelDirError
@@ -19,16 +19,12 @@ from prox24_deploy.graph.module import RecipeModule
 from prox24_deploy.graph.signature import read_inputs
 from prox24_deploy.model.calibration import Samples
 from prox24_deploy.model.evaluate import evaluate_models, evaluate_text_generation
-from prox24_deploy.model.subset import Shapes, take
+from prox24_deploy.model.subset import EngineShapes, take
 from prox24_deploy.recipe import Recipe
 
-Progress = Callable[[str, int, int], None]
-Twin = Literal["dense", "sparse"]
-
-TWINS: tuple[Twin, ...] = ("dense", "sparse")
 # How far an engine may be from PyTorch in float32: nats of log-perplexity and divergence, shares of
 # accuracy, 1 - cosine, standard deviations of a score. Rounding explains less in each dtype.
-TOLERANCES: dict[DType, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+METRIC_TOLERANCES: dict[DType, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 _NORMAL_95 = 1.96
 # Metrics that hold an engine to PyTorch, each from what was measured to what should be 0. Others
 # inform: a near tie decides single tokens and neighbours, and perplexity is in its logarithm.
@@ -55,7 +51,7 @@ class Question:
     directory: Path
     held_out: Samples
     tokens: int
-    shapes: Shapes
+    shapes: EngineShapes
 
 
 def measure_accuracy(
@@ -131,7 +127,7 @@ def fidelity_of(twin: Twin, metric: Metric, dtype: DType) -> Fidelity:
     """
     found = metric.difference or metric.agreement
     depart = _DEPARTURES.get(metric.name)
-    tolerance = TOLERANCES[dtype] if depart and found else None
+    tolerance = METRIC_TOLERANCES[dtype] if depart and found else None
     departure = None
     if found and math.isfinite(found.value) and math.isfinite(found.standard_error):
         noise = _NORMAL_95 * found.standard_error if metric.difference else 0.0

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.errors import EngineError
 from prox24_deploy.graph.module import RecipeModule

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from prox24_deploy.artifacts import Engine, EngineEvidence, OnnxModel, TensorCheck
+from prox24_deploy.core.types import Twin
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -48,9 +49,7 @@ class Backend(Protocol):
         """The device that engines of this backend run on, in words."""
         ...
 
-    def build(
-        self, bundle: Path, model: OnnxModel, out: Path, *, twin: Literal["dense", "sparse"]
-    ) -> Engine:
+    def build(self, bundle: Path, model: OnnxModel, out: Path, *, twin: Twin) -> Engine:
         """Compile `bundle / model.path` into the folder `bundle / out`.
 
         Raises:

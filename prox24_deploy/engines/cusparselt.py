@@ -10,19 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from prox24_deploy.artifacts import (
-    DType,
-    Engine,
-    EngineEvidence,
-    LayerEvidence,
-    OnnxModel,
-    TensorCheck,
-)
+from prox24_deploy.artifacts import Engine, EngineEvidence, LayerEvidence, OnnxModel, TensorCheck
+from prox24_deploy.core.types import DType, Twin
 from prox24_deploy.documents import Document, read_document
 from prox24_deploy.engines.choice import LayerChoice
 from prox24_deploy.engines.cuda_graph import GraphSession
@@ -105,9 +99,7 @@ class CuSparseLt:
         """The GPU by name."""
         return str(torch.cuda.get_device_name())
 
-    def build(
-        self, bundle: Path, model: OnnxModel, out: Path, *, twin: Literal["dense", "sparse"]
-    ) -> Engine:
+    def build(self, bundle: Path, model: OnnxModel, out: Path, *, twin: Twin) -> Engine:
         """Write `engine.json`; for the sparse twin choose layers, prove outputs and kernels first.
 
         The weights stay in the model directory, for compressing them takes less time than reading
@@ -173,7 +165,7 @@ class CuSparseLt:
         finally:
             session.close()
 
-    def _source(self, bundle: Path, twin: Literal["dense", "sparse"]) -> ModelDir:
+    def _source(self, bundle: Path, twin: Twin) -> ModelDir:
         """The directory of one twin; the dense one must be that which the bundle was made from."""
         source = open_model_dir(self.dense if twin == "dense" else bundle / PRUNED)
         if twin == "dense" and source.sha256 != self.dense_sha256:

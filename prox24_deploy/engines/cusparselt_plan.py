@@ -33,7 +33,7 @@ _ALGORITHM, _ALGORITHM_COUNT = 0, 1
 _BIAS = 8
 
 
-class Plan:
+class MatmulPlan:
     """How cuSPARSELt computes Y = X Wᵀ + b for one GEMM: descriptors, algorithm and workspace.
 
     Not for use by several streams at once: they would share the workspace.
@@ -90,20 +90,24 @@ def count_algorithms(shape: GemmShape, dtype: torch.dtype) -> int:
     return count.value
 
 
-_plans: "weakref.WeakValueDictionary[tuple[object, ...], Plan]" = weakref.WeakValueDictionary()
+_plans: "weakref.WeakValueDictionary[tuple[object, ...], MatmulPlan]" = (
+    weakref.WeakValueDictionary()
+)
 
 
-def shared_plan(shape: GemmShape, dtype: torch.dtype, algorithm: int, bias: Tensor | None) -> Plan:
+def shared_plan(
+    shape: GemmShape, dtype: torch.dtype, algorithm: int, bias: Tensor | None
+) -> MatmulPlan:
     """The plan for a GEMM, algorithm and bias on the current GPU, made if nobody holds it yet.
 
     Raises:
-        EngineError: as `Plan`.
+        EngineError: as `MatmulPlan`.
     """
     device = torch.cuda.current_device()
     key = (device, shape, dtype, algorithm, None if bias is None else bias.data_ptr())
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = Plan(shape, dtype, algorithm, bias)
+        plan = _plans[key] = MatmulPlan(shape, dtype, algorithm, bias)
     return plan
 
 

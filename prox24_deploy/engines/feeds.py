@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import ml_dtypes  # noqa: F401 - makes "bfloat16" a dtype that numpy knows
 import numpy as np
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.recipe import TensorSpec, shape_of
 

@@ -6,7 +6,7 @@ timed in the same way, for its own search was seen to end in an illegal instruct
 """
 
 import logging
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 from statistics import median
 
@@ -14,7 +14,7 @@ import pynvml
 import torch
 from torch.nn import functional
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType, Progress
 from prox24_deploy.engines import cuda_graph, cusparselt_plan, trials
 from prox24_deploy.engines.choice import LayerChoice, choose, gemm_obstacle
 from prox24_deploy.engines.gemm_job import gemm_inputs, timer
@@ -27,7 +27,6 @@ from prox24_deploy.graph.module import TORCH_DTYPES
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 
 # The fastest algorithms by a few runs, timed again in turns with the dense multiplication.
 _FINALISTS = 2

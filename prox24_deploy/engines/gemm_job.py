@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from prox24_deploy.engines import cuda_graph
-from prox24_deploy.engines.cusparselt_plan import Plan
+from prox24_deploy.engines.cusparselt_plan import MatmulPlan
 from prox24_deploy.engines.profile import GemmShape
 from prox24_deploy.errors import EngineError
 
@@ -56,7 +56,7 @@ def time_algorithm(
     """Least of a few times in microseconds; None where cuSPARSELt refuses the algorithm."""
     rows, _, packed = gemm_inputs(shape, dtype)
     try:
-        plan = Plan(shape, dtype, number, None)
+        plan = MatmulPlan(shape, dtype, number, None)
         plan.multiply(packed, rows)
     except EngineError:
         return None

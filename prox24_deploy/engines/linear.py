@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prox24_deploy.engines import cusparselt_plan
-from prox24_deploy.engines.cusparselt_plan import Plan
+from prox24_deploy.engines.cusparselt_plan import MatmulPlan
 from prox24_deploy.engines.profile import GemmShape
 from prox24_deploy.errors import EngineError
 from prox24_deploy.model.layers import is_layer, layer_at, matrix_shape, obstacle, to_matrix
@@ -35,7 +35,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("packed", torch._cslt_compress(weight.contiguous()), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self._algorithms = dict(algorithms)
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, MatmulPlan] = {}
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Multiply (..., k) to (..., n)."""
@@ -61,7 +61,7 @@ class SparseLinear(nn.Module):
         return id(plan)
 
 
-_plans: WeakValueDictionary[int, Plan] = WeakValueDictionary()
+_plans: WeakValueDictionary[int, MatmulPlan] = WeakValueDictionary()
 
 
 @torch.library.custom_op("prox24_deploy::sparse_product", mutates_args=())

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from prox24_deploy.artifacts import (
     OnnxModel,
     TensorCheck,
 )
+from prox24_deploy.core.types import Twin
 from prox24_deploy.documents import Document, read_json
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.engines.host import cpu_model
@@ -124,9 +125,7 @@ class OnnxRuntime:
         """The processor by name."""
         return f"CPU ({cpu_model()})"
 
-    def build(
-        self, bundle: Path, model: OnnxModel, out: Path, *, twin: Literal["dense", "sparse"]
-    ) -> Engine:
+    def build(self, bundle: Path, model: OnnxModel, out: Path, *, twin: Twin) -> Engine:
         """Prove that the file loads and write `engine.json`, which says how to open it.
 
         Nothing is compiled ahead: the ONNX file itself is the engine, so `size_bytes` is its size.

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from prox24_deploy.artifacts import DType, Estimate
+from prox24_deploy.artifacts import Estimate
+from prox24_deploy.core.types import DType
 from prox24_deploy.engines.choice import LayerChoice
 from prox24_deploy.engines.profile import GpuProfile
 from prox24_deploy.engines.records import read_record

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import PositiveFloat, PositiveInt, TypeAdapter
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 from prox24_deploy.engines.records import read_record
 from prox24_deploy.errors import UsageError
 from prox24_deploy.files import write_atomic

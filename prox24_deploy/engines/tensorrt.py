@@ -25,6 +25,7 @@ from typing import Any, Literal
 import onnx
 
 from prox24_deploy.artifacts import Engine, EngineEvidence, OnnxModel, TensorCheck
+from prox24_deploy.core.types import Twin
 from prox24_deploy.documents import Document, read_json
 from prox24_deploy.engines.base import Session
 from prox24_deploy.engines.child import run_child
@@ -91,9 +92,7 @@ class TensorRt:
         """The GPU that is built on, or those that are built for."""
         return ", ".join(self._capabilities()) or self.card[0]
 
-    def build(
-        self, bundle: Path, model: OnnxModel, out: Path, *, twin: Literal["dense", "sparse"]
-    ) -> Engine:
+    def build(self, bundle: Path, model: OnnxModel, out: Path, *, twin: Twin) -> Engine:
         """Compile into `engine.plan`, with the builder's log, its layers and a record beside it.
 
         The builder runs in a process of its own, because native code may crash and a failed build
@@ -172,7 +171,7 @@ class TensorRt:
             )
         from prox24_deploy.engines.tensorrt_session import TensorRtSession, refit
 
-        flags = read_record(bundle / engine.path, engine).flags
+        flags = read_build_record(bundle / engine.path, engine).flags
         trt = load_library(self.library)
         messages = trt.Logger(trt.Logger.WARNING)
         opened = open_engine(trt, messages, (bundle / engine.path).read_bytes(), flags)
@@ -186,7 +185,7 @@ class TensorRt:
             return ()
         return self.options.tensorrt.capabilities or DEFAULT_CAPABILITIES
 
-    def _job(self, model: Path, work: Path, twin: Literal["dense", "sparse"]) -> Job:
+    def _job(self, model: Path, work: Path, twin: Twin) -> Job:
         options = self.options.tensorrt
         flags = ["SPARSE_WEIGHTS"] if twin == "sparse" else []
         if options.compatibility == "version":
@@ -349,7 +348,7 @@ def _write_record(path: Path, backend: TensorRt, model: OnnxModel, job: Job) -> 
     write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
-def read_record(plan: Path, engine: Engine) -> BuildRecord:
+def read_build_record(plan: Path, engine: Engine) -> BuildRecord:
     """How an engine was built, from the record beside it.
 
     Raises:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prox24_deploy.artifacts import DType, NumericsCheck
+from prox24_deploy.artifacts import NumericsCheck
+from prox24_deploy.core.types import DType
 from prox24_deploy.engines import cuda_graph
 from prox24_deploy.engines.base import Feeds
 from prox24_deploy.engines.cuda_graph import GraphSession, to_tensor
@@ -18,7 +19,7 @@ from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.recipe import Recipe
 
 # Largest difference to the same weights multiplied dense, as a share of the largest output.
-TOLERANCES: dict[DType, float] = {"float16": 2e-2, "bfloat16": 1e-1}
+OUTPUT_TOLERANCES: dict[DType, float] = {"float16": 2e-2, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def open_torch_model(source: ModelDir, recipe: Recipe, dtype: DType) -> TorchMod
         EngineError: `dtype` is float32, which cuSPARSELt has no kernels for.
         ModelDirError: the directory does not load as the recipe says.
     """
-    if dtype not in TOLERANCES:
+    if dtype not in OUTPUT_TOLERANCES:
         raise EngineError(
             f"cuSPARSELt has no {dtype} kernels; export with --dtype float16 or --dtype bfloat16."
         )
@@ -119,7 +120,7 @@ def compare_outputs(
     for i, name in enumerate(names):
         pairs = [(a[i].float(), b[i].float()) for a, b in zip(expected, found, strict=True)]
         largest = max(float((a - b).abs().max()) for a, b in pairs)
-        tolerance = TOLERANCES[dtype] * max(float(a.abs().max()) for a, _ in pairs)
+        tolerance = OUTPUT_TOLERANCES[dtype] * max(float(a.abs().max()) for a, _ in pairs)
         shapes = tuple(tuple(a.shape) for a, _ in pairs)
         passed = largest <= tolerance
         checks.append(NumericsCheck("sparse", name, shapes, largest, tolerance, passed))

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 from prox24_deploy.engines.gemm_job import READY
 from prox24_deploy.engines.profile import GemmShape
 from prox24_deploy.errors import EngineError

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 from prox24_deploy.errors import ExportError
 from prox24_deploy.graph.module import TORCH_DTYPES
 

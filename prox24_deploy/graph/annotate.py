@@ -13,10 +13,11 @@ from torch import nn
 
 from prox24_deploy.errors import ExportError
 from prox24_deploy.graph.module import RecipeModule
-from prox24_deploy.graph.modules import MODULE_KEY, SPARSE_KEY, scoped_module
+from prox24_deploy.graph.modules import MODULE_KEY, scoped_module
 from prox24_deploy.graph.signature import Signature, axes_of
 from prox24_deploy.graph.weights import ConstantWeight, find_weights
 from prox24_deploy.recipe import TensorSpec, dynamic_names
+from prox24_deploy.sparsity.declaration import SPARSE_KEY
 
 
 def annotate(model: ir.Model, source: nn.Module, sparse: Sequence[str] | None) -> None:

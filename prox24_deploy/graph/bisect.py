@@ -10,7 +10,7 @@ import torch
 
 from prox24_deploy.graph.activations import watched
 from prox24_deploy.graph.groups import Array
-from prox24_deploy.graph.model_file import load_model
+from prox24_deploy.graph.model_file import load_onnx
 from prox24_deploy.graph.module import RecipeModule
 from prox24_deploy.graph.modules import module_of
 
@@ -65,7 +65,7 @@ def _module_outputs(reference: RecipeModule, feeds: Mapping[str, Array]) -> dict
 
 def _node_outputs(path: Path, feeds: Mapping[str, Array], modules: set[str]) -> dict[str, Array]:
     """What the last node of each module gives, by module path."""
-    model = load_model(path)
+    model = load_onnx(path)
     last: dict[str, ir.Value] = {}
     for node in model.graph:
         parts = module_of(node).split(".")

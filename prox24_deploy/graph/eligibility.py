@@ -33,7 +33,7 @@ _K_MULTIPLE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class GemmShape:
+class WeightShape:
     """A weight as a matrix multiplication sees it.
 
     `n` counts outputs and `k` the elements that are summed, for a convolution output channels and
@@ -45,7 +45,7 @@ class GemmShape:
     groups: int = 1
 
 
-def obstacles(op_type: str, domain: str, dtype: str, gemm: GemmShape | None) -> list[str]:
+def obstacles(op_type: str, domain: str, dtype: str, gemm: WeightShape | None) -> list[str]:
     """Every rule that keeps TensorRT from sparse kernels; empty if it may take one.
 
     Args:

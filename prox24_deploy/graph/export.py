@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 from prox24_deploy.errors import BundleError, ExportError
 from prox24_deploy.files import make_folder, writing
 from prox24_deploy.graph.annotate import annotate, settle_signature

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from prox24_deploy.graph.model_file import load_model
+from prox24_deploy.graph.model_file import load_onnx
 from prox24_deploy.graph.signature import axes_of
 from prox24_deploy.recipe import GraphTensor
 
@@ -16,7 +16,7 @@ def read_interface(path: Path) -> tuple[tuple[GraphTensor, ...], tuple[GraphTens
     Raises:
         UsageError: the file cannot be read.
     """
-    graph = load_model(path).graph
+    graph = load_onnx(path).graph
     return _tensors(graph.inputs), _tensors(graph.outputs)
 
 
@@ -26,7 +26,7 @@ def external_files(path: Path) -> tuple[str, ...]:
     Raises:
         UsageError: the file cannot be read.
     """
-    graph = load_model(path).graph
+    graph = load_onnx(path).graph
     found = {
         tensor.location
         for part in (graph, *graph.subgraphs())

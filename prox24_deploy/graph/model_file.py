@@ -15,7 +15,7 @@ from prox24_deploy.graph.sparse_tensors import make_dense
 SPARSE_META = "prox24.sparse_tensor"
 
 
-def load_model(path: Path) -> ir.Model:
+def load_onnx(path: Path) -> ir.Model:
     """Load the graph of an ONNX file; weights stay in the file until they are read.
 
     Local functions are inlined, so that a weight passed to one is seen at its consumer, unless that

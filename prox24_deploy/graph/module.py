@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 from prox24_deploy.errors import ExportError
 from prox24_deploy.graph.signature import cached_layers, signature_of
 from prox24_deploy.recipe import EMBEDDING, SENTENCE_MODULES, STATES, Recipe

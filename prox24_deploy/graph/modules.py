@@ -8,9 +8,9 @@ import onnx_ir as ir
 
 from prox24_deploy.documents import decode_json
 from prox24_deploy.errors import UsageError
+from prox24_deploy.sparsity.declaration import SPARSE_KEY
 
 MODULE_KEY = "prox24.module"
-SPARSE_KEY = "prox24.sparse_weights"
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
 # Scopes of a model a hundred modules deep take some kB; what is longer is no module path.

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,8 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
-from prox24_deploy.artifacts import DType, NumericsCheck
+from prox24_deploy.artifacts import NumericsCheck
+from prox24_deploy.core.types import DType, Twin
 from prox24_deploy.errors import ExportError
 from prox24_deploy.graph.activations import range_guard, watched
 from prox24_deploy.graph.bisect import first_difference
@@ -40,7 +40,7 @@ def compare_with_torch(
     recipe: Recipe,
     *,
     dtype: DType,
-    twin: Literal["dense", "sparse"],
+    twin: Twin,
     vocabulary: int,
     seed: int = 0,
 ) -> tuple[NumericsCheck, ...]:
@@ -250,7 +250,7 @@ def _judge(
     output: str,
     path: Path,
     relative: float,
-    twin: Literal["dense", "sparse"],
+    twin: Twin,
     culprit: Callable[[int], str],
 ) -> NumericsCheck:
     # A NaN counts as the worst: max() alone would let it pass or not by its place in the list.

@@ -13,7 +13,7 @@ from prox24_deploy.graph.evaluation import Budget, NotComputedError
 from prox24_deploy.graph.folding import nodes_of, stored_elements
 from prox24_deploy.graph.inspection import Finding, inspect_groups, unread
 from prox24_deploy.graph.judgement import Candidate, Scan
-from prox24_deploy.graph.model_file import SPARSE_META, load_model
+from prox24_deploy.graph.model_file import SPARSE_META, load_onnx
 from prox24_deploy.graph.modules import declared_modules, module_of
 from prox24_deploy.graph.weights import ConstantWeight, find_weights
 
@@ -53,7 +53,7 @@ def scan_onnx(path: Path) -> Scan:
 
 
 def _scan(path: Path) -> Scan:
-    model = load_model(path)
+    model = load_onnx(path)
     declared = declared_modules(model, path)
     budget = Budget.of(stored_elements(model))
     refused = refusal(nodes_of(model), path, model.meta.get(SPARSE_META, ""))

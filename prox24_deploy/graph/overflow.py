@@ -9,7 +9,7 @@ import onnx_ir as ir
 from prox24_deploy.errors import ExportError
 from prox24_deploy.graph.bisect import run_for
 from prox24_deploy.graph.groups import Array
-from prox24_deploy.graph.model_file import load_model
+from prox24_deploy.graph.model_file import load_onnx
 from prox24_deploy.graph.modules import module_of
 
 
@@ -28,7 +28,7 @@ def require_finite(path: Path, feeds: Mapping[str, Array]) -> None:
     Raises:
         ExportError: names the first such tensor and its module.
     """
-    model = load_model(path)
+    model = load_onnx(path)
     values = [
         value
         for node in model.graph

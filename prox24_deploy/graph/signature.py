@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from prox24_deploy.errors import ExportError
-from prox24_deploy.graph.model_file import load_model
+from prox24_deploy.graph.model_file import load_onnx
 from prox24_deploy.recipe import STATES, Recipe, TensorSpec
 
 _PAST = "past_key_values"
@@ -65,7 +65,7 @@ def read_inputs(path: Path) -> tuple[TensorSpec, ...]:
             dtype="int64" if value.dtype == ir.DataType.INT64 else "float",
             axes=axes_of(value),
         )
-        for value in load_model(path).graph.inputs
+        for value in load_onnx(path).graph.inputs
     )
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from prox24_deploy.documents import decode_json
 from prox24_deploy.errors import UsageError
 from prox24_deploy.graph.groups import Array
-from prox24_deploy.graph.modules import SPARSE_KEY
+from prox24_deploy.sparsity.declaration import SPARSE_KEY
 
 _LENGTH_BYTES = 8
 # Largest headers seen: 12 MB for 10^5 tensors. As Python objects a header takes ten times its size.

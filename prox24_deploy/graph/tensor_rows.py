@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prox24_deploy.artifacts import TensorCheck
 from prox24_deploy.errors import UsageError
-from prox24_deploy.graph.eligibility import GemmShape, obstacles
+from prox24_deploy.graph.eligibility import WeightShape, obstacles
 from prox24_deploy.graph.inspection import Finding, inspect_groups
 from prox24_deploy.graph.judgement import Candidate, Scan
 from prox24_deploy.graph.layouts import Layout, NotSummed, Summed, Unknown, read_layout
@@ -105,7 +105,7 @@ class _Reader:
         """A tensor whose reduction axis is known."""
         finding = self._inspected(entry, axis)
         count = math.prod(entry.shape[:axis] or entry.shape[1:2])
-        gemm = GemmShape(count if outputs < 0 else entry.shape[outputs], entry.shape[axis])
+        gemm = WeightShape(count if outputs < 0 else entry.shape[outputs], entry.shape[axis])
         return _candidate(entry, finding, axis, gemm)
 
     def _undecided(self, entry: TensorEntry, role: Unknown) -> Candidate:
@@ -138,7 +138,7 @@ class _Reader:
 
 
 def _candidate(
-    entry: TensorEntry, finding: Finding, axis: int, gemm: GemmShape | None
+    entry: TensorEntry, finding: Finding, axis: int, gemm: WeightShape | None
 ) -> Candidate:
     """A tensor that was read along an axis, or along several, which is -1."""
     rules = obstacles("", "", entry.type_name, gemm)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from prox24_deploy.errors import UsageError
 from prox24_deploy.graph import attributes
 from prox24_deploy.graph.constants import constant_of, input_of, is_matrix, sizes_of
-from prox24_deploy.graph.eligibility import GemmShape
+from prox24_deploy.graph.eligibility import WeightShape
 from prox24_deploy.graph.evaluation import Budget, NotComputedError
 from prox24_deploy.graph.folding import Folder
 from prox24_deploy.graph.groups import GROUP
@@ -64,7 +64,7 @@ class ConstantWeight:
     view: Strided
     reduction: int = 0
     axis: int = -1
-    gemm: GemmShape | None = None
+    gemm: WeightShape | None = None
     dtype: ir.DataType | None = None
     zero: int = 0
     reason: str = ""
@@ -319,10 +319,10 @@ class _Finder:
         place = self.operand.zero_point
         return None if place is None else input_of(self.node, place)
 
-    def _gemm(self, source: Folded, found: Reduction) -> GemmShape:
+    def _gemm(self, source: Folded, found: Reduction) -> WeightShape:
         summed = math.prod(source.shape[found.axis : found.axis + found.joined]) // found.groups
         groups = attributes.integer(self.node, "group", 1)
-        return GemmShape(math.prod(source.shape[i] for i in found.outputs), summed, groups)
+        return WeightShape(math.prod(source.shape[i] for i in found.outputs), summed, groups)
 
     def _multiplied_in(self, source: Folded) -> ir.DataType:
         """Type of the multiplication: that before dequantisation only if both operands pass one."""

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prox24_deploy.core.types import WRITES_TEXT
 from prox24_deploy.documents import reason_of
 from prox24_deploy.errors import ModelDirError, Prox24Error, RecipeError
 from prox24_deploy.model.calibration import Batch
 from prox24_deploy.model.layers import Layer, input_rows, is_layer, same_rows
 from prox24_deploy.recipe import Recipe
-from prox24_deploy.tasks import WRITES_TEXT
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,8 @@ from prox24_deploy.model.layers import is_layer
 from prox24_deploy.model.shards import INDEX_FILE, is_single
 from prox24_deploy.pruning.pattern import first_violation
 from prox24_deploy.recipe import RECIPE_FILE, SENTENCE_MODULES
+from prox24_deploy.sparsity.declaration import SPARSE_KEY
 
-SPARSE_KEY = "prox24.sparse_weights"
 _RECORDS = TypeAdapter(tuple[LayerRecord, ...])
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from prox24_deploy.artifacts import ModelInfo
+from prox24_deploy.core.types import Task
 from prox24_deploy.documents import files_below, reason_of
 from prox24_deploy.errors import ModelDirError, RecipeError
 from prox24_deploy.model.capacity import require_counts, require_size
@@ -37,7 +38,6 @@ from prox24_deploy.model.shards import (
 )
 from prox24_deploy.recipe import RECIPE_FILE, Recipe
 from prox24_deploy.snapshot import Snapshot, take_snapshot
-from prox24_deploy.tasks import Task
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import get_args
 
 from torch import nn
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 from prox24_deploy.errors import ModelDirError
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.shards import StoredTensor

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import Estimate, EvaluateResult, Metric
+from prox24_deploy.core.types import WRITES_TEXT, Progress
 from prox24_deploy.errors import ModelDirError
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.calibration import IGNORED, Batch, Samples
 from prox24_deploy.model.sentence_modules import embedding_of
-from prox24_deploy.tasks import WRITES_TEXT
 
-Progress = Callable[[str, int, int], None]
 # exp() of more is no float.
 _MOST_NLL = 700.0
 

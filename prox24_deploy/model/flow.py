@@ -42,7 +42,7 @@ class Flow:
 
 
 @dataclass(frozen=True, slots=True)
-class Twin:
+class BlockPair:
     """One block twice: as it was, and being pruned.
 
     Attributes:
@@ -90,7 +90,7 @@ def after_pruning(flow: Flow, model: nn.Module, blocks: nn.ModuleList, recipe: R
     )
 
 
-def advance(twin: Twin, flows: list[Flow]) -> None:
+def advance(twin: BlockPair, flows: list[Flow]) -> None:
     """Carry both streams of every flow through the block."""
     for flow in flows:
         for i, (calls, pruned_calls) in enumerate(zip(flow.calls, flow.pruned_calls, strict=True)):
@@ -98,7 +98,7 @@ def advance(twin: Twin, flows: list[Flow]) -> None:
             flow.pruned[i] = run_block(twin.pruned, pruned_calls[twin.index], flow.pruned[i])
 
 
-def collect(twin: Twin, name: str, flow: Flow) -> Grams:
+def collect(twin: BlockPair, name: str, flow: Flow) -> Grams:
     """Gram matrices of one layer's input over all batches of a flow."""
     dense_layer, pruned_layer = (layer_at(block, name) for block in (twin.dense, twin.pruned))
     grams = Grams.empty(matrix_shape(pruned_layer)[1], pruned_layer.weight.device)

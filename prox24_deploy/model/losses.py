@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prox24_deploy.core.types import WRITES_TEXT
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.calibration import Batch
 from prox24_deploy.model.evaluate import class_figures, embed, next_logits, window_nll
-from prox24_deploy.tasks import WRITES_TEXT
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import LayerRecord, PruneResult, Sensitivity
+from prox24_deploy.core.types import Preset, Progress
 from prox24_deploy.errors import CalibrationError, ModelDirError, RecipeError
 from prox24_deploy.model.blocks import find_blocks, layer_runs, require_runs, shared_inputs
 from prox24_deploy.model.calibration import Batch, Samples, thin
@@ -25,7 +26,7 @@ from prox24_deploy.model.checkpoint import (
 )
 from prox24_deploy.model.directory import ModelDir, load_with_rest
 from prox24_deploy.model.doubts import doubt_about
-from prox24_deploy.model.flow import Flow, Twin, advance, after_pruning, collect, start_flow
+from prox24_deploy.model.flow import BlockPair, Flow, advance, after_pruning, collect, start_flow
 from prox24_deploy.model.grams import Grams
 from prox24_deploy.model.layers import (
     Layer,
@@ -40,13 +41,12 @@ from prox24_deploy.model.reconstruct import SCHEDULES, reconstruct_block, requir
 from prox24_deploy.model.selection import by_options, left_dense, prunable, require_matches
 from prox24_deploy.model.sensitivity import SensitivityStore, measure_sensitivity, over_budget
 from prox24_deploy.model.solve import solve_group
-from prox24_deploy.options import Preset, PruneOptions
+from prox24_deploy.options import PruneOptions
 from prox24_deploy.pruning.problem import damping_for
 from prox24_deploy.recipe import SENTENCE_MODULES, Recipe
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 # Held-out text for the error of each layer; the accuracy figures use all of it.
 _HELD_OUT_TOKENS = 8192
 
@@ -234,7 +234,7 @@ class _Step:
     """One block, the part of the recipe that it belongs to, and the batches in front of it."""
 
     recipe: Recipe
-    twin: Twin
+    twin: BlockPair
     flows: list[Flow]
 
 
@@ -248,14 +248,14 @@ def _steps(model: nn.Module, recipe: Recipe, texts: Sequence[tuple[Batch, ...]])
         if part.is_decoder:
             flows = [after_pruning(flow, model, blocks, part) for flow in flows]
         for index, (block, following) in enumerate(zip_longest(blocks, list(blocks)[1:])):
-            twin = Twin(index, f"{part.blocks}.{index}", deepcopy(block), block, following)
+            twin = BlockPair(index, f"{part.blocks}.{index}", deepcopy(block), block, following)
             yield _Step(part, twin, flows)
             if following is not None:
                 advance(twin, flows)
 
 
 def _prune_block(
-    twin: Twin,
+    twin: BlockPair,
     recipe: Recipe,
     flows: list[Flow],
     options: PruneOptions,
@@ -284,7 +284,7 @@ def _prune_block(
     return solved, tuple(records)
 
 
-def _unsolved(twin: Twin, layers: Mapping[str, Layer], flow: Flow) -> list[LayerRecord]:
+def _unsolved(twin: BlockPair, layers: Mapping[str, Layer], flow: Flow) -> list[LayerRecord]:
     """Layers that are run by no forward pass of their block, or by one more than once."""
     if not layers:
         return []
@@ -301,7 +301,7 @@ def _unsolved(twin: Twin, layers: Mapping[str, Layer], flow: Flow) -> list[Layer
 
 
 def _prune_group(
-    twin: Twin,
+    twin: BlockPair,
     group: list[str],
     flows: list[Flow],
     options: PruneOptions,
@@ -339,7 +339,7 @@ def _prune_group(
 
 
 def _reconstruct(
-    twin: Twin,
+    twin: BlockPair,
     groups: list[list[str]],
     solved: dict[str, Tensor],
     records: list[LayerRecord],

@@ -15,11 +15,11 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from prox24_deploy.core.types import Preset
 from prox24_deploy.errors import CalibrationError
 from prox24_deploy.model.blocks import BlockCall, run_block
-from prox24_deploy.model.flow import Flow, Twin
+from prox24_deploy.model.flow import BlockPair, Flow
 from prox24_deploy.model.layers import layer_at, reduction_axis
-from prox24_deploy.options import Preset
 from prox24_deploy.pruning.pattern import mask_24
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def require_batches(count: int) -> None:
 
 
 def reconstruct_block(
-    twin: Twin, names: Sequence[str], flow: Flow, options: AdamOptions
+    twin: BlockPair, names: Sequence[str], flow: Flow, options: AdamOptions
 ) -> Reconstruction:
     """Tune the kept weights of some layers of the pruned block in place.
 
@@ -117,7 +117,9 @@ def reconstruct_block(
 class _Training:
     """Adam over the masked weights of one block, from the weights it had at first."""
 
-    def __init__(self, twin: Twin, names: Sequence[str], flow: Flow, options: AdamOptions) -> None:
+    def __init__(
+        self, twin: BlockPair, names: Sequence[str], flow: Flow, options: AdamOptions
+    ) -> None:
         self._twin, self._flow, self._options = twin, flow, options
         layers = [layer_at(twin.pruned, name) for name in names]
         self._weights = [layer.weight for layer in layers]

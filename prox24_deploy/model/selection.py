@@ -8,7 +8,7 @@ from torch import nn
 
 from prox24_deploy.errors import RecipeError, UsageError
 from prox24_deploy.model.blocks import find_blocks, target_layers
-from prox24_deploy.model.flow import Twin
+from prox24_deploy.model.flow import BlockPair
 from prox24_deploy.model.layers import Layer, layer_at, obstacle
 from prox24_deploy.options import PruneOptions
 from prox24_deploy.recipe import Recipe
@@ -47,7 +47,7 @@ def left_dense(recipe: Recipe, model: nn.Module, options: PruneOptions) -> dict[
 
 
 def prunable(
-    twin: Twin, recipe: Recipe, dense: Mapping[str, str]
+    twin: BlockPair, recipe: Recipe, dense: Mapping[str, str]
 ) -> tuple[dict[str, Layer], dict[str, str]]:
     """Targets of one block that can be pruned, by path in it, and the reasons against the others.
 

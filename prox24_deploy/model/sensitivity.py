@@ -17,12 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import CurvePoint, LayerSensitivity, Sensitivity
+from prox24_deploy.core.types import Progress
 from prox24_deploy.errors import CalibrationError, UsageError
 from prox24_deploy.files import write_atomic
 from prox24_deploy.model.blocks import find_blocks, shared_inputs
 from prox24_deploy.model.calibration import Batch
 from prox24_deploy.model.evaluate import mean_estimate
-from prox24_deploy.model.flow import Twin, advance, collect, start_flow
+from prox24_deploy.model.flow import BlockPair, advance, collect, start_flow
 from prox24_deploy.model.layers import layer_at
 from prox24_deploy.model.losses import Loss, loss_against
 from prox24_deploy.model.selection import by_options, prunable
@@ -32,7 +33,6 @@ from prox24_deploy.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 
 # Every eighth batch measures, but not more than eight of them: each layer costs one pass over all.
 _WITHHELD, _MOST_BATCHES = 8, 8
@@ -144,7 +144,7 @@ def _solve_all(
         flow = start_flow(model, blocks, part, batches)
         for index, block in enumerate(blocks):
             progress("sensitivity", index, len(blocks))
-            twin = Twin(index, f"{part.blocks}.{index}", block, block)
+            twin = BlockPair(index, f"{part.blocks}.{index}", block, block)
             layers, _ = prunable(twin, part, dense)
             for group in shared_inputs(block, layers, flow.calls[0][index], flow.dense[0]):
                 grams = collect(twin, group[0], flow)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from prox24_deploy.core.types import Task
 from prox24_deploy.model.capacity import bounded
 from prox24_deploy.model.directory import ModelDir, auto_classes, quiet_transformers
 from prox24_deploy.model.layers import is_layer
 from prox24_deploy.model.notes import expert_weights
-from prox24_deploy.tasks import Task
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # How class names of transformers end; the first that fits decides.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prox24_deploy.errors import ModelDirError
-from prox24_deploy.model.flow import Twin
+from prox24_deploy.model.flow import BlockPair
 from prox24_deploy.model.grams import Grams
 from prox24_deploy.model.layers import from_matrix, layer_at, to_matrix
 from prox24_deploy.options import PruneOptions
@@ -32,7 +32,7 @@ class SolvedLayer:
 
 
 def solve_group(
-    twin: Twin,
+    twin: BlockPair,
     group: Sequence[str],
     grams: Grams,
     options: PruneOptions,

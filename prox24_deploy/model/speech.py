@@ -7,7 +7,7 @@ takes that of the dense model, which the pruned one is to repeat.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import TextSource
+from prox24_deploy.core.types import Progress
 from prox24_deploy.documents import reason_of
 from prox24_deploy.errors import CalibrationError, ModelDirError
 from prox24_deploy.model.audio import Recording, Recordings, Samples1D, read_wave
@@ -23,8 +24,6 @@ from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.tokens import enough_of
 from prox24_deploy.model.transcribe import start_tokens, write_down
 from prox24_deploy.model.words import words_of
-
-Progress = Callable[[str, int, int], None]
 
 # Thirty seconds are 1500 positions of an encoder; two recordings hold a little more than
 # `BATCH_TOKENS` of text.

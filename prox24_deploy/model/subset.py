@@ -16,7 +16,7 @@ _UNIT_TOKENS = {"token": 1, "image": IMAGE_TOKENS}
 
 
 @dataclass(frozen=True, slots=True)
-class Shapes:
+class EngineShapes:
     """Most rows of a batch, and the least and the most tokens of a row, that an engine takes."""
 
     rows: int
@@ -24,7 +24,7 @@ class Shapes:
     longest: int
 
 
-def take(samples: Samples, tokens: int, shapes: Shapes | None) -> tuple[Samples, int]:
+def take(samples: Samples, tokens: int, shapes: EngineShapes | None) -> tuple[Samples, int]:
     """Evenly spaced samples that add up to about `tokens`, and how many of them were cut.
 
     Samples are ordered by length, so that all lengths are met. At least two are taken where there
@@ -68,7 +68,7 @@ def _trimmed(batch: Batch) -> Batch:
     return _columns(batch, _width(batch.real) if _is_text(batch) else None, targets)
 
 
-def _fitted(batch: Batch, shapes: Shapes) -> Batch:
+def _fitted(batch: Batch, shapes: EngineShapes) -> Batch:
     """Cut and padded on the right to a length that `shapes` allow."""
     targets = None if batch.targets is None else min(batch.targets.shape[1], shapes.longest)
     if not _is_text(batch):

@@ -1,6 +1,6 @@
 """What a model of speech writes of recordings, and how much of it the pruned model gets wrong."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.artifacts import Metric
+from prox24_deploy.core.types import Progress
 from prox24_deploy.errors import CalibrationError, ModelDirError
 from prox24_deploy.model.calibration import Samples
 from prox24_deploy.model.evaluate import evaluate_text_generation, mean_estimate, per_sample
 from prox24_deploy.model.processors import open_tokenizer
 from prox24_deploy.model.words import word_errors, words_of
-
-Progress = Callable[[str, int, int], None]
 
 
 def evaluate_speech(

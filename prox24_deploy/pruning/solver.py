@@ -7,21 +7,17 @@ paper descends by proximal gradient steps, and its schedule is not public.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from prox24_deploy.core.types import Method, Preset, Refinement
 from prox24_deploy.pruning.baselines import magnitude_mask, sparsegpt, wanda_mask
 from prox24_deploy.pruning.ista import IstaOptions, ista
 from prox24_deploy.pruning.pattern import is_24, mask_24, settle_mask, unfinished_fraction
 from prox24_deploy.pruning.problem import LayerProblem
 from prox24_deploy.pruning.prox import admm_step
 from prox24_deploy.pruning.refine import masked_conjugate_gradient, masked_gradient
-
-Method = Literal["prox", "ista", "sparsegpt", "wanda", "magnitude"]
-Refinement = Literal["auto", "conjugate-gradient", "gradient", "none"]
-Preset = Literal["fast", "default", "best"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from prox24_deploy.accuracy import EngineAccuracy, TaskScores
-from prox24_deploy.artifacts import Estimate, Interval, Metric, Verdict
+from prox24_deploy.artifacts import Estimate, Interval, Metric
+from prox24_deploy.core.types import Verdict
 from prox24_deploy.limits import MetricLimits, MetricTable, dense_limits_of
 from prox24_deploy.metrics import ENGINE, HARNESS
 from prox24_deploy.release.intervals import (

@@ -20,6 +20,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from prox24_deploy import __version__
+from prox24_deploy.core.types import Progress
 from prox24_deploy.errors import BundleError
 from prox24_deploy.files import (
     is_temporary,
@@ -50,7 +51,6 @@ from prox24_deploy.release.manifest import (
 )
 from prox24_deploy.release.stage import (
     Artifact,
-    Progress,
     Stage,
     Workspace,
     checked_parts,

@@ -7,14 +7,31 @@ import pynvml
 
 from prox24_deploy.artifacts import Clocks
 
-# Reasons that slow the GPU down; an idle GPU and clocks set by the user do not count.
-_SLOWING = {
-    "power cap": "nvmlClocksThrottleReasonSwPowerCap",
-    "hardware slowdown": "nvmlClocksThrottleReasonHwSlowdown",
-    "software thermal": "nvmlClocksThrottleReasonSwThermalSlowdown",
-    "hardware thermal": "nvmlClocksThrottleReasonHwThermalSlowdown",
-    "power brake": "nvmlClocksThrottleReasonHwPowerBrakeSlowdown",
+# Why a clock is not higher, in NVML's order of bits.
+_REASONS = {
+    "idle": pynvml.nvmlClocksThrottleReasonGpuIdle,
+    "application clocks": pynvml.nvmlClocksThrottleReasonApplicationsClocksSetting,
+    "power cap": pynvml.nvmlClocksThrottleReasonSwPowerCap,
+    "hardware slowdown": pynvml.nvmlClocksThrottleReasonHwSlowdown,
+    "sync boost": pynvml.nvmlClocksThrottleReasonSyncBoost,
+    "software thermal": pynvml.nvmlClocksThrottleReasonSwThermalSlowdown,
+    "hardware thermal": pynvml.nvmlClocksThrottleReasonHwThermalSlowdown,
+    "power brake": pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown,
+    "display clocks": pynvml.nvmlClocksThrottleReasonDisplayClockSetting,
 }
+# An idle GPU and clocks set by the user are no throttling.
+_THROTTLING = (
+    "power cap",
+    "hardware slowdown",
+    "software thermal",
+    "hardware thermal",
+    "power brake",
+)
+
+
+def throttle_reasons(bits: int) -> tuple[str, ...]:
+    """Every reason that NVML's bits name, throttling or not."""
+    return tuple(name for name, bit in _REASONS.items() if bits & bit)
 
 
 class ClockWatch:
@@ -64,7 +81,7 @@ class ClockWatch:
         """What was seen since the last call; None without a GPU that tells."""
         if not self._clocks:
             return None
-        slowing = (name for name, bit in _SLOWING.items() if self._bits & getattr(pynvml, bit))
-        found = Clocks(min(self._clocks), max(self._clocks), tuple(slowing))
+        throttling = tuple(r for r in throttle_reasons(self._bits) if r in _THROTTLING)
+        found = Clocks(min(self._clocks), max(self._clocks), throttling)
         self._clocks, self._bits = [], 0
         return found

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
-from prox24_deploy.artifacts import Interval, Judgement, Verdict
+from prox24_deploy.artifacts import Interval
+from prox24_deploy.core.types import Judgement, Verdict
 from prox24_deploy.errors import BundleError
 from prox24_deploy.limits import (
     DEFAULT_METRICS,

@@ -1,15 +1,15 @@
 """Views of a comparison for pipelines: JSON, Markdown, JUnit and benchmark.json."""
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
+from junitparser import Error, Failure, Skipped, TestCase
 
 from prox24_deploy.errors import UsageError
 from prox24_deploy.files import write_atomic
 from prox24_deploy.release.escape import code, markdown, xml_text
+from prox24_deploy.release.junit import junit_xml
 from prox24_deploy.release.layout import MANIFEST_FILE
 from prox24_deploy.release.render import number
 from prox24_deploy.release.schema import Change, Comparison
@@ -73,15 +73,11 @@ def render_junit(comparison: Comparison) -> bytes:
     A regression is a failure, a figure that the report lacks an error, and what is open or has no
     limit is skipped with its reason.
     """
-    xml = JUnitXml("prox24-deploy compare")
-    for kind in dict.fromkeys(change.kind for change in comparison.changes):
-        suite = TestSuite(kind)
-        suite.add_testcases([_test_case(c) for c in comparison.changes if c.kind == kind])
-        xml.add_testsuite(suite)
-    xml.update_statistics()  # type: ignore[no-untyped-call]
-    buffer = io.BytesIO()
-    xml.write(buffer, pretty=True)
-    return buffer.getvalue()
+    kinds = dict.fromkeys(change.kind for change in comparison.changes)
+    suites = [
+        (kind, [_test_case(c) for c in comparison.changes if c.kind == kind]) for kind in kinds
+    ]
+    return junit_xml("prox24-deploy compare", suites)
 
 
 def render_benchmark(comparison: Comparison) -> bytes:

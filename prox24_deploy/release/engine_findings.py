@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from prox24_deploy.accuracy import EngineAccuracy, EngineAccuracyResult, Fidelity
-from prox24_deploy.artifacts import Judgement, Metric, NotMeasured
+from prox24_deploy.artifacts import Metric, NotMeasured
+from prox24_deploy.core.types import Judgement
 from prox24_deploy.release.schema import Check
 from prox24_deploy.release.wording import with_error
 

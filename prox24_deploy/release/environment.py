@@ -16,7 +16,7 @@ _PACKAGES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Diagnosis:
     """One line of `doctor`: what was looked for, what was found, what to do if it is missing."""
 
     name: str
@@ -48,18 +48,18 @@ def machine() -> dict[str, str]:
     }
 
 
-def diagnose() -> list[Finding]:
+def diagnose() -> list[Diagnosis]:
     """Look for everything that a stage or backend can need."""
     installed = versions()
     findings = [
-        Finding(name, text, text != "not installed", f"pip install {name}")
+        Diagnosis(name, text, text != "not installed", f"pip install {name}")
         for name, text in installed.items()
     ]
     card = gpu()
     has_gpu = "compute capability" in card
     findings += [
-        Finding("processor", cpu_model(), True, ""),
-        Finding("GPU", ", ".join(card.values()), has_gpu, "pruning and ONNX Runtime run without"),
+        Diagnosis("processor", cpu_model(), True, ""),
+        Diagnosis("GPU", ", ".join(card.values()), has_gpu, "pruning and ONNX Runtime run without"),
         _cuda(has_gpu),
         _cusparselt(has_gpu),
         _onnxruntime(),
@@ -69,7 +69,7 @@ def diagnose() -> list[Finding]:
     return findings
 
 
-def _cuda(has_gpu: bool) -> Finding:
+def _cuda(has_gpu: bool) -> Diagnosis:
     name = "torch CUDA"
     try:
         import torch
@@ -77,10 +77,10 @@ def _cuda(has_gpu: bool) -> Finding:
         return _not_importable(name, "torch", error)
     usable = torch.cuda.is_available()
     remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU"
-    return Finding(name, torch.version.cuda or "CPU build", usable, remedy)
+    return Diagnosis(name, torch.version.cuda or "CPU build", usable, remedy)
 
 
-def _cusparselt(has_gpu: bool) -> Finding:
+def _cusparselt(has_gpu: bool) -> Diagnosis:
     name = "cuSPARSELt"
     try:
         import torch
@@ -91,19 +91,19 @@ def _cusparselt(has_gpu: bool) -> Finding:
     # Thousands, hundreds and the rest: 602 is 0.6.2.
     version = f"{number // 1000}.{number // 100 % 10}.{number % 100}" if number else None
     remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU, Ampere or newer"
-    return Finding(name, version or "not available", usable, remedy)
+    return Diagnosis(name, version or "not available", usable, remedy)
 
 
-def _onnxruntime() -> Finding:
+def _onnxruntime() -> Diagnosis:
     name = "ONNX Runtime providers"
     try:
         import onnxruntime
     except ImportError as error:
         return _not_importable(name, "onnxruntime", error)
-    return Finding(name, ", ".join(onnxruntime.get_available_providers()), True, "")
+    return Diagnosis(name, ", ".join(onnxruntime.get_available_providers()), True, "")
 
 
-def _tensorrt(has_gpu: bool) -> Finding:
+def _tensorrt(has_gpu: bool) -> Diagnosis:
     """TensorRT builds on the GPU that it builds for; TensorRT-RTX needs none to build."""
     found = _module("tensorrt", INSTALL["tensorrt"])
     if found.usable and not has_gpu:
@@ -111,19 +111,21 @@ def _tensorrt(has_gpu: bool) -> Finding:
     return found
 
 
-def _not_importable(name: str, package: str, error: ImportError) -> Finding:
-    return Finding(name, f"{package} cannot be imported ({error})", False, f"pip install {package}")
+def _not_importable(name: str, package: str, error: ImportError) -> Diagnosis:
+    return Diagnosis(
+        name, f"{package} cannot be imported ({error})", False, f"pip install {package}"
+    )
 
 
-def _module(name: str, remedy: str) -> Finding:
+def _module(name: str, remedy: str) -> Diagnosis:
     """Whether an engine library can be imported; found without importing it."""
     if importlib.util.find_spec(name) is None:
-        return Finding(name, "not installed", False, remedy)
+        return Diagnosis(name, "not installed", False, remedy)
     # Module tensorrt may come from distribution tensorrt, tensorrt-cu13 or another like it.
     owners = importlib.metadata.packages_distributions().get(name, [])
     for distribution in (name.replace("_", "-"), *owners):
         try:
-            return Finding(name, importlib.metadata.version(distribution), True, remedy)
+            return Diagnosis(name, importlib.metadata.version(distribution), True, remedy)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return Finding(name, "installed, of unknown version", True, remedy)
+    return Diagnosis(name, "installed, of unknown version", True, remedy)

@@ -18,8 +18,8 @@ from prox24_deploy.artifacts import (
     Sensitivity,
     TensorCheck,
     TextSource,
-    Verdict,
 )
+from prox24_deploy.core.types import Verdict
 from prox24_deploy.release.intervals import FEWEST, around
 from prox24_deploy.release.schema import Check
 

@@ -11,7 +11,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from prox24_deploy.artifacts import Estimate, Interval, Metric, Verdict
+from prox24_deploy.artifacts import Estimate, Interval, Metric
+from prox24_deploy.core.types import Verdict
 from prox24_deploy.metrics import is_bounded
 
 NORMAL_95 = NormalDist().inv_cdf(0.975)

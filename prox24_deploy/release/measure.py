@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pynvml
 
-from prox24_deploy.artifacts import Clocks, Engine, Interval, LatencyRow, Timing, Verdict
+from prox24_deploy.artifacts import Clocks, Engine, Interval, LatencyRow, Timing
+from prox24_deploy.core.types import Verdict
 from prox24_deploy.engines.base import Backend, Feeds, Session
 from prox24_deploy.engines.host import cpu_model
 from prox24_deploy.errors import EngineError
-from prox24_deploy.release.clocks import ClockWatch
+from prox24_deploy.release.clocks import ClockWatch, throttle_reasons
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +268,12 @@ def _gpu_conditions(handle: Any) -> dict[str, str]:
             lambda: f"{pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)} °C"
         ),
         "throttle reasons": _ask(
-            lambda: _throttle_reasons(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
+            lambda: (
+                ", ".join(
+                    throttle_reasons(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
+                )
+                or "none"
+            )
         ),
     }
 
@@ -278,18 +284,3 @@ def _ask(question: Callable[[], str]) -> str:
         return question()
     except pynvml.NVMLError:
         return "not reported"
-
-
-def _throttle_reasons(bits: int) -> str:
-    names = {
-        "idle": pynvml.nvmlClocksThrottleReasonGpuIdle,
-        "application clocks": pynvml.nvmlClocksThrottleReasonApplicationsClocksSetting,
-        "power cap": pynvml.nvmlClocksThrottleReasonSwPowerCap,
-        "hardware slowdown": pynvml.nvmlClocksThrottleReasonHwSlowdown,
-        "sync boost": pynvml.nvmlClocksThrottleReasonSyncBoost,
-        "software thermal": pynvml.nvmlClocksThrottleReasonSwThermalSlowdown,
-        "hardware thermal": pynvml.nvmlClocksThrottleReasonHwThermalSlowdown,
-        "power brake": pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown,
-        "display clocks": pynvml.nvmlClocksThrottleReasonDisplayClockSetting,
-    }
-    return ", ".join(name for name, bit in names.items() if bits & bit) or "none"

@@ -1,7 +1,6 @@
 """Views of a report: HTML, Markdown, JUnit and benchmark.json."""
 
 import importlib.resources
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
+from junitparser import Failure, Skipped, TestCase
 
-from prox24_deploy.artifacts import Estimate, Interval, Judgement, LatencyRow, LayerRecord
+from prox24_deploy.artifacts import Estimate, Interval, LatencyRow, LayerRecord
+from prox24_deploy.core.types import Judgement
 from prox24_deploy.release.escape import (
     class_name,
     code,
@@ -23,6 +23,7 @@ from prox24_deploy.release.escape import (
 )
 from prox24_deploy.release.findings import row_name
 from prox24_deploy.release.intervals import NO_ERROR
+from prox24_deploy.release.junit import junit_xml
 from prox24_deploy.release.plots import (
     bar_plot,
     error_plots,
@@ -89,20 +90,10 @@ def render_junit(report: Report) -> bytes:
 
     What has no limit, or is open, is skipped with its reason.
     """
-    xml = JUnitXml("prox24-deploy")
-    parts = TestSuite("verdict")
-    parts.add_testcases([_part_case(n, part) for n, part in report.parts.by_name().items()])
-    xml.add_testsuite(parts)
-    for kind in KINDS:
-        checks = [check for check in report.checks if check.kind == kind]
-        if checks:
-            suite = TestSuite(kind)
-            suite.add_testcases([_test_case(check) for check in checks])
-            xml.add_testsuite(suite)
-    xml.update_statistics()  # type: ignore[no-untyped-call]
-    buffer = io.BytesIO()
-    xml.write(buffer, pretty=True)
-    return buffer.getvalue()
+    parts = [_part_case(n, part) for n, part in report.parts.by_name().items()]
+    kinds = [(kind, [check for check in report.checks if check.kind == kind]) for kind in KINDS]
+    suites = [(kind, map(_test_case, checks)) for kind, checks in kinds if checks]
+    return junit_xml("prox24-deploy", [("verdict", parts), *suites])
 
 
 def render_benchmark(report: Report) -> bytes:

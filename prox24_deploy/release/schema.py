@@ -16,7 +16,6 @@ from prox24_deploy.artifacts import (
     EngineEvidence,
     Estimate,
     Interval,
-    Judgement,
     LatencyRow,
     LayerRecord,
     Metric,
@@ -25,8 +24,8 @@ from prox24_deploy.artifacts import (
     Sensitivity,
     TensorCheck,
     TextSource,
-    Verdict,
 )
+from prox24_deploy.core.types import Judgement, Verdict
 from prox24_deploy.documents import Document, parse_json, read_document
 from prox24_deploy.errors import BundleError
 

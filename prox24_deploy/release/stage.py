@@ -14,12 +14,12 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 from pydantic import JsonValue
 
 from prox24_deploy import __version__
+from prox24_deploy.core.types import Progress
 from prox24_deploy.errors import BundleError
 from prox24_deploy.release.layout import LATE_FILES, lies_below
 from prox24_deploy.release.manifest import Manifest, canonical_json, list_files
 from prox24_deploy.snapshot import Snapshot, take_snapshot
 
-Progress = Callable[[str, int, int], None]
 Inputs = TypeVar("Inputs")
 Result = TypeVar("Result")
 

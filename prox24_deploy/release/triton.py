@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from prox24_deploy.core.types import Twin
 from prox24_deploy.errors import BundleError, UsageError
 from prox24_deploy.files import copy_file, make_folder, write_atomic, writing
 from prox24_deploy.recipe import GraphTensor
@@ -48,7 +49,7 @@ class TritonOptions:
     """
 
     name: str | None = None
-    twin: Literal["dense", "sparse"] = "sparse"
+    twin: Twin = "sparse"
     backend: ServingBackend = "onnxruntime"
     max_batch: int | None = None
     instances: int | None = None

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from prox24_deploy.artifacts import Judgement, Metric, Verdict
+from prox24_deploy.artifacts import Metric
+from prox24_deploy.core.types import Judgement, Verdict
 from prox24_deploy.release.against_dense import Group
 from prox24_deploy.release.intervals import FEWEST, worst
 from prox24_deploy.release.schema import PARTS, Check, CheckKind, Part, PartName, Parts

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 from prox24_deploy.engines import (
     cuda_graph,
     cusparselt,

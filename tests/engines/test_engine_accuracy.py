@@ -16,7 +16,12 @@ from torch import nn
 
 from prox24_deploy.artifacts import Engine, Estimate, Metric
 from prox24_deploy.engines import accuracy
-from prox24_deploy.engines.accuracy import TOLERANCES, Question, fidelity_of, measure_accuracy
+from prox24_deploy.engines.accuracy import (
+    METRIC_TOLERANCES,
+    Question,
+    fidelity_of,
+    measure_accuracy,
+)
 from prox24_deploy.engines.as_model import EngineModel, Graph, TorchGraph
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.errors import EngineError, ModelDirError
@@ -27,7 +32,7 @@ from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.model.evaluate import next_logits, window_nll
 from prox24_deploy.model.pairs import make_pairs, start_token
 from prox24_deploy.model.processors import load_tokenizer
-from prox24_deploy.model.subset import Shapes
+from prox24_deploy.model.subset import EngineShapes
 from prox24_deploy.recipe import Recipe, TensorSpec, select_recipe
 
 CPU = torch.device("cpu")
@@ -173,7 +178,12 @@ def write_graph(bundle: Path, inputs: Sequence[TensorSpec]) -> None:
 
 
 def measured(
-    path: Path, prose: Path, bundle: Path, error: float, shapes: Shapes, dtype: Any = "float32"
+    path: Path,
+    prose: Path,
+    bundle: Path,
+    error: float,
+    shapes: EngineShapes,
+    dtype: Any = "float32",
 ) -> tuple[Any, list[dict[str, tuple[int, ...]]]]:
     directory, recipe, samples = opened(path, prose)
     dense, sparse = (load_model(directory, recipe, CPU) for _ in range(2))
@@ -197,7 +207,9 @@ def measured(
 def test_the_engine_is_asked_in_shapes_it_was_compiled_for_and_agrees(
     tiny_bert: Path, prose: Path, tmp_path: Path
 ) -> None:
-    found, seen = measured(tiny_bert, prose, tmp_path, 0.0, Shapes(rows=4, least=32, longest=40))
+    found, seen = measured(
+        tiny_bert, prose, tmp_path, 0.0, EngineShapes(rows=4, least=32, longest=40)
+    )
     assert {shape["input_ids"][0] for shape in seen} <= {2, 3, 4}
     assert {shape["input_ids"][1] for shape in seen} <= set(range(32, 41))
     assert all(len(set(shape.values())) == 1 for shape in seen)
@@ -221,7 +233,7 @@ def test_an_engine_that_says_something_else_is_found(
     path = {"decoder": tiny_llama, "encoder": tiny_bert}.get(kind) or write_tiny_classifier(
         tmp_path / "model"
     )
-    found, _ = measured(path, prose, tmp_path, 3.0, Shapes(rows=8, least=1, longest=48))
+    found, _ = measured(path, prose, tmp_path, 3.0, EngineShapes(rows=8, least=1, longest=48))
     wrong = {(one.twin, one.metric) for one in found.fidelity if one.passed is False}
     assert {twin for twin, _ in wrong} == {"sparse"}
     telling = {"classifier": "KL divergence", "decoder": "KL divergence"}
@@ -260,7 +272,7 @@ def test_what_counts_as_a_departure(
     found = fidelity_of("sparse", metric(name, difference, agreement), "float16")
     assert found.departure == (None if departure is None else pytest.approx(departure))
     assert found.passed is passed
-    assert found.tolerance == (None if name == "top-1 agreement" else TOLERANCES["float16"])
+    assert found.tolerance == (None if name == "top-1 agreement" else METRIC_TOLERANCES["float16"])
 
 
 def test_a_model_error_behind_an_engine_is_told_as_the_engines(
@@ -273,7 +285,7 @@ def test_a_model_error_behind_an_engine_is_told_as_the_engines(
 
     monkeypatch.setattr(accuracy, "evaluate_models", refuses)
     with pytest.raises(EngineError, match="engines give no usable output: The pruned model has"):
-        measured(tiny_llama, prose, tmp_path, 0.0, Shapes(rows=8, least=1, longest=48))
+        measured(tiny_llama, prose, tmp_path, 0.0, EngineShapes(rows=8, least=1, longest=48))
 
 
 def test_outputs_reach_the_metrics_as_float32(tiny_bert: Path, prose: Path) -> None:

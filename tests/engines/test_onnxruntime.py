@@ -8,7 +8,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from prox24_deploy.artifacts import DType, Engine, OnnxModel, TensorCheck
+from prox24_deploy.artifacts import Engine, OnnxModel, TensorCheck
+from prox24_deploy.core.types import DType
 from prox24_deploy.engines.host import cpu_model
 from prox24_deploy.engines.onnxruntime import NO_SPARSE_KERNELS, PROVIDER, OnnxRuntime
 from prox24_deploy.errors import BackendMissingError, EngineError

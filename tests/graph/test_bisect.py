@@ -6,7 +6,7 @@ import pytest
 import torch
 from graph_models import TOY_RECIPE, Toy, shipped_recipe, tiny_bert, tiny_llama, toy_recipe
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 from prox24_deploy.errors import ExportError
 from prox24_deploy.graph.export import export_onnx
 from prox24_deploy.graph.numerics import compare_with_torch

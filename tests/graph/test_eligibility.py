@@ -9,7 +9,7 @@ from graph_models import Array, array_24, node, spoil, write_onnx, write_safeten
 from onnx import TensorProto, helper, numpy_helper
 
 from prox24_deploy.graph.check import check_onnx, check_safetensors
-from prox24_deploy.graph.eligibility import GemmShape, obstacles
+from prox24_deploy.graph.eligibility import WeightShape, obstacles
 
 FLOAT = "float32 has no sparse kernels"
 
@@ -17,27 +17,32 @@ FLOAT = "float32 has no sparse kernels"
 @pytest.mark.parametrize(
     ("op", "dtype", "gemm", "found"),
     [
-        ("MatMul", "float16", GemmShape(8, 16), []),
-        ("Gemm", "bfloat16", GemmShape(8, 16), []),
-        ("Conv", "int8", GemmShape(8, 16), []),
-        ("", "float8_e4m3fn", GemmShape(8, 16), []),
-        ("MatMul", "float32", GemmShape(8, 16), [FLOAT]),
-        ("MatMul", "float16", GemmShape(12, 16), ["N = 12 is not a multiple of 8"]),
-        ("MatMul", "float16", GemmShape(8, 24), ["K = 24 is not a multiple of 16"]),
-        ("Conv", "float16", GemmShape(8, 3), ["input channels = 3 is not a multiple of 16"]),
-        ("Conv", "float16", GemmShape(2, 16), ["output channels = 2 is not a multiple of 8"]),
+        ("MatMul", "float16", WeightShape(8, 16), []),
+        ("Gemm", "bfloat16", WeightShape(8, 16), []),
+        ("Conv", "int8", WeightShape(8, 16), []),
+        ("", "float8_e4m3fn", WeightShape(8, 16), []),
+        ("MatMul", "float32", WeightShape(8, 16), [FLOAT]),
+        ("MatMul", "float16", WeightShape(12, 16), ["N = 12 is not a multiple of 8"]),
+        ("MatMul", "float16", WeightShape(8, 24), ["K = 24 is not a multiple of 16"]),
+        ("Conv", "float16", WeightShape(8, 3), ["input channels = 3 is not a multiple of 16"]),
+        ("Conv", "float16", WeightShape(2, 16), ["output channels = 2 is not a multiple of 8"]),
         (
             "Conv",
             "float16",
-            GemmShape(8, 16, 2),
+            WeightShape(8, 16, 2),
             ["TensorRT has no sparse kernels for a convolution of 2 groups"],
         ),
-        ("LSTM", "float16", GemmShape(8, 16), ["TensorRT has sparse kernels for MatMul, Gemm and"]),
+        (
+            "LSTM",
+            "float16",
+            WeightShape(8, 16),
+            ["TensorRT has sparse kernels for MatMul, Gemm and"],
+        ),
         ("Einsum", "", None, ["TensorRT has sparse kernels for MatMul, Gemm and Conv, not for Ei"]),
     ],
 )
 def test_rules_that_are_broken_are_said(
-    op: str, dtype: str, gemm: GemmShape | None, found: list[str]
+    op: str, dtype: str, gemm: WeightShape | None, found: list[str]
 ) -> None:
     said = obstacles(op, "", dtype, gemm)
     assert len(said) == len(found)

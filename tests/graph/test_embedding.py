@@ -13,7 +13,7 @@ from tiny_models import VOCABULARY, write_tiny_bert
 from tiny_sentences import HIDDEN, NORMALIZE, dense, pooling
 from torch import nn
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 from prox24_deploy.errors import ExportError
 from prox24_deploy.graph.export import export_onnx
 from prox24_deploy.graph.modules import MODULE_KEY

@@ -22,7 +22,7 @@ from graph_models import (
 from onnx import numpy_helper
 from torch import nn
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 from prox24_deploy.graph.check import check_path, require_24
 from prox24_deploy.graph.export import export_onnx, hash_onnx
 from prox24_deploy.graph.numerics import compare_with_torch

@@ -15,7 +15,6 @@ from prox24_deploy.artifacts import LayerRecord
 from prox24_deploy.errors import ModelDirError, RecipeError, SparsityLostError
 from prox24_deploy.model import checkpoint
 from prox24_deploy.model.checkpoint import (
-    SPARSE_KEY,
     BlockStore,
     checkpoint_name,
     stored_dtype,
@@ -24,6 +23,7 @@ from prox24_deploy.model.checkpoint import (
 )
 from prox24_deploy.model.directory import ModelDir, open_model_dir
 from prox24_deploy.pruning.pattern import project_24
+from prox24_deploy.sparsity.declaration import SPARSE_KEY
 
 TARGET = "model.layers.0.mlp.up_proj.weight"
 RECORD = LayerRecord("a.b", (4, 8), "pruned", "", "prox", 0.1, None, 3, 0.5)

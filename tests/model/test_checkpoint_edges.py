@@ -20,7 +20,6 @@ from prox24_deploy.artifacts import LayerRecord
 from prox24_deploy.errors import ModelDirError, RecipeError, SparsityLostError
 from prox24_deploy.model import checkpoint
 from prox24_deploy.model.checkpoint import (
-    SPARSE_KEY,
     BlockStore,
     checkpoint_name,
     stored_dtype,
@@ -30,6 +29,7 @@ from prox24_deploy.model.checkpoint import (
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.model.shards import StoredTensor
 from prox24_deploy.pruning.pattern import is_24, project_24
+from prox24_deploy.sparsity.declaration import SPARSE_KEY
 
 INDEX = "model.safetensors.index.json"
 NAMES = [f"model.layers.{i}.{target}.weight" for i in range(2) for target in LLAMA_TARGETS]

@@ -10,7 +10,7 @@ from model_cases import BERT, LLAMA
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_bert, write_tiny_llama
 
-from prox24_deploy.artifacts import DType
+from prox24_deploy.core.types import DType
 from prox24_deploy.errors import ModelDirError
 from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.model.dtypes import settled_dtype

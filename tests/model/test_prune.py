@@ -12,15 +12,16 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from prox24_deploy.artifacts import LayerRecord
+from prox24_deploy.core.types import Method
 from prox24_deploy.errors import CalibrationError, ModelDirError, RecipeError
 from prox24_deploy.model import prune
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.calibration import Batch
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
-from prox24_deploy.model.flow import Twin
+from prox24_deploy.model.flow import BlockPair
 from prox24_deploy.model.prune import PrunedState, prune_model
 from prox24_deploy.model.solve import SolvedLayer, solve_group
-from prox24_deploy.options import Method, PruneOptions, Target
+from prox24_deploy.options import PruneOptions, Target
 from prox24_deploy.pruning.pattern import is_24, project_24
 from prox24_deploy.recipe import Override, Recipe
 
@@ -165,7 +166,7 @@ def test_a_resumed_run_gives_the_same_bits_and_solves_only_the_rest(
     blocks: list[int] = []
     solve = solve_group
 
-    def watch(twin: Twin, *arguments: Any) -> dict[str, SolvedLayer]:
+    def watch(twin: BlockPair, *arguments: Any) -> dict[str, SolvedLayer]:
         blocks.append(twin.index)
         return solve(twin, *arguments)
 

@@ -10,7 +10,7 @@ from test_prune import by_name, prune_opened
 
 from prox24_deploy.errors import CalibrationError
 from prox24_deploy.model.blocks import find_blocks, run_block, run_model
-from prox24_deploy.model.flow import Flow, Twin, start_flow
+from prox24_deploy.model.flow import BlockPair, Flow, start_flow
 from prox24_deploy.model.layers import layer_at as linear
 from prox24_deploy.model.reconstruct import AdamOptions, Reconstruction, reconstruct_block
 from prox24_deploy.options import PruneOptions
@@ -26,25 +26,25 @@ def family(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-def first_block(opened: Opened, dense: Opened) -> tuple[Twin, Flow]:
+def first_block(opened: Opened, dense: Opened) -> tuple[BlockPair, Flow]:
     """The first block, its targets projected by magnitude, and text in front of it."""
     blocks = find_blocks(opened.model, opened.recipe)
     flow = start_flow(opened.model, blocks, opened.recipe, opened.batches)
-    twin = Twin(0, "block", find_blocks(dense.model, dense.recipe)[0], blocks[0])
+    twin = BlockPair(0, "block", find_blocks(dense.model, dense.recipe)[0], blocks[0])
     for name in names_of(twin):
         layer = linear(twin.pruned, name)
         layer.weight.copy_(project_24(layer.weight))
     return twin, flow
 
 
-def names_of(twin: Twin) -> list[str]:
+def names_of(twin: BlockPair) -> list[str]:
     return [n for n, m in twin.pruned.named_modules() if isinstance(m, torch.nn.Linear)]
 
 
 @torch.no_grad()
 def tuned(
     family: Path, prose: Path, options: AdamOptions
-) -> tuple[Twin, dict[str, torch.Tensor], Reconstruction]:
+) -> tuple[BlockPair, dict[str, torch.Tensor], Reconstruction]:
     twin, flow = first_block(open_tiny(family, prose), open_tiny(family, prose))
     before = {name: p.clone() for name, p in twin.pruned.named_parameters()}
     return twin, before, reconstruct_block(twin, names_of(twin), flow, options)

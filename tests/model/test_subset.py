@@ -5,7 +5,7 @@ import torch
 
 from prox24_deploy.artifacts import TextSource
 from prox24_deploy.model.calibration import IGNORED, Batch, Samples, pad_rows
-from prox24_deploy.model.subset import IMAGE_TOKENS, Shapes, take
+from prox24_deploy.model.subset import IMAGE_TOKENS, EngineShapes, take
 
 NAMES = ["input_ids", "attention_mask"]
 
@@ -56,7 +56,7 @@ def test_padding_that_no_kept_row_needs_is_dropped() -> None:
 
 def test_an_engine_gets_no_more_rows_and_no_other_lengths_than_it_takes() -> None:
     samples = texts([2, 3, 4, 6, 8, 9, 20, 30])
-    found, cut = take(samples, 10_000, Shapes(rows=3, least=4, longest=8))
+    found, cut = take(samples, 10_000, EngineShapes(rows=3, least=4, longest=8))
     assert [batch.real.shape for batch in found.batches] == [(3, 4), (1, 6), (3, 8), (1, 8)]
     assert cut == 3
     assert kept(found) == list(range(8))
@@ -72,7 +72,7 @@ def test_an_image_counts_as_many_tokens() -> None:
         for part in pixels.split(8)
     )
     source = TextSource("file", ("x",), "0", 20, 20, unit="image")
-    found, cut = take(Samples(batches, source), 5 * IMAGE_TOKENS, Shapes(2, 16, 16))
+    found, cut = take(Samples(batches, source), 5 * IMAGE_TOKENS, EngineShapes(2, 16, 16))
     seen = torch.cat([batch.inputs["pixel_values"] for batch in found.batches]).flatten()
     assert seen.tolist() == [0, 4, 8, 12, 16]
     assert [len(batch.real) for batch in found.batches] == [2, 2, 1]
@@ -85,7 +85,7 @@ def test_both_sides_of_a_pair_are_cut_and_only_the_text_is_padded() -> None:
     targets = torch.tensor([[8, 9, 9, 9, 9, 9], [8, 9, *[IGNORED] * 4]])
     batch = Batch(batch.inputs | {"decoder_input_ids": fed}, batch.real, targets)
     source = TextSource("file", ("x",), "0", 2, 23, targets=2)
-    found, cut = take(Samples((batch,), source), 10_000, Shapes(rows=1, least=4, longest=5))
+    found, cut = take(Samples((batch,), source), 10_000, EngineShapes(rows=1, least=4, longest=5))
     first, second = found.batches
     assert (first.real.shape, second.real.shape) == ((1, 4), (1, 5))
     assert first.targets is not None
@@ -102,7 +102,7 @@ def test_targets_of_what_is_no_text_are_cut_too() -> None:
     inputs = {"input_features": sounds, "decoder_input_ids": torch.ones(2, 5, dtype=torch.long)}
     batch = Batch(inputs, torch.ones(2, dtype=torch.bool), targets)
     source = TextSource("file", ("x",), "0", 2, 2, unit="image")
-    found, cut = take(Samples((batch,), source), 10_000, Shapes(rows=2, least=8, longest=2))
+    found, cut = take(Samples((batch,), source), 10_000, EngineShapes(rows=2, least=8, longest=2))
     (only,) = found.batches
     assert only.inputs["input_features"].equal(sounds)
     assert only.inputs["decoder_input_ids"].shape == (2, 2)

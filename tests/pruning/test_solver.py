@@ -11,15 +11,16 @@ from layers import Layer, correlated_layer
 from oracles import optimum_over_masks
 from torch import Tensor
 
+from prox24_deploy.core.types import Method, Preset
 from prox24_deploy.pruning import solver
 from prox24_deploy.pruning.pattern import is_24, mask_24
 from prox24_deploy.pruning.problem import LayerProblem, layer_problem
-from prox24_deploy.pruning.solver import PRESETS, AdmmOptions, Method, prox_admm, solve_layer
+from prox24_deploy.pruning.solver import PRESETS, AdmmOptions, prox_admm, solve_layer
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
-def solve(layer: Layer, method: Method = "prox", preset: solver.Preset = "default") -> Tensor:
+def solve(layer: Layer, method: Method = "prox", preset: Preset = "default") -> Tensor:
     return solve_layer(layer.weight, layer.problem(), method=method, options=PRESETS[preset]).weight
 
 
@@ -133,11 +134,11 @@ def test_held_out_loss_is_below_that_of_every_baseline() -> None:
 
 def test_slower_presets_lose_less() -> None:
     layers = [correlated_layer(seed=seed) for seed in range(4)]
-    errors: dict[solver.Preset, list[float]] = {
+    errors: dict[Preset, list[float]] = {
         preset: [layer.held_out_error(solve(layer, preset=preset)) for layer in layers]
         for preset in PRESETS
     }
-    pairs: list[tuple[solver.Preset, solver.Preset]] = [("default", "fast"), ("best", "default")]
+    pairs: list[tuple[Preset, Preset]] = [("default", "fast"), ("best", "default")]
     for slower, faster in pairs:
         ratios = [a / b for a, b in zip(errors[slower], errors[faster], strict=True)]
         assert geometric_mean(ratios) < 1.005, (slower, faster)

@@ -9,6 +9,7 @@ import torch
 from layers import correlated_layer
 from torch import Tensor
 
+from prox24_deploy.core.types import Method, Refinement
 from prox24_deploy.pruning import ista as ista_module
 from prox24_deploy.pruning import prox as prox_module
 from prox24_deploy.pruning.ista import IstaOptions, ista
@@ -16,14 +17,7 @@ from prox24_deploy.pruning.pattern import is_24, mask_24, settle_mask
 from prox24_deploy.pruning.problem import LayerProblem, layer_problem
 from prox24_deploy.pruning.prox import prox_24
 from prox24_deploy.pruning.refine import masked_conjugate_gradient, masked_gradient
-from prox24_deploy.pruning.solver import (
-    PRESETS,
-    AdmmOptions,
-    Method,
-    Refinement,
-    prox_admm,
-    solve_layer,
-)
+from prox24_deploy.pruning.solver import PRESETS, AdmmOptions, prox_admm, solve_layer
 
 METHODS: tuple[Method, ...] = get_args(Method)
 

@@ -30,8 +30,8 @@ from prox24_deploy.artifacts import (
     Sensitivity,
     TensorCheck,
     TextSource,
-    Verdict,
 )
+from prox24_deploy.core.types import Verdict
 from prox24_deploy.limits import GivenLimits, Limits
 from prox24_deploy.release.measure import PairSamples, latency_verdict, speedup_interval, timing
 from prox24_deploy.release.report import Report, assemble_report

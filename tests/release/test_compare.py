@@ -11,7 +11,8 @@ from junitparser import JUnitXml
 from markdown_it import MarkdownIt
 from pydantic import JsonValue
 
-from prox24_deploy.artifacts import Estimate, Interval, LatencyRow, Metric, Verdict
+from prox24_deploy.artifacts import Estimate, Interval, LatencyRow, Metric
+from prox24_deploy.core.types import Verdict
 from prox24_deploy.errors import BundleError, UsageError
 from prox24_deploy.limits import GivenLimits, MetricLimits, MetricTable
 from prox24_deploy.release.baseline import Baseline

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 from builders import make_records
 
-from prox24_deploy.artifacts import Estimate, Judgement, LatencyRow, Metric
+from prox24_deploy.artifacts import Estimate, LatencyRow, Metric
+from prox24_deploy.core.types import Judgement
 from prox24_deploy.limits import GivenLimits, MetricLimits, MetricTable
 from prox24_deploy.release.baseline import Baseline
 from prox24_deploy.release.compare import compare_reports

@@ -16,7 +16,7 @@ import torch
 from prox24_deploy import __version__
 from prox24_deploy.engines.host import gpu
 from prox24_deploy.release import environment
-from prox24_deploy.release.environment import Finding, diagnose, machine, versions
+from prox24_deploy.release.environment import Diagnosis, diagnose, machine, versions
 
 HANDLE = SimpleNamespace()
 
@@ -53,7 +53,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     )
 
 
-def found(name: str) -> Finding:
+def found(name: str) -> Diagnosis:
     """The one finding of that name."""
     (finding,) = [finding for finding in diagnose() if finding.name == name]
     return finding
@@ -90,7 +90,7 @@ def test_no_driver_is_no_gpu(no_gpu: mock.Mock) -> None:
     assert machine()["gpu"] == "none"
     # What was never opened must not be closed: NVML answers with an error.
     no_gpu.assert_not_called()
-    assert found("GPU") == Finding("GPU", "none", False, "pruning and ONNX Runtime run without")
+    assert found("GPU") == Diagnosis("GPU", "none", False, "pruning and ONNX Runtime run without")
 
 
 def test_a_gpu_is_described(one_gpu: mock.Mock) -> None:
@@ -133,7 +133,7 @@ def test_a_package_that_is_not_there_is_named_with_the_line_that_installs_it(
 ) -> None:
     monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package"))
     assert versions()["no-such-package"] == "not installed"
-    expected = Finding("no-such-package", "not installed", False, "pip install no-such-package")
+    expected = Diagnosis("no-such-package", "not installed", False, "pip install no-such-package")
     assert found("no-such-package") == expected
     assert found("torch").usable
 

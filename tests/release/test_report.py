@@ -23,7 +23,8 @@ from builders import (
 )
 from markupsafe import escape
 
-from prox24_deploy.artifacts import Estimate, Metric, Verdict
+from prox24_deploy.artifacts import Estimate, Metric
+from prox24_deploy.core.types import Verdict
 from prox24_deploy.errors import BundleError
 from prox24_deploy.limits import Limits
 from prox24_deploy.release.escape import markdown

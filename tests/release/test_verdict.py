@@ -21,9 +21,10 @@ from builders import (
 from test_engine_findings import engine
 
 from prox24_deploy.accuracy import EngineAccuracyResult
-from prox24_deploy.artifacts import Estimate, Judgement, Metric, Verdict
+from prox24_deploy.artifacts import Estimate, Metric
 from prox24_deploy.cli.building import exit_code
 from prox24_deploy.cli.tables import report_head
+from prox24_deploy.core.types import Judgement, Verdict
 from prox24_deploy.errors import UsageError
 from prox24_deploy.limits import GivenLimits, Limits, MetricLimits, accepted_loss
 from prox24_deploy.release.baseline import Baseline
