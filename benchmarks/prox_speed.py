@@ -1,6 +1,6 @@
-"""Throughput of the exact prox on one CPU thread, in millions of cells per second.
+"""Throughput of the exact prox on one CPU thread, in millions of groups per second.
 
-Gaussian cells in float32; λσ 0.3, 1 and 10 are an early, a middle and a late step of the solver.
+Gaussian groups in float32; λσ 0.3, 1 and 10 are an early, a middle and a late step of the solver.
 The eager form and the compiled one take turns, so that a busy spell of the machine meets both.
 Prints a table and one JSON line, and fails far below the bar.
 """
@@ -20,7 +20,7 @@ from prox24_deploy.pruning import prox
 CELLS = 1 << 20
 ROUNDS = 5
 NEWTON_ITERATIONS = 8
-# M cells/s: three times an eager prototype on one thread of another machine.
+# M groups/s: three times an eager prototype on one thread of another machine.
 BAR = {0.3: 4.2, 1.0: 9.3, 10.0: 26.7}
 # A shared machine may be this much slower than the quiet one that the figures come from.
 SLACK = 0.4
@@ -31,7 +31,7 @@ def eager(weight: Tensor, lam: float) -> Tensor:
 
 
 def throughput(lam: float) -> dict[str, float]:
-    """Median M cells/s of both forms over some rounds, one thread."""
+    """Median M groups/s of both forms over some rounds, one thread."""
     forms: dict[str, Callable[[Tensor, float], Tensor]]
     forms = {"eager": eager, "compiled": prox.prox_24}
     weight = torch.randn(1, 4 * CELLS, generator=torch.Generator().manual_seed(0))
@@ -48,7 +48,7 @@ def main() -> None:
     torch.set_num_threads(1)
     prox.prox_24(torch.zeros(1, 4 * CELLS), 1.0)  # compiles
     found = {lam: throughput(lam) for lam in BAR}
-    table = Table("λσ", "eager M cells/s", "compiled", "ratio", "bar", "reached", box=None)
+    table = Table("λσ", "eager M groups/s", "compiled", "ratio", "bar", "reached", box=None)
     for lam, speed in found.items():
         plain, fast = speed["eager"], speed["compiled"]
         reached = "yes" if fast >= BAR[lam] else "no"
@@ -57,8 +57,8 @@ def main() -> None:
     Console().print(table)
     compiled = {lam: speed["compiled"] for lam, speed in found.items()}
     plain_form = {lam: speed["eager"] for lam, speed in found.items()}
-    line = {"mcells_per_s": compiled, "eager_mcells_per_s": plain_form, "bar": BAR}
-    print(json.dumps({"benchmark": "prox_speed", "cells": CELLS, **line}))
+    line = {"mgroups_per_s": compiled, "eager_mgroups_per_s": plain_form, "bar": BAR}
+    print(json.dumps({"benchmark": "prox_speed", "groups": CELLS, **line}))
     slow = {lam: speed for lam, speed in compiled.items() if speed < SLACK * BAR[lam]}
     assert not slow, f"slower than {SLACK} of the bar at λσ {slow}"
 

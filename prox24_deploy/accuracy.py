@@ -14,7 +14,7 @@ class Fidelity:
     """One metric of one engine against PyTorch on the same weights and inputs.
 
     `torch` and `engine` are what each scores, `difference` is engine − torch sample by sample;
-    where the metric compares both directly they are None and `agreement` is set. `departure` is
+    where the metric compares both directly they are None and `agreement` is set. `deviation` is
     how far the engine is from doing what PyTorch does, in units of the metric, with what
     sampling noise explains taken off; it is None where a figure is not finite. `tolerance` and
     `passed` are None for a metric that informs and gates nothing.
@@ -27,7 +27,7 @@ class Fidelity:
     engine: Estimate | None
     difference: Estimate | None
     agreement: Estimate | None
-    departure: float | None
+    deviation: float | None
     tolerance: float | None
     passed: bool | None
 

@@ -186,7 +186,7 @@ def test_an_engine_that_departs_from_pytorch_fails_the_build(
     assert (failed.name, failed.part) == ("onnxruntime sparse embedding cosine", "export")
     assert "the engine does not do what PyTorch does" in failed.message
     assert report.sentence.startswith("Failed on export: onnxruntime sparse embedding cosine")
-    assert "departs from PyTorch" in (copy / "summary.md").read_text(encoding="utf-8")
+    assert "deviates from PyTorch" in (copy / "summary.md").read_text(encoding="utf-8")
     (engine,) = report.accuracy.engines
     assert 0 < engine.samples < engine.available
     for name, text in (("report.html", "<td>fail</td>"), ("junit.xml", "<failure")):

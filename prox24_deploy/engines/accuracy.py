@@ -28,7 +28,7 @@ METRIC_TOLERANCES: dict[DType, float] = {"float32": 1e-3, "float16": 1e-2, "bflo
 _NORMAL_95 = 1.96
 # Metrics that hold an engine to PyTorch, each from what was measured to what should be 0. Others
 # inform: a near tie decides single tokens and neighbours, and perplexity is in its logarithm.
-_DEPARTURES: dict[str, Callable[[float], float]] = {
+_DEVIATIONS: dict[str, Callable[[float], float]] = {
     "log-perplexity": abs,
     "accuracy": abs,
     "KL divergence": abs,
@@ -122,19 +122,19 @@ def _opened(backend: Backend, bundle: Path, engine: Engine, rows: int, until: Ex
 def fidelity_of(twin: Twin, metric: Metric, dtype: DType) -> Fidelity:
     """Judge a metric whose "dense" model is PyTorch and whose "sparse" one is the engine; pure.
 
-    The departure counts what is beyond the 95 % interval of a paired difference; an agreement has
+    The deviation counts what is beyond the 95 % interval of a paired difference; an agreement has
     no noise to speak of, for its perfect value is known.
     """
     found = metric.difference or metric.agreement
-    depart = _DEPARTURES.get(metric.name)
-    tolerance = METRIC_TOLERANCES[dtype] if depart and found else None
-    departure = None
+    deviate = _DEVIATIONS.get(metric.name)
+    tolerance = METRIC_TOLERANCES[dtype] if deviate and found else None
+    deviation = None
     if found and math.isfinite(found.value) and math.isfinite(found.standard_error):
         noise = _NORMAL_95 * found.standard_error if metric.difference else 0.0
-        departure = max(0.0, depart(found.value) - noise) if depart else None
+        deviation = max(0.0, deviate(found.value) - noise) if deviate else None
     passed = None
     if tolerance is not None:
-        passed = departure is not None and departure <= tolerance
+        passed = deviation is not None and deviation <= tolerance
     return Fidelity(
         twin=twin,
         metric=metric.name,
@@ -143,7 +143,7 @@ def fidelity_of(twin: Twin, metric: Metric, dtype: DType) -> Fidelity:
         engine=_known(metric.sparse),
         difference=_known(metric.difference),
         agreement=_known(metric.agreement),
-        departure=departure,
+        deviation=deviation,
         tolerance=tolerance,
         passed=passed,
     )

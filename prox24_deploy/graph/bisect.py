@@ -1,4 +1,4 @@
-"""Find the first module at which an exported file departs from PyTorch."""
+"""Find the first module at which an exported file deviates from PyTorch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

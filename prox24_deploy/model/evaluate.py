@@ -214,7 +214,7 @@ def class_figures(dense: Tensor, sparse: Tensor, real: Tensor) -> Tensor:
 
 
 def _divergence(dense: Tensor, sparse: Tensor) -> Tensor:
-    """KL(dense, sparse) in nats of what logits, (..., classes), foretell: (...), float64."""
+    """KL(dense, sparse) in nats of what logits, (..., classes), predict: (...), float64."""
     logs = [part.double().log_softmax(-1) for part in (dense, sparse)]
     return (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
 
@@ -232,9 +232,9 @@ def per_sample(values: Tensor) -> tuple[float, ...]:
 
 
 def next_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """What a model that generates text foretells, (windows, positions, vocabulary).
+    """What a model that generates text predicts, (windows, positions, vocabulary).
 
-    The last position of a window has nothing to foretell, unless there are targets of their own.
+    The last position of a window has nothing to predict, unless there are targets of their own.
     """
     logits: Tensor = run_model(model, batch, "text-generation").logits
     return logits[:, :-1] if batch.targets is None else logits
@@ -250,7 +250,7 @@ def window_nll(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def _next_tokens(batch: Batch) -> Tensor:
-    """The tokens that `next_logits` should foretell, (windows, positions)."""
+    """The tokens that `next_logits` should predict, (windows, positions)."""
     return batch.inputs["input_ids"][:, 1:] if batch.targets is None else batch.targets
 
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 Layer = nn.Linear | nn.Conv2d | Conv1D
 
-_CELL = 4
+_GROUP = 4
 _PADDING_MODES = {"zeros": "constant"}
 
 
@@ -84,7 +84,7 @@ def obstacle(layer: Layer) -> str:
         name, length = "in_channels", layer.in_channels
     else:
         name, length = "in_features", layer.weight.shape[reduction_axis(layer)]
-    return f"{name} {length} is not a multiple of {_CELL}" if length % _CELL else ""
+    return f"{name} {length} is not a multiple of {_GROUP}" if length % _GROUP else ""
 
 
 def same_rows(first: Layer, second: Layer) -> bool:

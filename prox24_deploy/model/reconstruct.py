@@ -124,7 +124,7 @@ class _Training:
         layers = [layer_at(twin.pruned, name) for name in names]
         self._weights = [layer.weight for layer in layers]
         self._start = [weight.clone() for weight in self._weights]
-        # A kept weight may be zero: the mask has two marks per cell whatever the weights are.
+        # A kept weight may be zero: the mask has two marks per group whatever the weights are.
         self._masks = [mask_24(layer.weight.abs(), reduction_axis(layer)) for layer in layers]
         self._targets = [
             self._outputs(twin.dense, flow.calls[batch], batch, hidden)

@@ -193,7 +193,7 @@ def _batch(heard: _Heard, padding: int) -> Batch:
     width = fed.real.shape[1]
     targets = []
     for start, text in zip(heard.starts, heard.texts, strict=True):
-        # Language and task are given, not foretold.
+        # Language and task are given, not predicted.
         row = [IGNORED] * (len(start) - 1) + text
         targets.append(row + [IGNORED] * (width - len(row)))
     inputs = {"input_features": heard.features, "decoder_input_ids": fed.inputs["input_ids"]}

@@ -10,17 +10,17 @@ from torch import Tensor
 from prox24_deploy.pruning.pattern import mask_24
 from prox24_deploy.pruning.problem import LayerProblem
 
-_CELL = 4
+_GROUP = 4
 _BLOCK = 128
 
 
 def magnitude_mask(problem: LayerProblem) -> Tensor:
-    """Keep the two largest |W| of every cell. (rows, d) bool."""
+    """Keep the two largest |W| of every group. (rows, d) bool."""
     return mask_24(problem.to_weight(problem.start).abs())
 
 
 def wanda_mask(problem: LayerProblem) -> Tensor:
-    """Keep the two largest |W_ij|·‖X_j‖ of every cell (Sun et al. 2024, arXiv 2306.11695)."""
+    """Keep the two largest |W_ij|·‖X_j‖ of every group (Sun et al. 2024, arXiv 2306.11695)."""
     return mask_24(problem.start.abs())
 
 
@@ -50,9 +50,9 @@ def _prune_block(weight: Tensor, mask: Tensor, factor: Tensor, begin: int, end: 
     errors = torch.zeros_like(weight[:, begin:end])
     diagonal = factor.diagonal()
     for column in range(begin, end):
-        if column % _CELL == 0:
-            cell = slice(column, column + _CELL)
-            mask[:, cell] = mask_24((weight[:, cell] / diagonal[cell]).square())
+        if column % _GROUP == 0:
+            group = slice(column, column + _GROUP)
+            mask[:, group] = mask_24((weight[:, group] / diagonal[group]).square())
         kept = weight[:, column].masked_fill(~mask[:, column], 0.0)
         error = (weight[:, column] - kept) / diagonal[column]
         weight[:, column] = kept

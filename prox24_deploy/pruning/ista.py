@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prox24_deploy.pruning.pattern import settle_mask, unfinished_fraction
+from prox24_deploy.pruning.pattern import final_mask, unconverged_fraction
 from prox24_deploy.pruning.problem import LayerProblem
 from prox24_deploy.pruning.prox import prox_24
 
@@ -22,7 +22,7 @@ class IstaOptions:
     Attributes:
         start: λ0 in units of 1 / mean |W_row|, for a quadratic whose mean diagonal is 1.
         growth: factor on λ per step, > 1.
-        max_iterations: hard cap; cells that are not 2:4 by then are projected.
+        max_iterations: hard cap; groups that are not 2:4 by then are projected.
         check_every: steps between tests for convergence.
         precondition: descend in units of √diag(H) instead of those of the weights.
         momentum: of the extrapolation before each step, in [0, 1).
@@ -37,7 +37,7 @@ class IstaOptions:
 
 
 def ista(problem: LayerProblem, options: IstaOptions) -> tuple[Tensor, Tensor, int]:
-    """Minimise the quadratic plus λ R with λ growing until every cell is 2:4.
+    """Minimise the quadratic plus λ R with λ growing until every group is 2:4.
 
     Returns:
         (weights, mask, iterations): normalised weights (rows, d), not yet refined, masked.
@@ -55,8 +55,8 @@ def ista(problem: LayerProblem, options: IstaOptions) -> tuple[Tensor, Tensor, i
         descended = ahead - step * (ahead @ own.curvature - own.linear)
         weight = prox_24(descended, base * (options.growth**iterations * step))
         iterations += 1
-        if iterations % options.check_every == 0 and unfinished_fraction(weight) == 0:
+        if iterations % options.check_every == 0 and unconverged_fraction(weight) == 0:
             break
-    mask = settle_mask(weight, previous)
+    mask = final_mask(weight, previous)
     normalised = weight * (problem.scale / own.scale)
     return normalised.masked_fill(~mask, 0.0), mask, iterations

@@ -24,11 +24,13 @@ def mask_24(score: Tensor, axis: int = -1, *, kept: int = 2, group: int = 4) -> 
     Raises:
         ValueError: the axis does not divide into groups.
     """
-    cells = _cells(score, axis, group).unbind(-1)
-    beaten_by = [torch.zeros(cells[0].shape, dtype=torch.int8, device=score.device) for _ in cells]
+    groups = _groups(score, axis, group).unbind(-1)
+    beaten_by = [
+        torch.zeros(groups[0].shape, dtype=torch.int8, device=score.device) for _ in groups
+    ]
     for i in range(group):
         for j in range(i + 1, group):
-            later_wins = cells[j] > cells[i]
+            later_wins = groups[j] > groups[i]
             beaten_by[i] += later_wins
             beaten_by[j] += ~later_wins
     mask = torch.stack([count < kept for count in beaten_by], dim=-1)
@@ -60,29 +62,29 @@ def first_violation(
     given.
     """
     axis %= weight.ndim
-    bad = (_cells(weight, axis, group) != 0).sum(-1) > kept
+    bad = (_groups(weight, axis, group) != 0).sum(-1) > kept
     if not bool(bad.any()):
         return None
-    *outer, cell = (int(i) for i in bad.nonzero()[0])
-    return (*outer[:axis], cell * group, *outer[axis:])
+    *outer, number = (int(i) for i in bad.nonzero()[0])
+    return (*outer[:axis], number * group, *outer[axis:])
 
 
-def unfinished_fraction(weight: Tensor) -> float:
-    """Fraction of cells along the last axis with more than two non-zeros."""
-    return float(((_cells(weight, -1, 4) != 0).sum(-1) > 2).float().mean())
+def unconverged_fraction(weight: Tensor) -> float:
+    """Fraction of groups along the last axis with more than two non-zeros."""
+    return float(((_groups(weight, -1, 4) != 0).sum(-1) > 2).float().mean())
 
 
-def settle_mask(iterate: Tensor, fallback: Tensor) -> Tensor:
+def final_mask(iterate: Tensor, fallback: Tensor) -> Tensor:
     """The 2:4 mask of a solver's last iterate, (rows, d) bool.
 
-    Keeps the largest non-zeros of `iterate`; cells with fewer than two are filled by |fallback|.
+    Keeps the largest non-zeros of `iterate`; groups with fewer than two are filled by |fallback|.
     """
     kept = mask_24(iterate.abs()) & (iterate != 0)
     # Two comparisons: one sum of both sizes would round away what tells tiny weights apart.
     return mask_24(fallback.abs().masked_fill(kept, torch.inf))
 
 
-def _cells(tensor: Tensor, axis: int, group: int) -> Tensor:
+def _groups(tensor: Tensor, axis: int, group: int) -> Tensor:
     """View with the groups as a new last dimension: (..., length / group, group)."""
     length = tensor.shape[axis]
     if length % group:
@@ -90,5 +92,5 @@ def _cells(tensor: Tensor, axis: int, group: int) -> Tensor:
             f"axis {axis} of a tensor of shape {tuple(tensor.shape)} has length {length}, "
             f"which is not a multiple of {group}"
         )
-    cells: Tensor = tensor.movedim(axis, -1).unflatten(-1, (length // group, group))
-    return cells
+    groups: Tensor = tensor.movedim(axis, -1).unflatten(-1, (length // group, group))
+    return groups

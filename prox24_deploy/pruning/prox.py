@@ -1,17 +1,17 @@
-"""The exact proximal operator of the 2:4 regulariser, vectorised over cells.
+"""The exact proximal operator of the 2:4 regulariser, vectorised over groups.
 
-A cell is a group of four consecutive weights w = (w1, w2, w3, w4). Its regulariser
+A group is four consecutive weights w = (w1, w2, w3, w4). Its regulariser
 
     R(w) = |w1 w2 w3| + |w2 w3 w4| + |w3 w4 w1| + |w4 w1 w2|
 
-is zero exactly on 2:4-sparse cells. The operator returns argmin_w ½|w - z|² + λ R(w).
+is zero exactly on 2:4-sparse groups. The operator returns argmin_w ½|w - z|² + λ R(w).
 
 Source: Kübler et al., *A Proximal Operator for Inducing 2:4-Sparsity*, TMLR 2025, arXiv 2501.18015.
 The paper splits the problem by the number of non-zeros; the reduction of each part to one scalar
 Newton equation below is this project's own derivation:
 
-* y = λ|z|, u = λ|w| scales λ to 1. Cells are sorted, y1 ≥ y2 ≥ y3 ≥ y4 ≥ 0; the minimiser keeps the
-  order and the signs.
+* y = λ|z|, u = λ|w| scales λ to 1. Groups are sorted, y1 ≥ y2 ≥ y3 ≥ y4 ≥ 0; the minimiser keeps
+  the order and the signs.
 * Two non-zeros: u = (y1, y2, 0, 0). It is the minimiser whenever y1 > 2 or y3 = 0, without work.
 * Three: with S = y1 + y2, D = y1 - y2 and t = u3, stationarity gives u1,2 = ½(S/(1+t) ± D/(1-t))
   and φ(t) = t - y3 + ¼(S²/(1+t)² - D²/(1-t)²) = 0. φ is convex on [0, tc], tc = (√S-√D)/(√S+√D),
@@ -30,22 +30,22 @@ import importlib.util
 import torch
 from torch import Tensor
 
-_CELL = 4
+_GROUP = 4
 # Below this largest scaled magnitude the minimiser is z - λ·e2(z) to second order, and the scaled
 # formulas would underflow.
 _TINY = 1e-6
 # For y1 above this, two non-zeros are optimal: every third coordinate is worth less than its cost.
 _TWO_SPARSE = 2.0
-# Cells solved at a time on a CPU, so that the dozen temporaries of a step stay in its cache.
+# Groups solved at a time on a CPU, so that the dozen temporaries of a step stay in its cache.
 _CHUNK = 65536
-# From this many cells on, a CPU runs the compiled loop: below, compiling it would not pay.
+# From this many groups on, a CPU runs the compiled loop: below, compiling it would not pay.
 COMPILED_FROM = 16384
 
 Planes = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def objective_24(candidate: Tensor, weight: Tensor, lam: Tensor | float) -> Tensor:
-    """Return ½|w - z|² + λ R(w) of every cell.
+    """Return ½|w - z|² + λ R(w) of every group.
 
     Args:
         candidate: w, shape (..., 4 n).
@@ -55,15 +55,15 @@ def objective_24(candidate: Tensor, weight: Tensor, lam: Tensor | float) -> Tens
     Returns:
         Shape (..., n), in the dtype of the inputs.
     """
-    w = candidate.unflatten(-1, (-1, _CELL))
-    z = weight.unflatten(-1, (-1, _CELL))
+    w = candidate.unflatten(-1, (-1, _GROUP))
+    z = weight.unflatten(-1, (-1, _GROUP))
     a, b, c, d = w.abs().unbind(-1)
     value: Tensor = 0.5 * (w - z).square().sum(-1) + lam * (a * b * (c + d) + c * d * (a + b))
     return value
 
 
 def prox_24(weight: Tensor, lam: Tensor | float, *, newton_iterations: int = 8) -> Tensor:
-    """Minimise ½|w - z|² + λ R(w) in every cell along the last axis.
+    """Minimise ½|w - z|² + λ R(w) in every group along the last axis.
 
     Args:
         weight: z, shape (..., 4 n), float32 or float64, finite; on a GPU also float16 or bfloat16,
@@ -79,12 +79,14 @@ def prox_24(weight: Tensor, lam: Tensor | float, *, newton_iterations: int = 8) 
     Raises:
         ValueError: the last axis is not a multiple of four.
     """
-    if weight.shape[-1] % _CELL:
-        raise ValueError(f"last axis has length {weight.shape[-1]}, expected a multiple of {_CELL}")
+    if weight.shape[-1] % _GROUP:
+        raise ValueError(
+            f"last axis has length {weight.shape[-1]}, expected a multiple of {_GROUP}"
+        )
     precise = torch.promote_types(weight.dtype, torch.float32)
     per_row = torch.as_tensor(lam, dtype=precise, device=weight.device)
     per_row = per_row.expand(*weight.shape[:-1], 1)
-    if weight.device.type == "cpu" and weight.numel() >= COMPILED_FROM * _CELL:
+    if weight.device.type == "cpu" and weight.numel() >= COMPILED_FROM * _GROUP:
         from prox24_deploy.pruning.prox_cpu import prox_24_compiled
 
         rows = weight.reshape(-1, weight.shape[-1])
@@ -137,20 +139,20 @@ def _has_kernel(weight: Tensor) -> bool:
 
 def _prox_eager(weight: Tensor, per_row: Tensor, newton_iterations: int) -> Tensor:
     """`prox_24` in tensor operations, on any device: λ per row, (..., 1)."""
-    z = weight.reshape(-1, _CELL).t().contiguous()
-    lam_cell = per_row.expand(*weight.shape[:-1], weight.shape[-1] // _CELL)
+    z = weight.reshape(-1, _GROUP).t().contiguous()
+    lam_group = per_row.expand(*weight.shape[:-1], weight.shape[-1] // _GROUP)
     chunk = _CHUNK if weight.device.type == "cpu" else max(1, z.shape[1])
     solved = [
-        _prox_cells(part, lam_part, newton_iterations)
+        _prox_groups(part, lam_part, newton_iterations)
         for part, lam_part in zip(
-            z.split(chunk, dim=1), lam_cell.reshape(-1).split(chunk), strict=True
+            z.split(chunk, dim=1), lam_group.reshape(-1).split(chunk), strict=True
         )
     ]
     return torch.cat(solved, dim=1).t().reshape(weight.shape)
 
 
-def _prox_cells(z: Tensor, lam: Tensor, newton_iterations: int) -> Tensor:
-    """`prox_24` on planes: z (4, cells), lam (cells,)."""
+def _prox_groups(z: Tensor, lam: Tensor, newton_iterations: int) -> Tensor:
+    """`prox_24` on planes: z (4, groups), lam (groups,)."""
     magnitude = z.abs()
     rank = _ranks(magnitude)
     result = torch.where(rank < 2, z, 0.0)
@@ -172,10 +174,10 @@ def _prox_cells(z: Tensor, lam: Tensor, newton_iterations: int) -> Tensor:
 
 
 def _ranks(magnitude: Tensor) -> Tensor:
-    """Rank of every element in its cell, 0 = largest; ties go to the lower index. (4, cells)."""
+    """Rank of every element in its group, 0 = largest; ties go to the lower index. (4, groups)."""
     rank = torch.zeros(magnitude.shape, dtype=torch.int64, device=magnitude.device)
-    for i in range(_CELL):
-        for j in range(i + 1, _CELL):
+    for i in range(_GROUP):
+        for j in range(i + 1, _GROUP):
             later_wins = magnitude[j] > magnitude[i]
             rank[i] += later_wins
             rank[j] += ~later_wins
@@ -183,7 +185,7 @@ def _ranks(magnitude: Tensor) -> Tensor:
 
 
 def _solve_sorted(magnitude: Tensor, lam: Tensor, newton_iterations: int) -> Tensor:
-    """Minimise over sorted non-negative cells (4, n) with λ·m1 ≤ 2 and m3 > 0."""
+    """Minimise over sorted non-negative groups (4, n) with λ·m1 ≤ 2 and m3 > 0."""
     y = _planes(magnitude * lam)
     three = _three_sparse(y, newton_iterations)
     four = _four_sparse(y, newton_iterations)
@@ -202,7 +204,7 @@ def _solve_sorted(magnitude: Tensor, lam: Tensor, newton_iterations: int) -> Ten
 
 
 def _three_sparse(y: Planes, newton_iterations: int) -> Planes:
-    """Candidate with u4 = 0. A cell without such a minimiser gets some feasible point."""
+    """Candidate with u4 = 0. A group without such a minimiser gets some feasible point."""
     total, spread = y[0] + y[1], y[0] - y[1]
     root_total, root_spread = total.sqrt(), spread.sqrt()
     t = torch.minimum(y[2], (root_total - root_spread) / (root_total + root_spread))
@@ -221,7 +223,7 @@ def _three_sparse(y: Planes, newton_iterations: int) -> Planes:
 
 
 def _four_sparse(y: Planes, newton_iterations: int) -> Planes:
-    """Candidate with four non-zeros. A cell without such a minimiser gets some feasible point."""
+    """Candidate with four non-zeros. A group without such a minimiser gets some feasible point."""
     a = y[3] + 0.25 - 0.5 * (y[0] + y[1] + y[2] + y[3])
     gaps = tuple(plane - y[3] for plane in y[:3])
     p = 0.5 + y[3].clamp_max(0.5)

@@ -1,12 +1,12 @@
 """The proximal operator of `prox.py` as compiled, multi-threaded vector loops for CPUs.
 
-Same derivation and same result; what differs is the order of the work. Cells are taken in blocks
+Same derivation and same result; what differs is the order of the work. Groups are taken in blocks
 that fit the first-level cache. One pass writes a block as if two non-zeros were right everywhere
-and notes the cells where they may not be; those are gathered, sorted, into planes of a scratch
+and notes the groups where they may not be; those are gathered, sorted, into planes of a scratch
 array, solved there by loops without branches, which the compiler turns into vector instructions,
 and scattered back.
 
-No cell depends on its neighbours in a block: the number of Newton steps is fixed, and fused
+No group depends on its neighbours in a block: the number of Newton steps is fixed, and fused
 multiply-add stays off, so that vector loops and their scalar remainders give the same bits.
 Compiled on first use (some seconds), never cached on disk, because nothing may be written beside
 the output of a build.
@@ -23,9 +23,9 @@ from torch import Tensor
 
 Array = npt.NDArray[Any]
 
-# Cells per block: the scratch planes take 22 KiB in float32.
+# Groups per block: the scratch planes take 22 KiB in float32.
 BLOCK = 512
-# Newton steps: one more than brought the objective of over a million cells within rounding.
+# Newton steps: one more than brought the objective of over a million groups within rounding.
 _STEPS = {torch.float32: 7, torch.float64: 9}
 # A Python number would widen float32 arithmetic to float64; these widen neither.
 _ZERO, _QUARTER, _HALF, _ONE, _TWO, _THREE = map(np.float32, (0.0, 0.25, 0.5, 1.0, 2.0, 3.0))
@@ -37,7 +37,7 @@ _M1, _M2, _M3, _M4, _Y1, _Y2, _Y3, _Y4, _LAM, _T, _P, _PLANES = range(12)
 
 
 def prox_24_compiled(weight: Tensor, lam: Tensor) -> Tensor:
-    """Minimise ½|w - z|² + λ R(w) in every cell along the last axis.
+    """Minimise ½|w - z|² + λ R(w) in every group along the last axis.
 
     Args:
         weight: z, (rows, 4 n) on the CPU, float32 or float64, finite.
@@ -65,18 +65,18 @@ def prox_24_compiled(weight: Tensor, lam: Tensor) -> Tensor:
 
 @numba.njit(parallel=True, error_model="numpy")
 def _prox_blocks(z: Array, lam: Array, per_row: int, steps: int, out: Array) -> None:
-    """Solve z (4 cells,) into out; each λ of lam (rows,) holds for `per_row` cells."""
-    cells = z.size // 4
-    for block in numba.prange((cells + BLOCK - 1) // BLOCK):
+    """Solve z (4 groups,) into out; each λ of lam (rows,) holds for `per_row` groups."""
+    groups = z.size // 4
+    for block in numba.prange((groups + BLOCK - 1) // BLOCK):
         first = block * BLOCK
-        _prox_block(z, lam, per_row, steps, out, first, min(first + BLOCK, cells))
+        _prox_block(z, lam, per_row, steps, out, first, min(first + BLOCK, groups))
 
 
 @numba.njit(error_model="numpy")
 def _prox_block(
     z: Array, lam: Array, per_row: int, steps: int, out: Array, first: int, last: int
 ) -> None:
-    """Solve the cells from `first` to before `last`, which may lie in several rows."""
+    """Solve the groups from `first` to before `last`, which may lie in several rows."""
     scratch = np.empty((_PLANES, BLOCK), z.dtype)
     where = np.empty(BLOCK, np.int64)
     more = np.empty(BLOCK, np.bool_)
@@ -86,7 +86,7 @@ def _prox_block(
         end = min(last, (row + 1) * per_row)
         _two(z[4 * first : 4 * end], lam[row], out[4 * first : 4 * end], more)
         for i in range(end - first):
-            # Written for every cell and kept by the count alone: a branch would be a coin toss.
+            # Written for every group and kept by the count alone: a branch would be a coin toss.
             where[count] = first + i
             scratch[_LAM, count] = lam[row]
             count += more[i]
@@ -101,7 +101,7 @@ def _prox_block(
 
 @numba.njit(error_model="numpy")
 def _two(z: Array, lam: Any, out: Array, more: Array) -> None:
-    """Keep the two largest of every cell, of equal ones the first; note where this may not do."""
+    """Keep the two largest of every group, of equal ones the first; note where this may not do."""
     identity = lam <= _ZERO
     for i in range(z.size // 4):
         z1, z2, z3, z4 = z[4 * i], z[4 * i + 1], z[4 * i + 2], z[4 * i + 3]
@@ -134,7 +134,7 @@ def _sorted(a: Any, b: Any, c: Any, d: Any) -> Any:
 
 @numba.njit(error_model="numpy")
 def _gather(z: Array, where: Array, scratch: Array, count: int) -> None:
-    """Fill planes M and Y from the cells at `where` (count,)."""
+    """Fill planes M and Y from the groups at `where` (count,)."""
     for i in range(count):
         at = 4 * where[i]
         m1, m2, m3, m4 = _sorted(abs(z[at]), abs(z[at + 1]), abs(z[at + 2]), abs(z[at + 3]))
@@ -288,7 +288,7 @@ def _small(m: Any, lam: Any) -> Any:
 
 @numba.njit(error_model="numpy")
 def _scatter(z: Array, where: Array, scratch: Array, count: int, out: Array) -> None:
-    """Write planes M to the cells at `where` (count,), with their order and signs."""
+    """Write planes M to the groups at `where` (count,), with their order and signs."""
     for i in range(count):
         at = 4 * where[i]
         a, b, c, d = abs(z[at]), abs(z[at + 1]), abs(z[at + 2]), abs(z[at + 3])

@@ -1,8 +1,8 @@
 """The proximal operator of `prox.py` as one GPU kernel, alone and within a step of ADMM.
 
-Same derivation and same result. A thread holds whole cells in registers, in float32 whatever the
-storage, so that a cell is read and written once; a warp none of whose cells can keep more than two
-non-zeros does no arithmetic on them. Instructions are what it is bound by, so Newton's steps share
+Same derivation and same result. A thread holds whole groups in registers, in float32 whatever the
+storage, so that a group is read and written once; a warp none of whose groups can keep more than
+two non-zeros does no arithmetic on them. Instructions are what it is bound by, so Newton's steps share
 reciprocals: an inverse square root gives the root too, and one division 1/(1+t) and 1/(1-t).
 """
 
@@ -11,16 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Cells of a program, which is one warp: two for each thread.
+# Groups of a program, which is one warp: two for each thread.
 _BLOCK = tl.constexpr(64)
-# Steps of Newton on Θ and of Halley on φ, which leave 2e-7 of ½|z|² on ten million Gaussian cells.
+# Steps of Newton on Θ and of Halley on φ, which leave 2e-7 of ½|z|² on ten million Gaussian groups.
 _NEWTON = tl.constexpr(5)
 _HALLEY = tl.constexpr(4)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def prox_24_cuda(weight: Tensor, lam: Tensor) -> Tensor:
-    """Minimise ½|w - z|² + λ R(w) in every cell along the last axis.
+    """Minimise ½|w - z|² + λ R(w) in every group along the last axis.
 
     Args:
         weight: z, (rows, 4 n) on a GPU, float32, float16 or bfloat16, finite.
@@ -64,24 +64,24 @@ def admm_step_cuda(
 
 
 def _grid(weight: Tensor) -> tuple[int]:
-    """A program for each block of cells of each row."""
+    """A program for each block of groups of each row."""
     return (len(weight) * triton.cdiv(weight.shape[-1] // 4, _BLOCK.value),)
 
 
 @triton.jit
 def _place(per_row):
-    """Row of this program, offsets of its elements (cells, 4), and which lie in the row."""
+    """Row of this program, offsets of its elements (groups, 4), and which lie in the row."""
     blocks = tl.cdiv(per_row, _BLOCK)
     row = tl.program_id(0) // blocks
-    cell = (tl.program_id(0) - row * blocks) * _BLOCK + tl.arange(0, _BLOCK)
-    inside = (cell < per_row)[:, None] & (tl.arange(0, 4) >= 0)[None, :]
-    at = row.to(tl.int64) * per_row * 4 + (cell[:, None] * 4 + tl.arange(0, 4)[None, :])
+    group = (tl.program_id(0) - row * blocks) * _BLOCK + tl.arange(0, _BLOCK)
+    inside = (group < per_row)[:, None] & (tl.arange(0, 4) >= 0)[None, :]
+    at = row.to(tl.int64) * per_row * 4 + (group[:, None] * 4 + tl.arange(0, 4)[None, :])
     return row, at, inside
 
 
 @triton.jit
 def _prox_kernel(z_ptr, lam_ptr, out_ptr, per_row):
-    """Solve rows of `per_row` cells into `out_ptr`, each with its λ."""
+    """Solve rows of `per_row` groups into `out_ptr`, each with its λ."""
     row, at, inside = _place(per_row)
     z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
     w = _prox(z, tl.load(lam_ptr + row))
@@ -92,7 +92,7 @@ def _prox_kernel(z_ptr, lam_ptr, out_ptr, per_row):
 def _admm_kernel(
     weight_ptr, dual_ptr, linear_ptr, lam_ptr, split_ptr, next_ptr, right_ptr, rho, per_row
 ):
-    """One step of ADMM on rows of `per_row` cells; see `admm_step_cuda`."""
+    """One step of ADMM on rows of `per_row` groups; see `admm_step_cuda`."""
     row, at, inside = _place(per_row)
     z = tl.load(weight_ptr + at, mask=inside, other=0.0)
     z += tl.load(dual_ptr + at, mask=inside, other=0.0)
@@ -106,7 +106,7 @@ def _admm_kernel(
 
 @triton.jit
 def _prox(z, lam):
-    """The minimiser of every cell, (cells, 4), for one λ."""
+    """The minimiser of every group, (groups, 4), for one λ."""
     even, odd = tl.split(tl.reshape(z, (_BLOCK, 2, 2)))
     z1, z3 = tl.split(even)
     z2, z4 = tl.split(odd)

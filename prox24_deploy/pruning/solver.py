@@ -14,7 +14,7 @@ from torch import Tensor
 from prox24_deploy.core.types import Method, Preset, Refinement
 from prox24_deploy.pruning.baselines import magnitude_mask, sparsegpt, wanda_mask
 from prox24_deploy.pruning.ista import IstaOptions, ista
-from prox24_deploy.pruning.pattern import is_24, mask_24, settle_mask, unfinished_fraction
+from prox24_deploy.pruning.pattern import final_mask, is_24, mask_24, unconverged_fraction
 from prox24_deploy.pruning.problem import LayerProblem
 from prox24_deploy.pruning.prox import admm_step
 from prox24_deploy.pruning.refine import masked_conjugate_gradient, masked_gradient
@@ -28,9 +28,9 @@ class AdmmOptions:
         start: λ0 in units of 1 / mean |W̃_row|.
         growth: factor g on λ per iteration, > 1.
         rho: ADMM penalty relative to the unit diagonal of the normalised Gram matrix.
-        max_iterations: hard cap; cells that are not 2:4 by then are projected.
+        max_iterations: hard cap; groups that are not 2:4 by then are projected.
         check_every: iterations between tests for convergence.
-        straggler_fraction: stop early once fewer cells than this fraction are not yet 2:4.
+        unconverged_fraction: stop early once fewer groups than this fraction are not yet 2:4.
         newton_iterations: of the prox; six change the pruned loss by less than 1e-6.
     """
 
@@ -39,7 +39,7 @@ class AdmmOptions:
     rho: float
     max_iterations: int
     check_every: int = 5
-    straggler_fraction: float = 1e-3
+    unconverged_fraction: float = 1e-3
     newton_iterations: int = 6
 
 
@@ -59,7 +59,7 @@ class LayerSolution:
 
     Attributes:
         weight: (rows, d), 2:4 along d, +0.0 outside the mask, in the units of the given weights.
-        mask: (rows, d) bool, two True per cell; a kept weight may be zero.
+        mask: (rows, d) bool, two True per group; a kept weight may be zero.
         iterations: solver iterations, 0 for one-shot methods.
         used: the method whose result this is: the one asked for, "unchanged" for weights that were
             2:4 already, or "sparsegpt" where it beat the prox on the damped loss.
@@ -142,7 +142,7 @@ def _refine(problem: LayerProblem, mask: Tensor, start: Tensor, kind: Refinement
 
 
 def prox_admm(problem: LayerProblem, options: AdmmOptions) -> tuple[Tensor, Tensor, int]:
-    """Minimise the quadratic plus λ R with λ growing until every cell is 2:4.
+    """Minimise the quadratic plus λ R with λ growing until every group is 2:4.
 
     ADMM on a function that is not convex need not descend. Of the iterates at which convergence is
     tested, projected to 2:4, each row takes the one with the lowest loss.
@@ -169,8 +169,8 @@ def prox_admm(problem: LayerProblem, options: AdmmOptions) -> tuple[Tensor, Tens
         iterations += 1
         if iterations % options.check_every == 0:
             best.offer(split, weight)
-            if unfinished_fraction(split) < max(
-                options.straggler_fraction, torch.finfo(split.dtype).tiny
+            if unconverged_fraction(split) < max(
+                options.unconverged_fraction, torch.finfo(split.dtype).tiny
             ):
                 break
     if iterations % options.check_every:
@@ -189,7 +189,7 @@ class _Best:
 
     def offer(self, iterate: Tensor, fallback: Tensor) -> None:
         """Project an iterate and keep the rows that are better than before."""
-        mask = settle_mask(iterate, fallback)
+        mask = final_mask(iterate, fallback)
         weight = iterate.masked_fill(~mask, 0.0)
         loss = self._problem.loss(weight)
         better = loss <= self._loss

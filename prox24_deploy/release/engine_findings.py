@@ -46,7 +46,7 @@ def _check(engine: EngineAccuracy, found: Fidelity) -> Check:
         name=f"{engine.backend} {found.twin} {found.metric}",
         part="export",
         kind="fidelity",
-        value=found.departure,
+        value=found.deviation,
         limit=found.tolerance,
         verdict=verdict,
         message=f"{_figures(found)} over {found.samples} samples; {_judgement(engine, found)}",

@@ -65,7 +65,7 @@ def as_engine(model: nn.Module, recipe: Recipe) -> EngineModel:
 
 
 @torch.no_grad()
-def test_encoder_and_decoder_graphs_foretell_what_the_whole_model_does(
+def test_encoder_and_decoder_graphs_predict_what_the_whole_model_does(
     tmp_path: Path, prose: Path
 ) -> None:
     directory, recipe, samples = opened(write_tiny_bart(tmp_path / "bart"), prose)
@@ -246,7 +246,7 @@ def metric(name: str, difference: Estimate | None, agreement: Estimate | None = 
 
 
 @pytest.mark.parametrize(
-    ("name", "difference", "agreement", "departure", "passed"),
+    ("name", "difference", "agreement", "deviation", "passed"),
     [
         ("log-perplexity", Estimate(-0.03, 0.01), None, 0.03 - 1.96 * 0.01, False),
         ("log-perplexity", Estimate(0.012, 0.002), None, 0.012 - 1.96 * 0.002, True),
@@ -266,11 +266,11 @@ def test_what_counts_as_a_departure(
     name: str,
     difference: Estimate | None,
     agreement: Estimate | None,
-    departure: float | None,
+    deviation: float | None,
     passed: bool | None,
 ) -> None:
     found = fidelity_of("sparse", metric(name, difference, agreement), "float16")
-    assert found.departure == (None if departure is None else pytest.approx(departure))
+    assert found.deviation == (None if deviation is None else pytest.approx(deviation))
     assert found.passed is passed
     assert found.tolerance == (None if name == "top-1 agreement" else METRIC_TOLERANCES["float16"])
 

@@ -78,7 +78,7 @@ def test_a_recording_is_its_transcript_or_what_the_dense_model_writes(
     assert all(batch.real.tolist() == [True] * len(batch.real) for batch in samples.batches)
 
 
-def test_what_the_model_starts_from_is_given_and_not_foretold(
+def test_what_the_model_starts_from_is_given_and_not_predicted(
     listener: Listener, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: Any = listener.model.generation_config

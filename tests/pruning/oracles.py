@@ -15,16 +15,16 @@ _STARTS = 24
 _SWEEPS = 4000
 
 
-def prox_objective(cell: Array, target: Array, lam: float) -> Array:
+def prox_objective(group: Array, target: Array, lam: float) -> Array:
     """½|w - z|² + λ Σ |w_i w_j w_k| over the four triples. Shapes (..., 4) -> (...)."""
-    size = np.abs(cell)
+    size = np.abs(group)
     triples = sum(np.prod(np.delete(size, i, axis=-1), axis=-1) for i in range(4))
-    distance: Array = 0.5 * np.square(cell - target).sum(-1) + lam * triples
+    distance: Array = 0.5 * np.square(group - target).sum(-1) + lam * triples
     return distance
 
 
 def prox_minimum(target: Array, lam: float, seed: int = 0) -> float:
-    """Smallest objective of one cell: exact coordinate descent from many starts.
+    """Smallest objective of one group: exact coordinate descent from many starts.
 
     One coordinate has a closed form (soft threshold by λ times the sum of the other pairs'
     products), so every sweep descends; starts cover all supports, the target and random points.
@@ -47,7 +47,7 @@ def prox_minimum(target: Array, lam: float, seed: int = 0) -> float:
 
 
 def best_mask(score: Array) -> float:
-    """Largest sum of scores that two elements of a cell can have."""
+    """Largest sum of scores that two elements of a group can have."""
     return max(float(score[list(pair)].sum()) for pair in PAIRS)
 
 
@@ -63,10 +63,10 @@ def least_squares_on_mask(curvature: Tensor, linear: Tensor, mask: Tensor) -> Te
 
 def optimum_over_masks(curvature: Tensor, linear: Tensor) -> float:
     """Smallest ½ w A wᵀ - w b of one row over every 2:4 mask, in float64."""
-    cells = len(linear) // 4
+    groups = len(linear) // 4
     best = float("inf")
-    for pairs in itertools.product(PAIRS, repeat=cells):
-        keep = [4 * cell + i for cell, pair in enumerate(pairs) for i in pair]
+    for pairs in itertools.product(PAIRS, repeat=groups):
+        keep = [4 * group + i for group, pair in enumerate(pairs) for i in pair]
         system, target = curvature[keep][:, keep].double(), linear[keep].double()
         solution = torch.linalg.solve(system, target)
         best = min(best, float(-0.5 * solution @ target))
@@ -78,8 +78,8 @@ def optimal_brain_surgeon(
 ) -> Tensor:
     """Prune column by column with the textbook update, recomputing the inverse at each step.
 
-    `choose` takes the saliencies w² / [H⁻¹]_jj of a cell's columns, (rows, 4), and returns the mask
-    to keep. Saliencies use the inverse over the columns from each one on, as in the paper.
+    `choose` takes the saliencies w² / [H⁻¹]_jj of a group's columns, (rows, 4), and returns the
+    mask to keep. Saliencies use the inverse over the columns from each one on, as in the paper.
     """
     weight, curvature = weight.double().clone(), curvature.double()
     features = weight.shape[1]
@@ -90,8 +90,8 @@ def optimal_brain_surgeon(
             diagonal = torch.stack([
                 torch.linalg.inv(curvature[j:, j:])[0, 0] for j in range(column, column + 4)
             ])  # fmt: skip
-            cell = slice(column, column + 4)
-            keep[:, cell] = choose(weight[:, cell].square() / diagonal)
+            group = slice(column, column + 4)
+            keep[:, group] = choose(weight[:, group].square() / diagonal)
         error = weight[:, column].masked_fill(keep[:, column], 0.0) / rest[0, 0]
         weight[:, column:] -= error[:, None] * rest[0]
         weight[:, column].masked_fill_(~keep[:, column], 0.0)

@@ -16,17 +16,17 @@ SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3).map(lambda n: 4 * n), st
 
 @settings(deadline=None, max_examples=60)
 @given(shape=SHAPES, seed=st.integers(0, 1000), levels=st.sampled_from([2, 3, 100]))
-def test_the_mask_keeps_the_best_pair_of_every_cell(
+def test_the_mask_keeps_the_best_pair_of_every_group(
     shape: tuple[int, int, int], seed: int, levels: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     score = torch.randint(levels, shape, generator=generator).double()
     mask = mask_24(score, 1)
-    cells = score.movedim(1, -1).reshape(-1, 4)
+    groups = score.movedim(1, -1).reshape(-1, 4)
     kept = mask.movedim(1, -1).reshape(-1, 4)
     assert bool((kept.sum(1) == 2).all())
-    for cell, keep in zip(cells, kept, strict=True):
-        assert float(cell[keep].sum()) == best_mask(cell.numpy())
+    for group, keep in zip(groups, kept, strict=True):
+        assert float(group[keep].sum()) == best_mask(group.numpy())
 
 
 def test_ties_go_to_the_lower_index() -> None:
@@ -47,8 +47,8 @@ def test_other_patterns_follow_the_same_rule(kept: int, group: int) -> None:
     weight = torch.randn(5, 2 * group, generator=torch.Generator().manual_seed(2))
     projected = project_24(weight, kept=kept, group=group)
     assert is_24(projected, kept=kept, group=group)
-    for row, cell in itertools.product(range(5), range(2)):
-        part = slice(cell * group, (cell + 1) * group)
+    for row, group in itertools.product(range(5), range(2)):
+        part = slice(group * group, (group + 1) * group)
         largest = weight[row, part].abs().topk(kept).values.sum()
         assert torch.allclose(projected[row, part].abs().sum(), largest)
 
@@ -76,9 +76,9 @@ def test_the_first_violation_is_the_one_a_loop_finds(
     weight = (torch.rand(shape, generator=generator) < 0.45).float()
     values = weight.numpy()
     expected = None
-    for a, c, cell in itertools.product(range(shape[0]), range(shape[2]), range(shape[1] // 4)):
-        if np.count_nonzero(values[a, 4 * cell : 4 * cell + 4, c]) > 2:
-            expected = (a, 4 * cell, c)
+    for a, c, group in itertools.product(range(shape[0]), range(shape[2]), range(shape[1] // 4)):
+        if np.count_nonzero(values[a, 4 * group : 4 * group + 4, c]) > 2:
+            expected = (a, 4 * group, c)
             break
     assert first_violation(weight, 1) == expected
     assert is_24(weight, 1) is (expected is None)

@@ -41,8 +41,8 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def solve(cell: Array, lam: float, dtype: torch.dtype = torch.float64) -> Array:
-    result: Array = prox_24(torch.from_numpy(cell).to(dtype), lam).double().numpy()
+def solve(group: Array, lam: float, dtype: torch.dtype = torch.float64) -> Array:
+    result: Array = prox_24(torch.from_numpy(group).to(dtype), lam).double().numpy()
     return result
 
 
@@ -50,26 +50,26 @@ def solve(cell: Array, lam: float, dtype: torch.dtype = torch.float64) -> Array:
 def test_no_start_of_a_multi_start_search_finds_less(family: str) -> None:
     for lam in LAMBDAS:
         found = prox_objective(solve(FAMILIES[family], lam), FAMILIES[family], lam)
-        for cell, value in zip(FAMILIES[family], found, strict=True):
-            best = prox_minimum(cell, lam)
-            assert value - best <= 1e-9 * max(best, 1e-3), (cell, lam)
+        for group, value in zip(FAMILIES[family], found, strict=True):
+            best = prox_minimum(group, lam)
+            assert value - best <= 1e-9 * max(best, 1e-3), (group, lam)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("magnitude", [1e-12, 1e-4, 1.0, 1e6])
 def test_float32_is_within_a_millionth_of_the_energy(family: str, magnitude: float) -> None:
-    cells = (FAMILIES[family] * magnitude).astype(np.float32).astype(np.float64)
-    energy = 0.5 * np.square(cells).sum(-1)
+    groups = (FAMILIES[family] * magnitude).astype(np.float32).astype(np.float64)
+    energy = 0.5 * np.square(groups).sum(-1)
     for lam in (value / magnitude for value in LAMBDAS):
-        single = prox_objective(solve(cells, lam, torch.float32), cells, lam)
-        double = prox_objective(solve(cells, lam), cells, lam)
+        single = prox_objective(solve(groups, lam, torch.float32), groups, lam)
+        double = prox_objective(solve(groups, lam), groups, lam)
         assert (single - double <= 1e-6 * energy).all()
 
 
 def test_lambda_times_weight_may_underflow() -> None:
-    """λz of 1e-44 is subnormal in float32; the cell must come back almost unchanged, not zero."""
-    cell = torch.full((1, 4), 1e-20)
-    assert torch.allclose(prox_24(cell, 1e-24), cell, rtol=1e-6, atol=0.0)
+    """λz of 1e-44 is subnormal in float32; the group must come back almost unchanged, not zero."""
+    group = torch.full((1, 4), 1e-20)
+    assert torch.allclose(prox_24(group, 1e-24), group, rtol=1e-6, atol=0.0)
 
 
 def test_lambda_zero_is_the_identity_bit_for_bit() -> None:
@@ -78,7 +78,7 @@ def test_lambda_zero_is_the_identity_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("lam", [1e-6, 1.0, 1e6])
-def test_24_cells_are_fixed_points_bit_for_bit(lam: float) -> None:
+def test_24_groups_are_fixed_points_bit_for_bit(lam: float) -> None:
     weight = torch.tensor([[1.5, 0.0, -2.5, 0.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0]])
     assert torch.equal(prox_24(weight, lam), weight)
 
@@ -96,7 +96,7 @@ def test_zeros_are_positive() -> None:
         assert not bool(torch.signbit(result[result == 0]).any())
 
 
-def test_every_cell_is_24_beyond_the_threshold() -> None:
+def test_every_group_is_24_beyond_the_threshold() -> None:
     """λ times the largest magnitude above 2 always leaves two non-zeros."""
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     smallest = weight.unflatten(-1, (-1, 4)).abs().amax(-1).min()
@@ -112,7 +112,7 @@ def test_a_lambda_per_row_is_the_rows_one_by_one() -> None:
         assert torch.equal(together[row], prox_24(weight[row], float(lam[row])))
 
 
-def test_more_cells_than_one_chunk_are_the_chunks_one_by_one() -> None:
+def test_more_groups_than_one_chunk_are_the_chunks_one_by_one() -> None:
     weight = torch.randn(3, 4 * 30000, generator=torch.Generator().manual_seed(3))
     together = prox_24(weight, 0.6)
     for row in range(3):
@@ -121,8 +121,8 @@ def test_more_cells_than_one_chunk_are_the_chunks_one_by_one() -> None:
 
 @pytest.mark.parametrize("per_row", [1, 7, 511, 512, 513, 1300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_cell_does_not_depend_on_its_block(per_row: int, dtype: torch.dtype) -> None:
-    """Rows may start anywhere in a block of 512 cells, beside rows with more or no work."""
+def test_a_group_does_not_depend_on_its_block(per_row: int, dtype: torch.dtype) -> None:
+    """Rows may start anywhere in a block of 512 groups, beside rows with more or no work."""
     lam = torch.tensor([0.3, 0.0, 1.0, 100.0, 1e-9, 0.6, 3.0], dtype=dtype)[:, None]
     weight = torch.randn(7, 4 * per_row, generator=torch.Generator().manual_seed(6), dtype=dtype)
     together = prox_24(weight, lam)
@@ -135,18 +135,18 @@ def test_a_cell_does_not_depend_on_its_block(per_row: int, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_degenerate_cells_share_a_block_with_any_other(dtype: torch.dtype) -> None:
+def test_degenerate_groups_share_a_block_with_any_other(dtype: torch.dtype) -> None:
     """Ties, zeros and vanishing roots take the same vector instructions as their neighbours."""
-    cells = np.concatenate(list(FAMILIES.values()))
+    groups = np.concatenate(list(FAMILIES.values()))
     for lam in LAMBDAS:
-        weight = torch.from_numpy(cells).to(dtype)
-        alone = torch.cat([prox_24(cell, lam) for cell in weight])
+        weight = torch.from_numpy(groups).to(dtype)
+        alone = torch.cat([prox_24(group, lam) for group in weight])
         assert bool(alone.isfinite().all())
         assert torch.equal(prox_24(weight, lam).flatten(), alone)
         assert torch.equal(prox_24(weight.flatten(), lam), alone)
 
 
-def test_the_last_axis_must_be_whole_cells() -> None:
+def test_the_last_axis_must_be_whole_groups() -> None:
     with pytest.raises(ValueError, match="last axis has length 6"):
         prox_24(torch.zeros(2, 6), 1.0)
 
@@ -159,18 +159,18 @@ def test_the_objective_is_that_of_the_definition() -> None:
 
 
 @settings(deadline=None, max_examples=80)
-@given(cell=CELL, lam=LAM, signs=st.lists(st.sampled_from([-1.0, 1.0]), min_size=4, max_size=4))
-def test_signs_carry_through(cell: list[float], lam: float, signs: list[float]) -> None:
-    z, s = np.array(cell), np.array(signs)
+@given(group=CELL, lam=LAM, signs=st.lists(st.sampled_from([-1.0, 1.0]), min_size=4, max_size=4))
+def test_signs_carry_through(group: list[float], lam: float, signs: list[float]) -> None:
+    z, s = np.array(group), np.array(signs)
     assert np.array_equal(solve(s * z, lam), s * solve(z, lam))
 
 
 @settings(deadline=None, max_examples=80)
-@given(cell=CELL, lam=LAM, order=st.permutations(range(4)))
-def test_the_order_of_a_cell_does_not_matter(
-    cell: list[float], lam: float, order: list[int]
+@given(group=CELL, lam=LAM, order=st.permutations(range(4)))
+def test_the_order_of_a_group_does_not_matter(
+    group: list[float], lam: float, order: list[int]
 ) -> None:
-    z = np.array(cell)
+    z = np.array(group)
     direct, permuted = solve(z, lam), solve(z[order], lam)
     assert np.allclose(np.sort(np.abs(direct)), np.sort(np.abs(permuted)), rtol=1e-12, atol=0)
     if len(set(np.abs(z))) == 4:
@@ -178,20 +178,20 @@ def test_the_order_of_a_cell_does_not_matter(
 
 
 @settings(deadline=None, max_examples=80)
-@given(cell=CELL, lam=LAM, exponent=st.integers(-30, 30))
-def test_a_power_of_two_scales_out(cell: list[float], lam: float, exponent: int) -> None:
+@given(group=CELL, lam=LAM, exponent=st.integers(-30, 30))
+def test_a_power_of_two_scales_out(group: list[float], lam: float, exponent: int) -> None:
     """prox(c z, λ / c) = c prox(z, λ), exactly so in binary arithmetic."""
-    z, c = np.array(cell), math.ldexp(1.0, exponent)
+    z, c = np.array(group), math.ldexp(1.0, exponent)
     assert np.allclose(solve(c * z, lam / c), c * solve(z, lam), rtol=1e-12, atol=0)
 
 
 @settings(deadline=None, max_examples=80)
-@given(cell=CELL, lam=LAM, factor=st.floats(1.001, 10.0))
-@example(cell=[0.0, 1.0, 1.0, 1.93], lam=0.625, factor=2.0)
+@given(group=CELL, lam=LAM, factor=st.floats(1.001, 10.0))
+@example(group=[0.0, 1.0, 1.0, 1.93], lam=0.625, factor=2.0)
 def test_a_larger_lambda_never_has_the_larger_regulariser(
-    cell: list[float], lam: float, factor: float
+    group: list[float], lam: float, factor: float
 ) -> None:
-    z = np.array(cell)
+    z = np.array(group)
     energy = 0.5 * float(z @ z)
     small, large = solve(z, lam), solve(z, factor * lam)
     penalty = [float(prox_objective(w, w, 1.0)) for w in (small, large)]

@@ -28,12 +28,12 @@ def excess(found: Tensor, weight: Tensor, lam: float) -> float:
 
 @pytest.mark.parametrize("lam", LAMBDAS)
 @pytest.mark.parametrize("scale", [1e-12, 1e-4, 1.0, 1e6])
-def test_no_cell_loses_a_millionth_of_its_energy(lam: float, scale: float) -> None:
+def test_no_group_loses_a_millionth_of_its_energy(lam: float, scale: float) -> None:
     weight = draw(8, 20_000) * scale
     assert excess(prox_24(weight, lam / scale), weight, lam / scale) <= 1e-6
 
 
-def test_ten_million_cells_agree_with_float64() -> None:
+def test_ten_million_groups_agree_with_float64() -> None:
     weight = draw(1000, 40_000)
     for lam in (0.1, 0.3, 1.0):
         assert excess(prox_24(weight, lam), weight, lam) <= 1e-6
@@ -50,17 +50,17 @@ def test_a_row_ends_where_it_ends_and_has_a_lambda_of_its_own(shape: tuple[int, 
     assert torch.equal(found[0], weight[0])
 
 
-def test_cells_of_equal_elements_keep_the_first_ones() -> None:
-    cells = torch.tensor(
+def test_groups_of_equal_elements_keep_the_first_ones() -> None:
+    groups = torch.tensor(
         [[1.0, 1, 1, 1], [1, 0, 1, 2], [-1, 1, -1, 0], [0, 0, 0, 0], [0, -2, 0, 0], [3, 3, -3, 1]]
     )
-    found = prox_24(cells.cuda(), 1e6).cpu()
+    found = prox_24(groups.cuda(), 1e6).cpu()
     expected = torch.tensor(
         [[1.0, 1, 0, 0], [1, 0, 0, 2], [-1, 1, 0, 0], [0, 0, 0, 0], [0, -2, 0, 0], [3, 3, 0, 0]]
     )
     assert torch.equal(found, expected)
     assert not torch.signbit(found[found == 0]).any()
-    assert torch.equal(prox_24(cells, 1e6), expected)
+    assert torch.equal(prox_24(groups, 1e6), expected)
 
 
 def test_masks_are_those_of_the_cpu_but_for_near_ties() -> None:

@@ -82,7 +82,7 @@ def test_the_hard_cap_projects_what_is_left() -> None:
     assert bool((mask.unflatten(-1, (-1, 4)).sum(-1) == 2).all())
 
 
-def test_it_stops_once_every_cell_is_24() -> None:
+def test_it_stops_once_every_group_is_24() -> None:
     for preset, options in PRESETS.items():
         _, _, iterations = prox_admm(correlated_layer().problem(), options)
         assert iterations < options.max_iterations, preset
@@ -103,7 +103,7 @@ def test_a_solution_that_loses_to_sparsegpt_is_replaced(monkeypatch: pytest.Monk
 
 
 def test_it_finds_the_optimum_of_small_rows_more_often_than_any_baseline() -> None:
-    """Eight inputs, two cells: the best of the 36 masks is known by enumeration."""
+    """Eight inputs, two groups: the best of the 36 masks is known by enumeration."""
     found = dict.fromkeys(METHODS, 0)
     total = 0
     for seed in range(6):
@@ -166,7 +166,7 @@ def transformed(kind: str, layer: Layer) -> tuple[Layer, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["row scale", "column scale", "signs", "input scale", "cell permutation"]
+    "kind", ["row scale", "column scale", "signs", "input scale", "group permutation"]
 )
 def test_the_mask_follows_its_symmetries(kind: str) -> None:
     layer = correlated_layer(rows=64, features=64)

@@ -13,7 +13,7 @@ from prox24_deploy.core.types import Method, Refinement
 from prox24_deploy.pruning import ista as ista_module
 from prox24_deploy.pruning import prox as prox_module
 from prox24_deploy.pruning.ista import IstaOptions, ista
-from prox24_deploy.pruning.pattern import is_24, mask_24, settle_mask
+from prox24_deploy.pruning.pattern import final_mask, is_24, mask_24
 from prox24_deploy.pruning.problem import LayerProblem, layer_problem
 from prox24_deploy.pruning.prox import prox_24
 from prox24_deploy.pruning.refine import masked_conjugate_gradient, masked_gradient
@@ -23,7 +23,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def marks(mask: Tensor) -> set[int]:
-    """How many marks the cells of a mask have."""
+    """How many marks the groups of a mask have."""
     return set(mask.unflatten(-1, (-1, 4)).sum(-1).flatten().tolist())
 
 
@@ -61,7 +61,7 @@ def test_a_feature_whose_square_underflows_gets_weight_zero(method: Method) -> N
     assert layer.gram.diagonal()[faint].tolist() == [0.0] * 3
     assert bool((layer.gram[:4, faint] != 0).all())
     solution = solve_layer(layer.weight, layer.problem(), method=method)
-    # Three of four features of a cell are faint: one of them at least is kept, and still zero.
+    # Three of four features of a group are faint: one of them at least is kept, and still zero.
     assert bool(solution.mask[:, faint].any(1).all())
     assert bool((solution.weight[:, faint] == 0).all())
     assert bool((solution.weight != 0).any(1).all())
@@ -78,7 +78,7 @@ def test_a_dead_feature_stays_zero_in_the_minimiser_of_an_asymmetric_target() ->
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_mask_has_two_marks_a_cell_whatever_the_weights_are(method: Method) -> None:
+def test_the_mask_has_two_marks_a_group_whatever_the_weights_are(method: Method) -> None:
     """Zeros of the dense weights may be kept, so a mask cannot be read off the result."""
     layer = correlated_layer(rows=6, features=32)
     layer.weight[:, :8] = 0.0
@@ -91,7 +91,7 @@ def test_the_mask_has_two_marks_a_cell_whatever_the_weights_are(method: Method) 
     assert bool((solution.weight[~solution.mask] == 0).all())
 
 
-def test_the_mask_of_weights_sparser_than_24_has_two_marks_a_cell() -> None:
+def test_the_mask_of_weights_sparser_than_24_has_two_marks_a_group() -> None:
     layer = correlated_layer(rows=3, features=16)
     layer.weight[:, torch.arange(16) % 4 != 1] = 0.0
     solution = solve_layer(layer.weight, layer.problem())
@@ -101,10 +101,10 @@ def test_the_mask_of_weights_sparser_than_24_has_two_marks_a_cell() -> None:
 
 
 def test_a_settled_mask_keeps_non_zeros_first_and_fills_up_by_the_fallback() -> None:
-    """Against sorting each cell; the sum of the two sizes would be the fallback in float32."""
+    """Against sorting each group; the sum of the two sizes would be the fallback in float32."""
     iterate = 1e-12 * gaussian(20, 16) * (gaussian(20, 16, seed=1) > -0.3)
     fallback = gaussian(20, 16, seed=2)
-    mask = settle_mask(iterate, fallback)
+    mask = final_mask(iterate, fallback)
     for row in range(20):
         for start in range(0, 16, 4):
             size, filler = (
@@ -156,14 +156,14 @@ def test_refining_what_is_refined_makes_no_row_worse() -> None:
 
 
 def with_a_straggler() -> Tensor:
-    """128 cells, one of which is so small that no λ of a schedule decides it."""
+    """128 groups, one of which is so small that no λ of a schedule decides it."""
     weight = gaussian(16, 32)
     weight[3, 8:12] *= 1e-12
     return weight
 
 
-def test_a_straggler_does_not_hold_up_the_other_cells() -> None:
-    options = replace(PRESETS["fast"], straggler_fraction=0.01)
+def test_a_straggler_does_not_hold_up_the_other_groups() -> None:
+    options = replace(PRESETS["fast"], unconverged_fraction=0.01)
     steps = [
         prox_admm(layer_problem(weight, torch.eye(32), 0.01), options)[2]
         for weight in (with_a_straggler(), gaussian(16, 32))
@@ -174,7 +174,7 @@ def test_a_straggler_does_not_hold_up_the_other_cells() -> None:
 @pytest.mark.parametrize(
     "run",
     [
-        lambda problem: prox_admm(problem, AdmmOptions(0.05, 1.2, 1.0, 40, straggler_fraction=0.0)),
+        lambda problem: prox_admm(problem, AdmmOptions(0.05, 1.2, 1.0, 40, 5, 0.0)),
         lambda problem: ista(problem, IstaOptions(start=0.05, growth=1.2, max_iterations=40)),
     ],
     ids=["prox", "ista"],

@@ -32,7 +32,7 @@ CLOSE = Fidelity(
     "sparse", "log-perplexity", 4, Estimate(3.0, 0.1), Estimate(3.001, 0.1),
     Estimate(0.001, 0.0001), None, 0.0008, 0.01, True,
 )  # fmt: skip
-FAR = replace(CLOSE, engine=Estimate(3.5, 0.1), difference=Estimate(0.5, 0.1), departure=0.3,
+FAR = replace(CLOSE, engine=Estimate(3.5, 0.1), difference=Estimate(0.5, 0.1), deviation=0.3,
               passed=False)  # fmt: skip
 TOLD = Fidelity("dense", "top-1 agreement", 4, None, None, None, Estimate(0.99, 0.01), None, None,
                 None)  # fmt: skip
@@ -109,7 +109,7 @@ def test_every_view_shows_the_engine() -> None:
     assert "CPU &lt;x&gt;" in html
     assert "on 4 of 16 samples" in html
     assert html.count("<td>not gated</td>") >= 1
-    assert "| perplexity through onnxruntime (4 of 16 samples; departs from PyTorch)" in (
+    assert "| perplexity through onnxruntime (4 of 16 samples; deviates from PyTorch)" in (
         render_summary(report)
     )
     entries = {entry["name"]: entry["value"] for entry in json.loads(render_benchmark(report))}
