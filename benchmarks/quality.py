@@ -36,7 +36,7 @@ from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
 from prox24_deploy.model.calibration import thin
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.model.directory import load_model
-from prox24_deploy.model.flow import BlockPair, Flow, advance, collect, start_flow
+from prox24_deploy.model.flow import Activations, BlockPair, advance, collect, record_activations
 from prox24_deploy.model.layers import layer_at, to_matrix
 from prox24_deploy.model.losses import loss_against
 from prox24_deploy.model.prune import prune_model
@@ -139,8 +139,8 @@ def layer_losses(
     """Held-out loss by method and layer, and solver seconds by method."""
     model = load_model(subject.directory, subject.recipe, device)
     blocks = find_blocks(model, subject.recipe)
-    flows = [
-        start_flow(model, blocks, subject.recipe, batches)
+    sets = [
+        record_activations(model, blocks, subject.recipe, batches)
         for batches in (subject.calibration.batches, thin(subject.held_out, 32768))
     ]
     losses: dict[str, dict[str, float]] = {name: {} for name in LAYER_METHODS}
@@ -148,9 +148,9 @@ def layer_losses(
     for index, block in enumerate(blocks):
         twin = BlockPair(index, f"{subject.recipe.blocks}.{index}", block, block)
         layers = target_layers(block, subject.recipe)
-        for group in shared_inputs(block, layers, flows[0].calls[0][index], flows[0].dense[0]):
-            _solve_group(twin, group, flows, losses, seconds)
-        advance(twin, flows)
+        for group in shared_inputs(block, layers, sets[0].calls[0][index], sets[0].dense[0]):
+            _solve_group(twin, group, sets, losses, seconds)
+        advance(twin, sets)
         print(f"{twin.prefix} done", file=sys.stderr)
     return losses, seconds
 
@@ -158,7 +158,7 @@ def layer_losses(
 def _solve_group(
     twin: BlockPair,
     group: list[str],
-    flows: list[Flow],
+    sets: list[Activations],
     losses: dict[str, dict[str, float]],
     seconds: dict[str, float],
 ) -> None:
@@ -166,12 +166,12 @@ def _solve_group(
     layers = [layer_at(twin.dense, name) for name in group]
     weights = [to_matrix(layer, layer.weight) for layer in layers]
     stacked = torch.cat(weights)
-    grams, held_out = (collect(twin, group[0], flow) for flow in flows)
-    damping = damping_for(stacked.shape[1], grams.tokens)
+    moments, held_out = (collect(twin, group[0], activations) for activations in sets)
+    damping = damping_for(stacked.shape[1], moments.tokens)
     for name, solve in LAYER_METHODS.items():
         began = time.perf_counter()
         own = OWN_DAMPING.get(name, damping)
-        problem = layer_problem(stacked, grams.pruned / grams.tokens, own)
+        problem = layer_problem(stacked, moments.pruned / moments.tokens, own)
         parts = solve(stacked, problem).split([len(weight) for weight in weights])
         seconds[name] += time.perf_counter() - began
         for layer, before, after in zip(group, weights, parts, strict=True):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prox24_deploy.model.grams import Grams
+from prox24_deploy.model.grams import SecondMoments
 
 _NO_WEIGHTS = "all its weights are zero"
 _NO_INPUTS = (
@@ -19,7 +19,9 @@ _TINY_INPUTS = (
 )
 
 
-def doubt_about(weight: Tensor, stored: torch.dtype, grams: Grams, *, chosen: bool = True) -> str:
+def doubt_about(
+    weight: Tensor, stored: torch.dtype, moments: SecondMoments, *, chosen: bool = True
+) -> str:
     """Why the error of a pruned layer says nothing, as the end of a sentence; "" if it does.
 
     Such a layer is pruned all the same: the mask does no harm where nothing comes in or goes out,
@@ -28,12 +30,12 @@ def doubt_about(weight: Tensor, stored: torch.dtype, grams: Grams, *, chosen: bo
     Args:
         weight: before pruning, (rows, d).
         stored: the type that the checkpoint stores it in.
-        grams: of the inputs that it was pruned on.
+        moments: of the inputs that it was pruned on.
         chosen: whether weights were chosen at all; not in a layer that was 2:4 before.
     """
     single = torch.finfo(torch.float32)
     largest = float(weight.abs().max())
-    square = float(grams.pruned.diagonal().max()) / max(grams.tokens, 1)
+    square = float(moments.pruned.diagonal().max()) / max(moments.tokens, 1)
     if largest == 0:
         return _NO_WEIGHTS
     if not chosen:

@@ -14,13 +14,13 @@ from prox24_deploy.model.blocks import (
     run_block,
 )
 from prox24_deploy.model.calibration import Batch
-from prox24_deploy.model.grams import Grams
+from prox24_deploy.model.grams import SecondMoments
 from prox24_deploy.model.layers import layer_at, matrix_shape
 from prox24_deploy.recipe import Recipe
 
 
 @dataclass(slots=True)
-class Flow:
+class Activations:
     """One set of batches before some block.
 
     Attributes:
@@ -60,9 +60,9 @@ class BlockPair:
     following: nn.Module | None = None
 
 
-def start_flow(
+def record_activations(
     model: nn.Module, blocks: nn.ModuleList, recipe: Recipe, batches: tuple[Batch, ...]
-) -> Flow:
+) -> Activations:
     """Run the batches up to the first block of a model of which nothing is pruned yet.
 
     Raises:
@@ -74,42 +74,51 @@ def start_flow(
     hidden = [first for first, _ in recorded]
     calls = [calls for _, calls in recorded]
     real = [_positions(batch, recipe) for batch in batches]
-    return Flow(batches, real, calls, calls, hidden, list(hidden))
+    return Activations(batches, real, calls, calls, hidden, list(hidden))
 
 
-def after_pruning(flow: Flow, model: nn.Module, blocks: nn.ModuleList, recipe: Recipe) -> Flow:
-    """The flow with what the model, pruned up to these blocks, passes to them and into the first.
+def after_pruning(
+    activations: Activations, model: nn.Module, blocks: nn.ModuleList, recipe: Recipe
+) -> Activations:
+    """The same with what the model, pruned up to these blocks, passes to them and into the first.
 
     The dense stream stays as it was recorded, when the whole model was dense.
     """
-    recorded = [record_calls(model, blocks, batch, recipe.task) for batch in flow.batches]
+    recorded = [record_calls(model, blocks, batch, recipe.task) for batch in activations.batches]
     return replace(
-        flow,
+        activations,
         pruned_calls=[calls for _, calls in recorded],
         pruned=[first for first, _ in recorded],
     )
 
 
-def advance(twin: BlockPair, flows: list[Flow]) -> None:
-    """Carry both streams of every flow through the block."""
-    for flow in flows:
-        for i, (calls, pruned_calls) in enumerate(zip(flow.calls, flow.pruned_calls, strict=True)):
-            flow.dense[i] = run_block(twin.dense, calls[twin.index], flow.dense[i])
-            flow.pruned[i] = run_block(twin.pruned, pruned_calls[twin.index], flow.pruned[i])
+def advance(twin: BlockPair, sets: list[Activations]) -> None:
+    """Carry both streams of every set through the block."""
+    for activations in sets:
+        for i, (calls, pruned_calls) in enumerate(
+            zip(activations.calls, activations.pruned_calls, strict=True)
+        ):
+            activations.dense[i] = run_block(twin.dense, calls[twin.index], activations.dense[i])
+            activations.pruned[i] = run_block(
+                twin.pruned, pruned_calls[twin.index], activations.pruned[i]
+            )
 
 
-def collect(twin: BlockPair, name: str, flow: Flow) -> Grams:
-    """Gram matrices of one layer's input over all batches of a flow."""
+def collect(twin: BlockPair, name: str, activations: Activations) -> SecondMoments:
+    """Gram matrices of one layer's input over all batches of one set."""
     dense_layer, pruned_layer = (layer_at(block, name) for block in (twin.dense, twin.pruned))
-    grams = Grams.empty(matrix_shape(pruned_layer)[1], pruned_layer.weight.device)
-    for i, batch in enumerate(flow.batches):
-        call, pruned_call = flow.calls[i][twin.index], flow.pruned_calls[i][twin.index]
-        dense = layer_input(twin.dense, call, flow.dense[i], dense_layer)
-        pruned = layer_input(twin.pruned, pruned_call, flow.pruned[i], pruned_layer)
+    moments = SecondMoments.empty(matrix_shape(pruned_layer)[1], pruned_layer.weight.device)
+    for i, batch in enumerate(activations.batches):
+        call, pruned_call = (
+            activations.calls[i][twin.index],
+            activations.pruned_calls[i][twin.index],
+        )
+        dense = layer_input(twin.dense, call, activations.dense[i], dense_layer)
+        pruned = layer_input(twin.pruned, pruned_call, activations.pruned[i], pruned_layer)
         # A decoder's layer that is fed the states of the encoder sees the positions of that text.
-        real = batch.real if is_handed(dense, call) else flow.real[i]
-        grams.add(real_rows(dense, real), real_rows(pruned, real))
-    return grams
+        real = batch.real if is_handed(dense, call) else activations.real[i]
+        moments.add(real_rows(dense, real), real_rows(pruned, real))
+    return moments
 
 
 def _positions(batch: Batch, recipe: Recipe) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(slots=True)
-class Grams:
+class SecondMoments:
     """Sums over tokens for one group of layers that share their input.
 
     Products are taken in float32, whatever the model computes in, and summed in float64.
@@ -25,7 +25,7 @@ class Grams:
     tokens: int = 0
 
     @classmethod
-    def empty(cls, features: int, device: torch.device) -> "Grams":
+    def empty(cls, features: int, device: torch.device) -> "SecondMoments":
         """All zero, for inputs with `features` columns."""
         zeros = [torch.zeros(features, features, dtype=torch.float64, device=device) for _ in "123"]
         return cls(zeros[0], zeros[1], zeros[2])

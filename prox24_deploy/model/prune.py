@@ -26,8 +26,15 @@ from prox24_deploy.model.checkpoint import (
 )
 from prox24_deploy.model.directory import ModelDir, load_with_rest
 from prox24_deploy.model.doubts import doubt_about
-from prox24_deploy.model.flow import BlockPair, Flow, advance, after_pruning, collect, start_flow
-from prox24_deploy.model.grams import Grams
+from prox24_deploy.model.flow import (
+    Activations,
+    BlockPair,
+    advance,
+    after_pruning,
+    collect,
+    record_activations,
+)
+from prox24_deploy.model.grams import SecondMoments
 from prox24_deploy.model.layers import (
     Layer,
     is_layer,
@@ -113,7 +120,7 @@ def prune_model(
         progress("prune", number, count)
         done = store.load(number)
         if done is None:
-            done = _prune_block(step.twin, step.recipe, step.flows, options, stored_dtype, dense)
+            done = _prune_block(step.twin, step.recipe, step.sets, options, stored_dtype, dense)
             store.save(number, *done)
         _apply(step.twin.pruned, done[0])
         weights.update({f"{step.twin.prefix}.{name}.weight": w for name, w in done[0].items()})
@@ -235,29 +242,29 @@ class _Step:
 
     recipe: Recipe
     twin: BlockPair
-    flows: list[Flow]
+    sets: list[Activations]
 
 
 def _steps(model: nn.Module, recipe: Recipe, texts: Sequence[tuple[Batch, ...]]) -> Iterator[_Step]:
     """Every block in order; what is done to it before the next is asked for reaches the next."""
     parts = [(part, find_blocks(model, part)) for part in recipe.parts]
     # All start in the dense model: a decoder's dense stream must have seen the dense encoder.
-    starts = [[start_flow(model, blocks, part, t) for t in texts] for part, blocks in parts]
+    starts = [[record_activations(model, blocks, part, t) for t in texts] for part, blocks in parts]
     for part, blocks in parts:
-        flows = starts.pop(0)
+        sets = starts.pop(0)
         if part.is_decoder:
-            flows = [after_pruning(flow, model, blocks, part) for flow in flows]
+            sets = [after_pruning(activations, model, blocks, part) for activations in sets]
         for index, (block, following) in enumerate(zip_longest(blocks, list(blocks)[1:])):
             twin = BlockPair(index, f"{part.blocks}.{index}", deepcopy(block), block, following)
-            yield _Step(part, twin, flows)
+            yield _Step(part, twin, sets)
             if following is not None:
-                advance(twin, flows)
+                advance(twin, sets)
 
 
 def _prune_block(
     twin: BlockPair,
     recipe: Recipe,
-    flows: list[Flow],
+    sets: list[Activations],
     options: PruneOptions,
     stored_dtype: Callable[[str], torch.dtype],
     dense: Mapping[str, str],
@@ -269,26 +276,30 @@ def _prune_block(
         for name, reason in obstacles.items()
     ]
     solved: dict[str, Tensor] = {}
-    first = flows[0]
+    first = sets[0]
     groups = shared_inputs(twin.pruned, layers, first.pruned_calls[0][twin.index], first.pruned[0])
     for group in groups:
         for part, own in by_options(twin.prefix, group, recipe, options):
-            done, made = _prune_group(twin, part, flows, own, stored_dtype)
+            done, made = _prune_group(twin, part, sets, own, stored_dtype)
             _apply(twin.pruned, done)
             solved.update(done)
             records.extend(made)
     if options.reconstructs:
-        records = _reconstruct(twin, groups, solved, records, flows, options.preset)
+        records = _reconstruct(twin, groups, solved, records, sets, options.preset)
     left = {name: layer for name, layer in layers.items() if name not in solved}
     records += _unsolved(twin, left, first)
     return solved, tuple(records)
 
 
-def _unsolved(twin: BlockPair, layers: Mapping[str, Layer], flow: Flow) -> list[LayerRecord]:
+def _unsolved(
+    twin: BlockPair, layers: Mapping[str, Layer], activations: Activations
+) -> list[LayerRecord]:
     """Layers that are run by no forward pass of their block, or by one more than once."""
     if not layers:
         return []
-    runs = layer_runs(twin.pruned, layers, flow.pruned_calls[0][twin.index], flow.pruned[0])
+    runs = layer_runs(
+        twin.pruned, layers, activations.pruned_calls[0][twin.index], activations.pruned[0]
+    )
     reasons = {
         name: (
             f"its block runs it on {runs[name]} inputs in one forward pass"
@@ -303,13 +314,13 @@ def _unsolved(twin: BlockPair, layers: Mapping[str, Layer], flow: Flow) -> list[
 def _prune_group(
     twin: BlockPair,
     group: list[str],
-    flows: list[Flow],
+    sets: list[Activations],
     options: PruneOptions,
     stored_dtype: Callable[[str], torch.dtype],
 ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
     """Solve layers that share one input and measure their errors."""
     began = time.perf_counter()
-    calibration, held_out = (collect(twin, group[0], flow) for flow in flows)
+    calibration, held_out = (collect(twin, group[0], activations) for activations in sets)
     solved = solve_group(twin, group, calibration, options, stored_dtype)
     seconds = (time.perf_counter() - began) / len(group)
     records = []
@@ -343,32 +354,32 @@ def _reconstruct(
     groups: list[list[str]],
     solved: dict[str, Tensor],
     records: list[LayerRecord],
-    flows: list[Flow],
+    sets: list[Activations],
     preset: Preset,
 ) -> list[LayerRecord]:
     """Tune the block, round its weights into `solved` and measure its layers once more."""
     known = {record.name.removeprefix(f"{twin.prefix}."): record for record in records}
     names = [name for name in solved if known[name].method != "unchanged"]
     if names:
-        reconstruct_block(twin, names, flows[0], SCHEDULES[preset])
+        reconstruct_block(twin, names, sets[0], SCHEDULES[preset])
     for name in names:
         solved[name] = layer_at(twin.pruned, name).weight.to(solved[name].dtype)
     _apply(twin.pruned, solved)
     for group in groups:
-        grams = [collect(twin, group[0], flow) for flow in flows]
+        moments = [collect(twin, group[0], activations) for activations in sets]
         for name in group:
             layers = (layer_at(block, name) for block in (twin.dense, twin.pruned))
             before, after = (to_matrix(layer, layer.weight) for layer in layers)
             errors = [
                 _error(part, before, after, known[name].name) if part.tokens else None
-                for part in grams
+                for part in moments
             ]
             known[name] = replace(known[name], relative_error=errors[0], held_out_error=errors[1])
     return list(known.values())
 
 
-def _error(grams: Grams, before: Tensor, after: Tensor, path: str) -> float:
-    error = grams.relative_error(before, after)
+def _error(moments: SecondMoments, before: Tensor, after: Tensor, path: str) -> float:
+    error = moments.relative_error(before, after)
     if not math.isfinite(error):
         raise ModelDirError(
             f"Layer {path}: its output is NaN or infinite on some text; its activations overflow "

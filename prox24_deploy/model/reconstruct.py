@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prox24_deploy.core.types import Preset
 from prox24_deploy.errors import CalibrationError
 from prox24_deploy.model.blocks import BlockCall, run_block
-from prox24_deploy.model.flow import BlockPair, Flow
+from prox24_deploy.model.flow import Activations, BlockPair
 from prox24_deploy.model.layers import layer_at, reduction_axis
 from prox24_deploy.pruning.pattern import mask_24
 
@@ -81,24 +81,24 @@ def require_batches(count: int) -> None:
 
 
 def reconstruct_block(
-    twin: BlockPair, names: Sequence[str], flow: Flow, options: AdamOptions
+    twin: BlockPair, names: Sequence[str], activations: Activations, options: AdamOptions
 ) -> Reconstruction:
     """Tune the kept weights of some layers of the pruned block in place.
 
     Args:
         twin: the block, its layers already 2:4.
         names: paths of the layers to tune; no other parameter changes.
-        flow: calibration batches in front of the block.
+        activations: calibration batches in front of the block.
         options: schedule.
 
     Returns:
         Errors of the trial; if its first steps already went beyond the tolerance, `after` equals
         `before` and the weights are what they were.
     """
-    require_batches(len(flow.batches))
-    everything = list(range(len(flow.batches)))
+    require_batches(len(activations.batches))
+    everything = list(range(len(activations.batches)))
     trained, withheld = [i for i in everything if i % _WITHHELD], everything[::_WITHHELD]
-    training = _Training(twin, names, flow, options)
+    training = _Training(twin, names, activations, options)
     before = training.error(withheld)
     after, steps = before, 0
     for taken in training.steps(trained):
@@ -118,23 +118,23 @@ class _Training:
     """Adam over the masked weights of one block, from the weights it had at first."""
 
     def __init__(
-        self, twin: BlockPair, names: Sequence[str], flow: Flow, options: AdamOptions
+        self, twin: BlockPair, names: Sequence[str], activations: Activations, options: AdamOptions
     ) -> None:
-        self._twin, self._flow, self._options = twin, flow, options
+        self._twin, self._activations, self._options = twin, activations, options
         layers = [layer_at(twin.pruned, name) for name in names]
         self._weights = [layer.weight for layer in layers]
         self._start = [weight.clone() for weight in self._weights]
         # A kept weight may be zero: the mask has two marks per group whatever the weights are.
         self._masks = [mask_24(layer.weight.abs(), reduction_axis(layer)) for layer in layers]
         self._targets = [
-            self._outputs(twin.dense, flow.calls[batch], batch, hidden)
-            for batch, hidden in enumerate(flow.dense)
+            self._outputs(twin.dense, activations.calls[batch], batch, hidden)
+            for batch, hidden in enumerate(activations.dense)
         ]
 
     @property
     def length(self) -> int:
         """Steps of the whole schedule."""
-        return max(self._options.steps, self._options.epochs * len(self._flow.batches))
+        return max(self._options.steps, self._options.epochs * len(self._activations.batches))
 
     def reset(self) -> None:
         """Go back to the first weights."""
@@ -177,9 +177,9 @@ class _Training:
         return [gradient.masked_fill(~mask, 0.0) for gradient, mask in pairs]
 
     def _error(self, batch: int) -> Tensor:
-        flow = self._flow
+        activations = self._activations
         outputs = self._outputs(
-            self._twin.pruned, flow.pruned_calls[batch], batch, flow.pruned[batch]
+            self._twin.pruned, activations.pruned_calls[batch], batch, activations.pruned[batch]
         )
         errors = [
             (output - target).square().sum() / target.square().sum()
@@ -195,7 +195,7 @@ class _Training:
         outputs = [run_block(block, calls[index], hidden)]
         if self._twin.following is not None:
             outputs.append(run_block(self._twin.following, calls[index + 1], outputs[0]))
-        real = self._flow.real[batch].to(hidden.device)
+        real = self._activations.real[batch].to(hidden.device)
         return [output[real] for output in outputs]
 
 

@@ -23,7 +23,7 @@ from prox24_deploy.files import write_atomic
 from prox24_deploy.model.blocks import find_blocks, shared_inputs
 from prox24_deploy.model.calibration import Batch
 from prox24_deploy.model.evaluate import mean_estimate
-from prox24_deploy.model.flow import BlockPair, advance, collect, start_flow
+from prox24_deploy.model.flow import BlockPair, advance, collect, record_activations
 from prox24_deploy.model.layers import layer_at
 from prox24_deploy.model.losses import Loss, loss_against
 from prox24_deploy.model.selection import by_options, prunable
@@ -141,18 +141,20 @@ def _solve_all(
     solved: dict[str, Tensor] = {}
     for part in recipe.parts:
         blocks = find_blocks(model, part)
-        flow = start_flow(model, blocks, part, batches)
+        activations = record_activations(model, blocks, part, batches)
         for index, block in enumerate(blocks):
             progress("sensitivity", index, len(blocks))
             twin = BlockPair(index, f"{part.blocks}.{index}", block, block)
             layers, _ = prunable(twin, part, dense)
-            for group in shared_inputs(block, layers, flow.calls[0][index], flow.dense[0]):
-                grams = collect(twin, group[0], flow)
+            for group in shared_inputs(
+                block, layers, activations.calls[0][index], activations.dense[0]
+            ):
+                moments = collect(twin, group[0], activations)
                 for names, own in by_options(twin.prefix, group, part, options):
-                    found = solve_group(twin, names, grams, own, stored_dtype)
+                    found = solve_group(twin, names, moments, own, stored_dtype)
                     solved |= {f"{twin.prefix}.{n}": layer.weight for n, layer in found.items()}
             if index + 1 < len(blocks):
-                advance(twin, [flow])
+                advance(twin, [activations])
     return solved
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prox24_deploy.errors import ModelDirError
 from prox24_deploy.model.flow import BlockPair
-from prox24_deploy.model.grams import Grams
+from prox24_deploy.model.grams import SecondMoments
 from prox24_deploy.model.layers import from_matrix, layer_at, to_matrix
 from prox24_deploy.options import PruneOptions
 from prox24_deploy.pruning.pattern import is_24
@@ -34,7 +34,7 @@ class SolvedLayer:
 def solve_group(
     twin: BlockPair,
     group: Sequence[str],
-    grams: Grams,
+    moments: SecondMoments,
     options: PruneOptions,
     stored_dtype: Callable[[str], torch.dtype],
 ) -> dict[str, SolvedLayer]:
@@ -43,7 +43,7 @@ def solve_group(
     Args:
         twin: the block.
         group: paths of layers that share an input.
-        grams: of that input.
+        moments: of that input.
         options: method, preset and target.
         stored_dtype: parameter name to the dtype in which the checkpoint stores it.
 
@@ -53,7 +53,7 @@ def solve_group(
     layers = [layer_at(twin.pruned, name) for name in group]
     matrices = [to_matrix(layer, layer.weight) for layer in layers]
     paths = [f"{twin.prefix}.{name}" for name in group]
-    solution = _solve(torch.cat(matrices), grams, options, paths[0])
+    solution = _solve(torch.cat(matrices), moments, options, paths[0])
     parts = solution.weight.split([len(matrix) for matrix in matrices])
     solved = {}
     for name, path, layer, before, after in zip(group, paths, layers, matrices, parts, strict=True):
@@ -68,13 +68,15 @@ def solve_group(
     return solved
 
 
-def _solve(weight: Tensor, grams: Grams, options: PruneOptions, path: str) -> LayerSolution:
+def _solve(
+    weight: Tensor, moments: SecondMoments, options: PruneOptions, path: str
+) -> LayerSolution:
     try:
         problem = layer_problem(
             weight,
-            grams.pruned / grams.tokens,
-            damping_for(weight.shape[1], grams.tokens),
-            grams.cross / grams.tokens if options.target == "asymmetric" else None,
+            moments.pruned / moments.tokens,
+            damping_for(weight.shape[1], moments.tokens),
+            moments.cross / moments.tokens if options.target == "asymmetric" else None,
         )
     except ValueError as error:
         raise ModelDirError(

@@ -2,8 +2,8 @@
 
 Same derivation and same result. A thread holds whole groups in registers, in float32 whatever the
 storage, so that a group is read and written once; a warp none of whose groups can keep more than
-two non-zeros does no arithmetic on them. Instructions are what it is bound by, so Newton's steps share
-reciprocals: an inverse square root gives the root too, and one division 1/(1+t) and 1/(1-t).
+two non-zeros does no arithmetic on them. Instructions are what it is bound by, so Newton's steps
+share reciprocals: an inverse square root gives the root too, and one division 1/(1+t) and 1/(1-t).
 """
 
 import torch

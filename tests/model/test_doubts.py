@@ -13,15 +13,15 @@ from prox24_deploy.artifacts import LayerRecord
 from prox24_deploy.core.types import Method
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.model.doubts import doubt_about
-from prox24_deploy.model.grams import Grams
+from prox24_deploy.model.grams import SecondMoments
 from prox24_deploy.model.prune import prune_model
 from prox24_deploy.options import PruneOptions
 
 WEIGHT = torch.linspace(-1, 1, 64).view(4, 16)
 
 
-def grams(rows: Tensor) -> Grams:
-    found = Grams.empty(16, CPU)
+def moments(rows: Tensor) -> SecondMoments:
+    found = SecondMoments.empty(16, CPU)
     found.add(rows, rows)
     return found
 
@@ -48,13 +48,13 @@ ROWS = torch.linspace(-2, 3, 320).view(20, 16)
 def test_what_an_error_cannot_tell_is_said(
     weight: Tensor, stored: torch.dtype, rows: Tensor, reason: str
 ) -> None:
-    found = doubt_about(weight, stored, grams(rows))
+    found = doubt_about(weight, stored, moments(rows))
     assert re.search(reason, found)
 
 
 def test_a_layer_of_which_nothing_was_chosen_is_blamed_for_zeros_alone() -> None:
-    assert doubt_about(WEIGHT, torch.float32, grams(ROWS * 0), chosen=False) == ""
-    assert doubt_about(WEIGHT * 0, torch.float32, grams(ROWS), chosen=False) != ""
+    assert doubt_about(WEIGHT, torch.float32, moments(ROWS * 0), chosen=False) == ""
+    assert doubt_about(WEIGHT * 0, torch.float32, moments(ROWS), chosen=False) != ""
 
 
 def pruned(model: nn.Module, folder: Path, method: Method) -> dict[str, LayerRecord]:

@@ -14,7 +14,7 @@ from prox24_deploy.artifacts import LayerRecord
 from prox24_deploy.model.blocks import find_blocks, run_model
 from prox24_deploy.model.calibration import Batch
 from prox24_deploy.model.checkpoint import BlockStore
-from prox24_deploy.model.flow import after_pruning, start_flow
+from prox24_deploy.model.flow import after_pruning, record_activations
 from prox24_deploy.model.prune import prune_model
 from prox24_deploy.model.selection import left_dense
 from prox24_deploy.model.sensitivity import measure_sensitivity, over_budget
@@ -50,11 +50,11 @@ def test_each_stream_of_a_decoder_reads_its_own_encoder(row: str) -> None:
     encoder, decoder = recipe.parts
     part, dense = batch(recipe), deepcopy(model)
     blocks = find_blocks(model, decoder)
-    flow = start_flow(model, blocks, decoder, (part,))
+    activations = record_activations(model, blocks, decoder, (part,))
     for layer in find_blocks(model, encoder):
         for parameter in layer.parameters():
             parameter.mul_(0.5)
-    after = after_pruning(flow, model, blocks, decoder)
+    after = after_pruning(activations, model, blocks, decoder)
     for calls, source in ((after.calls, dense), (after.pruned_calls, model)):
         expected = states(source, part, recipe)
         for call in calls[0]:

@@ -11,7 +11,7 @@ from tiny_families import FAMILIES, FEATURES, PIXELS, VOCABULARY, tiny_model
 from prox24_deploy.model.blocks import find_blocks, run_block, run_model, target_layers
 from prox24_deploy.model.calibration import IGNORED, Batch
 from prox24_deploy.model.checkpoint import BlockStore
-from prox24_deploy.model.flow import start_flow
+from prox24_deploy.model.flow import record_activations
 from prox24_deploy.model.layers import reduction_axis
 from prox24_deploy.model.prune import prune_model
 from prox24_deploy.options import PruneOptions
@@ -70,17 +70,17 @@ def test_blocks_run_one_at_a_time_give_what_the_model_gives(row: str) -> None:
     text = batch(recipe)
     for part in recipe.parts:
         blocks = find_blocks(model, part)
-        flow = start_flow(model, blocks, part, (text,))
+        activations = record_activations(model, blocks, part, (text,))
         seen: list[torch.Tensor | tuple[torch.Tensor, ...]] = []
         handle = blocks[-1].register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
         run_model(model, text, recipe.task)
         handle.remove()
-        hidden = flow.dense[0]
-        for block, call in zip(blocks, flow.calls[0], strict=True):
+        hidden = activations.dense[0]
+        for block, call in zip(blocks, activations.calls[0], strict=True):
             hidden = run_block(block, call, hidden)
         output = seen[0]
         expected = output[0] if isinstance(output, tuple) else output
-        assert torch.equal(hidden[flow.real[0]], expected[flow.real[0]])
+        assert torch.equal(hidden[activations.real[0]], expected[activations.real[0]])
 
 
 @pytest.mark.parametrize("row", FAMILIES)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from prox24_deploy.model.blocks import real_rows
-from prox24_deploy.model.grams import Grams
+from prox24_deploy.model.grams import SecondMoments
 
 CPU = torch.device("cpu")
 
@@ -15,14 +15,14 @@ def gaussian(*shape: int, seed: int) -> Tensor:
 
 
 def test_sums_equal_float64_products_over_real_rows_of_all_batches() -> None:
-    grams = Grams.empty(6, CPU)
+    moments = SecondMoments.empty(6, CPU)
     rows: list[tuple[Tensor, Tensor]] = []
     for seed in range(3):
         dense, pruned = (gaussian(4, 5, 6, seed=2 * seed + i) for i in range(2))
         real = gaussian(4, 5, seed=100 + seed) > 0
         dense[~real] = 1e6
         pruned[~real] = -1e6
-        grams.add(real_rows(dense, real), real_rows(pruned, real))
+        moments.add(real_rows(dense, real), real_rows(pruned, real))
         rows += [
             (dense[i, j].double(), pruned[i, j].double())
             for i in range(4)
@@ -30,30 +30,30 @@ def test_sums_equal_float64_products_over_real_rows_of_all_batches() -> None:
             if real[i, j]
         ]
     dense_rows, pruned_rows = (torch.stack(part) for part in zip(*rows, strict=True))
-    assert grams.tokens == len(rows)
+    assert moments.tokens == len(rows)
     for made, left, right in (
-        (grams.pruned, pruned_rows, pruned_rows),
-        (grams.cross, dense_rows, pruned_rows),
-        (grams.dense, dense_rows, dense_rows),
+        (moments.pruned, pruned_rows, pruned_rows),
+        (moments.cross, dense_rows, pruned_rows),
+        (moments.dense, dense_rows, dense_rows),
     ):
         assert made.dtype == torch.float64
         torch.testing.assert_close(made, left.T @ right, rtol=1e-6, atol=1e-5)
 
 
 def test_cross_is_dense_by_pruned_and_not_the_other_way_round() -> None:
-    grams = Grams.empty(2, CPU)
-    grams.add(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]]))
-    assert grams.cross.tolist() == [[3.0, 5.0], [6.0, 10.0]]
+    moments = SecondMoments.empty(2, CPU)
+    moments.add(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]]))
+    assert moments.cross.tolist() == [[3.0, 5.0], [6.0, 10.0]]
 
 
 def test_small_batches_are_not_lost_in_a_large_sum() -> None:
-    grams = Grams.empty(1, CPU)
+    moments = SecondMoments.empty(1, CPU)
     # In float32 2**24 + 1 is 2**24.
     large, small = torch.tensor([[4096.0]]), torch.tensor([[1.0]])
-    grams.add(large, large)
+    moments.add(large, large)
     for _ in range(100):
-        grams.add(small, small)
-    for total in (grams.pruned, grams.cross, grams.dense):
+        moments.add(small, small)
+    for total in (moments.pruned, moments.cross, moments.dense):
         assert total.item() == 2**24 + 100
 
 
@@ -63,9 +63,9 @@ def test_half_precision_activations_are_upcast_before_they_are_squared(dtype: to
     exact = rows.double().T @ rows.double()
     # 300 squared overflows float16 and needs more bits than bfloat16 has.
     assert not torch.equal((rows.T @ rows).double(), exact)
-    grams = Grams.empty(2, CPU)
-    grams.add(rows, rows)
-    for total in (grams.pruned, grams.cross, grams.dense):
+    moments = SecondMoments.empty(2, CPU)
+    moments.add(rows, rows)
+    for total in (moments.pruned, moments.cross, moments.dense):
         assert torch.equal(total, exact)
 
 
@@ -74,44 +74,44 @@ def test_relative_error_equals_the_explicit_ratio_of_output_energies() -> None:
     pruned = dense + 0.1 * gaussian(50, 8, seed=1)
     before = gaussian(5, 8, seed=2)
     after = before * (gaussian(5, 8, seed=3) > 0)
-    grams = Grams.empty(8, CPU)
-    grams.add(dense[:20], pruned[:20])
-    grams.add(dense[20:], pruned[20:])
+    moments = SecondMoments.empty(8, CPU)
+    moments.add(dense[:20], pruned[:20])
+    moments.add(dense[20:], pruned[20:])
     wanted = dense.double() @ before.double().T
     got = pruned.double() @ after.double().T
     explicit = float((wanted - got).square().sum() / wanted.square().sum())
     assert 0.1 < explicit < 2
-    assert math.isclose(grams.relative_error(before, after), explicit, rel_tol=1e-5)
+    assert math.isclose(moments.relative_error(before, after), explicit, rel_tol=1e-5)
 
 
 def test_relative_error_of_half_precision_weights_is_computed_in_float64() -> None:
     rows = gaussian(40, 4, seed=4)
     before = torch.tensor([[300.0, 1.0, -2.0, 0.5]])
     after = torch.tensor([[300.0, 1.0, -2.0, 0.0]]).half()
-    grams = Grams.empty(4, CPU)
-    grams.add(rows, rows)
+    moments = SecondMoments.empty(4, CPU)
+    moments.add(rows, rows)
     difference = rows.double() @ (before.double() - after.double()).T
     wanted = rows.double() @ before.double().T
     explicit = float(difference.square().sum() / wanted.square().sum())
-    assert math.isclose(grams.relative_error(before, after), explicit, rel_tol=1e-3)
+    assert math.isclose(moments.relative_error(before, after), explicit, rel_tol=1e-3)
 
 
 def test_relative_error_of_unchanged_weights_is_never_negative() -> None:
     for seed in range(20):
         rows, weight = gaussian(30, 12, seed=seed), gaussian(7, 12, seed=seed + 50)
-        grams = Grams.empty(12, CPU)
+        moments = SecondMoments.empty(12, CPU)
         # Inputs that differ in their last bit: rounding alone decides the sign of the sum.
-        grams.add(rows, rows * (1 + 1e-7))
-        assert 0 <= grams.relative_error(weight, weight) < 1e-6
+        moments.add(rows, rows * (1 + 1e-7))
+        assert 0 <= moments.relative_error(weight, weight) < 1e-6
 
 
 def test_relative_error_is_zero_where_the_dense_layer_outputs_nothing() -> None:
     rows = gaussian(10, 4, seed=5)
-    grams = Grams.empty(4, CPU)
-    grams.add(torch.zeros_like(rows), rows)
-    assert grams.relative_error(gaussian(3, 4, seed=6), gaussian(3, 4, seed=7)) == 0.0
-    grams.add(rows, rows)
-    assert grams.relative_error(torch.zeros(3, 4), gaussian(3, 4, seed=7)) == 0.0
+    moments = SecondMoments.empty(4, CPU)
+    moments.add(torch.zeros_like(rows), rows)
+    assert moments.relative_error(gaussian(3, 4, seed=6), gaussian(3, 4, seed=7)) == 0.0
+    moments.add(rows, rows)
+    assert moments.relative_error(torch.zeros(3, 4), gaussian(3, 4, seed=7)) == 0.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -121,6 +121,6 @@ def test_relative_error_of_broken_activations_is_not_a_small_number(bad: float) 
     broken[3, 2] = bad
     weight = gaussian(3, 4, seed=9)
     for dense, pruned in ((broken, rows), (rows, broken), (broken, broken)):
-        grams = Grams.empty(4, CPU)
-        grams.add(dense, pruned)
-        assert not math.isfinite(grams.relative_error(weight, weight))
+        moments = SecondMoments.empty(4, CPU)
+        moments.add(dense, pruned)
+        assert not math.isfinite(moments.relative_error(weight, weight))

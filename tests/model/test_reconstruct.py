@@ -10,7 +10,7 @@ from test_prune import by_name, prune_opened
 
 from prox24_deploy.errors import CalibrationError
 from prox24_deploy.model.blocks import find_blocks, run_block, run_model
-from prox24_deploy.model.flow import BlockPair, Flow, start_flow
+from prox24_deploy.model.flow import Activations, BlockPair, record_activations
 from prox24_deploy.model.layers import layer_at as linear
 from prox24_deploy.model.reconstruct import AdamOptions, Reconstruction, reconstruct_block
 from prox24_deploy.options import PruneOptions
@@ -26,15 +26,15 @@ def family(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-def first_block(opened: Opened, dense: Opened) -> tuple[BlockPair, Flow]:
+def first_block(opened: Opened, dense: Opened) -> tuple[BlockPair, Activations]:
     """The first block, its targets projected by magnitude, and text in front of it."""
     blocks = find_blocks(opened.model, opened.recipe)
-    flow = start_flow(opened.model, blocks, opened.recipe, opened.batches)
+    activations = record_activations(opened.model, blocks, opened.recipe, opened.batches)
     twin = BlockPair(0, "block", find_blocks(dense.model, dense.recipe)[0], blocks[0])
     for name in names_of(twin):
         layer = linear(twin.pruned, name)
         layer.weight.copy_(project_24(layer.weight))
-    return twin, flow
+    return twin, activations
 
 
 def names_of(twin: BlockPair) -> list[str]:
@@ -45,9 +45,9 @@ def names_of(twin: BlockPair) -> list[str]:
 def tuned(
     family: Path, prose: Path, options: AdamOptions
 ) -> tuple[BlockPair, dict[str, torch.Tensor], Reconstruction]:
-    twin, flow = first_block(open_tiny(family, prose), open_tiny(family, prose))
+    twin, activations = first_block(open_tiny(family, prose), open_tiny(family, prose))
     before = {name: p.clone() for name, p in twin.pruned.named_parameters()}
-    return twin, before, reconstruct_block(twin, names_of(twin), flow, options)
+    return twin, before, reconstruct_block(twin, names_of(twin), activations, options)
 
 
 def test_it_lowers_the_withheld_error_and_moves_kept_weights_only(
@@ -79,13 +79,20 @@ def test_what_later_blocks_make_of_the_output_counts_too(tiny_llama: Path, prose
     errors = {}
     for looks_ahead in (False, True):
         opened, dense = open_tiny(tiny_llama, prose), open_tiny(tiny_llama, prose)
-        twin, flow = first_block(opened, dense)
+        twin, activations = first_block(opened, dense)
         following = find_blocks(dense.model, dense.recipe)[1]
         seen = replace(twin, following=following if looks_ahead else None)
-        reconstruct_block(seen, names_of(twin), flow, AdamOptions(steps=60))
+        reconstruct_block(seen, names_of(twin), activations, AdamOptions(steps=60))
         outputs = [
-            run_block(following, flow.calls[0][1], run_block(block, flow.calls[0][0], hidden))
-            for block, hidden in ((twin.dense, flow.dense[0]), (twin.pruned, flow.pruned[0]))
+            run_block(
+                following,
+                activations.calls[0][1],
+                run_block(block, activations.calls[0][0], hidden),
+            )
+            for block, hidden in (
+                (twin.dense, activations.dense[0]),
+                (twin.pruned, activations.pruned[0]),
+            )
         ]
         errors[looks_ahead] = float((outputs[0] - outputs[1]).square().sum())
     assert errors[True] < errors[False]
@@ -119,10 +126,10 @@ def test_recorded_errors_belong_to_the_tuned_weights(
     opened, dense = open_tiny(tiny_llama, prose), open_tiny(tiny_llama, prose)
     state = prune_opened(opened, tmp_path, TUNED)
     blocks = find_blocks(dense.model, dense.recipe)
-    flow = start_flow(dense.model, blocks, dense.recipe, dense.batches[1:])
+    activations = record_activations(dense.model, blocks, dense.recipe, dense.batches[1:])
     inputs = torch.cat([
         blocks[0].get_submodule("input_layernorm")(hidden)[batch.real]
-        for hidden, batch in zip(flow.dense, flow.batches, strict=True)
+        for hidden, batch in zip(activations.dense, activations.batches, strict=True)
     ]).double()  # fmt: skip
     for part in ("q_proj", "v_proj"):
         name = f"model.layers.0.self_attn.{part}"

@@ -12,7 +12,7 @@ from prox24_deploy.errors import RecipeError
 from prox24_deploy.model.blocks import find_blocks, require_one_run
 from prox24_deploy.model.calibration import Batch
 from prox24_deploy.model.checkpoint import BlockStore
-from prox24_deploy.model.flow import start_flow
+from prox24_deploy.model.flow import record_activations
 from prox24_deploy.model.prune import PrunedState, prune_model
 from prox24_deploy.model.selection import left_dense
 from prox24_deploy.model.sensitivity import measure_sensitivity
@@ -99,7 +99,7 @@ class Idle(Nest):
 def test_blocks_that_do_not_run_once_each_are_refused(kind: type[Nest], told: str) -> None:
     model = kind().eval().requires_grad_(False)
     with pytest.raises(RecipeError, match=f"{kind.__name__} runs {told} in one forward pass, exp"):
-        start_flow(model, find_blocks(model, NEST), NEST, batches())
+        record_activations(model, find_blocks(model, NEST), NEST, batches())
     assert not any(block._forward_pre_hooks for block in find_blocks(model, NEST))
 
 
