@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 from rich.console import Console
 from rich.table import Table
 
-from prox24_deploy.graph.check import check_onnx
+from prox24_deploy.graph.check.check import check_onnx
 
 ROUNDS = 5
 BAR_GB_PER_S = 1.0

@@ -25,24 +25,19 @@ from rich.table import Table
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from prox24_deploy.artifacts import EngineEvidence, Interval
+from prox24_deploy.config.recipe import Recipe, parse_recipe, shipped_recipes
+from prox24_deploy.core.records import EngineEvidence, Interval
 from prox24_deploy.core.types import DType
-from prox24_deploy.engines.choice import LayerChoice
-from prox24_deploy.engines.cusparselt import compress_model
-from prox24_deploy.engines.gemm import choose_measured, gpu_profile
-from prox24_deploy.engines.planning import ShapePlan, plan_layers, plan_shapes
-from prox24_deploy.engines.profile import GpuProfile, write_profile
-from prox24_deploy.engines.torch_model import TorchModel, median_ms
-from prox24_deploy.graph.module import TORCH_DTYPES, RecipeModule
-from prox24_deploy.model.blocks import find_blocks, target_layers
-from prox24_deploy.pruning.pattern import mask_24
-from prox24_deploy.recipe import Recipe, parse_recipe, shipped_recipes
-from prox24_deploy.release.measure import (
-    MeasureOptions,
-    measure_pair,
-    speedup_interval,
-    timing,
-)
+from prox24_deploy.engines.cusparselt.backend import compress_model
+from prox24_deploy.engines.cusparselt.choice import LayerChoice
+from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
+from prox24_deploy.engines.cusparselt.planning import ShapePlan, plan_layers, plan_shapes
+from prox24_deploy.engines.cusparselt.profile import GpuProfile, write_profile
+from prox24_deploy.engines.cusparselt.torch_model import TorchModel, median_ms
+from prox24_deploy.graph.export.module import TORCH_DTYPES, RecipeModule
+from prox24_deploy.latency.measure import MeasureOptions, measure_pair, speedup_interval, timing
+from prox24_deploy.pruning.blocks import find_blocks, target_layers
+from prox24_deploy.sparsity.pattern import mask_24
 
 Shapes = Sequence[tuple[int, int]]
 

@@ -98,7 +98,7 @@ class Timeline:
 
 def write_world(folder: Path) -> None:
     """Everything that a room is filled with: two models of one shape, texts and recipes."""
-    from prox24_deploy.recipe import shipped_recipes
+    from prox24_deploy.config.recipe import shipped_recipes
 
     folder.mkdir(parents=True)
     write_directory(folder / "model", "bert", num_hidden_layers=1)

@@ -82,10 +82,6 @@ def warm_up() -> None:
     import onnxscript  # noqa: F401
     import transformers.models.bert.modeling_bert  # noqa: F401
 
-    import prox24_deploy.graph.export
-    import prox24_deploy.model.prune
-    import prox24_deploy.pipeline  # noqa: F401
-
 
 def prepare(root: Path, classes: Sequence[str]) -> Room:
     """The world, and what undisturbed builds give.

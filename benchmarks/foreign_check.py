@@ -24,8 +24,8 @@ from onnx.reference import ReferenceEvaluator
 from rich.console import Console
 from rich.table import Table
 
-from prox24_deploy.artifacts import TensorCheck
-from prox24_deploy.graph.check import check_onnx
+from prox24_deploy.core.records import TensorCheck
+from prox24_deploy.graph.check.check import check_onnx
 
 Array = npt.NDArray[Any]
 _PACKED = ("MatMulNBits",)

@@ -106,7 +106,7 @@ def fuzz(options: argparse.Namespace, rooms: Path) -> list[Row]:
 def warm_up(targets: Sequence[Target]) -> None:
     """Import what only some inputs need, so that not every process has to."""
     if any(target.room == "models" for target in targets):
-        import_module("prox24_deploy.model.prune")
+        import_module("prox24_deploy.pruning.prune")
         for family in ("bert", "llama", "t5", "vit", "whisper"):
             import_module(f"transformers.models.{family}.modeling_{family}")
 

@@ -15,7 +15,7 @@ import typer
 from fuzz_targets import Case, Target
 
 from prox24_deploy.cli.terminal import fail
-from prox24_deploy.errors import Prox24Error, explained
+from prox24_deploy.core.errors import Prox24Error, explained
 
 PACKAGE = "prox24_deploy"
 # What the command line may exit with, other than by an error.

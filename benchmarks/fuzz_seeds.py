@@ -22,9 +22,14 @@ from tiny_directories import (
 )
 
 from prox24_deploy import cli
-from prox24_deploy.engines.choice import LayerChoice
-from prox24_deploy.engines.planning import Plan, plan_layers, plan_shapes, write_plan
-from prox24_deploy.engines.profile import GemmShape, GemmTiming, GpuProfile, write_profile
+from prox24_deploy.engines.cusparselt.choice import LayerChoice
+from prox24_deploy.engines.cusparselt.planning import Plan, plan_layers, plan_shapes, write_plan
+from prox24_deploy.engines.cusparselt.profile import (
+    GemmShape,
+    GemmTiming,
+    GpuProfile,
+    write_profile,
+)
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 # Rows of tiny_families with what keeps them small, and what they are calibrated on.
@@ -103,7 +108,7 @@ def _models(room: Path) -> None:
 
 def _add_companions(folder: Path, row: str) -> None:
     """What a build also reads where it is there."""
-    from prox24_deploy.recipe import shipped_recipes
+    from prox24_deploy.config.recipe import shipped_recipes
 
     name = row.partition(",")[0]
     # Short samples, of which a forward pass takes little time.

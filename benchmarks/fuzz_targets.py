@@ -23,19 +23,22 @@ from fuzz_binaries import (
 from fuzz_documents import Spoiled, spoil_json, spoil_lines, spoil_text, spoil_toml
 from resealed import resealed
 
-from prox24_deploy.cli import building, gating, handing, judging
-from prox24_deploy.engines.planning import read_plan
-from prox24_deploy.engines.profile import GemmShape, read_profile
-from prox24_deploy.model.audio import read_recordings, read_wave
-from prox24_deploy.model.calibration import make_samples, read_texts
+from prox24_deploy.cli import build as building
+from prox24_deploy.cli import compare as gating
+from prox24_deploy.cli import inspect as judging
+from prox24_deploy.cli import package as handing
+from prox24_deploy.config.options import BuildOptions, TextOptions
+from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.data.images import Images, make_image_samples
+from prox24_deploy.data.pairs import make_pairs
+from prox24_deploy.data.recordings import read_recordings, read_wave
+from prox24_deploy.data.text import make_samples, read_texts
+from prox24_deploy.engines.cusparselt.planning import read_plan
+from prox24_deploy.engines.cusparselt.profile import GemmShape, read_profile
 from prox24_deploy.model.directory import load_model, open_model_dir
-from prox24_deploy.model.images import Images, make_image_samples
-from prox24_deploy.model.pairs import make_pairs
 from prox24_deploy.model.processors import load_image_processor, open_tokenizer
-from prox24_deploy.options import BuildOptions, TextOptions
-from prox24_deploy.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.pipeline.context import read_subject
 from prox24_deploy.sparsity.declaration import SPARSE_KEY
-from prox24_deploy.subject import read_subject
 
 Spoiler = Callable[[bytes, Random], Spoiled]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from prox24_deploy.engines.gemm import gpu_profile, measure_gemms
-from prox24_deploy.engines.profile import GemmShape, write_profile
+from prox24_deploy.engines.cusparselt.gemm import gpu_profile, measure_gemms
+from prox24_deploy.engines.cusparselt.profile import GemmShape, write_profile
 
 ROWS = (16, 128, 512, 1024, 4096, 16384)
 # (N, K) of the layers of encoders of width 768 and 1024, and of decoders from 1 to 70 billion.

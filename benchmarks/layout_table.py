@@ -1,4 +1,4 @@
-"""Write `prox24_deploy/graph/layouts.json`: what the architectures of transformers store how.
+"""Write `prox24_deploy/graph/check/layouts.json`: what the architectures of transformers store how.
 
     python benchmarks/layout_table.py
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import transformers
 from transformers.models.auto import configuration_auto
 
-TABLE = Path(__file__).parents[1] / "prox24_deploy" / "graph" / "layouts.json"
+TABLE = Path(__file__).parents[1] / "prox24_deploy" / "graph" / "check" / "layouts.json"
 _MODELS = Path(transformers.__file__).parent / "models"
 _CONV1D = re.compile(r"pytorch_utils import (\([^)]*|.*)\bConv1D\b")
 

@@ -24,10 +24,10 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper, save
 
-from prox24_deploy.artifacts import Interval
+from prox24_deploy.core.records import Interval
 from prox24_deploy.engines.base import Array, Feeds, Session
 from prox24_deploy.engines.onnxruntime import PROVIDER, OrtSession
-from prox24_deploy.release.measure import (
+from prox24_deploy.latency.measure import (
     MeasureOptions,
     latency_verdict,
     measure_pair,

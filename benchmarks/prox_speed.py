@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from prox24_deploy.pruning import prox
+from prox24_deploy.pruning.solvers import prox
 
 CELLS = 1 << 20
 ROUNDS = 5

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from prox24_deploy.pruning.prox import _prox_eager, objective_24
-from prox24_deploy.pruning.prox_cuda import admm_step_cuda, prox_24_cuda
+from prox24_deploy.pruning.solvers.prox import _prox_eager, objective_24
+from prox24_deploy.pruning.solvers.prox_cuda import admm_step_cuda, prox_24_cuda
 
 ROWS, FEATURES = 4096, 14336
 LAMBDAS = (0.3, 1.0, 10.0)

@@ -32,20 +32,26 @@ from rich.table import Table
 from rivals import GRADUAL_DAMPING, gradual_admm
 from torch import Tensor
 
-from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
-from prox24_deploy.model.calibration import thin
+from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
+from prox24_deploy.data.text import thin
+from prox24_deploy.evaluation.losses import loss_against
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.model.directory import load_model
-from prox24_deploy.model.flow import Activations, BlockPair, advance, collect, record_activations
 from prox24_deploy.model.layers import layer_at, to_matrix
-from prox24_deploy.model.losses import loss_against
-from prox24_deploy.model.prune import prune_model
-from prox24_deploy.options import BuildOptions, PruneOptions, TextOptions
-from prox24_deploy.pruning.ista import IstaOptions
-from prox24_deploy.pruning.problem import LayerProblem, damping_for, layer_problem
-from prox24_deploy.pruning.refine import masked_conjugate_gradient
-from prox24_deploy.pruning.solver import PRESETS, solve_layer
-from prox24_deploy.subject import Subject, read_subject
+from prox24_deploy.pipeline.context import Subject, read_subject
+from prox24_deploy.pruning.activations import (
+    Activations,
+    BlockPair,
+    advance,
+    collect,
+    record_activations,
+)
+from prox24_deploy.pruning.blocks import find_blocks, shared_inputs, target_layers
+from prox24_deploy.pruning.prune import prune_model
+from prox24_deploy.pruning.solvers.ista import IstaOptions
+from prox24_deploy.pruning.solvers.problem import LayerProblem, damping_for, layer_problem
+from prox24_deploy.pruning.solvers.refine import masked_conjugate_gradient
+from prox24_deploy.pruning.solvers.solver import PRESETS, solve_layer
 
 FASTER = IstaOptions(precondition=True, momentum=0.9)
 Solve = Callable[[Tensor, LayerProblem], Tensor]

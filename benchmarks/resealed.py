@@ -3,7 +3,7 @@
 import hashlib
 from typing import Any
 
-from prox24_deploy.release.manifest import canonical_json
+from prox24_deploy.bundle.manifest import canonical_json
 
 
 def resealed(manifest: dict[str, Any]) -> bytes:

@@ -8,8 +8,8 @@ with a mask where that has the prox. Written from the description, in this proje
 import torch
 from torch import Tensor
 
-from prox24_deploy.pruning.pattern import mask_24
-from prox24_deploy.pruning.problem import LayerProblem
+from prox24_deploy.pruning.solvers.problem import LayerProblem
+from prox24_deploy.sparsity.pattern import mask_24
 
 GRADUAL_DAMPING = 0.1
 

@@ -17,7 +17,7 @@ import typer
 from fuzz_documents import spoil_json
 from fuzz_targets import Case, Target, Victim
 
-from prox24_deploy.errors import ExportError, ModelDirError, UsageError
+from prox24_deploy.core.errors import ExportError, ModelDirError, UsageError
 
 
 def accept(_: Case) -> None:

@@ -21,11 +21,11 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prox24_deploy.cli import building
+from prox24_deploy.cli import build as building
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.engines.onnxruntime import OrtSession
-from prox24_deploy.pruning.pattern import is_24
-from prox24_deploy.release.schema import Report
+from prox24_deploy.report.schema import Report
+from prox24_deploy.sparsity.pattern import is_24
 
 ENCODER_LAYERS = 12
 DECODER_LAYERS = 14

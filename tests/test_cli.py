@@ -12,12 +12,13 @@ import pytest
 from command_line import run_cli
 from rich.console import Console
 
-from prox24_deploy import __version__, pipeline
-from prox24_deploy.artifacts import Estimate, LayerRecord, Metric, TensorCheck
+from prox24_deploy import __version__
 from prox24_deploy.cli import tables
-from prox24_deploy.cli.arguments import hoist_common, join_shapes
-from prox24_deploy.errors import EngineError, UsageError
-from prox24_deploy.options import parse_shapes
+from prox24_deploy.cli.options import hoist_common, join_shapes
+from prox24_deploy.config.options import parse_shapes
+from prox24_deploy.core.errors import EngineError, UsageError
+from prox24_deploy.core.records import Estimate, LayerRecord, Metric, TensorCheck
+from prox24_deploy.pipeline import run as pipeline
 
 
 def raises(error: BaseException) -> Callable[..., None]:

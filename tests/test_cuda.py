@@ -9,11 +9,11 @@ import torch
 from command_line import run_cli, snapshot
 from safetensors.torch import load_file
 
-from prox24_deploy.engines.gemm import gpu_profile, measure_gemms
-from prox24_deploy.engines.planning import read_plan, write_plan
-from prox24_deploy.engines.profile import GemmShape, GemmTiming, write_profile
-from prox24_deploy.pruning.pattern import is_24
-from prox24_deploy.pruning.prox import objective_24, prox_24
+from prox24_deploy.engines.cusparselt.gemm import gpu_profile, measure_gemms
+from prox24_deploy.engines.cusparselt.planning import read_plan, write_plan
+from prox24_deploy.engines.cusparselt.profile import GemmShape, GemmTiming, write_profile
+from prox24_deploy.pruning.solvers.prox import objective_24, prox_24
+from prox24_deploy.sparsity.pattern import is_24
 
 pytestmark = pytest.mark.gpu
 SMALL = ("--calibration-tokens", "4096", "--evaluation-tokens", "1024")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prox24_deploy.documents import (
+from prox24_deploy.core.documents import (
     MOST_DEPTH,
     MOST_TOML_BYTES,
     Document,
@@ -24,7 +24,7 @@ from prox24_deploy.documents import (
     read_json,
     read_toml_text,
 )
-from prox24_deploy.errors import UsageError
+from prox24_deploy.core.errors import UsageError
 
 PAGE = Document("Page p.json", UsageError, "write it again")
 

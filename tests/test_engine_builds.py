@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from command_line import ANY_EMBEDDING, run_cli
 
-from prox24_deploy.engines import tensorrt
-from prox24_deploy.options import parse_capabilities
-from prox24_deploy.release.schema import load_report
+from prox24_deploy.config.options import parse_capabilities
+from prox24_deploy.engines.tensorrt import backend as tensorrt
+from prox24_deploy.report.schema import load_report
 
 SMALL = (
     "--calibration-tokens", "4096", "--evaluation-tokens", "1024", "--method", "magnitude",

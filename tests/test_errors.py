@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from prox24_deploy import errors
-from prox24_deploy.errors import Prox24Error, explained
-from prox24_deploy.files import writing
+from prox24_deploy.core import errors
+from prox24_deploy.core.atomic import writing
+from prox24_deploy.core.errors import Prox24Error, explained
 
 EXIT_CODES = {
     "Prox24Error": 1,
@@ -100,8 +100,8 @@ def test_a_file_limit_is_one_sentence_and_leaves_nothing_half_written(tmp_path: 
     script = f"""
 import resource, sys
 from pathlib import Path
-from prox24_deploy.errors import explained
-from prox24_deploy.files import write_atomic
+from prox24_deploy.core.errors import explained
+from prox24_deploy.core.atomic import write_atomic
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     write_atomic(Path({str(tmp_path / "file")!r}), bytes(5000))

@@ -20,8 +20,8 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from prox24_deploy.recipe import parse_recipe, shipped_recipes
-from prox24_deploy.release.schema import load_report
+from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.report.schema import load_report
 
 HALVES = [name for name in FAMILIES if (name, "float16") not in REFUSED_DTYPES]
 AXES = {"tiny_gpt2": 0, "tiny_qwen3": 1}

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from prox24_deploy.errors import explained
-from prox24_deploy.files import copy_file, make_folder, write_atomic
+from prox24_deploy.core.atomic import copy_file, make_folder, write_atomic
+from prox24_deploy.core.errors import explained
 
 
 def test_atomic_write_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:

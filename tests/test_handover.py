@@ -20,9 +20,9 @@ from PIL import Image
 from tiny_models import write_tiny_bert
 from triton_definition import data_type_name, parse_config
 
-from prox24_deploy.release.manifest import hash_file, read_manifest, write_manifest
-from prox24_deploy.release.render import estimate
-from prox24_deploy.release.schema import load_report
+from prox24_deploy.bundle.manifest import hash_file, read_manifest, write_manifest
+from prox24_deploy.report.render import estimate
+from prox24_deploy.report.schema import load_report
 
 FAST = ("--preset", "fast", "--calibration-tokens", "4096", "--evaluation-tokens", "2048")
 SOURCE_CARD = """---
@@ -452,7 +452,7 @@ def test_a_card_that_a_kill_left_does_not_prune_again(
     def pruned_again(*_: object, **__: object) -> None:
         raise AssertionError("the stage ran again")
 
-    monkeypatch.setattr("prox24_deploy.model.prune.prune_directory", pruned_again)
+    monkeypatch.setattr("prox24_deploy.pruning.prune.prune_directory", pruned_again)
     rebuild(encoder, copy, prose)
     assert card.read_bytes() == sound
     (copy / "pruned" / "config.json").write_bytes(b"{}")

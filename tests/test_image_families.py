@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from prox24_deploy.release.schema import Report, load_report
+from prox24_deploy.report.schema import Report, load_report
 
 SIDE = 32
 LABELS = {0: "cat", 1: "dog", 2: "bird", 3: "cow"}

@@ -3,9 +3,7 @@ from typing import get_args
 
 import pytest
 
-from prox24_deploy.core.types import Task
-from prox24_deploy.errors import RecipeError, UsageError
-from prox24_deploy.limits import (
+from prox24_deploy.config.limits import (
     DEFAULT_METRICS,
     Limits,
     MetricLimits,
@@ -16,9 +14,11 @@ from prox24_deploy.limits import (
     limits_of,
     read_limits,
 )
-from prox24_deploy.metrics import is_direct, metrics_of
-from prox24_deploy.options import parse_losses
-from prox24_deploy.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.config.options import parse_losses
+from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.core.errors import RecipeError, UsageError
+from prox24_deploy.core.metrics import is_direct, metrics_of
+from prox24_deploy.core.types import Task
 
 BERT = (Path(__file__).parents[1] / "export" / "bert.toml").read_text(encoding="utf-8")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from prox24_deploy.metrics import METRICS, is_bounded, is_direct, metrics_of, plain_name
+from prox24_deploy.core.metrics import METRICS, is_bounded, is_direct, metrics_of, plain_name
 
 MODEL = Path(__file__).parents[1] / "prox24_deploy" / "model"
 

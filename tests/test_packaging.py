@@ -49,7 +49,7 @@ def test_the_installed_package_finds_its_recipes(wheel: Path, tmp_path: Path) ->
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]);"
         "import prox24_deploy; assert prox24_deploy.__file__.startswith(sys.argv[1]);"
-        "from prox24_deploy.recipe import shipped_recipes;"
+        "from prox24_deploy.config.recipe import shipped_recipes;"
         "print(sorted(shipped_recipes()))"
     )
     ran = subprocess.run(

@@ -17,7 +17,7 @@ from groovy_parser.parser import parse_and_digest_groovy_content
 from lark.exceptions import LarkError
 from untraced import untraced
 
-from prox24_deploy.cli.app import app
+from prox24_deploy.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "pipelines"

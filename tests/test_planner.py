@@ -7,7 +7,12 @@ import pytest
 import torch
 from command_line import ANY_EMBEDDING, run_cli
 
-from prox24_deploy.engines.profile import GemmShape, GemmTiming, GpuProfile, write_profile
+from prox24_deploy.engines.cusparselt.profile import (
+    GemmShape,
+    GemmTiming,
+    GpuProfile,
+    write_profile,
+)
 
 SHAPES = ("--shapes", "batch=1,2", "sequence=16")
 SMALL = ("--calibration-tokens", "4096", *SHAPES)

@@ -5,7 +5,7 @@ import unicodedata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prox24_deploy.printable import MOST_CHARACTERS, MOST_OF_A_WORD, printable, shortened
+from prox24_deploy.core.printable import MOST_CHARACTERS, MOST_OF_A_WORD, printable, shortened
 
 TEXT = st.text(st.characters(exclude_categories=[]), max_size=40)
 

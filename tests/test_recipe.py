@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from prox24_deploy.errors import RecipeError
-from prox24_deploy.recipe import (
+from prox24_deploy.config.recipe import (
     dynamic_names,
     parse_recipe,
     read_recipe,
@@ -14,6 +13,7 @@ from prox24_deploy.recipe import (
     shape_of,
     shipped_recipes,
 )
+from prox24_deploy.core.errors import RecipeError
 
 EXPORT = Path(__file__).parents[1] / "export"
 HEAD = """

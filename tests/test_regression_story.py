@@ -15,10 +15,10 @@ from command_line import ANY_EMBEDDING, run_cli, snapshot
 from junitparser import Error, Failure, JUnitXml, Skipped
 from markdown_it import MarkdownIt
 
-from prox24_deploy.artifacts import Engine
+from prox24_deploy.core.records import Engine
 from prox24_deploy.engines.base import Array, Feeds, Session
 from prox24_deploy.engines.onnxruntime import OnnxRuntime
-from prox24_deploy.release.schema import Report
+from prox24_deploy.report.schema import Report
 
 SMALL = (
     "--calibration-tokens", "4096", "--evaluation-tokens", "2048", "--shapes", "batch=2",

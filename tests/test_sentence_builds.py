@@ -15,8 +15,8 @@ from tiny_models import write_tiny_bert
 from tiny_sentences import HIDDEN, NORMALIZE, dense, pooling, write_json, write_modules
 from transformers import AutoTokenizer
 
-from prox24_deploy.recipe import EMBEDDING
-from prox24_deploy.release.report import Report, load_report
+from prox24_deploy.config.recipe import EMBEDDING
+from prox24_deploy.report.assemble import Report, load_report
 
 SMALL = (
     "--calibration-tokens", "2048", "--method", "magnitude", "--shapes", "batch=1", "sequence=8",

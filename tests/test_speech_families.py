@@ -12,7 +12,7 @@ from command_line import run_cli
 from tiny_models import write_recordings, write_tiny_whisper
 from transformers import AutoModelForSpeechSeq2Seq
 
-from prox24_deploy.release.schema import load_report
+from prox24_deploy.report.schema import load_report
 
 START, POSITIONS = 2, 24
 

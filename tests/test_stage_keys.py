@@ -13,15 +13,10 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from prox24_deploy import engine_accuracy, engine_stages, pipeline, stages, task_accuracy
-from prox24_deploy.artifacts import TextSource
-from prox24_deploy.engines.cusparselt import CuSparseLt
-from prox24_deploy.engines.profile import GemmShape, GemmTiming, GpuProfile
-from prox24_deploy.engines.tensorrt import TensorRt
-from prox24_deploy.fingerprint import Fingerprinted, fields_of, fingerprint, is_unkeyed, unkeyed
-from prox24_deploy.model.calibration import Batch, Samples
-from prox24_deploy.model.directory import ModelDir
-from prox24_deploy.options import (
+from prox24_deploy.bundle.bundle import Bundle
+from prox24_deploy.bundle.manifest import read_manifest
+from prox24_deploy.bundle.stage import Artifact, Stage, stage_key
+from prox24_deploy.config.options import (
     BuildOptions,
     EngineOptions,
     HarnessOptions,
@@ -29,12 +24,26 @@ from prox24_deploy.options import (
     TensorRtOptions,
     TextOptions,
 )
-from prox24_deploy.recipe import Recipe, shipped_recipes
-from prox24_deploy.release.bundle import Bundle
-from prox24_deploy.release.manifest import read_manifest
-from prox24_deploy.release.stage import Artifact, Stage, stage_key
-from prox24_deploy.snapshot import FileState, Snapshot
-from prox24_deploy.task_accuracy import TaskData
+from prox24_deploy.config.recipe import Recipe, shipped_recipes
+from prox24_deploy.core.fingerprint import (
+    Fingerprinted,
+    fields_of,
+    fingerprint,
+    is_unkeyed,
+    unkeyed,
+)
+from prox24_deploy.core.records import TextSource
+from prox24_deploy.core.snapshot import FileState, Snapshot
+from prox24_deploy.data.text import Batch, Samples
+from prox24_deploy.engines.cusparselt.backend import CuSparseLt
+from prox24_deploy.engines.cusparselt.profile import GemmShape, GemmTiming, GpuProfile
+from prox24_deploy.engines.tensorrt.backend import TensorRt
+from prox24_deploy.model.directory import ModelDir
+from prox24_deploy.pipeline import run as pipeline
+from prox24_deploy.pipeline.stages import engine_accuracy, stages
+from prox24_deploy.pipeline.stages import engines as engine_stages
+from prox24_deploy.pipeline.stages import harness as task_accuracy
+from prox24_deploy.pipeline.stages.harness import TaskData
 
 # Every field that no key has, with what its reason must speak of.
 UNKEYED = {

@@ -10,13 +10,15 @@ from command_line import run_cli, snapshot
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_bert
 
-from prox24_deploy import engine_stages, pipeline, task_accuracy
-from prox24_deploy.errors import BackendMissingError, BundleError, ModelDirError, Prox24Error
-from prox24_deploy.options import BuildOptions, EngineOptions, PruneOptions, TextOptions
-from prox24_deploy.recipe import shipped_recipes
-from prox24_deploy.release.bundle import open_bundle
-from prox24_deploy.release.manifest import read_manifest, verify
-from prox24_deploy.stages import PRUNE
+from prox24_deploy.bundle.bundle import open_bundle
+from prox24_deploy.bundle.manifest import read_manifest, verify
+from prox24_deploy.config.options import BuildOptions, EngineOptions, PruneOptions, TextOptions
+from prox24_deploy.config.recipe import shipped_recipes
+from prox24_deploy.core.errors import BackendMissingError, BundleError, ModelDirError, Prox24Error
+from prox24_deploy.pipeline import run as pipeline
+from prox24_deploy.pipeline.stages import engines as engine_stages
+from prox24_deploy.pipeline.stages import harness as task_accuracy
+from prox24_deploy.pipeline.stages.stages import PRUNE
 
 Progress = Callable[[str, int, int], None]
 

@@ -13,8 +13,8 @@ from command_line import Run, run_cli
 from safetensors.torch import save_file
 
 import prox24_deploy.cli
-from prox24_deploy import pipeline
-from prox24_deploy.errors import UsageError
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.pipeline import run as pipeline
 
 HOSTILE = {
     "colour": "\x1b[31mred",
@@ -69,7 +69,7 @@ def test_folders_are_shown_as_they_are(name: str, tmp_path: Path) -> None:
 
 
 def test_a_bundle_in_a_folder_of_markup_verifies(tmp_path: Path) -> None:
-    from prox24_deploy.release.bundle import open_bundle
+    from prox24_deploy.bundle.bundle import open_bundle
 
     for name in ("o[/b]", "o[bold]"):
         with open_bundle(tmp_path / name) as bundle:

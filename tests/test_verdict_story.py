@@ -8,7 +8,7 @@ import pytest
 from command_line import Run, run_cli
 from markdown_it import MarkdownIt
 
-from prox24_deploy.release.schema import load_report
+from prox24_deploy.report.schema import load_report
 
 SMALL = (
     "--calibration-tokens", "2048", "--method", "magnitude", "--shapes", "batch=1", "sequence=8",

@@ -1,5 +1,5 @@
 """The command line: the only room that prints or exits."""
 
-from prox24_deploy.cli.app import main
+from prox24_deploy.cli.main import main
 
 __all__ = ["main"]

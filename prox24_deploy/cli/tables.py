@@ -9,19 +9,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from prox24_deploy.artifacts import Estimate, LatencyRow, LayerRecord, Metric, TensorCheck
 from prox24_deploy.cli.terminal import plain
+from prox24_deploy.core.records import Estimate, LatencyRow, LayerRecord, Metric, TensorCheck
 
 # Of a name or a reason; a table of many rows has little room for one.
 _MOST_OF_A_CELL = 600
 
 if TYPE_CHECKING:
-    from prox24_deploy.engines.planning import LayerPlan, Plan
-    from prox24_deploy.graph.judgement import CheckReport
-    from prox24_deploy.release.baseline import BaselineFile
-    from prox24_deploy.release.environment import Diagnosis
-    from prox24_deploy.release.report import Report
-    from prox24_deploy.release.schema import Comparison
+    from prox24_deploy.bundle.environment import Diagnosis
+    from prox24_deploy.engines.cusparselt.planning import LayerPlan, Plan
+    from prox24_deploy.graph.check.judgement import CheckReport
+    from prox24_deploy.regression.baseline import BaselineFile
+    from prox24_deploy.report.assemble import Report
+    from prox24_deploy.report.schema import Comparison
 
 
 def metric_line(metric: Metric) -> str:

@@ -11,8 +11,8 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from prox24_deploy.errors import Prox24Error, explained
-from prox24_deploy.printable import MOST_CHARACTERS, printable, shortened
+from prox24_deploy.core.errors import Prox24Error, explained
+from prox24_deploy.core.printable import MOST_CHARACTERS, printable, shortened
 
 # Columns of a table that goes to a file or a pipe.
 _LOG_WIDTH = 400

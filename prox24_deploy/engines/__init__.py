@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prox24_deploy.config.options import EngineOptions
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import UsageError
 from prox24_deploy.engines.base import Backend
-from prox24_deploy.errors import UsageError
-from prox24_deploy.options import EngineOptions
-from prox24_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
-    from prox24_deploy.engines.profile import GpuProfile
+    from prox24_deploy.engines.cusparselt.profile import GpuProfile
 
 AVAILABLE_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "cusparselt")
 
@@ -48,8 +48,8 @@ def backend_by_name(name: str, options: EngineOptions, origin: Origin) -> Backen
 
             return OnnxRuntime()
         case "cusparselt":
-            from prox24_deploy.engines.cusparselt import CuSparseLt
-            from prox24_deploy.engines.torch_model import require_gpu
+            from prox24_deploy.engines.cusparselt.backend import CuSparseLt
+            from prox24_deploy.engines.cusparselt.torch_model import require_gpu
 
             require_one_graph(origin.recipe, "Backend 'cusparselt'")
             require_gpu("Backend 'cusparselt'", "--backend onnxruntime")
@@ -57,7 +57,7 @@ def backend_by_name(name: str, options: EngineOptions, origin: Origin) -> Backen
                 origin.dense, origin.dense_sha256, origin.recipe, options, origin.gemms
             )
         case "tensorrt" | "tensorrt-rtx":
-            from prox24_deploy.engines.tensorrt import open_tensorrt
+            from prox24_deploy.engines.tensorrt.backend import open_tensorrt
 
             return open_tensorrt("tensorrt" if name == "tensorrt" else "tensorrt_rtx", options)
         case _:

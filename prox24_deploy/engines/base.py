@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from prox24_deploy.artifacts import Engine, EngineEvidence, OnnxModel, TensorCheck
+from prox24_deploy.core.records import Engine, EngineEvidence, OnnxModel, TensorCheck
 from prox24_deploy.core.types import Twin
 
 Array = npt.NDArray[Any]

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import ml_dtypes  # noqa: F401 - makes "bfloat16" a dtype that numpy knows
 import numpy as np
 
+from prox24_deploy.config.recipe import TensorSpec, shape_of
 from prox24_deploy.core.types import DType
 from prox24_deploy.engines.base import Array, Feeds
-from prox24_deploy.recipe import TensorSpec, shape_of
 
 
 def random_feeds(

@@ -17,19 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from prox24_deploy.artifacts import (
-    Engine,
-    EngineEvidence,
-    LayerEvidence,
-    OnnxModel,
-    TensorCheck,
-)
+from prox24_deploy.core.atomic import write_atomic
+from prox24_deploy.core.documents import Document, read_json
+from prox24_deploy.core.errors import BackendMissingError, EngineError
+from prox24_deploy.core.host import cpu_model
+from prox24_deploy.core.records import Engine, EngineEvidence, LayerEvidence, OnnxModel, TensorCheck
 from prox24_deploy.core.types import Twin
-from prox24_deploy.documents import Document, read_json
 from prox24_deploy.engines.base import Array, Feeds
-from prox24_deploy.engines.host import cpu_model
-from prox24_deploy.errors import BackendMissingError, EngineError
-from prox24_deploy.files import write_atomic
 
 logger = logging.getLogger(__name__)
 

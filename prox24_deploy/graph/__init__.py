@@ -1,1 +1,1 @@
-"""The ONNX side: export a module and prove the 2:4 pattern on the file."""
+"""The ONNX side: export a module, compare it with PyTorch, prove the 2:4 pattern on the file."""

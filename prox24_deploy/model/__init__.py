@@ -1,1 +1,1 @@
-"""The Hugging Face side: open a model directory, calibrate, prune, evaluate."""
+"""A Hugging Face model: its directory, its layers, what it writes, and the pruned directory."""

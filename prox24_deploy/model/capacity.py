@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.model.config_file import CONFIG_FILE
 
 # Keys of what a model is built of, one after the other.

@@ -15,15 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prox24_deploy.artifacts import LayerRecord
-from prox24_deploy.errors import ModelDirError, RecipeError, SparsityLostError
-from prox24_deploy.files import copy_file, make_folder, writing
+from prox24_deploy.config.recipe import RECIPE_FILE, SENTENCE_MODULES
+from prox24_deploy.core.atomic import copy_file, make_folder, writing
+from prox24_deploy.core.errors import ModelDirError, RecipeError, SparsityLostError
+from prox24_deploy.core.records import LayerRecord
 from prox24_deploy.model.directory import CARD_FILE, ModelDir, companion_files
 from prox24_deploy.model.layers import is_layer
 from prox24_deploy.model.shards import INDEX_FILE, is_single
-from prox24_deploy.pruning.pattern import first_violation
-from prox24_deploy.recipe import RECIPE_FILE, SENTENCE_MODULES
 from prox24_deploy.sparsity.declaration import SPARSE_KEY
+from prox24_deploy.sparsity.pattern import first_violation
 
 _RECORDS = TypeAdapter(tuple[LayerRecord, ...])
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prox24_deploy.documents import Document, read_json, reason_of
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.core.documents import Document, read_json, reason_of
+from prox24_deploy.core.errors import ModelDirError
 
 CONFIG_FILE = "config.json"
 

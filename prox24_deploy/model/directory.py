@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from prox24_deploy.artifacts import ModelInfo
+from prox24_deploy.config.recipe import RECIPE_FILE, Recipe
+from prox24_deploy.core.documents import files_below, reason_of
+from prox24_deploy.core.errors import ModelDirError, RecipeError
+from prox24_deploy.core.records import ModelInfo
+from prox24_deploy.core.snapshot import Snapshot, take_snapshot
 from prox24_deploy.core.types import Task
-from prox24_deploy.documents import files_below, reason_of
-from prox24_deploy.errors import ModelDirError, RecipeError
 from prox24_deploy.model.capacity import require_counts, require_size
 from prox24_deploy.model.config_file import read_config
 from prox24_deploy.model.refusals import (
@@ -36,8 +38,6 @@ from prox24_deploy.model.shards import (
     is_single,
     sound_tensors,
 )
-from prox24_deploy.recipe import RECIPE_FILE, Recipe
-from prox24_deploy.snapshot import Snapshot, take_snapshot
 
 log = logging.getLogger(__name__)
 

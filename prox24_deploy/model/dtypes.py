@@ -7,12 +7,12 @@ from typing import get_args
 
 from torch import nn
 
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.types import DType
-from prox24_deploy.errors import ModelDirError
 from prox24_deploy.model.directory import ModelDir
+from prox24_deploy.model.recipe_template import without_weights
 from prox24_deploy.model.shards import StoredTensor
-from prox24_deploy.model.skeleton import without_weights
-from prox24_deploy.recipe import Recipe
 
 
 def settled_dtype(directory: ModelDir, recipe: Recipe, asked: DType | None) -> DType:

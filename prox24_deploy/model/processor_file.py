@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prox24_deploy.documents import Document, read_json
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.core.documents import Document, read_json
+from prox24_deploy.core.errors import ModelDirError
 
 # Where processors are described; the first is of the processor of a model with several.
 FILES = ("processor_config.json", "preprocessor_config.json")

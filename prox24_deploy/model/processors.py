@@ -9,8 +9,8 @@ from typing import Any
 
 from tokenizers import normalizers
 
-from prox24_deploy.documents import reason_of
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.core.documents import reason_of
+from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.model.config_file import blame_config
 from prox24_deploy.model.directory import ModelDir, quiet_transformers
 from prox24_deploy.model.processor_file import require_usable_sizes

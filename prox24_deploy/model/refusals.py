@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from prox24_deploy.documents import Document, read_json
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.core.documents import Document, read_json
+from prox24_deploy.core.errors import ModelDirError
 
 _ADAPTER_FILE = "adapter_config.json"
 # Keys under which the configuration of a model, or of a part of it, says how it was quantised.

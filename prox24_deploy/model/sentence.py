@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
+from prox24_deploy.config.recipe import EMBEDDING, PoolingMode, Recipe, TensorSpec
+from prox24_deploy.core.documents import Document, read_json
+from prox24_deploy.core.errors import ModelDirError, RecipeError
 from prox24_deploy.core.types import EMBEDS_TEXT
-from prox24_deploy.documents import Document, read_json
-from prox24_deploy.errors import ModelDirError, RecipeError
-from prox24_deploy.recipe import EMBEDDING, PoolingMode, Recipe, TensorSpec
 
 MODULES_FILE = "modules.json"
 WEIGHTS_FILE = "model.safetensors"

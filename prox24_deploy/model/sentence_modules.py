@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.config.recipe import EMBEDDING, SENTENCE_MODULES, PoolingMode, Recipe
+from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.model.sentence import WEIGHTS_FILE, SentenceModule, SentencePipeline, settled
-from prox24_deploy.recipe import EMBEDDING, SENTENCE_MODULES, PoolingMode, Recipe
 
 _Pool = Callable[[Tensor, Tensor], Tensor]
 

@@ -7,8 +7,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from prox24_deploy.documents import Document, is_file_name, read_json, reason_of, require_readable
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.core.documents import (
+    Document,
+    is_file_name,
+    read_json,
+    reason_of,
+    require_readable,
+)
+from prox24_deploy.core.errors import ModelDirError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from prox24_deploy.errors import ModelDirError
-from prox24_deploy.model.calibration import Batch
+from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.data.text import Batch
 from prox24_deploy.model.directory import ModelDir
 
 # Keys of config.json whose tokens a model pads with, starts from or ends with.

@@ -1,1 +1,1 @@
-"""Pure numerics of 2:4 pruning: tensors in, tensors out."""
+"""Prune a model block by block: activations, second moments, which layers, and how."""

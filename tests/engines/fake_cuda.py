@@ -15,19 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.types import DType
-from prox24_deploy.engines import (
-    cuda_graph,
-    cusparselt,
-    cusparselt_plan,
-    gemm,
-    gemm_job,
-    torch_model,
-    trials,
-)
-from prox24_deploy.engines.linear import SparseLinear
-from prox24_deploy.engines.profile import GemmShape, GpuProfile
-from prox24_deploy.engines.trials import Trial
-from prox24_deploy.pruning.pattern import is_24
+from prox24_deploy.engines.cusparselt import backend as cusparselt
+from prox24_deploy.engines.cusparselt import cuda_graph, gemm, gemm_job, torch_model, trials
+from prox24_deploy.engines.cusparselt import matmul as cusparselt_plan
+from prox24_deploy.engines.cusparselt.linear import SparseLinear
+from prox24_deploy.engines.cusparselt.profile import GemmShape, GpuProfile
+from prox24_deploy.engines.cusparselt.trials import Trial
+from prox24_deploy.sparsity.pattern import is_24
 
 CARD = "a stand-in for a GPU"
 SPARSE, DENSE = "stand_in_sparse_gemm", "stand_in_gemm"

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from prox24_deploy.artifacts import OnnxModel
+from prox24_deploy.core.records import OnnxModel
 from prox24_deploy.core.types import DType
 
 OPSET = 20

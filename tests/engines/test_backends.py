@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from prox24_deploy.config.options import EngineOptions
+from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.core.errors import BackendMissingError, Prox24Error, UsageError
 from prox24_deploy.engines import AVAILABLE_BACKENDS, Origin, backend_by_name
 from prox24_deploy.engines.onnxruntime import OnnxRuntime
-from prox24_deploy.errors import BackendMissingError, Prox24Error, UsageError
-from prox24_deploy.options import EngineOptions
-from prox24_deploy.recipe import parse_recipe, shipped_recipes
 
 ORIGIN = Origin(Path("model"), "", parse_recipe(shipped_recipes()["bert"], "bert"))
 

@@ -12,20 +12,20 @@ from command_line import ANY_EMBEDDING, run_cli, snapshot
 from fake_cuda import CARD, DENSE, SPARSE, Machine, install
 from torch import nn
 
-from prox24_deploy.artifacts import Engine, OnnxModel
-from prox24_deploy.engine_stages import COMPILE
-from prox24_deploy.engines import cuda_graph, kernels
-from prox24_deploy.engines.cuda_graph import GraphSession
-from prox24_deploy.engines.cusparselt import CuSparseLt
-from prox24_deploy.engines.gemm import measure_gemms, time_gemm
-from prox24_deploy.engines.linear import SparseLinear
-from prox24_deploy.engines.profile import GemmShape, GpuProfile
-from prox24_deploy.engines.torch_model import compare_outputs, open_torch_model
-from prox24_deploy.errors import EngineError, ModelDirError
+from prox24_deploy.bundle.bundle import open_bundle
+from prox24_deploy.config.options import EngineOptions
+from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.core.errors import EngineError, ModelDirError
+from prox24_deploy.core.records import Engine, OnnxModel
+from prox24_deploy.engines.cusparselt import cuda_graph, kernels
+from prox24_deploy.engines.cusparselt.backend import CuSparseLt
+from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
+from prox24_deploy.engines.cusparselt.gemm import measure_gemms, time_gemm
+from prox24_deploy.engines.cusparselt.linear import SparseLinear
+from prox24_deploy.engines.cusparselt.profile import GemmShape, GpuProfile
+from prox24_deploy.engines.cusparselt.torch_model import compare_outputs, open_torch_model
 from prox24_deploy.model.directory import open_model_dir
-from prox24_deploy.options import EngineOptions
-from prox24_deploy.recipe import parse_recipe, shipped_recipes
-from prox24_deploy.release.bundle import open_bundle
+from prox24_deploy.pipeline.stages.engines import COMPILE
 
 SHAPES = ("--shapes", "batch=1,2", "sequence=16")
 SMALL = (

@@ -14,26 +14,26 @@ import torch
 from tiny_models import write_tiny_bart, write_tiny_classifier
 from torch import nn
 
-from prox24_deploy.artifacts import Engine, Estimate, Metric
-from prox24_deploy.engines import accuracy
-from prox24_deploy.engines.accuracy import (
+from prox24_deploy.config.recipe import Recipe, TensorSpec, select_recipe
+from prox24_deploy.core.errors import EngineError, ModelDirError
+from prox24_deploy.core.records import Engine, Estimate, Metric
+from prox24_deploy.data.pairs import make_pairs, start_token
+from prox24_deploy.data.subset import EngineShapes
+from prox24_deploy.data.text import Samples, make_samples, read_texts
+from prox24_deploy.engines.base import Array, Feeds
+from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
+from prox24_deploy.evaluation import parity as accuracy
+from prox24_deploy.evaluation.evaluate import next_logits, window_nll
+from prox24_deploy.evaluation.parity import (
     METRIC_TOLERANCES,
     Question,
     fidelity_of,
     measure_accuracy,
 )
-from prox24_deploy.engines.as_model import EngineModel, Graph, TorchGraph
-from prox24_deploy.engines.base import Array, Feeds
-from prox24_deploy.errors import EngineError, ModelDirError
-from prox24_deploy.graph.module import RecipeModule
-from prox24_deploy.model.blocks import run_model
-from prox24_deploy.model.calibration import Samples, make_samples, read_texts
+from prox24_deploy.graph.export.module import RecipeModule
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
-from prox24_deploy.model.evaluate import next_logits, window_nll
-from prox24_deploy.model.pairs import make_pairs, start_token
 from prox24_deploy.model.processors import load_tokenizer
-from prox24_deploy.model.subset import EngineShapes
-from prox24_deploy.recipe import Recipe, TensorSpec, select_recipe
+from prox24_deploy.pruning.blocks import run_model
 
 CPU = torch.device("cpu")
 

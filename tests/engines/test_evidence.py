@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from prox24_deploy.artifacts import BuilderSparsity, Kernel, LayerEvidence, TensorCheck
-from prox24_deploy.engines.evidence import (
+from prox24_deploy.core.records import BuilderSparsity, Kernel, LayerEvidence, TensorCheck
+from prox24_deploy.engines.tensorrt.evidence import (
     engine_evidence,
     is_sparse_kernel,
     parse_builder,

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from prox24_deploy.config.recipe import TensorSpec
 from prox24_deploy.engines.feeds import random_feeds
-from prox24_deploy.recipe import TensorSpec
 
 
 def spec(name: str, *axes: str | int, floats: bool = False) -> TensorSpec:

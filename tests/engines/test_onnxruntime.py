@@ -8,11 +8,11 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from prox24_deploy.artifacts import Engine, OnnxModel, TensorCheck
+from prox24_deploy.core.errors import BackendMissingError, EngineError
+from prox24_deploy.core.host import cpu_model
+from prox24_deploy.core.records import Engine, OnnxModel, TensorCheck
 from prox24_deploy.core.types import DType
-from prox24_deploy.engines.host import cpu_model
 from prox24_deploy.engines.onnxruntime import NO_SPARSE_KERNELS, PROVIDER, OnnxRuntime
-from prox24_deploy.errors import BackendMissingError, EngineError
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3)
 

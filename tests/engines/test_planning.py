@@ -8,19 +8,24 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from prox24_deploy.artifacts import Estimate
-from prox24_deploy.engines.choice import choose
-from prox24_deploy.engines.cusparselt import explain
-from prox24_deploy.engines.linear import LayerUse, layer_uses, replace_layers, two_four_layers
-from prox24_deploy.engines.planning import (
+from prox24_deploy.core.errors import EngineError, UsageError
+from prox24_deploy.core.records import Estimate
+from prox24_deploy.engines.cusparselt.backend import explain
+from prox24_deploy.engines.cusparselt.choice import choose
+from prox24_deploy.engines.cusparselt.linear import (
+    LayerUse,
+    layer_uses,
+    replace_layers,
+    two_four_layers,
+)
+from prox24_deploy.engines.cusparselt.planning import (
     Plan,
     plan_layers,
     plan_shapes,
     read_plan,
     write_plan,
 )
-from prox24_deploy.engines.profile import GemmShape, GemmTiming, GpuProfile
-from prox24_deploy.errors import EngineError, UsageError
+from prox24_deploy.engines.cusparselt.profile import GemmShape, GemmTiming, GpuProfile
 
 # Microseconds dense and sparse of three layers at 128 and 1024 rows.
 TIMES = {

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prox24_deploy.engines.profile import (
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.engines.cusparselt.profile import (
     GemmShape,
     GemmTiming,
     GpuProfile,
@@ -15,7 +16,6 @@ from prox24_deploy.engines.profile import (
     shipped_profiles,
     write_profile,
 )
-from prox24_deploy.errors import UsageError
 
 SIZES = st.sampled_from([64, 768, 1024, 4096, 14336])
 SHAPES = st.builds(GemmShape, SIZES, SIZES, SIZES)

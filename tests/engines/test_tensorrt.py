@@ -17,12 +17,13 @@ import pytest
 from fake_tensorrt import Version, library, said
 from tensorrt_models import write_decoder, write_model
 
-from prox24_deploy.artifacts import BuilderSparsity, Engine, Kernel, OnnxModel, TensorCheck
-from prox24_deploy.engines import tensorrt, tensorrt_job
-from prox24_deploy.engines.tensorrt import TensorRt, open_tensorrt, profile_of
-from prox24_deploy.engines.tensorrt_job import run_job
-from prox24_deploy.errors import BackendMissingError, EngineError, UsageError
-from prox24_deploy.options import Compatibility, EngineOptions, TensorRtOptions
+from prox24_deploy.config.options import Compatibility, EngineOptions, TensorRtOptions
+from prox24_deploy.core.errors import BackendMissingError, EngineError, UsageError
+from prox24_deploy.core.records import BuilderSparsity, Engine, Kernel, OnnxModel, TensorCheck
+from prox24_deploy.engines.tensorrt import backend as tensorrt
+from prox24_deploy.engines.tensorrt import job as tensorrt_job
+from prox24_deploy.engines.tensorrt.backend import TensorRt, open_tensorrt, profile_of
+from prox24_deploy.engines.tensorrt.job import run_job
 
 H200 = {"gpu": "NVIDIA H200", "compute capability": "9.0", "driver": "580.1"}
 OUT = Path("engines/tensorrt/sparse")
@@ -163,7 +164,7 @@ def test_a_timing_cache_that_builds_share_is_never_torn(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from prox24_deploy.engines.tensorrt_job import _keep_timings
+from prox24_deploy.engines.tensorrt.job import _keep_timings
 cache = SimpleNamespace(serialize=lambda: sys.argv[2].encode() * 200_000)
 for _ in range(60):
     _keep_timings(SimpleNamespace(get_timing_cache=lambda: cache), Path(sys.argv[1]))

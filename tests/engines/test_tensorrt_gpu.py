@@ -8,9 +8,9 @@ import pytest
 from onnx import numpy_helper
 from tensorrt_models import write_model
 
-from prox24_deploy.artifacts import TensorCheck
-from prox24_deploy.engines.tensorrt import open_tensorrt
-from prox24_deploy.options import EngineOptions, TensorRtOptions
+from prox24_deploy.config.options import EngineOptions, TensorRtOptions
+from prox24_deploy.core.records import TensorCheck
+from prox24_deploy.engines.tensorrt.backend import open_tensorrt
 
 pytestmark = [pytest.mark.tensorrt, pytest.mark.gpu]
 WIDTH = 64

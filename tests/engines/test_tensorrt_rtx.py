@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from tensorrt_models import write_model
 
-from prox24_deploy.artifacts import TensorCheck
-from prox24_deploy.engines import tensorrt
-from prox24_deploy.engines.tensorrt import TensorRt, open_tensorrt
-from prox24_deploy.engines.tensorrt_job import run_job
-from prox24_deploy.errors import BackendMissingError, EngineError
-from prox24_deploy.options import EngineOptions, TensorRtOptions
+from prox24_deploy.config.options import EngineOptions, TensorRtOptions
+from prox24_deploy.core.errors import BackendMissingError, EngineError
+from prox24_deploy.core.records import TensorCheck
+from prox24_deploy.engines.tensorrt import backend as tensorrt
+from prox24_deploy.engines.tensorrt.backend import TensorRt, open_tensorrt
+from prox24_deploy.engines.tensorrt.job import run_job
 
 pytestmark = pytest.mark.tensorrt_rtx
 OUT = Path("engines/tensorrt-rtx/sparse")

@@ -14,13 +14,13 @@ import torch
 from fake_tensorrt import Version, library, said
 from tensorrt_models import write_model
 
-from prox24_deploy.artifacts import Engine
-from prox24_deploy.engines import tensorrt_session
+from prox24_deploy.config.options import EngineOptions
+from prox24_deploy.core.errors import BackendMissingError, EngineError
+from prox24_deploy.core.records import Engine
 from prox24_deploy.engines.base import Array, Feeds
-from prox24_deploy.engines.tensorrt import TensorRt
-from prox24_deploy.engines.tensorrt_session import TensorRtSession
-from prox24_deploy.errors import BackendMissingError, EngineError
-from prox24_deploy.options import EngineOptions
+from prox24_deploy.engines.tensorrt import session as tensorrt_session
+from prox24_deploy.engines.tensorrt.backend import TensorRt
+from prox24_deploy.engines.tensorrt.session import TensorRtSession
 
 FOLDER = Path("engines/tensorrt/sparse")
 ROWS = np.ones((2, 4), ml_dtypes.bfloat16)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from prox24_deploy.engines import trials as trials_module
-from prox24_deploy.engines.profile import GemmShape
-from prox24_deploy.engines.trials import Trial, run_workers
-from prox24_deploy.errors import EngineError
+from prox24_deploy.core.errors import EngineError
+from prox24_deploy.engines.cusparselt import trials as trials_module
+from prox24_deploy.engines.cusparselt.profile import GemmShape
+from prox24_deploy.engines.cusparselt.trials import Trial, run_workers
 
 # Takes n microseconds more than the number of the algorithm, refuses 3, dies of 5, hangs at 6, and
 # dies in the middle of its answer to 7.

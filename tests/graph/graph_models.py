@@ -18,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from prox24_deploy.recipe import Recipe, parse_recipe, read_recipe
+from prox24_deploy.config.recipe import Recipe, parse_recipe, read_recipe
 
 Array = npt.NDArray[Any]
 

@@ -6,9 +6,9 @@ import pytest
 from graph_models import Array, Toy, array_24, node, write_onnx
 from onnx import helper
 
-from prox24_deploy.graph.annotate import annotate
-from prox24_deploy.graph.module import RecipeModule
-from prox24_deploy.graph.modules import SCOPES_KEY
+from prox24_deploy.graph.check.modules import SCOPES_KEY
+from prox24_deploy.graph.export.annotate import annotate
+from prox24_deploy.graph.export.module import RecipeModule
 
 
 def scoped(made: onnx.NodeProto, module: str) -> onnx.NodeProto:

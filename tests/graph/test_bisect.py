@@ -6,11 +6,11 @@ import pytest
 import torch
 from graph_models import TOY_RECIPE, Toy, shipped_recipe, tiny_bert, tiny_llama, toy_recipe
 
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import ExportError
 from prox24_deploy.core.types import DType
-from prox24_deploy.errors import ExportError
-from prox24_deploy.graph.export import export_onnx
-from prox24_deploy.graph.numerics import compare_with_torch
-from prox24_deploy.recipe import Recipe
+from prox24_deploy.graph.export.export import export_onnx
+from prox24_deploy.graph.parity.numerics import compare_with_torch
 
 
 def compare(model: torch.nn.Module, path: Path, recipe: Recipe, dtype: DType = "float32") -> None:

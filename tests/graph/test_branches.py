@@ -9,9 +9,9 @@ import torch
 from graph_models import toy_recipe
 from torch import nn
 
-from prox24_deploy.errors import ExportError
-from prox24_deploy.graph.branches import AllFinite
-from prox24_deploy.graph.export import export_onnx
+from prox24_deploy.core.errors import ExportError
+from prox24_deploy.graph.export.branches import AllFinite
+from prox24_deploy.graph.export.export import export_onnx
 
 
 class Clamped(nn.Module):

@@ -10,9 +10,9 @@ import pytest
 from graph_models import DTYPES, Array, array_24, node, spoil, write_matmul, write_onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from prox24_deploy.artifacts import TensorCheck
-from prox24_deploy.errors import SparsityLostError, SparsityUnprovenError
-from prox24_deploy.graph.check import check_onnx, check_path, require_24
+from prox24_deploy.core.errors import SparsityLostError, SparsityUnprovenError
+from prox24_deploy.core.records import TensorCheck
+from prox24_deploy.graph.check.check import check_onnx, check_path, require_24
 
 
 def only(checks: tuple[TensorCheck, ...]) -> TensorCheck:
@@ -370,5 +370,5 @@ def test_weights_in_four_bits_are_unpacked(tmp_path: Path) -> None:
 
 
 def test_importing_the_checker_does_not_load_torch() -> None:
-    code = "import sys; import prox24_deploy.graph.check; sys.exit('torch' in sys.modules)"
+    code = "import sys; import prox24_deploy.graph.check.check; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

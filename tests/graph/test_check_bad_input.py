@@ -5,8 +5,8 @@ import onnx
 import pytest
 from graph_models import array_24, node, write_matmul, write_onnx
 
-from prox24_deploy.errors import UsageError
-from prox24_deploy.graph.check import check_onnx, check_path, check_safetensors, require_24
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.graph.check.check import check_onnx, check_path, check_safetensors, require_24
 
 
 @pytest.mark.parametrize("content", [b"", b"no model at all\n", b"\x08\x0a\xff\xff"])

@@ -10,9 +10,9 @@ import pytest
 from graph_models import DTYPES, Array, array_24, spoil
 from graph_models import write_safetensors as write_tensors
 
-from prox24_deploy.artifacts import TensorCheck
-from prox24_deploy.errors import SparsityLostError, SparsityUnprovenError, UsageError
-from prox24_deploy.graph.check import check_path, check_safetensors, require_24
+from prox24_deploy.core.errors import SparsityLostError, SparsityUnprovenError, UsageError
+from prox24_deploy.core.records import TensorCheck
+from prox24_deploy.graph.check.check import check_path, check_safetensors, require_24
 
 # 2:4 along both axes.
 BOTH = np.tile([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]], (2, 2))

@@ -12,9 +12,9 @@ import pytest
 from graph_models import Array, array_24, bad_groups, ints, node, write_onnx
 from onnx import TensorProto
 
-from prox24_deploy.artifacts import TensorCheck
-from prox24_deploy.graph import evaluation
-from prox24_deploy.graph.check import check_onnx, check_path
+from prox24_deploy.core.records import TensorCheck
+from prox24_deploy.graph.check import evaluation
+from prox24_deploy.graph.check.check import check_onnx, check_path
 
 K, N = 16, 12
 MASK = (array_24((K, N), 0) != 0).astype(np.float32)

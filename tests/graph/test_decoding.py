@@ -10,10 +10,10 @@ from graph_models import Array, shipped_recipe
 from tiny_families import VOCABULARY, tiny_model
 from transformers import AutoTokenizer, GenerationConfig
 
-from prox24_deploy.graph.export import export_graphs, export_onnx
-from prox24_deploy.graph.signature import signature_of
+from prox24_deploy.config.recipe import Recipe, shape_of
+from prox24_deploy.graph.export.export import export_graphs, export_onnx
+from prox24_deploy.graph.export.signature import signature_of
 from prox24_deploy.model.directory import load_model, open_model_dir
-from prox24_deploy.recipe import Recipe, shape_of
 
 NEW_TOKENS = 64
 

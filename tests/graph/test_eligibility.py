@@ -8,8 +8,8 @@ import pytest
 from graph_models import Array, array_24, node, spoil, write_onnx, write_safetensors
 from onnx import TensorProto, helper, numpy_helper
 
-from prox24_deploy.graph.check import check_onnx, check_safetensors
-from prox24_deploy.graph.eligibility import WeightShape, obstacles
+from prox24_deploy.graph.check.check import check_onnx, check_safetensors
+from prox24_deploy.sparsity.eligibility import WeightShape, obstacles
 
 FLOAT = "float32 has no sparse kernels"
 

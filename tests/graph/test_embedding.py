@@ -13,14 +13,14 @@ from tiny_models import VOCABULARY, write_tiny_bert
 from tiny_sentences import HIDDEN, NORMALIZE, dense, pooling
 from torch import nn
 
+from prox24_deploy.config.recipe import EMBEDDING, SENTENCE_MODULES, Embedding, Recipe, TensorSpec
+from prox24_deploy.core.errors import ExportError
 from prox24_deploy.core.types import DType
-from prox24_deploy.errors import ExportError
-from prox24_deploy.graph.export import export_onnx
-from prox24_deploy.graph.modules import MODULE_KEY
-from prox24_deploy.graph.numerics import compare_with_torch
+from prox24_deploy.graph.check.modules import MODULE_KEY
+from prox24_deploy.graph.export.export import export_onnx
+from prox24_deploy.graph.parity.numerics import compare_with_torch
 from prox24_deploy.model.directory import load_model, open_model_dir
 from prox24_deploy.model.sentence import fitted_to_sentences
-from prox24_deploy.recipe import EMBEDDING, SENTENCE_MODULES, Embedding, Recipe, TensorSpec
 
 IDS = np.random.default_rng(0).integers(4, VOCABULARY, size=(4, 9))
 # Whole, padded on the right, on the left, and but one token.

@@ -22,12 +22,12 @@ from graph_models import (
 from onnx import numpy_helper
 from torch import nn
 
+from prox24_deploy.config.recipe import Recipe, shape_of
 from prox24_deploy.core.types import DType
-from prox24_deploy.graph.check import check_path, require_24
-from prox24_deploy.graph.export import export_onnx, hash_onnx
-from prox24_deploy.graph.numerics import compare_with_torch
-from prox24_deploy.graph.signature import signature_of
-from prox24_deploy.recipe import Recipe, shape_of
+from prox24_deploy.graph.check.check import check_path, require_24
+from prox24_deploy.graph.export.export import export_onnx, hash_onnx
+from prox24_deploy.graph.export.signature import signature_of
+from prox24_deploy.graph.parity.numerics import compare_with_torch
 
 MODELS = {"bert": tiny_bert, "llama": tiny_llama}
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -205,7 +205,7 @@ import sys
 from pathlib import Path
 import torch
 from graph_models import block_linears, shipped_recipe, tiny_bert, tiny_llama
-from prox24_deploy.graph.export import export_onnx, hash_onnx
+from prox24_deploy.graph.export.export import export_onnx, hash_onnx
 torch.set_num_threads(1)
 family, dtype, out = sys.argv[1:]
 model = {"bert": tiny_bert, "llama": tiny_llama}[family]()

@@ -7,10 +7,10 @@ import torch
 from graph_models import pruned, shipped_recipe
 from tiny_families import tiny_model
 
-from prox24_deploy.errors import ExportError, SparsityLostError
-from prox24_deploy.graph.check import check_onnx, check_path, require_24
-from prox24_deploy.graph.export import export_graphs
-from prox24_deploy.pruning.pattern import mask_24
+from prox24_deploy.core.errors import ExportError, SparsityLostError
+from prox24_deploy.graph.check.check import check_onnx, check_path, require_24
+from prox24_deploy.graph.export.export import export_graphs
+from prox24_deploy.sparsity.pattern import mask_24
 
 
 def test_each_graph_of_an_encoder_decoder_declares_and_proves_its_own_weights(

@@ -15,10 +15,10 @@ import torch
 from graph_models import TOY_RECIPE, Toy, pruned, toy_recipe
 from torch import nn
 
-from prox24_deploy.errors import BundleError, ExportError, SparsityLostError
-from prox24_deploy.graph.check import check_onnx, check_path, require_24
-from prox24_deploy.graph.export import export_onnx, hash_onnx
-from prox24_deploy.graph.module import copy_with, rounded_to, to_dtype
+from prox24_deploy.core.errors import BundleError, ExportError, SparsityLostError
+from prox24_deploy.graph.check.check import check_onnx, check_path, require_24
+from prox24_deploy.graph.export.export import export_onnx, hash_onnx
+from prox24_deploy.graph.export.module import copy_with, rounded_to, to_dtype
 
 
 class Branching(Toy):

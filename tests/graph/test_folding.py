@@ -22,8 +22,8 @@ from graph_models import (
 )
 from onnx import TensorProto, helper
 
-from prox24_deploy.artifacts import TensorCheck
-from prox24_deploy.graph.check import check_onnx
+from prox24_deploy.core.records import TensorCheck
+from prox24_deploy.graph.check.check import check_onnx
 
 
 def row(path: Path, nodes: Sequence[onnx.NodeProto], weights: dict[str, Array]) -> TensorCheck:

@@ -11,7 +11,7 @@ from graph_models import Array, bad_groups, ints, multiplied_matrix, node, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prox24_deploy.graph.check import check_onnx
+from prox24_deploy.graph.check.check import check_onnx
 
 
 class Chain:

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prox24_deploy.artifacts import TensorCheck
-from prox24_deploy.graph.check import check_onnx
+from prox24_deploy.core.records import TensorCheck
+from prox24_deploy.graph.check.check import check_onnx
 
 MICROSOFT = "com.microsoft"
 

@@ -7,8 +7,8 @@ from graph_models import DTYPES, array_24
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prox24_deploy.graph import groups
-from prox24_deploy.graph.groups import Array, count_groups, count_nonzeros
+from prox24_deploy.sparsity import groups
+from prox24_deploy.sparsity.groups import Array, count_groups, count_nonzeros
 
 
 def oracle(array: Array, axis: int, zero: int = 0) -> tuple[int, int, tuple[int, ...] | None]:

@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from prox24_deploy.errors import UsageError
-from prox24_deploy.graph.interface import external_files, read_interface
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.graph.check.interface import external_files, read_interface
 
 
 def external(name: str, location: str) -> TensorProto:

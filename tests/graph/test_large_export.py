@@ -24,7 +24,7 @@ import onnx
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from graph_models import shipped_recipe
-from prox24_deploy.graph.export import export_onnx
+from prox24_deploy.graph.export.export import export_onnx
 
 out = Path(sys.argv[1])
 torch.manual_seed(0)

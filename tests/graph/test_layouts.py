@@ -11,7 +11,7 @@ from tiny_models import write_tiny_bert, write_tiny_gpt2, write_tiny_llama
 from torch import nn
 from transformers import AutoModel
 
-from prox24_deploy.graph.layouts import NotSummed, Summed, read_layout
+from prox24_deploy.graph.check.layouts import NotSummed, Summed, read_layout
 
 WRITERS = {"bert": write_tiny_bert, "gpt2": write_tiny_gpt2, "llama": write_tiny_llama}
 

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from prox24_deploy.errors import UsageError
-from prox24_deploy.graph import onnx_rows
-from prox24_deploy.graph.check import check_onnx
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.graph.check import onnx_rows
+from prox24_deploy.graph.check.check import check_onnx
 
 OPERATORS = [
     "MatMul",

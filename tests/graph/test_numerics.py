@@ -8,11 +8,11 @@ from graph_models import MASKED_RECIPE, TOY_RECIPE, Array, Masked, Toy, toy_reci
 from onnx import numpy_helper
 from torch import nn
 
-from prox24_deploy.artifacts import NumericsCheck
+from prox24_deploy.core.errors import ExportError
+from prox24_deploy.core.records import NumericsCheck
 from prox24_deploy.core.types import DType
-from prox24_deploy.errors import ExportError
-from prox24_deploy.graph.export import export_onnx
-from prox24_deploy.graph.numerics import compare_with_torch
+from prox24_deploy.graph.export.export import export_onnx
+from prox24_deploy.graph.parity.numerics import compare_with_torch
 
 
 def compare(

@@ -15,10 +15,10 @@ from graph_models import Array, array_24, node, spoil, write_onnx
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from prox24_deploy.artifacts import TensorCheck
-from prox24_deploy.graph.check import check_onnx
-from prox24_deploy.graph.operands import sums_no_weight
-from prox24_deploy.graph.operators import ACTIVATIONS, NO_PRODUCT
+from prox24_deploy.core.records import TensorCheck
+from prox24_deploy.graph.check.check import check_onnx
+from prox24_deploy.graph.check.operands import sums_no_weight
+from prox24_deploy.graph.check.operators import ACTIVATIONS, NO_PRODUCT
 
 MICROSOFT = "com.microsoft"
 

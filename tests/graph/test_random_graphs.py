@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from prox24_deploy.errors import SparsityLostError, SparsityUnprovenError
-from prox24_deploy.graph.check import check_path, require_24
+from prox24_deploy.core.errors import SparsityLostError, SparsityUnprovenError
+from prox24_deploy.graph.check.check import check_path, require_24
 
 K, N = 8, 8
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL

@@ -9,10 +9,10 @@ import pytest
 from graph_models import Array, array_24, ints, node, write_onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from prox24_deploy.artifacts import TensorCheck
-from prox24_deploy.errors import UsageError
-from prox24_deploy.graph import folding
-from prox24_deploy.graph.check import check_onnx
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.records import TensorCheck
+from prox24_deploy.graph.check import folding
+from prox24_deploy.graph.check.check import check_onnx
 
 TORN = "which of its elements are summed together is chosen at run time"
 Inputs = dict[str, tuple[int, list[int | str] | None]]

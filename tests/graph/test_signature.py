@@ -7,9 +7,9 @@ import torch
 from graph_models import Toy, shipped_recipe, tiny_bert, toy_recipe
 from tiny_families import tiny_model
 
-from prox24_deploy.errors import ExportError
-from prox24_deploy.graph.export import export_onnx
-from prox24_deploy.graph.signature import read_inputs, signature_of
+from prox24_deploy.core.errors import ExportError
+from prox24_deploy.graph.export.export import export_onnx
+from prox24_deploy.graph.export.signature import read_inputs, signature_of
 
 
 def test_heads_and_head_size_of_the_cache_are_those_of_the_model() -> None:

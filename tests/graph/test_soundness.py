@@ -13,9 +13,9 @@ import pytest
 from graph_models import Array, array_24, node, write_matmul, write_onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from prox24_deploy.errors import UsageError
-from prox24_deploy.graph import evaluation, folding, inlining
-from prox24_deploy.graph.check import check_onnx, check_path
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.graph.check import evaluation, folding, inlining
+from prox24_deploy.graph.check.check import check_onnx, check_path
 
 DENSE = np.ones((8, 8), np.float32)
 FLOAT = TensorProto.FLOAT

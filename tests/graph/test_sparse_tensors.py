@@ -9,10 +9,10 @@ import pytest
 from graph_models import Array, array_24, node, write_onnx
 from onnx import helper, numpy_helper
 
-from prox24_deploy.artifacts import TensorCheck
-from prox24_deploy.errors import UsageError
-from prox24_deploy.graph import sparse_tensors
-from prox24_deploy.graph.check import check_onnx
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.records import TensorCheck
+from prox24_deploy.graph.check import sparse_tensors
+from prox24_deploy.graph.check.check import check_onnx
 
 
 def sparse(array: Array, *, places: Array | None = None) -> onnx.SparseTensorProto:

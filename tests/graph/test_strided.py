@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prox24_deploy.graph.groups import Array
-from prox24_deploy.graph.strided import Strided, c_strides
+from prox24_deploy.graph.check.strided import Strided, c_strides
+from prox24_deploy.sparsity.groups import Array
 
 SHAPES = st.lists(st.integers(1, 4), max_size=4).map(tuple)
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from prox24_deploy.errors import SparsityLostError, SparsityUnprovenError, UsageError
-from prox24_deploy.graph import tensor_files
-from prox24_deploy.graph.check import check_path, check_safetensors, require_24
+from prox24_deploy.core.errors import SparsityLostError, SparsityUnprovenError, UsageError
+from prox24_deploy.graph.check import tensor_files
+from prox24_deploy.graph.check.check import check_path, check_safetensors, require_24
 
 
 def write(path: Path, header: object, body: bytes = b"") -> Path:

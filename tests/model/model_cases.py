@@ -8,10 +8,10 @@ import torch
 from tiny_models import SPECIAL, VOCABULARY
 from torch import Tensor, nn
 
-from prox24_deploy.model.calibration import Batch
+from prox24_deploy.config.recipe import Recipe, read_recipe
+from prox24_deploy.core.snapshot import Snapshot
+from prox24_deploy.data.text import Batch
 from prox24_deploy.model.directory import load_model, open_model_dir
-from prox24_deploy.recipe import Recipe, read_recipe
-from prox24_deploy.snapshot import Snapshot
 
 _RECIPES = Path(__file__).parents[2] / "export"
 BERT = read_recipe(_RECIPES / "bert.toml")

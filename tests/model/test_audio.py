@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import write_wave
 
-from prox24_deploy.errors import CalibrationError
-from prox24_deploy.model.audio import Recording, read_recordings, read_wave
+from prox24_deploy.core.errors import CalibrationError
+from prox24_deploy.data.recordings import Recording, read_recordings, read_wave
 
 HZ = 8000
 

@@ -8,8 +8,8 @@ import torch
 from opened import Opened, open_tiny
 from torch import nn
 
-from prox24_deploy.errors import ModelDirError, RecipeError
-from prox24_deploy.model.blocks import (
+from prox24_deploy.core.errors import ModelDirError, RecipeError
+from prox24_deploy.pruning.blocks import (
     find_blocks,
     layer_input,
     real_rows,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from prox24_deploy.errors import CalibrationError
-from prox24_deploy.model.calibration import Texts, make_samples, read_texts, thin
-from prox24_deploy.recipe import Recipe, read_recipe
+from prox24_deploy.config.recipe import Recipe, read_recipe
+from prox24_deploy.core.errors import CalibrationError
+from prox24_deploy.data.text import Texts, make_samples, read_texts, thin
 
 EXPORT = Path(__file__).parents[2] / "export"
 BERT, LLAMA = (read_recipe(EXPORT / f"{family}.toml") for family in ("bert", "llama"))

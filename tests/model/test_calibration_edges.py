@@ -11,12 +11,12 @@ import pytest
 import torch
 from model_cases import BERT, LLAMA
 
-from prox24_deploy.artifacts import TextSource
-from prox24_deploy.errors import CalibrationError
-from prox24_deploy.model.calibration import Batch, Samples, Texts, make_samples, read_texts, thin
+from prox24_deploy.config.recipe import TensorSpec
+from prox24_deploy.core.errors import CalibrationError
+from prox24_deploy.core.records import TextSource
+from prox24_deploy.data.text import Batch, Samples, Texts, make_samples, read_texts, thin
 from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.model.processors import load_tokenizer
-from prox24_deploy.recipe import TensorSpec
 
 
 @dataclass

@@ -11,11 +11,11 @@ import pytest
 from model_cases import CPU, load
 from tiny_models import write_tiny_bart, write_tiny_whisper
 
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.config.recipe import read_recipe
+from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.model.capacity import count_blocks, require_counts
 from prox24_deploy.model.directory import load_model, open_model_dir
-from prox24_deploy.model.skeleton import skeleton_recipe
-from prox24_deploy.recipe import read_recipe
+from prox24_deploy.model.recipe_template import skeleton_recipe
 
 EXPORT = Path(__file__).parents[2] / "export"
 SECONDS = 20

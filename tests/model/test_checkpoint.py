@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from prox24_deploy.artifacts import LayerRecord
-from prox24_deploy.errors import ModelDirError, RecipeError, SparsityLostError
+from prox24_deploy.core.errors import ModelDirError, RecipeError, SparsityLostError
+from prox24_deploy.core.records import LayerRecord
 from prox24_deploy.model import checkpoint
 from prox24_deploy.model.checkpoint import (
     BlockStore,
@@ -22,8 +22,8 @@ from prox24_deploy.model.checkpoint import (
     write_tensors,
 )
 from prox24_deploy.model.directory import ModelDir, open_model_dir
-from prox24_deploy.pruning.pattern import project_24
 from prox24_deploy.sparsity.declaration import SPARSE_KEY
+from prox24_deploy.sparsity.pattern import project_24
 
 TARGET = "model.layers.0.mlp.up_proj.weight"
 RECORD = LayerRecord("a.b", (4, 8), "pruned", "", "prox", 0.1, None, 3, 0.5)

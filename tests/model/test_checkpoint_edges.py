@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaModel
 
-from prox24_deploy.artifacts import LayerRecord
-from prox24_deploy.errors import ModelDirError, RecipeError, SparsityLostError
+from prox24_deploy.core.errors import ModelDirError, RecipeError, SparsityLostError
+from prox24_deploy.core.records import LayerRecord
 from prox24_deploy.model import checkpoint
 from prox24_deploy.model.checkpoint import (
     BlockStore,
@@ -28,8 +28,8 @@ from prox24_deploy.model.checkpoint import (
 )
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.model.shards import StoredTensor
-from prox24_deploy.pruning.pattern import is_24, project_24
 from prox24_deploy.sparsity.declaration import SPARSE_KEY
+from prox24_deploy.sparsity.pattern import is_24, project_24
 
 INDEX = "model.safetensors.index.json"
 NAMES = [f"model.layers.{i}.{target}.weight" for i in range(2) for target in LLAMA_TARGETS]

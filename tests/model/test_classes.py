@@ -8,12 +8,12 @@ from opened import open_tiny
 from tiny_models import write_tiny_classifier
 from torch import Tensor, nn
 
-from prox24_deploy.errors import ModelDirError
-from prox24_deploy.model.calibration import Batch
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.data.text import Batch
+from prox24_deploy.evaluation.evaluate import evaluate_classes
 from prox24_deploy.model.checkpoint import BlockStore
-from prox24_deploy.model.evaluate import evaluate_classes
-from prox24_deploy.model.prune import prune_model
-from prox24_deploy.options import PruneOptions
+from prox24_deploy.pruning.prune import prune_model
 
 
 def quiet(*_: object) -> None:

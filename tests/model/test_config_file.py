@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.model.config_file import labels_of, read_config, whole_number
 from prox24_deploy.model.processor_file import require_usable_sizes
 

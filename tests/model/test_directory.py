@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.config.recipe import Recipe, select_recipe
+from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.model.directory import companion_files, load_model, model_info, open_model_dir
 from prox24_deploy.model.processors import load_tokenizer
-from prox24_deploy.recipe import Recipe, select_recipe
 
 CPU = torch.device("cpu")
 

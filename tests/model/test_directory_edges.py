@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
-from prox24_deploy.artifacts import ModelInfo
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.core.records import ModelInfo
 from prox24_deploy.model.directory import companion_files, load_model, model_info, open_model_dir
 from prox24_deploy.model.processors import load_tokenizer
-from prox24_deploy.recipe import Recipe
 
 INDEX = "model.safetensors.index.json"
 

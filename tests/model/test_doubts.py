@@ -9,13 +9,13 @@ import torch
 from model_cases import BERT, CPU, linear, load, random_batch, silent
 from torch import Tensor, nn
 
-from prox24_deploy.artifacts import LayerRecord
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.core.records import LayerRecord
 from prox24_deploy.core.types import Method
 from prox24_deploy.model.checkpoint import BlockStore
-from prox24_deploy.model.doubts import doubt_about
-from prox24_deploy.model.grams import SecondMoments
-from prox24_deploy.model.prune import prune_model
-from prox24_deploy.options import PruneOptions
+from prox24_deploy.pruning.doubts import doubt_about
+from prox24_deploy.pruning.prune import prune_model
+from prox24_deploy.pruning.second_moments import SecondMoments
 
 WEIGHT = torch.linspace(-1, 1, 64).view(4, 16)
 

@@ -10,12 +10,12 @@ from model_cases import BERT, LLAMA
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_bert, write_tiny_llama
 
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.types import DType
-from prox24_deploy.errors import ModelDirError
 from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.model.dtypes import settled_dtype
-from prox24_deploy.recipe import Recipe
-from prox24_deploy.release.report import load_report
+from prox24_deploy.report.assemble import load_report
 
 
 def stored_as(path: Path, blocks: torch.dtype, others: torch.dtype) -> Path:

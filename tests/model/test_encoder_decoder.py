@@ -10,17 +10,17 @@ from test_family_pruning import batch, recipe_of
 from tiny_families import tiny_model
 from torch import nn
 
-from prox24_deploy.artifacts import LayerRecord
-from prox24_deploy.model.blocks import find_blocks, run_model
-from prox24_deploy.model.calibration import Batch
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.records import LayerRecord
+from prox24_deploy.data.text import Batch
 from prox24_deploy.model.checkpoint import BlockStore
-from prox24_deploy.model.flow import after_pruning, record_activations
-from prox24_deploy.model.prune import prune_model
-from prox24_deploy.model.selection import left_dense
-from prox24_deploy.model.sensitivity import measure_sensitivity, over_budget
-from prox24_deploy.options import PruneOptions
-from prox24_deploy.pruning.pattern import is_24
-from prox24_deploy.recipe import Recipe
+from prox24_deploy.pruning.activations import after_pruning, record_activations
+from prox24_deploy.pruning.blocks import find_blocks, run_model
+from prox24_deploy.pruning.prune import prune_model
+from prox24_deploy.pruning.selection import left_dense
+from prox24_deploy.pruning.sensitivity import measure_sensitivity, over_budget
+from prox24_deploy.sparsity.pattern import is_24
 
 ROWS = ["bart", "t5"]
 CROSS = {"bart": "encoder_attn.{}_proj", "t5": "layer.1.EncDecAttention.{}"}

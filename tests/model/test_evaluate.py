@@ -11,9 +11,9 @@ import torch
 from opened import open_tiny
 from torch import Tensor, nn
 
-from prox24_deploy.artifacts import TextSource
-from prox24_deploy.model.calibration import Samples
-from prox24_deploy.model.evaluate import (
+from prox24_deploy.core.records import TextSource
+from prox24_deploy.data.text import Samples
+from prox24_deploy.evaluation.evaluate import (
     evaluate_embeddings,
     evaluate_models,
     evaluate_text_generation,

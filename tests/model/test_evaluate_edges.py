@@ -9,9 +9,9 @@ import torch
 from model_cases import BERT, LLAMA, load, padded_batch, random_batch, silent, token_rows
 from torch import Tensor, nn
 
-from prox24_deploy.artifacts import Estimate
-from prox24_deploy.errors import ModelDirError
-from prox24_deploy.model.evaluate import (
+from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.core.records import Estimate
+from prox24_deploy.evaluation.evaluate import (
     evaluate_embeddings,
     evaluate_text_generation,
     mean_estimate,

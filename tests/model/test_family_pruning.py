@@ -8,15 +8,15 @@ import pytest
 import torch
 from tiny_families import FAMILIES, FEATURES, PIXELS, VOCABULARY, tiny_model
 
-from prox24_deploy.model.blocks import find_blocks, run_block, run_model, target_layers
-from prox24_deploy.model.calibration import IGNORED, Batch
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.config.recipe import Recipe, parse_recipe, shipped_recipes
+from prox24_deploy.data.text import IGNORED, Batch
 from prox24_deploy.model.checkpoint import BlockStore
-from prox24_deploy.model.flow import record_activations
 from prox24_deploy.model.layers import reduction_axis
-from prox24_deploy.model.prune import prune_model
-from prox24_deploy.options import PruneOptions
-from prox24_deploy.pruning.pattern import is_24
-from prox24_deploy.recipe import Recipe, parse_recipe, shipped_recipes
+from prox24_deploy.pruning.activations import record_activations
+from prox24_deploy.pruning.blocks import find_blocks, run_block, run_model, target_layers
+from prox24_deploy.pruning.prune import prune_model
+from prox24_deploy.sparsity.pattern import is_24
 
 RECIPES = [parse_recipe(text, family) for family, text in shipped_recipes().items()]
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from prox24_deploy.errors import BackendMissingError, UsageError
+from prox24_deploy.config.options import HarnessOptions
+from prox24_deploy.config.recipe import read_recipe
+from prox24_deploy.core.errors import BackendMissingError, UsageError
+from prox24_deploy.evaluation.harness import open_tasks, require_harness, run_tasks, task_metrics
 from prox24_deploy.model.directory import load_model, open_model_dir
-from prox24_deploy.model.harness import open_tasks, require_harness, run_tasks, task_metrics
 from prox24_deploy.model.processors import load_tokenizer
-from prox24_deploy.options import HarnessOptions
-from prox24_deploy.recipe import read_recipe
 
 LLAMA = read_recipe(Path(__file__).parents[2] / "export" / "llama.toml")
 

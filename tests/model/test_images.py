@@ -20,8 +20,8 @@ from PIL import Image
 from transformers import ViTImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from prox24_deploy.errors import CalibrationError, ModelDirError
-from prox24_deploy.model.images import Images, make_image_samples, pixel_sizes, read_images
+from prox24_deploy.core.errors import CalibrationError, ModelDirError
+from prox24_deploy.data.images import Images, make_image_samples, pixel_sizes, read_images
 from prox24_deploy.model.processors import load_image_processor
 
 LABELS = {"cat": 0, "dog": 1}

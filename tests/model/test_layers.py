@@ -9,9 +9,9 @@ from opened import open_tiny
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from prox24_deploy.artifacts import LayerRecord
-from prox24_deploy.model.blocks import BlockCall, shared_inputs
-from prox24_deploy.model.calibration import Batch
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.core.records import LayerRecord
+from prox24_deploy.data.text import Batch
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.model.layers import (
     Layer,
@@ -24,9 +24,9 @@ from prox24_deploy.model.layers import (
     reduction_axis,
     to_matrix,
 )
-from prox24_deploy.model.prune import PrunedState, prune_model
-from prox24_deploy.options import PruneOptions
-from prox24_deploy.pruning.pattern import is_24, project_24
+from prox24_deploy.pruning.blocks import BlockCall, shared_inputs
+from prox24_deploy.pruning.prune import PrunedState, prune_model
+from prox24_deploy.sparsity.pattern import is_24, project_24
 
 CONVOLUTIONS = [
     {"kernel_size": 1},

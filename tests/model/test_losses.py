@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prox24_deploy.artifacts import Estimate
-from prox24_deploy.model.calibration import Batch
-from prox24_deploy.model.evaluate import evaluate_classes
-from prox24_deploy.model.losses import loss_against
+from prox24_deploy.core.records import Estimate
+from prox24_deploy.data.text import Batch
+from prox24_deploy.evaluation.evaluate import evaluate_classes
+from prox24_deploy.evaluation.losses import loss_against
 
 
 class Classifier(nn.Module):

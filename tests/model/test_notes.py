@@ -17,11 +17,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from prox24_deploy.config.recipe import parse_recipe
 from prox24_deploy.model.directory import load_with_rest, open_model_dir
 from prox24_deploy.model.notes import left_out
-from prox24_deploy.model.skeleton import advise, skeleton_recipe
-from prox24_deploy.recipe import parse_recipe
-from prox24_deploy.release.report import load_report
+from prox24_deploy.model.recipe_template import advise, skeleton_recipe
+from prox24_deploy.report.assemble import load_report
 
 SMALL = (
     "--method", "magnitude", "--calibration-tokens", "2048", "--evaluation-tokens", "1024",

@@ -9,13 +9,13 @@ import torch
 from model_cases import CPU
 from tiny_models import write_tiny_bart
 
-from prox24_deploy.errors import CalibrationError, ModelDirError
-from prox24_deploy.model.calibration import IGNORED, Texts, read_texts
+from prox24_deploy.config.recipe import Recipe, read_recipe
+from prox24_deploy.core.errors import CalibrationError, ModelDirError
+from prox24_deploy.data.pairs import make_pairs, start_token
+from prox24_deploy.data.text import IGNORED, Texts, read_texts
+from prox24_deploy.evaluation.evaluate import evaluate_text_generation, next_logits, window_nll
 from prox24_deploy.model.directory import load_model, open_model_dir
-from prox24_deploy.model.evaluate import evaluate_text_generation, next_logits, window_nll
-from prox24_deploy.model.pairs import make_pairs, start_token
 from prox24_deploy.model.processors import load_tokenizer
-from prox24_deploy.recipe import Recipe, read_recipe
 
 BART = read_recipe(Path(__file__).parents[2] / "export" / "bart.toml")
 START = 3

@@ -26,19 +26,19 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_bert
 from torch import Tensor, nn
 
-from prox24_deploy.artifacts import LayerRecord, PruneResult
-from prox24_deploy.errors import ModelDirError, Prox24Error, RecipeError
-from prox24_deploy.model import prune
-from prox24_deploy.model import solve as solve_module
-from prox24_deploy.model.calibration import Batch, Samples, make_samples, read_texts
+from prox24_deploy.config.options import PruneOptions, Target
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import ModelDirError, Prox24Error, RecipeError
+from prox24_deploy.core.records import LayerRecord, PruneResult
+from prox24_deploy.data.text import Batch, Samples, make_samples, read_texts
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.model.processors import load_tokenizer
-from prox24_deploy.model.prune import PrunedState, prune_directory, prune_model
-from prox24_deploy.options import PruneOptions, Target
-from prox24_deploy.pruning.pattern import is_24, project_24
-from prox24_deploy.pruning.problem import LayerProblem, damping_for, layer_problem
-from prox24_deploy.recipe import Recipe
+from prox24_deploy.pruning import layer_group as solve_module
+from prox24_deploy.pruning import prune
+from prox24_deploy.pruning.prune import PrunedState, prune_directory, prune_model
+from prox24_deploy.pruning.solvers.problem import LayerProblem, damping_for, layer_problem
+from prox24_deploy.sparsity.pattern import is_24, project_24
 
 FAST = PruneOptions(preset="fast")
 GROUPS = {

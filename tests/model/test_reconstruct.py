@@ -8,13 +8,13 @@ import torch
 from opened import Opened, open_tiny
 from test_prune import by_name, prune_opened
 
-from prox24_deploy.errors import CalibrationError
-from prox24_deploy.model.blocks import find_blocks, run_block, run_model
-from prox24_deploy.model.flow import Activations, BlockPair, record_activations
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.core.errors import CalibrationError
 from prox24_deploy.model.layers import layer_at as linear
-from prox24_deploy.model.reconstruct import AdamOptions, Reconstruction, reconstruct_block
-from prox24_deploy.options import PruneOptions
-from prox24_deploy.pruning.pattern import is_24, project_24
+from prox24_deploy.pruning.activations import Activations, BlockPair, record_activations
+from prox24_deploy.pruning.blocks import find_blocks, run_block, run_model
+from prox24_deploy.pruning.reconstruct import AdamOptions, Reconstruction, reconstruct_block
+from prox24_deploy.sparsity.pattern import is_24, project_24
 
 PLAIN = PruneOptions(preset="fast")
 TUNED = PruneOptions(preset="fast", reconstruct=True)

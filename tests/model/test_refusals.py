@@ -10,7 +10,7 @@ import torch
 from command_line import run_cli
 from safetensors.torch import load_file, save_file
 
-from prox24_deploy.errors import ModelDirError
+from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.model import refusals
 from prox24_deploy.model.directory import open_model_dir
 

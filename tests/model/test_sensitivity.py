@@ -9,17 +9,17 @@ import torch
 from model_cases import silent
 from opened import Opened, open_tiny
 
-from prox24_deploy.artifacts import Sensitivity
-from prox24_deploy.errors import CalibrationError, UsageError
-from prox24_deploy.model import sensitivity
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.config.recipe import Override
+from prox24_deploy.core.errors import CalibrationError, UsageError
+from prox24_deploy.core.records import Sensitivity
+from prox24_deploy.evaluation.evaluate import embed
+from prox24_deploy.evaluation.losses import loss_against
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
-from prox24_deploy.model.evaluate import embed
-from prox24_deploy.model.losses import loss_against
-from prox24_deploy.model.prune import prune_model
-from prox24_deploy.model.selection import left_dense
-from prox24_deploy.model.sensitivity import SensitivityStore, measure_sensitivity, over_budget
-from prox24_deploy.options import PruneOptions
-from prox24_deploy.recipe import Override
+from prox24_deploy.pruning import sensitivity
+from prox24_deploy.pruning.prune import prune_model
+from prox24_deploy.pruning.selection import left_dense
+from prox24_deploy.pruning.sensitivity import SensitivityStore, measure_sensitivity, over_budget
 
 ALL = PruneOptions(max_layers=1000)
 

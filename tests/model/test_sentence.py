@@ -23,7 +23,15 @@ from tiny_sentences import (
     write_modules,
 )
 
-from prox24_deploy.errors import ModelDirError, RecipeError
+from prox24_deploy.config.recipe import (
+    EMBEDDING,
+    Embedding,
+    Recipe,
+    TensorSpec,
+    parse_recipe,
+    shipped_recipes,
+)
+from prox24_deploy.core.errors import ModelDirError, RecipeError
 from prox24_deploy.model.directory import companion_files, load_model, open_model_dir
 from prox24_deploy.model.processors import load_tokenizer
 from prox24_deploy.model.sentence import (
@@ -31,14 +39,6 @@ from prox24_deploy.model.sentence import (
     fitted_to_sentences,
     read_pipeline,
     settled,
-)
-from prox24_deploy.recipe import (
-    EMBEDDING,
-    Embedding,
-    Recipe,
-    TensorSpec,
-    parse_recipe,
-    shipped_recipes,
 )
 
 MEAN = pooling("mean")

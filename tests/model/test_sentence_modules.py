@@ -11,12 +11,12 @@ from sentence_models import pooled, write_tiny_embedder
 from tiny_sentences import DROPOUT, HIDDEN, NORMALIZE, Module, dense, layer_norm, pooling
 from torch import Tensor, nn
 
-from prox24_deploy.artifacts import TextSource
-from prox24_deploy.model.calibration import Batch, Samples
+from prox24_deploy.config.recipe import SENTENCE_MODULES, PoolingMode
+from prox24_deploy.core.records import TextSource
+from prox24_deploy.data.text import Batch, Samples
+from prox24_deploy.evaluation.evaluate import embed, evaluate_models
 from prox24_deploy.model.directory import load_model, open_model_dir
-from prox24_deploy.model.evaluate import embed, evaluate_models
 from prox24_deploy.model.sentence_modules import Normalize, Pooling
-from prox24_deploy.recipe import SENTENCE_MODULES, PoolingMode
 
 MODES: tuple[PoolingMode, ...] = get_args(PoolingMode)
 EVERYTHING: tuple[Module, ...] = (

@@ -13,11 +13,11 @@ from model_cases import NO_FILES
 from tiny_families import FAMILIES, REFUSED, VOCABULARY, tiny_model
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from prox24_deploy.graph.export import export_onnx
-from prox24_deploy.graph.numerics import compare_with_torch
+from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.graph.export.export import export_onnx
+from prox24_deploy.graph.parity.numerics import compare_with_torch
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
-from prox24_deploy.model.skeleton import advise, skeleton_recipe
-from prox24_deploy.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.model.recipe_template import advise, skeleton_recipe
 
 # A skeleton opens what a task's own class opens, and knows no images.
 _OWN_CLASS = ("ViT", "DeiT", "Swin", "ResNet", "ConvNext", "CLIP")

@@ -10,14 +10,14 @@ import torch
 from model_cases import CPU
 from tiny_models import RATE, write_recordings, write_tiny_whisper
 
-from prox24_deploy.errors import CalibrationError, ModelDirError
-from prox24_deploy.model.audio import Recording, Recordings, read_wave
-from prox24_deploy.model.calibration import IGNORED, Samples
+from prox24_deploy.config.recipe import read_recipe
+from prox24_deploy.core.errors import CalibrationError, ModelDirError
+from prox24_deploy.data.recordings import Recording, Recordings, read_wave
+from prox24_deploy.data.speech import Listener, feature_sizes, make_speech_samples
+from prox24_deploy.data.text import IGNORED, Samples
 from prox24_deploy.model.directory import load_model, open_model_dir
+from prox24_deploy.model.generate import evaluate_speech, start_tokens, write_down
 from prox24_deploy.model.processors import load_feature_extractor, load_tokenizer
-from prox24_deploy.model.speech import Listener, feature_sizes, make_speech_samples
-from prox24_deploy.model.transcribe import evaluate_speech, start_tokens, write_down
-from prox24_deploy.recipe import read_recipe
 
 WHISPER = read_recipe(Path(__file__).parents[2] / "export" / "whisper.toml")
 START, END = 2, 0

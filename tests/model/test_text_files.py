@@ -15,10 +15,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prox24_deploy.errors import CalibrationError
-from prox24_deploy.model import text_files
-from prox24_deploy.model.calibration import read_texts, require_tokens
-from prox24_deploy.model.text_files import json_lines, read_text
+from prox24_deploy.core.errors import CalibrationError
+from prox24_deploy.data import text_files
+from prox24_deploy.data.text import read_texts, require_tokens
+from prox24_deploy.data.text_files import json_lines, read_text
 
 RECORDS = [{"text": f"record {i}\n\nof two parts", "id": i, "score": float(i)} for i in range(6)]
 DOCUMENTS = tuple(f"record {i}\n\nof two parts" for i in range(6))

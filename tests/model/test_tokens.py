@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from prox24_deploy.model.calibration import Texts, make_samples
-from prox24_deploy.model.tokens import enough_of, truncated
-from prox24_deploy.recipe import read_recipe
+from prox24_deploy.config.recipe import read_recipe
+from prox24_deploy.data.text import Texts, make_samples
+from prox24_deploy.data.tokens import enough_of, truncated
 
 EXPORT = Path(__file__).parents[2] / "export"
 PROSE = "\n\n".join(topics[name] for name in sorted(topics))
@@ -94,7 +94,7 @@ def test_a_short_document_is_given_whole_and_at_once() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "bert", "bart"])
 def test_a_document_of_megabytes_costs_what_its_tokens_cost(family: str) -> None:
-    from prox24_deploy.model.pairs import make_pairs
+    from prox24_deploy.data.pairs import make_pairs
 
     tokenizer = Counting()
     recipe = read_recipe(EXPORT / f"{family}.toml")

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from prox24_deploy.errors import CalibrationError
-from prox24_deploy.model.transcribe import word_error_rates
-from prox24_deploy.model.words import word_errors, words_of
+from prox24_deploy.core.errors import CalibrationError
+from prox24_deploy.evaluation.words import word_errors, words_of
+from prox24_deploy.model.generate import word_error_rates
 
 LISTS = [words for length in range(4) for words in itertools.product("abc", repeat=length)]
 

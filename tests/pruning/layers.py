@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prox24_deploy.pruning.problem import LayerProblem, layer_problem
+from prox24_deploy.pruning.solvers.problem import LayerProblem, layer_problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ import torch
 from layers import correlated_layer
 from oracles import optimal_brain_surgeon
 
-from prox24_deploy.pruning.baselines import magnitude_mask, sparsegpt, wanda_mask
-from prox24_deploy.pruning.pattern import is_24, mask_24
-from prox24_deploy.pruning.problem import layer_problem
+from prox24_deploy.pruning.solvers.baselines import magnitude_mask, sparsegpt, wanda_mask
+from prox24_deploy.pruning.solvers.problem import layer_problem
+from prox24_deploy.sparsity.pattern import is_24, mask_24
 
 
 def test_magnitude_looks_at_the_weights_alone() -> None:

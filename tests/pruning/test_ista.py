@@ -9,11 +9,11 @@ import torch
 from layers import correlated_layer
 
 from prox24_deploy.core.types import Method, Refinement
-from prox24_deploy.pruning.baselines import magnitude_mask, sparsegpt, wanda_mask
-from prox24_deploy.pruning.ista import IstaOptions, ista
-from prox24_deploy.pruning.problem import LayerProblem
-from prox24_deploy.pruning.refine import masked_conjugate_gradient, masked_gradient
-from prox24_deploy.pruning.solver import solve_layer
+from prox24_deploy.pruning.solvers.baselines import magnitude_mask, sparsegpt, wanda_mask
+from prox24_deploy.pruning.solvers.ista import IstaOptions, ista
+from prox24_deploy.pruning.solvers.problem import LayerProblem
+from prox24_deploy.pruning.solvers.refine import masked_conjugate_gradient, masked_gradient
+from prox24_deploy.pruning.solvers.solver import solve_layer
 
 
 def refined_loss(problem: LayerProblem, mask: torch.Tensor) -> float:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import best_mask
 
-from prox24_deploy.pruning.pattern import first_violation, is_24, mask_24, project_24
+from prox24_deploy.sparsity.pattern import first_violation, is_24, mask_24, project_24
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3).map(lambda n: 4 * n), st.integers(1, 3))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from layers import correlated_layer
 
-from prox24_deploy.pruning.problem import damping_for, layer_problem
+from prox24_deploy.pruning.solvers.problem import damping_for, layer_problem
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import Array, prox_minimum, prox_objective
 
-from prox24_deploy.pruning import prox
-from prox24_deploy.pruning.pattern import is_24
-from prox24_deploy.pruning.prox import objective_24, prox_24
+from prox24_deploy.pruning.solvers import prox
+from prox24_deploy.pruning.solvers.prox import objective_24, prox_24
+from prox24_deploy.sparsity.pattern import is_24
 
 DRAW = np.random.default_rng(5)
 FAMILIES: dict[str, Array] = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prox24_deploy.pruning.pattern import is_24
-from prox24_deploy.pruning.prox import _prox_eager, admm_step, objective_24, prox_24
+from prox24_deploy.pruning.solvers.prox import _prox_eager, admm_step, objective_24, prox_24
+from prox24_deploy.sparsity.pattern import is_24
 
 pytestmark = pytest.mark.gpu
 LAMBDAS = (1e-12, 1e-7, 1e-3, 0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 1.99, 2.01, 10.0, 1e6, 1e12)

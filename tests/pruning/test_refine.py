@@ -4,8 +4,8 @@ import torch
 from layers import correlated_layer
 from oracles import least_squares_on_mask
 
-from prox24_deploy.pruning.pattern import mask_24
-from prox24_deploy.pruning.refine import masked_conjugate_gradient
+from prox24_deploy.pruning.solvers.refine import masked_conjugate_gradient
+from prox24_deploy.sparsity.pattern import mask_24
 
 
 def test_it_reaches_exact_least_squares() -> None:

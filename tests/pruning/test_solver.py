@@ -12,10 +12,10 @@ from oracles import optimum_over_masks
 from torch import Tensor
 
 from prox24_deploy.core.types import Method, Preset
-from prox24_deploy.pruning import solver
-from prox24_deploy.pruning.pattern import is_24, mask_24
-from prox24_deploy.pruning.problem import LayerProblem, layer_problem
-from prox24_deploy.pruning.solver import PRESETS, AdmmOptions, prox_admm, solve_layer
+from prox24_deploy.pruning.solvers import solver
+from prox24_deploy.pruning.solvers.problem import LayerProblem, layer_problem
+from prox24_deploy.pruning.solvers.solver import PRESETS, AdmmOptions, prox_admm, solve_layer
+from prox24_deploy.sparsity.pattern import is_24, mask_24
 
 METHODS: tuple[Method, ...] = get_args(Method)
 

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from prox24_deploy.artifacts import (
+from prox24_deploy.config.limits import GivenLimits, Limits
+from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
     CurvePoint,
@@ -32,9 +33,8 @@ from prox24_deploy.artifacts import (
     TextSource,
 )
 from prox24_deploy.core.types import Verdict
-from prox24_deploy.limits import GivenLimits, Limits
-from prox24_deploy.release.measure import PairSamples, latency_verdict, speedup_interval, timing
-from prox24_deploy.release.report import Report, assemble_report
+from prox24_deploy.latency.measure import PairSamples, latency_verdict, speedup_interval, timing
+from prox24_deploy.report.assemble import Report, assemble_report
 
 KINDS = {
     "attention.self.query": (384, 384),

@@ -6,16 +6,16 @@ import pytest
 from builders import make_records
 from command_line import run_cli
 
-from prox24_deploy.errors import BundleError, UsageError
-from prox24_deploy.release import baseline as baseline_module
-from prox24_deploy.release.baseline import (
+from prox24_deploy.core.errors import BundleError, UsageError
+from prox24_deploy.regression import baseline as baseline_module
+from prox24_deploy.regression.baseline import (
     BaselineFile,
     read_baseline,
     read_baseline_file,
     update_baseline,
 )
-from prox24_deploy.release.report import write_report
-from prox24_deploy.release.schema import Report
+from prox24_deploy.report.assemble import write_report
+from prox24_deploy.report.schema import Report
 
 COSINE = "embedding cosine"
 

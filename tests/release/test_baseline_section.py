@@ -7,11 +7,11 @@ import pytest
 from builders import make_records
 from markupsafe import escape
 
-from prox24_deploy.release.baseline import Baseline, updated
-from prox24_deploy.release.compare import held_against
-from prox24_deploy.release.plots import trend_plot
-from prox24_deploy.release.render import render_html, render_junit, render_summary, trends
-from prox24_deploy.release.schema import Report
+from prox24_deploy.regression.baseline import Baseline, updated
+from prox24_deploy.regression.compare import held_against
+from prox24_deploy.report.plots import trend_plot
+from prox24_deploy.report.render import render_html, render_junit, render_summary, trends
+from prox24_deploy.report.schema import Report
 
 HOSTILE = "<b>first</b> & best"
 

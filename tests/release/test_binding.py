@@ -3,20 +3,20 @@
 import pytest
 from builders import make_records, perplexities, with_metrics
 
-from prox24_deploy.errors import UsageError
-from prox24_deploy.limits import GivenLimits, Limits, MetricLimits, MetricTable
-from prox24_deploy.release.baseline import Baseline
-from prox24_deploy.release.binding import (
+from prox24_deploy.config.limits import GivenLimits, Limits, MetricLimits, MetricTable
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.regression.baseline import Baseline
+from prox24_deploy.regression.compare import compare_reports, held_against
+from prox24_deploy.regression.figures import figures_of
+from prox24_deploy.regression.views import render_junit, render_markdown
+from prox24_deploy.report.binding import (
     NO_FIGURE,
     expected_metrics,
     part_of,
     require_expected,
     require_figures,
 )
-from prox24_deploy.release.compare import compare_reports, held_against
-from prox24_deploy.release.compare_views import render_junit, render_markdown
-from prox24_deploy.release.figures import figures_of
-from prox24_deploy.release.schema import Report
+from prox24_deploy.report.schema import Report
 
 TIGHT = MetricLimits(threshold=0.0)
 

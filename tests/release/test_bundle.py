@@ -20,14 +20,14 @@ from unittest import mock
 import pytest
 
 from prox24_deploy import __version__
+from prox24_deploy.bundle import stage as stage_module
+from prox24_deploy.bundle.bundle import Bundle, open_bundle
+from prox24_deploy.bundle.layout import MANIFEST_FILE, PARTIAL
+from prox24_deploy.bundle.manifest import StageEntry, read_manifest, verify, write_manifest
+from prox24_deploy.bundle.stage import Artifact, Stage, Workspace, stage_key
+from prox24_deploy.core.errors import BundleError
+from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.types import Progress
-from prox24_deploy.errors import BundleError
-from prox24_deploy.fingerprint import unkeyed
-from prox24_deploy.release import stage as stage_module
-from prox24_deploy.release.bundle import Bundle, open_bundle
-from prox24_deploy.release.layout import MANIFEST_FILE, PARTIAL
-from prox24_deploy.release.manifest import StageEntry, read_manifest, verify, write_manifest
-from prox24_deploy.release.stage import Artifact, Stage, Workspace, stage_key
 
 Start = Literal["nothing", "another input", "fresh"]
 

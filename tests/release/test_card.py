@@ -9,7 +9,7 @@ import pytest
 from builders import make_records, with_numerics_failed
 from huggingface_hub import ModelCard
 
-from prox24_deploy.release.card import SourceCard, read_source_card, render_card
+from prox24_deploy.packaging.card import SourceCard, read_source_card, render_card
 
 PLAIN = SourceCard({}, "")
 

@@ -6,9 +6,9 @@ import pynvml
 import pytest
 from builders import make_records
 
-from prox24_deploy.artifacts import Clocks
-from prox24_deploy.release.clocks import ClockWatch
-from prox24_deploy.release.findings import _clock_warnings
+from prox24_deploy.core.records import Clocks
+from prox24_deploy.latency.clocks import ClockWatch
+from prox24_deploy.report.checks import _clock_warnings
 
 ROW = make_records().bench.latency[0]
 POWER, IDLE = pynvml.nvmlClocksThrottleReasonSwPowerCap, pynvml.nvmlClocksThrottleReasonGpuIdle

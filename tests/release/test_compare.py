@@ -11,23 +11,23 @@ from junitparser import JUnitXml
 from markdown_it import MarkdownIt
 from pydantic import JsonValue
 
-from prox24_deploy.artifacts import Estimate, Interval, LatencyRow, Metric
+from prox24_deploy.config.limits import GivenLimits, MetricLimits, MetricTable
+from prox24_deploy.core.errors import BundleError, UsageError
+from prox24_deploy.core.records import Estimate, Interval, LatencyRow, Metric
 from prox24_deploy.core.types import Verdict
-from prox24_deploy.errors import BundleError, UsageError
-from prox24_deploy.limits import GivenLimits, MetricLimits, MetricTable
-from prox24_deploy.release.baseline import Baseline
-from prox24_deploy.release.compare import compare_reports, held_against
-from prox24_deploy.release.compare_views import (
+from prox24_deploy.regression.baseline import Baseline
+from prox24_deploy.regression.comparability import KEYS
+from prox24_deploy.regression.compare import compare_reports, held_against
+from prox24_deploy.regression.figures import row_path
+from prox24_deploy.regression.intervals import student_95
+from prox24_deploy.regression.views import (
     render_benchmark,
     render_junit,
     render_markdown,
     write_comparison,
 )
-from prox24_deploy.release.figures import row_path
-from prox24_deploy.release.intervals import student_95
-from prox24_deploy.release.likeness import KEYS
-from prox24_deploy.release.schema import Change, Comparison, Report
-from prox24_deploy.release.wording import limits_in_words
+from prox24_deploy.report.schema import Change, Comparison, Report
+from prox24_deploy.report.wording import limits_in_words
 
 COSINE = "embedding cosine"
 SPEED_UP = "speed-up/onnxruntime/batch=1,sequence=128"

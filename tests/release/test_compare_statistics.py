@@ -9,26 +9,26 @@ import numpy.typing as npt
 import pytest
 from builders import make_records
 
-from prox24_deploy.artifacts import Estimate, LatencyRow, Metric
+from prox24_deploy.config.limits import GivenLimits, MetricLimits, MetricTable
+from prox24_deploy.core.records import Estimate, LatencyRow, Metric
 from prox24_deploy.core.types import Judgement
-from prox24_deploy.limits import GivenLimits, MetricLimits, MetricTable
-from prox24_deploy.release.baseline import Baseline
-from prox24_deploy.release.compare import compare_reports
-from prox24_deploy.release.intervals import (
-    judge,
-    median_ratio_interval,
-    paired_difference,
-    ratio_of_intervals,
-    unpaired_difference,
-)
-from prox24_deploy.release.measure import (
+from prox24_deploy.latency.measure import (
     DEFAULT_OPTIONS,
     PairSamples,
     latency_verdict,
     speedup_interval,
     timing,
 )
-from prox24_deploy.release.schema import Report
+from prox24_deploy.regression.baseline import Baseline
+from prox24_deploy.regression.compare import compare_reports
+from prox24_deploy.regression.intervals import (
+    judge,
+    median_ratio_interval,
+    paired_difference,
+    ratio_of_intervals,
+    unpaired_difference,
+)
+from prox24_deploy.report.schema import Report
 
 RUNS = 200
 NOISE = 0.05

@@ -6,20 +6,15 @@ from dataclasses import replace
 import pytest
 from builders import make_records
 
-from prox24_deploy.accuracy import EngineAccuracy, EngineAccuracyResult, Fidelity
-from prox24_deploy.artifacts import Estimate, Metric, NotMeasured
-from prox24_deploy.limits import DEFAULT_METRICS, Limits, limits_of
-from prox24_deploy.release.baseline import Baseline
-from prox24_deploy.release.compare import compare_reports
-from prox24_deploy.release.engine_findings import engine_checks, engine_warnings
-from prox24_deploy.release.render import (
-    render_benchmark,
-    render_html,
-    render_junit,
-    render_summary,
-)
-from prox24_deploy.release.report import Report, assemble_report
-from prox24_deploy.release.schema import parse_report
+from prox24_deploy.config.limits import DEFAULT_METRICS, Limits, limits_of
+from prox24_deploy.core.accuracy import EngineAccuracy, EngineAccuracyResult, Fidelity
+from prox24_deploy.core.records import Estimate, Metric, NotMeasured
+from prox24_deploy.regression.baseline import Baseline
+from prox24_deploy.regression.compare import compare_reports
+from prox24_deploy.report.assemble import Report, assemble_report
+from prox24_deploy.report.engine_checks import engine_checks, engine_warnings
+from prox24_deploy.report.render import render_benchmark, render_html, render_junit, render_summary
+from prox24_deploy.report.schema import parse_report
 
 VALUES = (3.0, 3.2, 3.4, 3.1)
 METRICS = (

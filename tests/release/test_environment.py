@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from prox24_deploy import __version__
-from prox24_deploy.engines.host import gpu
-from prox24_deploy.release import environment
-from prox24_deploy.release.environment import Diagnosis, diagnose, machine, versions
+from prox24_deploy.bundle import environment
+from prox24_deploy.bundle.environment import Diagnosis, diagnose, machine, versions
+from prox24_deploy.core.host import gpu
 
 HANDLE = SimpleNamespace()
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from prox24_deploy.release.card import SourceCard, render_card
-from prox24_deploy.release.escape import class_name, code, markdown, plain_name, xml_text
-from prox24_deploy.release.render import render_benchmark, render_html, render_junit, render_summary
-from prox24_deploy.release.report import Report
+from prox24_deploy.packaging.card import SourceCard, render_card
+from prox24_deploy.report.assemble import Report
+from prox24_deploy.report.escape import class_name, code, markdown, plain_name, xml_text
+from prox24_deploy.report.render import render_benchmark, render_html, render_junit, render_summary
 
 PLAIN = SourceCard({}, "")
 HOSTILE = {

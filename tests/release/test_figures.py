@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from builders import all_skipped, make_records
 
-from prox24_deploy.limits import GivenLimits, MetricLimits
-from prox24_deploy.release.baseline import Baseline
-from prox24_deploy.release.compare import compare_reports
-from prox24_deploy.release.schema import Change, Comparison, Report
+from prox24_deploy.config.limits import GivenLimits, MetricLimits
+from prox24_deploy.regression.baseline import Baseline
+from prox24_deploy.regression.compare import compare_reports
+from prox24_deploy.report.schema import Change, Comparison, Report
 
 
 def with_files(report: Report, **sizes: int) -> Report:

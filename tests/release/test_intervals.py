@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from prox24_deploy.artifacts import Estimate, Interval, Metric
-from prox24_deploy.release.intervals import (
+from prox24_deploy.core.records import Estimate, Interval, Metric
+from prox24_deploy.regression.intervals import (
     around,
     around_metric,
     judge,

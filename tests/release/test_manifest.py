@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from prox24_deploy import __version__
-from prox24_deploy.artifacts import ModelInfo
-from prox24_deploy.errors import BundleError
-from prox24_deploy.release.layout import MANIFEST_FILE
-from prox24_deploy.release.manifest import (
+from prox24_deploy.bundle.layout import MANIFEST_FILE
+from prox24_deploy.bundle.manifest import (
     SCHEMA_VERSION,
     FileEntry,
     Manifest,
@@ -25,6 +23,8 @@ from prox24_deploy.release.manifest import (
     verify,
     write_manifest,
 )
+from prox24_deploy.core.errors import BundleError
+from prox24_deploy.core.records import ModelInfo
 
 MODEL = ModelInfo(
     "/models/é", "ab" * 32, "bert", "BertModel", "bert", "feature-extraction", 7, "float32"

@@ -9,11 +9,11 @@ import numpy.typing as npt
 import pynvml
 import pytest
 
-from prox24_deploy.artifacts import Engine, EngineEvidence, Interval, OnnxModel, TensorCheck
+from prox24_deploy.core.errors import EngineError
+from prox24_deploy.core.records import Engine, EngineEvidence, Interval, OnnxModel, TensorCheck
 from prox24_deploy.engines.base import Array, Feeds, Session
-from prox24_deploy.errors import EngineError
-from prox24_deploy.release import measure
-from prox24_deploy.release.measure import (
+from prox24_deploy.latency import measure
+from prox24_deploy.latency.measure import (
     KEPT_SAMPLES,
     MeasureOptions,
     PairSamples,

@@ -5,7 +5,7 @@ import math
 import pytest
 from measure_noise import COVERAGE, against_itself, bench, verdicts, with_slowdown
 
-from prox24_deploy.release.measure import MeasureOptions
+from prox24_deploy.latency.measure import MeasureOptions
 
 pytestmark = pytest.mark.slow
 

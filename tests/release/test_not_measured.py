@@ -7,7 +7,7 @@ import pytest
 from builders import make_records, with_latency, with_not_measured
 from junitparser import JUnitXml
 
-from prox24_deploy.release.report import load_report, write_report
+from prox24_deploy.report.assemble import load_report, write_report
 
 REASON = "engines for SM86 cannot run here; take it elsewhere."
 ALONE = "No backend measured latency, so nothing here says"

@@ -11,12 +11,12 @@ from chromium import running_chromium
 from page_audit import GEOMETRY, View, audit, axe_version, opened, unprinted
 from playwright.sync_api import Browser
 
-from prox24_deploy.artifacts import Estimate
-from prox24_deploy.release.baseline import Baseline, updated
-from prox24_deploy.release.compare import held_against
-from prox24_deploy.release.plots import error_plots, latency_plot, trend_plot
-from prox24_deploy.release.render import render_html
-from prox24_deploy.release.schema import Report
+from prox24_deploy.core.records import Estimate
+from prox24_deploy.regression.baseline import Baseline, updated
+from prox24_deploy.regression.compare import held_against
+from prox24_deploy.report.plots import error_plots, latency_plot, trend_plot
+from prox24_deploy.report.render import render_html
+from prox24_deploy.report.schema import Report
 
 pytestmark = pytest.mark.browser
 

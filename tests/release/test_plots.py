@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 from builders import make_layers, make_records, make_row, with_budget
 
-from prox24_deploy.artifacts import Estimate
-from prox24_deploy.release.plots import (
+from prox24_deploy.core.records import Estimate
+from prox24_deploy.report.plots import (
     error_plots,
     latency_plot,
     nice_ticks,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from builders import make_records
 
-from prox24_deploy.artifacts import Estimate, Metric
+from prox24_deploy.core.records import Estimate, Metric
 from prox24_deploy.pytest_plugin import AssertNoRegression
 
 TEST = """

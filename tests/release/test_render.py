@@ -16,13 +16,9 @@ from builders import (
 )
 from junitparser import JUnitXml
 
-from prox24_deploy.artifacts import Estimate, Metric
-from prox24_deploy.release.render import estimate, seconds, size
-from prox24_deploy.release.report import (
-    Report,
-    load_report,
-    write_report,
-)
+from prox24_deploy.core.records import Estimate, Metric
+from prox24_deploy.report.assemble import Report, load_report, write_report
+from prox24_deploy.report.render import estimate, seconds, size
 
 HOSTILE = 'encoder.layer.0.<script>alert("1")</script>|`&\x00'
 VOID = {"meta", "br", "img", "link", "hr", "input"}

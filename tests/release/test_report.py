@@ -23,12 +23,11 @@ from builders import (
 )
 from markupsafe import escape
 
-from prox24_deploy.artifacts import Estimate, Metric
+from prox24_deploy.config.limits import Limits
+from prox24_deploy.core.errors import BundleError
+from prox24_deploy.core.records import Estimate, Metric
 from prox24_deploy.core.types import Verdict
-from prox24_deploy.errors import BundleError
-from prox24_deploy.limits import Limits
-from prox24_deploy.release.escape import markdown
-from prox24_deploy.release.report import (
+from prox24_deploy.report.assemble import (
     SCHEMA_FILE,
     Report,
     load_report,
@@ -36,7 +35,8 @@ from prox24_deploy.release.report import (
     schema_text,
     write_report,
 )
-from prox24_deploy.release.schema import parse_report
+from prox24_deploy.report.escape import markdown
+from prox24_deploy.report.schema import parse_report
 
 VIEWS = {"report.json", "report.html", "summary.md", "junit.xml", "benchmark.json"}
 

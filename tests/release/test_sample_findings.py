@@ -7,10 +7,10 @@ import pytest
 from builders import make_records, perplexities, with_metrics
 from test_engine_findings import engine
 
-from prox24_deploy.artifacts import Estimate, Metric, TextSource
-from prox24_deploy.limits import Limits
-from prox24_deploy.release.against_dense import Group, judge_metrics
-from prox24_deploy.release.sample_findings import few_samples, sample_warnings
+from prox24_deploy.config.limits import Limits
+from prox24_deploy.core.records import Estimate, Metric, TextSource
+from prox24_deploy.report.against_dense import Group, judge_metrics
+from prox24_deploy.report.sample_checks import few_samples, sample_warnings
 
 TEXT = TextSource("file", ("eval.txt",), "c" * 64, 64, 32_768)
 TABLE = Limits().over_defaults("text-generation", []).against_dense

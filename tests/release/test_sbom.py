@@ -6,9 +6,9 @@ import sys
 import pytest
 from builders import make_records
 
-from prox24_deploy.errors import BackendMissingError, BundleError
-from prox24_deploy.release.manifest import FileEntry, Manifest
-from prox24_deploy.release.sbom import render_sbom
+from prox24_deploy.bundle.manifest import FileEntry, Manifest
+from prox24_deploy.core.errors import BackendMissingError, BundleError
+from prox24_deploy.packaging.sbom import render_sbom
 
 RECORDS = make_records(blocks=1)
 MANIFEST = Manifest(

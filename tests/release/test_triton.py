@@ -6,10 +6,10 @@ import pytest
 from google.protobuf import text_format
 from triton_definition import data_type_name, parse_config
 
-from prox24_deploy.errors import BundleError, UsageError
-from prox24_deploy.recipe import GraphTensor
-from prox24_deploy.release.manifest import FileEntry, hash_file
-from prox24_deploy.release.triton import (
+from prox24_deploy.bundle.manifest import FileEntry, hash_file
+from prox24_deploy.config.recipe import GraphTensor
+from prox24_deploy.core.errors import BundleError, UsageError
+from prox24_deploy.packaging.triton import (
     MODEL_FILES,
     ServingBackend,
     batches,

@@ -20,18 +20,18 @@ from builders import (
 )
 from test_engine_findings import engine
 
-from prox24_deploy.accuracy import EngineAccuracyResult
-from prox24_deploy.artifacts import Estimate, Metric
-from prox24_deploy.cli.building import exit_code
+from prox24_deploy.cli.build import exit_code
 from prox24_deploy.cli.tables import report_head
+from prox24_deploy.config.limits import GivenLimits, Limits, MetricLimits, accepted_loss
+from prox24_deploy.core.accuracy import EngineAccuracyResult
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.records import Estimate, Metric
 from prox24_deploy.core.types import Judgement, Verdict
-from prox24_deploy.errors import UsageError
-from prox24_deploy.limits import GivenLimits, Limits, MetricLimits, accepted_loss
-from prox24_deploy.release.baseline import Baseline
-from prox24_deploy.release.card import SourceCard, render_card
-from prox24_deploy.release.compare import compare_reports, held_against
-from prox24_deploy.release.render import render_html, render_summary
-from prox24_deploy.release.report import Report, assemble_report, write_report
+from prox24_deploy.packaging.card import SourceCard, render_card
+from prox24_deploy.regression.baseline import Baseline
+from prox24_deploy.regression.compare import compare_reports, held_against
+from prox24_deploy.report.assemble import Report, assemble_report, write_report
+from prox24_deploy.report.render import render_html, render_summary
 
 PLAIN = SourceCard({}, "")
 LIFTED = {"embedding cosine": MetricLimits()}

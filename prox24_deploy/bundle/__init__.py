@@ -1,0 +1,1 @@
+"""A release bundle: stages run once, the manifest, verification, the paths within."""

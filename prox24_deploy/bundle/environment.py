@@ -1,0 +1,131 @@
+"""What this machine is and which versions are installed: provenance and `doctor`."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass, replace
+
+from prox24_deploy import __version__
+from prox24_deploy.core.host import INSTALL, cpu_model, gpu
+
+_PACKAGES = (
+    "torch", "transformers", "numpy", "numba", "onnx", "onnxscript", "onnx-ir", "onnxruntime",
+    "safetensors",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """One line of `doctor`: what was looked for, what was found, what to do if it is missing."""
+
+    name: str
+    found: str
+    usable: bool
+    remedy: str
+
+
+def versions() -> dict[str, str]:
+    """Version of this tool, of Python and of every package that shapes the result."""
+    known = {"prox24-deploy": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            known[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            known[package] = "not installed"
+    return known
+
+
+def machine() -> dict[str, str]:
+    """System, processor, memory and GPU of this machine, in words."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": cpu_model(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{memory:.0f} GiB",
+        **gpu(),
+    }
+
+
+def diagnose() -> list[Diagnosis]:
+    """Look for everything that a stage or backend can need."""
+    installed = versions()
+    findings = [
+        Diagnosis(name, text, text != "not installed", f"pip install {name}")
+        for name, text in installed.items()
+    ]
+    card = gpu()
+    has_gpu = "compute capability" in card
+    findings += [
+        Diagnosis("processor", cpu_model(), True, ""),
+        Diagnosis("GPU", ", ".join(card.values()), has_gpu, "pruning and ONNX Runtime run without"),
+        _cuda(has_gpu),
+        _cusparselt(has_gpu),
+        _onnxruntime(),
+        _tensorrt(has_gpu),
+        _module("tensorrt_rtx", INSTALL["tensorrt_rtx"]),
+    ]
+    return findings
+
+
+def _cuda(has_gpu: bool) -> Diagnosis:
+    name = "torch CUDA"
+    try:
+        import torch
+    except ImportError as error:
+        return _not_importable(name, "torch", error)
+    usable = torch.cuda.is_available()
+    remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU"
+    return Diagnosis(name, torch.version.cuda or "CPU build", usable, remedy)
+
+
+def _cusparselt(has_gpu: bool) -> Diagnosis:
+    name = "cuSPARSELt"
+    try:
+        import torch
+    except ImportError as error:
+        return _not_importable(name, "torch", error)
+    usable = bool(torch.backends.cusparselt.is_available())
+    number = torch.backends.cusparselt.version() if usable else None
+    # Thousands, hundreds and the rest: 602 is 0.6.2.
+    version = f"{number // 1000}.{number // 100 % 10}.{number % 100}" if number else None
+    remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU, Ampere or newer"
+    return Diagnosis(name, version or "not available", usable, remedy)
+
+
+def _onnxruntime() -> Diagnosis:
+    name = "ONNX Runtime providers"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return _not_importable(name, "onnxruntime", error)
+    return Diagnosis(name, ", ".join(onnxruntime.get_available_providers()), True, "")
+
+
+def _tensorrt(has_gpu: bool) -> Diagnosis:
+    """TensorRT builds on the GPU that it builds for; TensorRT-RTX needs none to build."""
+    found = _module("tensorrt", INSTALL["tensorrt"])
+    if found.usable and not has_gpu:
+        return replace(found, usable=False, remedy="builds on an NVIDIA GPU, and there is none")
+    return found
+
+
+def _not_importable(name: str, package: str, error: ImportError) -> Diagnosis:
+    return Diagnosis(
+        name, f"{package} cannot be imported ({error})", False, f"pip install {package}"
+    )
+
+
+def _module(name: str, remedy: str) -> Diagnosis:
+    """Whether an engine library can be imported; found without importing it."""
+    if importlib.util.find_spec(name) is None:
+        return Diagnosis(name, "not installed", False, remedy)
+    # Module tensorrt may come from distribution tensorrt, tensorrt-cu13 or another like it.
+    owners = importlib.metadata.packages_distributions().get(name, [])
+    for distribution in (name.replace("_", "-"), *owners):
+        try:
+            return Diagnosis(name, importlib.metadata.version(distribution), True, remedy)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Diagnosis(name, "installed, of unknown version", True, remedy)

@@ -1,0 +1,234 @@
+"""Commands that make a bundle or one stage of it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from prox24_deploy.cli import options as arguments
+from prox24_deploy.cli import tables
+from prox24_deploy.cli.terminal import print_json, print_table, say, stderr
+from prox24_deploy.config.options import BuildOptions, HarnessOptions, TextOptions, parse_losses
+
+if TYPE_CHECKING:
+    from prox24_deploy.report.assemble import Report
+
+EXIT_REGRESSION, EXIT_SPARSITY, EXIT_INCONCLUSIVE = 3, 4, 5
+_TEXT, _BUILD = TextOptions(), BuildOptions()
+VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCLUSIVE}
+
+
+def build(
+    model_dir: arguments.ModelArg,
+    out: arguments.OutOpt = None,
+    name: arguments.NameOpt = None,
+    recipe: arguments.RecipeOpt = None,
+    calibration: arguments.CalibrationOpt = None,
+    evaluation: arguments.EvaluationOpt = None,
+    calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
+    evaluation_tokens: arguments.EvaluationTokensOpt = _TEXT.evaluation_tokens,
+    images: arguments.ImagesOpt = _TEXT.images,
+    recordings: arguments.RecordingsOpt = _TEXT.recordings,
+    method: arguments.MethodOpt = "prox",
+    preset: arguments.PresetOpt = "default",
+    refinement: arguments.RefinementOpt = "auto",
+    reconstruct: arguments.ReconstructOpt = None,
+    include: arguments.IncludeOpt = None,
+    exclude: arguments.ExcludeOpt = None,
+    max_loss: arguments.MaxLossOpt = None,
+    layers: arguments.LayersOpt = None,
+    dtype: arguments.DTypeOpt = None,
+    backend: arguments.BackendOpt = None,
+    shapes: arguments.ShapesOpt = None,
+    engine_tokens: arguments.EngineTokensOpt = _BUILD.engine_tokens,
+    plan: arguments.PlanOpt = None,
+    workspace_gib: arguments.WorkspaceOpt = None,
+    builder_level: arguments.LevelOpt = None,
+    compatibility: arguments.CompatibilityOpt = "none",
+    refit: arguments.RefitOpt = False,
+    strip_weights: arguments.StripOpt = False,
+    timing_cache: arguments.TimingsOpt = None,
+    compute_capability: arguments.CapabilityOpt = None,
+    lm_eval: arguments.HarnessOpt = None,
+    lm_eval_data: arguments.HarnessDataOpt = None,
+    lm_eval_limit: arguments.HarnessLimitOpt = None,
+    device: arguments.DeviceOpt = "auto",
+    seed: arguments.SeedOpt = 0,
+    baseline: arguments.BaselineOpt = None,
+    limits: arguments.LimitsOpt = None,
+    accept_loss: arguments.AcceptLossOpt = None,
+    allow: arguments.AllowOpt = None,
+    fresh: arguments.FreshOpt = False,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Prune, export, prove, compile, measure and report: everything, into one bundle."""
+    from prox24_deploy.pipeline import run as pipeline
+
+    tensorrt = arguments.tensorrt_options(
+        workspace_gib, builder_level, compatibility, refit, strip_weights, timing_cache,
+        compute_capability,
+    )  # fmt: skip
+    options = BuildOptions(
+        recipe,
+        arguments.text_options(
+            calibration, evaluation, calibration_tokens, evaluation_tokens, images, recordings, seed
+        ),
+        arguments.prune_options(
+            method, preset, refinement, reconstruct, include, exclude, max_loss, layers, plan
+        ),
+        device,
+        dtype,
+        arguments.engine_options(backend, shapes, tensorrt, plan),
+        baseline,
+        limits,
+        tuple(allow or ()),
+        HarnessOptions(tuple(dict.fromkeys(lm_eval or ())), lm_eval_data, lm_eval_limit),
+        engine_tokens,
+        name,
+        parse_losses(accept_loss or ()),
+    )
+    root = out or arguments.default_out(model_dir)
+    with tables.progress(stderr) as progress:
+        report = pipeline.build(model_dir, root, options, fresh=fresh, progress=progress)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        print_report(report, root)
+    raise typer.Exit(exit_code(report))
+
+
+def prune(
+    model_dir: arguments.ModelArg,
+    out: arguments.OutOpt = None,
+    name: arguments.NameOpt = None,
+    recipe: arguments.RecipeOpt = None,
+    calibration: arguments.CalibrationOpt = None,
+    evaluation: arguments.EvaluationOpt = None,
+    calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
+    evaluation_tokens: arguments.EvaluationTokensOpt = _TEXT.evaluation_tokens,
+    images: arguments.ImagesOpt = _TEXT.images,
+    recordings: arguments.RecordingsOpt = _TEXT.recordings,
+    method: arguments.MethodOpt = "prox",
+    preset: arguments.PresetOpt = "default",
+    refinement: arguments.RefinementOpt = "auto",
+    reconstruct: arguments.ReconstructOpt = None,
+    include: arguments.IncludeOpt = None,
+    exclude: arguments.ExcludeOpt = None,
+    max_loss: arguments.MaxLossOpt = None,
+    layers: arguments.LayersOpt = None,
+    device: arguments.DeviceOpt = "auto",
+    seed: arguments.SeedOpt = 0,
+    fresh: arguments.FreshOpt = False,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Prune only: OUT becomes a bundle with the pruned model directory."""
+    from prox24_deploy.pipeline import run as pipeline
+
+    options = BuildOptions(
+        recipe,
+        arguments.text_options(
+            calibration, evaluation, calibration_tokens, evaluation_tokens, images, recordings, seed
+        ),
+        arguments.prune_options(
+            method, preset, refinement, reconstruct, include, exclude, max_loss, layers
+        ),
+        device,
+        name=name,
+    )
+    root = out or arguments.default_out(model_dir)
+    with tables.progress(stderr) as progress:
+        result = pipeline.prune(model_dir, root, options, fresh=fresh, progress=progress)
+    if as_json:
+        print_json(asdict(result))
+        return
+    pruned = [layer for layer in result.layers if layer.status == "pruned"]
+    print_table(tables.layers(result.layers))
+    for note in result.notes:
+        say(f"Note: {note}")
+    say(f"{len(pruned)} layers are 2:4 in {root / 'pruned'}.")
+
+
+def export(
+    bundle: arguments.BundleArg,
+    dtype: arguments.DTypeOpt = None,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the file."""
+    from prox24_deploy.pipeline import run as pipeline
+
+    with tables.progress(stderr) as progress:
+        result = pipeline.export(bundle, dtype, progress=progress)
+    if as_json:
+        print_json(asdict(result))
+        return
+    proven = sum(check.expected and check.is_24 for check in result.sparsity)
+    worst = max((c.max_abs_difference for c in result.numerics), default=float("nan"))
+    files = " and ".join(str(bundle / model.path) for model in result.sparse)
+    say(f"{proven} weights proven 2:4 in {files}; largest difference to PyTorch {worst:.2g}.")
+
+
+def compile_engines(
+    bundle: arguments.BundleArg,
+    backend: arguments.BackendOpt = None,
+    shapes: arguments.ShapesOpt = None,
+    workspace_gib: arguments.WorkspaceOpt = None,
+    builder_level: arguments.LevelOpt = None,
+    compatibility: arguments.CompatibilityOpt = "none",
+    refit: arguments.RefitOpt = False,
+    strip_weights: arguments.StripOpt = False,
+    timing_cache: arguments.TimingsOpt = None,
+    compute_capability: arguments.CapabilityOpt = None,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Compile engines from the ONNX twins of a bundle."""
+    from prox24_deploy.pipeline import run as pipeline
+
+    tensorrt = arguments.tensorrt_options(
+        workspace_gib, builder_level, compatibility, refit, strip_weights, timing_cache,
+        compute_capability,
+    )  # fmt: skip
+    options = arguments.engine_options(backend, shapes, tensorrt)
+    with tables.progress(stderr) as progress:
+        result = pipeline.compile_engines(bundle, options, progress=progress)
+    if as_json:
+        print_json(asdict(result))
+        return
+    for engine in result.engines:
+        say(f"{engine.twin}: {bundle / engine.path}")
+    for evidence in result.evidence:
+        say(f"{evidence.backend}: {evidence.summary}")
+
+
+def bench(
+    bundle: arguments.BundleArg,
+    shapes: arguments.ShapesOpt = None,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Measure dense against sparse latency of a bundle's engines, interleaved."""
+    from prox24_deploy.pipeline import run as pipeline
+
+    with tables.progress(stderr) as progress:
+        result = pipeline.bench(bundle, arguments.engine_options(None, shapes), progress=progress)
+    if as_json:
+        print_json(asdict(result))
+        return
+    print_table(tables.latency(result.latency))
+
+
+def exit_code(report: "Report") -> int:
+    """4 if a pruned weight is not proven to be 2:4, else that of the verdict."""
+    if any(check.kind == "sparsity" and check.verdict == "fail" for check in report.checks):
+        return EXIT_SPARSITY
+    return VERDICT_EXIT[report.verdict]
+
+
+def print_report(report: "Report", root: Path) -> None:
+    """The page of a build: what changed and its verdict, accuracy, latency, where to look."""
+    for line in tables.report_head(report):
+        say(line)
+    if report.latency:
+        print_table(tables.latency(report.latency))
+    for warning in report.warnings:
+        say(f"Note: {warning}")
+    say(f"Report: {root / 'report.html'}")

@@ -1,0 +1,124 @@
+"""Commands that look at a model, a file, a bundle or this machine, and make nothing."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prox24_deploy.cli import options as arguments
+from prox24_deploy.cli import tables
+from prox24_deploy.cli.terminal import print_json, print_table, say, stderr
+from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
+from prox24_deploy.core.errors import BundleError
+
+_TEXT = TextOptions()
+
+
+def plan(
+    model_dir: arguments.ModelArg,
+    out: arguments.PlanOutOpt = None,
+    recipe: arguments.RecipeOpt = None,
+    calibration: arguments.CalibrationOpt = None,
+    calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
+    shapes: arguments.ShapesOpt = None,
+    dtype: arguments.PlanDTypeOpt = None,
+    max_loss: arguments.MaxLossOpt = None,
+    layers: arguments.LayersOpt = None,
+    sensitivity: arguments.SensitivityOpt = True,
+    gpu_profile: arguments.ProfileOpt = None,
+    save_profile: arguments.SaveProfileOpt = None,
+    device: arguments.DeviceOpt = "auto",
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Time dense against sparse GEMMs on this GPU and say which layers are worth pruning."""
+    from prox24_deploy.engines.cusparselt.planning import plan_json, write_plan
+    from prox24_deploy.engines.cusparselt.profile import read_profile, write_profile
+    from prox24_deploy.pipeline import plan as planner
+
+    options = BuildOptions(
+        recipe,
+        TextOptions(calibration=tuple(calibration or ()), calibration_tokens=calibration_tokens),
+        PruneOptions(max_loss=max_loss, max_layers=layers),
+        device,
+        dtype,
+        arguments.engine_options(None, shapes),
+    )
+    saved = read_profile(gpu_profile) if gpu_profile else None
+    with tables.progress(stderr) as progress:
+        found = planner.plan(
+            model_dir, options, saved=saved, sensitivity=sensitivity, progress=progress
+        )
+    if out:
+        write_plan(found, out)
+    if save_profile:
+        write_profile(found.profile, save_profile)
+    if as_json:
+        print_json(plan_json(found))
+        return
+    print_table(tables.plan_layers(found))
+    print_table(tables.plan_shapes(found))
+    for sentence in tables.plan_sentences(found):
+        say(sentence)
+
+
+def check(
+    path: Annotated[
+        Path, typer.Argument(help="Model directory, safetensors or ONNX file.", readable=False)
+    ],
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Weights that may be dense, as globs; repeatable.")
+    ] = None,
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="GLOB=AXIS: axis along which tensors of a safetensors file are summed, where "
+            "neither the file nor its config.json tells; repeatable."
+        ),
+    ] = None,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Check the 2:4 pattern of every weight along its reduction axis.
+
+    A file that declares its 2:4 weights is held to that; in any other file every weight that no
+    --ignore matches must be 2:4. Ends with 4 if a weight is not 2:4, and with 5 if one cannot be
+    proven or there is none to prove.
+    """
+    from prox24_deploy.graph.check.check import check_path, require_24
+
+    report = check_path(path, ignore or (), arguments.tensor_axes(axis or ()))
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_table(tables.checks(report.tensors))
+        for sentence in tables.check_sentences(report):
+            say(sentence)
+    require_24(report)
+
+
+def verify(bundle: arguments.BundleArg, as_json: arguments.JsonOpt = False) -> None:
+    """Re-hash every file of a bundle against its manifest."""
+    from prox24_deploy.bundle.manifest import read_manifest
+    from prox24_deploy.bundle.manifest import verify as faults_of
+
+    faults = faults_of(bundle)
+    if as_json:
+        print_json({"bundle": str(bundle), "sound": not faults, "faults": faults})
+    if faults:
+        for fault in faults[1:]:
+            say(fault, to=stderr)
+        raise BundleError(f"Bundle {bundle} does not verify: {faults[0]}")
+    if not as_json:
+        count = len(read_manifest(bundle).files)
+        say(f"{bundle}: {count} files match their hashes.")
+
+
+def doctor(as_json: arguments.JsonOpt = False) -> None:
+    """Say what this machine can do, and how to get what is missing."""
+    from prox24_deploy.bundle.environment import diagnose
+
+    findings = diagnose()
+    if as_json:
+        print_json({"findings": [asdict(finding) for finding in findings]})
+        return
+    print_table(tables.findings(findings))

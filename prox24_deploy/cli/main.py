@@ -1,0 +1,116 @@
+"""The commands together, and the way in and out of them."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from prox24_deploy import __version__
+from prox24_deploy.cli import build as building
+from prox24_deploy.cli import compare as gating
+from prox24_deploy.cli import inspect as judging
+from prox24_deploy.cli import options as arguments
+from prox24_deploy.cli import package as handing
+from prox24_deploy.cli.terminal import fail, log_handler, say, stderr
+from prox24_deploy.core.errors import Prox24Error
+
+# What shells say of a program that a signal ended: 128 and its number.
+EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+_ENDINGS = {EXIT_INTERRUPTED: "Interrupted", EXIT_TERMINATED: "Terminated"}
+
+app = typer.Typer(
+    name="prox24-deploy",
+    help="Take a Hugging Face model to a 2:4-sparse, proven and measured release bundle.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog=(
+        "Exit codes: 0 passed, 1 internal error, 2 bad usage or input, 3 regression, "
+        "4 sparsity lost, 5 environment missing or measurement inconclusive."
+    ),
+)
+app.command()(building.build)
+app.command()(building.prune)
+app.command()(building.export)
+app.command("compile")(building.compile_engines)
+app.command()(building.bench)
+app.command()(judging.plan)
+app.command()(judging.check)
+app.command()(judging.verify)
+app.command()(handing.package)
+app.command()(judging.doctor)
+app.command()(gating.compare)
+app.add_typer(gating.baseline, name="baseline")
+
+
+def main() -> None:
+    """Entry point: run one command and exit with its code; every error is one sentence."""
+    # No code of this tool may reach for a model hub, and neither may transformers.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # From 1.29 on ONNX Runtime writes to ~/.cache and reports hashes of models to its vendor.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    line = arguments.hoist_common(arguments.join_shapes(sys.argv[1:]))
+    try:
+        arguments.require_utf8(line)
+        with _terminable():
+            app(args=line, prog_name="prox24-deploy")
+    except (Prox24Error, OSError) as error:
+        fail(error, debug="--debug" in line)
+    except SystemExit as stop:
+        # typer turns an interrupt from the keyboard into this code and says nothing.
+        if stop.code in _ENDINGS:
+            ending = _ENDINGS[stop.code]
+            say(f"{ending}; finished stages are kept, run the same command to go on.", to=stderr)
+        raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the one place where a fault of ours becomes an exit code
+        # Libraries in Rust panic with an error that is no Exception.
+        fail(error, debug="--debug" in line)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """End on SIGTERM as on an interrupt from the keyboard, so that what is half done is removed."""
+    # Who started this process may have it ignored, and only the main thread may change it.
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        # A second one does not wait.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise SystemExit(EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@app.callback(invoke_without_command=True)
+def common(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log every layer.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+) -> None:
+    """Set up logging; options here come before the command."""
+    if version:
+        say(__version__)
+        raise typer.Exit
+    level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, handlers=[log_handler()], force=True)
+    logging.getLogger("prox24_deploy").setLevel(level)
+    context.obj = {"debug": debug}

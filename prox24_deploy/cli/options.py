@@ -1,0 +1,410 @@
+"""Options that several commands share, and what is done to a line before typer reads it."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prox24_deploy.config.options import (
+    Compatibility,
+    DeviceChoice,
+    EngineOptions,
+    PruneOptions,
+    TensorRtOptions,
+    TextOptions,
+    parse_capabilities,
+    parse_shapes,
+)
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.types import DType, Method, Preset, Refinement
+
+_COMMON = {"-v", "--verbose", "--debug"}
+_TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
+
+ModelArg = Annotated[
+    Path, typer.Argument(help="Hugging Face model directory with safetensors.", readable=False)
+]
+BundleArg = Annotated[
+    Path, typer.Argument(help="A bundle: the OUT of an earlier command.", readable=False)
+]
+OutOpt = Annotated[
+    Path | None,
+    typer.Option("-o", "--out", help="Bundle to write; default NAME-prox24.", readable=False),
+]
+NameOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What the model is called, such as owner/model; default: as its card says.",
+    ),
+]
+RecipeOpt = Annotated[
+    Path | None,
+    typer.Option(
+        help="Export recipe; default: the model's own, else its family's.", readable=False
+    ),
+]
+CalibrationOpt = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Text, JSONL, or folder of images or recordings to calibrate on; repeatable. Default: "
+        "CPython's docs, for text alone.",
+        readable=False,
+    ),
+]
+EvaluationOpt = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Held-out text, images or recordings; repeatable. Default: a fifth of calibration.",
+        readable=False,
+    ),
+]
+TokensOpt = Annotated[int, typer.Option(min=1024, help="Calibration tokens to use.")]
+ImagesOpt = Annotated[
+    int, typer.Option(min=16, help="Images to use, of calibration and of evaluation; not of text.")
+]
+RecordingsOpt = Annotated[
+    int, typer.Option(min=8, help="Recordings to use, of calibration and of evaluation.")
+]
+EvaluationTokensOpt = Annotated[int, typer.Option(min=1024, help="Evaluation tokens to use.")]
+EngineTokensOpt = Annotated[
+    int,
+    typer.Option(
+        min=1024,
+        help="Of them, tokens to run through each engine; an image counts as 64.",
+    ),
+]
+HarnessOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lm-eval",
+        metavar="TASK",
+        help="Task of the lm-evaluation-harness to score both models on; repeatable.",
+    ),
+]
+HarnessDataOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--lm-eval-data",
+        metavar="DIR",
+        help="Its data as TASK/SPLIT.jsonl, and tasks of your own as YAML; nothing is fetched.",
+        readable=False,
+    ),
+]
+HarnessLimitOpt = Annotated[
+    int | None,
+    typer.Option("--lm-eval-limit", min=2, help="Documents of each task; default: all."),
+]
+MethodOpt = Annotated[
+    Method, typer.Option(help="Pruning method; ista is the literal one of the paper.")
+]
+RefinementOpt = Annotated[
+    Refinement,
+    typer.Option(help="Update of the kept weights; auto: gradient for ista, else conjugate."),
+]
+ReconstructOpt = Annotated[
+    bool | None,
+    typer.Option(
+        "--reconstruct/--no-reconstruct",
+        help="Tune each block as a whole, masks fixed; default: with preset best only.",
+    ),
+]
+IncludeOpt = Annotated[
+    list[str] | None,
+    typer.Option(help="Prune only targets whose path this glob matches; repeatable."),
+]
+ExcludeOpt = Annotated[
+    list[str] | None, typer.Option(help="Leave targets dense whose path this glob matches.")
+]
+MaxLossOpt = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Prune the least harmful layers while the loss rises by no more than this."
+    ),
+]
+LayersOpt = Annotated[
+    int | None, typer.Option("--layers", min=1, help="Prune only the N least harmful layers.")
+]
+PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
+DTypeOpt = Annotated[
+    DType | None,
+    typer.Option(
+        help="Precision of the exported models; default: the checkpoint's own. Nothing runs "
+        "bfloat16 on a CPU, and TensorRT has no sparse kernels for float32."
+    ),
+]
+PlanDTypeOpt = Annotated[
+    DType | None,
+    typer.Option(
+        help="Precision to time; default: the checkpoint's own, float16 if that is float32, for "
+        "which there are no sparse kernels."
+    ),
+]
+BackendOpt = Annotated[
+    list[str] | None,
+    typer.Option(help="onnxruntime, cusparselt, tensorrt, tensorrt-rtx or auto; repeatable."),
+]
+PlanOutOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--out", help="Write the plan to this file for build --plan.", readable=False
+    ),
+]
+PlanOpt = Annotated[
+    Path | None,
+    typer.Option("--plan", help="Prune only the layers that a plan says to prune.", readable=False),
+]
+WorkspaceOpt = Annotated[
+    float | None, typer.Option(min=0.001, help="TensorRT: scratch memory of a kernel at most, GiB.")
+]
+LevelOpt = Annotated[
+    int | None, typer.Option(min=0, max=5, help="TensorRT: optimisation level of its builder.")
+]
+CompatibilityOpt = Annotated[
+    Compatibility,
+    typer.Option(help="TensorRT: engines for later versions, or for every GPU from Ampere on."),
+]
+RefitOpt = Annotated[
+    bool, typer.Option("--refit", help="TensorRT: engines whose weights can be replaced.")
+]
+StripOpt = Annotated[
+    bool,
+    typer.Option("--strip-weights", help="TensorRT: engines without weights, refitted from ONNX."),
+]
+TimingsOpt = Annotated[
+    Path | None,
+    typer.Option(help="TensorRT: folder to keep timings of kernels in.", readable=False),
+]
+CapabilityOpt = Annotated[
+    list[str] | None,
+    typer.Option(help="TensorRT-RTX: GPUs to compile for; default 8.6, 8.9, 12.0; repeatable."),
+]
+ShapesOpt = Annotated[
+    list[str] | None, typer.Option(help="Shapes to measure, e.g. batch=1,8 sequence=128.")
+]
+SensitivityOpt = Annotated[
+    bool,
+    typer.Option(
+        "--sensitivity/--no-sensitivity", help="Measure what pruning each paying layer costs."
+    ),
+]
+ProfileOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--gpu-profile",
+        help="Plan for the GPU of this file, measured elsewhere; h100.json is shipped.",
+        readable=False,
+    ),
+]
+SaveProfileOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-profile", help="Write the measured GEMM times to this file.", readable=False
+    ),
+]
+DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where to prune and evaluate.")]
+SeedOpt = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
+BaselineOpt = Annotated[
+    Path | None,
+    typer.Option(
+        help="Hold the report against this baseline file, report.json or bundle.", readable=False
+    ),
+]
+LimitsOpt = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML with limits per metric, against a baseline and the dense model.", readable=False
+    ),
+]
+AcceptLossOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="METRIC=AMOUNT",
+        help="Loss to accept against the dense model, e.g. perplexity=25%; repeatable.",
+    ),
+]
+AllowOpt = Annotated[
+    list[str] | None,
+    typer.Option(help="Something that may differ, such as driver or evaluation; repeatable."),
+]
+FreshOpt = Annotated[bool, typer.Option("--fresh", help="Run every stage again.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def default_out(model_dir: Path) -> Path:
+    """The bundle of a model where -o names none."""
+    # Reads cards, which the start of every command need not wait for.
+    from prox24_deploy.bundle.naming import folder_name
+
+    return Path(f"{Path(folder_name(model_dir)).name}-prox24")
+
+
+def text_options(
+    calibration: list[Path] | None,
+    evaluation: list[Path] | None,
+    calibration_tokens: int,
+    evaluation_tokens: int,
+    images: int,
+    recordings: int,
+    seed: int,
+) -> TextOptions:
+    """The options about text as one record."""
+    return TextOptions(
+        tuple(calibration or ()),
+        tuple(evaluation or ()),
+        calibration_tokens,
+        evaluation_tokens,
+        seed,
+        images,
+        recordings,
+    )
+
+
+def prune_options(
+    method: Method,
+    preset: Preset,
+    refinement: Refinement,
+    reconstruct: bool | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    max_loss: float | None,
+    layers: int | None,
+    plan: Path | None = None,
+) -> PruneOptions:
+    """The options about pruning as one record.
+
+    Raises:
+        UsageError: the file is no plan, or it prunes nothing.
+    """
+    return PruneOptions(
+        method,
+        preset,
+        refinement=refinement,
+        reconstruct=reconstruct,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        max_loss=max_loss,
+        max_layers=layers,
+        planned_dense=_planned_dense(plan),
+    )
+
+
+def _planned_dense(plan: Path | None) -> tuple[tuple[str, str], ...]:
+    if plan is None:
+        return ()
+    from prox24_deploy.engines.cusparselt.planning import read_plan
+
+    return read_plan(plan).left_dense
+
+
+def tensorrt_options(
+    workspace_gib: float | None,
+    builder_level: int | None,
+    compatibility: Compatibility,
+    refit: bool,
+    strip_weights: bool,
+    timing_cache: Path | None,
+    capabilities: list[str] | None,
+) -> TensorRtOptions:
+    """The options about TensorRT as one record.
+
+    Raises:
+        UsageError: a compute capability is not understood.
+    """
+    return TensorRtOptions(
+        workspace_gib,
+        builder_level,
+        compatibility,
+        refit,
+        strip_weights,
+        timing_cache,
+        parse_capabilities(capabilities or ()),
+    )
+
+
+def engine_options(
+    backends: list[str] | None,
+    shapes: list[str] | None,
+    tensorrt: TensorRtOptions = _TENSORRT,
+    plan: Path | None = None,
+) -> EngineOptions:
+    """The options about engines as one record.
+
+    Raises:
+        UsageError: a shape is not understood, or an option of TensorRT would have no effect.
+    """
+    default = EngineOptions()
+    parsed = parse_shapes(shapes or ())
+    chosen = tuple(backends or default.backends)
+    if tensorrt != _TENSORRT and not {"tensorrt", "tensorrt-rtx"} & set(chosen):
+        raise UsageError(
+            f"Options of TensorRT have no effect on backend {', '.join(chosen)}; add --backend "
+            "tensorrt or --backend tensorrt-rtx."
+        )
+    if tensorrt.capabilities and "tensorrt-rtx" not in chosen:
+        raise UsageError(
+            "--compute-capability has no effect on backend tensorrt, which builds for the GPU of "
+            "this machine; add --backend tensorrt-rtx or leave it out."
+        )
+    return EngineOptions(
+        chosen,
+        parsed.get("batch", default.batches),
+        parsed.get("sequence", default.sequences),
+        plan,
+        tensorrt,
+    )
+
+
+def tensor_axes(arguments: Sequence[str]) -> dict[str, int]:
+    """`GLOB=AXIS` of the command line as a table.
+
+    Raises:
+        UsageError: an argument has no such form.
+    """
+    found = {}
+    for argument in arguments:
+        glob, equals, axis = argument.rpartition("=")
+        if not equals or not glob or not re.fullmatch(r"\d{1,2}", axis):
+            raise UsageError(
+                f"--axis takes GLOB=AXIS, as '*.c_attn.weight=0', got {argument!r}; pass a glob "
+                "over names of tensors and the number of an axis."
+            )
+        found[glob] = int(axis)
+    return found
+
+
+def require_utf8(arguments: Sequence[str]) -> None:
+    """Refuse names of files that no report could hold.
+
+    Raises:
+        UsageError: an argument holds bytes that are not UTF-8.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"Argument {argument!r} is not UTF-8; rename the file or folder."
+            ) from error
+
+
+def join_shapes(arguments: Sequence[str]) -> list[str]:
+    """Let `--shapes batch=1,8 sequence=128` take several words: repeat the option for each."""
+    joined: list[str] = []
+    taking = False
+    for argument in arguments:
+        if taking and joined[-1] != "--shapes" and re.fullmatch(r"\w+=[\d,]+", argument):
+            joined.append("--shapes")
+        elif taking and joined[-1] != "--shapes":
+            taking = False
+        joined.append(argument)
+        taking = taking or argument == "--shapes"
+    return joined
+
+
+def hoist_common(arguments: Sequence[str]) -> list[str]:
+    """Let -v and --debug stand anywhere on the line, as users expect."""
+    common = [argument for argument in arguments if argument in _COMMON]
+    return common + [argument for argument in arguments if argument not in _COMMON]

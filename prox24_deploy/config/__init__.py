@@ -1,0 +1,1 @@
+"""What user and family say: options, recipes, limits. No torch."""

@@ -1,0 +1,199 @@
+"""What a build can be told: small frozen dataclasses with real defaults, light to import."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.fingerprint import unkeyed
+from prox24_deploy.core.types import DType, Method, Preset, Refinement
+
+Target = Literal["asymmetric", "symmetric"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+Compatibility = Literal["none", "version", "ampere+"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """Calibration and evaluation text, images or recordings, and how much of it to use."""
+
+    calibration: tuple[Path, ...] = ()
+    evaluation: tuple[Path, ...] = ()
+    calibration_tokens: int = 65536
+    evaluation_tokens: int = 32768
+    seed: int = 0
+    images: int = 1024
+    recordings: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class PruneOptions:
+    """How to prune.
+
+    `target` "asymmetric" matches the dense model's outputs from the pruned model's inputs,
+    "symmetric" matches the dense layer on the pruned model's inputs. `refinement` is how the kept
+    weights are updated once the mask is fixed; "auto" takes the one that belongs to the method.
+    `reconstruct` None means: in preset "best" only, which also takes more steps for it.
+    `planned_dense` has path and reason of each layer that a plan leaves dense.
+
+    `include` and `exclude` are globs over module paths, relative to a block or from the model on:
+    of the recipe's targets, those are pruned that an `include` matches (any, if there is none) and
+    no `exclude` does. `max_loss` bounds the rise of the model's loss on withheld calibration text,
+    `max_layers` the number of layers; the least harmful layers are then pruned, as many as fit.
+    """
+
+    method: Method = "prox"
+    preset: Preset = "default"
+    target: Target = "asymmetric"
+    refinement: Refinement = "auto"
+    reconstruct: bool | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    max_loss: float | None = None
+    max_layers: int | None = None
+    planned_dense: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the sensitivity of each layer decides which are pruned."""
+        return self.max_loss is not None or self.max_layers is not None
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether to tune each block as a whole once its layers are solved."""
+        return self.preset == "best" if self.reconstruct is None else self.reconstruct
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRtOptions:
+    """How TensorRT builds; None leaves a setting to TensorRT.
+
+    `workspace_gib` bounds the scratch memory of a kernel, `builder_level` (0 to 5) trades build
+    time for speed, and `compatibility` lets an engine run on later versions of TensorRT
+    ("version") or on every GPU from Ampere on ("ampere+"). `refit` builds an engine whose weights
+    can be replaced, `strip_weights` one that is stored without them and refitted from its ONNX
+    file. `timing_cache` is a folder in which timings outlive the bundle. `capabilities` such as
+    "SM86" are what TensorRT-RTX compiles for; empty means its defaults.
+    """
+
+    workspace_gib: float | None = None
+    builder_level: int | None = None
+    compatibility: Compatibility = "none"
+    refit: bool = False
+    strip_weights: bool = False
+    timing_cache: Path | None = field(
+        default=None, metadata=unkeyed("says where timings are kept, not what is built")
+    )
+    capabilities: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Which backends to compile for, for which shapes, and how.
+
+    `plan` is the file of a plan whose GEMM timings need not be measured again.
+    """
+
+    backends: tuple[str, ...] = ("auto",)
+    batches: tuple[int, ...] = (1, 8)
+    sequences: tuple[int, ...] = (128,)
+    plan: Path | None = field(
+        default=None, metadata=unkeyed("what is read there counts where it is used")
+    )
+    tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
+
+    def shapes(self, *, images: bool) -> list[tuple[int, int]]:
+        """Every (batch, sequence), each once; sequence 0 for a graph that has no such axis."""
+        lengths = {0} if images else set(self.sequences)
+        return sorted((batch, length) for batch in set(self.batches) for length in lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class HarnessOptions:
+    """Tasks of the lm-evaluation-harness, the folder with their data, and documents of each."""
+
+    tasks: tuple[str, ...] = ()
+    data: Path | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """Everything that `build` can be told.
+
+    `name` is what the model is called in all that is published; None leaves it to its card. `dtype`
+    is that of the exported files; None means the checkpoint's own.
+    `device` is where pruning and evaluation run. `engine_tokens` bounds how much of the evaluation
+    is run through the engines; an image counts as 64 tokens. The report is held against the dense
+    model and against `baseline`, by `limits_file` before the limits of the recipe, and may differ
+    from the baseline in what `allow` names. `accept_loss` has names of metrics and how much worse
+    than the dense model each may be, "25%" or a number.
+    """
+
+    recipe: Path | None = None
+    text: TextOptions = field(default_factory=TextOptions)
+    prune: PruneOptions = field(default_factory=PruneOptions)
+    device: DeviceChoice = "auto"
+    dtype: DType | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    baseline: Path | None = None
+    limits_file: Path | None = None
+    allow: tuple[str, ...] = ()
+    harness: HarnessOptions = field(default_factory=HarnessOptions)
+    engine_tokens: int = 8192
+    name: str | None = None
+    accept_loss: tuple[tuple[str, str], ...] = ()
+
+
+def parse_losses(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Parse NAME=AMOUNT, the last one of a name.
+
+    Raises:
+        UsageError: a word has no name or no amount.
+    """
+    losses: dict[str, str] = {}
+    for word in words:
+        name, _, amount = (part.strip() for part in word.rpartition("="))
+        if not name or not amount:
+            raise UsageError(
+                f"--accept-loss {word} is not understood, expected METRIC=AMOUNT such as "
+                "perplexity=25% or accuracy=0.05."
+            )
+        losses[name] = amount
+    return tuple(losses.items())
+
+
+def parse_capabilities(words: Sequence[str]) -> tuple[str, ...]:
+    """Compute capabilities written "8.6" or "SM86" as "SM86".
+
+    Raises:
+        UsageError: a word is neither.
+    """
+    found = [re.fullmatch(r"(?:SM([0-9]{2,3})|([0-9]{1,2})\.([0-9]))", word) for word in words]
+    for word, match in zip(words, found, strict=True):
+        if match is None:
+            raise UsageError(
+                f"Compute capability {word!r} is not understood, expected a number such as 8.6."
+            )
+    return tuple(f"SM{m[1] or m[2] + m[3]}" for m in found if m)
+
+
+def parse_shapes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Parse `batch=1,8 sequence=128`, in one word or several.
+
+    Raises:
+        UsageError: a word is not NAME=N[,N...] with NAME batch or sequence and N positive.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for word in (part for entry in words for part in entry.split()):
+        name, _, values = word.partition("=")
+        numbers = [int(v) for v in values.split(",") if v.isdigit() and int(v) > 0]
+        if name not in {"batch", "sequence"} or len(numbers) != len(values.split(",")):
+            raise UsageError(
+                f"Shape {word!r} is not understood, expected batch=N[,N] or sequence=N[,N] with "
+                "positive numbers, for example --shapes batch=1,8 sequence=128."
+            )
+        shapes[name] = tuple(numbers)
+    return shapes

@@ -1,0 +1,81 @@
+"""Records of accuracy beyond that of the PyTorch models: of the engines, and on tasks.
+
+Like those of `artifacts`, they are handed from stage to stage as JSON.
+"""
+
+from dataclasses import dataclass
+
+from prox24_deploy.core.records import Estimate, Metric, NotMeasured
+from prox24_deploy.core.types import DType, Twin
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """One metric of one engine against PyTorch on the same weights and inputs.
+
+    `torch` and `engine` are what each scores, `difference` is engine − torch sample by sample;
+    where the metric compares both directly they are None and `agreement` is set. `deviation` is
+    how far the engine is from doing what PyTorch does, in units of the metric, with what
+    sampling noise explains taken off; it is None where a figure is not finite. `tolerance` and
+    `passed` are None for a metric that informs and gates nothing.
+    """
+
+    twin: Twin
+    metric: str
+    samples: int
+    torch: Estimate | None
+    engine: Estimate | None
+    difference: Estimate | None
+    agreement: Estimate | None
+    deviation: float | None
+    tolerance: float | None
+    passed: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAccuracy:
+    """Accuracy of the engines of one backend, on evenly spaced samples of the evaluation.
+
+    `samples` and `tokens` count what was run, of `available` samples; `longest` is the length that
+    longer samples were cut to because no engine takes more, None where none was cut. `metrics`
+    compare the sparse engine with the dense one as those of the models do, `fidelity` holds either
+    against PyTorch.
+    """
+
+    backend: str
+    device: str
+    dtype: DType
+    samples: int
+    tokens: int
+    available: int
+    longest: int | None
+    metrics: tuple[Metric, ...]
+    fidelity: tuple[Fidelity, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAccuracyResult:
+    """Result of the stage; `failed` names backends whose engines gave no usable output."""
+
+    engines: tuple[EngineAccuracy, ...] = ()
+    not_measured: tuple[NotMeasured, ...] = ()
+    failed: tuple[NotMeasured, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScores:
+    """Tasks of the lm-evaluation-harness on the PyTorch models, dense against sparse.
+
+    `metrics` are named TASK/METRIC, with values and standard errors of the harness, `version` says
+    of which; `limit` is how many documents of each task were used, None for all, and `documents`
+    hashes what was asked. `left_out` names figures that have no standard error or no better side.
+    """
+
+    version: str
+    limit: int | None
+    documents: str
+    metrics: tuple[Metric, ...]
+    left_out: tuple[str, ...]
+    seconds: float

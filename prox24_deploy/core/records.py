@@ -1,0 +1,407 @@
+"""Frozen records handed from stage to stage.
+
+Every stage returns one of the `*Result` classes; the bundle stores it as JSON under `stages/` and
+the report is assembled from nothing else. Paths inside records are POSIX paths relative to the
+bundle, so that a bundle can be moved. No torch, no pydantic and no I/O in this module.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Literal
+
+from prox24_deploy.core.fingerprint import unkeyed
+from prox24_deploy.core.types import DType, Judgement, Twin
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """Where text came from and how much of it was used.
+
+    `kind` is "file" for text of the user's, "builtin" for the text shipped with CPython and
+    "split" for a part of the calibration text that was held out. An image or recording is one unit.
+    `targets` counts the samples of an encoder-decoder that came with a target; the others were
+    their own, or the dense model's. It is None for any other. `tokens` counts text and target.
+    """
+
+    kind: Literal["file", "builtin", "split"]
+    paths: tuple[str, ...] = field(metadata=unkeyed("`sha256` says what was read there"))
+    sha256: str
+    samples: int
+    tokens: int
+    unit: Literal["token", "image", "recording"] = "token"
+    targets: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What was read from the model directory, and what the model is called."""
+
+    path: str
+    sha256: str
+    model_type: str
+    architecture: str
+    family: str
+    task: str
+    parameters: int
+    source_dtype: str
+    name: str = ""
+
+    @property
+    def title(self) -> str:
+        """Its name; where an older version has stored none, that of its folder."""
+        return self.name or PurePosixPath(self.path).name or self.path
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """What happened to one layer.
+
+    `shape` is that of its matrix, (out_features, in_features); of a convolution (out_channels,
+    height · width · in_channels). Errors are ||Y - Y'||^2 / ||Y||^2, where Y is the output
+    of the dense layer in the dense model and Y' that of the pruned layer in the pruned model (bias
+    excluded), on calibration and on held-out text; None for a skipped layer. `rows` counts the
+    inputs that it was calibrated on: tokens, patches or pixels. `note`: why its errors say nothing.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    status: Literal["pruned", "skipped"]
+    reason: str
+    method: str
+    relative_error: float | None
+    held_out_error: float | None
+    iterations: int
+    seconds: float
+    rows: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value with the standard error of its mean."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSensitivity:
+    """Rise of the model's loss when this layer alone is pruned; `weights` counts its elements."""
+
+    name: str
+    weights: int
+    loss: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """Rise of the model's loss with the least harmful `layers` pruned, `weights` elements."""
+
+    layers: int
+    weights: int
+    loss: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What pruning costs layer by layer and in sum, on calibration text that was withheld.
+
+    `metric` names the loss, such as "log-perplexity" or "1 - embedding cosine", averaged over
+    `samples`. `layers` are in order of the harm per weight, the least first; `curve` has some of
+    the prefixes of it, and the first `chosen` layers were pruned. Each layer was solved alone, on
+    inputs of the dense model; the whole model, solved in sequence, usually loses less.
+    """
+
+    metric: str
+    samples: int
+    layers: tuple[LayerSensitivity, ...]
+    curve: tuple[CurvePoint, ...]
+    max_loss: float | None
+    max_layers: int | None
+    chosen: int
+
+
+@dataclass(frozen=True, slots=True)
+class PruneResult:
+    """Result of the pruning stage.
+
+    `state_sha256` hashes every weight file that was written; `reconstructed` says that the kept
+    weights of each block were tuned together after the layers were solved. `sensitivity` is there
+    where a budget chose the layers. `notes` are sentences on what of the checkpoint was left out.
+    """
+
+    method: str
+    preset: str
+    target: Literal["asymmetric", "symmetric"]
+    device: str
+    layers: tuple[LayerRecord, ...]
+    calibration: TextSource
+    held_out: TextSource
+    damping: tuple[float, float]
+    state_sha256: str
+    seconds: float
+    reconstructed: bool = False
+    sensitivity: Sensitivity | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One accuracy figure, dense against sparse on the same inputs.
+
+    `dense` and `sparse` are None for a metric that compares the two models directly (agreement);
+    `difference` is then None too and `agreement` is set. `values` has one figure per sample, whose
+    mean is `sparse` or else `agreement`, so that two builds can be compared sample by sample.
+    """
+
+    name: str
+    higher_is_better: bool
+    samples: int
+    dense: Estimate | None
+    sparse: Estimate | None
+    difference: Estimate | None
+    agreement: Estimate | None
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateResult:
+    """Result of the evaluation stage; `metrics[0]` is the headline."""
+
+    metrics: tuple[Metric, ...]
+    evaluation: TextSource
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCheck:
+    """2:4 check of one weight tensor along its reduction axis.
+
+    `module` is the module path where the file tells it, else "". `expected` says that the file (or
+    the caller) declares this weight as 2:4. `first_violation` is the index of the first element of
+    the first group of four with more than two non-zeros, or None. `axis` (-1 if not known) and that
+    index are those of the stored tensor. `part` is the slice of it that the weight is, "" for all
+    of it, or says what it is computed from; `shape` is that of the slice. `density` is the share of
+    its elements that are not zero, 0 if not read. `node` names the consumer ("" outside ONNX).
+    TensorRT may take a sparse kernel for an `eligible` one; of an `unproven` one nothing is known.
+    """
+
+    tensor: str
+    module: str
+    node: str
+    op_type: str
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int
+    density: float
+    is_24: bool
+    expected: bool
+    first_violation: tuple[int, ...] | None
+    reason: str
+    part: str = ""
+    eligible: bool = False
+    ineligible_reason: str = ""
+    unproven: bool = False
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxModel:
+    """One exported file: path in the bundle, hash over graph and external data, size in bytes."""
+
+    path: str
+    dtype: DType
+    opset: int
+    sha256: str
+    size_bytes: int
+
+    @property
+    def graph(self) -> str:
+        """Name of the graph: "model", "encoder" or "decoder"."""
+        return graph_name(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class NumericsCheck:
+    """ONNX Runtime on CPU against PyTorch for one output over all tried shapes."""
+
+    twin: Twin
+    output: str
+    shapes: tuple[tuple[int, ...], ...]
+    max_abs_difference: float
+    tolerance: float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """Result of the export stage; a twin is one graph, or those of encoder and decoder."""
+
+    dense: tuple[OnnxModel, ...]
+    sparse: tuple[OnnxModel, ...]
+    sparsity: tuple[TensorCheck, ...]
+    numerics: tuple[NumericsCheck, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One layer of an engine: its name, what it says of the ONNX nodes in it, and its kernel."""
+
+    layer: str
+    nodes: str
+    tactic: str
+
+
+@dataclass(frozen=True, slots=True)
+class BuilderSparsity:
+    """What a builder said of sparse layers, None where nothing; `kernels` of the engine."""
+
+    eligible: int | None
+    chosen: int | None
+    eligible_layers: tuple[str, ...] = ()
+    chosen_layers: tuple[str, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One compiled engine; `versions` of what made it, `said` what its builder said of sparsity."""
+
+    path: str
+    backend: str
+    twin: Twin
+    onnx: str
+    onnx_sha256: str
+    device: str
+    dtype: DType
+    versions: dict[str, str]
+    size_bytes: int
+    said: BuilderSparsity | None = None
+
+    @property
+    def graph(self) -> str:
+        """Name of the graph that was compiled: "model", "encoder" or "decoder"."""
+        return graph_name(self.onnx)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEvidence:
+    """Whether one layer runs on sparse tensor cores, and why not. None means unknown."""
+
+    module: str
+    eligible: bool | None
+    chosen: bool | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEvidence:
+    """What one backend did with the 2:4 weights.
+
+    `numerics` compares its sparse engine with the same weights multiplied dense, where it can;
+    `graph` is that of the engine.
+    """
+
+    backend: str
+    device: str
+    eligible: int | None
+    chosen: int | None
+    summary: str
+    layers: tuple[LayerEvidence, ...]
+    numerics: tuple[NumericsCheck, ...] = ()
+    graph: str = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class CompileResult:
+    """Result of the compile stage."""
+
+    engines: tuple[Engine, ...]
+    evidence: tuple[EngineEvidence, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Percentiles of one twin's latency; `samples_ms` keeps every run for the plots."""
+
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    runs: int
+    samples_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with a 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """Slowest and fastest clock of a GPU's multiprocessors while it was timed, in MHz.
+
+    `slowed_by` names what kept it from a higher clock, such as its power cap or its temperature.
+    """
+
+    sm_mhz_low: int
+    sm_mhz_high: int
+    slowed_by: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyRow:
+    """Dense against sparse at one shape, interleaved; `speedup` is dense over sparse time.
+
+    `gated` is False where the backend has no sparse kernels: the row informs and is "not gated".
+    `sequence` is 0 for a graph that has no such axis. `clocks` is None where nothing ran on a GPU.
+    `graph` is "model", or "encoder" or "decoder" where there are both; what the decoder reads is
+    as long as what it writes, `sequence` tokens.
+    """
+
+    backend: str
+    device: str
+    dtype: DType
+    batch: int
+    sequence: int
+    dense: Timing
+    sparse: Timing
+    speedup: Interval
+    limit: float
+    gated: bool
+    verdict: Judgement
+    clocks: Clocks | None = None
+    graph: str = "model"
+
+    @property
+    def engine(self) -> str:
+        """The backend, and the graph where there are two."""
+        return self.backend if self.graph == "model" else f"{self.backend}, {self.graph}"
+
+
+@dataclass(frozen=True, slots=True)
+class NotMeasured:
+    """A backend whose engines could not run on this machine, and why."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """Result of the bench stage."""
+
+    latency: tuple[LatencyRow, ...]
+    conditions: dict[str, str]
+    seconds: float
+    not_measured: tuple[NotMeasured, ...] = ()
+
+
+def graph_name(onnx: str) -> str:
+    """Name of the graph that a file in the bundle holds."""
+    return PurePosixPath(onnx).stem

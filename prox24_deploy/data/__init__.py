@@ -1,0 +1,1 @@
+"""Samples to calibrate on and to judge by: text, pairs, images, recordings."""

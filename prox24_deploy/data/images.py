@@ -1,0 +1,181 @@
+"""Calibration and evaluation images: find them in folders, label them, turn them into batches."""
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prox24_deploy.core.documents import open_regular, reason_of
+from prox24_deploy.core.errors import CalibrationError, ModelDirError
+from prox24_deploy.core.records import TextSource
+from prox24_deploy.data.split import Files, Search, hold_out, readable_files
+from prox24_deploy.data.text import Batch, Samples
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+MIN_IMAGES = 16
+_BATCH_IMAGES = 16
+# A photograph of the largest cameras; decoded, it takes four bytes a pixel, twice.
+MOST_PIXELS = 2**26
+# What is scaled by its shorter side grows by this.
+MOST_ASPECT = 20
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+
+
+# Image files, each with the name of the folder it lies in, relative to the user's; "" at its top.
+Images = Files[tuple[Path, str]]
+
+
+def read_images(
+    calibration: Sequence[Path], evaluation: Sequence[Path], seed: int
+) -> tuple[Images, Images]:
+    """Return calibration and held-out images, each in seeded order so that labels are mixed.
+
+    Without `evaluation` a fifth of the calibration images is held out.
+
+    Raises:
+        CalibrationError: no folder is given, a folder is missing, or it holds too few images.
+    """
+    if not calibration:
+        raise CalibrationError(
+            "Image models have no built-in calibration data; pass --calibration FOLDER with "
+            f"at least {MIN_IMAGES} images of the model's own domain, in sub-folders named by "
+            "label if accuracy is to be measured."
+        )
+    search = Search(_images_in, MIN_IMAGES, "images", sorted(SUFFIXES))
+    return hold_out(calibration, evaluation, seed, search)
+
+
+def make_image_samples(
+    images: Images, processor: Any, labels: Mapping[str, int], *, limit: int
+) -> Samples:
+    """Read at most `limit` images and prepare them as the model's own processor does.
+
+    Args:
+        images: what to read.
+        processor: the model's, from images to `pixel_values`.
+        labels: class of the model by label; used if the folders are named by labels.
+        limit: how many images to use.
+
+    Raises:
+        CalibrationError: an image cannot be read, or only some folders are named by labels.
+    """
+    files = images.files[:limit]
+    batches = tuple(_batches(files, processor))
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(batch.inputs["pixel_values"].numpy().tobytes())
+    classes = _classes(files, labels)
+    if classes is not None:
+        digest.update(classes.numpy().tobytes())
+    source = TextSource(
+        images.kind, images.paths, digest.hexdigest(), len(files), len(files), unit="image"
+    )
+    return Samples(batches, source, classes)
+
+
+def pixel_sizes(processor: Any) -> dict[str, int]:
+    """Channels, height and width of what the processor makes of an image.
+
+    Raises:
+        ModelDirError: it makes nothing of one.
+    """
+    pixels = _prepared(Image.new("RGB", (96, 64)), processor)
+    return dict(zip(("channels", "height", "width"), pixels.shape, strict=True))
+
+
+def _images_in(folder: Path) -> list[tuple[Path, str]]:
+    if not folder.is_dir():
+        raise CalibrationError(f"Images {folder} is not a folder; pass a folder of images.")
+    files = [path for path in readable_files(folder) if path.suffix.lower() in SUFFIXES]
+    return [(path, path.parent.relative_to(folder).as_posix().strip(".")) for path in files]
+
+
+def _batches(files: Sequence[tuple[Path, str]], processor: Any) -> Iterator[Batch]:
+    shape: torch.Size | None = None
+    for start in range(0, len(files), _BATCH_IMAGES):
+        # One at a time, for a photograph takes a thousand times the memory of its pixels here.
+        group = [_pixels(path, processor) for path, _ in files[start : start + _BATCH_IMAGES]]
+        shape = shape or group[0].shape
+        for (path, _), pixels in zip(files[start:], group, strict=False):
+            if pixels.shape != shape:
+                raise ModelDirError(
+                    f"The image processor makes {tuple(pixels.shape)} of {path} and "
+                    f"{tuple(shape)} of {files[0][0]}, expected one size of all; set it in "
+                    "preprocessor_config.json."
+                )
+        real = torch.ones(len(group), dtype=torch.bool)
+        yield Batch({"pixel_values": torch.stack(group)}, real)
+
+
+def _pixels(path: Path, processor: Any) -> Tensor:
+    return _prepared(_read(path), processor)
+
+
+def _prepared(image: Image.Image, processor: Any) -> Tensor:
+    """What the model reads of one image, (channels, height, width)."""
+    kind = f"The {type(processor).__name__} that preprocessor_config.json describes"
+    try:
+        made: Tensor = processor(images=[image], return_tensors="pt")["pixel_values"]
+        pixels = made[0]
+        sound = pixels.ndim == 3 and bool(pixels.isfinite().all())
+    except MemoryError:
+        raise
+    except Exception as error:
+        # A wrong value surfaces as whatever the code of the processor runs into.
+        raise ModelDirError(
+            f"{kind} cannot prepare an image ({reason_of(error)}); restore it."
+        ) from error
+    if not sound:
+        raise ModelDirError(
+            f"{kind} makes values of shape {tuple(pixels.shape)}, some of them NaN or infinite, or "
+            "not of three axes; restore it."
+        )
+    return pixels
+
+
+def _read(path: Path) -> Image.Image:
+    """One image of a named format: others start programs, as Ghostscript for PostScript."""
+    try:
+        with open_regular(path) as file, warnings.catch_warnings():
+            # The bound here is lower.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file, formats=_FORMATS) as image:
+                _require_size(*image.size)
+                return image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:
+        # What Pillow raises on damaged files has no common base.
+        raise CalibrationError(
+            f"Image {path} cannot be read ({reason_of(error)}); remove it or write it again."
+        ) from error
+
+
+def _require_size(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise ValueError(
+            f"it has {width} × {height} pixels, more than the {MOST_PIXELS:,} that are read"
+        )
+    if max(width, height) > MOST_ASPECT * min(width, height):
+        raise ValueError(
+            f"it has {width} × {height} pixels, more than {MOST_ASPECT} times as long as wide"
+        )
+
+
+def _classes(files: Sequence[tuple[Path, str]], labels: Mapping[str, int]) -> Tensor | None:
+    """Class of each image where all folders are labels, None where none is."""
+    known = [labels.get(folder) for _, folder in files]
+    if all(label is None for label in known):
+        return None
+    for (path, folder), label in zip(files, known, strict=True):
+        if label is None:
+            raise CalibrationError(
+                f"Folder {folder or '.'!r} of image {path} is no label of the model, but other "
+                f"folders are; name all by labels such as {next(iter(labels))!r}, or none."
+            )
+    return torch.tensor([label for label in known if label is not None])

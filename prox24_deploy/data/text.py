@@ -1,0 +1,329 @@
+"""Calibration and evaluation text: read it, split it, turn it into token batches."""
+
+import hashlib
+import json
+import logging
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import CalibrationError
+from prox24_deploy.core.fingerprint import fingerprint
+from prox24_deploy.core.records import TextSource
+from prox24_deploy.data.text_files import Record, mended, read_records, read_text
+from prox24_deploy.data.tokens import enough_of, truncated
+
+log = logging.getLogger(__name__)
+
+MIN_TOKENS = 1024
+# Marks a position of `Batch.targets` where nothing is expected; torch's own sign for that.
+IGNORED = -100
+_HELD_OUT_SHARE = 0.2
+# Tokens per forward pass, padding included, and per step of block reconstruction.
+BATCH_TOKENS = 2048
+_SHORTEST_BUILTIN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One forward pass: model inputs and which positions are real.
+
+    Attributes:
+        inputs: name to tensor: (batch, sequence) int64, or pixels (batch, channels, height, width),
+            or features of recordings (batch, mels, frames).
+        real: (batch, sequence) bool, False on padding; (batch,) for images and recordings, which
+            have none.
+        targets: (batch, target) int64, the token that each position of a decoder beside an encoder
+            should give, `IGNORED` on padding; None for any other model.
+    """
+
+    inputs: dict[str, Tensor]
+    real: Tensor
+    targets: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Batches and where their text, images or recordings came from.
+
+    `labels` has the class of each image, (samples,) int64 in the order of the batches, where the
+    user's folders tell. `transcripts` has what is said in each recording, None where nobody wrote
+    that down.
+    """
+
+    batches: tuple[Batch, ...]
+    source: TextSource
+    labels: Tensor | None = None
+    transcripts: tuple[str | None, ...] = ()
+
+    def fingerprint(self) -> JsonValue:
+        """All that a stage can see of them: every tensor, label and transcript, and the source."""
+        tensors = {
+            f"{i} {name}": tensor
+            for i, batch in enumerate(self.batches)
+            for name, tensor in _tensors_of(batch).items()
+        }
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        return {
+            "tensors": _digest(tensors),
+            "transcripts": list(self.transcripts),
+            "source": fingerprint(self.source),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Documents before tokenisation.
+
+    `targets` has what the user's file says that a decoder should make of each document, None where
+    it says nothing; it is empty where there is no such file.
+    """
+
+    kind: Literal["file", "builtin", "split"]
+    paths: tuple[str, ...]
+    documents: tuple[str, ...]
+    targets: tuple[object, ...] = ()
+
+    @property
+    def all_targets(self) -> tuple[object, ...]:
+        """One for each document."""
+        return self.targets or (None,) * len(self.documents)
+
+    def behind(self, prompt: str) -> "Texts":
+        """The same with a prompt in front of every document."""
+        return replace(self, documents=tuple(prompt + document for document in self.documents))
+
+
+def _tensors_of(batch: Batch) -> dict[str, Tensor]:
+    known = {**batch.inputs, "real": batch.real}
+    return known if batch.targets is None else known | {"targets": batch.targets}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and contents."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_texts(
+    calibration: Sequence[Path], evaluation: Sequence[Path], seed: int
+) -> tuple[Texts, Texts]:
+    """Return calibration and held-out documents.
+
+    Without `evaluation` the last fifth of the calibration documents is held out. Without
+    `calibration` the English text of CPython's `pydoc_data.topics` is used, topics in seeded order,
+    and the last fifth of the topics is held out, less what the others say too.
+
+    Raises:
+        CalibrationError: a file is missing, empty, not UTF-8 or not of the expected form.
+    """
+    if calibration:
+        texts = _from_files(calibration)
+    else:
+        texts, rest = _builtin_texts(seed)
+        return texts, _from_files(evaluation) if evaluation else rest
+    if evaluation:
+        return texts, _from_files(evaluation)
+    cut = len(texts.documents) - max(1, round(len(texts.documents) * _HELD_OUT_SHARE))
+    if cut < 1:
+        raise CalibrationError(
+            f"Calibration text {', '.join(texts.paths)} has {len(texts.documents)} paragraph or "
+            "JSON record (paragraphs end at blank lines), expected at least 2 so that some can be "
+            "held out; add text, put blank lines between paragraphs, or pass --evaluation."
+        )
+    kept = Texts(texts.kind, texts.paths, texts.documents[:cut], texts.targets[:cut])
+    return kept, Texts("split", texts.paths, texts.documents[cut:], texts.targets[cut:])
+
+
+def make_samples(
+    texts: Texts, tokenizer: Any, recipe: Recipe, *, tokens: int, max_length: int
+) -> Samples:
+    """Tokenise documents in order until `tokens` real tokens are reached.
+
+    A causal language model gets documents concatenated, each with its start token, and cut into
+    windows of `max_length`; any other model gets one sample per document, truncated, batched with
+    others of similar length.
+
+    Raises:
+        CalibrationError: the text gives fewer than 1024 tokens or not one whole window.
+    """
+    if recipe.task == "text-generation":
+        rows = _windows(texts.documents, tokenizer, tokens, max_length)
+    else:
+        rows = _documents(texts.documents, tokenizer, tokens, max_length)
+    total = sum(len(row) for row in rows)
+    require_tokens(texts, total)
+    names = [spec.name for spec in recipe.inputs]
+    batches = tuple(_batches(rows, names, padding_id(tokenizer)))
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return Samples(batches, TextSource(texts.kind, texts.paths, digest, len(rows), total))
+
+
+def require_tokens(texts: Texts, total: int) -> None:
+    """Refuse text that gives too few tokens to calibrate on.
+
+    Raises:
+        CalibrationError: there are fewer than 1024.
+    """
+    if total < MIN_TOKENS:
+        raise CalibrationError(
+            f"Text {', '.join(texts.paths)} gives {total} usable tokens, expected at least "
+            f"{MIN_TOKENS}{_one_paragraph(texts)}; pass more text."
+        )
+
+
+def _one_paragraph(texts: Texts) -> str:
+    """Why a file of many lines may give few tokens, or nothing."""
+    if len(texts.documents) != 1 or "\n" not in texts.documents[0]:
+        return ""
+    return ", and it is 1 paragraph or JSON record (paragraphs end at blank lines)"
+
+
+def thin(samples: Samples, tokens: int) -> tuple[Batch, ...]:
+    """About `tokens` real tokens, taken as evenly spaced batches so that all lengths are met."""
+    step = max(1, round(samples.source.tokens / max(tokens, 1)))
+    return samples.batches[::step]
+
+
+def _from_files(paths: Sequence[Path]) -> Texts:
+    pairs = [pair for path in paths for pair in _documents_of(path)]
+    documents, targets = zip(*pairs, strict=True)
+    return Texts("file", tuple(str(path) for path in paths), documents, targets)
+
+
+def _documents_of(path: Path) -> list[tuple[str, object]]:
+    """Documents of a file, each with its target or None."""
+    text = read_text(path)
+    records = read_records(path, text)
+    if records is None:
+        documents: list[tuple[str, object]] = [(part, None) for part in _paragraphs(text)]
+    else:
+        documents = _documents_in(path, records)
+    if not documents:
+        raise CalibrationError(f"Text {path} is empty; pass a file with paragraphs of text.")
+    return documents
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _documents_in(path: Path, records: Iterable[Record]) -> list[tuple[str, object]]:
+    """Documents and targets of JSON records, with a word about what had to be mended in them."""
+    documents: list[tuple[str, object]] = []
+    damaged: list[str] = []
+    for record in records:
+        where = f"{record.unit} {record.number}"
+        fields = record.value if isinstance(record.value, dict) else {"text": record.value}
+        document, target = fields.get("text"), fields.get("target")
+        if not isinstance(document, str):
+            raise CalibrationError(
+                f'{path} {where} has no string "text"; expected {{"text": "..."}} per '
+                f"{record.unit}."
+            )
+        whole = mended(document), mended(target) if isinstance(target, str) else target
+        if whole != (document, target):
+            damaged.append(where)
+        if document.strip():
+            documents.append((whole[0].strip(), whole[1]))
+    if damaged:
+        log.warning(
+            "%s holds half of a surrogate pair in %d records, first in %s; each half was replaced "
+            "by U+FFFD.", path, len(damaged), damaged[0],
+        )  # fmt: skip
+    return documents
+
+
+def _builtin_texts(seed: int) -> tuple[Texts, Texts]:
+    """Paragraphs of four fifths of the topics, and those of the others that are not among them."""
+    from pydoc_data.topics import topics
+
+    order = sorted(topics)
+    random.Random(seed).shuffle(order)
+    cut = len(order) - round(len(order) * _HELD_OUT_SHARE)
+    # Topics repeat each other's paragraphs; a dict keeps each once, in order.
+    calibration, held_out = (
+        dict.fromkeys(part for name in names for part in _squeezed_paragraphs(topics[name]))
+        for names in (order[:cut], order[cut:])
+    )
+    source = ("pydoc_data.topics",)
+    others = tuple(part for part in held_out if part not in calibration)
+    return Texts("builtin", source, tuple(calibration)), Texts("split", source, others)
+
+
+def _squeezed_paragraphs(text: str) -> list[str]:
+    squeezed = (re.sub(r"\s+", " ", part) for part in _paragraphs(text))
+    return [part for part in squeezed if len(part) >= _SHORTEST_BUILTIN]
+
+
+def _windows(documents: Sequence[str], tokenizer: Any, tokens: int, length: int) -> list[list[int]]:
+    start = tokenizer.bos_token_id
+    stream: list[int] = []
+    for document in documents:
+        if len(stream) >= max(tokens, length):
+            break
+        part = enough_of(document, tokenizer, max(tokens, length) - len(stream))
+        encoded = list(tokenizer(part)["input_ids"])
+        if start is not None and (not encoded or encoded[0] != start):
+            encoded.insert(0, start)
+        stream.extend(encoded)
+    usable = min(len(stream), max(tokens, length)) // length
+    return [stream[i * length : (i + 1) * length] for i in range(usable)]
+
+
+def _documents(
+    documents: Sequence[str], tokenizer: Any, tokens: int, length: int
+) -> list[list[int]]:
+    rows: list[list[int]] = []
+    total = 0
+    for document in documents:
+        if total >= tokens:
+            break
+        rows.append(truncated(document, tokenizer, length))
+        total += len(rows[-1])
+    return rows
+
+
+def _batches(rows: list[list[int]], names: Sequence[str], padding: int) -> Iterator[Batch]:
+    """Batches of at most `BATCH_TOKENS` padded tokens, rows in order of length."""
+    ordered = sorted(rows, key=len)
+    group: list[list[int]] = []
+    for row in ordered:
+        if group and (len(group) + 1) * len(row) > BATCH_TOKENS:
+            yield pad_rows(group, names, padding)
+            group = []
+        group.append(row)
+    if group:
+        yield pad_rows(group, names, padding)
+
+
+def pad_rows(rows: list[list[int]], names: Sequence[str], padding: int) -> Batch:
+    """One batch of rows of tokens, padded on the right, with the inputs of these names."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [padding] * (width - len(row)) for row in rows])
+    real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    known = {
+        "input_ids": ids,
+        "attention_mask": real.long(),
+        "token_type_ids": torch.zeros_like(ids),
+    }
+    return Batch({name: known[name] for name in names if name in known}, real)
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that stands on padding."""
+    # A tokenizer without padding still needs a number there; masked positions are never read.
+    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0

@@ -1,0 +1,267 @@
+"""cuSPARSELt through PyTorch: the pruned model itself, its winning layers held compressed.
+
+The engine that can be shown to use sparse tensor cores wherever PyTorch has cuSPARSELt. The dense
+twin is the dense model on cuBLAS. Both run in half precision as CUDA graphs, so that the time which
+Python takes to launch kernels is in neither.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from prox24_deploy.config.options import EngineOptions
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.atomic import make_folder, write_atomic
+from prox24_deploy.core.documents import Document, read_document
+from prox24_deploy.core.errors import EngineError, ModelDirError
+from prox24_deploy.core.fingerprint import unkeyed
+from prox24_deploy.core.records import Engine, EngineEvidence, LayerEvidence, OnnxModel, TensorCheck
+from prox24_deploy.core.types import DType, Twin
+from prox24_deploy.engines.cusparselt.choice import LayerChoice
+from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
+from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
+from prox24_deploy.engines.cusparselt.kernels import kernels_by_layer, sparse_kernels
+from prox24_deploy.engines.cusparselt.linear import replace_layers, two_four_layers
+from prox24_deploy.engines.cusparselt.profile import GpuProfile, write_profile
+from prox24_deploy.engines.cusparselt.torch_model import (
+    TorchModel,
+    compare_outputs,
+    open_torch_model,
+)
+from prox24_deploy.model.directory import ModelDir, open_model_dir
+
+logger = logging.getLogger(__name__)
+
+NAME = "cusparselt"
+PRUNED = "pruned"
+ENGINE_FILE, EVIDENCE_FILE, GEMMS_FILE = "engine.json", "evidence.json", "gemms.json"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFile:
+    """How to open an engine: hash of the model and, by layer, the algorithm for each m."""
+
+    model_sha256: str
+    onnx_sha256: str
+    dtype: DType
+    layers: dict[str, dict[int, int]]
+
+
+T = TypeVar("T")
+_ENGINE, _EVIDENCE = TypeAdapter(EngineFile), TypeAdapter(EngineEvidence)
+
+
+@dataclass(frozen=True, slots=True)
+class CuSparseLt:
+    """Runs model directories in PyTorch on the GPU at hand.
+
+    Attributes:
+        dense: the dense model directory.
+        dense_sha256: its hash, by which it is known wherever it lies.
+        recipe: of both twins, fitted to the model.
+        options: layers are chosen for its shapes.
+        known: GEMM timings of an earlier run, used if they fit this GPU and these versions.
+    """
+
+    dense: Path = field(metadata=unkeyed("its hash says what is read there"))
+    dense_sha256: str
+    recipe: Recipe
+    options: EngineOptions
+    known: GpuProfile | None = None
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(batch, sequence) that layers are chosen for."""
+        return self.options.shapes(images=self.recipe.reads_images)
+
+    @property
+    def name(self) -> str:
+        """Name on the command line and folder under `engines/`."""
+        return NAME
+
+    @property
+    def sparse_kernels(self) -> bool:
+        """True: they are what it is for."""
+        return True
+
+    @property
+    def on_gpu(self) -> bool:
+        """True."""
+        return True
+
+    def device(self) -> str:
+        """The GPU by name."""
+        return str(torch.cuda.get_device_name())
+
+    def build(self, bundle: Path, model: OnnxModel, out: Path, *, twin: Twin) -> Engine:
+        """Write `engine.json`; for the sparse twin choose layers, prove outputs and kernels first.
+
+        The weights stay in the model directory, for compressing them takes less time than reading
+        them. The timings of the GEMMs and the evidence lie beside the sparse engine.
+
+        Raises:
+            EngineError: the model is float32, or the sparse outputs differ from the dense ones.
+            ModelDirError: the dense model is not the one that the bundle was made from.
+        """
+        source = self._source(bundle, twin)
+        opened = open_torch_model(source, self.recipe, model.dtype)
+        folder = bundle / out
+        make_folder(folder)
+        chosen = self._compress(opened, folder) if twin == "sparse" else {}
+        source.require_unchanged()
+        record = EngineFile(
+            model_sha256=source.sha256,
+            onnx_sha256=model.sha256,
+            dtype=model.dtype,
+            layers=chosen,
+        )
+        write_atomic(folder / ENGINE_FILE, _ENGINE.dump_json(record, indent=1) + b"\n")
+        return Engine(
+            path=(out / ENGINE_FILE).as_posix(),
+            backend=NAME,
+            twin=twin,
+            onnx=model.path,
+            onnx_sha256=model.sha256,
+            device=self.device(),
+            dtype=model.dtype,
+            versions=gpu_profile(model.dtype).versions,
+            size_bytes=opened.held_bytes(),
+        )
+
+    def evidence(self, bundle: Path, engine: Engine, _: tuple[TensorCheck, ...]) -> EngineEvidence:
+        """What the profiler saw when the sparse engine was built.
+
+        Raises:
+            EngineError: the file beside the engine is missing or damaged.
+        """
+        return _read(_EVIDENCE, (bundle / engine.path).with_name(EVIDENCE_FILE))
+
+    @contextmanager
+    def open(self, bundle: Path, engine: Engine) -> Iterator[GraphSession]:
+        """Load the model directory and compress the layers that `engine.json` names.
+
+        Raises:
+            EngineError: the engine file is damaged, or was compiled from another model.
+            ModelDirError: the dense model is not the one that the bundle was made from.
+        """
+        record = _read(_ENGINE, bundle / engine.path)
+        source = self._source(bundle, engine.twin)
+        if source.sha256 != record.model_sha256:
+            raise EngineError(
+                f"Model directory {source.path} has changed since {bundle / engine.path} was "
+                "compiled; compile again."
+            )
+        opened = open_torch_model(source, self.recipe, record.dtype)
+        replace_layers(opened.wrapped, record.layers)
+        session = opened.session(f"the {engine.twin} model in {source.path}")
+        try:
+            yield session
+        finally:
+            session.close()
+
+    def _source(self, bundle: Path, twin: Twin) -> ModelDir:
+        """The directory of one twin; the dense one must be that which the bundle was made from."""
+        source = open_model_dir(self.dense if twin == "dense" else bundle / PRUNED)
+        if twin == "dense" and source.sha256 != self.dense_sha256:
+            raise ModelDirError(
+                f"Model directory {source.path} is not the model that {bundle} was made from; "
+                "restore it, or build again."
+            )
+        return source
+
+    def _compress(self, opened: TorchModel, folder: Path) -> dict[str, dict[int, int]]:
+        """Hold the layers compressed that win; returns their algorithms by rows."""
+        choices, profile = self._choose(opened)
+        chosen = {c.name: _algorithms(c) for c in choices if c.chosen}
+        evidence = compress_model(opened, self.shapes, choices)
+        write_profile(profile, folder / GEMMS_FILE)
+        write_atomic(folder / EVIDENCE_FILE, _EVIDENCE.dump_json(evidence, indent=1) + b"\n")
+        return chosen
+
+    def _choose(self, opened: TorchModel) -> tuple[tuple[LayerChoice, ...], GpuProfile]:
+        """Time the GEMMs of every layer at every shape, dense and sparse, and decide."""
+        here = gpu_profile(opened.dtype)
+        known = self.known if self.known is not None and self.known.fits(here) else here
+        pruned = two_four_layers(opened.wrapped)
+        return choose_measured(opened, self.shapes, pruned, known, lambda *_: None)
+
+
+def compress_model(
+    opened: TorchModel, shapes: Sequence[tuple[int, int]], choices: Sequence[LayerChoice]
+) -> EngineEvidence:
+    """Hold the chosen layers of a model compressed, in place, and look at what it then does.
+
+    Returns:
+        Per layer the kernels that the profiler saw at the last of `shapes`, and the outputs at all
+        of them against those of the same weights multiplied dense.
+
+    Raises:
+        EngineError: outputs differ by more than the tolerance of the dtype, by name.
+    """
+    feeds = [opened.feeds(shape) for shape in shapes]
+    expected = [opened.run(one) for one in feeds]
+    replace_layers(opened.wrapped, {c.name: _algorithms(c) for c in choices if c.chosen})
+    names = [spec.name for spec in opened.module.signature.outputs]
+    numerics = compare_outputs(names, expected, [opened.run(one) for one in feeds], opened.dtype)
+    for check in numerics:
+        if not check.passed:
+            raise EngineError(
+                f"Output {check.output} of the compressed model differs from the same weights "
+                f"multiplied dense by {check.max_abs_difference:.3g}, tolerance "
+                f"{check.tolerance:.3g}; cuSPARSELt computes something else on this GPU."
+            )
+    layers = [choice.name for choice in choices]
+    kernels = kernels_by_layer(opened.wrapped, layers, lambda: opened.run(feeds[-1]))
+    evidence = explain(choices, kernels)
+    eligible = sum(layer.eligible is True for layer in evidence)
+    running = sum(layer.chosen is True for layer in evidence)
+    return EngineEvidence(
+        backend=NAME,
+        device=str(torch.cuda.get_device_name()),
+        eligible=eligible,
+        chosen=running,
+        summary=f"the profiler saw sparse kernels in {running} of {len(evidence)} layers, "
+        f"{eligible} of them eligible",
+        layers=evidence,
+        numerics=numerics,
+    )
+
+
+def explain(
+    choices: Sequence[LayerChoice], kernels: Mapping[str, Sequence[str]]
+) -> tuple[LayerEvidence, ...]:
+    """Say of each layer what the profiler saw, and where that is not what was chosen.
+
+    Args:
+        choices: one for each layer.
+        kernels: by layer, the names of the GPU kernels that it launched.
+    """
+    layers = []
+    for choice in choices:
+        sparse = sparse_kernels(kernels[choice.name])
+        reason = choice.reason
+        if sparse:
+            reason = f"{reason}; kernel {sparse[0]}"
+        if bool(sparse) != choice.chosen:
+            seen = "a sparse kernel" if sparse else f"only {', '.join(kernels[choice.name])}"
+            reason = f"unexpected: {reason}, but the profiler saw {seen or 'no kernel'}"
+        layers.append(LayerEvidence(choice.name, choice.eligible, bool(sparse), reason))
+    return tuple(layers)
+
+
+def _algorithms(choice: LayerChoice) -> dict[int, int]:
+    return {timing.shape.m: timing.algorithm for timing in choice.timings}
+
+
+def _read(adapter: TypeAdapter[T], path: Path) -> T:
+    document = Document(str(path), EngineError, "compile the model again")
+    try:
+        return adapter.validate_json(read_document(path, document))
+    except ValidationError as error:
+        raise document.refused("cannot be read") from error

@@ -1,0 +1,67 @@
+"""Which layers are worth holding compressed: decided by measured times, one reason for each."""
+
+import math
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+
+from prox24_deploy.engines.cusparselt.linear import LayerUse, shape_obstacle
+from prox24_deploy.engines.cusparselt.profile import GemmTiming, GpuProfile
+
+NOT_24 = "not 2:4"
+# Over all shapes asked for, a layer must win by 2 % in the mean and lose no more than 2 % in any.
+MEAN_SPEEDUP, LEAST_SPEEDUP = 1.02, 0.98
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """Whether a layer runs sparse, and why.
+
+    `timings` has its GEMM in each input shape; it is empty where cuSPARSELt cannot run the layer.
+    """
+
+    name: str
+    n: int
+    k: int
+    timings: tuple[GemmTiming, ...]
+    chosen: bool
+    reason: str
+
+    @property
+    def eligible(self) -> bool:
+        """Whether cuSPARSELt can run the layer at all."""
+        return bool(self.timings)
+
+
+def gemm_obstacle(use: LayerUse) -> str:
+    """Why cuSPARSELt cannot run a layer, whatever its weight; "" where it can."""
+    if not use.gemms:
+        return "a convolution, and cuSPARSELt multiplies matrices only"
+    return shape_obstacle(use.n, use.k)
+
+
+def choose(
+    uses: Iterable[LayerUse], profile: GpuProfile, pruned: Container[str]
+) -> tuple[LayerChoice, ...]:
+    """Decide for each layer from the times in `profile`, measured or estimated.
+
+    A layer that is not in `pruned` is not 2:4, or not meant to be, and stays dense.
+    """
+    choices = []
+    for use in uses:
+        obstacle = gemm_obstacle(use) if use.name in pruned else NOT_24
+        timings = () if obstacle else tuple(profile.timing(shape) for shape in use.gemms)
+        chosen = bool(timings) and _pays(timings)
+        reason = obstacle or _said(timings, chosen)
+        choices.append(LayerChoice(use.name, use.n, use.k, timings, chosen, reason))
+    return tuple(choices)
+
+
+def _pays(timings: tuple[GemmTiming, ...]) -> bool:
+    mean = math.exp(math.fsum(math.log(t.speedup) for t in timings) / len(timings))
+    return mean >= MEAN_SPEEDUP and min(t.speedup for t in timings) >= LEAST_SPEEDUP
+
+
+def _said(timings: tuple[GemmTiming, ...], chosen: bool) -> str:
+    shown = ", ".join(f"{t.speedup:.2f}× at {t.shape.m} rows" for t in timings)
+    how = "timed" if all(t.measured for t in timings) else "estimated"
+    return f"{how} faster: {shown}" if chosen else f"{how} slower: {shown}"

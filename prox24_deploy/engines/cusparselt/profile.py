@@ -1,0 +1,144 @@
+"""Measured times of GEMMs on one GPU, in a file, so that a machine without that GPU can plan."""
+
+import importlib.resources
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from pydantic import PositiveFloat, PositiveInt, TypeAdapter
+
+from prox24_deploy.core.atomic import write_atomic
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.types import DType
+from prox24_deploy.engines.cusparselt.plan_file import read_record
+
+SCHEMA_VERSION = 2
+_NEIGHBOURS = 4
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class GemmShape:
+    """Y (m, n) = X (m, k) Wᵀ: n outputs, k inputs of a linear layer, m rows of activations."""
+
+    n: PositiveInt
+    k: PositiveInt
+    m: PositiveInt
+
+
+@dataclass(frozen=True, slots=True)
+class GemmTiming:
+    """Microseconds of one GEMM: cuBLAS on the dense weight, cuSPARSELt on the 2:4 one.
+
+    `sparse_us` is that of the fastest `algorithm`, by its number in cuSPARSELt. `measured` is False
+    for an estimate from measurements of other shapes.
+    """
+
+    shape: GemmShape
+    dense_us: PositiveFloat
+    sparse_us: PositiveFloat
+    algorithm: int = 0
+    measured: bool = True
+
+    @property
+    def speedup(self) -> float:
+        """Dense over sparse time."""
+        return self.dense_us / self.sparse_us
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProfile:
+    """GEMM timings of one GPU, driver, dtype and set of library versions."""
+
+    gpu: str
+    driver: str
+    dtype: DType
+    versions: dict[str, str]
+    gemms: tuple[GemmTiming, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    def timing(self, shape: GemmShape) -> GemmTiming:
+        """What was measured for a shape, else an estimate from the nearest shapes.
+
+        Estimated are the rates, dense and sparse, as means over the four nearest shapes in
+        log-coordinates, each weighted by one over its squared distance.
+
+        Raises:
+            UsageError: the profile is empty.
+        """
+        if not self.gemms:
+            raise UsageError(f"The profile of {self.gpu} holds no measurement; measure one first.")
+        known = [(_distance(shape, timing.shape), timing) for timing in self.gemms]
+        nearest = sorted(known, key=lambda pair: (pair[0], pair[1].shape))[:_NEIGHBOURS]
+        if nearest[0][0] == 0:
+            return nearest[0][1]
+        weights = [1 / distance for distance, _ in nearest]
+
+        def time_us(times: Iterable[tuple[GemmShape, float]]) -> float:
+            rates = [math.log(_work(other) / us) for other, us in times]
+            mean = math.fsum(w * r for w, r in zip(weights, rates, strict=True)) / sum(weights)
+            return _work(shape) / math.exp(mean)
+
+        return GemmTiming(
+            shape,
+            time_us((timing.shape, timing.dense_us) for _, timing in nearest),
+            time_us((timing.shape, timing.sparse_us) for _, timing in nearest),
+            measured=False,
+        )
+
+    def known(self, shape: GemmShape) -> GemmTiming | None:
+        """What was measured for exactly this shape."""
+        return next((timing for timing in self.gemms if timing.shape == shape), None)
+
+    def with_timings(self, found: Iterable[GemmTiming]) -> "GpuProfile":
+        """The same profile with further measurements; a shape known already is replaced."""
+        merged = {timing.shape: timing for timing in (*self.gemms, *found)}
+        return replace(self, gemms=tuple(merged[shape] for shape in sorted(merged)))
+
+    def fits(self, other: "GpuProfile") -> bool:
+        """Whether timings of both can be mixed: same GPU, driver, dtype and versions."""
+        return replace(self, gemms=()) == replace(other, gemms=())
+
+
+_RECORD = TypeAdapter(GpuProfile)
+
+
+def shipped_profiles() -> dict[str, Traversable]:
+    """File name -> profile, of the GPUs that came with this package."""
+    folder = importlib.resources.files("prox24_deploy.engines.cusparselt") / "profiles"
+    return {file.name: file for file in folder.iterdir() if file.name.endswith(".json")}
+
+
+def read_profile(path: Path) -> GpuProfile:
+    """Read a profile; where there is no such file, the shipped one of that bare name.
+
+    Raises:
+        UsageError: there is no such profile, or it is none of this version.
+    """
+    shipped = shipped_profiles()
+    ours = not path.exists() and path == Path(path.name)
+    return read_record(
+        _RECORD,
+        shipped.get(path.name, path) if ours else path,
+        f"GPU profile {path}",
+        SCHEMA_VERSION,
+        missing="pass a file that plan --save-profile wrote on a machine with that GPU, or a "
+        f"shipped one: {', '.join(sorted(shipped))}",
+        again="plan --save-profile",
+    )
+
+
+def write_profile(profile: GpuProfile, path: Path) -> None:
+    """Write a profile atomically."""
+    write_atomic(path, _RECORD.dump_json(profile, indent=1) + b"\n")
+
+
+def _distance(first: GemmShape, second: GemmShape) -> float:
+    """Squared distance of the logarithms of the sizes."""
+    pairs = ((first.n, second.n), (first.k, second.k), (first.m, second.m))
+    return math.fsum(math.log2(a / b) ** 2 for a, b in pairs)
+
+
+def _work(shape: GemmShape) -> float:
+    return float(shape.n) * shape.k * shape.m

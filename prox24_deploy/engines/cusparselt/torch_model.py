@@ -1,0 +1,139 @@
+"""A model directory opened in half precision on the GPU, with inputs and outputs by name."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import BackendMissingError, EngineError
+from prox24_deploy.core.records import NumericsCheck
+from prox24_deploy.core.types import DType
+from prox24_deploy.engines.base import Feeds
+from prox24_deploy.engines.cusparselt import cuda_graph
+from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession, to_tensor
+from prox24_deploy.engines.feeds import random_feeds
+from prox24_deploy.graph.export.module import RecipeModule, copy_with, to_dtype
+from prox24_deploy.model.directory import ModelDir, load_model
+
+# Largest difference to the same weights multiplied dense, as a share of the largest output.
+OUTPUT_TOLERANCES: dict[DType, float] = {"float16": 2e-2, "bfloat16": 1e-1}
+
+
+@dataclass(frozen=True, slots=True)
+class TorchModel:
+    """A module on the GPU that takes the inputs of its signature by position."""
+
+    module: RecipeModule
+    dtype: DType
+    vocabulary: int
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The model itself; its layers have the paths that the checkpoint gives them."""
+        return self.module.wrapped
+
+    def feeds(self, shape: tuple[int, int], seed: int = 0) -> Feeds:
+        """Random inputs by name for (batch, sequence)."""
+        inputs = self.module.signature.inputs
+        return random_feeds(inputs, self.dtype, self.vocabulary)(*shape, seed)
+
+    @torch.inference_mode()
+    def run(self, feeds: Feeds) -> tuple[Tensor, ...]:
+        """Outputs in the order of the signature."""
+        inputs = (to_tensor(feeds[spec.name]) for spec in self.module.signature.inputs)
+        outputs: tuple[Tensor, ...] = self.module(*inputs)
+        return outputs
+
+    def session(self, source: str) -> GraphSession:
+        """The model captured as CUDA graphs; `source` names it in messages."""
+        signature = self.module.signature
+        inputs = [spec.name for spec in signature.inputs]
+        outputs = [spec.name for spec in signature.outputs]
+        return GraphSession(self.module, inputs, outputs, source)
+
+    def held_bytes(self) -> int:
+        """Bytes of all parameters and buffers on the GPU."""
+        held = {t.data_ptr(): t for t in (*self.module.parameters(), *self.module.buffers())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+
+def require_gpu(asker: str, instead: str) -> None:
+    """Refuse a machine that cannot run cuSPARSELt.
+
+    Args:
+        asker: what needs it, for the message.
+        instead: what to pass where there is none.
+
+    Raises:
+        BackendMissingError: says what is missing and what to do.
+    """
+    if not torch.cuda.is_available():
+        raise BackendMissingError(
+            f"{asker} needs an NVIDIA GPU (Ampere or newer) and a CUDA build of torch, but torch "
+            f"{torch.__version__} finds no CUDA device; pass {instead}, or run on a machine with "
+            "one."
+        )
+    if not torch.backends.cusparselt.is_available():
+        raise BackendMissingError(
+            f"{asker} needs a torch with cuSPARSELt, and torch {torch.__version__} has none; "
+            "install the CUDA wheel of torch 2.11 or newer for Linux."
+        )
+
+
+def open_torch_model(source: ModelDir, recipe: Recipe, dtype: DType) -> TorchModel:
+    """Load an opened model directory in `dtype` onto the GPU.
+
+    Raises:
+        EngineError: `dtype` is float32, which cuSPARSELt has no kernels for.
+        ModelDirError: the directory does not load as the recipe says.
+    """
+    if dtype not in OUTPUT_TOLERANCES:
+        raise EngineError(
+            f"cuSPARSELt has no {dtype} kernels; export with --dtype float16 or --dtype bfloat16."
+        )
+    model = load_model(source, recipe, torch.device(cuda_graph.DEVICE))
+    module = RecipeModule(copy_with(model, to_dtype(dtype)), recipe).eval()
+    return TorchModel(module, dtype, int(source.config.get("vocab_size", 1)))
+
+
+def compare_outputs(
+    names: Sequence[str],
+    expected: Sequence[Sequence[Tensor]],
+    found: Sequence[Sequence[Tensor]],
+    dtype: DType,
+) -> tuple[NumericsCheck, ...]:
+    """Compare outputs of the compressed model with those of the same weights multiplied dense.
+
+    Args:
+        names: of the outputs.
+        expected: outputs of each run of the dense multiplication.
+        found: the same of the compressed one.
+        dtype: decides the tolerance, a share of the largest magnitude of the output.
+
+    Returns:
+        One check per output over all runs.
+    """
+    checks = []
+    for i, name in enumerate(names):
+        pairs = [(a[i].float(), b[i].float()) for a, b in zip(expected, found, strict=True)]
+        largest = max(float((a - b).abs().max()) for a, b in pairs)
+        tolerance = OUTPUT_TOLERANCES[dtype] * max(float(a.abs().max()) for a, _ in pairs)
+        shapes = tuple(tuple(a.shape) for a, _ in pairs)
+        passed = largest <= tolerance
+        checks.append(NumericsCheck("sparse", name, shapes, largest, tolerance, passed))
+    return tuple(checks)
+
+
+def median_ms(session: GraphSession, feeds: Sequence[Feeds], seconds: float) -> float:
+    """Median GPU time of one run over rotated inputs, measured for about `seconds`."""
+    for one in feeds:
+        session.latencies_ms(one, runs=1, warmup=2)
+    samples: list[float] = []
+    began = time.perf_counter()
+    while len(samples) < 20 or (time.perf_counter() - began < seconds and len(samples) < 1000):
+        for one in feeds:
+            samples.extend(session.latencies_ms(one, runs=1, warmup=0).tolist())
+    return sorted(samples)[len(samples) // 2]

@@ -1,0 +1,1 @@
+"""What an exported file computes, against PyTorch."""

@@ -1,0 +1,270 @@
+"""Compare an exported file in ONNX Runtime with the module it was exported from."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import torch
+from torch import nn
+
+from prox24_deploy.config.recipe import Recipe, TensorSpec, dynamic_names, shape_of
+from prox24_deploy.core.errors import ExportError
+from prox24_deploy.core.records import NumericsCheck
+from prox24_deploy.core.types import DType, Twin
+from prox24_deploy.graph.export.module import RecipeModule, copy_with, rounded_to
+from prox24_deploy.graph.export.signature import Signature
+from prox24_deploy.graph.parity.activations import range_guard, watched
+from prox24_deploy.graph.parity.bisect import first_difference
+from prox24_deploy.graph.parity.overflow import require_finite
+from prox24_deploy.sparsity.groups import Array
+
+# Sizes of the first dynamic axes: batch and sequence of text models.
+_SIZES = ((1, 8), (2, 17), (3, 5))
+# The same and past: prefill, also of a padded batch, a second chunk, and one step of decoding.
+# Any further axis, such as the length of the text that an encoder has read, has `_FURTHER_SIZE`.
+_CACHED_SIZES = ((1, 8, 0), (2, 6, 0), (2, 5, 9), (3, 1, 7))
+_FURTHER_SIZE = 4
+
+# Of the largest magnitude of the output. Float16 rounds activations at every operator.
+_RELATIVE: dict[DType, float] = {"float32": 1e-4, "float16": 2e-2}
+_PROVIDER = "CPUExecutionProvider"
+
+
+def compare_with_torch(
+    model: nn.Module,
+    path: Path,
+    recipe: Recipe,
+    *,
+    dtype: DType,
+    twin: Twin,
+    vocabulary: int,
+    seed: int = 0,
+) -> tuple[NumericsCheck, ...]:
+    """Run the file in ONNX Runtime on CPU and the module in PyTorch on the same random inputs.
+
+    The reference is always computed in float32; for float16, from weights rounded to float16.
+    The largest absolute difference over three shapes may be 1e-4 (float32) or 2e-2 (float16) of
+    the largest magnitude of the output. A graph with a cache is run over prefill from an empty
+    past, over a second chunk and over one decoded token, on random keys and values. Rows with a
+    batch index of 1 and above are padded on the right, with a cache on the left, and positions
+    that the attention mask excludes are not compared.
+
+    Args:
+        model: the float32 module that was exported; it is not changed.
+        path: the exported `model.onnx`.
+        recipe: the recipe it was exported with.
+        dtype: of the file. ONNX Runtime has no bfloat16 kernels on CPU, so nothing can be compared
+            then and the result is empty; the caller must report that.
+        twin: which of the two files this is.
+        vocabulary: token ids are drawn from [0, vocabulary).
+        seed: of the random inputs.
+
+    Returns:
+        One passed check per output, or nothing for bfloat16.
+
+    Raises:
+        ExportError: the file does not load, an activation or a tensor inside the graph does not
+            fit `dtype`, or an output differs by more than the tolerance; names the tensor, or the
+            module where the difference begins.
+    """
+    if dtype == "bfloat16":
+        return ()
+    session = _open(path)
+    reference = RecipeModule(copy_with(model, rounded_to(dtype)), recipe).eval()
+    signature = reference.signature
+    generator = np.random.default_rng(seed)
+    feeds = [_feeds(signature, sizes, vocabulary, generator) for sizes in _sizes(signature)]
+    runs = [_differences(session, reference, dtype, each) for each in feeds]
+
+    def culprit(run: int) -> str:
+        row = _unpadded(signature, feeds[run], dtype)
+        return first_difference(reference, path, row, _RELATIVE[dtype])
+
+    if dtype == "float16":
+        require_finite(path, _unpadded(signature, feeds[0], dtype))
+
+    return tuple(
+        _judge([run[i] for run in runs], spec.name, path, _RELATIVE[dtype], twin, culprit)
+        for i, spec in enumerate(signature.outputs)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """One output at one shape; `scale` is the largest magnitude of the reference."""
+
+    shape: tuple[int, ...]
+    largest: float
+    scale: float
+
+
+def _open(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(path, options, providers=[_PROVIDER])
+    except Exception as error:  # ONNX Runtime's own types derive from nothing in common
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ExportError(
+            f"ONNX Runtime cannot load {path} ({lines[0]}); export it again or try another opset."
+        ) from error
+    if session.get_providers() != [_PROVIDER]:
+        raise ExportError(
+            f"ONNX Runtime opened {path} on {session.get_providers()}, expected {_PROVIDER} alone."
+        )
+    return session
+
+
+def _sizes(signature: Signature) -> list[dict[str, int]]:
+    names = dynamic_names(signature.inputs)
+    cached = "past" in names
+    table: Sequence[tuple[int, ...]] = _CACHED_SIZES if cached else _SIZES
+    others = [name for name in names if name != "past"]
+    first = [*others[:2], "past"] if cached else others[:2]
+    further = dict.fromkeys(others[2:], _FURTHER_SIZE)
+    return [dict(zip(first, sizes, strict=False)) | further for sizes in table]
+
+
+def _feeds(
+    signature: Signature, sizes: dict[str, int], vocabulary: int, generator: np.random.Generator
+) -> dict[str, Array]:
+    """Random tokens, a padded mask, zeros for other integers, normal floats (float32)."""
+    feeds: dict[str, Array] = {}
+    for spec in signature.inputs:
+        shape = shape_of(spec, sizes)
+        if spec.dtype == "float":
+            feeds[spec.name] = generator.standard_normal(shape, dtype=np.float32)
+        elif spec.name.endswith("input_ids"):
+            feeds[spec.name] = generator.integers(vocabulary, size=shape)
+        elif _is_mask(spec):
+            feeds[spec.name] = _padded(shape, left="past" in sizes)
+        elif spec.name == "position_ids":
+            counted = np.maximum(feeds["attention_mask"].cumsum(1) - 1, 0)
+            feeds[spec.name] = counted[:, -shape[1] :]
+        else:
+            feeds[spec.name] = np.zeros(shape, np.int64)
+    return feeds
+
+
+def _is_mask(spec: TensorSpec) -> bool:
+    return spec.name.endswith("attention_mask") and len(spec.axes) == 2
+
+
+def _padded(shape: tuple[int, ...], *, left: bool) -> npt.NDArray[np.int64]:
+    """Row i of a (batch, positions) mask has i zeros at one end, and at least a single one."""
+    batch, positions = shape
+    kept = np.maximum(1, positions - np.arange(batch))
+    mask = (np.arange(positions) < kept[:, None]).astype(np.int64)
+    return mask[:, ::-1].copy() if left else mask
+
+
+def _differences(
+    session: ort.InferenceSession,
+    reference: RecipeModule,
+    dtype: DType,
+    feeds: dict[str, Array],
+) -> list[_Difference]:
+    signature = reference.signature
+    given = _as_given(feeds, dtype)
+    found = session.run([spec.name for spec in signature.outputs], given)
+    # The reference sees the inputs as rounded for the file.
+    inputs = [_reference_input(feed) for feed in given.values()]
+    with watched(reference.wrapped, range_guard(dtype)):
+        expected = _torch_outputs(reference, inputs)
+    return [
+        _difference(spec, mine, theirs, signature, feeds)
+        for spec, mine, theirs in zip(signature.outputs, found, expected, strict=True)
+    ]
+
+
+def _as_given(feeds: dict[str, Array], dtype: DType) -> dict[str, Array]:
+    """Feeds whose floats have the dtype of the file."""
+    return {
+        name: feed.astype(np.dtype(dtype)) if feed.dtype == np.float32 else feed
+        for name, feed in feeds.items()
+    }
+
+
+def _unpadded(signature: Signature, feeds: dict[str, Array], dtype: DType) -> dict[str, Array]:
+    """The first row of a batch, which is never padded."""
+    row = {spec.name: _first_row(spec, feeds[spec.name]) for spec in signature.inputs}
+    return _as_given(row, dtype)
+
+
+def _first_row(spec: TensorSpec, feed: Array) -> Array:
+    return feed[:1] if spec.axes[:1] == ["batch"] else feed
+
+
+def _reference_input(feed: Array) -> torch.Tensor:
+    tensor = torch.from_numpy(feed)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _torch_outputs(reference: RecipeModule, inputs: list[torch.Tensor]) -> list[Array]:
+    device = next(reference.parameters()).device
+    with torch.inference_mode():
+        outputs = reference(*(tensor.to(device) for tensor in inputs))
+    return [output.cpu().numpy() for output in outputs]
+
+
+def _difference(
+    spec: TensorSpec, found: Array, expected: Array, signature: Signature, feeds: dict[str, Array]
+) -> _Difference:
+    """Largest difference at the positions that no mask excludes."""
+    if found.shape != expected.shape:
+        raise ExportError(
+            f"Output {spec.name!r} of the exported file has shape {found.shape} where PyTorch "
+            f"gives {expected.shape}; correct the axes of the recipe, or export the file again."
+        )
+    kept = np.ones(expected.shape, np.bool_)
+    for mask in filter(_is_mask, signature.inputs):
+        kept &= _unmasked(spec, expected.shape, mask, feeds[mask.name])
+    gap = np.abs(found.astype(np.float64) - expected)[kept]
+    return _Difference(
+        expected.shape, float(gap.max(initial=0.0)), float(np.abs(expected[kept]).max(initial=0.0))
+    )
+
+
+def _unmasked(
+    spec: TensorSpec, shape: tuple[int, ...], mask_spec: TensorSpec, mask: Array
+) -> npt.NDArray[np.bool_]:
+    """Which elements lie at positions that the mask keeps, broadcastable to `shape`.
+
+    A mask over "past + sequence" speaks, with its last columns, of a tensor over "sequence" too.
+    """
+    batch, positions = mask_spec.axes
+    named = [name for name in (positions, str(positions).split(" + ")[-1]) if name in spec.axes]
+    if spec.axes[0] != batch or not named:
+        return np.ones([1] * len(shape), np.bool_)
+    place = spec.axes.index(named[0])
+    view = [shape[i] if i in (0, place) else 1 for i in range(len(shape))]
+    return mask[:, mask.shape[1] - shape[place] :].astype(np.bool_).reshape(view)
+
+
+def _judge(
+    differences: list[_Difference],
+    output: str,
+    path: Path,
+    relative: float,
+    twin: Twin,
+    culprit: Callable[[int], str],
+) -> NumericsCheck:
+    # A NaN counts as the worst: max() alone would let it pass or not by its place in the list.
+    worst = max(differences, key=lambda each: (math.isnan(each.largest), each.largest))
+    tolerance = relative * max(each.scale for each in differences)
+    passed = worst.largest <= tolerance
+    if not passed:
+        module = culprit(differences.index(worst))
+        begins = f"at module {module}" if module else "outside the modules that can be compared"
+        raise ExportError(
+            f"Output {output!r} of {path} at shape {worst.shape} differs from PyTorch by "
+            f"{worst.largest:.3g}, more than the tolerance {tolerance:.3g} ({relative:g} of its "
+            f"largest magnitude), and the difference begins {begins}; the file must not be used, "
+            "try another opset or dtype."
+        )
+    shapes = tuple(each.shape for each in differences)
+    return NumericsCheck(twin, output, shapes, worst.largest, tolerance, passed)

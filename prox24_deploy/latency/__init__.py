@@ -1,0 +1,1 @@
+"""Time dense and sparse in turns, with intervals, and watch the clocks."""

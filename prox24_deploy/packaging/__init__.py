@@ -1,0 +1,1 @@
+"""Hand a finished bundle over: Triton, bill of materials, checksums, model card."""

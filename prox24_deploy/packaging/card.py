@@ -1,0 +1,184 @@
+"""The model card of the pruned model, in the form that the Hugging Face Hub reads.
+
+It is written when the report is, for it quotes measured accuracy. Of the source model's own card
+it keeps the text, below its own, and of its metadata what stays true: licence and language.
+https://huggingface.co/docs/hub/model-cards says what the metadata means.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from prox24_deploy import __version__
+from prox24_deploy.core.atomic import write_atomic
+from prox24_deploy.core.documents import Document, read_json, reason_of
+from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.core.records import TextSource
+from prox24_deploy.report.escape import code
+from prox24_deploy.report.render import render_markdown
+from prox24_deploy.report.schema import Report
+
+CARD_FILE = "README.md"
+TAGS = ["2:4-sparsity", "semi-structured", "pruned", "prox24-deploy"]
+
+# Metadata of the source model that stays true of the pruned one.
+_KEPT = ("license", "license_name", "license_link", "language")
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+# Tasks that the Hub calls by another name.
+_HUB_TASKS = {"text-encoding": "feature-extraction"}
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedCard:
+    """A card: all of its metadata, its text, and why the metadata could not be read, else ""."""
+
+    metadata: Mapping[str, Any]
+    text: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCard:
+    """What the source model says of itself.
+
+    Attributes:
+        metadata: what of its card stays true, with the licence of its configuration where the card
+            names none.
+        text: of its card, without the metadata; "" where it has none.
+        opened_by: class of sentence-transformers that opens it; "" for a model of transformers.
+        problem: why its metadata could not be read, else "".
+    """
+
+    metadata: Mapping[str, Any]
+    text: str
+    opened_by: str = ""
+    problem: str = ""
+
+
+def parse_card(written: str) -> ParsedCard:
+    """Split the text of a card from its metadata."""
+    metadata, problem = _metadata(written)
+    return ParsedCard(metadata, _FRONT_MATTER.sub("", written, count=1).strip(), problem)
+
+
+def read_source_card(model_dir: Path) -> SourceCard:
+    """Read README.md and config.json of the source model; a card that is damaged says so."""
+    path = model_dir / CARD_FILE
+    card = parse_card(path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
+    config = _read_object(model_dir / "config.json")
+    kept = {key: card.metadata[key] for key in _KEPT if key in card.metadata}
+    if "license" not in kept and isinstance(config.get("license"), str):
+        kept["license"] = config["license"]
+    return SourceCard(kept, card.text, _opened_by(model_dir), card.problem)
+
+
+def _opened_by(model_dir: Path) -> str:
+    if not (model_dir / "modules.json").is_file():
+        return ""
+    file = model_dir / "config_sentence_transformers.json"
+    library = _read_object(file) if file.is_file() else {}
+    return str(library.get("model_type", "SentenceTransformer"))
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    document = Document(str(file), ModelDirError, "restore it")
+    found = read_json(file, document, finite=False)
+    if not isinstance(found, dict):
+        raise document.refused("is no JSON object")
+    return found
+
+
+def render_card(report: Report, source: SourceCard) -> str:
+    """Text of the card; the same report and source give the same text."""
+    name = report.model.title
+    dense: dict[str, list[str]] = {}
+    for layer in report.pruning.layers:
+        if layer.status == "skipped":
+            dense.setdefault(layer.reason, []).append(layer.name)
+    view = {
+        "report": report,
+        "totals": report.pruning.totals,
+        "name": name,
+        "tool_version": __version__,
+        "opened_by": source.opened_by,
+        "dense": dense,
+        "source": _samples,
+        "limits": _limits(report, source),
+        # Quoted as its authors wrote it.
+        "text": Markup(source.text),
+        "front_matter": yaml.safe_dump(
+            _front_matter(report, source), sort_keys=False, allow_unicode=True
+        ),
+    }
+    return render_markdown("card.md.jinja", view)
+
+
+def write_card(report: Report, source: SourceCard, pruned: Path) -> None:
+    """Write README.md into the directory of the pruned model, at once."""
+    write_atomic(pruned / CARD_FILE, render_card(report, source).encode())
+
+
+def _metadata(written: str) -> tuple[dict[str, Any], str]:
+    found = _FRONT_MATTER.match(written)
+    if found is None:
+        return {}, ""
+    try:
+        metadata = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Dates that there are none of are a ValueError.
+        return {}, reason_of(error)
+    if not isinstance(metadata, dict):
+        return {}, "it is no mapping"
+    return metadata, ""
+
+
+def _front_matter(report: Report, source: SourceCard) -> dict[str, Any]:
+    front: dict[str, Any] = dict(source.metadata)
+    if "/" in report.model.title:
+        front["base_model"] = report.model.title
+    task = report.model.task
+    return front | {
+        "library_name": "sentence-transformers" if source.opened_by else "transformers",
+        "pipeline_tag": _HUB_TASKS.get(task, task),
+        "tags": TAGS,
+    }
+
+
+def _samples(text: TextSource) -> str:
+    """What samples were taken from; of the user's files no paths, for a card is published."""
+    kinds = {
+        "file": "given by its maker",
+        "builtin": "of the English documentation inside CPython, not of the model's own domain",
+        "split": "held out from the calibration samples",
+    }
+    unit = f"samples ({text.tokens:,} tokens)" if text.unit == "token" else f"{text.unit}s"
+    return f"{text.samples:,} {unit} {kinds[text.kind]}"
+
+
+def _limits(report: Report, source: SourceCard) -> list[str]:
+    limits = [
+        "Whatever limits the source model has, this one has too; pruning can harm rare inputs more "
+        "than the averages above show.",
+        "Only what the table above lists was measured: not robustness, bias or safety after "
+        "pruning.",
+    ]
+    if report.accuracy.evaluation.kind != "file":
+        limits.append("Accuracy was not measured on data of the model's own task.")
+    if "license" not in source.metadata:
+        limits.append("The source model names no licence, so that none is given here.")
+    if source.problem:
+        limits.append(
+            "The metadata of the source model's card could not be read "
+            f"({code(source.problem)}); its licence is missing here."
+        )
+    if "/" not in report.model.title:
+        limits.append(
+            "No repository of the source model was named; add `base_model` to the metadata above "
+            "before this is published."
+        )
+    return limits

@@ -1,0 +1,245 @@
+"""Hand a finished bundle over: as a model repository of Triton, a list of hashes or an SBOM.
+
+Nothing is handed over that does not verify. The bundle itself is only read.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from prox24_deploy.bundle.layout import record_of
+from prox24_deploy.bundle.manifest import FileEntry, Manifest, checksum_list, read_manifest, verify
+from prox24_deploy.config.recipe import GraphTensor
+from prox24_deploy.core.atomic import write_atomic
+from prox24_deploy.core.errors import BundleError, UsageError
+from prox24_deploy.core.records import CompileResult, Engine, PruneResult
+from prox24_deploy.packaging import triton
+from prox24_deploy.regression.baseline import REPORT_FILE
+from prox24_deploy.report.schema import load_report
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What Triton is to load: files by their names in its version folder, and what to know."""
+
+    files: dict[str, tuple[Path, FileEntry]]
+    notes: tuple[str, ...]
+    largest_batch: int
+
+
+def open_finished(bundle: Path, *, force: bool) -> Manifest:
+    """The manifest of a bundle that verifies and that passed.
+
+    Args:
+        bundle: OUT of a build.
+        force: hand over a release that did not; one that does not verify is never handed over.
+
+    Raises:
+        BundleError: it may not be handed over.
+    """
+    faults = verify(bundle)
+    if faults:
+        raise BundleError(
+            f"Bundle {bundle} does not verify and is not handed over: {faults[0]} Build it again."
+        )
+    manifest = read_manifest(bundle)
+    if manifest.verdict != "pass" and not force:
+        raise BundleError(
+            f"Bundle {bundle} did not pass and is not handed over. {said_of(bundle)}. See "
+            f"{bundle / 'report.html'}; pass --force to hand it over all the same."
+        )
+    return manifest
+
+
+def said_of(bundle: Path) -> str:
+    """The first line of the report of a bundle that verifies."""
+    return load_report(bundle / REPORT_FILE).sentence
+
+
+def triton_repository(
+    bundle: Path, manifest: Manifest, out: Path, options: triton.TritonOptions
+) -> tuple[Path, tuple[str, ...]]:
+    """Write OUT/NAME for Triton from a bundle that `open_finished` gave.
+
+    Returns:
+        The folder of the model, and sentences that whoever serves it must know.
+
+    Raises:
+        BundleError: the bundle has no such engine, or the model is there already.
+        UsageError: the graph cannot be served as asked for.
+    """
+    from prox24_deploy.graph.check.interface import read_interface
+
+    require_outside(bundle, out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"Output {out} is a file, expected a folder for models; pass another.")
+    onnx = f"onnx/{options.twin}/model.onnx"
+    inputs, outputs = read_interface(bundle / onnx)
+    tensors = (*inputs, *outputs)
+    if options.backend == "onnxruntime":
+        served = _onnx_files(bundle, manifest, onnx, options.twin)
+    else:
+        served = _engine_files(bundle, manifest, options.twin, inputs)
+    name = triton.model_name(options.name, manifest.model.title if manifest.model else "")
+    max_batch = options.max_batch
+    if max_batch is None:
+        max_batch = served.largest_batch if triton.batches(tensors) else 0
+    if options.backend == "tensorrt" and max_batch > served.largest_batch:
+        raise UsageError(
+            f"--max-batch {max_batch} is more than the {served.largest_batch} that the TensorRT "
+            f"engine of {bundle} was built for; pass less, or build with larger --shapes."
+        )
+    config = triton.model_config(
+        name,
+        options.backend,
+        inputs,
+        outputs,
+        max_batch=max_batch,
+        instances=options.instances,
+        comments=(*_origin(manifest, options.twin), *served.notes),
+    )
+    return triton.write_repository(out, name, config, served.files), served.notes
+
+
+def write_sbom(bundle: Path, manifest: Manifest, file: Path) -> None:
+    """Write the bill of materials of a bundle that `open_finished` gave.
+
+    Raises:
+        BackendMissingError: the extra `sbom` is not installed.
+    """
+    from prox24_deploy.packaging.sbom import render_sbom
+
+    require_file(bundle, file)
+    pruned = _record(bundle, "prune", PruneResult)
+    engines = _record(bundle, "compile", CompileResult).engines
+    built_with = {name: text for engine in engines for name, text in engine.versions.items()}
+    write_atomic(file, render_sbom(manifest, pruned, built_with).encode())
+
+
+def write_checksums(bundle: Path, manifest: Manifest, file: Path) -> None:
+    """Write the hashes of a bundle that `open_finished` gave, for `sha256sum -c` within it."""
+    require_file(bundle, file)
+    write_atomic(file, checksum_list(bundle, manifest).encode())
+
+
+def require_outside(bundle: Path, out: Path) -> None:
+    """Refuse to write into a bundle, which would then no longer verify.
+
+    Raises:
+        UsageError: `out` lies in it.
+    """
+    if out.resolve().is_relative_to(bundle.resolve()):
+        raise UsageError(f"Output {out} lies in the bundle {bundle}; pass another.")
+
+
+def require_file(bundle: Path, file: Path) -> None:
+    """Refuse a folder, and as `require_outside` does.
+
+    Raises:
+        UsageError: `file` is a folder, or lies in the bundle.
+    """
+    require_outside(bundle, file)
+    if file.is_dir():
+        raise UsageError(f"Output {file} is a folder, expected a file; pass another.")
+
+
+def _origin(manifest: Manifest, twin: str) -> tuple[str, ...]:
+    return (
+        f"Written by prox24-deploy {manifest.tool_version}: {twin} twin, verdict "
+        f"{manifest.verdict}, manifest {manifest.self_sha256}.",
+    )
+
+
+def _onnx_files(bundle: Path, manifest: Manifest, onnx: str, twin: str) -> Served:
+    """The graph and, under the names that it refers to, the files of its weights."""
+    from prox24_deploy.graph.check.interface import external_files
+
+    folder = Path(onnx).parent
+    files = {triton.MODEL_FILES["onnxruntime"]: _entry(bundle, manifest, onnx)}
+    for name in external_files(bundle / onnx):
+        if Path(name).name != name:
+            raise BundleError(
+                f"File {bundle / onnx} keeps weights in {name!r}, expected a file beside it; "
+                "export it again."
+            )
+        files[name] = _entry(bundle, manifest, (folder / name).as_posix())
+    notes = ("ONNX Runtime has no sparse kernels: the 2:4 weights run as dense ones.",)
+    return Served(files, notes if twin == "sparse" else (), _largest_batch(manifest.options))
+
+
+def _engine_files(
+    bundle: Path, manifest: Manifest, twin: str, inputs: tuple[GraphTensor, ...]
+) -> Served:
+    """The plan of TensorRT; engines of TensorRT-RTX are of another library."""
+    from prox24_deploy.engines.tensorrt.backend import read_build_record
+
+    engine = _engine(bundle, twin)
+    record = read_build_record(bundle / engine.path, engine)
+    if "STRIP_PLAN" in record.flags:
+        raise BundleError(
+            f"Engine {bundle / engine.path} holds no weights, and Triton cannot refit it; build "
+            "without --strip-weights."
+        )
+    ranges = [record.batches[tensor.name] for tensor in inputs if tensor.name in record.batches]
+    if not ranges:
+        raise BundleError(
+            f"Engine {bundle / engine.path} has no record of its shapes; build it again."
+        )
+    least, largest = max(low for low, _ in ranges), min(high for _, high in ranges)
+    versions = ", ".join(f"{name} {version}" for name, version in engine.versions.items())
+    notes = [
+        f"The engine was built on {engine.device} with {versions}; Triton must have that TensorRT."
+    ]
+    if "VERSION_COMPATIBLE" in record.flags:
+        notes = [
+            f"The engine was built on {engine.device} with {versions}; start Triton with "
+            "--backend-config=tensorrt,version-compatible=true."
+        ]
+    if least > 1:
+        notes.append(f"The engine takes no batch below {least}.")
+    plan = triton.MODEL_FILES["tensorrt"]
+    return Served({plan: _entry(bundle, manifest, engine.path)}, tuple(notes), largest)
+
+
+def _engine(bundle: Path, twin: str) -> Engine:
+    engines = _record(bundle, "compile", CompileResult).engines
+    for engine in engines:
+        if (engine.backend, engine.twin) == ("tensorrt", twin):
+            return engine
+    found = ", ".join(sorted({engine.backend for engine in engines})) or "no backend"
+    raise BundleError(
+        f"Bundle {bundle} has no TensorRT engine, it was built for {found}; build it with "
+        "--backend tensorrt, or pass --backend onnxruntime."
+    )
+
+
+def _record(bundle: Path, stage: str, kind: type[T]) -> T:
+    """The result of a stage; a bundle that verifies may still be of another version."""
+    path = bundle / record_of(stage)
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise BundleError(
+            f"Record {path} is damaged or of another version at {where!r}: {problem['msg']}; build "
+            "the bundle again."
+        ) from error
+
+
+def _entry(bundle: Path, manifest: Manifest, name: str) -> tuple[Path, FileEntry]:
+    if name not in manifest.files:
+        raise BundleError(f"Bundle {bundle} has no file {name}; build it again.")
+    return bundle / name, manifest.files[name]
+
+
+def _largest_batch(options: dict[str, Any]) -> int:
+    """The largest batch that was measured."""
+    engine = options.get("engine")
+    batches = engine.get("batches") if isinstance(engine, dict) else None
+    known = [batch for batch in batches if type(batch) is int] if isinstance(batches, list) else []
+    return max(known, default=1)

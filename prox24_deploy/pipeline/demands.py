@@ -1,0 +1,76 @@
+"""What a build is held to, read and checked before any work: limits and a baseline."""
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from prox24_deploy.config.limits import AGAINST_DENSE, GivenLimits, accepted_loss, read_limits
+from prox24_deploy.config.options import BuildOptions
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.pipeline.context import Subject
+from prox24_deploy.regression.baseline import Gate, read_gate
+from prox24_deploy.regression.figures import figures_of
+from prox24_deploy.report.binding import expected_metrics, require_expected
+from prox24_deploy.report.sample_checks import few_samples
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """A baseline with its limits, if there is one, and limits that come before the recipe's."""
+
+    gate: Gate | None
+    given: GivenLimits
+
+
+def read_demands(options: BuildOptions) -> Demands:
+    """Read what the report will be held to.
+
+    Raises:
+        BundleError: the baseline cannot be read.
+        UsageError: a file or an amount is wrong, or an option would have no effect.
+    """
+    path = options.limits_file
+    gate = read_gate(options.baseline, path, options.allow) if options.baseline else None
+    given = gate.limits if gate else read_limits(path) if path else GivenLimits()
+    if gate is None:
+        _require_effect(options, given)
+    accepted = {name: accepted_loss(name, amount) for name, amount in options.accept_loss}
+    return Demands(gate, replace(given, accepted=accepted))
+
+
+def check_demands(
+    demands: Demands, subject: Subject, backends: Collection[str], options: BuildOptions
+) -> None:
+    """Before any work, refuse limits of figures that will not come.
+
+    Raises:
+        UsageError: a limit, or an accepted loss, names no figure.
+    """
+    held_out, recipe = subject.held_out, subject.recipe
+    labelled = held_out.labels is not None or any(t is not None for t in held_out.transcripts)
+    metrics = expected_metrics(recipe.task, labelled=labelled, harness=bool(options.harness.tasks))
+    known = figures_of(demands.gate.baseline.report) if demands.gate else ()
+    require_expected(demands.given, recipe.limits, metrics, backends, known)
+
+
+def warn_of_few_samples(subject: Subject) -> None:
+    """Say before any work that the samples will decide little, or nothing."""
+    if (few := few_samples(subject.held_out.source)) is not None:
+        log.warning("%s", few)
+
+
+def _require_effect(options: BuildOptions, given: GivenLimits) -> None:
+    """Refuse what says something of a baseline where there is none."""
+    idle = [f"--allow {key}" for key in options.allow]
+    if options.limits_file and given.metrics:
+        idle.insert(0, f"[{next(iter(given.metrics))}] in --limits {options.limits_file}")
+    elif options.limits_file and not given.against_dense:
+        idle.insert(0, f"--limits {options.limits_file}, which is empty,")
+    if idle:
+        raise UsageError(
+            f"{idle[0]} has no effect on a build that is held against no baseline; name one with "
+            f"--baseline, or leave it out. Limits against the dense model stand under "
+            f"[{AGAINST_DENSE}]."
+        )

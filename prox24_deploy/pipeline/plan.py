@@ -1,0 +1,197 @@
+"""`plan`: time the GEMMs of a model, dense and sparse, and say which layers are worth pruning."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prox24_deploy.config.options import BuildOptions
+from prox24_deploy.core.types import Progress
+from prox24_deploy.pipeline.context import Subject, fitted_shapes, read_subject, vocabulary_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prox24_deploy.core.records import Sensitivity
+    from prox24_deploy.core.types import DType
+    from prox24_deploy.engines.cusparselt.choice import LayerChoice
+    from prox24_deploy.engines.cusparselt.linear import LayerUse
+    from prox24_deploy.engines.cusparselt.planning import Plan
+    from prox24_deploy.engines.cusparselt.profile import GpuProfile
+
+Shapes = Sequence[tuple[int, int]]
+
+# A run on this many samples and tokens tells which layers see a row per token.
+_PROBE = (2, 3)
+_SECONDS_PER_SHAPE = 2.0
+
+
+def plan(
+    model_dir: Path,
+    options: BuildOptions,
+    *,
+    saved: "GpuProfile | None",
+    sensitivity: bool,
+    progress: Progress,
+) -> "Plan":
+    """Decide which layers to prune for the GPU at hand, or for that of a saved profile.
+
+    Args:
+        model_dir: the dense model.
+        options: shapes, dtype and budget; the text for the sensitivity.
+        saved: timings of another GPU; None measures the one at hand.
+        sensitivity: whether to measure what each paying layer costs.
+        progress: called with (label, done, total).
+
+    Raises:
+        BackendMissingError: there is no GPU and no saved profile.
+        Prox24Error: what `build` raises for the same model and options.
+    """
+    from prox24_deploy.engines import require_one_graph
+    from prox24_deploy.engines.cusparselt.planning import Plan, plan_layers, plan_shapes
+    from prox24_deploy.pruning.sensitivity import over_budget
+
+    subject = read_subject(model_dir, Path("no-output"), options, progress)
+    require_one_graph(subject.recipe, "plan")
+    fitted = fitted_shapes(options.engine, subject.directory.config, subject.recipe)
+    shapes = fitted.shapes(images=subject.recipe.reads_images)
+    if saved is None:
+        choices, profile, dense_ms = _measured(subject, options, shapes, progress)
+    else:
+        choices, profile = _estimated(subject, shapes, saved), saved
+        dense_ms = [None] * len(shapes)
+    found = None
+    if sensitivity and any(choice.chosen for choice in choices):
+        found = _sensitivity(subject, options, choices, progress)
+    subject.directory.require_unchanged()
+    losses = {layer.name: layer.loss for layer in found.layers} if found else {}
+    layers = plan_layers(choices, losses, over_budget(found) if found else {})
+    return Plan(
+        model_sha256=subject.directory.sha256,
+        source="measured" if saved is None else "profile",
+        metric=found.metric if found else "",
+        shapes=plan_shapes(shapes, layers, dense_ms),
+        layers=layers,
+        profile=profile,
+    )
+
+
+def _measured(
+    subject: Subject, options: BuildOptions, shapes: Shapes, progress: Progress
+) -> "tuple[tuple[LayerChoice, ...], GpuProfile, list[float | None]]":
+    """Time the dense model and each of its GEMMs on the GPU at hand."""
+    from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
+    from prox24_deploy.engines.cusparselt.torch_model import (
+        median_ms,
+        open_torch_model,
+        require_gpu,
+    )
+
+    require_gpu("plan", "--gpu-profile FILE, measured elsewhere")
+    dtype = _timed_dtype(subject, options)
+    opened = open_torch_model(subject.directory, subject.recipe, dtype)
+    targets = _targets(opened.wrapped, subject)
+    known = gpu_profile(dtype)
+    choices, profile = choose_measured(opened, shapes, targets, known, progress)
+    session = opened.session(f"the model in {subject.directory.path}")
+    dense_ms: list[float | None] = []
+    for shape in shapes:
+        sets = [opened.feeds(shape, seed) for seed in range(4)]
+        dense_ms.append(median_ms(session, sets, _SECONDS_PER_SHAPE))
+    session.close()
+    return tuple(c for c in choices if c.name in targets), profile, dense_ms
+
+
+def _timed_dtype(subject: Subject, options: BuildOptions) -> "DType":
+    """The dtype asked for, else the checkpoint's own if there are sparse kernels for it."""
+    from prox24_deploy.model.dtypes import settled_dtype
+
+    own = settled_dtype(subject.directory, subject.recipe, options.dtype)
+    return "float16" if options.dtype is None and own == "float32" else own
+
+
+def _estimated(subject: Subject, shapes: Shapes, saved: "GpuProfile") -> "tuple[LayerChoice, ...]":
+    """Look the GEMMs up in a saved profile; the model runs once, small, on the CPU."""
+    import torch
+
+    from prox24_deploy.engines.cusparselt.choice import choose
+    from prox24_deploy.engines.cusparselt.linear import layer_uses
+    from prox24_deploy.model.directory import load_model
+
+    model = load_model(subject.directory, subject.recipe, torch.device("cpu"))
+    targets = _targets(model, subject)
+    uses = [_scaled(use, subject, shapes) for use in layer_uses(model, [_probe(model, subject)])]
+    return choose([use for use in uses if use and use.name in targets], saved, targets)
+
+
+def _sensitivity(
+    subject: Subject,
+    options: BuildOptions,
+    choices: "Sequence[LayerChoice]",
+    progress: Progress,
+) -> "Sensitivity":
+    """What each layer that pays costs when it alone is pruned, and what a budget makes of it."""
+    from prox24_deploy.model.checkpoint import stored_dtype
+    from prox24_deploy.model.directory import load_model
+    from prox24_deploy.pipeline.context import torch_device
+    from prox24_deploy.pruning.selection import left_dense
+    from prox24_deploy.pruning.sensitivity import measure_sensitivity
+
+    model = load_model(subject.directory, subject.recipe, torch_device(options.device))
+    dense = left_dense(subject.recipe, model, options.prune)
+    return measure_sensitivity(
+        model,
+        subject.recipe,
+        subject.calibration.batches,
+        options.prune,
+        dense={**{c.name: c.reason for c in choices if not c.chosen}, **dense},
+        stored_dtype=lambda name: stored_dtype(subject.directory, name),
+        progress=progress,
+    )
+
+
+def _targets(model: "nn.Module", subject: Subject) -> set[str]:
+    """Full paths of the layers that the recipe prunes."""
+    from prox24_deploy.model.layers import obstacle
+    from prox24_deploy.pruning.blocks import find_blocks, target_layers
+
+    blocks = enumerate(find_blocks(model, subject.recipe))
+    return {
+        f"{subject.recipe.blocks}.{index}.{name}"
+        for index, block in blocks
+        for name, layer in target_layers(block, subject.recipe).items()
+        if not obstacle(layer)
+    }
+
+
+def _probe(model: "nn.Module", subject: Subject) -> Callable[[], object]:
+    """A run of the model on a few tokens, or on two images."""
+    import torch
+
+    from prox24_deploy.engines.feeds import random_feeds
+    from prox24_deploy.graph.export.module import RecipeModule
+
+    module = RecipeModule(model, subject.recipe)
+    vocabulary = vocabulary_of(subject.directory.config)
+    # The signature of a decoder comes from a run of its own.
+    inputs = module.signature.inputs
+    feeds = random_feeds(inputs, "float32", vocabulary)(*_PROBE, 0)
+    return partial(module, *(torch.from_numpy(feeds[spec.name]) for spec in inputs))
+
+
+def _scaled(use: "LayerUse", subject: Subject, shapes: Shapes) -> "LayerUse | None":
+    """The GEMMs at the shapes asked for, from that of the probe; None if its rows tell nothing."""
+    if not use.gemms:
+        return use
+    batch, tokens = _PROBE
+    rows = use.gemms[0].m
+    if subject.recipe.reads_images and rows % batch == 0:
+        counts = [rows // batch * b for b, _ in shapes]
+    elif rows == batch * tokens:
+        counts = [b * s for b, s in shapes]
+    elif rows == batch:
+        counts = [b for b, _ in shapes]
+    else:
+        return None
+    return replace(use, gemms=tuple(replace(use.gemms[0], m=count) for count in counts))

@@ -1,0 +1,1 @@
+"""Each stage: what it depends on, and who does its work."""

@@ -1,0 +1,126 @@
+"""The stage that asks the engines what the PyTorch models were asked."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prox24_deploy.bundle.bundle import Bundle
+from prox24_deploy.bundle.environment import machine, versions
+from prox24_deploy.bundle.layout import ENGINES, ONNX, PRUNED
+from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
+from prox24_deploy.config.options import BuildOptions
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.accuracy import EngineAccuracy, EngineAccuracyResult
+from prox24_deploy.core.errors import BackendMissingError, EngineError
+from prox24_deploy.core.records import CompileResult, Engine, NotMeasured
+from prox24_deploy.core.types import Progress
+from prox24_deploy.engines.base import Backend
+from prox24_deploy.pipeline.context import Subject, fitted_shapes, torch_device
+
+if TYPE_CHECKING:
+    from prox24_deploy.data.text import Samples
+    from prox24_deploy.evaluation.parity import Question
+    from prox24_deploy.model.directory import ModelDir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineAccuracyInputs:
+    """What the accuracy through engines, and their distance from PyTorch, depend on."""
+
+    source: "ModelDir"
+    pruned: Artifact
+    onnx: Artifact
+    compiled: Artifact
+    engines: tuple[Engine, ...]
+    backends: tuple[Backend, ...]
+    held_out: "Samples"
+    recipe: Recipe
+    tokens: int
+    batches: tuple[int, ...]
+    sequences: tuple[int, ...]
+    device: str
+    machine: Mapping[str, str]
+    versions: Mapping[str, str]
+
+
+def measure(
+    bundle: Bundle,
+    subject: Subject,
+    compiled: CompileResult,
+    backends: Sequence[Backend],
+    options: BuildOptions,
+    progress: Progress,
+) -> EngineAccuracyResult:
+    """Measure accuracy through the engines of every backend, and how far they are from PyTorch.
+
+    A backend whose engines cannot run here is named with the reason, and so is one whose engines
+    fail, which fails the release.
+    """
+    fitted = fitted_shapes(options.engine, subject.directory.config, subject.recipe)
+    inputs = EngineAccuracyInputs(
+        source=subject.directory,
+        pruned=bundle.artifact(PRUNED),
+        onnx=bundle.artifact(ONNX),
+        compiled=bundle.artifact(ENGINES),
+        engines=compiled.engines,
+        backends=tuple(backends),
+        held_out=subject.held_out,
+        recipe=subject.recipe,
+        tokens=options.engine_tokens,
+        batches=fitted.batches,
+        sequences=fitted.sequences,
+        device=torch_device(options.device).type,
+        machine=machine(),
+        versions=versions(),
+    )
+    return bundle.run(ACCURACY, inputs, progress)
+
+
+def _run(inputs: EngineAccuracyInputs, work: Workspace, progress: Progress) -> EngineAccuracyResult:
+    from prox24_deploy.evaluation.parity import measure_accuracy
+
+    began = time.perf_counter()
+    question = _question(inputs)
+    least = min(inputs.batches)
+    found: list[EngineAccuracy] = []
+    missing: list[NotMeasured] = []
+    failed: list[NotMeasured] = []
+    for backend in inputs.backends:
+        own = [engine for engine in inputs.engines if engine.backend == backend.name]
+        try:
+            found.append(measure_accuracy(backend, work.root, own, question, least, progress))
+        except BackendMissingError as error:
+            missing.append(NotMeasured(backend.name, str(error)))
+        except EngineError as error:
+            failed.append(NotMeasured(backend.name, str(error)))
+    seconds = time.perf_counter() - began
+    return EngineAccuracyResult(tuple(found), tuple(missing), tuple(failed), seconds)
+
+
+ACCURACY = Stage(name="accuracy", result=EngineAccuracyResult, run=_run)
+
+
+def _question(inputs: EngineAccuracyInputs) -> "Question":
+    """How to open the PyTorch models, and the samples, in shapes that engines were compiled for."""
+    import torch
+
+    from prox24_deploy.data.subset import EngineShapes
+    from prox24_deploy.evaluation.parity import Question
+    from prox24_deploy.model.directory import load_model, open_model_dir
+
+    directories = {"dense": inputs.source, "sparse": open_model_dir(inputs.pruned.path)}
+    device = torch.device(inputs.device)
+    return Question(
+        recipe=inputs.recipe,
+        load=lambda twin: load_model(directories[twin], inputs.recipe, device),
+        directory=inputs.source.path,
+        held_out=inputs.held_out,
+        tokens=inputs.tokens,
+        shapes=EngineShapes(
+            rows=max(inputs.batches),
+            # A graph with a cache also decodes, so that it takes any number of tokens.
+            least=1 if inputs.recipe.cache else min(inputs.sequences),
+            longest=max(inputs.sequences),
+        ),
+    )

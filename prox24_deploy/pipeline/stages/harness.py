@@ -1,0 +1,159 @@
+"""The stage that runs tasks of the lm-evaluation-harness on both models."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import JsonValue
+
+from prox24_deploy.bundle.bundle import Bundle
+from prox24_deploy.bundle.environment import versions
+from prox24_deploy.bundle.layout import PRUNED
+from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
+from prox24_deploy.config.options import BuildOptions, HarnessOptions
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.accuracy import TaskScores
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.snapshot import Snapshot, take_snapshot
+from prox24_deploy.core.types import Progress
+from prox24_deploy.pipeline.context import Subject, torch_device
+
+if TYPE_CHECKING:
+    from prox24_deploy.model.directory import ModelDir
+
+
+@dataclass(frozen=True, slots=True)
+class TaskData:
+    """The folder with the data of tasks, every file of it hashed."""
+
+    snapshot: Snapshot
+
+    def fingerprint(self) -> dict[str, JsonValue]:
+        """Hash of each file."""
+        return {name: state.sha256 for name, state in self.snapshot.files.items()}
+
+    def require_unchanged(self) -> None:
+        """Refuse data that was written since.
+
+        Raises:
+            UsageError: names the first file.
+        """
+        if (name := self.snapshot.changed()) is not None:
+            raise UsageError(
+                f"{self.snapshot.root / name} was changed while tasks were run on it, so that "
+                "their scores are not kept; run the same command again."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskInputs:
+    """What the scores of both models on tasks depend on."""
+
+    source: "ModelDir"
+    pruned: Artifact
+    tasks: tuple[str, ...]
+    data: TaskData | None
+    limit: int | None
+    recipe: Recipe
+    device: str
+    harness: str
+    versions: Mapping[str, str]
+
+    @property
+    def options(self) -> HarnessOptions:
+        """The tasks as they were asked for."""
+        folder = self.data.snapshot.root if self.data else None
+        return HarnessOptions(self.tasks, folder, self.limit)
+
+
+def require_usable(options: HarnessOptions, recipe: Recipe) -> None:
+    """Refuse what can be seen to be wrong before any work.
+
+    Raises:
+        BackendMissingError: the harness is not installed.
+        UsageError: an option has no effect, or the model does not generate text.
+    """
+    if not options.tasks:
+        if options.data is not None or options.limit is not None:
+            raise UsageError(
+                "--lm-eval-data and --lm-eval-limit have no effect without a task; add --lm-eval "
+                "TASK."
+            )
+        return
+    if recipe.task != "text-generation":
+        raise UsageError(
+            f"--lm-eval {options.tasks[0]} is for models of the task text-generation, and those of "
+            f"recipe {recipe.family} are for {recipe.task}; leave it out."
+        )
+    from prox24_deploy.evaluation.harness import require_harness
+
+    require_harness()
+
+
+def verify(bundle: Bundle, options: HarnessOptions) -> None:
+    """Load every task once, so that what is missing is said before hours of work.
+
+    Raises:
+        UsageError: a task is unknown, or its data is not here.
+    """
+    if options.tasks:
+        from prox24_deploy.evaluation.harness import open_tasks
+
+        with open_tasks(options, bundle.partial / "lm-eval"):
+            pass
+
+
+def measure(
+    bundle: Bundle, subject: Subject, options: BuildOptions, progress: Progress
+) -> TaskScores | None:
+    """Score both models on the same documents; None where no task was asked for."""
+    asked = options.harness
+    if not asked.tasks:
+        if TASKS.name in bundle.manifest.stages:
+            bundle.forget(TASKS.name)
+        return None
+    from prox24_deploy.evaluation.harness import harness_version
+
+    inputs = TaskInputs(
+        source=subject.directory,
+        pruned=bundle.artifact(PRUNED),
+        tasks=asked.tasks,
+        data=TaskData(take_snapshot(asked.data, _files_below)) if asked.data else None,
+        limit=asked.limit,
+        recipe=subject.recipe,
+        device=torch_device(options.device).type,
+        harness=harness_version(),
+        versions=versions(),
+    )
+    return bundle.run(TASKS, inputs, progress)
+
+
+def _run(inputs: TaskInputs, work: Workspace, progress: Progress) -> TaskScores:
+    import torch
+
+    from prox24_deploy.evaluation.harness import open_tasks, run_tasks, task_metrics
+    from prox24_deploy.model.directory import load_model, open_model_dir
+    from prox24_deploy.model.processors import load_tokenizer
+
+    began = time.perf_counter()
+    tokenizer = load_tokenizer(inputs.source)
+    device = torch.device(inputs.device)
+    results: list[Mapping[str, Any]] = []
+    with open_tasks(inputs.options, work.partial / "lm-eval") as load:
+        for directory in (inputs.source, open_model_dir(inputs.pruned.path)):
+            progress(TASKS.name, len(results), 2)
+            model = load_model(directory, inputs.recipe, device)
+            results.append(run_tasks(model, tokenizer, load(), inputs.limit))
+    progress(TASKS.name, 2, 2)
+    metrics, left_out, documents = task_metrics(*results)
+    seconds = time.perf_counter() - began
+    return TaskScores(inputs.harness, inputs.limit, documents, metrics, left_out, seconds)
+
+
+TASKS = Stage(name="tasks", result=TaskScores, run=_run)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]

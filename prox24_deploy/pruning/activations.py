@@ -1,0 +1,128 @@
+"""Batches on their way through the blocks, in the dense and in the pruned model side by side."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.data.text import Batch
+from prox24_deploy.model.layers import layer_at, matrix_shape
+from prox24_deploy.pruning.blocks import (
+    BlockCall,
+    is_handed,
+    layer_input,
+    real_rows,
+    record_calls,
+    require_one_run,
+    run_block,
+)
+from prox24_deploy.pruning.second_moments import SecondMoments
+
+
+@dataclass(slots=True)
+class Activations:
+    """One set of batches before some block.
+
+    Attributes:
+        batches: the text.
+        real: per batch, which positions of the hidden states are not padding.
+        calls: per batch, what the dense model passes to each block beside the hidden states.
+        pruned_calls: what the partly pruned model passes; the same, unless these are the blocks of
+            a decoder, whose encoder has been pruned before.
+        dense: per batch, hidden states (batch, sequence, hidden) in the dense model.
+        pruned: the same in the partly pruned model.
+    """
+
+    batches: tuple[Batch, ...]
+    real: list[Tensor]
+    calls: list[list[BlockCall]]
+    pruned_calls: list[list[BlockCall]]
+    dense: list[Tensor]
+    pruned: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPair:
+    """One block twice: as it was, and being pruned.
+
+    Attributes:
+        index: of the block among its likes.
+        prefix: its path in the model.
+        dense: as it was.
+        pruned: being pruned.
+        following: the next block, not yet pruned; None after the last.
+    """
+
+    index: int
+    prefix: str
+    dense: nn.Module
+    pruned: nn.Module
+    following: nn.Module | None = None
+
+
+def record_activations(
+    model: nn.Module, blocks: nn.ModuleList, recipe: Recipe, batches: tuple[Batch, ...]
+) -> Activations:
+    """Run the batches up to the first block of a model of which nothing is pruned yet.
+
+    Raises:
+        RecipeError: the model runs a block more than once, or not at all.
+    """
+    for batch in batches[:1]:
+        require_one_run(model, blocks, batch, recipe)
+    recorded = [record_calls(model, blocks, batch, recipe.task) for batch in batches]
+    hidden = [first for first, _ in recorded]
+    calls = [calls for _, calls in recorded]
+    real = [_positions(batch, recipe) for batch in batches]
+    return Activations(batches, real, calls, calls, hidden, list(hidden))
+
+
+def after_pruning(
+    activations: Activations, model: nn.Module, blocks: nn.ModuleList, recipe: Recipe
+) -> Activations:
+    """The same with what the model, pruned up to these blocks, passes to them and into the first.
+
+    The dense stream stays as it was recorded, when the whole model was dense.
+    """
+    recorded = [record_calls(model, blocks, batch, recipe.task) for batch in activations.batches]
+    return replace(
+        activations,
+        pruned_calls=[calls for _, calls in recorded],
+        pruned=[first for first, _ in recorded],
+    )
+
+
+def advance(twin: BlockPair, sets: list[Activations]) -> None:
+    """Carry both streams of every set through the block."""
+    for activations in sets:
+        for i, (calls, pruned_calls) in enumerate(
+            zip(activations.calls, activations.pruned_calls, strict=True)
+        ):
+            activations.dense[i] = run_block(twin.dense, calls[twin.index], activations.dense[i])
+            activations.pruned[i] = run_block(
+                twin.pruned, pruned_calls[twin.index], activations.pruned[i]
+            )
+
+
+def collect(twin: BlockPair, name: str, activations: Activations) -> SecondMoments:
+    """Gram matrices of one layer's input over all batches of one set."""
+    dense_layer, pruned_layer = (layer_at(block, name) for block in (twin.dense, twin.pruned))
+    moments = SecondMoments.empty(matrix_shape(pruned_layer)[1], pruned_layer.weight.device)
+    for i, batch in enumerate(activations.batches):
+        call, pruned_call = (
+            activations.calls[i][twin.index],
+            activations.pruned_calls[i][twin.index],
+        )
+        dense = layer_input(twin.dense, call, activations.dense[i], dense_layer)
+        pruned = layer_input(twin.pruned, pruned_call, activations.pruned[i], pruned_layer)
+        # A decoder's layer that is fed the states of the encoder sees the positions of that text.
+        real = batch.real if is_handed(dense, call) else activations.real[i]
+        moments.add(real_rows(dense, real), real_rows(pruned, real))
+    return moments
+
+
+def _positions(batch: Batch, recipe: Recipe) -> Tensor:
+    """Which positions of the hidden states that enter the blocks of `recipe` are real."""
+    if recipe.is_decoder and batch.targets is not None:
+        return batch.targets >= 0
+    return batch.real

@@ -1,0 +1,302 @@
+"""Find the repeated blocks of a model and run them one at a time."""
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.documents import reason_of
+from prox24_deploy.core.errors import ModelDirError, Prox24Error, RecipeError
+from prox24_deploy.core.types import WRITES_TEXT
+from prox24_deploy.data.text import Batch
+from prox24_deploy.model.layers import Layer, input_rows, is_layer, same_rows
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """What a model passes to one block beside the hidden states, for one batch.
+
+    Blocks of one batch share most of these tensors (attention mask, position embeddings), so
+    keeping one call per block and batch holds references, not copies.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Stream:
+    """The hidden states that enter the current block, (batch, sequence, hidden) per batch."""
+
+    hidden: list[Tensor]
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass once what it was run for has been seen."""
+
+
+def find_blocks(model: nn.Module, recipe: Recipe) -> nn.ModuleList:
+    """Return the list of blocks that `recipe.blocks` names.
+
+    Raises:
+        RecipeError: there is no such list in this model.
+    """
+    try:
+        blocks = model.get_submodule(recipe.blocks)
+    except AttributeError as error:
+        raise RecipeError(
+            f"Recipe {recipe.family} places the blocks at {recipe.blocks!r}, which "
+            f"{type(model).__name__} does not have; correct `blocks`."
+        ) from error
+    if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+        raise RecipeError(
+            f"Recipe {recipe.family} places the blocks at {recipe.blocks!r}, which is a "
+            f"{type(blocks).__name__}, expected a ModuleList that is not empty."
+        )
+    return blocks
+
+
+def target_layers(block: nn.Module, recipe: Recipe) -> dict[str, Layer]:
+    """The layers of one block that the recipe asks to prune, by path inside the block.
+
+    Raises:
+        RecipeError: a target pattern matches no layer of a kind that can be pruned.
+    """
+    known = {name: m for name, m in block.named_modules() if is_layer(m)}
+    for pattern in recipe.targets:
+        if not any(fnmatch(name, pattern) for name in known):
+            raise RecipeError(
+                f"Recipe {recipe.family} target {pattern!r} matches no linear layer or convolution "
+                f"of a {type(block).__name__}; its layers are {', '.join(known)}."
+            )
+    return {
+        name: module
+        for name, module in known.items()
+        if any(fnmatch(name, pattern) for pattern in recipe.targets)
+        and not any(fnmatch(name, pattern) for pattern in recipe.ignore)
+    }
+
+
+def require_one_run(model: nn.Module, blocks: nn.ModuleList, batch: Batch, recipe: Recipe) -> None:
+    """Refuse a model that does not run each of its blocks once, in their order, in a forward pass.
+
+    What a layer reads in its first run says nothing about the others, and pruned for one run it
+    is pruned for all.
+
+    Raises:
+        RecipeError: names the block and how often it runs.
+    """
+    order: list[int] = []
+
+    def note(_: nn.Module, __: object, *, index: int) -> None:
+        order.append(index)
+
+    handles = [b.register_forward_pre_hook(partial(note, index=i)) for i, b in enumerate(blocks)]
+    try:
+        run_model(model, batch, recipe.task)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if order == list(range(len(blocks))):
+        return
+    runs = [order.count(index) for index in range(len(blocks))]
+    odd = next((index for index, count in enumerate(runs) if count != 1), None)
+    told = (
+        f"in the order {', '.join(map(str, order[:8]))}"
+        if odd is None
+        else f"block {recipe.blocks}.{odd} {runs[odd]} times"
+    )
+    raise RecipeError(
+        f"{type(model).__name__} runs {told} in one forward pass, expected every block once and in "
+        "order; blocks that share their weights cannot be pruned yet, pass a model without them."
+    )
+
+
+def record_calls(
+    model: nn.Module, blocks: nn.ModuleList, batch: Batch, task: str
+) -> tuple[Tensor, list[BlockCall]]:
+    """Run one batch up to the last block; return the first block's input and all calls."""
+    calls: list[BlockCall] = []
+    first: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, rest, named = _take_hidden(args, kwargs)
+        if not first:
+            first.append(hidden)
+        calls.append(BlockCall(rest, named))
+        if module is blocks[-1]:
+            raise _StopForwardError
+
+    handles = [b.register_forward_pre_hook(record, with_kwargs=True) for b in blocks]
+    try:
+        run_model(model, batch, task)
+    except _StopForwardError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return first[0], calls
+
+
+def run_model(model: nn.Module, batch: Batch, task: str) -> Any:
+    """Forward one batch, without a cache, which blocks that are run again would fill further."""
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+    # A decoder that embeds text has one too.
+    if task in WRITES_TEXT or "use_cache" in inspect.signature(model.forward).parameters:
+        return model(**inputs, use_cache=False)
+    return model(**inputs)
+
+
+@torch.no_grad()
+def require_runs(model: nn.Module, batch: Batch, task: str, path: Path) -> None:
+    """Forward one batch of a model just opened, before any work rests on it.
+
+    Raises:
+        ModelDirError: the model of the directory `path` does not take it.
+    """
+    try:
+        run_model(model, batch, task)
+    except (Prox24Error, MemoryError):
+        raise
+    except Exception as error:
+        # Sizes that do not fit each other surface as whatever the model's own code runs into.
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in batch.inputs.items())
+        raise ModelDirError(
+            f"Model directory {path} opens but does not run on its samples, {shapes} "
+            f"({reason_of(error)}); restore config.json and the configuration of its processor."
+        ) from error
+
+
+def run_block(block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
+    """Output hidden states of one block."""
+    result = block(hidden, *call.args, **call.kwargs)
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
+
+
+def layer_input(block: nn.Module, call: BlockCall, hidden: Tensor, layer: Layer) -> Tensor:
+    """Run a block only as far as `layer` and return the rows of its input, (batch, ..., d)."""
+    seen: list[Tensor] = []
+
+    def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _StopForwardError
+
+    handle = layer.register_forward_pre_hook(record)
+    try:
+        run_block(block, call, hidden)
+    except _StopForwardError:
+        pass
+    finally:
+        handle.remove()
+    return input_rows(layer, seen[0])
+
+
+def shared_inputs(
+    block: nn.Module, layers: Mapping[str, Layer], call: BlockCall, hidden: Tensor
+) -> list[list[str]]:
+    """Group layers that are fed the same rows, in the order in which a forward reaches them.
+
+    A layer that the block runs on several tensors has no rows of its own and is in no group.
+    """
+    seen: list[tuple[Tensor, list[str]]] = []
+    with _recorded_inputs(layers) as events:
+        run_block(block, call, hidden)
+    runs = _runs(events)
+    for name, tensor in events:
+        if runs[name] > 1:
+            continue
+        group = next(
+            (
+                names
+                for known, names in seen
+                if known is tensor and same_rows(layers[names[0]], layers[name])
+            ),
+            None,
+        )
+        if group is None:
+            seen.append((tensor, [name]))
+        elif name not in group:
+            group.append(name)
+    return [names for _, names in seen]
+
+
+def layer_runs(
+    block: nn.Module, layers: Mapping[str, Layer], call: BlockCall, hidden: Tensor
+) -> Counter[str]:
+    """On how many different tensors a forward pass of a block runs each layer."""
+    with _recorded_inputs(layers) as events:
+        run_block(block, call, hidden)
+    return _runs(events)
+
+
+def _runs(events: Sequence[tuple[str, Tensor]]) -> Counter[str]:
+    # The events hold the tensors, so that no two of them have had the same address.
+    return Counter(name for name, _ in {(name, id(tensor)) for name, tensor in events})
+
+
+@contextmanager
+def _recorded_inputs(layers: Mapping[str, Layer]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Record (name, input tensor) of every call; holding the tensors keeps identity meaningful."""
+    events: list[tuple[str, Tensor]] = []
+    handles = []
+    for name, layer in layers.items():
+
+        def record(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            events.append((name, args[0]))
+
+        handles.append(layer.register_forward_pre_hook(record))
+    try:
+        yield events
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def is_handed(tensor: Tensor, call: BlockCall) -> bool:
+    """Whether a tensor is what a block is passed, such as the states of an encoder, itself."""
+    return any(tensor is value for value in (*call.args, *call.kwargs.values()))
+
+
+def real_rows(tensor: Tensor, real: Tensor) -> Tensor:
+    """Rows (tokens, d) that are not padding.
+
+    Args:
+        tensor: (batch, positions, d), or (batch · positions, d), in any order, where nothing is
+            padding; of samples that are never padded any shape (..., d), since a model may cut
+            them into windows.
+        real: (batch, positions) bool, or (batch,) for samples that are never padded.
+
+    Raises:
+        RecipeError: the tensor does not have one row per position.
+    """
+    if real.ndim == 1:
+        return tensor.reshape(-1, tensor.shape[-1])
+    if tensor.shape[:-1] == (real.numel(),) and bool(real.all()):
+        return tensor
+    if tensor.shape[:-1] != real.shape:
+        raise RecipeError(
+            f"A target layer receives inputs of shape {tuple(tensor.shape)}, expected "
+            f"{tuple(real.shape)} positions; list it under `ignore`."
+        )
+    return tensor[real.to(tensor.device)]
+
+
+def _take_hidden(
+    args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Split the hidden states off the arguments of a block."""
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0], tuple(args[1:]), dict(kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), tuple(args), rest

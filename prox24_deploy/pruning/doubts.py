@@ -1,0 +1,48 @@
+"""Layers whose weights or inputs say nothing about which weights to keep."""
+
+import torch
+from torch import Tensor
+
+from prox24_deploy.pruning.second_moments import SecondMoments
+
+_NO_WEIGHTS = "all its weights are zero"
+_NO_INPUTS = (
+    "its inputs are all zero on the calibration samples, so which weights it keeps was chosen "
+    "blindly"
+)
+_TINY_WEIGHTS = (
+    "its weights are so near the smallest number of their type that products of them vanish"
+)
+_TINY_INPUTS = (
+    "its inputs are so near the smallest number of float32 that products of them vanish, so which "
+    "weights it keeps was chosen blindly"
+)
+
+
+def doubt_about(
+    weight: Tensor, stored: torch.dtype, moments: SecondMoments, *, chosen: bool = True
+) -> str:
+    """Why the error of a pruned layer says nothing, as the end of a sentence; "" if it does.
+
+    Such a layer is pruned all the same: the mask does no harm where nothing comes in or goes out,
+    but its relative error is 0, or anything, whatever was pruned.
+
+    Args:
+        weight: before pruning, (rows, d).
+        stored: the type that the checkpoint stores it in.
+        moments: of the inputs that it was pruned on.
+        chosen: whether weights were chosen at all; not in a layer that was 2:4 before.
+    """
+    single = torch.finfo(torch.float32)
+    largest = float(weight.abs().max())
+    square = float(moments.pruned.diagonal().max()) / max(moments.tokens, 1)
+    if largest == 0:
+        return _NO_WEIGHTS
+    if not chosen:
+        return ""
+    if square == 0:
+        return _NO_INPUTS
+    # The square of a smaller weight is no normal number of float32, in which layers are solved.
+    if largest < max(single.tiny**0.5, torch.finfo(stored).tiny):
+        return _TINY_WEIGHTS
+    return _TINY_INPUTS if square < single.tiny else ""

@@ -1,0 +1,91 @@
+"""Solve the layers of one block that share an input, as one stacked problem."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.model.layers import from_matrix, layer_at, to_matrix
+from prox24_deploy.pruning.activations import BlockPair
+from prox24_deploy.pruning.second_moments import SecondMoments
+from prox24_deploy.pruning.solvers.problem import damping_for, layer_problem
+from prox24_deploy.pruning.solvers.solver import PRESETS, LayerSolution, solve_layer
+from prox24_deploy.sparsity.pattern import is_24
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedLayer:
+    """One pruned layer.
+
+    Attributes:
+        weight: in the layout of the layer and the dtype of the checkpoint.
+        method: the method that made it; "unchanged" where the layer was 2:4 already.
+        iterations: of the solver.
+    """
+
+    weight: Tensor
+    method: str
+    iterations: int
+
+
+def solve_group(
+    twin: BlockPair,
+    group: Sequence[str],
+    moments: SecondMoments,
+    options: PruneOptions,
+    stored_dtype: Callable[[str], torch.dtype],
+) -> dict[str, SolvedLayer]:
+    """Prune layers of the block from the weights they have in `twin.pruned`, which stay.
+
+    Args:
+        twin: the block.
+        group: paths of layers that share an input.
+        moments: of that input.
+        options: method, preset and target.
+        stored_dtype: parameter name to the dtype in which the checkpoint stores it.
+
+    Raises:
+        ModelDirError: weights or activations are NaN or infinite.
+    """
+    layers = [layer_at(twin.pruned, name) for name in group]
+    matrices = [to_matrix(layer, layer.weight) for layer in layers]
+    paths = [f"{twin.prefix}.{name}" for name in group]
+    solution = _solve(torch.cat(matrices), moments, options, paths[0])
+    parts = solution.weight.split([len(matrix) for matrix in matrices])
+    solved = {}
+    for name, path, layer, before, after in zip(group, paths, layers, matrices, parts, strict=True):
+        # Solved with its group or not, a layer that is 2:4 already keeps its bits.
+        unchanged = is_24(before)
+        weight = from_matrix(layer, before if unchanged else after)
+        solved[name] = SolvedLayer(
+            weight.to(stored_dtype(f"{path}.weight")),
+            "unchanged" if unchanged else solution.used,
+            0 if unchanged else solution.iterations,
+        )
+    return solved
+
+
+def _solve(
+    weight: Tensor, moments: SecondMoments, options: PruneOptions, path: str
+) -> LayerSolution:
+    try:
+        problem = layer_problem(
+            weight,
+            moments.pruned / moments.tokens,
+            damping_for(weight.shape[1], moments.tokens),
+            moments.cross / moments.tokens if options.target == "asymmetric" else None,
+        )
+    except ValueError as error:
+        raise ModelDirError(
+            f"Layer {path}: {error}; its activations overflow or the checkpoint is damaged."
+        ) from error
+    return solve_layer(
+        weight,
+        problem,
+        method=options.method,
+        options=PRESETS[options.preset],
+        refinement=options.refinement,
+    )

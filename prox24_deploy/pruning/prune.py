@@ -1,0 +1,417 @@
+"""Stage: prune every target layer, block by block, with inputs from the already pruned model."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.config.recipe import SENTENCE_MODULES, Recipe
+from prox24_deploy.core.errors import CalibrationError, ModelDirError, RecipeError
+from prox24_deploy.core.records import LayerRecord, PruneResult, Sensitivity
+from prox24_deploy.core.types import Preset, Progress
+from prox24_deploy.data.text import Batch, Samples, thin
+from prox24_deploy.model.checkpoint import (
+    BlockStore,
+    renamed_tensors,
+    stored_dtype,
+    write_pruned,
+)
+from prox24_deploy.model.directory import ModelDir, load_with_rest
+from prox24_deploy.model.layers import (
+    Layer,
+    is_layer,
+    layer_at,
+    matrix_shape,
+    reduction_axis,
+    to_matrix,
+)
+from prox24_deploy.model.notes import left_out
+from prox24_deploy.pruning.activations import (
+    Activations,
+    BlockPair,
+    advance,
+    after_pruning,
+    collect,
+    record_activations,
+)
+from prox24_deploy.pruning.blocks import find_blocks, layer_runs, require_runs, shared_inputs
+from prox24_deploy.pruning.doubts import doubt_about
+from prox24_deploy.pruning.layer_group import solve_group
+from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches
+from prox24_deploy.pruning.second_moments import SecondMoments
+from prox24_deploy.pruning.selection import by_options, left_dense, prunable, require_matches
+from prox24_deploy.pruning.sensitivity import SensitivityStore, measure_sensitivity, over_budget
+from prox24_deploy.pruning.solvers.problem import damping_for
+
+log = logging.getLogger(__name__)
+
+# Held-out text for the error of each layer; the accuracy figures use all of it.
+_HELD_OUT_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedState:
+    """What pruning a model gave.
+
+    Attributes:
+        weights: new values by parameter name, in layout and dtype of the checkpoint.
+        axes: the axis of the groups in each of them.
+        layers: what was done to each layer.
+    """
+
+    weights: dict[str, Tensor]
+    axes: dict[str, int]
+    layers: tuple[LayerRecord, ...]
+
+
+@torch.no_grad()
+def prune_model(
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: tuple[Batch, ...],
+    held_out: tuple[Batch, ...],
+    options: PruneOptions,
+    *,
+    stored_dtype: Callable[[str], torch.dtype],
+    store: BlockStore,
+    progress: Progress,
+    dense: Mapping[str, str] = MappingProxyType({}),
+) -> PrunedState:
+    """Prune all target layers of `model` in place.
+
+    Layers that share an input are solved together, in the order in which a forward pass reaches
+    them; each group sees what the groups before it, already pruned, feed it. Weights are rounded
+    to the checkpoint's dtype before anything downstream sees them.
+
+    Args:
+        model: float32, evaluation mode; its blocks end up pruned.
+        recipe: says where the blocks and targets are.
+        calibration: batches to prune on.
+        held_out: batches to measure errors on, never to choose by.
+        options: method, preset and target.
+        stored_dtype: parameter name to the dtype in which the checkpoint stores it.
+        store: solved blocks of an interrupted run of the same inputs and options.
+        progress: called with (label, done, total) after each block.
+        dense: full path of each target to leave dense, with the reason.
+
+    Raises:
+        ModelDirError: activations or weights of a layer are NaN or infinite.
+        RecipeError: blocks or targets do not exist in this model.
+        CalibrationError: there are no calibration batches.
+    """
+    if not calibration:
+        raise CalibrationError("There is no calibration batch; pass more text.")
+    if options.reconstructs:
+        require_batches(len(calibration))
+    require_matches(recipe, model)
+    count = sum(len(find_blocks(model, part)) for part in recipe.parts)
+    weights: dict[str, Tensor] = {}
+    records: list[LayerRecord] = []
+    for number, step in enumerate(_steps(model, recipe, (calibration, held_out))):
+        progress("prune", number, count)
+        done = store.load(number)
+        if done is None:
+            done = _prune_block(step.twin, step.recipe, step.sets, options, stored_dtype, dense)
+            store.save(number, *done)
+        _apply(step.twin.pruned, done[0])
+        weights.update({f"{step.twin.prefix}.{name}.weight": w for name, w in done[0].items()})
+        records.extend(done[1])
+    progress("prune", count, count)
+    records.extend(_layers_outside(model, recipe, {record.name for record in records}))
+    axes = {name: reduction_axis(layer_at(model, name.removesuffix(".weight"))) for name in weights}
+    return PrunedState(weights, axes, tuple(records))
+
+
+def prune_directory(
+    directory: ModelDir,
+    recipe: Recipe,
+    calibration: Samples,
+    held_out: Samples,
+    options: PruneOptions,
+    *,
+    device: torch.device,
+    solved: Path,
+    out: Path,
+    progress: Progress,
+) -> PruneResult:
+    """Prune a model directory into `out`, a folder that does not exist yet.
+
+    Args:
+        directory: the dense model.
+        recipe: of its family.
+        calibration: text to prune on.
+        held_out: text to measure errors on.
+        options: method, preset and target.
+        device: where blocks run and layers are solved.
+        solved: folder of solved blocks, kept across interruptions.
+        out: receives weights, configuration and tokenizer.
+        progress: see `prune_model`.
+
+    Raises:
+        ModelDirError: the directory was written while its blocks were solved, or what
+            `prune_model` raises.
+    """
+    began = time.perf_counter()
+    model, unused = load_with_rest(directory, recipe, device)
+    for batch in calibration.batches[:1]:
+        require_runs(model, batch, recipe.task, directory.path)
+    notes = left_out(directory, model, recipe, unused)
+    directory = replace(directory, renamed=renamed_tensors(directory, model))
+    dense = left_dense(recipe, model, options)
+    sensitivity = (
+        _sensitivity(model, directory, recipe, calibration, options, dense, solved, progress)
+        if options.has_budget
+        else None
+    )
+    state = prune_model(
+        model,
+        recipe,
+        calibration.batches,
+        thin(held_out, _HELD_OUT_TOKENS),
+        options,
+        stored_dtype=lambda name: stored_dtype(directory, name),
+        store=BlockStore(solved, directory.require_untouched),
+        progress=progress,
+        dense={**dense, **(over_budget(sensitivity) if sensitivity else {})},
+    )
+    if not state.weights:
+        first = next(layer for layer in state.layers if layer.name.startswith(recipe.blocks))
+        raise RecipeError(
+            f"No target of recipe {recipe.family} can be pruned in {directory.path}: {first.name} "
+            f"and the others are skipped, because {first.reason}."
+        )
+    digest = write_pruned(directory, state.weights, out, axes=state.axes)
+    damping = [damping_for(layer.shape[1], layer.rows) for layer in state.layers if layer.rows]
+    return PruneResult(
+        method=options.method,
+        preset=options.preset,
+        target=options.target,
+        device=device.type,
+        layers=state.layers,
+        calibration=calibration.source,
+        held_out=held_out.source,
+        damping=(min(damping), max(damping)),
+        state_sha256=digest,
+        seconds=time.perf_counter() - began,
+        reconstructed=options.reconstructs,
+        sensitivity=sensitivity,
+        notes=notes,
+    )
+
+
+def _sensitivity(
+    model: nn.Module,
+    directory: ModelDir,
+    recipe: Recipe,
+    calibration: Samples,
+    options: PruneOptions,
+    dense: Mapping[str, str],
+    solved: Path,
+    progress: Progress,
+) -> Sensitivity:
+    """Measure what each layer costs, once for all runs into one output."""
+    store = SensitivityStore(solved)
+    if (known := store.load()) is not None:
+        return known
+    found = measure_sensitivity(
+        model,
+        recipe,
+        calibration.batches,
+        options,
+        dense=dense,
+        stored_dtype=lambda name: stored_dtype(directory, name),
+        progress=progress,
+    )
+    directory.require_untouched()
+    store.save(found)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One block, the part of the recipe that it belongs to, and the batches in front of it."""
+
+    recipe: Recipe
+    twin: BlockPair
+    sets: list[Activations]
+
+
+def _steps(model: nn.Module, recipe: Recipe, texts: Sequence[tuple[Batch, ...]]) -> Iterator[_Step]:
+    """Every block in order; what is done to it before the next is asked for reaches the next."""
+    parts = [(part, find_blocks(model, part)) for part in recipe.parts]
+    # All start in the dense model: a decoder's dense stream must have seen the dense encoder.
+    starts = [[record_activations(model, blocks, part, t) for t in texts] for part, blocks in parts]
+    for part, blocks in parts:
+        sets = starts.pop(0)
+        if part.is_decoder:
+            sets = [after_pruning(activations, model, blocks, part) for activations in sets]
+        for index, (block, following) in enumerate(zip_longest(blocks, list(blocks)[1:])):
+            twin = BlockPair(index, f"{part.blocks}.{index}", deepcopy(block), block, following)
+            yield _Step(part, twin, sets)
+            if following is not None:
+                advance(twin, sets)
+
+
+def _prune_block(
+    twin: BlockPair,
+    recipe: Recipe,
+    sets: list[Activations],
+    options: PruneOptions,
+    stored_dtype: Callable[[str], torch.dtype],
+    dense: Mapping[str, str],
+) -> tuple[dict[str, Tensor], tuple[LayerRecord, ...]]:
+    """Solve every target of one block; returns stored weights and records by layer path."""
+    layers, obstacles = prunable(twin, recipe, dense)
+    records = [
+        _skipped(f"{twin.prefix}.{name}", layer_at(twin.pruned, name), reason)
+        for name, reason in obstacles.items()
+    ]
+    solved: dict[str, Tensor] = {}
+    first = sets[0]
+    groups = shared_inputs(twin.pruned, layers, first.pruned_calls[0][twin.index], first.pruned[0])
+    for group in groups:
+        for part, own in by_options(twin.prefix, group, recipe, options):
+            done, made = _prune_group(twin, part, sets, own, stored_dtype)
+            _apply(twin.pruned, done)
+            solved.update(done)
+            records.extend(made)
+    if options.reconstructs:
+        records = _reconstruct(twin, groups, solved, records, sets, options.preset)
+    left = {name: layer for name, layer in layers.items() if name not in solved}
+    records += _unsolved(twin, left, first)
+    return solved, tuple(records)
+
+
+def _unsolved(
+    twin: BlockPair, layers: Mapping[str, Layer], activations: Activations
+) -> list[LayerRecord]:
+    """Layers that are run by no forward pass of their block, or by one more than once."""
+    if not layers:
+        return []
+    runs = layer_runs(
+        twin.pruned, layers, activations.pruned_calls[0][twin.index], activations.pruned[0]
+    )
+    reasons = {
+        name: (
+            f"its block runs it on {runs[name]} inputs in one forward pass"
+            if runs[name]
+            else "no forward pass on calibration text reaches it"
+        )
+        for name in layers
+    }
+    return [_skipped(f"{twin.prefix}.{n}", layers[n], reason) for n, reason in reasons.items()]
+
+
+def _prune_group(
+    twin: BlockPair,
+    group: list[str],
+    sets: list[Activations],
+    options: PruneOptions,
+    stored_dtype: Callable[[str], torch.dtype],
+) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+    """Solve layers that share one input and measure their errors."""
+    began = time.perf_counter()
+    calibration, held_out = (collect(twin, group[0], activations) for activations in sets)
+    solved = solve_group(twin, group, calibration, options, stored_dtype)
+    seconds = (time.perf_counter() - began) / len(group)
+    records = []
+    for name, found in solved.items():
+        path, layer = f"{twin.prefix}.{name}", layer_at(twin.pruned, name)
+        before = to_matrix(layer, layer.weight)
+        after = to_matrix(layer, found.weight).float()
+        records.append(
+            LayerRecord(
+                name=path,
+                shape=matrix_shape(layer),
+                status="pruned",
+                reason="",
+                method=found.method,
+                relative_error=_error(calibration, before, after, path),
+                held_out_error=_error(held_out, before, after, path) if held_out.tokens else None,
+                iterations=found.iterations,
+                seconds=seconds,
+                rows=calibration.tokens,
+                note=doubt_about(
+                    before, found.weight.dtype, calibration, chosen=found.method != "unchanged"
+                ),
+            )
+        )
+        log.info("%s: error %.4f, %.1f s", path, records[-1].relative_error, seconds)
+    return {name: found.weight for name, found in solved.items()}, records
+
+
+def _reconstruct(
+    twin: BlockPair,
+    groups: list[list[str]],
+    solved: dict[str, Tensor],
+    records: list[LayerRecord],
+    sets: list[Activations],
+    preset: Preset,
+) -> list[LayerRecord]:
+    """Tune the block, round its weights into `solved` and measure its layers once more."""
+    known = {record.name.removeprefix(f"{twin.prefix}."): record for record in records}
+    names = [name for name in solved if known[name].method != "unchanged"]
+    if names:
+        reconstruct_block(twin, names, sets[0], SCHEDULES[preset])
+    for name in names:
+        solved[name] = layer_at(twin.pruned, name).weight.to(solved[name].dtype)
+    _apply(twin.pruned, solved)
+    for group in groups:
+        moments = [collect(twin, group[0], activations) for activations in sets]
+        for name in group:
+            layers = (layer_at(block, name) for block in (twin.dense, twin.pruned))
+            before, after = (to_matrix(layer, layer.weight) for layer in layers)
+            errors = [
+                _error(part, before, after, known[name].name) if part.tokens else None
+                for part in moments
+            ]
+            known[name] = replace(known[name], relative_error=errors[0], held_out_error=errors[1])
+    return list(known.values())
+
+
+def _error(moments: SecondMoments, before: Tensor, after: Tensor, path: str) -> float:
+    error = moments.relative_error(before, after)
+    if not math.isfinite(error):
+        raise ModelDirError(
+            f"Layer {path}: its output is NaN or infinite on some text; its activations overflow "
+            "or the checkpoint is damaged."
+        )
+    return error
+
+
+def _apply(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        layer_at(block, name).weight.copy_(weight)
+
+
+def _layers_outside(model: nn.Module, recipe: Recipe, known: set[str]) -> list[LayerRecord]:
+    """Every layer of a kind that could be pruned but was not a target, with the reason."""
+    embeddings = {
+        id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)
+    }
+    skipped = []
+    for name, layer in model.named_modules():
+        if not is_layer(layer) or name in known:
+            continue
+        tied = embeddings.get(id(layer.weight))
+        if name.startswith(f"{SENTENCE_MODULES}."):
+            reason = "part of the sentence embedding, which runs once a text and stays dense"
+        elif tied:
+            reason = f"shares its weight with {tied}"
+        else:
+            reason = f"not a target of recipe {recipe.family}"
+        skipped.append(_skipped(name, layer, reason))
+    return skipped
+
+
+def _skipped(name: str, layer: Layer, reason: str) -> LayerRecord:
+    return LayerRecord(name, matrix_shape(layer), "skipped", reason, "", None, None, 0, 0.0)

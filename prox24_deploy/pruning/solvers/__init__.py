@@ -1,0 +1,1 @@
+"""Pure numerics of 2:4 pruning: tensors in, tensors out."""

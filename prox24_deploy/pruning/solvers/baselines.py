@@ -1,0 +1,61 @@
+"""Magnitude, Wanda and SparseGPT at 2:4, on the same quadratic as the prox solver.
+
+All three work in normalised units: score, mask and weights refer to W̃ = W n. Wanda's score
+|W_ij|·‖X_j‖ is then plain |W̃|.
+"""
+
+import torch
+from torch import Tensor
+
+from prox24_deploy.pruning.solvers.problem import LayerProblem
+from prox24_deploy.sparsity.pattern import mask_24
+
+_GROUP = 4
+_BLOCK = 128
+
+
+def magnitude_mask(problem: LayerProblem) -> Tensor:
+    """Keep the two largest |W| of every group. (rows, d) bool."""
+    return mask_24(problem.to_weight(problem.start).abs())
+
+
+def wanda_mask(problem: LayerProblem) -> Tensor:
+    """Keep the two largest |W_ij|·‖X_j‖ of every group (Sun et al. 2024, arXiv 2306.11695)."""
+    return mask_24(problem.start.abs())
+
+
+def sparsegpt(problem: LayerProblem) -> tuple[Tensor, Tensor]:
+    """Prune column by column, compensating each error in the columns still to come.
+
+    Source: Frantar and Alistarh 2023, arXiv 2301.00774. Deviations: starts from the minimiser of
+    the quadratic, which is W0 for the symmetric target, and uses its damping.
+
+    Returns:
+        (weights, mask), normalised weights (rows, d) with +0.0 outside the mask.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.curvature))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    weight = problem.linear @ inverse
+    mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+    features = weight.shape[1]
+    for begin in range(0, features, _BLOCK):
+        end = min(begin + _BLOCK, features)
+        errors = _prune_block(weight, mask, factor, begin, end)
+        weight[:, end:] -= errors @ factor[begin:end, end:]
+    return weight.masked_fill(~mask, 0.0), mask
+
+
+def _prune_block(weight: Tensor, mask: Tensor, factor: Tensor, begin: int, end: int) -> Tensor:
+    """Prune columns begin..end in place and return their scaled errors, (rows, end - begin)."""
+    errors = torch.zeros_like(weight[:, begin:end])
+    diagonal = factor.diagonal()
+    for column in range(begin, end):
+        if column % _GROUP == 0:
+            group = slice(column, column + _GROUP)
+            mask[:, group] = mask_24((weight[:, group] / diagonal[group]).square())
+        kept = weight[:, column].masked_fill(~mask[:, column], 0.0)
+        error = (weight[:, column] - kept) / diagonal[column]
+        weight[:, column] = kept
+        weight[:, column + 1 : end] -= error[:, None] * factor[column, column + 1 : end]
+        errors[:, column - begin] = error
+    return errors

@@ -1,0 +1,1 @@
+"""A release against an accepted one: limits, intervals, the baseline file."""

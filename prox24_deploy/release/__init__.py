@@ -1,1 +1,0 @@
-"""Measure, report and seal a release bundle."""

@@ -1,0 +1,344 @@
+"""Turn the records of a build into warnings and checks."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from prox24_deploy.core.records import (
+    BenchResult,
+    CompileResult,
+    Estimate,
+    EvaluateResult,
+    ExportResult,
+    LatencyRow,
+    LayerRecord,
+    Metric,
+    NotMeasured,
+    NumericsCheck,
+    PruneResult,
+    Sensitivity,
+    TensorCheck,
+    TextSource,
+)
+from prox24_deploy.core.types import Verdict
+from prox24_deploy.regression.intervals import FEWEST, around
+from prox24_deploy.report.schema import Check
+
+TOKENS_PER_FEATURE = 10
+NAMES_IN_A_SENTENCE = 8
+# What was compared, as a check says it.
+EXPORTED = "ONNX Runtime and PyTorch"
+COMPRESSED = "The compressed engine and the same weights multiplied dense"
+# A clock below this share of the highest seen is said to be unsteady.
+STEADY_CLOCK = 0.9
+
+
+def find_warnings(
+    prune: PruneResult,
+    evaluate: EvaluateResult,
+    export: ExportResult,
+    compiled: CompileResult,
+    bench: BenchResult,
+) -> tuple[str, ...]:
+    """One sentence for each thing that a reader must know before trusting the figures."""
+    return (
+        *prune.notes,
+        *_text_warnings(prune, evaluate),
+        *_token_warnings(prune),
+        *_skipped_warnings(prune.layers),
+        *_doubt_warnings(prune.layers),
+        *_dtype_warnings(export),
+        *_backend_warnings(compiled, bench.latency),
+        *_unmeasured_warnings(bench),
+        *_clock_warnings(bench.latency),
+    )
+
+
+def find_checks(
+    prune: PruneResult,
+    evaluate: EvaluateResult,
+    export: ExportResult,
+    compiled: CompileResult,
+    bench: BenchResult,
+) -> tuple[Check, ...]:
+    """Everything that was checked but the metrics, gated or not, in the order of the stages."""
+    return (
+        *_layer_checks(prune.layers),
+        *_presence_checks(prune, export),
+        *(_sparsity_check(check) for check in export.sparsity if check.expected),
+        *(_numerics_check(check, check.twin, EXPORTED) for check in export.numerics),
+        *(
+            _numerics_check(check, evidence.backend, COMPRESSED)
+            for evidence in compiled.evidence
+            for check in evidence.numerics
+        ),
+        *_budget_checks(prune.sensitivity, evaluate.metrics),
+        *(_latency_check(row) for row in bench.latency),
+        *(_unmeasured_check(missing) for missing in bench.not_measured),
+    )
+
+
+def row_name(row: LatencyRow) -> str:
+    """Name of a latency row: engine and shape."""
+    sequence = f", sequence {row.sequence}" if row.sequence else ""
+    return f"{row.engine}, batch {row.batch}{sequence}"
+
+
+def _text_warnings(prune: PruneResult, evaluate: EvaluateResult) -> Iterator[str]:
+    if prune.calibration.kind == "builtin":
+        yield (
+            "The model was calibrated on the English text that ships with Python, not on text of "
+            "your domain; pass your own with --calibration PATH."
+        )
+    yield from _target_warnings(prune.calibration, "calibrated")
+    yield from _target_warnings(evaluate.evaluation, "evaluated")
+    if evaluate.evaluation.kind != "file":
+        origin = "built-in" if evaluate.evaluation.kind == "builtin" else "held-out calibration"
+        yield (
+            f"Accuracy was measured on {origin} text; pass text or a task of your own with "
+            "--evaluation PATH."
+        )
+
+
+def _target_warnings(text: TextSource, done: str) -> Iterator[str]:
+    if text.targets is None or text.targets == text.samples:
+        return
+    if text.unit == "recording":
+        yield (
+            f"{text.samples - text.targets:,} of {text.samples:,} recordings came without a "
+            f"transcript, so the decoder was {done} on what the dense model writes of them; put "
+            "a .txt file beside each."
+        )
+    else:
+        yield (
+            f"{text.samples - text.targets:,} of {text.samples:,} texts came without a target, so "
+            f"the decoder was {done} on writing the text that the encoder reads; pass JSONL "
+            'with {"text": "...", "target": "..."} per line.'
+        )
+
+
+def _token_warnings(prune: PruneResult) -> Iterator[str]:
+    starved = [
+        layer
+        for layer in prune.layers
+        if layer.status == "pruned" and layer.rows < TOKENS_PER_FEATURE * layer.shape[1]
+    ]
+    if starved:
+        worst = max(starved, key=lambda layer: layer.shape[1] / max(layer.rows, 1))
+        source, width = prune.calibration, worst.shape[1]
+        advised = math.ceil(source.tokens * TOKENS_PER_FEATURE * width / max(worst.rows, 1))
+        yield (
+            f"Calibration has {source.tokens:,} {source.unit}s, which give fewer than "
+            f"{TOKENS_PER_FEATURE} inputs per feature to {_counted(len(starved), 'layer')} of up "
+            f"to {width:,} features; at least {advised:,} {source.unit}s are advised."
+        )
+
+
+def _skipped_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
+    by_reason: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.status == "skipped":
+            # What follows a colon is about one layer; the table of layers has it.
+            by_reason.setdefault(layer.reason.partition(":")[0], []).append(layer.name)
+    for reason, names in by_reason.items():
+        yield f"{_counted(len(names), 'layer')} left dense ({reason}): {_named(names)}."
+
+
+def _doubt_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
+    """Layers whose error of 0, or any, tells nothing, by the reason."""
+    for note in dict.fromkeys(layer.note for layer in layers if layer.note):
+        names = [layer.name for layer in layers if layer.note == note]
+        layers_in_words = _counted(len(names), "layer")
+        yield f"The error says nothing of {layers_in_words} ({note}): {_named(names)}."
+
+
+def _dtype_warnings(export: ExportResult) -> Iterator[str]:
+    if export.sparse[0].dtype == "float32":
+        yield (
+            "The ONNX files are float32, for which TensorRT has no sparse kernels; export with "
+            "--dtype float16 to run sparse."
+        )
+    if export.sparse[0].dtype == "bfloat16":
+        yield (
+            "The numerics of the bfloat16 files were not checked, because ONNX Runtime has no "
+            "bfloat16 kernels on CPU."
+        )
+
+
+def _backend_warnings(compiled: CompileResult, latency: Sequence[LatencyRow]) -> Iterator[str]:
+    gates = {row.backend: row.gated for row in latency}
+    for backend, gated in gates.items():
+        if not gated:
+            yield (
+                f"Backend {backend} has no sparse kernels: dense and sparse are expected to take "
+                "the same time, and its latency does not gate the release."
+            )
+    for evidence in compiled.evidence:
+        if gates.get(evidence.backend, True) and evidence.chosen in (0, None):
+            known = "it is unknown whether it runs" if evidence.chosen is None else "it runs no"
+            yield f"Backend {evidence.backend}: {known} sparse kernels ({evidence.summary})."
+
+
+def _unmeasured_warnings(bench: BenchResult) -> Iterator[str]:
+    for missing in bench.not_measured:
+        yield f"Backend {missing.backend} was compiled and its latency not measured: " + (
+            missing.reason
+        )
+    if not bench.latency and bench.not_measured:
+        yield (
+            "No backend measured latency, so nothing here says whether the sparse model is slower "
+            "or faster, and no gate on latency was applied."
+        )
+
+
+def _clock_warnings(latency: Sequence[LatencyRow]) -> Iterator[str]:
+    """What kept the GPU from a steady clock, for each row that it concerns."""
+    for row in latency:
+        if (clocks := row.clocks) is None:
+            continue
+        unsteady = clocks.sm_mhz_low < STEADY_CLOCK * clocks.sm_mhz_high
+        if clocks.slowed_by or unsteady:
+            reasons = f", slowed by {' and '.join(clocks.slowed_by)}" if clocks.slowed_by else ""
+            yield (
+                f"The GPU ran at {clocks.sm_mhz_low} to {clocks.sm_mhz_high} MHz{reasons} while "
+                f"{row_name(row)} was timed; absolute latencies may not repeat, the ratio is of "
+                "runs in turns."
+            )
+
+
+def _layer_checks(layers: Sequence[LayerRecord]) -> Iterator[Check]:
+    """A failed check for each layer whose error is not finite, which no average may hide."""
+    for layer in layers:
+        errors = (layer.relative_error, layer.held_out_error)
+        if any(error is not None and not math.isfinite(error) for error in errors):
+            yield Check(
+                name=layer.name,
+                part="accuracy",
+                kind="pruning",
+                value=None,
+                limit=None,
+                verdict="fail",
+                message="The error of the layer is not a finite number; prune on more text, or "
+                "leave the layer dense with ignore in the recipe",
+            )
+
+
+def _presence_checks(prune: PruneResult, export: ExportResult) -> Iterator[Check]:
+    """A failed check for each pruned layer whose weight the files do not declare 2:4."""
+    declared = {check.module for check in export.sparsity if check.expected}
+    files = " and ".join(model.path for model in export.sparse)
+    for layer in prune.layers:
+        if layer.status == "pruned" and layer.name not in declared:
+            yield Check(
+                name=layer.name,
+                part="sparsity",
+                kind="sparsity",
+                value=None,
+                limit=0.5,
+                verdict="fail",
+                message=f"The layer was pruned, but no weight of {files} is declared to be its 2:4 "
+                "one; export the pruned model again",
+            )
+
+
+def _sparsity_check(check: TensorCheck) -> Check:
+    message = f"2:4 along axis {check.axis} of {check.shape}, density {check.density:.3f}"
+    if not check.is_24:
+        where = f" first at {check.first_violation}" if check.first_violation else ""
+        message = f"Not 2:4 along axis {check.axis} of {check.shape}{where}: {check.reason}"
+    return Check(
+        name=check.module or check.tensor,
+        part="sparsity",
+        kind="sparsity",
+        value=check.density,
+        limit=0.5,
+        verdict="pass" if check.is_24 else "fail",
+        message=message,
+    )
+
+
+def _numerics_check(check: NumericsCheck, who: str, compared: str) -> Check:
+    return Check(
+        name=f"{who} {check.output}",
+        part="export",
+        kind="numerics",
+        value=check.max_abs_difference if math.isfinite(check.max_abs_difference) else None,
+        limit=check.tolerance,
+        verdict="pass" if check.passed else "fail",
+        message=f"{compared} differ by at most {check.max_abs_difference:.3g}, tolerance "
+        f"{check.tolerance:.3g}",
+    )
+
+
+def _budget_checks(budget: Sensitivity | None, metrics: Sequence[Metric]) -> Iterator[Check]:
+    """The loss on evaluation text against the limit that chose the layers on calibration text."""
+    if budget is None or budget.max_loss is None:
+        return
+    loss, samples = _loss(budget.metric, metrics)
+    # The limit chose the layers by the mean, so that the mean is what has to keep it.
+    verdict: Verdict = "pass" if loss.value <= budget.max_loss else "inconclusive"
+    if samples < FEWEST:
+        verdict = "inconclusive"
+    elif around(loss, samples).low > budget.max_loss:
+        verdict = "fail"
+    yield Check(
+        name=f"{budget.metric} within --max-loss",
+        part="accuracy",
+        kind="budget",
+        value=loss.value if math.isfinite(loss.value) else None,
+        limit=budget.max_loss,
+        verdict=verdict,
+        message=f"Pruning {budget.chosen} of {len(budget.layers)} layers costs {loss.value:.4g} ± "
+        f"{loss.standard_error:.2g} {budget.metric} on evaluation text, limit {budget.max_loss:g}",
+    )
+
+
+def _loss(name: str, metrics: Sequence[Metric]) -> tuple[Estimate, int]:
+    """The loss of a budget among the metrics: a difference, a figure of both models, or 1 - it.
+
+    With it, of how many samples it is the mean.
+    """
+    for metric in metrics:
+        if metric.name == name and (found := metric.difference or metric.agreement):
+            return found, metric.samples
+        if f"1 - {metric.name}" == name and (found := metric.agreement):
+            return Estimate(1 - found.value, found.standard_error), metric.samples
+    raise ValueError(f"no metric among {[m.name for m in metrics]} tells the {name} of a budget")
+
+
+def _latency_check(row: LatencyRow) -> Check:
+    least = 1 / (1 + row.limit)
+    speedup = row.speedup
+    gate = f"limit {least:.3f}" if row.gated else "not gated, because there are no sparse kernels"
+    return Check(
+        name=row_name(row),
+        part="speed",
+        kind="latency",
+        value=speedup.value,
+        limit=least,
+        verdict=row.verdict,
+        message=f"Speed-up {speedup.value:.3f}, 95 % interval {speedup.low:.3f} to "
+        f"{speedup.high:.3f}, {gate}",
+    )
+
+
+def _unmeasured_check(missing: NotMeasured) -> Check:
+    """What was asked for and delivered, but cannot run here, is told and fails nothing."""
+    return Check(
+        name=missing.backend,
+        part="speed",
+        kind="latency",
+        value=None,
+        limit=None,
+        verdict="not gated",
+        message=f"Latency was not measured: {missing.reason}",
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMES_IN_A_SENTENCE])
+    rest = len(names) - NAMES_IN_A_SENTENCE
+    return f"{shown} and {rest} more in the table of layers" if rest > 0 else shown

@@ -1,0 +1,340 @@
+"""Views of a report: HTML, Markdown, JUnit and benchmark.json."""
+
+import importlib.resources
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from junitparser import Failure, Skipped, TestCase
+
+from prox24_deploy.core.records import Estimate, Interval, LatencyRow, LayerRecord
+from prox24_deploy.core.types import Judgement
+from prox24_deploy.regression.intervals import NO_ERROR
+from prox24_deploy.report.checks import row_name
+from prox24_deploy.report.escape import (
+    class_name,
+    code,
+    drawing,
+    markdown,
+    plain_name,
+    shown,
+    xml_text,
+)
+from prox24_deploy.report.junit import junit_xml
+from prox24_deploy.report.plots import (
+    bar_plot,
+    error_plots,
+    latency_plot,
+    sensitivity_plot,
+    trend_plot,
+)
+from prox24_deploy.report.schema import KINDS, Check, Comparison, Headline, Part, Report, Sizes
+
+WORST_LAYERS = 5
+# For dashboards on which less is better.
+_VERDICT_VALUES = {"pass": 0, "not gated": 1, "inconclusive": 2, "fail": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Trend:
+    """A figure over accepted releases, in a unit that keeps its numbers short."""
+
+    name: str
+    title: str
+    scale: float
+    points: tuple[tuple[str, float], ...]
+
+    def of(self, entry: Headline) -> float | None:
+        """What it was in one release."""
+        value = entry.figures.get(self.name)
+        return None if value is None else self.scale * value
+
+
+def render_html(report: Report) -> str:
+    """One page that needs no other file, no script and no network."""
+    budget = report.pruning.sensitivity
+    plots = {
+        "sensitivity": [drawing(sensitivity_plot(budget))] if budget else [],
+        "errors": [drawing(plot) for plot in error_plots(report.pruning.layers)],
+        "latency": [drawing(latency_plot(row, i)) for i, row in enumerate(report.latency)],
+        "sizes": [drawing(plot) for plot in _size_plots(report.sizes)],
+        "trends": [drawing(plot) for plot in _trend_plots(report.baseline)],
+    }
+    template = _environment(html=True).get_template("report.html.jinja")
+    return template.render(**_view(report), plots=plots)
+
+
+def render_summary(report: Report) -> str:
+    """Markdown for the summary of a CI job."""
+    return _environment(html=False).get_template("summary.md.jinja").render(**_view(report))
+
+
+def render_markdown(template: str, view: Mapping[str, Any]) -> str:
+    """Fill a Markdown template of this package."""
+    return _environment(html=False).get_template(template).render(view)
+
+
+def render_junit(report: Report) -> bytes:
+    """A suite with the parts of the verdict, then one for each kind of check.
+
+    What has no limit, or is open, is skipped with its reason.
+    """
+    parts = [_part_case(n, part) for n, part in report.parts.by_name().items()]
+    kinds = [(kind, [check for check in report.checks if check.kind == kind]) for kind in KINDS]
+    suites = [(kind, map(_test_case, checks)) for kind, checks in kinds if checks]
+    return junit_xml("prox24-deploy", [("verdict", parts), *suites])
+
+
+def render_benchmark(report: Report) -> bytes:
+    """Figures of which less is better, as [{name, unit, value, range}] for dashboards."""
+    entries = [*_latency_entries(report), *_error_entries(report)]
+    sizes = {"dense": report.sizes.onnx_dense_bytes, "sparse": report.sizes.onnx_sparse_bytes}
+    entries += [_entry(f"onnx {twin} size", "bytes", size, "") for twin, size in sizes.items()]
+    entries += _accuracy_entries(report)
+    entries += [
+        _entry(f"verdict, {name}", "0 pass to 3 fail", _VERDICT_VALUES[part.verdict], part.verdict)
+        for name, part in report.parts.by_name().items()
+    ]
+    return (json.dumps(entries, indent=2) + "\n").encode()
+
+
+def worst_layers(report: Report, number: int = WORST_LAYERS) -> list[LayerRecord]:
+    """Pruned layers with the largest held-out error (calibration error where there is none)."""
+
+    def error(layer: LayerRecord) -> float:
+        known = layer.relative_error if layer.held_out_error is None else layer.held_out_error
+        return -1.0 if known is None else known
+
+    pruned = [layer for layer in report.pruning.layers if layer.status == "pruned"]
+    return sorted(pruned, key=error, reverse=True)[:number]
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; a dash for what is not known."""
+    return "–" if value is None else f"{value:.4g}".replace("-", "−")
+
+
+def estimate(value: Estimate | None) -> str:
+    """Value and standard error, rounded to two digits of the error; one that small is left out."""
+    if value is None:
+        return "–"
+    error = value.standard_error
+    if error < NO_ERROR:
+        return number(value.value)
+    digits = max(1 - math.floor(math.log10(error)), 0)
+    return f"{value.value:.{digits}f} ± {error:.{digits}f}".replace("-", "−")
+
+
+def ratio(value: Interval) -> str:
+    """Speed-up with its interval."""
+    return f"{value.value:.3f}× ({value.low:.3f} to {value.high:.3f})"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("bytes", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB" if value < 1000 else f"{value:,.0f} GB"
+
+
+def amount(value: float | None, unit: str) -> str:
+    """A figure of a comparison: bytes as a size, anything else as a number."""
+    return number(value) if value is None or unit != "bytes" else size(value)
+
+
+def count(value: float) -> str:
+    """A number with its thousands apart."""
+    return f"{value:,}"
+
+
+def seconds(value: float) -> str:
+    """A duration in the unit that suits it."""
+    if value < 120:
+        return f"{value:.3g} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s"
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def shape(value: tuple[int, ...]) -> str:
+    """Extents with times signs."""
+    return " × ".join(str(extent) for extent in value)
+
+
+def known(value: bool | None) -> str:
+    """Yes, no or unknown."""
+    return "unknown" if value is None else "yes" if value else "no"
+
+
+_FILTERS: tuple[Callable[..., str], ...] = (
+    number, estimate, ratio, size, amount, count, seconds, percent, shape, known, markdown, code,
+    plain_name, class_name,
+)  # fmt: skip
+
+
+def _environment(*, html: bool) -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_template),
+        autoescape=html,
+        undefined=StrictUndefined,
+        finalize=shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update({function.__name__: function for function in _FILTERS})
+    return environment
+
+
+def _template(name: str) -> str:
+    folder = importlib.resources.files("prox24_deploy.report") / "templates"
+    return folder.joinpath(name).read_text(encoding="utf-8")
+
+
+def _view(report: Report) -> dict[str, Any]:
+    expected = [check for check in report.sparsity.tensors if check.expected]
+    telling = _telling(report.latency)
+    return {
+        "report": report,
+        "name": report.model.title,
+        "undecided": _undecided(report),
+        "expected": expected,
+        "proven": sum(check.is_24 for check in expected),
+        "eligible": sum(check.eligible for check in expected),
+        "worst": worst_layers(report),
+        "speedups": _speedups(telling),
+        "telling": telling,
+        "trends": trends(report.baseline) if report.baseline else [],
+        "row_name": row_name,
+        "environment": _flat(report.environment),
+        "options": _flat(report.options),
+    }
+
+
+def _undecided(report: Report) -> list[Check]:
+    return [check for check in report.checks if check.verdict == "inconclusive"]
+
+
+def _telling(latency: Sequence[LatencyRow]) -> list[LatencyRow]:
+    """The rows of backends that have sparse kernels; all of them where none has."""
+    return [row for row in latency if row.gated] or list(latency)
+
+
+def _speedups(latency: Sequence[LatencyRow]) -> str:
+    values = sorted(row.speedup.value for row in latency)
+    if not values:
+        return "not measured"
+    low, high = f"{values[0]:.2f}×", f"{values[-1]:.2f}×"
+    return low if low == high else f"{low} to {high}"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested keys joined with spaces, lists with commas."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key} "))
+        elif isinstance(value, list):
+            flat[prefix + key] = ", ".join(str(item) for item in value)
+        else:
+            flat[prefix + key] = "–" if value is None else str(value)
+    return flat
+
+
+def _size_plots(sizes: Sizes) -> list[str]:
+    files = [
+        ("ONNX, dense", sizes.onnx_dense_bytes, size(sizes.onnx_dense_bytes), "dense"),
+        ("ONNX, 2:4", sizes.onnx_sparse_bytes, size(sizes.onnx_sparse_bytes), "sparse"),
+        ("2:4 packed (computed)", sizes.packed_bytes, size(sizes.packed_bytes), "computed"),
+    ]
+    weights = [
+        ("in the 2:4 tensors", sizes.weights, count(sizes.weights), "dense"),
+        ("of them not zero", sizes.non_zero_weights, count(sizes.non_zero_weights), "sparse"),
+    ]
+    return [
+        bar_plot("file-sizes", "File sizes", files),
+        bar_plot("weight-counts", "Numbers of weights", weights),
+    ]
+
+
+def _trend_plots(comparison: Comparison | None) -> list[str]:
+    """A drawing for each figure that has a past: accepted releases, and this one last."""
+    if comparison is None:
+        return []
+    return [trend_plot(t.title, t.points, i) for i, t in enumerate(trends(comparison))]
+
+
+def trends(comparison: Comparison) -> list[Trend]:
+    """Every figure with a past, which ends in what it is now."""
+    found = []
+    for change in comparison.changes:
+        unit, scale = ("MB", 1e-6) if change.unit == "bytes" else (change.unit, 1.0)
+        trend = Trend(change.name, f"{change.name}, {unit}" if unit else change.name, scale, ())
+        past = [(entry.date[:10], trend.of(entry)) for entry in comparison.history]
+        known = [(date, value) for date, value in past if value is not None]
+        if known and change.after is not None:
+            points = (*known, ("this build", scale * change.after))
+            found.append(replace(trend, points=points))
+    return found
+
+
+def _test_case(check: Check) -> TestCase:
+    return _judged_case(check.name, check.kind, check.verdict, check.message)
+
+
+def _part_case(name: str, part: Part) -> TestCase:
+    return _judged_case(name, "verdict", part.verdict, f"{part.verdict}: {part.reason}")
+
+
+def _judged_case(name: str, kind: str, verdict: Judgement, message: str) -> TestCase:
+    case = TestCase(xml_text(name), f"prox24-deploy.{kind}")
+    if verdict in {"not gated", "inconclusive"}:
+        case.result = [Skipped(xml_text(message))]
+    elif verdict == "fail":
+        case.result = [Failure(xml_text(message), kind)]
+    return case
+
+
+def _latency_entries(report: Report) -> list[dict[str, Any]]:
+    return [
+        _entry(
+            f"{row_name(row)}, {twin} median", "ms", timing.median_ms, f"p90 {timing.p90_ms:.4g}"
+        )
+        for row in report.latency
+        for twin, timing in (("dense", row.dense), ("sparse", row.sparse))
+    ]
+
+
+def _error_entries(report: Report) -> list[dict[str, Any]]:
+    totals = report.pruning.totals
+    errors = {"calibration": totals.relative_error, "held-out": totals.held_out_error}
+    return [
+        _entry(f"mean {text} error", "relative", error, "")
+        for text, error in errors.items()
+        if error is not None
+    ]
+
+
+def _accuracy_entries(report: Report) -> list[dict[str, Any]]:
+    """The headline where less of it is better, through PyTorch and through each engine."""
+    accuracy = report.accuracy
+    named = [("", accuracy.metrics), *((f", {e.backend}", e.metrics) for e in accuracy.engines)]
+    return [
+        _entry(f"sparse {m.name}{engine}", "", m.sparse.value, f"± {m.sparse.standard_error:.3g}")
+        for engine, metrics in named
+        for m in metrics[:1]
+        if m.sparse and not m.higher_is_better
+    ]
+
+
+def _entry(name: str, unit: str, value: float, spread: str) -> dict[str, Any]:
+    return {"name": name, "unit": unit, "value": value, "range": spread}
