@@ -36,7 +36,7 @@ from prox24_deploy.engines.cusparselt.profile import GpuProfile, write_profile
 from prox24_deploy.engines.cusparselt.torch_model import TorchModel, median_ms
 from prox24_deploy.graph.export.module import TORCH_DTYPES, RecipeModule
 from prox24_deploy.latency.measure import MeasureOptions, measure_pair, speedup_interval, timing
-from prox24_deploy.pruning.blocks import find_blocks, target_layers
+from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.sparsity.pattern import mask_24
 
 Shapes = Sequence[tuple[int, int]]

@@ -50,12 +50,12 @@ from prox24_deploy.graph.check.check import check_path, require_24
 from prox24_deploy.graph.export.export import export_graphs
 from prox24_deploy.graph.export.module import TORCH_DTYPES
 from prox24_deploy.graph.parity.numerics import compare_with_torch
+from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.checkpoint import checkpoint_name, renamed_tensors
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.model.layers import layer_at, reduction_axis
 from prox24_deploy.model.recipe_template import advise
 from prox24_deploy.model.sentence import fitted_to_sentences
-from prox24_deploy.pruning.blocks import find_blocks, target_layers
 from prox24_deploy.sparsity.pattern import mask_24
 
 DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16")

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from prox24_deploy.config.limits import DEFAULT_METRICS, limits_of
+from prox24_deploy.core.intervals import judge, ratio_of_intervals
 from prox24_deploy.core.records import Interval
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.latency.measure import DEFAULT_OPTIONS, PairSamples, speedup_interval
-from prox24_deploy.regression.intervals import judge, ratio_of_intervals
 
 NOISE = 0.05
 ROUNDS = (DEFAULT_OPTIONS.min_rounds, 200, DEFAULT_OPTIONS.max_rounds)

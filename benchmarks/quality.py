@@ -35,6 +35,7 @@ from torch import Tensor
 from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
 from prox24_deploy.data.text import thin
 from prox24_deploy.evaluation.losses import loss_against
+from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.model.directory import load_model
 from prox24_deploy.model.layers import layer_at, to_matrix
@@ -46,7 +47,6 @@ from prox24_deploy.pruning.activations import (
     collect,
     record_activations,
 )
-from prox24_deploy.pruning.blocks import find_blocks, shared_inputs, target_layers
 from prox24_deploy.pruning.prune import prune_model
 from prox24_deploy.pruning.solvers.ista import IstaOptions
 from prox24_deploy.pruning.solvers.problem import LayerProblem, damping_for, layer_problem

@@ -34,10 +34,10 @@ from prox24_deploy.core.fingerprint import (
 )
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.core.snapshot import FileState, Snapshot
-from prox24_deploy.data.text import Batch, Samples
 from prox24_deploy.engines.cusparselt.backend import CuSparseLt
 from prox24_deploy.engines.cusparselt.profile import GemmShape, GemmTiming, GpuProfile
 from prox24_deploy.engines.tensorrt.backend import TensorRt
+from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.pipeline import run as pipeline
 from prox24_deploy.pipeline.stages import engine_accuracy, stages

@@ -14,7 +14,7 @@ from prox24_deploy.core.documents import open_regular, reason_of
 from prox24_deploy.core.errors import CalibrationError, ModelDirError
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.data.split import Files, Search, hold_out, readable_files
-from prox24_deploy.data.text import Batch, Samples
+from prox24_deploy.model.batch import Batch, Samples
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 MIN_IMAGES = 16

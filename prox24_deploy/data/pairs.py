@@ -18,17 +18,9 @@ from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.documents import Document, read_json
 from prox24_deploy.core.errors import CalibrationError, ModelDirError
 from prox24_deploy.core.records import TextSource
-from prox24_deploy.data.text import (
-    BATCH_TOKENS,
-    IGNORED,
-    Batch,
-    Samples,
-    Texts,
-    pad_rows,
-    padding_id,
-    require_tokens,
-)
+from prox24_deploy.data.text import BATCH_TOKENS, Texts, require_tokens
 from prox24_deploy.data.tokens import truncated
+from prox24_deploy.model.batch import IGNORED, Batch, Samples, pad_rows, padding_id
 from prox24_deploy.model.directory import ModelDir
 
 _START = "decoder_start_token_id"

@@ -19,9 +19,9 @@ from prox24_deploy.core.errors import CalibrationError, ModelDirError
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.core.types import Progress
 from prox24_deploy.data.recordings import Recording, Recordings, Samples1D, read_wave
-from prox24_deploy.data.text import IGNORED, Batch, Samples, pad_rows, padding_id
 from prox24_deploy.data.tokens import enough_of
 from prox24_deploy.evaluation.words import words_of
+from prox24_deploy.model.batch import IGNORED, Batch, Samples, pad_rows, padding_id
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.generate import start_tokens, write_down
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.records import Estimate, EvaluateResult, Metric
 from prox24_deploy.core.types import WRITES_TEXT, Progress
-from prox24_deploy.data.text import IGNORED, Batch, Samples
+from prox24_deploy.evaluation.estimate import mean_estimate, per_sample
+from prox24_deploy.model.batch import IGNORED, Batch, Samples
+from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.sentence_modules import embedding_of
-from prox24_deploy.pruning.blocks import run_model
 
 # exp() of more is no float.
 _MOST_NLL = 700.0
@@ -31,7 +32,7 @@ def evaluate_models(
     began = time.perf_counter()
     if task == "automatic-speech-recognition":
         # Builds on this module.
-        from prox24_deploy.model.generate import evaluate_speech
+        from prox24_deploy.evaluation.speech import evaluate_speech
 
         metrics = evaluate_speech(dense, sparse, held_out, model_dir, progress)
     elif task in WRITES_TEXT:
@@ -217,18 +218,6 @@ def _divergence(dense: Tensor, sparse: Tensor) -> Tensor:
     """KL(dense, sparse) in nats of what logits, (..., classes), predict: (...), float64."""
     logs = [part.double().log_softmax(-1) for part in (dense, sparse)]
     return (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
-
-
-def mean_estimate(values: Tensor) -> Estimate:
-    """Mean with its standard error; 0 for a single value."""
-    values = values.double()
-    spread = float(values.std()) if len(values) > 1 else 0.0
-    return Estimate(float(values.mean()), spread / math.sqrt(len(values)))
-
-
-def per_sample(values: Tensor) -> tuple[float, ...]:
-    """Values to nine digits, which is more than any of them is known to."""
-    return tuple(float(f"{value:.9g}") for value in values.double().tolist())
 
 
 def next_logits(model: nn.Module, batch: Batch) -> Tensor:

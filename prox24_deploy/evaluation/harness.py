@@ -24,7 +24,7 @@ from prox24_deploy.config.options import HarnessOptions
 from prox24_deploy.core.atomic import make_folder, write_atomic
 from prox24_deploy.core.errors import BackendMissingError, UsageError
 from prox24_deploy.core.records import Estimate, Metric
-from prox24_deploy.evaluation.evaluate import mean_estimate, per_sample
+from prox24_deploy.evaluation.estimate import mean_estimate, per_sample
 
 INSTALL = "pip install 'prox24-deploy[lm-eval]'"
 # Builders of `datasets` that read a kind of file.

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.types import WRITES_TEXT
-from prox24_deploy.data.text import Batch
 from prox24_deploy.evaluation.evaluate import class_figures, embed, next_logits, window_nll
-from prox24_deploy.pruning.blocks import run_model
+from prox24_deploy.model.batch import Batch
+from prox24_deploy.model.blocks import run_model
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,26 +1,11 @@
 """The metrics of a model through its engines, and how far each engine is from PyTorch."""
 
 import math
-import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
-from torch import nn
-
-from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.accuracy import EngineAccuracy, Fidelity
-from prox24_deploy.core.errors import EngineError, ModelDirError
-from prox24_deploy.core.records import Engine, Estimate, Metric
-from prox24_deploy.core.types import TWINS, DType, Progress, Twin
-from prox24_deploy.data.subset import EngineShapes, take
-from prox24_deploy.data.text import Samples
-from prox24_deploy.engines.base import Backend
-from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
-from prox24_deploy.evaluation.evaluate import evaluate_models, evaluate_text_generation
-from prox24_deploy.graph.export.module import RecipeModule
-from prox24_deploy.graph.export.signature import read_inputs
+from prox24_deploy.core.accuracy import Fidelity
+from prox24_deploy.core.records import Estimate, Metric
+from prox24_deploy.core.types import DType, Twin
 
 # How far an engine may be from PyTorch in float32: nats of log-perplexity and divergence, shares of
 # accuracy, 1 - cosine, standard deviations of a score. Rounding explains less in each dtype.
@@ -35,88 +20,6 @@ _DEVIATIONS: dict[str, Callable[[float], float]] = {
     "score change": abs,
     "embedding cosine": lambda cosine: 1 - cosine,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked of engines: a recipe's task on samples, as the PyTorch models were asked it.
-
-    `load` opens a PyTorch twin in float32, one at a time to spare memory, and `directory` says how
-    embeddings are pooled.
-    `tokens` bounds how much is run, and `shapes` are those that engines on a GPU were compiled for.
-    """
-
-    recipe: Recipe
-    load: Callable[[Twin], nn.Module]
-    directory: Path
-    held_out: Samples
-    tokens: int
-    shapes: EngineShapes
-
-
-def measure_accuracy(
-    backend: Backend,
-    bundle: Path,
-    engines: Sequence[Engine],
-    question: Question,
-    least_rows: int,
-    progress: Progress,
-) -> EngineAccuracy:
-    """Run the sparse and the dense engine of one backend, and PyTorch, on the same samples.
-
-    An engine that is not on a GPU takes any shape, so its samples are as long as the model's own.
-
-    Args:
-        backend: opens the engines.
-        bundle: the folder that they lie in.
-        engines: of this backend; a twin is one graph, or encoder and decoder.
-        question: what to ask.
-        least_rows: of a batch, that an engine on a GPU takes.
-        progress: told of each of the three comparisons.
-
-    Raises:
-        BackendMissingError: an engine cannot run on this machine.
-        EngineError: an engine does not run, lacks an input, or gives what is not finite.
-    """
-    began = time.perf_counter()
-    samples, cut = take(
-        question.held_out, question.tokens, question.shapes if backend.on_gpu else None
-    )
-    rows = least_rows if backend.on_gpu else 1
-    dtype = engines[0].dtype
-    ask = _asker(question, samples, progress)
-    models: dict[Twin, EngineModel] = {}
-    fidelity: list[Fidelity] = []
-    with ExitStack() as opened:
-        for i, twin in enumerate(TWINS):
-            own = [engine for engine in engines if engine.twin == twin]
-            graphs = [_opened(backend, bundle, engine, rows, opened) for engine in own]
-            # After the engines, of which the first to be missing saves the loading.
-            model = question.load(twin)
-            models[twin] = EngineModel(graphs, model.config)
-            reference = _reference(model, question.recipe, twin)
-            compared = ask(reference, models[twin], i)
-            fidelity += [fidelity_of(twin, metric, dtype) for metric in compared]
-            del model, reference
-        metrics = ask(models["dense"], models["sparse"], len(TWINS))
-    return EngineAccuracy(
-        backend=backend.name,
-        device=engines[0].device,
-        dtype=dtype,
-        samples=samples.source.samples,
-        tokens=samples.source.tokens,
-        available=question.held_out.source.samples,
-        longest=question.shapes.longest if cut else None,
-        metrics=metrics,
-        fidelity=tuple(fidelity),
-        seconds=time.perf_counter() - began,
-    )
-
-
-def _opened(backend: Backend, bundle: Path, engine: Engine, rows: int, until: ExitStack) -> Graph:
-    """An engine that stays open `until` that stack is left."""
-    session = until.enter_context(backend.open(bundle, engine))
-    return Graph(session, read_inputs(bundle / engine.onnx), engine.dtype, engine.path, rows)
 
 
 def fidelity_of(twin: Twin, metric: Metric, dtype: DType) -> Fidelity:
@@ -153,39 +56,3 @@ def _known(estimate: Estimate | None) -> Estimate | None:
     """An estimate that JSON can hold."""
     finite = estimate and math.isfinite(estimate.value) and math.isfinite(estimate.standard_error)
     return estimate if finite else None
-
-
-def _reference(model: nn.Module, recipe: Recipe, twin: Twin) -> EngineModel:
-    """PyTorch's own answer, through the same graph inputs and outputs."""
-    modules = [RecipeModule(model, part).eval() for part in recipe.parts]
-    graphs = [
-        Graph(TorchGraph(module), module.signature.inputs, "float32", f"the {twin} model")
-        for module in modules
-    ]
-    return EngineModel(graphs, model.config)
-
-
-def _asker(
-    question: Question, samples: Samples, progress: Progress
-) -> Callable[[nn.Module, nn.Module, int], tuple[Metric, ...]]:
-    """From two models to the metrics between them, the number of the comparison for the bar."""
-    recipe = question.recipe
-    steps = len(samples.batches)
-
-    def ask(dense: nn.Module, sparse: nn.Module, number: int) -> tuple[Metric, ...]:
-        def advance(_: str, done: int, total: int) -> None:
-            progress("accuracy", number * steps + done, 3 * total)
-
-        try:
-            if recipe.decoder is not None:
-                # Forced along its targets whatever its task is, for engines write nothing freely.
-                return evaluate_text_generation(dense, sparse, samples.batches, advance)
-            found = evaluate_models(
-                dense, sparse, recipe.task, samples, question.directory, advance
-            )
-        except ModelDirError as error:
-            # PyTorch has been through the same samples before, so an engine is what differs.
-            raise EngineError(f"Its engines give no usable output: {error}") from error
-        return found.metrics
-
-    return ask

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.model.blocks import find_blocks
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.layers import is_layer
-from prox24_deploy.pruning.blocks import find_blocks
 
 _NAMED = 3
 

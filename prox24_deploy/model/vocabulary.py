@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from prox24_deploy.core.errors import ModelDirError
-from prox24_deploy.data.text import Batch
+from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.directory import ModelDir
 
 # Keys of config.json whose tokens a model pads with, starts from or ends with.

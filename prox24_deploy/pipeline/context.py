@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prox24_deploy.bundle.bundle import Bundle
-from prox24_deploy.bundle.naming import source_name
 from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptions, TextOptions
 from prox24_deploy.config.recipe import Recipe, parse_recipe, select_recipe
 from prox24_deploy.core.errors import BackendMissingError, BundleError
 from prox24_deploy.core.records import ModelInfo
 from prox24_deploy.core.types import Progress
 from prox24_deploy.model.config_file import labels_of, read_config, whole_number
+from prox24_deploy.packaging.naming import source_name
 
 if TYPE_CHECKING:
     import torch
 
-    from prox24_deploy.data.text import Samples
+    from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
 
 

@@ -153,8 +153,8 @@ def _sensitivity(
 
 def _targets(model: "nn.Module", subject: Subject) -> set[str]:
     """Full paths of the layers that the recipe prunes."""
+    from prox24_deploy.model.blocks import find_blocks, target_layers
     from prox24_deploy.model.layers import obstacle
-    from prox24_deploy.pruning.blocks import find_blocks, target_layers
 
     blocks = enumerate(find_blocks(model, subject.recipe))
     return {

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.data.text import Batch
-from prox24_deploy.model.layers import layer_at, matrix_shape
-from prox24_deploy.pruning.blocks import (
+from prox24_deploy.model.batch import Batch
+from prox24_deploy.model.blocks import (
     BlockCall,
     is_handed,
     layer_input,
@@ -16,6 +15,7 @@ from prox24_deploy.pruning.blocks import (
     require_one_run,
     run_block,
 )
+from prox24_deploy.model.layers import layer_at, matrix_shape
 from prox24_deploy.pruning.second_moments import SecondMoments
 
 

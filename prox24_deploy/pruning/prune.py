@@ -18,7 +18,9 @@ from prox24_deploy.config.recipe import SENTENCE_MODULES, Recipe
 from prox24_deploy.core.errors import CalibrationError, ModelDirError, RecipeError
 from prox24_deploy.core.records import LayerRecord, PruneResult, Sensitivity
 from prox24_deploy.core.types import Preset, Progress
-from prox24_deploy.data.text import Batch, Samples, thin
+from prox24_deploy.data.text import thin
+from prox24_deploy.model.batch import Batch, Samples
+from prox24_deploy.model.blocks import find_blocks, layer_runs, require_runs, shared_inputs
 from prox24_deploy.model.checkpoint import (
     BlockStore,
     renamed_tensors,
@@ -43,7 +45,6 @@ from prox24_deploy.pruning.activations import (
     collect,
     record_activations,
 )
-from prox24_deploy.pruning.blocks import find_blocks, layer_runs, require_runs, shared_inputs
 from prox24_deploy.pruning.doubts import doubt_about
 from prox24_deploy.pruning.layer_group import solve_group
 from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches

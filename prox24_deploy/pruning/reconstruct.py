@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from prox24_deploy.core.errors import CalibrationError
 from prox24_deploy.core.types import Preset
+from prox24_deploy.model.blocks import BlockCall, run_block
 from prox24_deploy.model.layers import layer_at, reduction_axis
 from prox24_deploy.pruning.activations import Activations, BlockPair
-from prox24_deploy.pruning.blocks import BlockCall, run_block
 from prox24_deploy.sparsity.pattern import mask_24
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from torch import nn
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import RecipeError, UsageError
+from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.layers import Layer, layer_at, obstacle
 from prox24_deploy.pruning.activations import BlockPair
-from prox24_deploy.pruning.blocks import find_blocks, target_layers
 
 
 def left_dense(recipe: Recipe, model: nn.Module, options: PruneOptions) -> dict[str, str]:

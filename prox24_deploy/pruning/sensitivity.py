@@ -22,12 +22,12 @@ from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.errors import CalibrationError, UsageError
 from prox24_deploy.core.records import CurvePoint, LayerSensitivity, Sensitivity
 from prox24_deploy.core.types import Progress
-from prox24_deploy.data.text import Batch
-from prox24_deploy.evaluation.evaluate import mean_estimate
+from prox24_deploy.evaluation.estimate import mean_estimate
 from prox24_deploy.evaluation.losses import Loss, loss_against
+from prox24_deploy.model.batch import Batch
+from prox24_deploy.model.blocks import find_blocks, shared_inputs
 from prox24_deploy.model.layers import layer_at
 from prox24_deploy.pruning.activations import BlockPair, advance, collect, record_activations
-from prox24_deploy.pruning.blocks import find_blocks, shared_inputs
 from prox24_deploy.pruning.layer_group import solve_group
 from prox24_deploy.pruning.selection import by_options, prunable
 

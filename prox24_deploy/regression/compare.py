@@ -20,6 +20,7 @@ from prox24_deploy.config.limits import (
     limits_of,
 )
 from prox24_deploy.core.errors import BundleError
+from prox24_deploy.core.intervals import FEWEST, exactly, judge, negated, standard_error, worst
 from prox24_deploy.core.records import Interval
 from prox24_deploy.core.types import Judgement, Verdict
 from prox24_deploy.regression.baseline import Baseline
@@ -30,14 +31,6 @@ from prox24_deploy.regression.figures import (
     metric_groups,
     without_drift,
     worsening,
-)
-from prox24_deploy.regression.intervals import (
-    FEWEST,
-    exactly,
-    judge,
-    negated,
-    standard_error,
-    worst,
 )
 from prox24_deploy.report.against_dense import judge_metrics
 from prox24_deploy.report.binding import (

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prox24_deploy.core.records import Estimate, Interval, LatencyRow, Metric
-from prox24_deploy.regression.intervals import (
+from prox24_deploy.core.intervals import (
     FEWEST,
     around_share,
     exactly,
@@ -15,6 +14,7 @@ from prox24_deploy.regression.intervals import (
     ratio_of_intervals,
     unpaired_difference,
 )
+from prox24_deploy.core.records import Estimate, Interval, LatencyRow, Metric
 from prox24_deploy.report.against_dense import Group, groups_of
 from prox24_deploy.report.schema import ChangeKind, Report
 

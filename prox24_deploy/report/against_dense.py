@@ -11,10 +11,7 @@ from dataclasses import dataclass
 
 from prox24_deploy.config.limits import MetricLimits, MetricTable, dense_limits_of
 from prox24_deploy.core.accuracy import EngineAccuracy, TaskScores
-from prox24_deploy.core.metrics import ENGINE, HARNESS
-from prox24_deploy.core.records import Estimate, Interval, Metric
-from prox24_deploy.core.types import Verdict
-from prox24_deploy.regression.intervals import (
+from prox24_deploy.core.intervals import (
     FEW,
     FEWEST,
     around_metric,
@@ -25,6 +22,9 @@ from prox24_deploy.regression.intervals import (
     unpaired_difference,
     worst,
 )
+from prox24_deploy.core.metrics import ENGINE, HARNESS
+from prox24_deploy.core.records import Estimate, Interval, Metric
+from prox24_deploy.core.types import Verdict
 from prox24_deploy.report.schema import Check
 from prox24_deploy.report.wording import (
     PERPLEXITY,

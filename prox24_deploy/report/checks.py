@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from prox24_deploy.core.intervals import FEWEST, around
 from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
@@ -20,7 +21,6 @@ from prox24_deploy.core.records import (
     TextSource,
 )
 from prox24_deploy.core.types import Verdict
-from prox24_deploy.regression.intervals import FEWEST, around
 from prox24_deploy.report.schema import Check
 
 TOKENS_PER_FEATURE = 10

@@ -10,9 +10,9 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from junitparser import Failure, Skipped, TestCase
 
+from prox24_deploy.core.intervals import NO_ERROR
 from prox24_deploy.core.records import Estimate, Interval, LatencyRow, LayerRecord
 from prox24_deploy.core.types import Judgement
-from prox24_deploy.regression.intervals import NO_ERROR
 from prox24_deploy.report.checks import row_name
 from prox24_deploy.report.escape import (
     class_name,

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 from prox24_deploy.core.accuracy import EngineAccuracy
+from prox24_deploy.core.intervals import FEW, FEWEST
 from prox24_deploy.core.metrics import ENGINE, HARNESS
 from prox24_deploy.core.records import TextSource
-from prox24_deploy.regression.intervals import FEW, FEWEST
 from prox24_deploy.report.against_dense import Judged
 from prox24_deploy.report.wording import said
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from prox24_deploy.core.intervals import FEWEST, worst
 from prox24_deploy.core.records import Metric
 from prox24_deploy.core.types import Judgement, Verdict
-from prox24_deploy.regression.intervals import FEWEST, worst
 from prox24_deploy.report.against_dense import Group
 from prox24_deploy.report.schema import PARTS, Check, CheckKind, Part, PartName, Parts
 from prox24_deploy.report.wording import change_in_words

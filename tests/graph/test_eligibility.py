@@ -9,7 +9,7 @@ from graph_models import Array, array_24, node, spoil, write_onnx, write_safeten
 from onnx import TensorProto, helper, numpy_helper
 
 from prox24_deploy.graph.check.check import check_onnx, check_safetensors
-from prox24_deploy.sparsity.eligibility import WeightShape, obstacles
+from prox24_deploy.graph.check.eligibility import WeightShape, obstacles
 
 FLOAT = "float32 has no sparse kernels"
 

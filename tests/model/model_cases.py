@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.config.recipe import Recipe, read_recipe
 from prox24_deploy.core.snapshot import Snapshot
-from prox24_deploy.data.text import Batch
+from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.directory import load_model, open_model_dir
 
 _RECIPES = Path(__file__).parents[2] / "export"

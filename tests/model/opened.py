@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from prox24_deploy.config.recipe import Recipe, select_recipe
-from prox24_deploy.data.text import Batch, make_samples, read_texts
+from prox24_deploy.data.text import make_samples, read_texts
+from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.model.processors import load_tokenizer
 

@@ -9,7 +9,7 @@ from opened import Opened, open_tiny
 from torch import nn
 
 from prox24_deploy.core.errors import ModelDirError, RecipeError
-from prox24_deploy.pruning.blocks import (
+from prox24_deploy.model.blocks import (
     find_blocks,
     layer_input,
     real_rows,

@@ -23,7 +23,7 @@ from model_cases import (
 from torch import Tensor, nn
 
 from prox24_deploy.core.errors import RecipeError
-from prox24_deploy.pruning.blocks import (
+from prox24_deploy.model.blocks import (
     BlockCall,
     find_blocks,
     layer_input,

@@ -14,7 +14,8 @@ from model_cases import BERT, LLAMA
 from prox24_deploy.config.recipe import TensorSpec
 from prox24_deploy.core.errors import CalibrationError
 from prox24_deploy.core.records import TextSource
-from prox24_deploy.data.text import Batch, Samples, Texts, make_samples, read_texts, thin
+from prox24_deploy.data.text import Texts, make_samples, read_texts, thin
+from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.model.processors import load_tokenizer
 

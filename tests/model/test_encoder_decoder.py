@@ -13,10 +13,10 @@ from torch import nn
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.records import LayerRecord
-from prox24_deploy.data.text import Batch
+from prox24_deploy.model.batch import Batch
+from prox24_deploy.model.blocks import find_blocks, run_model
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.pruning.activations import after_pruning, record_activations
-from prox24_deploy.pruning.blocks import find_blocks, run_model
 from prox24_deploy.pruning.prune import prune_model
 from prox24_deploy.pruning.selection import left_dense
 from prox24_deploy.pruning.sensitivity import measure_sensitivity, over_budget

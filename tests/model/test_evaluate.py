@@ -12,13 +12,13 @@ from opened import open_tiny
 from torch import Tensor, nn
 
 from prox24_deploy.core.records import TextSource
-from prox24_deploy.data.text import Samples
+from prox24_deploy.evaluation.estimate import mean_estimate
 from prox24_deploy.evaluation.evaluate import (
     evaluate_embeddings,
     evaluate_models,
     evaluate_text_generation,
-    mean_estimate,
 )
+from prox24_deploy.model.batch import Samples
 
 
 def quiet(*_: object) -> None:

@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.records import Estimate
-from prox24_deploy.evaluation.evaluate import (
-    evaluate_embeddings,
-    evaluate_text_generation,
-    mean_estimate,
-)
+from prox24_deploy.evaluation.estimate import mean_estimate
+from prox24_deploy.evaluation.evaluate import evaluate_embeddings, evaluate_text_generation
 
 LENGTHS = (5, 9, 14, 3, 11, 7)
 

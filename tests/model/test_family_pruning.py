@@ -10,11 +10,11 @@ from tiny_families import FAMILIES, FEATURES, PIXELS, VOCABULARY, tiny_model
 
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe, parse_recipe, shipped_recipes
-from prox24_deploy.data.text import IGNORED, Batch
+from prox24_deploy.model.batch import IGNORED, Batch
+from prox24_deploy.model.blocks import find_blocks, run_block, run_model, target_layers
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.model.layers import reduction_axis
 from prox24_deploy.pruning.activations import record_activations
-from prox24_deploy.pruning.blocks import find_blocks, run_block, run_model, target_layers
 from prox24_deploy.pruning.prune import prune_model
 from prox24_deploy.sparsity.pattern import is_24
 

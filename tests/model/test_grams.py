@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prox24_deploy.pruning.blocks import real_rows
+from prox24_deploy.model.blocks import real_rows
 from prox24_deploy.pruning.second_moments import SecondMoments
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.core.records import LayerRecord
-from prox24_deploy.data.text import Batch
+from prox24_deploy.model.batch import Batch
+from prox24_deploy.model.blocks import BlockCall, shared_inputs
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.model.layers import (
     Layer,
@@ -24,7 +25,6 @@ from prox24_deploy.model.layers import (
     reduction_axis,
     to_matrix,
 )
-from prox24_deploy.pruning.blocks import BlockCall, shared_inputs
 from prox24_deploy.pruning.prune import PrunedState, prune_model
 from prox24_deploy.sparsity.pattern import is_24, project_24
 

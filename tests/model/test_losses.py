@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.records import Estimate
-from prox24_deploy.data.text import Batch
 from prox24_deploy.evaluation.evaluate import evaluate_classes
 from prox24_deploy.evaluation.losses import loss_against
+from prox24_deploy.model.batch import Batch
 
 
 class Classifier(nn.Module):

@@ -16,11 +16,11 @@ from prox24_deploy.config.recipe import Override, Recipe
 from prox24_deploy.core.errors import CalibrationError, ModelDirError, RecipeError
 from prox24_deploy.core.records import LayerRecord
 from prox24_deploy.core.types import Method
-from prox24_deploy.data.text import Batch
+from prox24_deploy.model.batch import Batch
+from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.pruning import prune
 from prox24_deploy.pruning.activations import BlockPair
-from prox24_deploy.pruning.blocks import run_model
 from prox24_deploy.pruning.layer_group import SolvedLayer, solve_group
 from prox24_deploy.pruning.prune import PrunedState, prune_model
 from prox24_deploy.sparsity.pattern import is_24, project_24

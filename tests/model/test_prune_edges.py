@@ -30,7 +30,8 @@ from prox24_deploy.config.options import PruneOptions, Target
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import ModelDirError, Prox24Error, RecipeError
 from prox24_deploy.core.records import LayerRecord, PruneResult
-from prox24_deploy.data.text import Batch, Samples, make_samples, read_texts
+from prox24_deploy.data.text import make_samples, read_texts
+from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.model.processors import load_tokenizer

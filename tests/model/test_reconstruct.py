@@ -10,9 +10,9 @@ from test_prune import by_name, prune_opened
 
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.core.errors import CalibrationError
+from prox24_deploy.model.blocks import find_blocks, run_block, run_model
 from prox24_deploy.model.layers import layer_at as linear
 from prox24_deploy.pruning.activations import Activations, BlockPair, record_activations
-from prox24_deploy.pruning.blocks import find_blocks, run_block, run_model
 from prox24_deploy.pruning.reconstruct import AdamOptions, Reconstruction, reconstruct_block
 from prox24_deploy.sparsity.pattern import is_24, project_24
 

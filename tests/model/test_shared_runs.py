@@ -11,10 +11,10 @@ from transformers import AlbertConfig, AlbertModel
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import RecipeError
-from prox24_deploy.data.text import Batch
+from prox24_deploy.model.batch import Batch
+from prox24_deploy.model.blocks import find_blocks, require_one_run
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.pruning.activations import record_activations
-from prox24_deploy.pruning.blocks import find_blocks, require_one_run
 from prox24_deploy.pruning.prune import PrunedState, prune_model
 from prox24_deploy.pruning.selection import left_dense
 from prox24_deploy.pruning.sensitivity import measure_sensitivity

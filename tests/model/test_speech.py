@@ -14,9 +14,10 @@ from prox24_deploy.config.recipe import read_recipe
 from prox24_deploy.core.errors import CalibrationError, ModelDirError
 from prox24_deploy.data.recordings import Recording, Recordings, read_wave
 from prox24_deploy.data.speech import Listener, feature_sizes, make_speech_samples
-from prox24_deploy.data.text import IGNORED, Samples
+from prox24_deploy.evaluation.speech import evaluate_speech
+from prox24_deploy.model.batch import IGNORED, Samples
 from prox24_deploy.model.directory import load_model, open_model_dir
-from prox24_deploy.model.generate import evaluate_speech, start_tokens, write_down
+from prox24_deploy.model.generate import start_tokens, write_down
 from prox24_deploy.model.processors import load_feature_extractor, load_tokenizer
 
 WHISPER = read_recipe(Path(__file__).parents[2] / "export" / "whisper.toml")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from prox24_deploy.core.records import TextSource
-from prox24_deploy.data.subset import IMAGE_TOKENS, EngineShapes, take
-from prox24_deploy.data.text import IGNORED, Batch, Samples, pad_rows
+from prox24_deploy.evaluation.subset import IMAGE_TOKENS, EngineShapes, take
+from prox24_deploy.model.batch import IGNORED, Batch, Samples, pad_rows
 
 NAMES = ["input_ids", "attention_mask"]
 

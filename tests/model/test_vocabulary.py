@@ -12,7 +12,7 @@ from tiny_models import VOCABULARY, write_tiny_bart
 from transformers import AutoTokenizer
 
 from prox24_deploy.core.errors import ModelDirError
-from prox24_deploy.data.text import IGNORED, Batch
+from prox24_deploy.model.batch import IGNORED, Batch
 from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.model.processors import load_tokenizer
 from prox24_deploy.model.vocabulary import require_embedded, require_special_tokens

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from prox24_deploy.core.errors import CalibrationError
+from prox24_deploy.evaluation.speech import word_error_rates
 from prox24_deploy.evaluation.words import word_errors, words_of
-from prox24_deploy.model.generate import word_error_rates
 
 LISTS = [words for length in range(4) for words in itertools.product("abc", repeat=length)]
 

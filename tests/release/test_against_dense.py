@@ -8,9 +8,9 @@ import pytest
 from builders import perplexities
 
 from prox24_deploy.config.limits import Limits, MetricLimits, MetricTable
+from prox24_deploy.core.intervals import FEW
 from prox24_deploy.core.records import Estimate, Metric
 from prox24_deploy.core.types import Verdict
-from prox24_deploy.regression.intervals import FEW
 from prox24_deploy.report.against_dense import Group, Judged, judge_metrics
 
 SHARP = 1e-5

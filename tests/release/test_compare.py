@@ -13,13 +13,13 @@ from pydantic import JsonValue
 
 from prox24_deploy.config.limits import GivenLimits, MetricLimits, MetricTable
 from prox24_deploy.core.errors import BundleError, UsageError
+from prox24_deploy.core.intervals import student_95
 from prox24_deploy.core.records import Estimate, Interval, LatencyRow, Metric
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.regression.baseline import Baseline
 from prox24_deploy.regression.comparability import KEYS
 from prox24_deploy.regression.compare import compare_reports, held_against
 from prox24_deploy.regression.figures import row_path
-from prox24_deploy.regression.intervals import student_95
 from prox24_deploy.regression.views import (
     render_benchmark,
     render_junit,

@@ -10,6 +10,13 @@ import pytest
 from builders import make_records
 
 from prox24_deploy.config.limits import GivenLimits, MetricLimits, MetricTable
+from prox24_deploy.core.intervals import (
+    judge,
+    median_ratio_interval,
+    paired_difference,
+    ratio_of_intervals,
+    unpaired_difference,
+)
 from prox24_deploy.core.records import Estimate, LatencyRow, Metric
 from prox24_deploy.core.types import Judgement
 from prox24_deploy.latency.measure import (
@@ -21,13 +28,6 @@ from prox24_deploy.latency.measure import (
 )
 from prox24_deploy.regression.baseline import Baseline
 from prox24_deploy.regression.compare import compare_reports
-from prox24_deploy.regression.intervals import (
-    judge,
-    median_ratio_interval,
-    paired_difference,
-    ratio_of_intervals,
-    unpaired_difference,
-)
 from prox24_deploy.report.schema import Report
 
 RUNS = 200

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from prox24_deploy.core.records import Estimate, Interval, Metric
-from prox24_deploy.regression.intervals import (
+from prox24_deploy.core.intervals import (
     around,
     around_metric,
     judge,
@@ -15,6 +14,7 @@ from prox24_deploy.regression.intervals import (
     unpaired_difference,
     worst,
 )
+from prox24_deploy.core.records import Estimate, Interval, Metric
 
 # Of any table of Student's t, two-sided 95 %.
 TABLE = {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from prox24_deploy.bundle.naming import folder_name, source_name
 from prox24_deploy.core.errors import UsageError
+from prox24_deploy.packaging.naming import folder_name, source_name
 
 COMMIT = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from prox24_deploy.core.errors import Prox24Error, UsageError
 from prox24_deploy.core.records import TensorCheck
 from prox24_deploy.graph.check.constants import constant_of, read_tensor, release, sizes_of
+from prox24_deploy.graph.check.eligibility import obstacles, refusal
 from prox24_deploy.graph.check.evaluation import Budget, NotComputedError
 from prox24_deploy.graph.check.folding import nodes_of, stored_elements
 from prox24_deploy.graph.check.inspection import Finding, inspect_groups, unread
@@ -15,7 +16,6 @@ from prox24_deploy.graph.check.judgement import Candidate, Scan
 from prox24_deploy.graph.check.model_file import SPARSE_META, load_onnx
 from prox24_deploy.graph.check.modules import declared_modules, module_of
 from prox24_deploy.graph.check.weights import ConstantWeight, find_weights
-from prox24_deploy.sparsity.eligibility import obstacles, refusal
 
 # A weight is made of itself, a mask and a scale or two.
 _MOST_NAMES = 8

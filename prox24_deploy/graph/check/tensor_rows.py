@@ -8,13 +8,13 @@ from pathlib import Path
 
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import TensorCheck
+from prox24_deploy.graph.check.eligibility import WeightShape, obstacles
 from prox24_deploy.graph.check.inspection import Finding, inspect_groups
 from prox24_deploy.graph.check.judgement import Candidate, Scan
 from prox24_deploy.graph.check.layouts import Layout, NotSummed, Summed, Unknown, read_layout
 from prox24_deploy.graph.check.packed import packed_formats, scaled_weight
 from prox24_deploy.graph.check.strided import Strided
 from prox24_deploy.graph.check.tensor_files import TensorEntry, TensorFile, open_tensor_file
-from prox24_deploy.sparsity.eligibility import WeightShape, obstacles
 
 _UNPACK = "check the checkpoint from which it was packed, or ignore the tensor"
 

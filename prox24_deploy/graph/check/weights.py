@@ -11,6 +11,7 @@ import onnx_ir as ir
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.graph.check import attributes
 from prox24_deploy.graph.check.constants import constant_of, input_of, is_matrix, sizes_of
+from prox24_deploy.graph.check.eligibility import WeightShape
 from prox24_deploy.graph.check.evaluation import Budget, NotComputedError
 from prox24_deploy.graph.check.folding import Folder
 from prox24_deploy.graph.check.mixing import EXPORT, FOLD
@@ -34,7 +35,6 @@ from prox24_deploy.graph.check.sources import (
     stored_of,
 )
 from prox24_deploy.graph.check.strided import Strided
-from prox24_deploy.sparsity.eligibility import WeightShape
 from prox24_deploy.sparsity.groups import GROUP
 
 UNPACK = "check the file from which it was packed"

@@ -19,9 +19,9 @@ from prox24_deploy.engines.base import Backend
 from prox24_deploy.pipeline.context import Subject, fitted_shapes, torch_device
 
 if TYPE_CHECKING:
-    from prox24_deploy.data.text import Samples
-    from prox24_deploy.evaluation.parity import Question
+    from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
+    from prox24_deploy.pipeline.stages.engine_metrics import Question
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ def measure(
 
 
 def _run(inputs: EngineAccuracyInputs, work: Workspace, progress: Progress) -> EngineAccuracyResult:
-    from prox24_deploy.evaluation.parity import measure_accuracy
+    from prox24_deploy.pipeline.stages.engine_metrics import measure_accuracy
 
     began = time.perf_counter()
     question = _question(inputs)
@@ -105,9 +105,9 @@ def _question(inputs: EngineAccuracyInputs) -> "Question":
     """How to open the PyTorch models, and the samples, in shapes that engines were compiled for."""
     import torch
 
-    from prox24_deploy.data.subset import EngineShapes
-    from prox24_deploy.evaluation.parity import Question
+    from prox24_deploy.evaluation.subset import EngineShapes
     from prox24_deploy.model.directory import load_model, open_model_dir
+    from prox24_deploy.pipeline.stages.engine_metrics import Question
 
     directories = {"dense": inputs.source, "sparse": open_model_dir(inputs.pruned.path)}
     device = torch.device(inputs.device)

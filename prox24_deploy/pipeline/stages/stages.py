@@ -37,7 +37,7 @@ from prox24_deploy.regression.compare import held_against
 from prox24_deploy.report.assemble import Report, assemble_report, write_report
 
 if TYPE_CHECKING:
-    from prox24_deploy.data.text import Samples
+    from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
 
 

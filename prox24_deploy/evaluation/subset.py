@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prox24_deploy.data.text import IGNORED, Batch, Samples
+from prox24_deploy.model.batch import IGNORED, Batch, Samples
 
 # What a sample that is no text counts for in a budget of tokens. Transformers make some 200 patches
 # of an image, convolutions take less time for it; what is longer, such as speech, is dearer.

@@ -17,7 +17,7 @@ from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.documents import reason_of
 from prox24_deploy.core.errors import ModelDirError, Prox24Error, RecipeError
 from prox24_deploy.core.types import WRITES_TEXT
-from prox24_deploy.data.text import Batch
+from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.layers import Layer, input_rows, is_layer, same_rows
 
 
