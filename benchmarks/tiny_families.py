@@ -124,8 +124,11 @@ _ONE = {"num_hidden_layers": 1}
 # Class of transformers and options of its configuration.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", _GROUPED | {"tie_word_embeddings": True}),
+    "llama, sentences": ("LlamaModel", _GROUPED | _ONE),
     "mistral": ("MistralForCausalLM", _SLIDING | _ONE),
+    "mistral, sentences": ("MistralModel", _SLIDING | _ONE),
     "qwen2": ("Qwen2ForCausalLM", _COMMON | _ONE | {"num_key_value_heads": 2}),
+    "qwen2, sentences": ("Qwen2Model", _COMMON | _ONE | {"num_key_value_heads": 2}),
     "qwen3": ("Qwen3ForCausalLM", _GROUPED | _ONE),
     "gemma": ("GemmaForCausalLM", _GROUPED | _ONE),
     "gemma2": ("Gemma2ForCausalLM", _SLIDING),
