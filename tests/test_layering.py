@@ -5,7 +5,8 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -44,57 +45,107 @@ def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def room_of(parts: Sequence[str]) -> str:
+    """The room that a dotted name below the package lies in; the solvers are one of their own."""
+    return "solvers" if list(parts[:2]) == ["pruning", "solvers"] else parts[0].removesuffix(".py")
+
+
 def room(path: Path) -> str:
     """First folder below the package, or the module's own name."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return room_of(path.relative_to(PACKAGE).parts)
 
 
 def ours(path: Path) -> set[str]:
     """Rooms and modules of the package that a module imports."""
     prefix = "prox24_deploy."
-    return {n.removeprefix(prefix).split(".")[0] for n in imports(path) if n.startswith(prefix)}
+    return {
+        room_of(n.removeprefix(prefix).split(".")) for n in imports(path) if n.startswith(prefix)
+    }
 
 
-COMMON = {
-    "accuracy", "artifacts", "documents", "errors", "files", "fingerprint", "limits", "metrics",
-    "options", "printable", "recipe", "snapshot", "tasks", "__version__",
-}  # fmt: skip
+# What each room may import besides itself and the core; a room stands below those that it imports.
 MAY_IMPORT = {
-    "pruning": {"pruning"},
-    "model": {"model", "pruning"} | COMMON,
-    "graph": {"graph"} | COMMON,
-    "engines": {"engines", "graph", "model", "pruning"} | COMMON,
-    "release": {"release", "engines"} | COMMON,
-    "accuracy": {"artifacts"},
-    "artifacts": {"fingerprint"},
-    "errors": set(),
-    "documents": {"errors"},
-    "fingerprint": set(),
-    "printable": set(),
-    "options": {"artifacts", "errors", "fingerprint"},
-    "limits": {"documents", "errors", "metrics"},
-    "metrics": {"tasks"},
-    "recipe": {"documents", "errors", "limits", "options", "tasks"},
-    "snapshot": set(),
-    "tasks": set(),
-}
+    "core": set(),
+    "config": set(),
+    "sparsity": set(),
+    "solvers": {"sparsity"},
+    "model": {"config", "sparsity"},
+    "evaluation": {"config", "model"},
+    "data": {"config", "model", "evaluation"},
+    "pruning": {"config", "sparsity", "solvers", "model", "evaluation", "data"},
+    "graph": {"config", "sparsity"},
+    "engines": {"config", "sparsity", "model", "graph"},
+    "latency": {"engines"},
+    "bundle": {"__version__"},
+    "report": {"config", "latency"},
+    "regression": {"config", "bundle", "report"},
+    "packaging": {"__version__", "config", "graph", "engines", "bundle", "report", "regression"},
+    "pipeline": {
+        "config", "model", "evaluation", "data", "pruning", "graph", "engines", "latency", "bundle",
+        "report", "regression", "packaging",
+    },
+    "cli": {
+        "__version__", "config", "graph", "engines", "bundle", "report", "regression", "packaging",
+        "pipeline",
+    },
+    "pytest_plugin": {"report", "regression"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}  # fmt: skip
+LOOSE = {"__init__", "__main__", "pytest_plugin"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_room_imports_only_what_lies_before_it(path: Path) -> None:
-    allowed = MAY_IMPORT.get(room(path))
-    if allowed is not None:
-        assert ours(path) <= allowed
-    assert "cli" not in ours(path) or room(path) in {"cli", "__main__"}
+    own = room(path)
+    assert ours(path) <= MAY_IMPORT[own] | {own, "core"}
 
 
-def test_pruning_knows_nothing_but_torch_and_the_compilers_of_its_loops() -> None:
+def test_every_room_is_in_the_table_in_its_order() -> None:
+    assert {room(path) for path in MODULES} == MAY_IMPORT.keys()
+    seen: set[str] = {"__version__"}
+    for name, allowed in MAY_IMPORT.items():
+        assert allowed <= seen, name
+        seen.add(name)
+
+
+def test_no_module_lies_loose() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == LOOSE
+
+
+def test_the_map_of_the_code_names_every_file() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\* `([\w/]+\.py)`: \S", text, flags=re.MULTILINE)
+    modules = [path.relative_to(PACKAGE) for path in MODULES if path.stem not in LOOSE]
+    assert sorted(listed) == sorted(str(path) for path in modules)
+    named = re.findall(r"\| `([\w/]+\.py)`", text)
+    assert named
+    assert all((PACKAGE / name).is_file() for name in named)
+
+
+def test_solvers_know_nothing_but_torch_and_the_compilers_of_their_loops() -> None:
     known = {"torch", "prox24_deploy"} | set(sys.stdlib_module_names)
     compilers = {"prox_cpu": {"numba", "numpy"}, "prox_cuda": {"triton"}}
-    for path in (PACKAGE / "pruning").glob("*.py"):
+    for path in (PACKAGE / "pruning" / "solvers").glob("*.py"):
         roots = {name.split(".")[0] for name in imports(path)}
         assert roots <= known | compilers.get(path.stem, set()), path
         assert not roots & {"pathlib", "logging", "os", "io"}, path
+
+
+def modules_imported(path: Path) -> set[Path]:
+    """Files of the package that a module imports as it is loaded, without those for types alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = []
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    files = (ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in names)
+    return {file for file in files if file.is_file()}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {path: modules_imported(path) for path in MODULES}
+    TopologicalSorter(graph).prepare()
 
 
 def test_only_the_command_line_prints_or_exits() -> None:

@@ -18,7 +18,7 @@ from builders import (
     with_numerics_failed,
     with_sparsity_lost,
 )
-from test_engine_findings import engine
+from test_engine_checks import engine
 
 from prox24_deploy.cli.build import exit_code
 from prox24_deploy.cli.tables import report_head

@@ -166,7 +166,7 @@ def test_an_unusable_recipe_is_refused(
 
 
 def test_a_recipe_that_does_not_fit_the_model_is_refused(place: Path) -> None:
-    shipped = Path(__file__).parents[1] / "export" / "llama.toml"
+    shipped = Path(__file__).parents[2] / "export" / "llama.toml"
     (place / "out").mkdir()
     run = run_cli(
         "prune", place / "model", "-o", place / "out", "--recipe", shipped, *SMALL,

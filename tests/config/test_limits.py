@@ -20,7 +20,7 @@ from prox24_deploy.core.errors import RecipeError, UsageError
 from prox24_deploy.core.metrics import is_direct, metrics_of
 from prox24_deploy.core.types import Task
 
-BERT = (Path(__file__).parents[1] / "export" / "bert.toml").read_text(encoding="utf-8")
+BERT = (Path(__file__).parents[2] / "export" / "bert.toml").read_text(encoding="utf-8")
 
 
 def limits(**given: float) -> MetricLimits:

@@ -7,7 +7,7 @@ import pytest
 
 from prox24_deploy.core.metrics import METRICS, is_bounded, is_direct, metrics_of, plain_name
 
-MODEL = Path(__file__).parents[1] / "prox24_deploy" / "model"
+MODEL = Path(__file__).parents[2] / "prox24_deploy" / "model"
 
 
 def named_in(module: str) -> set[str]:

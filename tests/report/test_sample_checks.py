@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from builders import make_records, perplexities, with_metrics
-from test_engine_findings import engine
+from test_engine_checks import engine
 
 from prox24_deploy.config.limits import Limits
 from prox24_deploy.core.records import Estimate, Metric, TextSource

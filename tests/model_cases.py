@@ -13,7 +13,7 @@ from prox24_deploy.core.snapshot import Snapshot
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.directory import load_model, open_model_dir
 
-_RECIPES = Path(__file__).parents[2] / "export"
+_RECIPES = Path(__file__).parents[1] / "export"
 BERT = read_recipe(_RECIPES / "bert.toml")
 LLAMA = read_recipe(_RECIPES / "llama.toml")
 RECIPES = {"bert": BERT, "llama": LLAMA}

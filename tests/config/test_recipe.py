@@ -15,7 +15,7 @@ from prox24_deploy.config.recipe import (
 )
 from prox24_deploy.core.errors import RecipeError
 
-EXPORT = Path(__file__).parents[1] / "export"
+EXPORT = Path(__file__).parents[2] / "export"
 HEAD = """
 family = "mine"
 model_types = ["mine"]
