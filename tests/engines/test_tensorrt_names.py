@@ -18,7 +18,7 @@ import fake_tensorrt
 import pytest
 from fake_tensorrt import Version, offered
 
-ENGINES = Path(__file__).parents[2] / "prox24_deploy" / "engines"
+ENGINES = Path(__file__).parents[2] / "prox24_deploy" / "engines" / "tensorrt"
 WHEELS: dict[Version, str] = {
     "10": "tensorrt-cu12-bindings==10.16.1.11",
     "11": "tensorrt-cu13-bindings==11.4.0.106",
@@ -113,7 +113,7 @@ def test_the_real_tensorrt_rtx_has_every_name() -> None:
 
 @pytest.mark.parametrize(
     ("file", "ours"),
-    [("tensorrt.py", {"engine"}), ("tensorrt_job.py", set()), ("tensorrt_session.py", set())],
+    [("backend.py", {"engine"}), ("job.py", set()), ("session.py", set())],
 )
 def test_the_code_uses_no_name_that_the_stand_in_lacks(file: str, ours: set[str]) -> None:
     """Read from the code itself: attributes of whatever holds an object of TensorRT."""

@@ -47,8 +47,8 @@ def test_other_patterns_follow_the_same_rule(kept: int, group: int) -> None:
     weight = torch.randn(5, 2 * group, generator=torch.Generator().manual_seed(2))
     projected = project_24(weight, kept=kept, group=group)
     assert is_24(projected, kept=kept, group=group)
-    for row, group in itertools.product(range(5), range(2)):
-        part = slice(group * group, (group + 1) * group)
+    for row, number in itertools.product(range(5), range(2)):
+        part = slice(number * group, (number + 1) * group)
         largest = weight[row, part].abs().topk(kept).values.sum()
         assert torch.allclose(projected[row, part].abs().sum(), largest)
 

@@ -21,7 +21,7 @@ from prox24_deploy.data.pairs import make_pairs, start_token
 from prox24_deploy.data.text import make_samples, read_texts
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
-from prox24_deploy.evaluation import parity as accuracy
+from prox24_deploy.pipeline.stages import engine_metrics
 from prox24_deploy.evaluation.evaluate import next_logits, window_nll
 from prox24_deploy.evaluation.parity import METRIC_TOLERANCES, fidelity_of
 from prox24_deploy.evaluation.subset import EngineShapes
@@ -280,7 +280,7 @@ def test_a_model_error_behind_an_engine_is_told_as_the_engines(
     def refuses(*_: object, **__: object) -> Any:
         raise ModelDirError("The pruned model has a log-perplexity of 800.")
 
-    monkeypatch.setattr(accuracy, "evaluate_models", refuses)
+    monkeypatch.setattr(engine_metrics, "evaluate_models", refuses)
     with pytest.raises(EngineError, match="engines give no usable output: The pruned model has"):
         measured(tiny_llama, prose, tmp_path, 0.0, EngineShapes(rows=8, least=1, longest=48))
 
