@@ -21,7 +21,6 @@ from prox24_deploy.data.pairs import make_pairs, start_token
 from prox24_deploy.data.text import make_samples, read_texts
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
-from prox24_deploy.pipeline.stages import engine_metrics
 from prox24_deploy.evaluation.evaluate import next_logits, window_nll
 from prox24_deploy.evaluation.parity import METRIC_TOLERANCES, fidelity_of
 from prox24_deploy.evaluation.subset import EngineShapes
@@ -30,6 +29,7 @@ from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.model.processors import load_tokenizer
+from prox24_deploy.pipeline.stages import engine_metrics
 from prox24_deploy.pipeline.stages.engine_metrics import Question, measure_accuracy
 
 CPU = torch.device("cpu")
