@@ -13,9 +13,13 @@ from prox24_deploy.core.types import DType, Progress
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.pipeline.context import config_of, model_of, read_subject, recipe_of, source_of
 from prox24_deploy.pipeline.demands import check_demands, read_demands, warn_of_few_samples
-from prox24_deploy.pipeline.stages import engine_accuracy, stages
+from prox24_deploy.pipeline.stages import engine_accuracy
 from prox24_deploy.pipeline.stages import engines as engine_stages
+from prox24_deploy.pipeline.stages import evaluate as evaluate_stage
+from prox24_deploy.pipeline.stages import export as export_stage
 from prox24_deploy.pipeline.stages import harness as task_accuracy
+from prox24_deploy.pipeline.stages import prune as prune_stage
+from prox24_deploy.pipeline.stages import report as report_stage
 from prox24_deploy.report.assemble import Report
 
 if TYPE_CHECKING:
@@ -46,16 +50,16 @@ def build(
     with open_bundle(out, fresh=fresh) as bundle:
         warn_of_few_samples(subject)
         task_accuracy.verify(bundle, options.harness)
-        pruned = stages.prune(bundle, subject, options, progress)
-        exported = stages.export(bundle, source, recipe, pruned, dtype, progress)
+        pruned = prune_stage.prune(bundle, subject, options, progress)
+        exported = export_stage.export(bundle, source, recipe, pruned, dtype, progress)
         compiled = engine_stages.compile_engines(bundle, exported, recipe, backends, progress)
         measured = engine_stages.bench(
             bundle, compiled, backends, engine, recipe, source.config, progress
         )
-        evaluated = stages.evaluate(bundle, subject, options.device, progress)
+        evaluated = evaluate_stage.evaluate(bundle, subject, options.device, progress)
         through = engine_accuracy.measure(bundle, subject, compiled, backends, options, progress)
         tasks = task_accuracy.measure(bundle, subject, options, progress)
-        return stages.report(
+        return report_stage.report(
             bundle, subject, pruned, exported, compiled, measured, evaluated, demands.gate, through,
             tasks, demands.given,
         )  # fmt: skip
@@ -67,7 +71,7 @@ def prune(
     """Run only the pruning stage: `out` becomes a bundle with `pruned/`."""
     subject = read_subject(model_dir, out, options, progress)
     with open_bundle(out, fresh=fresh) as bundle:
-        return stages.prune(bundle, subject, options, progress)
+        return prune_stage.prune(bundle, subject, options, progress)
 
 
 def export(out: Path, dtype: DType | None, *, progress: Progress) -> ExportResult:
@@ -76,16 +80,16 @@ def export(out: Path, dtype: DType | None, *, progress: Progress) -> ExportResul
     A `dtype` of None means that of the checkpoint.
     """
     with open_bundle(out, existing=True) as bundle:
-        pruned = bundle.load(stages.PRUNE)
+        pruned = bundle.load(prune_stage.PRUNE)
         source, recipe = source_of(bundle), recipe_of(bundle)
         settled = _settled_dtype(source, recipe, dtype)
-        return stages.export(bundle, source, recipe, pruned, settled, progress)
+        return export_stage.export(bundle, source, recipe, pruned, settled, progress)
 
 
 def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) -> CompileResult:
     """Run only the compile stage, on a bundle that holds exported models."""
     with open_bundle(out, existing=True) as bundle:
-        exported = bundle.load(stages.EXPORT)
+        exported = bundle.load(export_stage.EXPORT)
         recipe = recipe_of(bundle)
         backends = _backends_of(bundle, recipe, options)
         return engine_stages.compile_engines(bundle, exported, recipe, backends, progress)

@@ -18,7 +18,7 @@ from prox24_deploy.core.errors import BackendMissingError, BundleError, ModelDir
 from prox24_deploy.pipeline import run as pipeline
 from prox24_deploy.pipeline.stages import engines as engine_stages
 from prox24_deploy.pipeline.stages import harness as task_accuracy
-from prox24_deploy.pipeline.stages.stages import PRUNE
+from prox24_deploy.pipeline.stages.prune import PRUNE
 
 Progress = Callable[[str, int, int], None]
 

@@ -1,0 +1,71 @@
+"""Accuracy of the pruned model through PyTorch, against the dense one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from prox24_deploy.bundle.bundle import Bundle
+from prox24_deploy.bundle.layout import PRUNED
+from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
+from prox24_deploy.config.options import DeviceChoice
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.records import (
+    EvaluateResult,
+)
+from prox24_deploy.core.types import Progress
+from prox24_deploy.pipeline.context import Subject, torch_device
+from prox24_deploy.pipeline.stages.versions import numeric_versions
+
+if TYPE_CHECKING:
+    from prox24_deploy.model.batch import Samples
+    from prox24_deploy.model.directory import ModelDir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateInputs:
+    """What the accuracy of both models in PyTorch depends on."""
+
+    source: "ModelDir"
+    pruned: Artifact
+    held_out: "Samples"
+    recipe: Recipe
+    device: str
+    versions: Mapping[str, str]
+
+
+def evaluate(
+    bundle: Bundle, subject: Subject, device_choice: DeviceChoice, progress: Progress
+) -> EvaluateResult:
+    """Compare dense and pruned model on held-out samples."""
+    inputs = EvaluateInputs(
+        source=subject.directory,
+        pruned=bundle.artifact(PRUNED),
+        held_out=subject.held_out,
+        recipe=subject.recipe,
+        device=torch_device(device_choice).type,
+        versions=numeric_versions(),
+    )
+    return replace(bundle.run(EVALUATE, inputs, progress), evaluation=subject.held_out.source)
+
+
+def _run_evaluate(inputs: EvaluateInputs, _: Workspace, progress: Progress) -> EvaluateResult:
+    import torch
+
+    from prox24_deploy.evaluation.evaluate import evaluate_models
+    from prox24_deploy.model.directory import load_model, open_model_dir
+
+    dense_model, sparse_model = (
+        load_model(directory, inputs.recipe, torch.device(inputs.device))
+        for directory in (inputs.source, open_model_dir(inputs.pruned.path))
+    )
+    return evaluate_models(
+        dense_model,
+        sparse_model,
+        inputs.recipe.task,
+        inputs.held_out,
+        inputs.source.path,
+        progress,
+    )
+
+
+EVALUATE = Stage(name="evaluate", result=EvaluateResult, run=_run_evaluate)

@@ -1,0 +1,118 @@
+"""Export the dense and the sparse twin, compared with PyTorch and proven."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prox24_deploy.bundle.bundle import Bundle
+from prox24_deploy.bundle.layout import ONNX, PRUNED
+from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.atomic import make_folder
+from prox24_deploy.core.records import (
+    ExportResult,
+    NumericsCheck,
+    OnnxModel,
+    PruneResult,
+)
+from prox24_deploy.core.types import TWINS, DType, Progress, Twin
+from prox24_deploy.pipeline.context import torch_device, vocabulary_of
+from prox24_deploy.pipeline.stages.versions import numeric_versions
+
+if TYPE_CHECKING:
+    from prox24_deploy.model.directory import ModelDir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportInputs:
+    """What the ONNX files, their proof and their numerics depend on; `layers` were pruned."""
+
+    source: "ModelDir"
+    pruned: Artifact
+    layers: tuple[str, ...]
+    recipe: Recipe
+    dtype: DType
+    seed: int
+    versions: Mapping[str, str]
+
+
+def export(
+    bundle: Bundle,
+    source: "ModelDir",
+    recipe: Recipe,
+    pruned: PruneResult,
+    dtype: DType,
+    progress: Progress,
+) -> ExportResult:
+    """Export dense and sparse twins to `onnx/`, prove 2:4 and compare numerics."""
+    inputs = ExportInputs(
+        source=source,
+        pruned=bundle.artifact(PRUNED),
+        layers=tuple(layer.name for layer in pruned.layers if layer.status == "pruned"),
+        recipe=recipe,
+        dtype=dtype,
+        seed=bundle.manifest.seed,
+        versions=numeric_versions(),
+    )
+    return bundle.run(EXPORT, inputs, progress)
+
+
+def _run_export(inputs: ExportInputs, work: Workspace, progress: Progress) -> ExportResult:
+    from prox24_deploy.graph.check.check import check_onnx
+    from prox24_deploy.model.directory import open_model_dir
+
+    began = time.perf_counter()
+    directories = {"dense": inputs.source, "sparse": open_model_dir(inputs.pruned.path)}
+    exported: dict[Twin, tuple[OnnxModel, ...]] = {}
+    numerics: list[NumericsCheck] = []
+    for i, twin in enumerate(TWINS):
+        progress("export", i, len(TWINS))
+        exported[twin], found = _export_twin(inputs, twin, directories[twin], work.partial)
+        numerics += found
+    progress("export", len(TWINS), len(TWINS))
+    files = [work.partial / model.path for model in exported["sparse"]]
+    sparsity = tuple(check for file in files for check in check_onnx(file))
+    seconds = time.perf_counter() - began
+    return ExportResult(exported["dense"], exported["sparse"], sparsity, tuple(numerics), seconds)
+
+
+def _export_twin(
+    inputs: ExportInputs, twin: Twin, directory: "ModelDir", partial: Path
+) -> tuple[tuple[OnnxModel, ...], list[NumericsCheck]]:
+    """Export one twin below `partial`, and compare each graph with PyTorch."""
+    from prox24_deploy.graph.export.export import export_graphs, hash_onnx
+    from prox24_deploy.graph.parity.numerics import compare_with_torch
+    from prox24_deploy.model.directory import load_model
+
+    recipe = inputs.recipe
+    module = load_model(directory, recipe, torch_device("cpu"))
+    folder = partial / ONNX / twin
+    make_folder(folder.parent)
+    paths = export_graphs(
+        module,
+        recipe,
+        folder,
+        dtype=inputs.dtype,
+        sparse=inputs.layers if twin == "sparse" else (),
+    )
+    numerics: list[NumericsCheck] = []
+    for part, path in zip(recipe.parts, paths, strict=True):
+        numerics += compare_with_torch(
+            module,
+            path,
+            part,
+            dtype=inputs.dtype,
+            twin=twin,
+            vocabulary=vocabulary_of(inputs.source.config),
+            seed=inputs.seed,
+        )
+    files = tuple(
+        OnnxModel(f"{ONNX}/{twin}/{path.name}", inputs.dtype, recipe.opset, *hash_onnx(path))
+        for path in paths
+    )
+    return files, numerics
+
+
+EXPORT = Stage(name="export", result=ExportResult, run=_run_export, outputs=(ONNX,))
