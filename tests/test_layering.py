@@ -113,6 +113,12 @@ def test_no_module_lies_loose() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} == LOOSE
 
 
+@pytest.mark.parametrize("name", ["core", "config", "report", "regression", "packaging"])
+def test_records_and_reports_know_no_torch(name: str) -> None:
+    for path in (PACKAGE / name).rglob("*.py"):
+        assert not {"torch", "transformers"} & {n.split(".")[0] for n in imports(path)}, path
+
+
 def test_the_map_of_the_code_names_every_file() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\* `([\w/]+\.py)`: \S", text, flags=re.MULTILINE)
