@@ -219,6 +219,22 @@ def test_no_broken_graph_raises_anything_but_a_sentence(
         onnx_rows._scan(path)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("seed", [7752, 1017682])
+def test_a_value_that_is_computed_from_itself_ends_the_search(
+    seed: int, tmp_path: Path, sound_model: onnx.ModelProto
+) -> None:
+    """Both draws make a ring in front of a tensor whose shape depends on data."""
+    draw, model = random.Random(seed), onnx.ModelProto()
+    model.CopyFrom(sound_model)
+    for _ in range(draw.randrange(1, 6)):
+        mutate(draw, model)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UsageError):
+        onnx_rows._scan(path)
+
+
 def test_what_the_check_does_not_foresee_is_a_sentence_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sound_model: onnx.ModelProto
 ) -> None:
