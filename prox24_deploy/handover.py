@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from prox24_deploy.artifacts import CompileResult, Engine, PruneResult
+from prox24_deploy.documents import first_problem
 from prox24_deploy.errors import BundleError, UsageError
 from prox24_deploy.files import write_atomic
 from prox24_deploy.recipe import GraphTensor
@@ -229,11 +230,10 @@ def _record(bundle: Path, stage: str, kind: type[T]) -> T:
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
+        where, what = first_problem(error)
         raise BundleError(
-            f"Record {path} is damaged or of another version at {where!r}: {problem['msg']}; build "
-            "the bundle again."
+            f"Record {path} is damaged or of another version at {where!r}: {what}; build the "
+            "bundle again."
         ) from error
 
 

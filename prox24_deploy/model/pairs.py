@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from prox24_deploy.artifacts import TextSource
-from prox24_deploy.documents import Document, read_json
+from prox24_deploy.documents import Document, read_object
 from prox24_deploy.errors import CalibrationError, ModelDirError
 from prox24_deploy.model.calibration import (
     BATCH_TOKENS,
@@ -57,9 +57,7 @@ def start_token(directory: ModelDir) -> int:
     generation: dict[str, Any] = {}
     if file.is_file():
         document = Document(str(file), ModelDirError, "restore it")
-        generation = read_json(file, document, finite=False)
-        if not isinstance(generation, dict):
-            raise document.refused("is no JSON object")
+        generation = read_object(file, document, finite=False)
     found = directory.config.get(_START)
     found = generation.get(_START) if found is None else found
     if not isinstance(found, int):

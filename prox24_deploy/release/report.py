@@ -28,7 +28,7 @@ from prox24_deploy.artifacts import (
 )
 from prox24_deploy.files import write_atomic
 from prox24_deploy.limits import GivenLimits, Limits
-from prox24_deploy.release.against_dense import Group, groups_of, judge_metrics
+from prox24_deploy.release.against_dense import Group, by_name, groups_of, judge_metrics
 from prox24_deploy.release.binding import require_named, unmatched_checks
 from prox24_deploy.release.engine_findings import engine_checks, engine_warnings
 from prox24_deploy.release.findings import find_checks, find_warnings
@@ -101,7 +101,7 @@ def assemble_report(
         UsageError: a limit that is no default names a metric that was not measured.
     """
     groups = groups_of(evaluate.metrics, through.engines, tasks)
-    figures = [group.prefix + metric.name for group in groups for metric in group.metrics]
+    figures = by_name(groups)
     require_named(given, limits, figures)
     applied = limits.over_defaults(model.task, figures, given)
     judged = judge_metrics(groups, applied.against_dense)

@@ -27,7 +27,7 @@ from prox24_deploy.artifacts import (
     TextSource,
     Verdict,
 )
-from prox24_deploy.documents import Document, parse_json, read_document
+from prox24_deploy.documents import Document, first_problem, parse_json, read_document
 from prox24_deploy.errors import BundleError
 
 SCHEMA_VERSION: Final = 2
@@ -323,11 +323,10 @@ def parse_report(data: bytes, source: str) -> Report:
     try:
         return Report.model_validate(raw)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
+        where, what = first_problem(error)
         raise BundleError(
-            f"Report {source} is damaged at {where!r}: {problem['msg']}, got "
-            f"{_short(problem['input'])}; build the bundle again."
+            f"Report {source} is damaged at {where!r}: {what}, got "
+            f"{_short(error.errors()[0]['input'])}; build the bundle again."
         ) from error
 
 
