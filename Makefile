@@ -30,6 +30,7 @@ types: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/prox_speed.py
 	$(BIN)/python benchmarks/families.py
+	$(BIN)/pytest -m large
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

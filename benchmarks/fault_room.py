@@ -32,10 +32,11 @@ from safetensors.torch import load_file, save_file
 from tiny_directories import write_directory, write_prose
 
 REPORT = "report"
-_SMALL = (
-    "--calibration-tokens", "2048", "--evaluation-tokens", "3072", "--engine-tokens", "3072",
-    "--accept-loss", "embedding cosine=0", "--accept-loss", "nearest-neighbour agreement=0",
-    "--preset", "fast", "--shapes", "batch=1", "sequence=8", "--backend", "onnxruntime",
+_PRUNE = ("--calibration-tokens", "2048", "--evaluation-tokens", "3072", "--preset", "fast")
+_REST = (
+    "--engine-tokens", "3072", "--accept-loss", "embedding cosine=0",
+    "--accept-loss", "nearest-neighbour agreement=0", "--shapes", "batch=1", "sequence=8",
+    "--backend", "onnxruntime",
 )  # fmt: skip
 WEIGHTS = "model.safetensors"
 SEALED = "sealed"
@@ -168,22 +169,21 @@ class Room:
 
     def build(self, *options: str) -> list[str]:
         """The line that builds the bundle."""
+        return [*self._line("build", options), *_REST, *options]
+
+    def prune(self) -> list[str]:
+        """The line that only prunes, with the inputs and options of `build`."""
+        return self._line("prune")
+
+    def _line(self, command: str, options: Sequence[str] = ()) -> list[str]:
+        """A command on the inputs of this room but those that `options` give."""
         inputs = {
             "--calibration": "text.txt",
             "--evaluation": "held-out.txt",
             "--recipe": "recipe.toml",
         }
         given = [word for pair in inputs.items() if pair[0] not in options for word in pair]
-        return ["build", "model", "-o", "out", *given, *_SMALL, *options]
-
-    def prune(self) -> list[str]:
-        """The line that only prunes, with the inputs and options of `build`."""
-        line = self.build()
-        unknown = ("--engine-tokens", 1), ("--accept-loss", 1), ("--accept-loss", 1)
-        for option, values in (*unknown, ("--shapes", 2), ("--backend", 1)):
-            at = line.index(option)
-            del line[at : at + 1 + values]
-        return ["prune", *line[1:]]
+        return [command, "model", "-o", "out", *given, *_PRUNE]
 
     def begin(
         self,

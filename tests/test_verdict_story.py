@@ -1,12 +1,12 @@
 """A ruined model on its way to a release: nothing on that way calls it passed."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from command_line import Run, run_cli
 from markdown_it import MarkdownIt
+from tiny_models import configure
 
 from prox24_deploy.report.schema import load_report
 
@@ -60,9 +60,7 @@ def test_it_is_not_packaged(ruined: tuple[Run, Path], tmp_path: Path) -> None:
 
 def test_two_samples_decide_nothing(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:
     out, model = tmp_path / "bundle", Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    longer = config | {"max_position_embeddings": 512}
-    (model / "config.json").write_text(json.dumps(longer), encoding="utf-8")
+    configure(model, max_position_embeddings=512)
     done = run_cli(
         "build", model, "-o", out, "--calibration", prose, "--evaluation", prose,
         "--evaluation-tokens", "1024", *SMALL,

@@ -1,8 +1,10 @@
 """Random models of a few thousand weights, written as complete Hugging Face model directories."""
 
+import json
 import wave
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -236,3 +238,9 @@ def write_recordings(folder: Path, count: int) -> Path:
         sound = 8000 * tone + random.normal(0, 2000, len(time))
         write_wave(folder / f"{i}.wav", [int(sample) for sample in sound])
     return folder
+
+
+def configure(path: Path, **changes: Any) -> None:
+    """Change keys of the config.json of a model directory."""
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | changes), encoding="utf-8")

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from prox24_deploy import __version__
 from prox24_deploy.bundle.layout import MANIFEST_FILE
 from prox24_deploy.core.atomic import write_atomic
-from prox24_deploy.core.documents import Document, is_file_name, read_json
+from prox24_deploy.core.documents import Document, first_problem, is_file_name, read_json
 from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.records import ModelInfo
 from prox24_deploy.core.snapshot import sha256_of
@@ -113,10 +113,9 @@ def read_manifest(root: Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+        where, what = first_problem(error)
         raise BundleError(
-            f"{path} is damaged or of another version ({where}: {problem['msg']}); "
+            f"{path} is damaged or of another version ({where or 'the file'}: {what}); "
             "restore it, or pass another -o."
         ) from error
 

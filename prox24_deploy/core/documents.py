@@ -17,9 +17,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from prox24_deploy.core.errors import Prox24Error
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # The largest index of a published model has 10 MB, and what is parsed takes up to 30 times as much.
 MOST_JSON_BYTES = 2**25
@@ -139,6 +142,26 @@ def read_json(path: Path, document: Document, *, finite: bool = True) -> Any:
         Prox24Error: of the document's kind; the file cannot be read or is refused.
     """
     return parse_json(read_document(path, document), document, finite=finite)
+
+
+def read_object(path: Path, document: Document, *, finite: bool = True) -> dict[str, Any]:
+    """The object of a JSON file; see `parse_json`.
+
+    Raises:
+        Prox24Error: of the document's kind; the file cannot be read, is refused, or is no object.
+    """
+    return require_object(read_json(path, document, finite=finite), document)
+
+
+def require_object(value: Any, document: Document) -> dict[str, Any]:
+    """Refuse any other value of JSON than an object.
+
+    Raises:
+        Prox24Error: of the document's kind.
+    """
+    if not isinstance(value, dict):
+        raise document.refused("is no JSON object")
+    return value
 
 
 def parse_json(data: bytes | str, document: Document, *, finite: bool = True) -> Any:
@@ -263,6 +286,12 @@ def reason_of(error: BaseException) -> str:
     # Where a first line ends in a colon, it only says where; what is wrong stands below.
     count = 2 if lines[0].endswith(":") else 1
     return " ".join(lines[:count]).rstrip(".")
+
+
+def first_problem(error: "ValidationError") -> tuple[str, str]:
+    """Where the first fault that pydantic found lies, "" for the whole, and what it says of it."""
+    problem = error.errors()[0]
+    return ".".join(str(part) for part in problem["loc"]), problem["msg"]
 
 
 def is_file_name(name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.documents import Document, read_json
+from prox24_deploy.core.documents import Document, read_object
 from prox24_deploy.core.errors import CalibrationError, ModelDirError
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.data.text import BATCH_TOKENS, Texts, require_tokens
@@ -49,9 +49,7 @@ def start_token(directory: ModelDir) -> int:
     generation: dict[str, Any] = {}
     if file.is_file():
         document = Document(str(file), ModelDirError, "restore it")
-        generation = read_json(file, document, finite=False)
-        if not isinstance(generation, dict):
-            raise document.refused("is no JSON object")
+        generation = read_object(file, document, finite=False)
     found = directory.config.get(_START)
     found = generation.get(_START) if found is None else found
     if not isinstance(found, int):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prox24_deploy.core.documents import Document, read_json
+from prox24_deploy.core.documents import Document, read_object
 from prox24_deploy.core.errors import ModelDirError
 
 # Where processors are described; the first is of the processor of a model with several.
@@ -33,9 +33,7 @@ def require_usable_sizes(path: Path) -> None:
         if not file.is_file():
             continue
         document = Document(str(file), ModelDirError, "restore it")
-        described = read_json(file, document, finite=False)
-        if not isinstance(described, dict):
-            raise document.refused("is no JSON object")
+        described = read_object(file, document, finite=False)
         for key, value, (least, most) in _bounded(described):
             if not least <= value <= most:
                 raise document.refused(f"asks for {key} {value}, expected {least} to {most}")

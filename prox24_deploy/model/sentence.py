@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 from prox24_deploy.config.recipe import EMBEDDING, PoolingMode, Recipe, TensorSpec
-from prox24_deploy.core.documents import Document, read_json
+from prox24_deploy.core.documents import Document, read_json, read_object
 from prox24_deploy.core.errors import ModelDirError, RecipeError
 from prox24_deploy.core.types import EMBEDS_TEXT
 
@@ -380,13 +380,12 @@ def _options(file: Path, known: _Options) -> dict[str, Any]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    found = _parsed(file)
-    if not isinstance(found, dict):
-        raise ModelDirError(f"{file} is no JSON object; restore it.")
-    return found
+    return read_object(file, _document(file)) if file.is_file() else {}
 
 
 def _parsed(file: Path) -> Any:
-    return read_json(file, Document(str(file), ModelDirError, "restore it"))
+    return read_json(file, _document(file))
+
+
+def _document(file: Path) -> Document:
+    return Document(str(file), ModelDirError, "restore it")

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from prox24_deploy import __version__
 from prox24_deploy.core.atomic import write_atomic
-from prox24_deploy.core.documents import Document, read_json, reason_of
+from prox24_deploy.core.documents import Document, read_object, reason_of
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.report.escape import code
@@ -87,10 +87,7 @@ def _opened_by(model_dir: Path) -> str:
 
 def _read_object(file: Path) -> dict[str, Any]:
     document = Document(str(file), ModelDirError, "restore it")
-    found = read_json(file, document, finite=False)
-    if not isinstance(found, dict):
-        raise document.refused("is no JSON object")
-    return found
+    return read_object(file, document, finite=False)
 
 
 def render_card(report: Report, source: SourceCard) -> str:

@@ -13,6 +13,7 @@ from prox24_deploy.bundle.layout import record_of
 from prox24_deploy.bundle.manifest import FileEntry, Manifest, checksum_list, read_manifest, verify
 from prox24_deploy.config.recipe import GraphTensor
 from prox24_deploy.core.atomic import write_atomic
+from prox24_deploy.core.documents import first_problem
 from prox24_deploy.core.errors import BundleError, UsageError
 from prox24_deploy.core.records import CompileResult, Engine, PruneResult
 from prox24_deploy.packaging import triton
@@ -223,11 +224,10 @@ def _record(bundle: Path, stage: str, kind: type[T]) -> T:
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
+        where, what = first_problem(error)
         raise BundleError(
-            f"Record {path} is damaged or of another version at {where!r}: {problem['msg']}; build "
-            "the bundle again."
+            f"Record {path} is damaged or of another version at {where!r}: {what}; build the "
+            "bundle again."
         ) from error
 
 

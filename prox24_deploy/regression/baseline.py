@@ -9,7 +9,13 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from prox24_deploy.config.limits import GivenLimits, read_limits
 from prox24_deploy.core.atomic import write_atomic
-from prox24_deploy.core.documents import Document, parse_json, read_document
+from prox24_deploy.core.documents import (
+    Document,
+    first_problem,
+    parse_json,
+    read_document,
+    require_object,
+)
 from prox24_deploy.core.errors import BundleError, UsageError
 from prox24_deploy.regression.comparability import require_keys
 from prox24_deploy.regression.figures import figures_of
@@ -127,10 +133,9 @@ def parse_baseline(data: bytes, source: str) -> BaselineFile:
     try:
         return BaselineFile.model_validate(raw)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
+        where, what = first_problem(error)
         raise BundleError(
-            f"Baseline {source} is damaged at {where!r}: {problem['msg']}; restore it."
+            f"Baseline {source} is damaged at {where!r}: {what}; restore it."
         ) from error
 
 
@@ -177,7 +182,4 @@ def _is_baseline(data: bytes, path: Path) -> bool:
 
 def _parsed(data: bytes, source: str) -> dict[str, JsonValue]:
     document = Document(f"Baseline {source}", BundleError, "pass a baseline file or a report.json")
-    raw = parse_json(data, document)
-    if not isinstance(raw, dict):
-        raise document.refused("is no JSON object")
-    return raw
+    return require_object(parse_json(data, document), document)

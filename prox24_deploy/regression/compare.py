@@ -19,6 +19,7 @@ from prox24_deploy.config.limits import (
     joined,
     limits_of,
 )
+from prox24_deploy.core.documents import first_problem
 from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.intervals import FEWEST, exactly, judge, negated, standard_error, worst
 from prox24_deploy.core.records import Interval
@@ -32,7 +33,7 @@ from prox24_deploy.regression.figures import (
     without_drift,
     worsening,
 )
-from prox24_deploy.report.against_dense import judge_metrics
+from prox24_deploy.report.against_dense import by_name, judge_metrics
 from prox24_deploy.report.binding import (
     NO_FIGURE,
     part_of,
@@ -41,7 +42,7 @@ from prox24_deploy.report.binding import (
     unmatched,
     unmatched_checks,
 )
-from prox24_deploy.report.schema import Change, Check, Comparison, Report, Status
+from prox24_deploy.report.schema import Change, ChangeKind, Check, Comparison, Report, Status
 from prox24_deploy.report.verdict import judge_parts, sentence_of, whole_verdict
 from prox24_deploy.report.wording import limits_in_words
 
@@ -162,11 +163,9 @@ def _limits_of(report: Report, source: str) -> Limits:
     try:
         return Limits.model_validate(report.options.get("limits", {}))
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in ("options", "limits", *problem["loc"]))
-        raise BundleError(
-            f"{source} is damaged at {where!r}: {problem['msg']}; restore it."
-        ) from error
+        found, what = first_problem(error)
+        where = ".".join(filter(None, ("options.limits", found)))
+        raise BundleError(f"{source} is damaged at {where!r}: {what}; restore it.") from error
 
 
 def _release(report: Report, given: GivenLimits) -> Change:
@@ -179,18 +178,27 @@ def _release(report: Report, given: GivenLimits) -> Change:
         if part.verdict == verdict or (name == "accuracy" and part.verdict == "not gated")
     ]
     message = "Every part of the release itself that was gated passes"
+    if verdict != "pass":
+        message = f"Of the release itself, {'; '.join(found)}"
+    return _row(RELEASE, "release", "pass", "compared", verdict, message)
+
+
+def _row(
+    name: str, kind: ChangeKind, limits: str, status: Status, verdict: Judgement, message: str
+) -> Change:
+    """A row that is of no figure."""
     return Change(
-        name=RELEASE,
-        kind="release",
+        name=name,
+        kind=kind,
         unit="",
         higher_is_better=True,
         before=None,
         after=None,
         worse=None,
-        limits="pass",
-        status="compared",
+        limits=limits,
+        status=status,
         verdict=verdict,
-        message=message if verdict == "pass" else f"Of the release itself, {'; '.join(found)}",
+        message=message,
     )
 
 
@@ -200,7 +208,7 @@ def _own_checks(report: Report, given: GivenLimits) -> list[Check]:
     if not given.against_dense:
         return own
     groups = metric_groups(report)
-    names = [group.prefix + metric.name for group in groups for metric in group.metrics]
+    names = by_name(groups)
     require_named(given, Limits(), names)
     table = joined(_limits_of(report, "The report").against_dense, given.against_dense)
     return [
@@ -214,21 +222,9 @@ def _unmatched(
     table: Mapping[str, MetricLimits], figures: Mapping[str, Figure]
 ) -> Iterator[Change]:
     """A row that does not pass for each limit that found no figure."""
-    gating = [name for name, limits in table.items() if limits.gates]
-    for name in unmatched(gating, figures):
-        yield Change(
-            name=name,
-            kind="limits",
-            unit="",
-            higher_is_better=True,
-            before=None,
-            after=None,
-            worse=None,
-            limits=limits_in_words(table[name], higher_is_better=True),
-            status="unmatched",
-            verdict="inconclusive",
-            message=NO_FIGURE,
-        )
+    for name in unmatched(table, figures):
+        limits = limits_in_words(table[name], higher_is_better=True)
+        yield _row(name, "limits", limits, "unmatched", "inconclusive", NO_FIGURE)
 
 
 def _change(

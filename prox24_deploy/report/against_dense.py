@@ -55,6 +55,11 @@ class Judged:
     wanted: int | None = None
 
 
+def by_name(groups: Sequence[Group]) -> dict[str, Metric]:
+    """Metrics by the names of their figures."""
+    return {group.prefix + metric.name: metric for group in groups for metric in group.metrics}
+
+
 def groups_of(
     metrics: tuple[Metric, ...], engines: Sequence[EngineAccuracy], tasks: TaskScores | None
 ) -> tuple[Group, ...]:

@@ -29,7 +29,7 @@ from prox24_deploy.core.records import (
     PruneResult,
 )
 from prox24_deploy.latency.measure import latency_verdict
-from prox24_deploy.report.against_dense import Group, groups_of, judge_metrics
+from prox24_deploy.report.against_dense import Group, by_name, groups_of, judge_metrics
 from prox24_deploy.report.binding import require_named, unmatched_checks
 from prox24_deploy.report.checks import find_checks, find_warnings
 from prox24_deploy.report.engine_checks import engine_checks, engine_warnings
@@ -96,7 +96,7 @@ def assemble_report(
         UsageError: a limit that is no default names a metric that was not measured.
     """
     groups = groups_of(evaluate.metrics, through.engines, tasks)
-    figures = [group.prefix + metric.name for group in groups for metric in group.metrics]
+    figures = by_name(groups)
     require_named(given, limits, figures)
     applied = limits.over_defaults(model.task, figures, given)
     judged = judge_metrics(groups, applied.against_dense)

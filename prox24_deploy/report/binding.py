@@ -1,10 +1,16 @@
 """Limits that bind: a name without a figure is refused, and a glob without one does not pass."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from prox24_deploy.config.limits import GivenLimits, Limits, MetricTable, is_glob, joined
+from prox24_deploy.config.limits import (
+    GivenLimits,
+    Limits,
+    MetricLimits,
+    is_glob,
+    joined,
+)
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.metrics import ENGINE, HARNESS, metrics_of, plain_name
 from prox24_deploy.report.schema import Check, PartName
@@ -87,19 +93,18 @@ def expected_metrics(task: str, *, labelled: bool, harness: bool) -> list[str]:
     return [*metrics_of(task, labelled=labelled), *([f"{HARNESS}*"] if harness else [])]
 
 
-def unmatched(table: Iterable[str], figures: Collection[str]) -> list[str]:
-    """The names and globs of a table that no figure has."""
+def unmatched(table: Mapping[str, MetricLimits], figures: Collection[str]) -> list[str]:
+    """The names and globs of a table that gate and that no figure has."""
     every = {*figures, *map(plain_name, figures)}
-    return [glob for glob in table if not any(fnmatchcase(name, glob) for name in every)]
+    gating = [glob for glob, limits in table.items() if limits.gates]
+    return [glob for glob in gating if not any(fnmatchcase(name, glob) for name in every)]
 
 
 def unmatched_checks(
     given: GivenLimits, recipe: Limits, figures: Collection[str]
 ) -> Iterator[Check]:
     """A check that does not pass for each limit against the dense model that found no figure."""
-    table: MetricTable = joined(recipe.against_dense, given.against_dense)
-    gating = [name for name, limits in table.items() if limits.gates]
-    for glob in unmatched(gating, figures):
+    for glob in unmatched(joined(recipe.against_dense, given.against_dense), figures):
         yield Check(
             name=glob,
             part=part_of(glob),

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, get_args
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_validator
 
 from prox24_deploy.core.accuracy import EngineAccuracy, TaskScores
-from prox24_deploy.core.documents import Document, parse_json, read_document
+from prox24_deploy.core.documents import Document, first_problem, parse_json, read_document
 from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.records import (
     EngineEvidence,
@@ -322,11 +322,10 @@ def parse_report(data: bytes, source: str) -> Report:
     try:
         return Report.model_validate(raw)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
+        where, what = first_problem(error)
         raise BundleError(
-            f"Report {source} is damaged at {where!r}: {problem['msg']}, got "
-            f"{_short(problem['input'])}; build the bundle again."
+            f"Report {source} is damaged at {where!r}: {what}, got "
+            f"{_short(error.errors()[0]['input'])}; build the bundle again."
         ) from error
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from prox24_deploy.core.intervals import FEWEST, worst
 from prox24_deploy.core.records import Metric
 from prox24_deploy.core.types import Judgement, Verdict
-from prox24_deploy.report.against_dense import Group
+from prox24_deploy.report.against_dense import Group, by_name
 from prox24_deploy.report.schema import PARTS, Check, CheckKind, Part, PartName, Parts
 from prox24_deploy.report.wording import change_in_words
 
@@ -99,7 +99,7 @@ def _telling(name: PartName, parts: Parts, checks: Sequence[Check]) -> str:
 
 def _change(checks: Sequence[Check], groups: Sequence[Group]) -> str:
     """The change of the metric that decided, or of the headline where none is gated."""
-    named = {group.prefix + m.name: m for group in groups for m in group.metrics}
+    named = by_name(groups)
     order: tuple[Judgement, ...] = ("fail", "inconclusive", "pass", "not gated")
     own = [check for check in checks if check.part == "accuracy"]
     check = min(own, key=lambda c: order.index(c.verdict), default=None)

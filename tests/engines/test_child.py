@@ -17,8 +17,8 @@ import pathlib, sys, time
 from prox24_deploy.engines.child import end_on_termination
 end_on_termination()
 file = pathlib.Path(sys.argv[1])
-file.touch()
 try:
+    file.touch()
     time.sleep(60)
 finally:
     file.unlink()

@@ -80,7 +80,7 @@ def require_room(folder: Path) -> None:
             pytest.skip(f"needs 6 GB of free {what}, found {found / 1e9:.1f} GB")
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_more_than_two_gigabytes_are_exported_beside_their_weights(tmp_path: Path) -> None:
     require_room(tmp_path)
     out = tmp_path / "onnx"

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.graph.check import onnx_rows
-from prox24_deploy.graph.check.check import check_onnx
+from prox24_deploy.graph.check.check import check_onnx, check_path
 
 OPERATORS = [
     "MatMul",
@@ -217,6 +217,23 @@ def test_no_broken_graph_raises_anything_but_a_sentence(
     path.write_bytes(model.SerializeToString())
     with contextlib.suppress(UsageError):
         onnx_rows._scan(path)
+
+
+@pytest.mark.timeout(60)
+def test_a_value_that_is_computed_from_itself_ends_the_search(
+    tmp_path: Path, sound_model: onnx.ModelProto
+) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(sound_model)
+    made = {node.op_type: node for node in model.graph.node}
+    made["DequantizeLinear"].input.append("l")
+    made["Reshape"].input[1] = "i8"
+    made["Where"].input[:] = ["n", "k", "s"]
+    made["MatMul"].input[:] = ["i8", "l"]
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UsageError):
+        check_path(path)
 
 
 def test_what_the_check_does_not_foresee_is_a_sentence_too(

@@ -1,6 +1,5 @@
 """Checkpoints that cannot be built are refused by name, before a weight is read."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 import torch
 from command_line import run_cli
 from safetensors.torch import load_file, save_file
+from tiny_models import configure
 
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.model import refusals
@@ -20,11 +20,6 @@ FACTORS = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 @pytest.fixture
 def decoder(tmp_path: Path, tiny_qwen3: Path) -> Path:
     return Path(shutil.copytree(tiny_qwen3, tmp_path / "model"))
-
-
-def configure(path: Path, **changes: Any) -> None:
-    file = path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_bytes()) | changes), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

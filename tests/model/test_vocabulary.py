@@ -1,6 +1,5 @@
 """Tokens without a row in the embedding are refused by name, not met as an index out of range."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import run_cli
-from tiny_models import VOCABULARY, write_tiny_bart
+from tiny_models import VOCABULARY, configure, write_tiny_bart
 from transformers import AutoTokenizer
 
 from prox24_deploy.core.errors import ModelDirError
@@ -21,11 +20,6 @@ from prox24_deploy.model.vocabulary import require_embedded, require_special_tok
 @pytest.fixture
 def decoder(tmp_path: Path, tiny_qwen3: Path) -> Path:
     return Path(shutil.copytree(tiny_qwen3, tmp_path / "model"))
-
-
-def configure(path: Path, **changes: Any) -> None:
-    file = path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_bytes()) | changes), encoding="utf-8")
 
 
 def extend(path: Path, *words: str, special: bool = False) -> None:

@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from prox24_deploy.core.documents import Document, parse_json, read_document
+from prox24_deploy.core.documents import Document, first_problem, parse_json, read_document
 from prox24_deploy.core.errors import UsageError
 
 
@@ -59,10 +59,9 @@ def read_record(
     try:
         record = adapter.validate_python(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its start"
+        where, what = first_problem(error)
         raise UsageError(
-            f"{title} is damaged at {where}: {first['msg']}; write it again with {again}."
+            f"{title} is damaged at {where or 'its start'}: {what}; write it again with {again}."
         ) from error
     if record.schema_version != version:
         raise UsageError(

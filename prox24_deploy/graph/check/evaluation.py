@@ -199,15 +199,17 @@ class Evaluator:
     def _order(self, value: ir.Value) -> list[ir.Value]:
         """The constants that a value is computed from, and it, each after those that it needs."""
         order: dict[ir.Value, None] = {}
-        pending = [(value, iter(self._needed(value)))]
+        pending = {value: iter(self._needed(value))}
         while pending:
-            last, needed = pending[-1]
-            step = next((v for v in needed if v not in order), None)
+            last = next(reversed(pending))
+            step = next((v for v in pending[last] if v not in order), None)
             if step is None:
                 order[last] = None
-                pending.pop()
+                del pending[last]
+            elif step in pending:
+                raise NotComputedError("it is computed from itself")
             else:
-                pending.append((step, iter(self._needed(step))))
+                pending[step] = iter(self._needed(step))
         return list(order)
 
     def _needed(self, value: ir.Value) -> list[ir.Value]:

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from prox24_deploy.core.documents import Document, read_json
+from prox24_deploy.core.documents import Document, read_object
 from prox24_deploy.core.errors import UsageError
 
 _CONFIG = "config.json"
@@ -130,9 +130,7 @@ def read_layout(folder: Path) -> Layout:
         return Layout()
     document = Document(str(path), UsageError, "copy it again or remove it")
     # Some writers of configurations know numbers that JSON does not.
-    config = read_json(path, document, finite=False)
-    if not isinstance(config, dict):
-        raise document.refused("is no JSON object")
+    config = read_object(path, document, finite=False)
     parts = list(_configs(config, _MOST_DEPTH))
     named = [part["model_type"] for part in parts if "model_type" in part]
     types = frozenset(each for each in named if isinstance(each, str))
