@@ -93,7 +93,7 @@ def test_limits_and_allow_reach_the_comparison(project: Path) -> None:
 
 
 def test_whoever_does_not_use_it_loads_nothing(project: Path) -> None:
-    heavy = ["torch", "onnx", "pydantic", "numpy", "prox24_deploy.release"]
+    heavy = ["torch", "onnx", "pydantic", "numpy", "prox24_deploy.report"]
     (project / "test_it.py").write_text(
         f"import sys\ndef test_it():\n    assert not set({heavy}) & sys.modules.keys()\n",
         encoding="utf-8",
