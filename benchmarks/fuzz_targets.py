@@ -37,7 +37,7 @@ from prox24_deploy.engines.cusparselt.planning import read_plan
 from prox24_deploy.engines.cusparselt.profile import GemmShape, read_profile
 from prox24_deploy.model.directory import load_model, open_model_dir
 from prox24_deploy.model.processors import load_image_processor, open_tokenizer
-from prox24_deploy.pipeline.context import read_subject
+from prox24_deploy.pipeline.context import read_context
 from prox24_deploy.sparsity.declaration import SPARSE_KEY
 
 Spoiler = Callable[[bytes, Random], Spoiled]
@@ -137,8 +137,8 @@ def _prune(case: Case) -> None:
             images=16,
             recordings=8,
         )
-        subject = read_subject(model, out, BuildOptions(text=text))
-        load_model(subject.directory, subject.recipe, torch.device("cpu"))
+        context = read_context(model, out, BuildOptions(text=text))
+        load_model(context.source, context.recipe, torch.device("cpu"))
         return
     building.prune(
         model,

@@ -39,7 +39,7 @@ from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.model.directory import load_model
 from prox24_deploy.model.layers import layer_at, to_matrix
-from prox24_deploy.pipeline.context import Subject, read_subject
+from prox24_deploy.pipeline.context import RunContext, read_context
 from prox24_deploy.pruning.activations import (
     Activations,
     BlockPair,
@@ -140,20 +140,20 @@ SOLVER_SECONDS = 60.0
 
 @torch.no_grad()
 def layer_losses(
-    subject: Subject, device: torch.device
+    context: RunContext, device: torch.device
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Held-out loss by method and layer, and solver seconds by method."""
-    model = load_model(subject.directory, subject.recipe, device)
-    blocks = find_blocks(model, subject.recipe)
+    model = load_model(context.source, context.recipe, device)
+    blocks = find_blocks(model, context.recipe)
     sets = [
-        record_activations(model, blocks, subject.recipe, batches)
-        for batches in (subject.calibration.batches, thin(subject.held_out, 32768))
+        record_activations(model, blocks, context.recipe, batches)
+        for batches in (context.calibration.batches, thin(context.held_out, 32768))
     ]
     losses: dict[str, dict[str, float]] = {name: {} for name in LAYER_METHODS}
     seconds = dict.fromkeys(LAYER_METHODS, 0.0)
     for index, block in enumerate(blocks):
-        twin = BlockPair(index, f"{subject.recipe.blocks}.{index}", block, block)
-        layers = target_layers(block, subject.recipe)
+        twin = BlockPair(index, f"{context.recipe.blocks}.{index}", block, block)
+        layers = target_layers(block, context.recipe)
         for group in shared_inputs(block, layers, sets[0].calls[0][index], sets[0].dense[0]):
             _solve_group(twin, group, sets, losses, seconds)
         advance(twin, sets)
@@ -186,12 +186,12 @@ def _solve_group(
 
 @torch.no_grad()
 def model_losses(
-    subject: Subject, methods: list[str], device: torch.device
+    context: RunContext, methods: list[str], device: torch.device
 ) -> tuple[str, dict[str, Tensor], dict[str, float]]:
     """Name of the loss, loss per evaluation sample by method, seconds of pruning by method."""
-    recipe = subject.recipe
-    dense = load_model(subject.directory, recipe, device)
-    loss = loss_against(dense, recipe.task, subject.held_out.batches)
+    recipe = context.recipe
+    dense = load_model(context.source, recipe, device)
+    loss = loss_against(dense, recipe.task, context.held_out.batches)
     losses, seconds = {}, {}
     for name in methods:
         model = deepcopy(dense)
@@ -200,10 +200,10 @@ def model_losses(
             prune_model(
                 model,
                 recipe,
-                subject.calibration.batches,
+                context.calibration.batches,
                 (),
                 MODEL_METHODS[name],
-                stored_dtype=lambda parameter: stored_dtype(subject.directory, parameter),
+                stored_dtype=lambda parameter: stored_dtype(context.source, parameter),
                 store=BlockStore(Path(folder)),
                 progress=lambda *_: None,
             )
@@ -224,9 +224,9 @@ def paired_ratio(first: Tensor, second: Tensor) -> tuple[float, float]:
     return ratio, float(spread / second.mean())
 
 
-def report_layers(subject: Subject, device: torch.device, console: Console) -> dict[str, object]:
+def report_layers(context: RunContext, device: torch.device, console: Console) -> dict[str, object]:
     """Print the table and the bars of the layer-wise part."""
-    losses, seconds = layer_losses(subject, device)
+    losses, seconds = layer_losses(context, device)
 
     def ratios(method: str, rival: str) -> list[float]:
         return [losses[method][layer] / losses[rival][layer] for layer in losses[rival]]
@@ -254,11 +254,11 @@ def report_layers(subject: Subject, device: torch.device, console: Console) -> d
 
 
 def report_model(
-    subject: Subject, methods: list[str], device: torch.device, console: Console
+    context: RunContext, methods: list[str], device: torch.device, console: Console
 ) -> dict[str, object]:
     """Print the table and the bars of the end-to-end part."""
-    kind, losses, seconds = model_losses(subject, methods, device)
-    decoder = subject.recipe.task == "text-generation"
+    kind, losses, seconds = model_losses(context, methods, device)
+    decoder = context.recipe.task == "text-generation"
     table = Table("method", "loss", "/ sparsegpt", "seconds", box=None)
     rows = {}
     for name in methods:
@@ -358,20 +358,20 @@ def main() -> None:
         evaluation_tokens=arguments.evaluation_tokens,
     )
     options = BuildOptions(recipe=arguments.recipe, text=text)
-    subject = read_subject(arguments.model_dir, Path("unused"), options)
+    context = read_context(arguments.model_dir, Path("unused"), options)
     device = torch.device(arguments.device)
     console = Console(width=100)
     result: dict[str, Any] = {
         "benchmark": "quality",
         "model": arguments.model_dir.name,
-        "calibration_tokens": subject.calibration.source.tokens,
+        "calibration_tokens": context.calibration.source.tokens,
         "device": arguments.device,
     }
     if arguments.part != "model":
-        result["layers"] = report_layers(subject, device, console)
+        result["layers"] = report_layers(context, device, console)
     if arguments.part != "layers":
         methods = [n for n in MODEL_METHODS if n in {*arguments.methods, "sparsegpt"}]
-        result["end_to_end"] = report_model(subject, methods, device, console)
+        result["end_to_end"] = report_model(context, methods, device, console)
     if arguments.plot:
         draw(result, arguments.plot)
     print(json.dumps(result))

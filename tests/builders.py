@@ -32,6 +32,7 @@ from prox24_deploy.core.records import (
     TensorCheck,
     TextSource,
 )
+from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.latency.measure import PairSamples, latency_verdict, speedup_interval, timing
 from prox24_deploy.report.assemble import Report, assemble_report
@@ -48,7 +49,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Records:
-    """The arguments of `assemble_report`."""
+    """What a report is assembled from."""
 
     model: ModelInfo
     prune: PruneResult
@@ -57,20 +58,31 @@ class Records:
     compile: CompileResult
     bench: BenchResult
 
+    @property
+    def results(self) -> BuildResults:
+        return BuildResults(
+            prune=self.prune, evaluate=self.evaluate, export=self.export, compile=self.compile,
+            bench=self.bench,
+        )  # fmt: skip
+
     def report(self, given: GivenLimits | None = None, limits: Limits | None = None) -> Report:
         return assemble_report(
             self.model,
-            {"dtype": "float16", "seed": 0, "shapes": [[1, 128], [8, 128]], "baseline": None},
-            {"python": "3.11.2", "packages": {"torch": "2.13.0", "onnxruntime": "1.32.0"}},
-            self.prune,
-            self.evaluate,
-            self.export,
-            self.compile,
-            self.bench,
-            {"pruned": 90_870_000, "onnx/dense": 45_600_000, "onnx/sparse": 45_600_000},
-            {"prune": 93.2, "evaluate": 41.0, "export": 18.4, "compile": 0.6, "bench": 9.1},
+            self.results,
             limits or Limits(),
             given=given or GivenLimits(),
+            options={
+                "dtype": "float16",
+                "seed": 0,
+                "shapes": [[1, 128], [8, 128]],
+                "baseline": None,
+            },
+            environment={
+                "python": "3.11.2",
+                "packages": {"torch": "2.13.0", "onnxruntime": "1.32.0"},
+            },
+            sizes={"pruned": 90_870_000, "onnx/dense": 45_600_000, "onnx/sparse": 45_600_000},
+            timings={"prune": 93.2, "evaluate": 41.0, "export": 18.4, "compile": 0.6, "bench": 9.1},
         )
 
 

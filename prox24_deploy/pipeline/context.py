@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prox24_deploy.bundle.bundle import Bundle
+from prox24_deploy.bundle.layout import PRUNED
 from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptions, TextOptions
 from prox24_deploy.config.recipe import Recipe, parse_recipe, select_recipe
 from prox24_deploy.core.errors import BackendMissingError, BundleError
@@ -29,21 +30,39 @@ def _silent(_label: str, _done: int, _total: int) -> None:
     """Tell nobody."""
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """The model to build, the recipe that fits it, what it reads or hears, and its name."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelContext:
+    """A model as stages on exported graphs know it: directory, hash, recipe, configuration."""
 
-    directory: "ModelDir"
+    path: Path
+    sha256: str
+    recipe: Recipe
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunContext:
+    """What a run opens once: the model, the recipe that fits it, its samples and its name."""
+
+    source: "ModelDir"
     recipe: Recipe
     recipe_text: str
     calibration: "Samples"
     held_out: "Samples"
     name: str
 
+    @property
+    def model(self) -> ModelContext:
+        """The model without its samples."""
+        source = self.source
+        return ModelContext(
+            path=source.path, sha256=source.sha256, recipe=self.recipe, config=source.config
+        )
 
-def read_subject(
+
+def read_context(
     model_dir: Path, out: Path, options: BuildOptions, progress: Progress = _silent
-) -> Subject:
+) -> RunContext:
     """Read and check everything that can be wrong with the input; writes nothing.
 
     A model of speech first listens to its recordings, of which `progress` is told.
@@ -57,15 +76,22 @@ def read_subject(
     from prox24_deploy.model.recipe_template import advise
 
     name = source_name(model_dir, options.name)
-    directory = open_model_dir(model_dir)
+    source = open_model_dir(model_dir)
     if out.resolve().is_relative_to(model_dir.resolve()):
         raise BundleError(f"Output {out} lies in the model directory {model_dir}; pass another -o.")
     recipe, recipe_text = select_recipe(
-        model_dir, directory.model_type, options.recipe, lambda: advise(directory)
+        model_dir, source.model_type, options.recipe, lambda: advise(source)
     )
-    recipe = fitted_recipe(recipe, directory.architecture, directory.path)
-    calibration, held_out = _read_samples(directory, recipe, options, progress)
-    return Subject(directory, recipe, recipe_text, calibration, held_out, name)
+    recipe = fitted_recipe(recipe, source.architecture, source.path)
+    calibration, held_out = _read_samples(source, recipe, options, progress)
+    return RunContext(
+        source=source,
+        recipe=recipe,
+        recipe_text=recipe_text,
+        calibration=calibration,
+        held_out=held_out,
+        name=name,
+    )
 
 
 def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
@@ -205,15 +231,21 @@ def source_of(bundle: Bundle) -> "ModelDir":
     return source
 
 
-def recipe_of(bundle: Bundle) -> Recipe:
-    """The recipe that fits the model of a bundle."""
+def open_model(bundle: Bundle) -> ModelContext:
+    """The model of a bundle, with the recipe and the configuration that lie in it.
+
+    Raises:
+        BundleError: it names none.
+        ModelDirError, RecipeError: what it holds of them cannot be read.
+    """
+    info, pruned = model_of(bundle), bundle.root / PRUNED
     whole = parse_recipe(bundle.manifest.recipe, f"of {bundle.root}")
-    return fitted_recipe(whole, model_of(bundle).architecture, bundle.root / "pruned")
-
-
-def config_of(bundle: Bundle) -> dict[str, Any]:
-    """config.json of the pruned model."""
-    return read_config(bundle.root / "pruned")
+    return ModelContext(
+        path=Path(info.path),
+        sha256=info.sha256,
+        recipe=fitted_recipe(whole, info.architecture, pruned),
+        config=read_config(pruned),
+    )
 
 
 def vocabulary_of(config: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from prox24_deploy.config.limits import AGAINST_DENSE, GivenLimits, accepted_loss, read_limits
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.pipeline.context import Subject
+from prox24_deploy.pipeline.context import RunContext
 from prox24_deploy.regression.baseline import Gate, read_gate
 from prox24_deploy.regression.figures import figures_of
 from prox24_deploy.report.binding import expected_metrics, require_expected
@@ -41,23 +41,23 @@ def read_demands(options: BuildOptions) -> Demands:
 
 
 def check_demands(
-    demands: Demands, subject: Subject, backends: Collection[str], options: BuildOptions
+    demands: Demands, context: RunContext, backends: Collection[str], options: BuildOptions
 ) -> None:
     """Before any work, refuse limits of figures that will not come.
 
     Raises:
         UsageError: a limit, or an accepted loss, names no figure.
     """
-    held_out, recipe = subject.held_out, subject.recipe
+    held_out, recipe = context.held_out, context.recipe
     labelled = held_out.labels is not None or any(t is not None for t in held_out.transcripts)
     metrics = expected_metrics(recipe.task, labelled=labelled, harness=bool(options.harness.tasks))
     known = figures_of(demands.gate.baseline.report) if demands.gate else ()
     require_expected(demands.given, recipe.limits, metrics, backends, known)
 
 
-def warn_of_few_samples(subject: Subject) -> None:
+def warn_of_few_samples(context: RunContext) -> None:
     """Say before any work that the samples will decide little, or nothing."""
-    if (few := few_samples(subject.held_out.source)) is not None:
+    if (few := few_samples(context.held_out.source)) is not None:
         log.warning("%s", few)
 
 

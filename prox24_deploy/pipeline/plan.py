@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.core.types import Progress
-from prox24_deploy.pipeline.context import Subject, fitted_shapes, read_subject, vocabulary_of
+from prox24_deploy.pipeline.context import RunContext, fitted_shapes, read_context, vocabulary_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,23 +52,23 @@ def plan(
     from prox24_deploy.engines.cusparselt.planning import Plan, plan_layers, plan_shapes
     from prox24_deploy.pruning.sensitivity import over_budget
 
-    subject = read_subject(model_dir, Path("no-output"), options, progress)
-    require_one_graph(subject.recipe, "plan")
-    fitted = fitted_shapes(options.engine, subject.directory.config, subject.recipe)
-    shapes = fitted.shapes(images=subject.recipe.reads_images)
+    context = read_context(model_dir, Path("no-output"), options, progress)
+    require_one_graph(context.recipe, "plan")
+    fitted = fitted_shapes(options.engine, context.source.config, context.recipe)
+    shapes = fitted.shapes(images=context.recipe.reads_images)
     if saved is None:
-        choices, profile, dense_ms = _measured(subject, options, shapes, progress)
+        choices, profile, dense_ms = _measured(context, options, shapes, progress)
     else:
-        choices, profile = _estimated(subject, shapes, saved), saved
+        choices, profile = _estimated(context, shapes, saved), saved
         dense_ms = [None] * len(shapes)
     found = None
     if sensitivity and any(choice.chosen for choice in choices):
-        found = _sensitivity(subject, options, choices, progress)
-    subject.directory.require_unchanged()
+        found = _sensitivity(context, options, choices, progress)
+    context.source.require_unchanged()
     losses = {layer.name: layer.loss for layer in found.layers} if found else {}
     layers = plan_layers(choices, losses, over_budget(found) if found else {})
     return Plan(
-        model_sha256=subject.directory.sha256,
+        model_sha256=context.source.sha256,
         source="measured" if saved is None else "profile",
         metric=found.metric if found else "",
         shapes=plan_shapes(shapes, layers, dense_ms),
@@ -78,7 +78,7 @@ def plan(
 
 
 def _measured(
-    subject: Subject, options: BuildOptions, shapes: Shapes, progress: Progress
+    context: RunContext, options: BuildOptions, shapes: Shapes, progress: Progress
 ) -> "tuple[tuple[LayerChoice, ...], GpuProfile, list[float | None]]":
     """Time the dense model and each of its GEMMs on the GPU at hand."""
     from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
@@ -89,12 +89,12 @@ def _measured(
     )
 
     require_gpu("plan", "--gpu-profile FILE, measured elsewhere")
-    dtype = _timed_dtype(subject, options)
-    opened = open_torch_model(subject.directory, subject.recipe, dtype)
-    targets = _targets(opened.wrapped, subject)
+    dtype = _timed_dtype(context, options)
+    opened = open_torch_model(context.source, context.recipe, dtype)
+    targets = _targets(opened.wrapped, context)
     known = gpu_profile(dtype)
     choices, profile = choose_measured(opened, shapes, targets, known, progress)
-    session = opened.session(f"the model in {subject.directory.path}")
+    session = opened.session(f"the model in {context.source.path}")
     dense_ms: list[float | None] = []
     for shape in shapes:
         sets = [opened.feeds(shape, seed) for seed in range(4)]
@@ -103,15 +103,17 @@ def _measured(
     return tuple(c for c in choices if c.name in targets), profile, dense_ms
 
 
-def _timed_dtype(subject: Subject, options: BuildOptions) -> "DType":
+def _timed_dtype(context: RunContext, options: BuildOptions) -> "DType":
     """The dtype asked for, else the checkpoint's own if there are sparse kernels for it."""
     from prox24_deploy.model.dtypes import settled_dtype
 
-    own = settled_dtype(subject.directory, subject.recipe, options.dtype)
+    own = settled_dtype(context.source, context.recipe, options.dtype)
     return "float16" if options.dtype is None and own == "float32" else own
 
 
-def _estimated(subject: Subject, shapes: Shapes, saved: "GpuProfile") -> "tuple[LayerChoice, ...]":
+def _estimated(
+    context: RunContext, shapes: Shapes, saved: "GpuProfile"
+) -> "tuple[LayerChoice, ...]":
     """Look the GEMMs up in a saved profile; the model runs once, small, on the CPU."""
     import torch
 
@@ -119,14 +121,14 @@ def _estimated(subject: Subject, shapes: Shapes, saved: "GpuProfile") -> "tuple[
     from prox24_deploy.engines.cusparselt.linear import layer_uses
     from prox24_deploy.model.directory import load_model
 
-    model = load_model(subject.directory, subject.recipe, torch.device("cpu"))
-    targets = _targets(model, subject)
-    uses = [_scaled(use, subject, shapes) for use in layer_uses(model, [_probe(model, subject)])]
+    model = load_model(context.source, context.recipe, torch.device("cpu"))
+    targets = _targets(model, context)
+    uses = [_scaled(use, context, shapes) for use in layer_uses(model, [_probe(model, context)])]
     return choose([use for use in uses if use and use.name in targets], saved, targets)
 
 
 def _sensitivity(
-    subject: Subject,
+    context: RunContext,
     options: BuildOptions,
     choices: "Sequence[LayerChoice]",
     progress: Progress,
@@ -138,55 +140,55 @@ def _sensitivity(
     from prox24_deploy.pruning.selection import left_dense
     from prox24_deploy.pruning.sensitivity import measure_sensitivity
 
-    model = load_model(subject.directory, subject.recipe, torch_device(options.device))
-    dense = left_dense(subject.recipe, model, options.prune)
+    model = load_model(context.source, context.recipe, torch_device(options.device))
+    dense = left_dense(context.recipe, model, options.prune)
     return measure_sensitivity(
         model,
-        subject.recipe,
-        subject.calibration.batches,
+        context.recipe,
+        context.calibration.batches,
         options.prune,
         dense={**{c.name: c.reason for c in choices if not c.chosen}, **dense},
-        stored_dtype=lambda name: stored_dtype(subject.directory, name),
+        stored_dtype=lambda name: stored_dtype(context.source, name),
         progress=progress,
     )
 
 
-def _targets(model: "nn.Module", subject: Subject) -> set[str]:
+def _targets(model: "nn.Module", context: RunContext) -> set[str]:
     """Full paths of the layers that the recipe prunes."""
     from prox24_deploy.model.blocks import find_blocks, target_layers
     from prox24_deploy.model.layers import obstacle
 
-    blocks = enumerate(find_blocks(model, subject.recipe))
+    blocks = enumerate(find_blocks(model, context.recipe))
     return {
-        f"{subject.recipe.blocks}.{index}.{name}"
+        f"{context.recipe.blocks}.{index}.{name}"
         for index, block in blocks
-        for name, layer in target_layers(block, subject.recipe).items()
+        for name, layer in target_layers(block, context.recipe).items()
         if not obstacle(layer)
     }
 
 
-def _probe(model: "nn.Module", subject: Subject) -> Callable[[], object]:
+def _probe(model: "nn.Module", context: RunContext) -> Callable[[], object]:
     """A run of the model on a few tokens, or on two images."""
     import torch
 
     from prox24_deploy.engines.feeds import random_feeds
     from prox24_deploy.graph.export.module import RecipeModule
 
-    module = RecipeModule(model, subject.recipe)
-    vocabulary = vocabulary_of(subject.directory.config)
+    module = RecipeModule(model, context.recipe)
+    vocabulary = vocabulary_of(context.source.config)
     # The signature of a decoder comes from a run of its own.
     inputs = module.signature.inputs
     feeds = random_feeds(inputs, "float32", vocabulary)(*_PROBE, 0)
     return partial(module, *(torch.from_numpy(feeds[spec.name]) for spec in inputs))
 
 
-def _scaled(use: "LayerUse", subject: Subject, shapes: Shapes) -> "LayerUse | None":
+def _scaled(use: "LayerUse", context: RunContext, shapes: Shapes) -> "LayerUse | None":
     """The GEMMs at the shapes asked for, from that of the probe; None if its rows tell nothing."""
     if not use.gemms:
         return use
     batch, tokens = _PROBE
     rows = use.gemms[0].m
-    if subject.recipe.reads_images and rows % batch == 0:
+    if context.recipe.reads_images and rows % batch == 0:
         counts = [rows // batch * b for b, _ in shapes]
     elif rows == batch * tokens:
         counts = [b * s for b, s in shapes]

@@ -4,22 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prox24_deploy.bundle.bundle import Bundle, open_bundle
+from prox24_deploy.bundle.bundle import open_bundle
 from prox24_deploy.config.options import BuildOptions, EngineOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import BackendMissingError
 from prox24_deploy.core.records import BenchResult, CompileResult, ExportResult, PruneResult
+from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import DType, Progress
-from prox24_deploy.engines.base import Backend
-from prox24_deploy.pipeline.context import config_of, model_of, read_subject, recipe_of, source_of
+from prox24_deploy.pipeline import stages
+from prox24_deploy.pipeline.backends import open_backends
+from prox24_deploy.pipeline.context import open_model, read_context, source_of
 from prox24_deploy.pipeline.demands import check_demands, read_demands, warn_of_few_samples
-from prox24_deploy.pipeline.stages import engine_accuracy
-from prox24_deploy.pipeline.stages import engines as engine_stages
-from prox24_deploy.pipeline.stages import evaluate as evaluate_stage
-from prox24_deploy.pipeline.stages import export as export_stage
-from prox24_deploy.pipeline.stages import harness as task_accuracy
-from prox24_deploy.pipeline.stages import prune as prune_stage
-from prox24_deploy.pipeline.stages import report as report_stage
 from prox24_deploy.report.assemble import Report
 
 if TYPE_CHECKING:
@@ -38,40 +33,40 @@ def build(
     """
     # Read before any work, so that a wrong path costs no time.
     demands = read_demands(options)
-    subject = read_subject(model_dir, out, options, progress)
-    source, recipe, engine = subject.directory, subject.recipe, options.engine
-    dtype = _settled_dtype(source, recipe, options.dtype)
+    context = read_context(model_dir, out, options, progress)
+    model = context.model
+    dtype = _settled_dtype(context.source, context.recipe, options.dtype)
     options = replace(options, dtype=dtype)
-    task_accuracy.require_usable(options.harness, recipe)
-    backends = engine_stages.open_backends(
-        engine, source.path, source.sha256, recipe, source.config
-    )
-    check_demands(demands, subject, [backend.name for backend in backends], options)
+    stages.tasks.require_usable(options.harness, context.recipe)
+    backends = open_backends(options.engine, model)
+    check_demands(demands, context, [backend.name for backend in backends], options)
     with open_bundle(out, fresh=fresh) as bundle:
-        warn_of_few_samples(subject)
-        task_accuracy.verify(bundle, options.harness)
-        pruned = prune_stage.prune(bundle, subject, options, progress)
-        exported = export_stage.export(bundle, source, recipe, pruned, dtype, progress)
-        compiled = engine_stages.compile_engines(bundle, exported, recipe, backends, progress)
-        measured = engine_stages.bench(
-            bundle, compiled, backends, engine, recipe, source.config, progress
+        warn_of_few_samples(context)
+        stages.tasks.verify(bundle, options.harness)
+        pruned = stages.prune.run(bundle, context, options, progress)
+        exported = stages.export.run(
+            bundle, context.source, context.recipe, pruned, dtype, progress
         )
-        evaluated = evaluate_stage.evaluate(bundle, subject, options.device, progress)
-        through = engine_accuracy.measure(bundle, subject, compiled, backends, options, progress)
-        tasks = task_accuracy.measure(bundle, subject, options, progress)
-        return report_stage.report(
-            bundle, subject, pruned, exported, compiled, measured, evaluated, demands.gate, through,
-            tasks, demands.given,
-        )  # fmt: skip
+        compiled = stages.compile.run(bundle, exported, context.recipe, backends, progress)
+        results = BuildResults(
+            prune=pruned,
+            export=exported,
+            compile=compiled,
+            bench=stages.bench.run(bundle, model, compiled, backends, options.engine, progress),
+            evaluate=stages.evaluate.run(bundle, context, options.device, progress),
+            accuracy=stages.accuracy.run(bundle, context, compiled, backends, options, progress),
+            tasks=stages.tasks.run(bundle, context, options, progress),
+        )
+        return stages.report.run(bundle, context, results, demands)
 
 
 def prune(
     model_dir: Path, out: Path, options: BuildOptions, *, fresh: bool, progress: Progress
 ) -> PruneResult:
     """Run only the pruning stage: `out` becomes a bundle with `pruned/`."""
-    subject = read_subject(model_dir, out, options, progress)
+    context = read_context(model_dir, out, options, progress)
     with open_bundle(out, fresh=fresh) as bundle:
-        return prune_stage.prune(bundle, subject, options, progress)
+        return stages.prune.run(bundle, context, options, progress)
 
 
 def export(out: Path, dtype: DType | None, *, progress: Progress) -> ExportResult:
@@ -80,19 +75,19 @@ def export(out: Path, dtype: DType | None, *, progress: Progress) -> ExportResul
     A `dtype` of None means that of the checkpoint.
     """
     with open_bundle(out, existing=True) as bundle:
-        pruned = bundle.load(prune_stage.PRUNE)
-        source, recipe = source_of(bundle), recipe_of(bundle)
+        pruned = bundle.load(stages.prune.STAGE)
+        source, recipe = source_of(bundle), open_model(bundle).recipe
         settled = _settled_dtype(source, recipe, dtype)
-        return export_stage.export(bundle, source, recipe, pruned, settled, progress)
+        return stages.export.run(bundle, source, recipe, pruned, settled, progress)
 
 
 def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) -> CompileResult:
     """Run only the compile stage, on a bundle that holds exported models."""
     with open_bundle(out, existing=True) as bundle:
-        exported = bundle.load(export_stage.EXPORT)
-        recipe = recipe_of(bundle)
-        backends = _backends_of(bundle, recipe, options)
-        return engine_stages.compile_engines(bundle, exported, recipe, backends, progress)
+        exported = bundle.load(stages.export.STAGE)
+        model = open_model(bundle)
+        backends = open_backends(options, model)
+        return stages.compile.run(bundle, exported, model.recipe, backends, progress)
 
 
 def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResult:
@@ -102,14 +97,11 @@ def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResu
         BackendMissingError: no engine of the bundle can run on this machine.
     """
     with open_bundle(out, existing=True) as bundle:
-        compiled = bundle.load(engine_stages.COMPILE)
-        recipe = recipe_of(bundle)
+        compiled = bundle.load(stages.compile.STAGE)
+        model = open_model(bundle)
         names = tuple(dict.fromkeys(engine.backend for engine in compiled.engines))
-        backends = _backends_of(bundle, recipe, replace(options, backends=names))
-        config = config_of(bundle)
-        result = engine_stages.bench(
-            bundle, compiled, backends, options, recipe, config, progress, anew=True
-        )
+        backends = open_backends(replace(options, backends=names), model)
+        result = stages.bench.run(bundle, model, compiled, backends, options, progress, anew=True)
     if not result.latency and result.not_measured:
         raise BackendMissingError(result.not_measured[0].reason)
     return result
@@ -120,11 +112,3 @@ def _settled_dtype(source: "ModelDir", recipe: Recipe, asked: DType | None) -> D
     from prox24_deploy.model.dtypes import settled_dtype
 
     return settled_dtype(source, recipe, asked)
-
-
-def _backends_of(bundle: Bundle, recipe: Recipe, options: EngineOptions) -> tuple[Backend, ...]:
-    """The backends asked for, for the model of a bundle."""
-    model = model_of(bundle)
-    return engine_stages.open_backends(
-        options, Path(model.path), model.sha256, recipe, config_of(bundle)
-    )

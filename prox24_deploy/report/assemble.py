@@ -14,22 +14,19 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from prox24_deploy.config.limits import GivenLimits, Limits
-from prox24_deploy.core.accuracy import EngineAccuracyResult, TaskScores
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.records import (
     BenchResult,
-    CompileResult,
     Estimate,
-    EvaluateResult,
     ExportResult,
-    LatencyRow,
     LayerRecord,
     Metric,
     ModelInfo,
     PruneResult,
 )
+from prox24_deploy.core.results import BuildResults
 from prox24_deploy.latency.measure import latency_verdict
-from prox24_deploy.report.against_dense import Group, by_name, groups_of, judge_metrics
+from prox24_deploy.report.against_dense import Group, Judged, by_name, groups_of, judge_metrics
 from prox24_deploy.report.binding import require_named, unmatched_checks
 from prox24_deploy.report.checks import find_checks, find_warnings
 from prox24_deploy.report.engine_checks import engine_checks, engine_warnings
@@ -64,27 +61,20 @@ __all__ = [
     "write_report",
 ]
 
-_NOT_ASKED = EngineAccuracyResult()
 _NOTHING_GIVEN = GivenLimits()
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def assemble_report(
     model: ModelInfo,
-    options: Mapping[str, JsonValue],
-    environment: Mapping[str, JsonValue],
-    prune: PruneResult,
-    evaluate: EvaluateResult,
-    export: ExportResult,
-    compile: CompileResult,
-    bench: BenchResult,
-    sizes: Mapping[str, int],
-    timings: Mapping[str, float],
+    results: BuildResults,
     limits: Limits,
     *,
-    through: EngineAccuracyResult = _NOT_ASKED,
-    tasks: TaskScores | None = None,
     given: GivenLimits = _NOTHING_GIVEN,
+    options: Mapping[str, JsonValue],
+    environment: Mapping[str, JsonValue],
+    sizes: Mapping[str, int],
+    timings: Mapping[str, float],
 ) -> Report:
     """Make the report of one build; pure.
 
@@ -95,16 +85,16 @@ def assemble_report(
     Raises:
         UsageError: a limit that is no default names a metric that was not measured.
     """
-    groups = groups_of(evaluate.metrics, through.engines, tasks)
+    groups = groups_of(results.evaluate.metrics, results.accuracy.engines, results.tasks)
     figures = by_name(groups)
     require_named(given, limits, figures)
     applied = limits.over_defaults(model.task, figures, given)
+    results = replace(results, bench=_judged_bench(results.bench, applied.max_slowdown))
     judged = judge_metrics(groups, applied.against_dense)
-    bench = replace(bench, latency=_judged_rows(bench.latency, applied.max_slowdown))
     checks = (
         *(one.check for one in judged),
-        *find_checks(prune, evaluate, export, compile, bench),
-        *engine_checks(through),
+        *find_checks(results),
+        *engine_checks(results.accuracy),
         *unmatched_checks(given, limits, figures),
     )
     parts = judge_parts(checks)
@@ -113,21 +103,16 @@ def assemble_report(
         sentence=sentence_of(parts, checks, groups),
         parts=parts,
         accepted_losses=_accepted(given, groups),
-        warnings=(
-            *sample_warnings(judged, evaluate.evaluation, through.engines),
-            *find_warnings(prune, evaluate, export, compile, bench),
-            *engine_warnings(through, evaluate.metrics),
-            *task_warnings(tasks),
-        ),
+        warnings=_warnings(results, judged),
         model=model,
         options={**options, "limits": applied.as_json()},
-        environment={**environment, "conditions": {**bench.conditions}},
-        pruning=_pruning(prune, export),
-        accuracy=_accuracy(evaluate, through, tasks),
-        sparsity=Sparsity(tensors=export.sparsity, engines=compile.evidence),
-        latency=bench.latency,
-        not_measured=bench.not_measured,
-        sizes=_sizes(export, sizes),
+        environment={**environment, "conditions": {**results.bench.conditions}},
+        pruning=_pruning(results.prune, results.export),
+        accuracy=_accuracy(results),
+        sparsity=Sparsity(tensors=results.export.sparsity, engines=results.compile.evidence),
+        latency=results.bench.latency,
+        not_measured=results.bench.not_measured,
+        sizes=_sizes(results.export, sizes),
         timings=dict(timings),
         checks=checks,
         regressions=tuple(check for check in checks if check.verdict == "fail"),
@@ -152,15 +137,27 @@ def write_report(report: Report, out: Path) -> None:
     write_atomic(out / "report.json", data)
 
 
-def _judged_rows(rows: Sequence[LatencyRow], limit: float) -> tuple[LatencyRow, ...]:
+def _judged_bench(bench: BenchResult, limit: float) -> BenchResult:
     """Latencies judged by the limit that applies now, which may be another than when measured."""
-    return tuple(
-        replace(
-            row,
-            limit=limit,
-            verdict=latency_verdict(row.speedup, limit) if row.gated else "not gated",
-        )
-        for row in rows
+    return replace(
+        bench,
+        latency=tuple(
+            replace(
+                row,
+                limit=limit,
+                verdict=latency_verdict(row.speedup, limit) if row.gated else "not gated",
+            )
+            for row in bench.latency
+        ),
+    )
+
+
+def _warnings(results: BuildResults, judged: Sequence[Judged]) -> tuple[str, ...]:
+    return (
+        *sample_warnings(judged, results.evaluate.evaluation, results.accuracy.engines),
+        *find_warnings(results),
+        *engine_warnings(results.accuracy, results.evaluate.metrics),
+        *task_warnings(results.tasks),
     )
 
 
@@ -211,10 +208,9 @@ def _mean(values: list[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _accuracy(
-    evaluate: EvaluateResult, through: EngineAccuracyResult, tasks: TaskScores | None
-) -> Accuracy:
-    metrics = tuple(_finite_metric(metric) for metric in evaluate.metrics)
+def _accuracy(results: BuildResults) -> Accuracy:
+    through, tasks = results.accuracy, results.tasks
+    metrics = tuple(_finite_metric(metric) for metric in results.evaluate.metrics)
     headline = metrics[0]
     compared = next((metric for metric in metrics if metric.agreement), None)
     return Accuracy(
@@ -227,7 +223,7 @@ def _accuracy(
         agreement_metric=compared.name if compared else None,
         agreement=compared.agreement if compared else None,
         metrics=metrics,
-        evaluation=evaluate.evaluation,
+        evaluation=results.evaluate.evaluation,
         engines=tuple(
             replace(engine, metrics=tuple(map(_finite_metric, engine.metrics)))
             for engine in through.engines

@@ -20,6 +20,7 @@ from prox24_deploy.core.records import (
     TensorCheck,
     TextSource,
 )
+from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.report.schema import Check
 
@@ -32,35 +33,25 @@ COMPRESSED = "The compressed engine and the same weights multiplied dense"
 STEADY_CLOCK = 0.9
 
 
-def find_warnings(
-    prune: PruneResult,
-    evaluate: EvaluateResult,
-    export: ExportResult,
-    compiled: CompileResult,
-    bench: BenchResult,
-) -> tuple[str, ...]:
+def find_warnings(results: BuildResults) -> tuple[str, ...]:
     """One sentence for each thing that a reader must know before trusting the figures."""
+    prune, bench = results.prune, results.bench
     return (
         *prune.notes,
-        *_text_warnings(prune, evaluate),
+        *_text_warnings(prune, results.evaluate),
         *_token_warnings(prune),
         *_skipped_warnings(prune.layers),
         *_doubt_warnings(prune.layers),
-        *_dtype_warnings(export),
-        *_backend_warnings(compiled, bench.latency),
+        *_dtype_warnings(results.export),
+        *_backend_warnings(results.compile, bench.latency),
         *_unmeasured_warnings(bench),
         *_clock_warnings(bench.latency),
     )
 
 
-def find_checks(
-    prune: PruneResult,
-    evaluate: EvaluateResult,
-    export: ExportResult,
-    compiled: CompileResult,
-    bench: BenchResult,
-) -> tuple[Check, ...]:
+def find_checks(results: BuildResults) -> tuple[Check, ...]:
     """Everything that was checked but the metrics, gated or not, in the order of the stages."""
+    prune, export, bench = results.prune, results.export, results.bench
     return (
         *_layer_checks(prune.layers),
         *_presence_checks(prune, export),
@@ -68,10 +59,10 @@ def find_checks(
         *(_numerics_check(check, check.twin, EXPORTED) for check in export.numerics),
         *(
             _numerics_check(check, evidence.backend, COMPRESSED)
-            for evidence in compiled.evidence
+            for evidence in results.compile.evidence
             for check in evidence.numerics
         ),
-        *_budget_checks(prune.sensitivity, evaluate.metrics),
+        *_budget_checks(prune.sensitivity, results.evaluate.metrics),
         *(_latency_check(row) for row in bench.latency),
         *(_unmeasured_check(missing) for missing in bench.not_measured),
     )

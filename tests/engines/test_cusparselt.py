@@ -25,7 +25,7 @@ from prox24_deploy.engines.cusparselt.linear import SparseLinear
 from prox24_deploy.engines.cusparselt.profile import GemmShape, GpuProfile
 from prox24_deploy.engines.cusparselt.torch_model import compare_outputs, open_torch_model
 from prox24_deploy.model.directory import open_model_dir
-from prox24_deploy.pipeline.stages.engines import COMPILE
+from prox24_deploy.pipeline.stages.compile import STAGE as COMPILE
 
 SHAPES = ("--shapes", "batch=1,2", "sequence=16")
 SMALL = (

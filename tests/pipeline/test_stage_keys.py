@@ -40,14 +40,8 @@ from prox24_deploy.engines.tensorrt.backend import TensorRt
 from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.pipeline import run as pipeline
-from prox24_deploy.pipeline.stages import engine_accuracy
-from prox24_deploy.pipeline.stages import engines as engine_stages
-from prox24_deploy.pipeline.stages import evaluate as evaluate_stage
-from prox24_deploy.pipeline.stages import export as export_stage
-from prox24_deploy.pipeline.stages import harness as task_accuracy
-from prox24_deploy.pipeline.stages import prune as prune_stage
-from prox24_deploy.pipeline.stages import report as report_stage
-from prox24_deploy.pipeline.stages.harness import TaskData
+from prox24_deploy.pipeline import stages
+from prox24_deploy.pipeline.stages.tasks import TaskData
 
 # Every field that no key has, with what its reason must speak of.
 UNKEYED = {
@@ -109,8 +103,8 @@ def take(built: Path, tiny_bert: Path, prose: Path) -> Callable[..., Taken]:
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Bundle, "run", record)
-            patch.setattr(prune_stage, "_describe", silent)
-            patch.setattr(report_stage, "report", silent)
+            patch.setattr(stages.prune, "_describe", silent)
+            patch.setattr(stages.report, "run", silent)
             pipeline.build(model, built, replace(options, text=text), fresh=False, progress=silent)
         return Taken(inputs)
 
@@ -294,21 +288,14 @@ def name_of(found: Any, inputs: Mapping[str, Any]) -> str:
 
 
 def all_stages() -> list[Stage[Any, Any]]:
-    modules = (
-        prune_stage,
-        export_stage,
-        evaluate_stage,
-        engine_stages,
-        engine_accuracy,
-        task_accuracy,
-    )
-    return [v for module in modules for v in vars(module).values() if isinstance(v, Stage)]
+    modules = [getattr(stages, name) for name in stages.__all__]
+    return [module.STAGE for module in modules if hasattr(module, "STAGE")]
 
 
-def tasks_of(evaluated: evaluate_stage.EvaluateInputs) -> task_accuracy.TaskInputs:
+def tasks_of(evaluated: stages.evaluate.EvaluateInputs) -> stages.tasks.TaskInputs:
     state = FileState(sha256="1" * 64, stamp=(1,) * 5)
     data = Snapshot(root=Path("data"), listing=lambda _: (), files={"a/b.jsonl": state})
-    return task_accuracy.TaskInputs(
+    return stages.tasks.TaskInputs(
         source=evaluated.source,
         pruned=evaluated.pruned,
         tasks=("hellaswag",),

@@ -16,9 +16,7 @@ from prox24_deploy.config.options import BuildOptions, EngineOptions, PruneOptio
 from prox24_deploy.config.recipe import shipped_recipes
 from prox24_deploy.core.errors import BackendMissingError, BundleError, ModelDirError, Prox24Error
 from prox24_deploy.pipeline import run as pipeline
-from prox24_deploy.pipeline.stages import engines as engine_stages
-from prox24_deploy.pipeline.stages import harness as task_accuracy
-from prox24_deploy.pipeline.stages.prune import PRUNE
+from prox24_deploy.pipeline import stages
 
 Progress = Callable[[str, int, int], None]
 
@@ -151,7 +149,7 @@ def test_a_source_that_changed_before_its_card_is_read_is_not_sealed(
         (model / "README.md").write_text("# Of another model", encoding="utf-8")
 
     # The last before the report.
-    monkeypatch.setattr(task_accuracy, "measure", change)
+    monkeypatch.setattr(stages.tasks, "run", change)
     with pytest.raises(ModelDirError, match=r"README\.md is not what it was"):
         pipeline.build(model, bundle, options, fresh=False, progress=silent)
     assert not read_manifest(bundle).complete
@@ -301,7 +299,7 @@ def test_a_build_that_says_0_verifies_and_one_that_cannot_says_why(
 
 def test_engines_of_another_stage_are_not_timed(bundle: Path) -> None:
     with open_bundle(bundle) as opened:
-        assert opened.load(PRUNE).layers
+        assert opened.load(stages.prune.STAGE).layers
         opened.forget("export")
     with open_bundle(bundle) as opened, pytest.raises(BundleError, match="no finished stage 'com"):
-        opened.load(engine_stages.COMPILE)
+        opened.load(stages.compile.STAGE)

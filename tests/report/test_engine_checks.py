@@ -44,8 +44,8 @@ def report_of(result: EngineAccuracyResult) -> Report:
     records = make_records()
     plain = records.report()
     made = assemble_report(
-        records.model, plain.options, {}, records.prune, records.evaluate, records.export,
-        records.compile, records.bench, {}, {}, Limits(), through=result,
+        records.model, replace(records.results, accuracy=result), Limits(),
+        options=plain.options, environment={}, sizes={}, timings={},
     )  # fmt: skip
     return parse_report(made.model_dump_json().encode(), "memory")
 

@@ -276,8 +276,8 @@ def test_accuracy_through_an_engine_counts_as_much_as_that_through_pytorch() -> 
     records = with_metrics(make_records(), "text-generation", *perplexities(11.7, 12.0, 64))
     through = EngineAccuracyResult((replace(engine(), metrics=perplexities(11.7, 33.6, 16)),))
     report = assemble_report(
-        records.model, {}, {}, records.prune, records.evaluate, records.export, records.compile,
-        records.bench, {}, {}, Limits(), through=through,
+        records.model, replace(records.results, accuracy=through), Limits(), options={},
+        environment={}, sizes={}, timings={},
     )  # fmt: skip
     assert report.verdict == "fail"
     assert [check.name for check in report.regressions] == ["engine/onnxruntime/perplexity"]

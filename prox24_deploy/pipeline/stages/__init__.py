@@ -1,5 +1,19 @@
-"""The stages of a build: what each depends on, leaves behind, and calls.
+"""The stages of a build, a module each: what each depends on, leaves behind, and calls.
 
-The inputs of a stage are one frozen object, and its work sees nothing else. torch and the engines
-are imported by the stage that needs them.
+Every module has `STAGE`, and `run`, which gathers the inputs and hands them over. The inputs of a
+stage are one frozen object, its key is the digest of that object, and its work sees nothing else.
+torch and the engines are imported by the stage that needs them.
 """
+
+from prox24_deploy.pipeline.stages import (
+    accuracy,
+    bench,
+    compile,
+    evaluate,
+    export,
+    prune,
+    report,
+    tasks,
+)
+
+__all__ = ["accuracy", "bench", "compile", "evaluate", "export", "prune", "report", "tasks"]

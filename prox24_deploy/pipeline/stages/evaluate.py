@@ -1,4 +1,4 @@
-"""Accuracy of the pruned model through PyTorch, against the dense one."""
+"""The stage that asks both models in PyTorch: accuracy of the pruned one against the dense."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,11 +9,9 @@ from prox24_deploy.bundle.layout import PRUNED
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import DeviceChoice
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.records import (
-    EvaluateResult,
-)
+from prox24_deploy.core.records import EvaluateResult
 from prox24_deploy.core.types import Progress
-from prox24_deploy.pipeline.context import Subject, torch_device
+from prox24_deploy.pipeline.context import RunContext, torch_device
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
@@ -33,22 +31,22 @@ class EvaluateInputs:
     versions: Mapping[str, str]
 
 
-def evaluate(
-    bundle: Bundle, subject: Subject, device_choice: DeviceChoice, progress: Progress
+def run(
+    bundle: Bundle, context: RunContext, device_choice: DeviceChoice, progress: Progress
 ) -> EvaluateResult:
     """Compare dense and pruned model on held-out samples."""
     inputs = EvaluateInputs(
-        source=subject.directory,
+        source=context.source,
         pruned=bundle.artifact(PRUNED),
-        held_out=subject.held_out,
-        recipe=subject.recipe,
+        held_out=context.held_out,
+        recipe=context.recipe,
         device=torch_device(device_choice).type,
         versions=numeric_versions(),
     )
-    return replace(bundle.run(EVALUATE, inputs, progress), evaluation=subject.held_out.source)
+    return replace(bundle.run(STAGE, inputs, progress), evaluation=context.held_out.source)
 
 
-def _run_evaluate(inputs: EvaluateInputs, _: Workspace, progress: Progress) -> EvaluateResult:
+def _evaluate(inputs: EvaluateInputs, _: Workspace, progress: Progress) -> EvaluateResult:
     import torch
 
     from prox24_deploy.evaluation.evaluate import evaluate_models
@@ -68,4 +66,4 @@ def _run_evaluate(inputs: EvaluateInputs, _: Workspace, progress: Progress) -> E
     )
 
 
-EVALUATE = Stage(name="evaluate", result=EvaluateResult, run=_run_evaluate)
+STAGE = Stage(name="evaluate", result=EvaluateResult, run=_evaluate)

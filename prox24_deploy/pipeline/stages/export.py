@@ -1,4 +1,4 @@
-"""Export the dense and the sparse twin, compared with PyTorch and proven."""
+"""The stage that exports the dense and the sparse twin, compared with PyTorch and proven."""
 
 import time
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ class ExportInputs:
     versions: Mapping[str, str]
 
 
-def export(
+def run(
     bundle: Bundle,
     source: "ModelDir",
     recipe: Recipe,
@@ -56,10 +56,10 @@ def export(
         seed=bundle.manifest.seed,
         versions=numeric_versions(),
     )
-    return bundle.run(EXPORT, inputs, progress)
+    return bundle.run(STAGE, inputs, progress)
 
 
-def _run_export(inputs: ExportInputs, work: Workspace, progress: Progress) -> ExportResult:
+def _export(inputs: ExportInputs, work: Workspace, progress: Progress) -> ExportResult:
     from prox24_deploy.graph.check.check import check_onnx
     from prox24_deploy.model.directory import open_model_dir
 
@@ -115,4 +115,4 @@ def _export_twin(
     return files, numerics
 
 
-EXPORT = Stage(name="export", result=ExportResult, run=_run_export, outputs=(ONNX,))
+STAGE = Stage(name="export", result=ExportResult, run=_export, outputs=(ONNX,))

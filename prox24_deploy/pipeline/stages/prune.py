@@ -1,4 +1,4 @@
-"""Prune a model directory."""
+"""The stage that prunes a model directory."""
 
 import json
 from collections.abc import Mapping
@@ -11,11 +11,9 @@ from prox24_deploy.bundle.layout import PRUNED, RECIPE
 from prox24_deploy.bundle.stage import Stage, Workspace
 from prox24_deploy.config.options import BuildOptions, DeviceChoice, PruneOptions
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.records import (
-    PruneResult,
-)
+from prox24_deploy.core.records import PruneResult
 from prox24_deploy.core.types import Progress
-from prox24_deploy.pipeline.context import Subject, torch_device
+from prox24_deploy.pipeline.context import RunContext, torch_device
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
@@ -37,35 +35,35 @@ class PruneInputs:
 
 
 def prune_inputs(
-    subject: Subject, options: PruneOptions, device_choice: DeviceChoice
+    context: RunContext, options: PruneOptions, device_choice: DeviceChoice
 ) -> PruneInputs:
     """The inputs of the stage that prunes."""
     return PruneInputs(
-        source=subject.directory,
-        recipe=subject.recipe,
-        calibration=subject.calibration,
-        held_out=subject.held_out,
+        source=context.source,
+        recipe=context.recipe,
+        calibration=context.calibration,
+        held_out=context.held_out,
         options=options,
         device=torch_device(device_choice).type,
         versions=numeric_versions(),
     )
 
 
-def prune(
+def run(
     bundle: Bundle,
-    subject: Subject,
+    context: RunContext,
     options: BuildOptions,
     progress: Progress,
 ) -> PruneResult:
     """Prune every target layer into `pruned/`; the bundle is then one of this model."""
-    inputs = prune_inputs(subject, options.prune, options.device)
-    result = bundle.run(PRUNE, inputs, progress)
-    _describe(bundle, subject, options)
+    inputs = prune_inputs(context, options.prune, options.device)
+    result = bundle.run(STAGE, inputs, progress)
+    _describe(bundle, context, options)
     # The same samples may come from another place than when they were pruned on.
-    return replace(result, calibration=subject.calibration.source, held_out=subject.held_out.source)
+    return replace(result, calibration=context.calibration.source, held_out=context.held_out.source)
 
 
-def _run_prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> PruneResult:
+def _prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> PruneResult:
     import torch
 
     from prox24_deploy.pruning.prune import prune_directory
@@ -83,19 +81,19 @@ def _run_prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> Prun
     )
 
 
-PRUNE = Stage(name="prune", result=PruneResult, run=_run_prune, outputs=(PRUNED,))
+STAGE = Stage(name="prune", result=PruneResult, run=_prune, outputs=(PRUNED,))
 
 
-def _describe(bundle: Bundle, subject: Subject, options: BuildOptions) -> None:
+def _describe(bundle: Bundle, context: RunContext, options: BuildOptions) -> None:
     """Enter in the manifest what the pruned model in the bundle was made from and by what."""
     from prox24_deploy.model.directory import model_info
 
     manifest = bundle.manifest
-    manifest.model = model_info(subject.directory, subject.recipe, name=subject.name)
-    manifest.recipe = subject.recipe_text
+    manifest.model = model_info(context.source, context.recipe, name=context.name)
+    manifest.recipe = context.recipe_text
     manifest.options = json.loads(json.dumps(asdict(options), default=str))
     manifest.seed = options.text.seed
     manifest.versions = versions()
     manifest.machine = machine()
     manifest.complete = False
-    bundle.write_late(RECIPE, subject.recipe_text.encode())
+    bundle.write_late(RECIPE, context.recipe_text.encode())

@@ -1,11 +1,6 @@
 """Versions of what shapes the numbers of a stage."""
 
-from typing import TYPE_CHECKING
-
 from prox24_deploy.bundle.environment import versions
-
-if TYPE_CHECKING:
-    pass
 
 
 def numeric_versions() -> dict[str, str]:

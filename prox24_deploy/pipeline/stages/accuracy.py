@@ -1,4 +1,4 @@
-"""The stage that asks the engines what the PyTorch models were asked."""
+"""The stage that measures accuracy through the engines, and their distance from PyTorch."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from prox24_deploy.core.errors import BackendMissingError, EngineError
 from prox24_deploy.core.records import CompileResult, Engine, NotMeasured
 from prox24_deploy.core.types import Progress
 from prox24_deploy.engines.base import Backend
-from prox24_deploy.pipeline.context import Subject, fitted_shapes, torch_device
+from prox24_deploy.pipeline.context import RunContext, fitted_shapes, torch_device
 
 if TYPE_CHECKING:
     from prox24_deploy.model.batch import Samples
@@ -44,9 +44,9 @@ class EngineAccuracyInputs:
     versions: Mapping[str, str]
 
 
-def measure(
+def run(
     bundle: Bundle,
-    subject: Subject,
+    context: RunContext,
     compiled: CompileResult,
     backends: Sequence[Backend],
     options: BuildOptions,
@@ -57,16 +57,16 @@ def measure(
     A backend whose engines cannot run here is named with the reason, and so is one whose engines
     fail, which fails the release.
     """
-    fitted = fitted_shapes(options.engine, subject.directory.config, subject.recipe)
+    fitted = fitted_shapes(options.engine, context.source.config, context.recipe)
     inputs = EngineAccuracyInputs(
-        source=subject.directory,
+        source=context.source,
         pruned=bundle.artifact(PRUNED),
         onnx=bundle.artifact(ONNX),
         compiled=bundle.artifact(ENGINES),
         engines=compiled.engines,
         backends=tuple(backends),
-        held_out=subject.held_out,
-        recipe=subject.recipe,
+        held_out=context.held_out,
+        recipe=context.recipe,
         tokens=options.engine_tokens,
         batches=fitted.batches,
         sequences=fitted.sequences,
@@ -74,10 +74,12 @@ def measure(
         machine=machine(),
         versions=versions(),
     )
-    return bundle.run(ACCURACY, inputs, progress)
+    return bundle.run(STAGE, inputs, progress)
 
 
-def _run(inputs: EngineAccuracyInputs, work: Workspace, progress: Progress) -> EngineAccuracyResult:
+def _measure(
+    inputs: EngineAccuracyInputs, work: Workspace, progress: Progress
+) -> EngineAccuracyResult:
     from prox24_deploy.pipeline.stages.engine_metrics import measure_accuracy
 
     began = time.perf_counter()
@@ -98,7 +100,7 @@ def _run(inputs: EngineAccuracyInputs, work: Workspace, progress: Progress) -> E
     return EngineAccuracyResult(tuple(found), tuple(missing), tuple(failed), seconds)
 
 
-ACCURACY = Stage(name="accuracy", result=EngineAccuracyResult, run=_run)
+STAGE = Stage(name="accuracy", result=EngineAccuracyResult, run=_measure)
 
 
 def _question(inputs: EngineAccuracyInputs) -> "Question":

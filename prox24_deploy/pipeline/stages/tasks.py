@@ -18,7 +18,7 @@ from prox24_deploy.core.accuracy import TaskScores
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.snapshot import Snapshot, take_snapshot
 from prox24_deploy.core.types import Progress
-from prox24_deploy.pipeline.context import Subject, torch_device
+from prox24_deploy.pipeline.context import RunContext, torch_device
 
 if TYPE_CHECKING:
     from prox24_deploy.model.directory import ModelDir
@@ -105,32 +105,32 @@ def verify(bundle: Bundle, options: HarnessOptions) -> None:
             pass
 
 
-def measure(
-    bundle: Bundle, subject: Subject, options: BuildOptions, progress: Progress
+def run(
+    bundle: Bundle, context: RunContext, options: BuildOptions, progress: Progress
 ) -> TaskScores | None:
     """Score both models on the same documents; None where no task was asked for."""
     asked = options.harness
     if not asked.tasks:
-        if TASKS.name in bundle.manifest.stages:
-            bundle.forget(TASKS.name)
+        if STAGE.name in bundle.manifest.stages:
+            bundle.forget(STAGE.name)
         return None
     from prox24_deploy.evaluation.harness import harness_version
 
     inputs = TaskInputs(
-        source=subject.directory,
+        source=context.source,
         pruned=bundle.artifact(PRUNED),
         tasks=asked.tasks,
         data=TaskData(take_snapshot(asked.data, _files_below)) if asked.data else None,
         limit=asked.limit,
-        recipe=subject.recipe,
+        recipe=context.recipe,
         device=torch_device(options.device).type,
         harness=harness_version(),
         versions=versions(),
     )
-    return bundle.run(TASKS, inputs, progress)
+    return bundle.run(STAGE, inputs, progress)
 
 
-def _run(inputs: TaskInputs, work: Workspace, progress: Progress) -> TaskScores:
+def _score(inputs: TaskInputs, work: Workspace, progress: Progress) -> TaskScores:
     import torch
 
     from prox24_deploy.evaluation.harness import open_tasks, run_tasks, task_metrics
@@ -143,16 +143,16 @@ def _run(inputs: TaskInputs, work: Workspace, progress: Progress) -> TaskScores:
     results: list[Mapping[str, Any]] = []
     with open_tasks(inputs.options, work.partial / "lm-eval") as load:
         for directory in (inputs.source, open_model_dir(inputs.pruned.path)):
-            progress(TASKS.name, len(results), 2)
+            progress(STAGE.name, len(results), 2)
             model = load_model(directory, inputs.recipe, device)
             results.append(run_tasks(model, tokenizer, load(), inputs.limit))
-    progress(TASKS.name, 2, 2)
+    progress(STAGE.name, 2, 2)
     metrics, left_out, documents = task_metrics(*results)
     seconds = time.perf_counter() - began
     return TaskScores(inputs.harness, inputs.limit, documents, metrics, left_out, seconds)
 
 
-TASKS = Stage(name="tasks", result=TaskScores, run=_run)
+STAGE = Stage(name="tasks", result=TaskScores, run=_score)
 
 
 def _files_below(folder: Path) -> list[Path]:

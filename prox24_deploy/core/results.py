@@ -1,0 +1,31 @@
+"""The results of all stages of a build, as one record."""
+
+from dataclasses import dataclass, field, fields
+
+from prox24_deploy.core.accuracy import EngineAccuracyResult, TaskScores
+from prox24_deploy.core.records import (
+    BenchResult,
+    CompileResult,
+    EvaluateResult,
+    ExportResult,
+    PruneResult,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildResults:
+    """What the stages gave, each under the name of its stage and in the order of their running.
+
+    `tasks` is None where no task of the lm-evaluation-harness was asked for.
+    """
+
+    prune: PruneResult
+    export: ExportResult
+    compile: CompileResult
+    bench: BenchResult
+    evaluate: EvaluateResult
+    accuracy: EngineAccuracyResult = field(default_factory=EngineAccuracyResult)
+    tasks: TaskScores | None = None
+
+
+STAGE_NAMES = tuple(each.name for each in fields(BuildResults))

@@ -1,0 +1,37 @@
+"""The backends of a run, opened for its model and the shapes that it accepts."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prox24_deploy.config.options import EngineOptions
+from prox24_deploy.engines import Origin, backend_by_name
+from prox24_deploy.engines.base import Backend
+from prox24_deploy.pipeline.context import ModelContext, fitted_shapes
+
+if TYPE_CHECKING:
+    from prox24_deploy.engines.cusparselt.profile import GpuProfile
+
+
+def open_backends(options: EngineOptions, model: ModelContext) -> tuple[Backend, ...]:
+    """The backends asked for, each once.
+
+    Raises:
+        BackendMissingError: one is not available here.
+    """
+    fitted = fitted_shapes(options, model.config, model.recipe)
+    origin = Origin(model.path, model.sha256, model.recipe, planned_gemms(options.plan))
+    backends = (backend_by_name(name, fitted, origin) for name in options.backends)
+    return tuple({backend.name: backend for backend in backends}.values())
+
+
+def planned_gemms(plan: Path | None) -> "GpuProfile | None":
+    """The GEMM timings that a plan was made from.
+
+    Raises:
+        UsageError: the file is no plan.
+    """
+    if plan is None:
+        return None
+    from prox24_deploy.engines.cusparselt.planning import read_plan
+
+    return read_plan(plan).profile

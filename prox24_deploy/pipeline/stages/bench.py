@@ -1,0 +1,139 @@
+"""The stage that times dense against sparse engines."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from prox24_deploy.bundle.bundle import Bundle
+from prox24_deploy.bundle.environment import machine, versions
+from prox24_deploy.bundle.layout import ENGINES, ONNX, PRUNED
+from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
+from prox24_deploy.config.options import EngineOptions
+from prox24_deploy.config.recipe import dynamic_names
+from prox24_deploy.core.errors import BackendMissingError
+from prox24_deploy.core.fingerprint import unkeyed
+from prox24_deploy.core.records import (
+    BenchResult,
+    CompileResult,
+    Engine,
+    LatencyRow,
+    NotMeasured,
+)
+from prox24_deploy.core.types import Progress
+from prox24_deploy.engines.base import Backend
+from prox24_deploy.engines.feeds import random_feeds
+from prox24_deploy.latency.measure import conditions, latency_verdict, measure_latency
+from prox24_deploy.pipeline.context import ModelContext, fitted_shapes, vocabulary_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchInputs:
+    """What the latencies depend on."""
+
+    engines: tuple[Engine, ...]
+    compiled: Artifact
+    onnx: Artifact
+    pruned: Artifact
+    backends: tuple[Backend, ...]
+    batches: tuple[int, ...]
+    sequences: tuple[int, ...]
+    images: bool
+    vocabulary: int
+    max_slowdown: float = field(metadata=unkeyed("rows are judged again whenever they are read"))
+    machine: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    def shapes(self, *, images: bool) -> list[tuple[int, int]]:
+        """Every (batch, sequence) to measure; sequence 0 for a graph that has no such axis."""
+        options = EngineOptions(batches=self.batches, sequences=self.sequences)
+        return options.shapes(images=images)
+
+
+def run(
+    bundle: Bundle,
+    model: ModelContext,
+    compiled: CompileResult,
+    backends: Sequence[Backend],
+    options: EngineOptions,
+    progress: Progress,
+    *,
+    anew: bool = False,
+) -> BenchResult:
+    """Time dense against sparse with every backend at every shape."""
+    fitted = fitted_shapes(options, model.config, model.recipe)
+    inputs = BenchInputs(
+        engines=compiled.engines,
+        compiled=bundle.artifact(ENGINES),
+        onnx=bundle.artifact(ONNX),
+        pruned=bundle.artifact(PRUNED),
+        backends=tuple(backends),
+        batches=fitted.batches,
+        sequences=fitted.sequences,
+        images=model.recipe.reads_images,
+        vocabulary=vocabulary_of(model.config),
+        max_slowdown=model.recipe.limits.max_slowdown,
+        machine=machine(),
+        versions=versions(),
+    )
+    found = bundle.run(STAGE, inputs, progress, anew=anew)
+    rows = tuple(_judged(row, model.recipe.limits.max_slowdown) for row in found.latency)
+    return replace(found, latency=rows)
+
+
+def _judged(row: LatencyRow, limit: float) -> LatencyRow:
+    return replace(row, limit=limit, verdict=latency_verdict(row.speedup, limit))
+
+
+def _bench(inputs: BenchInputs, work: Workspace, progress: Progress) -> BenchResult:
+    began = time.perf_counter()
+    rows: list[LatencyRow] = []
+    missing: list[NotMeasured] = []
+    shapes = len(inputs.shapes(images=inputs.images))
+    graphs = list(dict.fromkeys(engine.graph for engine in inputs.engines))
+    runs = [(backend, graph) for backend in inputs.backends for graph in graphs]
+    for i, (backend, graph) in enumerate(runs):
+        advance = partial(_advance, progress, i * shapes, len(runs) * shapes)
+        advance(0)
+        try:
+            rows += _time_graph(inputs, work.root, backend, graph, advance)
+        except BackendMissingError as error:
+            # Built for another machine; the report says so by name.
+            missing.append(NotMeasured(backend.name, str(error)))
+    progress("bench", len(runs) * shapes, len(runs) * shapes)
+    seconds = time.perf_counter() - began
+    return BenchResult(tuple(rows), conditions(), seconds, tuple(dict.fromkeys(missing)))
+
+
+def _time_graph(
+    inputs: BenchInputs,
+    root: Path,
+    backend: Backend,
+    graph: str,
+    advance: Callable[[int], None],
+) -> tuple[LatencyRow, ...]:
+    """Time both twins of one graph with one backend."""
+    from prox24_deploy.graph.export.signature import read_inputs
+
+    own = [e for e in inputs.engines if (e.backend, e.graph) == (backend.name, graph)]
+    pair = {engine.twin: engine for engine in own}
+    graph_inputs = read_inputs(root / pair["dense"].onnx)
+    return measure_latency(
+        backend,
+        root,
+        pair["dense"],
+        pair["sparse"],
+        # The encoder of two may hear recordings, which have no sequence.
+        inputs.shapes(images="sequence" not in dynamic_names(graph_inputs)),
+        random_feeds(graph_inputs, pair["dense"].dtype, inputs.vocabulary),
+        inputs.max_slowdown,
+        after_shape=advance,
+    )
+
+
+STAGE = Stage(name="bench", result=BenchResult, run=_bench)
+
+
+def _advance(progress: Progress, before: int, total: int, done: int) -> None:
+    progress("bench", before + done, total)
