@@ -358,7 +358,7 @@ def main() -> None:
         evaluation_tokens=arguments.evaluation_tokens,
     )
     options = BuildOptions(recipe=arguments.recipe, text=text)
-    context = read_context(arguments.model_dir, Path("unused"), options)
+    context = read_context(arguments.model_dir, None, options)
     device = torch.device(arguments.device)
     console = Console(width=100)
     result: dict[str, Any] = {

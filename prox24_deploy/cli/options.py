@@ -236,9 +236,9 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout
 def default_out(model_dir: Path) -> Path:
     """The bundle of a model where -o names none."""
     # Reads cards, which the start of every command need not wait for.
-    from prox24_deploy.packaging.naming import folder_name
+    from prox24_deploy.packaging import naming
 
-    return Path(f"{Path(folder_name(model_dir)).name}-prox24")
+    return naming.default_out(model_dir)
 
 
 def text_options(

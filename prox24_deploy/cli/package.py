@@ -7,7 +7,6 @@ import typer
 
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli.terminal import print_json, say
-from prox24_deploy.core.errors import UsageError
 
 
 def package(
@@ -48,37 +47,22 @@ def package(
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Hand a bundle over that verifies: to Triton, with a bill of materials, to be signed."""
-    from prox24_deploy.packaging import package as handover
+    from prox24_deploy.packaging.package import package as write
     from prox24_deploy.packaging.triton import TritonOptions
 
-    if triton is sbom is checksums is None:
-        raise UsageError("Nothing to write: pass --triton OUT, --sbom FILE or --checksums FILE.")
-    options = TritonOptions(name, twin, backend, max_batch, instances)
-    if triton is None and options != TritonOptions():
-        raise UsageError(
-            "--name, --twin, --backend, --max-batch and --instances have no effect without "
-            "--triton; add it, or leave them out."
-        )
-    manifest = handover.open_finished(bundle, force=force)
-    written: dict[str, str] = {}
-    notes: tuple[str, ...] = ()
-    if manifest.verdict != "pass":
-        notes = (f"Handed over although it did not pass. {handover.said_of(bundle)}.",)
-    if sbom is not None:
-        handover.write_sbom(bundle, manifest, sbom)
-        written["sbom"] = str(sbom)
-    if checksums is not None:
-        handover.write_checksums(bundle, manifest, checksums)
-        written["checksums"] = str(checksums)
-    # Last, because it alone is not written again where it is there.
-    if triton is not None:
-        path, served = handover.triton_repository(bundle, manifest, triton, options)
-        notes += served
-        written["triton"] = str(path)
+    found = write(
+        bundle,
+        triton=triton,
+        options=TritonOptions(name, twin, backend, max_batch, instances),
+        sbom=sbom,
+        checksums=checksums,
+        force=force,
+    )
+    written = {kind: str(path) for kind, path in found.written.items()}
     if as_json:
-        print_json({"written": written, "notes": list(notes)})
+        print_json({"written": written, "notes": list(found.notes)})
         return
     for kind, where in written.items():
         say(f"{kind}: {where}")
-    for note in notes:
+    for note in found.notes:
         say(f"Note: {note}")

@@ -27,6 +27,9 @@ class TextOptions:
     images: int = 1024
     recordings: int = 256
 
+    def __post_init__(self) -> None:
+        _make_paths(self, "calibration", "evaluation")
+
 
 @dataclass(frozen=True, slots=True)
 class PruneOptions:
@@ -88,6 +91,9 @@ class TensorRtOptions:
     )
     capabilities: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        _make_paths(self, "timing_cache")
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
@@ -104,6 +110,9 @@ class EngineOptions:
     )
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
 
+    def __post_init__(self) -> None:
+        _make_paths(self, "plan")
+
     def shapes(self, *, images: bool) -> list[tuple[int, int]]:
         """Every (batch, sequence), each once; sequence 0 for a graph that has no such axis."""
         lengths = {0} if images else set(self.sequences)
@@ -117,6 +126,9 @@ class HarnessOptions:
     tasks: tuple[str, ...] = ()
     data: Path | None = None
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _make_paths(self, "data")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +157,20 @@ class BuildOptions:
     engine_tokens: int = 8192
     name: str | None = None
     accept_loss: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        _make_paths(self, "recipe", "baseline", "limits_file")
+
+
+def _make_paths(options: object, *names: str) -> None:
+    """Let a program write a path, or several, as str too."""
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, str):
+            single = type(options).__dataclass_fields__[name].default is None  # type: ignore[attr-defined]
+            object.__setattr__(options, name, Path(value) if single else (Path(value),))
+        elif isinstance(value, Sequence):
+            object.__setattr__(options, name, tuple(Path(each) for each in value))
 
 
 def parse_losses(words: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -20,6 +20,11 @@ Judgement = Literal["pass", "fail", "inconclusive", "not gated"]
 # Told what is done, how much of it is finished, and how much there is.
 Progress = Callable[[str, int, int], None]
 
+
+def silent(_label: str, _done: int, _total: int) -> None:
+    """Progress that nobody is told of."""
+
+
 # What a model is for, by the names that the Hugging Face Hub has for it.
 Task = Literal[
     "feature-extraction",

@@ -57,6 +57,11 @@ def folder_name(model_dir: Path) -> str:
     return next(named, path.name)
 
 
+def default_out(model_dir: Path) -> Path:
+    """The bundle of a model where nothing names another, in the working directory."""
+    return Path(f"{Path(folder_name(model_dir)).name}-prox24")
+
+
 def _names_in_card(model_dir: Path) -> Iterator[str]:
     """Names that a card gives its model: in its metadata, then in its first heading."""
     file = model_dir / CARD_FILE

@@ -3,6 +3,7 @@
 Nothing is handed over that does not verify. The bundle itself is only read.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,8 @@ from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.documents import first_problem
 from prox24_deploy.core.errors import BundleError, UsageError
 from prox24_deploy.core.records import CompileResult, Engine, PruneResult
-from prox24_deploy.packaging import triton
+from prox24_deploy.packaging import triton as serving
+from prox24_deploy.packaging.triton import TritonOptions
 from prox24_deploy.regression.baseline import REPORT_FILE
 from prox24_deploy.report.schema import load_report
 
@@ -30,6 +32,64 @@ class Served:
     files: dict[str, tuple[Path, FileEntry]]
     notes: tuple[str, ...]
     largest_batch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packaged:
+    """What was written, by kind, and sentences that whoever gets it must know."""
+
+    written: Mapping[str, Path]
+    notes: tuple[str, ...]
+
+
+def package(
+    bundle: Path,
+    *,
+    triton: Path | None = None,
+    options: TritonOptions | None = None,
+    sbom: Path | None = None,
+    checksums: Path | None = None,
+    force: bool = False,
+) -> Packaged:
+    """Write what was asked for from a bundle that verifies and that passed.
+
+    Args:
+        bundle: OUT of a build.
+        triton: model repository to write the model into.
+        options: what is served there, and how.
+        sbom: file for the bill of materials.
+        checksums: file for the list of hashes.
+        force: take a release that did not pass; one that does not verify is never taken.
+
+    Raises:
+        BundleError: it may not be handed over, or lacks what was asked for.
+        UsageError: there is nothing to write, or an option would have no effect.
+        BackendMissingError: the extra `sbom` is not installed.
+    """
+    if triton is sbom is checksums is None:
+        raise UsageError("Nothing to write: pass --triton OUT, --sbom FILE or --checksums FILE.")
+    if triton is None and options not in (None, TritonOptions()):
+        raise UsageError(
+            "--name, --twin, --backend, --max-batch and --instances have no effect without "
+            "--triton; add it, or leave them out."
+        )
+    manifest = open_finished(bundle, force=force)
+    written: dict[str, Path] = {}
+    notes: tuple[str, ...] = ()
+    if manifest.verdict != "pass":
+        notes = (f"Handed over although it did not pass. {said_of(bundle)}.",)
+    if sbom is not None:
+        write_sbom(bundle, manifest, sbom)
+        written["sbom"] = sbom
+    if checksums is not None:
+        write_checksums(bundle, manifest, checksums)
+        written["checksums"] = checksums
+    # Last, because it alone is not written again where it is there.
+    if triton is not None:
+        path, served = triton_repository(bundle, manifest, triton, options or TritonOptions())
+        notes += served
+        written["triton"] = path
+    return Packaged(written=written, notes=notes)
 
 
 def open_finished(bundle: Path, *, force: bool) -> Manifest:
@@ -62,7 +122,7 @@ def said_of(bundle: Path) -> str:
 
 
 def triton_repository(
-    bundle: Path, manifest: Manifest, out: Path, options: triton.TritonOptions
+    bundle: Path, manifest: Manifest, out: Path, options: TritonOptions
 ) -> tuple[Path, tuple[str, ...]]:
     """Write OUT/NAME for Triton from a bundle that `open_finished` gave.
 
@@ -85,16 +145,16 @@ def triton_repository(
         served = _onnx_files(bundle, manifest, onnx, options.twin)
     else:
         served = _engine_files(bundle, manifest, options.twin, inputs)
-    name = triton.model_name(options.name, manifest.model.title if manifest.model else "")
+    name = serving.model_name(options.name, manifest.model.title if manifest.model else "")
     max_batch = options.max_batch
     if max_batch is None:
-        max_batch = served.largest_batch if triton.batches(tensors) else 0
+        max_batch = served.largest_batch if serving.batches(tensors) else 0
     if options.backend == "tensorrt" and max_batch > served.largest_batch:
         raise UsageError(
             f"--max-batch {max_batch} is more than the {served.largest_batch} that the TensorRT "
             f"engine of {bundle} was built for; pass less, or build with larger --shapes."
         )
-    config = triton.model_config(
+    config = serving.model_config(
         name,
         options.backend,
         inputs,
@@ -103,7 +163,7 @@ def triton_repository(
         instances=options.instances,
         comments=(*_origin(manifest, options.twin), *served.notes),
     )
-    return triton.write_repository(out, name, config, served.files), served.notes
+    return serving.write_repository(out, name, config, served.files), served.notes
 
 
 def write_sbom(bundle: Path, manifest: Manifest, file: Path) -> None:
@@ -160,7 +220,7 @@ def _onnx_files(bundle: Path, manifest: Manifest, onnx: str, twin: str) -> Serve
     from prox24_deploy.graph.check.interface import external_files
 
     folder = Path(onnx).parent
-    files = {triton.MODEL_FILES["onnxruntime"]: _entry(bundle, manifest, onnx)}
+    files = {serving.MODEL_FILES["onnxruntime"]: _entry(bundle, manifest, onnx)}
     for name in external_files(bundle / onnx):
         if Path(name).name != name:
             raise BundleError(
@@ -202,7 +262,7 @@ def _engine_files(
         ]
     if least > 1:
         notes.append(f"The engine takes no batch below {least}.")
-    plan = triton.MODEL_FILES["tensorrt"]
+    plan = serving.MODEL_FILES["tensorrt"]
     return Served({plan: _entry(bundle, manifest, engine.path)}, tuple(notes), largest)
 
 

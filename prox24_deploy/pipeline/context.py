@@ -11,7 +11,7 @@ from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptio
 from prox24_deploy.config.recipe import Recipe, parse_recipe, select_recipe
 from prox24_deploy.core.errors import BackendMissingError, BundleError
 from prox24_deploy.core.records import ModelInfo
-from prox24_deploy.core.types import Progress
+from prox24_deploy.core.types import Progress, silent
 from prox24_deploy.model.config_file import labels_of, read_config, whole_number
 from prox24_deploy.packaging.naming import source_name
 
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
 # What the configurations of different families call the number of positions.
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions")
-
-
-def _silent(_label: str, _done: int, _total: int) -> None:
-    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +57,12 @@ class RunContext:
 
 
 def read_context(
-    model_dir: Path, out: Path, options: BuildOptions, progress: Progress = _silent
+    model_dir: Path, out: Path | None, options: BuildOptions, progress: Progress = silent
 ) -> RunContext:
     """Read and check everything that can be wrong with the input; writes nothing.
 
-    A model of speech first listens to its recordings, of which `progress` is told.
+    `out` is where a bundle will be, if anywhere. A model of speech first listens to its recordings,
+    of which `progress` is told.
 
     Raises:
         ModelDirError, RecipeError, CalibrationError: the input cannot be used.
@@ -77,7 +74,7 @@ def read_context(
 
     name = source_name(model_dir, options.name)
     source = open_model_dir(model_dir)
-    if out.resolve().is_relative_to(model_dir.resolve()):
+    if out and out.resolve().is_relative_to(model_dir.resolve()):
         raise BundleError(f"Output {out} lies in the model directory {model_dir}; pass another -o.")
     recipe, recipe_text = select_recipe(
         model_dir, source.model_type, options.recipe, lambda: advise(source)

@@ -52,7 +52,7 @@ def plan(
     from prox24_deploy.engines.cusparselt.planning import Plan, plan_layers, plan_shapes
     from prox24_deploy.pruning.sensitivity import over_budget
 
-    context = read_context(model_dir, Path("no-output"), options, progress)
+    context = read_context(model_dir, None, options, progress)
     require_one_graph(context.recipe, "plan")
     fitted = fitted_shapes(options.engine, context.source.config, context.recipe)
     shapes = fitted.shapes(images=context.recipe.reads_images)

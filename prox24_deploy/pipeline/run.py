@@ -5,15 +5,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.bundle import open_bundle
+from prox24_deploy.bundle.layout import MANIFEST_FILE, PRUNED
 from prox24_deploy.config.options import BuildOptions, EngineOptions
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.errors import BackendMissingError
-from prox24_deploy.core.records import BenchResult, CompileResult, ExportResult, PruneResult
+from prox24_deploy.core.errors import BackendMissingError, ModelDirError
+from prox24_deploy.core.records import (
+    BenchResult,
+    CompileResult,
+    EvaluateResult,
+    ExportResult,
+    PruneResult,
+)
 from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import DType, Progress
 from prox24_deploy.pipeline import stages
 from prox24_deploy.pipeline.backends import open_backends
-from prox24_deploy.pipeline.context import open_model, read_context, source_of
+from prox24_deploy.pipeline.context import open_model, read_context, source_of, torch_device
 from prox24_deploy.pipeline.demands import check_demands, read_demands, warn_of_few_samples
 from prox24_deploy.report.assemble import Report
 
@@ -105,6 +112,39 @@ def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResu
     if not result.latency and result.not_measured:
         raise BackendMissingError(result.not_measured[0].reason)
     return result
+
+
+def evaluate(
+    dense: Path, pruned: Path, options: BuildOptions, *, progress: Progress
+) -> EvaluateResult:
+    """Compare a pruned model with its dense one in PyTorch; `pruned` may be a bundle.
+
+    Raises:
+        ModelDirError: a model cannot be opened, or the two are of different architectures.
+        Prox24Error: what `build` raises for the same model and options.
+    """
+    from prox24_deploy.evaluation.evaluate import evaluate_models
+    from prox24_deploy.model.directory import load_model, open_model_dir
+
+    context = read_context(dense, None, options, progress)
+    sparse = open_model_dir(pruned / PRUNED if (pruned / MANIFEST_FILE).is_file() else pruned)
+    if sparse.architecture != context.source.architecture:
+        raise ModelDirError(
+            f"Model directory {sparse.path} holds a {sparse.architecture}, expected a "
+            f"{context.source.architecture} as in {dense}; pass the pruned model of that one."
+        )
+    device = torch_device(options.device)
+    result = evaluate_models(
+        load_model(context.source, context.recipe, device),
+        load_model(sparse, context.recipe, device),
+        context.recipe.task,
+        context.held_out,
+        context.source.path,
+        progress,
+    )
+    context.source.require_unchanged()
+    sparse.require_unchanged()
+    return replace(result, evaluation=context.held_out.source)
 
 
 def _settled_dtype(source: "ModelDir", recipe: Recipe, asked: DType | None) -> DType:

@@ -1,0 +1,314 @@
+"""The functions of the Python API: the commands, for programs.
+
+Paths are str or Path, defaults are those of the command line, results are the records that its
+`--json` prints. Nothing is printed, and errors are `Prox24Error`s. As on the command line, no
+model hub is asked and ONNX Runtime sends no telemetry, unless the environment says otherwise.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prox24_deploy.config.options import BuildOptions, EngineOptions
+from prox24_deploy.core.types import DType, Progress, silent
+
+if TYPE_CHECKING:
+    from prox24_deploy.core.records import (
+        BenchResult,
+        CompileResult,
+        EvaluateResult,
+        ExportResult,
+        PruneResult,
+    )
+    from prox24_deploy.engines.cusparselt.planning import Plan
+    from prox24_deploy.graph.check.judgement import CheckReport
+    from prox24_deploy.packaging.package import Packaged
+    from prox24_deploy.packaging.triton import TritonOptions
+    from prox24_deploy.report.schema import Comparison, Report
+
+StrPath = str | os.PathLike[str]
+
+_PRIVATE = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
+
+
+def build(
+    model_dir: StrPath,
+    out: StrPath | None = None,
+    options: BuildOptions | None = None,
+    *,
+    fresh: bool = False,
+    progress: Progress = silent,
+) -> "Report":
+    """Prune, export, prove, compile, measure and report: everything, into one bundle.
+
+    Args:
+        model_dir: a Hugging Face model directory.
+        out: the bundle; by default MODEL_DIR's name with `-prox24`, in the working directory.
+        options: everything else that the command can be told.
+        fresh: whether to run finished stages again.
+        progress: called with (label, done, total).
+
+    Returns:
+        The report. Its verdict is "pass", "fail" or "inconclusive"; a regression is no error.
+
+    Raises:
+        Prox24Error: any of its kinds; the stages finished until then are kept.
+    """
+    from prox24_deploy.pipeline import run
+
+    _keep_private()
+    root = _bundle_of(model_dir, out)
+    return run.build(
+        Path(model_dir), root, options or BuildOptions(), fresh=fresh, progress=progress
+    )
+
+
+def prune(
+    model_dir: StrPath,
+    out: StrPath | None = None,
+    options: BuildOptions | None = None,
+    *,
+    fresh: bool = False,
+    progress: Progress = silent,
+) -> "PruneResult":
+    """Prune only: `out` becomes a bundle with the pruned model in `pruned/`.
+
+    Takes what `build` takes.
+
+    Raises:
+        Prox24Error: the model, its recipe or the text cannot be used.
+    """
+    from prox24_deploy.pipeline import run
+
+    _keep_private()
+    root = _bundle_of(model_dir, out)
+    return run.prune(
+        Path(model_dir), root, options or BuildOptions(), fresh=fresh, progress=progress
+    )
+
+
+def export(
+    bundle: StrPath, *, dtype: DType | None = None, progress: Progress = silent
+) -> "ExportResult":
+    """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the files.
+
+    Args:
+        bundle: what `prune` made.
+        dtype: of the files; None means the checkpoint's own.
+        progress: called with (label, done, total).
+
+    Raises:
+        ExportError: the model cannot be exported.
+        SparsityLostError: a pruned weight is not 2:4 in the file.
+        BundleError: the bundle holds no pruned model.
+    """
+    from prox24_deploy.pipeline import run
+
+    _keep_private()
+    return run.export(Path(bundle), dtype, progress=progress)
+
+
+def compile(
+    bundle: StrPath, options: EngineOptions | None = None, *, progress: Progress = silent
+) -> "CompileResult":
+    """Compile engines from the ONNX twins of a bundle.
+
+    Raises:
+        BackendMissingError: a backend is not available here.
+        EngineError: an engine cannot be built.
+        BundleError: the bundle holds no exported models.
+    """
+    from prox24_deploy.pipeline import run
+
+    _keep_private()
+    return run.compile_engines(Path(bundle), options or EngineOptions(), progress=progress)
+
+
+def bench(
+    bundle: StrPath, options: EngineOptions | None = None, *, progress: Progress = silent
+) -> "BenchResult":
+    """Time the dense against the sparse engines of a bundle, in turns; always anew.
+
+    Of the options only the shapes count. Latencies are in milliseconds, speed-ups are
+    dense / sparse with a 95 % interval.
+
+    Raises:
+        BackendMissingError: no engine of the bundle can run on this machine.
+    """
+    from prox24_deploy.pipeline import run
+
+    _keep_private()
+    return run.bench(Path(bundle), options or EngineOptions(), progress=progress)
+
+
+def evaluate(
+    dense: StrPath,
+    pruned: StrPath,
+    options: BuildOptions | None = None,
+    *,
+    progress: Progress = silent,
+) -> "EvaluateResult":
+    """Compare a pruned model with its dense one in PyTorch, on evaluation samples.
+
+    Args:
+        dense: a Hugging Face model directory.
+        pruned: a directory of the same architecture, or a bundle.
+        options: text, recipe and device.
+        progress: called with (label, done, total).
+
+    Returns:
+        The metrics of the task, each with its standard error.
+
+    Raises:
+        Prox24Error: a model, its recipe or the text cannot be used.
+    """
+    from prox24_deploy.pipeline import run
+
+    _keep_private()
+    return run.evaluate(Path(dense), Path(pruned), options or BuildOptions(), progress=progress)
+
+
+def plan(
+    model_dir: StrPath,
+    options: BuildOptions | None = None,
+    *,
+    gpu_profile: StrPath | None = None,
+    sensitivity: bool = True,
+    progress: Progress = silent,
+) -> "Plan":
+    """Say which layers are worth pruning for a GPU.
+
+    Args:
+        model_dir: a Hugging Face model directory.
+        options: shapes, dtype and budget; the text for the sensitivity.
+        gpu_profile: saved timings of another GPU; None times the one at hand.
+        sensitivity: whether to measure what each layer that pays would cost.
+        progress: called with (label, done, total).
+
+    Raises:
+        BackendMissingError: there is no GPU and no saved profile.
+    """
+    from prox24_deploy.engines.cusparselt.profile import read_profile
+    from prox24_deploy.pipeline import plan as planner
+
+    _keep_private()
+    saved = read_profile(Path(gpu_profile)) if gpu_profile is not None else None
+    return planner.plan(
+        Path(model_dir),
+        options or BuildOptions(),
+        saved=saved,
+        sensitivity=sensitivity,
+        progress=progress,
+    )
+
+
+def check(
+    path: StrPath, *, ignore: Sequence[str] = (), axes: Mapping[str, int] | None = None
+) -> "CheckReport":
+    """Check the 2:4 pattern of every weight of an ONNX or safetensors file, or folder of either.
+
+    Args:
+        path: the file or folder.
+        ignore: globs over weights that may be dense.
+        axes: globs over tensors of safetensors files, to the axis of their groups, where neither
+            the file nor its config.json tells.
+
+    Returns:
+        What was found of each weight: `proven`, `violations` and `unproven`.
+
+    Raises:
+        UsageError: the path holds no weights that can be read.
+    """
+    from prox24_deploy.graph.check.check import check_path
+
+    return check_path(Path(path), ignore, axes)
+
+
+def verify(bundle: StrPath) -> tuple[str, ...]:
+    """Hash every file of a bundle again; a sentence for each that is not as its manifest lists.
+
+    Raises:
+        BundleError: there is no manifest, or it cannot be read.
+    """
+    from prox24_deploy.bundle.manifest import verify as faults_of
+
+    return tuple(faults_of(Path(bundle)))
+
+
+def compare(
+    report: StrPath,
+    baseline: StrPath,
+    *,
+    limits: StrPath | None = None,
+    allow: Sequence[str] = (),
+) -> "Comparison":
+    """Compare a release with an accepted one, and judge each figure by its limit.
+
+    Args:
+        report: the new release, a report.json or a bundle.
+        baseline: a baseline file, a report.json or a bundle.
+        limits: a TOML file of limits, which come before those of the recipe.
+        allow: what may differ between the two, by name: "gpu", "tool", ...
+
+    Raises:
+        BundleError: a file cannot be read, or the two differ in what `allow` does not name.
+        UsageError: the limits file cannot be used.
+    """
+    from prox24_deploy.regression.baseline import read_gate, report_path
+    from prox24_deploy.regression.compare import compare_reports
+    from prox24_deploy.report.schema import load_report
+
+    new = load_report(report_path(Path(report)))
+    gate = read_gate(Path(baseline), _path(limits), tuple(allow))
+    return compare_reports(new, gate.baseline, limits=gate.limits, allow=gate.allow)
+
+
+def package(
+    bundle: StrPath,
+    *,
+    triton: StrPath | None = None,
+    triton_options: "TritonOptions | None" = None,
+    sbom: StrPath | None = None,
+    checksums: StrPath | None = None,
+    force: bool = False,
+) -> "Packaged":
+    """Prepare a bundle that verifies and that passed for those who serve, store or sign it.
+
+    Args:
+        bundle: what `build` made.
+        triton: a Triton model repository to write the model into.
+        triton_options: what is served there, and how.
+        sbom: a file for the bill of materials, CycloneDX JSON.
+        checksums: a file for the list of hashes, for `sha256sum -c`.
+        force: whether to take a bundle that did not pass.
+
+    Raises:
+        BundleError: the bundle does not verify, or did not pass.
+        UsageError: there is nothing to write, or it would lie in the bundle.
+    """
+    from prox24_deploy.packaging import package as packaging
+
+    return packaging.package(
+        Path(bundle),
+        triton=_path(triton),
+        options=triton_options,
+        sbom=_path(sbom),
+        checksums=_path(checksums),
+        force=force,
+    )
+
+
+def _path(value: StrPath | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _bundle_of(model_dir: StrPath, out: StrPath | None) -> Path:
+    from prox24_deploy.packaging.naming import default_out
+
+    return Path(out) if out is not None else default_out(Path(model_dir))
+
+
+def _keep_private() -> None:
+    for name, value in _PRIVATE.items():
+        os.environ.setdefault(name, value)

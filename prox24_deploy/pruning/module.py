@@ -1,0 +1,151 @@
+"""Prune a module that is in memory, without a model directory, a recipe file or a bundle."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.config.recipe import Recipe, TensorSpec
+from prox24_deploy.core.errors import CalibrationError, SparsityLostError, UsageError
+from prox24_deploy.core.records import LayerRecord
+from prox24_deploy.core.types import Progress, silent
+from prox24_deploy.model.batch import Batch
+from prox24_deploy.model.checkpoint import BlockStore
+from prox24_deploy.pruning.prune import prune_model
+from prox24_deploy.pruning.selection import left_dense
+from prox24_deploy.sparsity.pattern import first_violation
+
+MASK = "attention_mask"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedModule:
+    """What was done to a module.
+
+    Attributes:
+        layers: a record of each layer of its blocks, and of the prunable ones outside.
+        axes: name of each pruned parameter to the axis of its groups.
+    """
+
+    layers: tuple[LayerRecord, ...]
+    axes: Mapping[str, int]
+
+
+def prune_module(
+    module: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    blocks: str,
+    layers: Sequence[str] = ("*",),
+    held_out: Iterable[Mapping[str, Tensor]] = (),
+    options: PruneOptions | None = None,
+    progress: Progress = silent,
+) -> PrunedModule:
+    """Make the layers in the blocks of a module 2:4-sparse, in place.
+
+    Block after block is solved on what the blocks before it, already pruned, hand on, as for a
+    model directory.
+
+    Args:
+        module: float32, on any one device; it runs each of `blocks` once and in order in a forward
+            pass. Its training mode is restored.
+        batches: keyword inputs of `module.forward` to prune on. An `attention_mask` (batch,
+            sequence) is 0 on padding; without one nothing is padding.
+        blocks: dotted path of the ModuleList of the repeated blocks, as "model.layers".
+        layers: globs over the paths of linear layers and convolutions inside a block.
+        held_out: batches on which the error of each layer is measured beside that on `batches`.
+        options: method, preset and target. A budget needs the loss of a task and is refused.
+        progress: called with (label, done, total).
+
+    Returns:
+        What was done to each layer.
+
+    Raises:
+        UsageError: a parameter is not float32, or the options name a budget.
+        CalibrationError: there is no batch.
+        RecipeError: blocks or layers do not exist in this module.
+        ModelDirError: activations or weights of a layer are NaN or infinite.
+    """
+    options = options or PruneOptions()
+    _require_fit(module, options)
+    calibration, withheld = tuple(map(_batch, batches)), tuple(map(_batch, held_out))
+    if not calibration:
+        raise CalibrationError("There is no calibration batch; pass at least one.")
+    recipe = _recipe(module, blocks, layers)
+    training = module.training
+    module.eval()
+    try:
+        with TemporaryDirectory(prefix="prox24-") as folder:
+            state = prune_model(
+                module,
+                recipe,
+                calibration,
+                withheld or calibration[:1],
+                options,
+                stored_dtype=lambda _: torch.float32,
+                store=BlockStore(Path(folder)),
+                progress=progress,
+                dense=left_dense(recipe, module, options),
+            )
+    finally:
+        module.train(training)
+    _require_24(module, state.axes)
+    records = state.layers
+    if not withheld:
+        records = tuple(replace(record, held_out_error=None) for record in records)
+    return PrunedModule(layers=records, axes=state.axes)
+
+
+def _require_fit(module: nn.Module, options: PruneOptions) -> None:
+    other = next((n for n, p in module.named_parameters() if p.dtype != torch.float32), None)
+    if other is not None:
+        raise UsageError(
+            f"Parameter {other} is {module.get_parameter(other).dtype}, expected torch.float32; "
+            "call module.float() before and convert it back afterwards."
+        )
+    if options.has_budget:
+        raise UsageError(
+            "max_loss and max_layers need the loss of a task, which a module alone has not; leave "
+            "them out or prune a model directory."
+        )
+
+
+def _batch(inputs: Mapping[str, Tensor]) -> Batch:
+    first = next(iter(inputs.values()), None)
+    if first is None:
+        raise CalibrationError("A batch has no input; pass the keyword inputs of module.forward.")
+    if MASK in inputs:
+        real = inputs[MASK].bool().cpu()
+    elif first.ndim == 2 and not first.is_floating_point():
+        real = torch.ones(first.shape, dtype=torch.bool)
+    else:
+        real = torch.ones(first.shape[0], dtype=torch.bool)
+    return Batch(dict(inputs), real)
+
+
+def _recipe(module: nn.Module, blocks: str, layers: Sequence[str]) -> Recipe:
+    """What the driver must know; nothing is exported, so that the tensors stand for none."""
+    tensor = TensorSpec(name="hidden", dtype="float", axes=["batch", "hidden"])
+    return Recipe(
+        family=type(module).__name__,
+        model_types=[type(module).__name__],
+        task="feature-extraction",
+        blocks=blocks,
+        targets=list(layers),
+        inputs=[tensor],
+        outputs=[tensor.model_copy(update={"name": "output"})],
+    )
+
+
+def _require_24(module: nn.Module, axes: Mapping[str, int]) -> None:
+    for name, axis in axes.items():
+        place = first_violation(module.get_parameter(name).detach(), axis)
+        if place is not None:
+            raise SparsityLostError(
+                f"Parameter {name} has more than two non-zeros in the group at {place} along axis "
+                f"{axis}; this is a fault of this tool."
+            )
