@@ -43,6 +43,7 @@ def build(
     shapes: arguments.ShapesOpt = None,
     engine_tokens: arguments.EngineTokensOpt = _BUILD.engine_tokens,
     plan: arguments.PlanOpt = None,
+    eager: arguments.EagerOpt = False,
     workspace_gib: arguments.WorkspaceOpt = None,
     builder_level: arguments.LevelOpt = None,
     compatibility: arguments.CompatibilityOpt = "none",
@@ -79,7 +80,7 @@ def build(
         ),
         device,
         dtype,
-        arguments.engine_options(backend, shapes, tensorrt, plan),
+        arguments.engine_options(backend, shapes, tensorrt, plan, eager=eager),
         baseline,
         limits,
         tuple(allow or ()),
@@ -172,6 +173,7 @@ def compile_engines(
     bundle: arguments.BundleArg,
     backend: arguments.BackendOpt = None,
     shapes: arguments.ShapesOpt = None,
+    eager: arguments.EagerOpt = False,
     workspace_gib: arguments.WorkspaceOpt = None,
     builder_level: arguments.LevelOpt = None,
     compatibility: arguments.CompatibilityOpt = "none",
@@ -188,7 +190,7 @@ def compile_engines(
         workspace_gib, builder_level, compatibility, refit, strip_weights, timing_cache,
         compute_capability,
     )  # fmt: skip
-    options = arguments.engine_options(backend, shapes, tensorrt)
+    options = arguments.engine_options(backend, shapes, tensorrt, eager=eager)
     with tables.progress(stderr) as progress:
         result = pipeline.compile_engines(bundle, options, progress=progress)
     if as_json:

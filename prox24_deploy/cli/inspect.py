@@ -22,6 +22,7 @@ def plan(
     calibration: arguments.CalibrationOpt = None,
     calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
     shapes: arguments.ShapesOpt = None,
+    eager: arguments.EagerOpt = False,
     dtype: arguments.PlanDTypeOpt = None,
     max_loss: arguments.MaxLossOpt = None,
     layers: arguments.LayersOpt = None,
@@ -42,7 +43,7 @@ def plan(
         PruneOptions(max_loss=max_loss, max_layers=layers),
         device,
         dtype,
-        arguments.engine_options(None, shapes),
+        arguments.engine_options(None, shapes, eager=eager),
     )
     saved = read_profile(gpu_profile) if gpu_profile else None
     with tables.progress(stderr) as progress:

@@ -156,6 +156,9 @@ PlanOpt = Annotated[
     Path | None,
     typer.Option("--plan", help="Prune only the layers that a plan says to prune.", readable=False),
 ]
+EagerOpt = Annotated[
+    bool, typer.Option("--eager", help="cuSPARSELt: run both models without torch.compile.")
+]
 WorkspaceOpt = Annotated[
     float | None, typer.Option(min=0.001, help="TensorRT: scratch memory of a kernel at most, GiB.")
 ]
@@ -329,11 +332,13 @@ def engine_options(
     shapes: list[str] | None,
     tensorrt: TensorRtOptions = _TENSORRT,
     plan: Path | None = None,
+    *,
+    eager: bool = False,
 ) -> EngineOptions:
     """The options about engines as one record.
 
     Raises:
-        UsageError: a shape is not understood, or an option of TensorRT would have no effect.
+        UsageError: a shape is not understood, or an option of a backend would have no effect.
     """
     default = EngineOptions()
     parsed = parse_shapes(shapes or ())
@@ -342,6 +347,11 @@ def engine_options(
         raise UsageError(
             f"Options of TensorRT have no effect on backend {', '.join(chosen)}; add --backend "
             "tensorrt or --backend tensorrt-rtx."
+        )
+    if eager and not {"cusparselt", "auto"} & set(chosen):
+        raise UsageError(
+            f"--eager has no effect on backend {', '.join(chosen)}; add --backend cusparselt or "
+            "leave it out."
         )
     if tensorrt.capabilities and "tensorrt-rtx" not in chosen:
         raise UsageError(
@@ -353,7 +363,8 @@ def engine_options(
         parsed.get("batch", default.batches),
         parsed.get("sequence", default.sequences),
         plan,
-        tensorrt,
+        tensorrt=tensorrt,
+        eager=eager,
     )
 
 

@@ -99,7 +99,8 @@ class TensorRtOptions:
 class EngineOptions:
     """Which backends to compile for, for which shapes, and how.
 
-    `plan` is the file of a plan whose GEMM timings need not be measured again.
+    `plan` is the file of a plan whose GEMM timings need not be measured again. `eager` runs the
+    engines of backend cusparselt without torch.compile.
     """
 
     backends: tuple[str, ...] = ("auto",)
@@ -109,6 +110,7 @@ class EngineOptions:
         default=None, metadata=unkeyed("what is read there counts where it is used")
     )
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
+    eager: bool = False
 
     def __post_init__(self) -> None:
         _make_paths(self, "plan")

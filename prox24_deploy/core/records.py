@@ -264,9 +264,25 @@ class BuilderSparsity:
     kernels: tuple[Kernel, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compilation:
+    """How torch.compile made the graphs of an engine: `graphs` of them, `cached` from its cache.
+
+    `reason` says why the engine runs without, kernel by kernel; it is "" where it is compiled.
+    """
+
+    seconds: float = 0.0
+    graphs: int = 0
+    cached: int = 0
+    reason: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One compiled engine; `versions` of what made it, `said` what its builder said of sparsity."""
+    """One compiled engine; `versions` of what made it, `said` what its builder said of sparsity.
+
+    `compilation` is that of an engine that PyTorch runs.
+    """
 
     path: str
     backend: str
@@ -278,6 +294,7 @@ class Engine:
     versions: dict[str, str]
     size_bytes: int
     said: BuilderSparsity | None = None
+    compilation: Compilation | None = None
 
     @property
     def graph(self) -> str:

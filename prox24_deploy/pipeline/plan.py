@@ -82,6 +82,7 @@ def _measured(
 ) -> "tuple[tuple[LayerChoice, ...], GpuProfile, list[float | None]]":
     """Time the dense model and each of its GEMMs on the GPU at hand."""
     from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
+    from prox24_deploy.engines.cusparselt.prepare import prepare
     from prox24_deploy.engines.cusparselt.torch_model import (
         median_ms,
         open_torch_model,
@@ -94,12 +95,14 @@ def _measured(
     targets = _targets(opened.wrapped, context)
     known = gpu_profile(dtype)
     choices, profile = choose_measured(opened, shapes, targets, known, progress)
-    session = opened.session(f"the model in {context.source.path}")
+    ready = prepare(opened, shapes, (), eager=options.engine.eager)
+    session = opened.session(f"the model in {context.source.path}", ready.compiled)
     dense_ms: list[float | None] = []
     for shape in shapes:
         sets = [opened.feeds(shape, seed) for seed in range(4)]
         dense_ms.append(median_ms(session, sets, _SECONDS_PER_SHAPE))
     session.close()
+    ready.close()
     return tuple(c for c in choices if c.name in targets), profile, dense_ms
 
 

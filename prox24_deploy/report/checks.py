@@ -7,6 +7,7 @@ from prox24_deploy.core.intervals import FEWEST, around
 from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
+    Engine,
     Estimate,
     EvaluateResult,
     ExportResult,
@@ -44,6 +45,7 @@ def find_warnings(results: BuildResults) -> tuple[str, ...]:
         *_doubt_warnings(prune.layers),
         *_dtype_warnings(results.export),
         *_backend_warnings(results.compile, bench.latency),
+        *_compilation_warnings(results.compile.engines),
         *_unmeasured_warnings(bench),
         *_clock_warnings(bench.latency),
     )
@@ -167,6 +169,15 @@ def _backend_warnings(compiled: CompileResult, latency: Sequence[LatencyRow]) ->
         if gates.get(evidence.backend, True) and evidence.chosen in (0, None):
             known = "it is unknown whether it runs" if evidence.chosen is None else "it runs no"
             yield f"Backend {evidence.backend}: {known} sparse kernels ({evidence.summary})."
+
+
+def _compilation_warnings(engines: Sequence[Engine]) -> Iterator[str]:
+    for engine in engines:
+        if engine.compilation is not None and (reason := engine.compilation.reason):
+            yield (
+                f"The {engine.twin} engine of backend {engine.backend} runs without torch.compile "
+                f"({reason}), kernel by kernel, and is not the fastest that PyTorch has."
+            )
 
 
 def _unmeasured_warnings(bench: BenchResult) -> Iterator[str]:

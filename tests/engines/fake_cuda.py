@@ -12,13 +12,21 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from prox24_deploy.core.types import DType
 from prox24_deploy.engines.cusparselt import backend as cusparselt
-from prox24_deploy.engines.cusparselt import cuda_graph, gemm, gemm_job, torch_model, trials
+from prox24_deploy.engines.cusparselt import (
+    cuda_graph,
+    gemm,
+    gemm_job,
+    inductor,
+    torch_model,
+    trials,
+)
 from prox24_deploy.engines.cusparselt import matmul as cusparselt_plan
-from prox24_deploy.engines.cusparselt.linear import SparseLinear
+from prox24_deploy.engines.cusparselt.linear import PRODUCT_MARK
 from prox24_deploy.engines.cusparselt.profile import GemmShape, GpuProfile
 from prox24_deploy.engines.cusparselt.trials import Trial
 from prox24_deploy.sparsity.pattern import is_24
@@ -109,12 +117,16 @@ def capture(run: Callable[[], tuple[Tensor, ...]]) -> cuda_graph.Captured:
     return cuda_graph.Captured(replay, outputs)
 
 
-def kernels_by_layer(
-    model: nn.Module, names: Sequence[str], run: Callable[[], object]
-) -> Mapping[str, tuple[str, ...]]:
-    run()
-    kinds = {name: isinstance(model.get_submodule(name), SparseLinear) for name in names}
-    return {name: (SPARSE if sparse else DENSE,) for name, sparse in kinds.items()}
+def kernels_by_layer(run: Callable[[], object]) -> Mapping[str, tuple[str, ...]]:
+    """Of each layer that a run multiplies sparse, by the ranges that mark them."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    names = (event.name for event in profiler.events() or ())
+    return {
+        name.removeprefix(PRODUCT_MARK): (SPARSE,)
+        for name in names
+        if name.startswith(PRODUCT_MARK)
+    }
 
 
 def gpu_profile(dtype: DType) -> GpuProfile:
@@ -132,6 +144,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: CARD)
     monkeypatch.setattr(torch_model, "require_gpu", lambda asker, instead: None)
     monkeypatch.setattr(cuda_graph, "DEVICE", "cpu")
+    # Traces the graph and does not compile it, for which there may be no compiler here.
+    monkeypatch.setattr(inductor, "BACKEND", "eager")
     monkeypatch.setattr(cuda_graph, "capture", capture)
     monkeypatch.setattr(cuda_graph, "Stopwatch", machine.stopwatch)
     monkeypatch.setattr(gemm, "gpu_profile", gpu_profile)

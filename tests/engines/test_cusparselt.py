@@ -289,10 +289,8 @@ def test_a_check_fails_beyond_the_tolerance_of_its_dtype() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_profiler_that_sees_no_kernel_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(EngineError, match="The PyTorch profiler saw no GPU kernel"):
-        kernels.kernels_by_layer(model, ["0"], lambda: model(torch.zeros(1, 4)))
-    assert not model[0]._forward_hooks
+        kernels.kernels_by_layer(lambda: torch.zeros(4).sum())
 
 
 def test_sparse_kernels_are_known_by_name() -> None:

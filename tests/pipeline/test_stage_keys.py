@@ -393,6 +393,7 @@ OTHER_OPTIONS: dict[str, tuple[Any, set[str]]] = {
     "engine.sequences": ((8, 16), {"bench", "accuracy"}),
     "engine.tensorrt": (TensorRtOptions(builder_level=3), set()),
     "engine.backends": (("onnxruntime",), set()),
+    "engine.eager": (True, set()),
     "engine_tokens": (512, {"accuracy"}),
     "harness.tasks": ((), set()),
     "harness.limit": (None, set()),

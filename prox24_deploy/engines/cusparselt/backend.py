@@ -1,8 +1,8 @@
 """cuSPARSELt through PyTorch: the pruned model itself, its winning layers held compressed.
 
 The engine that can be shown to use sparse tensor cores wherever PyTorch has cuSPARSELt. The dense
-twin is the dense model on cuBLAS. Both run in half precision as CUDA graphs, so that the time which
-Python takes to launch kernels is in neither.
+twin is the dense model on cuBLAS. Both go through torch.compile and run in half precision as CUDA
+graphs, so that the dense one is the fastest that PyTorch makes of the model.
 """
 
 import logging
@@ -21,17 +21,24 @@ from prox24_deploy.core.atomic import make_folder, write_atomic
 from prox24_deploy.core.documents import Document, read_document
 from prox24_deploy.core.errors import EngineError, ModelDirError
 from prox24_deploy.core.fingerprint import unkeyed
-from prox24_deploy.core.records import Engine, EngineEvidence, LayerEvidence, OnnxModel, TensorCheck
+from prox24_deploy.core.records import (
+    Compilation,
+    Engine,
+    EngineEvidence,
+    LayerEvidence,
+    OnnxModel,
+    TensorCheck,
+)
 from prox24_deploy.core.types import DType, Twin
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
 from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
 from prox24_deploy.engines.cusparselt.kernels import kernels_by_layer, sparse_kernels
 from prox24_deploy.engines.cusparselt.linear import replace_layers, two_four_layers
+from prox24_deploy.engines.cusparselt.prepare import Prepared, prepare
 from prox24_deploy.engines.cusparselt.profile import GpuProfile, write_profile
 from prox24_deploy.engines.cusparselt.torch_model import (
     TorchModel,
-    compare_outputs,
     open_torch_model,
 )
 from prox24_deploy.model.directory import ModelDir, open_model_dir
@@ -45,12 +52,16 @@ ENGINE_FILE, EVIDENCE_FILE, GEMMS_FILE = "engine.json", "evidence.json", "gemms.
 
 @dataclass(frozen=True, slots=True)
 class EngineFile:
-    """How to open an engine: hash of the model and, by layer, the algorithm for each m."""
+    """How to open an engine: hash of the model and, by layer, the algorithm for each m.
+
+    `compiled` says whether it is run by torch.compile.
+    """
 
     model_sha256: str
     onnx_sha256: str
     dtype: DType
     layers: dict[str, dict[int, int]]
+    compiled: bool
 
 
 T = TypeVar("T")
@@ -103,7 +114,8 @@ class CuSparseLt:
         """Write `engine.json`; for the sparse twin choose layers, prove outputs and kernels first.
 
         The weights stay in the model directory, for compressing them takes less time than reading
-        them. The timings of the GEMMs and the evidence lie beside the sparse engine.
+        them, and what torch.compile made of the model stays in its own cache. The timings of the
+        GEMMs and the evidence lie beside the sparse engine.
 
         Raises:
             EngineError: the model is float32, or the sparse outputs differ from the dense ones.
@@ -113,13 +125,22 @@ class CuSparseLt:
         opened = open_torch_model(source, self.recipe, model.dtype)
         folder = bundle / out
         make_folder(folder)
-        chosen = self._compress(opened, folder) if twin == "sparse" else {}
+        choices: Sequence[LayerChoice] = ()
+        if twin == "sparse":
+            choices, profile = self._choose(opened)
+            write_profile(profile, folder / GEMMS_FILE)
+        ready = prepare(opened, self.shapes, choices, eager=self.options.eager)
+        if twin == "sparse":
+            evidence = collect_evidence(ready, choices)
+            write_atomic(folder / EVIDENCE_FILE, _EVIDENCE.dump_json(evidence, indent=1) + b"\n")
+        ready.close()
         source.require_unchanged()
         record = EngineFile(
             model_sha256=source.sha256,
             onnx_sha256=model.sha256,
             dtype=model.dtype,
-            layers=chosen,
+            layers={choice.name: choice.algorithms for choice in choices if choice.chosen},
+            compiled=not ready.compilation.reason,
         )
         write_atomic(folder / ENGINE_FILE, _ENGINE.dump_json(record, indent=1) + b"\n")
         return Engine(
@@ -132,6 +153,7 @@ class CuSparseLt:
             dtype=model.dtype,
             versions=gpu_profile(model.dtype).versions,
             size_bytes=opened.held_bytes(),
+            compilation=ready.compilation,
         )
 
     def evidence(self, bundle: Path, engine: Engine, _: tuple[TensorCheck, ...]) -> EngineEvidence:
@@ -159,11 +181,14 @@ class CuSparseLt:
             )
         opened = open_torch_model(source, self.recipe, record.dtype)
         replace_layers(opened.wrapped, record.layers)
-        session = opened.session(f"the {engine.twin} model in {source.path}")
+        compiled = opened.compiled(self.shapes) if record.compiled else None
+        session = opened.session(f"the {engine.twin} model in {source.path}", compiled)
         try:
             yield session
         finally:
             session.close()
+            if compiled:
+                compiled.close()
 
     def _source(self, bundle: Path, twin: Twin) -> ModelDir:
         """The directory of one twin; the dense one must be that which the bundle was made from."""
@@ -175,15 +200,6 @@ class CuSparseLt:
             )
         return source
 
-    def _compress(self, opened: TorchModel, folder: Path) -> dict[str, dict[int, int]]:
-        """Hold the layers compressed that win; returns their algorithms by rows."""
-        choices, profile = self._choose(opened)
-        chosen = {c.name: _algorithms(c) for c in choices if c.chosen}
-        evidence = compress_model(opened, self.shapes, choices)
-        write_profile(profile, folder / GEMMS_FILE)
-        write_atomic(folder / EVIDENCE_FILE, _EVIDENCE.dump_json(evidence, indent=1) + b"\n")
-        return chosen
-
     def _choose(self, opened: TorchModel) -> tuple[tuple[LayerChoice, ...], GpuProfile]:
         """Time the GEMMs of every layer at every shape, dense and sparse, and decide."""
         here = gpu_profile(opened.dtype)
@@ -192,33 +208,14 @@ class CuSparseLt:
         return choose_measured(opened, self.shapes, pruned, known, lambda *_: None)
 
 
-def compress_model(
-    opened: TorchModel, shapes: Sequence[tuple[int, int]], choices: Sequence[LayerChoice]
-) -> EngineEvidence:
-    """Hold the chosen layers of a model compressed, in place, and look at what it then does.
+def collect_evidence(ready: Prepared, choices: Sequence[LayerChoice]) -> EngineEvidence:
+    """Look at what a sparse twin that is ready does.
 
     Returns:
-        Per layer the kernels that the profiler saw at the last of `shapes`, and the outputs at all
-        of them against those of the same weights multiplied dense.
-
-    Raises:
-        EngineError: outputs differ by more than the tolerance of the dtype, by name.
+        Per layer the kernels that the profiler saw at the last of its shapes, and its outputs
+        against those of the same weights multiplied dense.
     """
-    feeds = [opened.feeds(shape) for shape in shapes]
-    expected = [opened.run(one) for one in feeds]
-    replace_layers(opened.wrapped, {c.name: _algorithms(c) for c in choices if c.chosen})
-    names = [spec.name for spec in opened.module.signature.outputs]
-    numerics = compare_outputs(names, expected, [opened.run(one) for one in feeds], opened.dtype)
-    for check in numerics:
-        if not check.passed:
-            raise EngineError(
-                f"Output {check.output} of the compressed model differs from the same weights "
-                f"multiplied dense by {check.max_abs_difference:.3g}, tolerance "
-                f"{check.tolerance:.3g}; cuSPARSELt computes something else on this GPU."
-            )
-    layers = [choice.name for choice in choices]
-    kernels = kernels_by_layer(opened.wrapped, layers, lambda: opened.run(feeds[-1]))
-    evidence = explain(choices, kernels)
+    evidence = explain(choices, kernels_by_layer(ready.run_last))
     eligible = sum(layer.eligible is True for layer in evidence)
     running = sum(layer.chosen is True for layer in evidence)
     return EngineEvidence(
@@ -227,9 +224,19 @@ def compress_model(
         eligible=eligible,
         chosen=running,
         summary=f"the profiler saw sparse kernels in {running} of {len(evidence)} layers, "
-        f"{eligible} of them eligible",
+        f"{eligible} of them eligible; {in_words(ready.compilation)}",
         layers=evidence,
-        numerics=numerics,
+        numerics=ready.numerics,
+    )
+
+
+def in_words(compilation: Compilation) -> str:
+    """How a twin was compiled, as part of a sentence."""
+    if compilation.reason:
+        return f"run without torch.compile ({compilation.reason})"
+    return (
+        f"compiled by torch.compile in {compilation.seconds:.1f} s, {compilation.cached} of "
+        f"{compilation.graphs} graphs from its cache"
     )
 
 
@@ -240,23 +247,20 @@ def explain(
 
     Args:
         choices: one for each layer.
-        kernels: by layer, the names of the GPU kernels that it launched.
+        kernels: by layer that multiplied sparse, the names of the GPU kernels that it launched.
     """
     layers = []
     for choice in choices:
-        sparse = sparse_kernels(kernels[choice.name])
+        seen = kernels.get(choice.name, ())
+        sparse = sparse_kernels(seen)
         reason = choice.reason
         if sparse:
             reason = f"{reason}; kernel {sparse[0]}"
         if bool(sparse) != choice.chosen:
-            seen = "a sparse kernel" if sparse else f"only {', '.join(kernels[choice.name])}"
-            reason = f"unexpected: {reason}, but the profiler saw {seen or 'no kernel'}"
+            what = "a sparse kernel" if sparse else f"only {', '.join(seen) or 'dense kernels'}"
+            reason = f"unexpected: {reason}, but the profiler saw {what}"
         layers.append(LayerEvidence(choice.name, choice.eligible, bool(sparse), reason))
     return tuple(layers)
-
-
-def _algorithms(choice: LayerChoice) -> dict[int, int]:
-    return {timing.shape.m: timing.algorithm for timing in choice.timings}
 
 
 def _read(adapter: TypeAdapter[T], path: Path) -> T:

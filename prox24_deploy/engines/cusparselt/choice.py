@@ -31,6 +31,11 @@ class LayerChoice:
         """Whether cuSPARSELt can run the layer at all."""
         return bool(self.timings)
 
+    @property
+    def algorithms(self) -> dict[int, int]:
+        """Number of the fastest algorithm by rows of activations."""
+        return {timing.shape.m: timing.algorithm for timing in self.timings}
+
 
 def gemm_obstacle(use: LayerUse) -> str:
     """Why cuSPARSELt cannot run a layer, whatever its weight; "" where it can."""

@@ -7,10 +7,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prox24_deploy.core.errors import EngineError
 from prox24_deploy.engines.base import Array, Feeds
+
+Run = Callable[..., tuple[Tensor, ...]]
 
 # Where modules and buffers live.
 DEVICE = "cuda"
@@ -75,16 +77,16 @@ class GraphSession:
     """A module on a GPU whose inputs and outputs have names; its graph for the last shape is kept.
 
     Args:
-        module: takes its inputs by position and returns a tuple.
+        run: a module, or what runs it: takes its inputs by position and returns a tuple.
         inputs: names of the inputs, in order.
         outputs: names of the outputs, in order.
         source: what the module is, for messages.
     """
 
     def __init__(
-        self, module: nn.Module, inputs: Sequence[str], outputs: Sequence[str], source: str
+        self, run: Run, inputs: Sequence[str], outputs: Sequence[str], source: str
     ) -> None:
-        self._module: nn.Module | None = module
+        self._run: Run | None = run
         self._inputs, self._outputs, self._source = tuple(inputs), tuple(outputs), source
         self._captured: _Kept | None = None
         self._stopwatch = Stopwatch()
@@ -115,7 +117,7 @@ class GraphSession:
 
     def close(self) -> None:
         """Release the memory of the module and its graph; running afterwards is an error."""
-        self._module = self._captured = None
+        self._run = self._captured = None
 
     @torch.inference_mode()
     def _graph_of(self, feeds: Feeds) -> Captured:
@@ -141,12 +143,12 @@ class GraphSession:
         return tuple(to_tensor(feeds[name]) for name in self._inputs)
 
     def _capture(self, given: tuple[Tensor, ...]) -> _Kept:
-        module = self._module
-        if module is None:
+        run = self._run
+        if run is None:
             raise EngineError(f"The session of {self._source} is closed; open the engine again.")
         static = tuple(tensor.clone() for tensor in given)
         try:
-            graph = capture(lambda: tuple(module(*static)))
+            graph = capture(lambda: tuple(run(*static)))
         except (RuntimeError, ValueError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)

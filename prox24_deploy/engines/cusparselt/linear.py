@@ -11,9 +11,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.profiler import record_function
 
 from prox24_deploy.core.errors import EngineError
-from prox24_deploy.engines.cusparselt import matmul as cusparselt_plan
+from prox24_deploy.engines.cusparselt import matmul
 from prox24_deploy.engines.cusparselt.matmul import MatmulPlan
 from prox24_deploy.engines.cusparselt.profile import GemmShape
 from prox24_deploy.model.layers import is_layer, layer_at, matrix_shape, obstacle, to_matrix
@@ -23,51 +24,71 @@ from prox24_deploy.sparsity.pattern import is_24
 WEIGHT_MULTIPLE = 16
 # Rows of activations; fewer are padded.
 ROW_MULTIPLE = 8
+# What the name of a layer stands behind where the profiler shows its product.
+PRODUCT_MARK = "sparse product of "
 
 
 class SparseLinear(nn.Module):
     """A linear layer whose 2:4 weight is held compressed; half precision, on a GPU."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, algorithms: Mapping[int, int]) -> None:
-        """Compress `weight`, (n, k) and 2:4 along k; `algorithms` by rows of activations."""
+    packed: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, algorithms: Mapping[int, int], name: str = ""
+    ) -> None:
+        """Compress `weight`, (n, k) and 2:4 along k; `algorithms` by rows of activations.
+
+        `name` is what the profiler shows the product under.
+        """
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.register_buffer("packed", torch._cslt_compress(weight.contiguous()), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self._name = name
         self._algorithms = dict(algorithms)
         self._plans: dict[int, MatmulPlan] = {}
+        _layers[self.packed.data_ptr()] = self
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Multiply (..., k) to (..., n)."""
         rows = hidden.reshape(-1, self.in_features)
+        product: Tensor = torch.ops.prox24_deploy.linear_24(rows, self.packed)
+        return product.view(*hidden.shape[:-1], self.out_features)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """Multiply (m, k) to (m, n)."""
         count = len(rows)
         # Padding by nothing would copy.
         if missing := -count % ROW_MULTIPLE:
             rows = functional.pad(rows, (0, 0, 0, missing))
-        padded = rows.contiguous()
-        plan = self._plan(len(padded), self._algorithms.get(count, 0))
-        product: Tensor = torch.ops.prox24_deploy.sparse_product(self.packed, padded, plan)
-        return product[:count].view(*hidden.shape[:-1], self.out_features)
+        with record_function(f"{PRODUCT_MARK}{self._name}"):
+            return self._plan(count).multiply(self.packed, rows.contiguous())[:count]
 
-    def _plan(self, count: int, algorithm: int) -> int:
-        """Key of the plan for `count` rows, made where there is none yet."""
-        plan = self._plans.get(count)
-        if plan is None:
-            shape = GemmShape(self.out_features, self.in_features, count)
-            bias: Tensor | None = self.bias  # type: ignore[assignment]
-            plan = cusparselt_plan.shared_plan(shape, self.packed.dtype, algorithm, bias)  # type: ignore[arg-type]
-            self._plans[count] = plan
-            _plans[id(plan)] = plan
-        return id(plan)
+    def _plan(self, count: int) -> MatmulPlan:
+        """The plan for `count` rows, made where there is none yet."""
+        if count not in self._plans:
+            padded = count + -count % ROW_MULTIPLE
+            shape = GemmShape(self.out_features, self.in_features, padded)
+            algorithm = self._algorithms.get(count, 0)
+            dtype = self.packed.dtype
+            self._plans[count] = matmul.shared_plan(shape, dtype, algorithm, self.bias)
+        return self._plans[count]
 
 
-_plans: WeakValueDictionary[int, MatmulPlan] = WeakValueDictionary()
+# By the address of the packed weight, so that compiled code is the same for all layers of a shape.
+_layers: WeakValueDictionary[int, SparseLinear] = WeakValueDictionary()
 
 
-@torch.library.custom_op("prox24_deploy::sparse_product", mutates_args=())
-def _sparse_product(packed: Tensor, rows: Tensor, plan: int) -> Tensor:
-    """An operator, for the profiler tells which layer launched a kernel by operators alone."""
-    return _plans[plan].multiply(packed, rows)
+@torch.library.custom_op("prox24_deploy::linear_24", mutates_args=())
+def _linear_24(rows: Tensor, packed: Tensor) -> Tensor:
+    """Y (m, n) of X (m, k), an operator that Inductor takes as it is."""
+    return _layers[packed.data_ptr()].multiply(rows)
+
+
+@_linear_24.register_fake
+def _(rows: Tensor, packed: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], packed.shape[0])
 
 
 def shape_obstacle(n: int, k: int) -> str:
@@ -150,4 +171,4 @@ def replace_layers(model: nn.Module, algorithms: Mapping[str, Mapping[int, int]]
             raise EngineError(f"Layer {name} is not 2:4, so it cannot be held compressed.")
         bias = None if layer.bias is None else layer.bias.detach()
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, SparseLinear(matrix, bias, chosen))
+        setattr(model.get_submodule(parent), own, SparseLinear(matrix, bias, chosen, name))

@@ -13,7 +13,8 @@ from prox24_deploy.core.records import NumericsCheck
 from prox24_deploy.core.types import DType
 from prox24_deploy.engines.base import Feeds
 from prox24_deploy.engines.cusparselt import cuda_graph
-from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession, to_tensor
+from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession, Run, to_tensor
+from prox24_deploy.engines.cusparselt.inductor import CompiledModule
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.graph.export.module import RecipeModule, copy_with, to_dtype
 from prox24_deploy.model.directory import ModelDir, load_model
@@ -40,19 +41,30 @@ class TorchModel:
         inputs = self.module.signature.inputs
         return random_feeds(inputs, self.dtype, self.vocabulary)(*shape, seed)
 
+    def inputs(self, feeds: Feeds) -> tuple[Tensor, ...]:
+        """Inputs on the GPU, in the order of the signature."""
+        return tuple(to_tensor(feeds[spec.name]) for spec in self.module.signature.inputs)
+
     @torch.inference_mode()
     def run(self, feeds: Feeds) -> tuple[Tensor, ...]:
-        """Outputs in the order of the signature."""
-        inputs = (to_tensor(feeds[spec.name]) for spec in self.module.signature.inputs)
-        outputs: tuple[Tensor, ...] = self.module(*inputs)
+        """Outputs in the order of the signature, kernel by kernel."""
+        outputs: tuple[Tensor, ...] = self.module(*self.inputs(feeds))
         return outputs
 
-    def session(self, source: str) -> GraphSession:
-        """The model captured as CUDA graphs; `source` names it in messages."""
-        signature = self.module.signature
-        inputs = [spec.name for spec in signature.inputs]
-        outputs = [spec.name for spec in signature.outputs]
-        return GraphSession(self.module, inputs, outputs, source)
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the outputs, in order."""
+        return [spec.name for spec in self.module.signature.outputs]
+
+    def compiled(self, shapes: Sequence[tuple[int, int]]) -> CompiledModule:
+        """The model for torch.compile, with a graph for each (batch, sequence)."""
+        runs = [self.inputs(self.feeds(shape)) for shape in shapes]
+        return CompiledModule(self.module, [tuple(t.shape for t in run) for run in runs])
+
+    def session(self, source: str, run: Run | None = None) -> GraphSession:
+        """The model, or what runs it, captured as CUDA graphs; `source` names it in messages."""
+        inputs = [spec.name for spec in self.module.signature.inputs]
+        return GraphSession(run or self.module, inputs, self.output_names, source)
 
     def held_bytes(self) -> int:
         """Bytes of all parameters and buffers on the GPU."""

@@ -1,0 +1,127 @@
+"""Make a twin ready to run: its layers compressed, compiled, and held against what it must give."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prox24_deploy.core.errors import EngineError
+from prox24_deploy.core.records import Compilation, NumericsCheck
+from prox24_deploy.engines.base import Feeds
+from prox24_deploy.engines.cusparselt.choice import LayerChoice
+from prox24_deploy.engines.cusparselt.inductor import CompiledModule, try_compiling
+from prox24_deploy.engines.cusparselt.linear import replace_layers
+from prox24_deploy.engines.cusparselt.torch_model import TorchModel, compare_outputs
+
+log = logging.getLogger(__name__)
+
+ASKED = "--eager"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A twin that is ready.
+
+    Attributes:
+        opened: the model, its chosen layers compressed.
+        compiled: the same for torch.compile; None where it runs kernel by kernel.
+        compilation: how that went.
+        numerics: outputs at all shapes against those of the same weights multiplied dense.
+        last: inputs at the last of the shapes.
+    """
+
+    opened: TorchModel
+    compiled: CompiledModule | None
+    compilation: Compilation
+    numerics: tuple[NumericsCheck, ...]
+    last: Feeds
+
+    @torch.inference_mode()
+    def run_last(self) -> tuple[Tensor, ...]:
+        """Outputs at the last of the shapes."""
+        return (self.compiled or self.opened.module)(*self.opened.inputs(self.last))
+
+    def close(self) -> None:
+        """Forget what was compiled."""
+        if self.compiled:
+            self.compiled.close()
+
+
+def prepare(
+    opened: TorchModel,
+    shapes: Sequence[tuple[int, int]],
+    choices: Sequence[LayerChoice],
+    *,
+    eager: bool,
+) -> Prepared:
+    """Compress the chosen layers of a model in place, and compile it.
+
+    A model that does not compile, or computes something else once it is, runs as it is, with the
+    reason.
+
+    Args:
+        opened: half precision, on the GPU.
+        shapes: (batch, sequence) to compile for.
+        choices: the layers to compress are marked as chosen; none for the dense twin.
+        eager: do not compile.
+
+    Raises:
+        EngineError: sparse outputs differ by more than the tolerance of the dtype, by name.
+    """
+    feeds = [opened.feeds(shape) for shape in shapes]
+    expected = [opened.run(one) for one in feeds]
+    replace_layers(opened.wrapped, {c.name: c.algorithms for c in choices if c.chosen})
+    numerics = _compare(opened, expected, [opened.run(one) for one in feeds])
+    if wrong := _wrong(numerics):
+        raise EngineError(
+            f"Output {wrong.output} of the compressed model differs from the same weights "
+            f"multiplied dense by {wrong.max_abs_difference:.3g}, tolerance "
+            f"{wrong.tolerance:.3g}; cuSPARSELt computes something else on this GPU."
+        )
+    compiled, compilation = None, Compilation(reason=ASKED)
+    if not eager:
+        compiled = opened.compiled(shapes)
+        inputs = [opened.inputs(one) for one in feeds]
+        other = opened.inputs(opened.feeds(_other(shapes)))
+        outputs, compilation = try_compiling(compiled, inputs, other)
+        checks = _compare(opened, expected, outputs) if outputs else ()
+        if wrong := _wrong(checks):
+            compilation = Compilation(
+                seconds=compilation.seconds,
+                reason=f"compiled, output {wrong.output} differs by "
+                f"{wrong.max_abs_difference:.3g}, tolerance {wrong.tolerance:.3g}",
+            )
+        if compilation.reason:
+            log.warning("A twin runs without torch.compile: %s", compilation.reason)
+            compiled.close()
+            compiled = None
+        else:
+            numerics = checks
+    return Prepared(
+        opened=opened,
+        compiled=compiled,
+        compilation=compilation,
+        numerics=numerics,
+        last=feeds[-1],
+    )
+
+
+def _compare(
+    opened: TorchModel,
+    expected: Sequence[tuple[Tensor, ...]],
+    found: Sequence[tuple[Tensor, ...]],
+) -> tuple[NumericsCheck, ...]:
+    return compare_outputs(opened.output_names, expected, found, opened.dtype)
+
+
+def _wrong(checks: Sequence[NumericsCheck]) -> NumericsCheck | None:
+    return next((check for check in checks if not check.passed), None)
+
+
+def _other(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """A shape that is none of these, and that a model takes which takes these."""
+    batch, sequence = max(shapes)
+    smaller = (batch, max(2, sequence // 2 + 1)) if sequence else (batch + 1, 0)
+    return smaller if smaller not in shapes else (batch + 1, sequence)
