@@ -8,7 +8,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from prox24_deploy.core.errors import EngineError
-from prox24_deploy.engines.cusparselt.linear import PRODUCT_MARK
+from prox24_deploy.engines.cusparselt.linear import OPERATOR, PRODUCT_MARK
 
 # Names of cuSPARSELt's and TensorRT's sparse kernels, such as sm80_xmma_sparse_gemm_f16f16_....
 SPARSE_KERNEL = re.compile(r"sparse|spmma|sptensor", re.IGNORECASE)
@@ -31,9 +31,10 @@ def kernels_by_layer(run: Callable[[], object]) -> dict[str, tuple[str, ...]]:
     events = list(profiler.events() or ())
     found: dict[str, list[str]] = {}
     for event in events:
-        if event.name.startswith(PRODUCT_MARK):
-            layer = event.name.removeprefix(PRODUCT_MARK)
-            found.setdefault(layer, []).extend(_kernels_under([event]))
+        if event.name == OPERATOR:
+            # The profiler gives a kernel to the operator that launched it and not to ranges in it.
+            for layer in _layers_under(event.cpu_children):
+                found.setdefault(layer, []).extend(_kernels_under([event]))
     if not any(event.kernels for event in events):
         raise EngineError(
             "The PyTorch profiler saw no GPU kernel, so nothing shows which layers run sparse; "
@@ -45,6 +46,13 @@ def kernels_by_layer(run: Callable[[], object]) -> dict[str, tuple[str, ...]]:
 def sparse_kernels(kernels: Iterable[str]) -> tuple[str, ...]:
     """Those of the kernels that run on sparse tensor cores, by name."""
     return tuple(kernel for kernel in kernels if SPARSE_KERNEL.search(kernel))
+
+
+def _layers_under(events: Iterable[FunctionEvent]) -> Iterator[str]:
+    for event in events:
+        if event.name.startswith(PRODUCT_MARK):
+            yield event.name.removeprefix(PRODUCT_MARK)
+        yield from _layers_under(event.cpu_children)
 
 
 def _kernels_under(events: Iterable[FunctionEvent]) -> Iterator[str]:

@@ -26,6 +26,7 @@ WEIGHT_MULTIPLE = 16
 ROW_MULTIPLE = 8
 # What the name of a layer stands behind where the profiler shows its product.
 PRODUCT_MARK = "sparse product of "
+OPERATOR = "prox24_deploy::linear_24"
 
 
 class SparseLinear(nn.Module):
@@ -80,7 +81,7 @@ class SparseLinear(nn.Module):
 _layers: WeakValueDictionary[int, SparseLinear] = WeakValueDictionary()
 
 
-@torch.library.custom_op("prox24_deploy::linear_24", mutates_args=())
+@torch.library.custom_op(OPERATOR, mutates_args=())
 def _linear_24(rows: Tensor, packed: Tensor) -> Tensor:
     """Y (m, n) of X (m, k), an operator that Inductor takes as it is."""
     return _layers[packed.data_ptr()].multiply(rows)
