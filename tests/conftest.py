@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from untraced import untraced
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# No test finds what another run has timed, or leaves something behind.
+_CACHE = tempfile.TemporaryDirectory(prefix="prox24-cache-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 
 @pytest.fixture(scope="session", autouse=True)

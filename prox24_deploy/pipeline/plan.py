@@ -83,6 +83,7 @@ def _measured(
     """Time the dense model and each of its GEMMs on the GPU at hand."""
     from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
     from prox24_deploy.engines.cusparselt.prepare import prepare
+    from prox24_deploy.engines.cusparselt.timings import remember
     from prox24_deploy.engines.cusparselt.torch_model import (
         median_ms,
         open_torch_model,
@@ -95,6 +96,7 @@ def _measured(
     targets = _targets(opened.wrapped, context)
     known = gpu_profile(dtype)
     choices, profile = choose_measured(opened, shapes, targets, known, progress)
+    remember(profile)
     ready = prepare(opened, shapes, (), eager=options.engine.eager)
     session = opened.session(f"the model in {context.source.path}", ready.compiled)
     dense_ms: list[float | None] = []

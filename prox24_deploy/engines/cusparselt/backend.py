@@ -29,7 +29,7 @@ from prox24_deploy.core.records import (
     OnnxModel,
     TensorCheck,
 )
-from prox24_deploy.core.types import DType, Twin
+from prox24_deploy.core.types import DType, Twin, silent
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
 from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
@@ -37,6 +37,7 @@ from prox24_deploy.engines.cusparselt.kernels import kernels_by_layer, sparse_ke
 from prox24_deploy.engines.cusparselt.linear import replace_layers, two_four_layers
 from prox24_deploy.engines.cusparselt.prepare import Prepared, prepare
 from prox24_deploy.engines.cusparselt.profile import GpuProfile, write_profile
+from prox24_deploy.engines.cusparselt.timings import remember, remembered
 from prox24_deploy.engines.cusparselt.torch_model import (
     TorchModel,
     open_torch_model,
@@ -203,9 +204,13 @@ class CuSparseLt:
     def _choose(self, opened: TorchModel) -> tuple[tuple[LayerChoice, ...], GpuProfile]:
         """Time the GEMMs of every layer at every shape, dense and sparse, and decide."""
         here = gpu_profile(opened.dtype)
-        known = self.known if self.known is not None and self.known.fits(here) else here
+        known = self.known if self.known is not None and self.known.fits(here) else None
         pruned = two_four_layers(opened.wrapped)
-        return choose_measured(opened, self.shapes, pruned, known, lambda *_: None)
+        choices, profile = choose_measured(
+            opened, self.shapes, pruned, known or remembered(here), silent
+        )
+        remember(profile)
+        return choices, profile
 
 
 def collect_evidence(ready: Prepared, choices: Sequence[LayerChoice]) -> EngineEvidence:
