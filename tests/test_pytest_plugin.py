@@ -22,7 +22,15 @@ def write_pair(folder: Path, *, after: float, before: float) -> None:
     """report.json and baseline.json, which differ in their cosine alone."""
     report = make_records().report()
     for name, value in (("report.json", after), ("baseline.json", before)):
-        metric = Metric("embedding cosine", True, 64, None, None, None, Estimate(value, 1e-6))
+        metric = Metric(
+            name="embedding cosine",
+            higher_is_better=True,
+            samples=64,
+            dense=None,
+            sparse=None,
+            difference=None,
+            agreement=Estimate(value=value, standard_error=1e-6),
+        )
         accuracy = report.accuracy.model_copy(update={"metrics": (metric,)})
         text = report.model_copy(update={"accuracy": accuracy}).model_dump_json()
         (folder / name).write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
     """One line of `doctor`: what was looked for, what was found, what to do if it is missing."""
 
@@ -52,24 +52,31 @@ def diagnose() -> list[Diagnosis]:
     """Look for everything that a stage or backend can need."""
     installed = versions()
     findings = [
-        Diagnosis(name, text, text != "not installed", f"pip install {name}")
+        Diagnosis(
+            name=name, found=text, usable=text != "not installed", remedy=f"pip install {name}"
+        )
         for name, text in installed.items()
     ]
     card = gpu()
     has_gpu = "compute capability" in card
     findings += [
-        Diagnosis("processor", cpu_model(), True, ""),
-        Diagnosis("GPU", ", ".join(card.values()), has_gpu, "pruning and ONNX Runtime run without"),
-        _cuda(has_gpu),
-        _cusparselt(has_gpu),
+        Diagnosis(name="processor", found=cpu_model(), usable=True, remedy=""),
+        Diagnosis(
+            name="GPU",
+            found=", ".join(card.values()),
+            usable=has_gpu,
+            remedy="pruning and ONNX Runtime run without",
+        ),
+        _cuda(has_gpu=has_gpu),
+        _cusparselt(has_gpu=has_gpu),
         _onnxruntime(),
-        _tensorrt(has_gpu),
+        _tensorrt(has_gpu=has_gpu),
         _module("tensorrt_rtx", INSTALL["tensorrt_rtx"]),
     ]
     return findings
 
 
-def _cuda(has_gpu: bool) -> Diagnosis:
+def _cuda(*, has_gpu: bool) -> Diagnosis:
     name = "torch CUDA"
     try:
         import torch
@@ -77,10 +84,12 @@ def _cuda(has_gpu: bool) -> Diagnosis:
         return _not_importable(name, "torch", error)
     usable = torch.cuda.is_available()
     remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU"
-    return Diagnosis(name, torch.version.cuda or "CPU build", usable, remedy)
+    return Diagnosis(
+        name=name, found=torch.version.cuda or "CPU build", usable=usable, remedy=remedy
+    )
 
 
-def _cusparselt(has_gpu: bool) -> Diagnosis:
+def _cusparselt(*, has_gpu: bool) -> Diagnosis:
     name = "cuSPARSELt"
     try:
         import torch
@@ -91,7 +100,7 @@ def _cusparselt(has_gpu: bool) -> Diagnosis:
     # Thousands, hundreds and the rest: 602 is 0.6.2.
     version = f"{number // 1000}.{number // 100 % 10}.{number % 100}" if number else None
     remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU, Ampere or newer"
-    return Diagnosis(name, version or "not available", usable, remedy)
+    return Diagnosis(name=name, found=version or "not available", usable=usable, remedy=remedy)
 
 
 def _onnxruntime() -> Diagnosis:
@@ -100,10 +109,12 @@ def _onnxruntime() -> Diagnosis:
         import onnxruntime
     except ImportError as error:
         return _not_importable(name, "onnxruntime", error)
-    return Diagnosis(name, ", ".join(onnxruntime.get_available_providers()), True, "")
+    return Diagnosis(
+        name=name, found=", ".join(onnxruntime.get_available_providers()), usable=True, remedy=""
+    )
 
 
-def _tensorrt(has_gpu: bool) -> Diagnosis:
+def _tensorrt(*, has_gpu: bool) -> Diagnosis:
     """TensorRT builds on the GPU that it builds for; TensorRT-RTX needs none to build."""
     found = _module("tensorrt", INSTALL["tensorrt"])
     if found.usable and not has_gpu:
@@ -113,19 +124,27 @@ def _tensorrt(has_gpu: bool) -> Diagnosis:
 
 def _not_importable(name: str, package: str, error: ImportError) -> Diagnosis:
     return Diagnosis(
-        name, f"{package} cannot be imported ({error})", False, f"pip install {package}"
+        name=name,
+        found=f"{package} cannot be imported ({error})",
+        usable=False,
+        remedy=f"pip install {package}",
     )
 
 
 def _module(name: str, remedy: str) -> Diagnosis:
     """Whether an engine library can be imported; found without importing it."""
     if importlib.util.find_spec(name) is None:
-        return Diagnosis(name, "not installed", False, remedy)
+        return Diagnosis(name=name, found="not installed", usable=False, remedy=remedy)
     # Module tensorrt may come from distribution tensorrt, tensorrt-cu13 or another like it.
     owners = importlib.metadata.packages_distributions().get(name, [])
     for distribution in (name.replace("_", "-"), *owners):
         try:
-            return Diagnosis(name, importlib.metadata.version(distribution), True, remedy)
+            return Diagnosis(
+                name=name,
+                found=importlib.metadata.version(distribution),
+                usable=True,
+                remedy=remedy,
+            )
         except importlib.metadata.PackageNotFoundError:
             continue
-    return Diagnosis(name, "installed, of unknown version", True, remedy)
+    return Diagnosis(name=name, found="installed, of unknown version", usable=True, remedy=remedy)

@@ -242,6 +242,7 @@ def default_out(model_dir: Path) -> Path:
 
 
 def text_options(
+    *,
     calibration: list[Path] | None,
     evaluation: list[Path] | None,
     calibration_tokens: int,
@@ -252,17 +253,18 @@ def text_options(
 ) -> TextOptions:
     """The options about text as one record."""
     return TextOptions(
-        tuple(calibration or ()),
-        tuple(evaluation or ()),
-        calibration_tokens,
-        evaluation_tokens,
-        seed,
-        images,
-        recordings,
+        calibration=tuple(calibration or ()),
+        evaluation=tuple(evaluation or ()),
+        calibration_tokens=calibration_tokens,
+        evaluation_tokens=evaluation_tokens,
+        seed=seed,
+        images=images,
+        recordings=recordings,
     )
 
 
 def prune_options(
+    *,
     method: Method,
     preset: Preset,
     refinement: Refinement,
@@ -279,8 +281,8 @@ def prune_options(
         UsageError: the file is no plan, or it prunes nothing.
     """
     return PruneOptions(
-        method,
-        preset,
+        method=method,
+        preset=preset,
         refinement=refinement,
         reconstruct=reconstruct,
         include=tuple(include or ()),
@@ -300,6 +302,7 @@ def _planned_dense(plan: Path | None) -> tuple[tuple[str, str], ...]:
 
 
 def tensorrt_options(
+    *,
     workspace_gib: float | None,
     builder_level: int | None,
     compatibility: Compatibility,
@@ -314,17 +317,18 @@ def tensorrt_options(
         UsageError: a compute capability is not understood.
     """
     return TensorRtOptions(
-        workspace_gib,
-        builder_level,
-        compatibility,
-        refit,
-        strip_weights,
-        timing_cache,
-        parse_capabilities(capabilities or ()),
+        workspace_gib=workspace_gib,
+        builder_level=builder_level,
+        compatibility=compatibility,
+        refit=refit,
+        strip_weights=strip_weights,
+        timing_cache=timing_cache,
+        capabilities=parse_capabilities(capabilities or ()),
     )
 
 
 def engine_options(
+    *,
     backends: list[str] | None,
     shapes: list[str] | None,
     tensorrt: TensorRtOptions = _TENSORRT,
@@ -349,11 +353,11 @@ def engine_options(
             "this machine; add --backend tensorrt-rtx or leave it out."
         )
     return EngineOptions(
-        chosen,
-        parsed.get("batch", default.batches),
-        parsed.get("sequence", default.sequences),
-        plan,
-        tensorrt,
+        backends=chosen,
+        batches=parsed.get("batch", default.batches),
+        sequences=parsed.get("sequence", default.sequences),
+        plan=plan,
+        tensorrt=tensorrt,
     )
 
 

@@ -12,6 +12,7 @@ from prox24_deploy.core.errors import UsageError
 
 def package(
     bundle: arguments.BundleArg,
+    *,
     triton: Annotated[
         Path | None,
         typer.Option(help="Write the model into this Triton model repository.", readable=False),
@@ -53,7 +54,9 @@ def package(
 
     if triton is sbom is checksums is None:
         raise UsageError("Nothing to write: pass --triton OUT, --sbom FILE or --checksums FILE.")
-    options = TritonOptions(name, twin, backend, max_batch, instances)
+    options = TritonOptions(
+        name=name, twin=twin, backend=backend, max_batch=max_batch, instances=instances
+    )
     if triton is None and options != TritonOptions():
         raise UsageError(
             "--name, --twin, --backend, --max-batch and --instances have no effect without "

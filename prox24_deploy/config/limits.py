@@ -154,7 +154,7 @@ class Limits(BaseModel):
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GivenLimits:
     """Limits that are not the recipe's: those of a file, and losses that were accepted.
 

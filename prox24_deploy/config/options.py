@@ -15,7 +15,7 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 Compatibility = Literal["none", "version", "ampere+"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextOptions:
     """Calibration and evaluation text, images or recordings, and how much of it to use."""
 
@@ -28,7 +28,7 @@ class TextOptions:
     recordings: int = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PruneOptions:
     """How to prune.
 
@@ -66,7 +66,7 @@ class PruneOptions:
         return self.preset == "best" if self.reconstruct is None else self.reconstruct
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRtOptions:
     """How TensorRT builds; None leaves a setting to TensorRT.
 
@@ -89,7 +89,7 @@ class TensorRtOptions:
     capabilities: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """Which backends to compile for, for which shapes, and how.
 
@@ -110,7 +110,7 @@ class EngineOptions:
         return sorted((batch, length) for batch in set(self.batches) for length in lengths)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessOptions:
     """Tasks of the lm-evaluation-harness, the folder with their data, and documents of each."""
 
@@ -119,7 +119,7 @@ class HarnessOptions:
     limit: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
     """Everything that `build` can be told.
 

@@ -9,7 +9,7 @@ from prox24_deploy.core.records import Estimate, Metric, NotMeasured
 from prox24_deploy.core.types import DType, Twin
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
     """One metric of one engine against PyTorch on the same weights and inputs.
 
@@ -32,7 +32,7 @@ class Fidelity:
     passed: bool | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAccuracy:
     """Accuracy of the engines of one backend, on evenly spaced samples of the evaluation.
 
@@ -54,7 +54,7 @@ class EngineAccuracy:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAccuracyResult:
     """Result of the stage; `failed` names backends whose engines gave no usable output."""
 
@@ -64,7 +64,7 @@ class EngineAccuracyResult:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TaskScores:
     """Tasks of the lm-evaluation-harness on the PyTorch models, dense against sparse.
 

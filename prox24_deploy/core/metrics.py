@@ -10,7 +10,7 @@ _CLASSIFIES = frozenset({"text-classification", "token-classification", "image-c
 _HEARS = frozenset({"automatic-speech-recognition"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MetricKind:
     """What is known of a metric before anything is measured.
 
@@ -32,16 +32,18 @@ class MetricKind:
 METRICS = {
     kind.name: kind
     for kind in (
-        MetricKind("word error rate", _HEARS, bounded=True, labelled=True),
-        MetricKind("word error rate to dense", _HEARS, direct=True, bounded=True),
-        MetricKind("perplexity", WRITES_TEXT),
-        MetricKind("log-perplexity", WRITES_TEXT),
-        MetricKind("embedding cosine", _EMBEDS, direct=True, bounded=True),
-        MetricKind("nearest-neighbour agreement", _EMBEDS, direct=True, bounded=True),
-        MetricKind("accuracy", _CLASSIFIES, bounded=True, labelled=True),
-        MetricKind("score change", _CLASSIFIES, direct=True),
-        MetricKind("top-1 agreement", WRITES_TEXT | _CLASSIFIES, direct=True, bounded=True),
-        MetricKind("KL divergence", WRITES_TEXT | _CLASSIFIES, direct=True),
+        MetricKind(name="word error rate", tasks=_HEARS, bounded=True, labelled=True),
+        MetricKind(name="word error rate to dense", tasks=_HEARS, direct=True, bounded=True),
+        MetricKind(name="perplexity", tasks=WRITES_TEXT),
+        MetricKind(name="log-perplexity", tasks=WRITES_TEXT),
+        MetricKind(name="embedding cosine", tasks=_EMBEDS, direct=True, bounded=True),
+        MetricKind(name="nearest-neighbour agreement", tasks=_EMBEDS, direct=True, bounded=True),
+        MetricKind(name="accuracy", tasks=_CLASSIFIES, bounded=True, labelled=True),
+        MetricKind(name="score change", tasks=_CLASSIFIES, direct=True),
+        MetricKind(
+            name="top-1 agreement", tasks=WRITES_TEXT | _CLASSIFIES, direct=True, bounded=True
+        ),
+        MetricKind(name="KL divergence", tasks=WRITES_TEXT | _CLASSIFIES, direct=True),
     )
 }
 

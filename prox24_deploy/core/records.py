@@ -13,7 +13,7 @@ from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.types import DType, Judgement, Twin
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextSource:
     """Where text came from and how much of it was used.
 
@@ -32,7 +32,7 @@ class TextSource:
     targets: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """What was read from the model directory, and what the model is called."""
 
@@ -52,7 +52,7 @@ class ModelInfo:
         return self.name or PurePosixPath(self.path).name or self.path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRecord:
     """What happened to one layer.
 
@@ -76,7 +76,7 @@ class LayerRecord:
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """A value with the standard error of its mean."""
 
@@ -84,7 +84,7 @@ class Estimate:
     standard_error: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSensitivity:
     """Rise of the model's loss when this layer alone is pruned; `weights` counts its elements."""
 
@@ -93,7 +93,7 @@ class LayerSensitivity:
     loss: Estimate
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CurvePoint:
     """Rise of the model's loss with the least harmful `layers` pruned, `weights` elements."""
 
@@ -102,7 +102,7 @@ class CurvePoint:
     loss: Estimate
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sensitivity:
     """What pruning costs layer by layer and in sum, on calibration text that was withheld.
 
@@ -121,7 +121,7 @@ class Sensitivity:
     chosen: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PruneResult:
     """Result of the pruning stage.
 
@@ -145,7 +145,7 @@ class PruneResult:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
     """One accuracy figure, dense against sparse on the same inputs.
 
@@ -164,7 +164,7 @@ class Metric:
     values: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateResult:
     """Result of the evaluation stage; `metrics[0]` is the headline."""
 
@@ -173,7 +173,7 @@ class EvaluateResult:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorCheck:
     """2:4 check of one weight tensor along its reduction axis.
 
@@ -205,7 +205,7 @@ class TensorCheck:
     remedy: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxModel:
     """One exported file: path in the bundle, hash over graph and external data, size in bytes."""
 
@@ -221,7 +221,7 @@ class OnnxModel:
         return graph_name(self.path)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NumericsCheck:
     """ONNX Runtime on CPU against PyTorch for one output over all tried shapes."""
 
@@ -233,7 +233,7 @@ class NumericsCheck:
     passed: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportResult:
     """Result of the export stage; a twin is one graph, or those of encoder and decoder."""
 
@@ -244,7 +244,7 @@ class ExportResult:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """One layer of an engine: its name, what it says of the ONNX nodes in it, and its kernel."""
 
@@ -253,7 +253,7 @@ class Kernel:
     tactic: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuilderSparsity:
     """What a builder said of sparse layers, None where nothing; `kernels` of the engine."""
 
@@ -264,7 +264,7 @@ class BuilderSparsity:
     kernels: tuple[Kernel, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """One compiled engine; `versions` of what made it, `said` what its builder said of sparsity."""
 
@@ -285,7 +285,7 @@ class Engine:
         return graph_name(self.onnx)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerEvidence:
     """Whether one layer runs on sparse tensor cores, and why not. None means unknown."""
 
@@ -295,7 +295,7 @@ class LayerEvidence:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineEvidence:
     """What one backend did with the 2:4 weights.
 
@@ -313,7 +313,7 @@ class EngineEvidence:
     graph: str = "model"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompileResult:
     """Result of the compile stage."""
 
@@ -322,7 +322,7 @@ class CompileResult:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
     """Percentiles of one twin's latency; `samples_ms` keeps every run for the plots."""
 
@@ -333,7 +333,7 @@ class Timing:
     samples_ms: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
     """An estimate with a 95 % bootstrap interval."""
 
@@ -342,7 +342,7 @@ class Interval:
     high: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Clocks:
     """Slowest and fastest clock of a GPU's multiprocessors while it was timed, in MHz.
 
@@ -354,7 +354,7 @@ class Clocks:
     slowed_by: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyRow:
     """Dense against sparse at one shape, interleaved; `speedup` is dense over sparse time.
 
@@ -384,7 +384,7 @@ class LatencyRow:
         return self.backend if self.graph == "model" else f"{self.backend}, {self.graph}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NotMeasured:
     """A backend whose engines could not run on this machine, and why."""
 
@@ -392,7 +392,7 @@ class NotMeasured:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchResult:
     """Result of the bench stage."""
 

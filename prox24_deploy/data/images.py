@@ -73,9 +73,14 @@ def make_image_samples(
     if classes is not None:
         digest.update(classes.numpy().tobytes())
     source = TextSource(
-        images.kind, images.paths, digest.hexdigest(), len(files), len(files), unit="image"
+        kind=images.kind,
+        paths=images.paths,
+        sha256=digest.hexdigest(),
+        samples=len(files),
+        tokens=len(files),
+        unit="image",
     )
-    return Samples(batches, source, classes)
+    return Samples(batches=batches, source=source, labels=classes)
 
 
 def pixel_sizes(processor: Any) -> dict[str, int]:

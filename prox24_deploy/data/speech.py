@@ -32,7 +32,7 @@ _BATCH_RECORDINGS = 2
 _STRIDE = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
     """The dense model and how recordings and texts are prepared for it.
 
@@ -104,15 +104,15 @@ def make_speech_samples(
     transcripts = tuple(file.text for file in files)
     digest.update(json.dumps(transcripts).encode())
     source = TextSource(
-        recordings.kind,
-        recordings.paths,
-        digest.hexdigest(),
-        len(files),
-        len(files),
+        kind=recordings.kind,
+        paths=recordings.paths,
+        sha256=digest.hexdigest(),
+        samples=len(files),
+        tokens=len(files),
         unit="recording",
         targets=sum(text is not None for text in transcripts),
     )
-    return Samples(tuple(batches), source, transcripts=transcripts)
+    return Samples(batches=tuple(batches), source=source, transcripts=transcripts)
 
 
 def _groups(files: Sequence[Recording]) -> Iterator[Sequence[Recording]]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 AVAILABLE_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "cusparselt")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
     """Where the twins come from, for a backend that runs the model itself and not its ONNX file.
 
@@ -54,7 +54,11 @@ def backend_by_name(name: str, options: EngineOptions, origin: Origin) -> Backen
             require_one_graph(origin.recipe, "Backend 'cusparselt'")
             require_gpu("Backend 'cusparselt'", "--backend onnxruntime")
             return CuSparseLt(
-                origin.dense, origin.dense_sha256, origin.recipe, options, origin.gemms
+                dense=origin.dense,
+                dense_sha256=origin.dense_sha256,
+                recipe=origin.recipe,
+                options=options,
+                known=origin.gemms,
             )
         case "tensorrt" | "tensorrt-rtx":
             from prox24_deploy.engines.tensorrt.backend import open_tensorrt

@@ -163,7 +163,12 @@ class OnnxRuntime:
     ) -> EngineEvidence:
         """Say of every weight declared 2:4 that it runs on a dense kernel."""
         layers = tuple(
-            LayerEvidence(check.module or check.tensor, False, False, NO_SPARSE_KERNELS)
+            LayerEvidence(
+                module=check.module or check.tensor,
+                eligible=False,
+                chosen=False,
+                reason=NO_SPARSE_KERNELS,
+            )
             for check in sparsity
             if check.expected
         )

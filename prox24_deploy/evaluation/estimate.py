@@ -11,7 +11,7 @@ def mean_estimate(values: Tensor) -> Estimate:
     """Mean with its standard error; 0 for a single value."""
     values = values.double()
     spread = float(values.std()) if len(values) > 1 else 0.0
-    return Estimate(float(values.mean()), spread / math.sqrt(len(values)))
+    return Estimate(value=float(values.mean()), standard_error=spread / math.sqrt(len(values)))
 
 
 def per_sample(values: Tensor) -> tuple[float, ...]:

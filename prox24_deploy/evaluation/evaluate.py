@@ -41,7 +41,9 @@ def evaluate_models(
         metrics = evaluate_classes(dense, sparse, held_out.batches, progress, held_out.labels)
     else:
         metrics = evaluate_embeddings(dense, sparse, held_out.batches, progress)
-    return EvaluateResult(metrics, held_out.source, time.perf_counter() - began)
+    return EvaluateResult(
+        metrics=metrics, evaluation=held_out.source, seconds=time.perf_counter() - began
+    )
 
 
 @torch.no_grad()
@@ -75,31 +77,31 @@ def evaluate_text_generation(
         _perplexity(part, which) for part, which in zip(losses, ("dense", "pruned"), strict=True)
     )
     perplexity = Metric(
-        "perplexity",
-        False,
-        windows,
-        dense_perplexity,
-        sparse_perplexity,
-        None,
-        None,
+        name="perplexity",
+        higher_is_better=False,
+        samples=windows,
+        dense=dense_perplexity,
+        sparse=sparse_perplexity,
+        difference=None,
+        agreement=None,
         # To first order, as for the standard error: exp(mean) is no mean over windows.
-        per_sample(sparse_perplexity.value * (1 + losses[1] - losses[1].mean())),
+        values=per_sample(sparse_perplexity.value * (1 + losses[1] - losses[1].mean())),
     )
     log_perplexity = Metric(
-        "log-perplexity",
-        False,
-        windows,
-        mean_estimate(losses[0]),
-        mean_estimate(losses[1]),
-        gap,
-        None,
-        per_sample(losses[1]),
+        name="log-perplexity",
+        higher_is_better=False,
+        samples=windows,
+        dense=mean_estimate(losses[0]),
+        sparse=mean_estimate(losses[1]),
+        difference=gap,
+        agreement=None,
+        values=per_sample(losses[1]),
     )
     return (
         perplexity,
         log_perplexity,
-        _agreement("top-1 agreement", True, torch.cat(agree)),
-        _agreement("KL divergence", False, torch.cat(diverge)),
+        _agreement("top-1 agreement", torch.cat(agree), higher_is_better=True),
+        _agreement("KL divergence", torch.cat(diverge), higher_is_better=False),
     )
 
 
@@ -128,8 +130,8 @@ def evaluate_embeddings(
     neighbours = [_nearest(e) for e in embeddings]
     same = (neighbours[0] == neighbours[1]).double()
     return (
-        _agreement("embedding cosine", True, cosine),
-        _agreement("nearest-neighbour agreement", True, same),
+        _agreement("embedding cosine", cosine, higher_is_better=True),
+        _agreement("nearest-neighbour agreement", same, higher_is_better=True),
     )
 
 
@@ -164,11 +166,11 @@ def evaluate_classes(
     first, second = torch.cat(parts, dim=1)
     if dense.config.num_labels == 1:  # type: ignore[union-attr]  # of a transformers model
         change = (first - second).abs() / first.std().clamp(min=torch.finfo(first.dtype).tiny)
-        return (_agreement("score change", False, change),)
+        return (_agreement("score change", change, higher_is_better=False),)
     return (
         *(() if labels is None else (_accuracy(torch.cat(chosen, dim=1), labels),)),
-        _agreement("top-1 agreement", True, first),
-        _agreement("KL divergence", False, second),
+        _agreement("top-1 agreement", first, higher_is_better=True),
+        _agreement("KL divergence", second, higher_is_better=False),
     )
 
 
@@ -176,28 +178,28 @@ def _accuracy(chosen: Tensor, labels: Tensor) -> Metric:
     """Share of samples whose class is the label, from the classes of both models, (2, samples)."""
     dense, sparse = (chosen == labels.to(chosen.device)).double()
     return Metric(
-        "accuracy",
-        True,
-        len(labels),
-        mean_estimate(dense),
-        mean_estimate(sparse),
-        mean_estimate(sparse - dense),
-        None,
-        per_sample(sparse),
+        name="accuracy",
+        higher_is_better=True,
+        samples=len(labels),
+        dense=mean_estimate(dense),
+        sparse=mean_estimate(sparse),
+        difference=mean_estimate(sparse - dense),
+        agreement=None,
+        values=per_sample(sparse),
     )
 
 
-def _agreement(name: str, higher_is_better: bool, values: Tensor) -> Metric:
+def _agreement(name: str, values: Tensor, *, higher_is_better: bool) -> Metric:
     """A metric that compares the two models directly, from its value per sample."""
     return Metric(
-        name,
-        higher_is_better,
-        len(values),
-        None,
-        None,
-        None,
-        mean_estimate(values),
-        per_sample(values),
+        name=name,
+        higher_is_better=higher_is_better,
+        samples=len(values),
+        dense=None,
+        sparse=None,
+        difference=None,
+        agreement=mean_estimate(values),
+        values=per_sample(values),
     )
 
 
@@ -258,7 +260,7 @@ def _perplexity(losses: Tensor, which: str) -> Estimate:
             "which no working model has; check the checkpoint and the text."
         )
     value = math.exp(mean.value)
-    return Estimate(value, value * mean.standard_error)
+    return Estimate(value=value, standard_error=value * mean.standard_error)
 
 
 def embed(model: nn.Module, batch: Batch) -> Tensor:

@@ -195,8 +195,9 @@ def _named(task: str, name: str, chosen: str) -> str:
 
 def _estimate(results: Mapping[str, Any], name: str, chosen: str) -> Estimate | None:
     value, error = results[f"{name},{chosen}"], results.get(f"{name}_stderr,{chosen}")
-    numbers = [part for part in (value, error) if isinstance(part, int | float)]
-    return Estimate(*map(float, numbers)) if len(numbers) == 2 else None
+    if not isinstance(value, int | float) or not isinstance(error, int | float):
+        return None
+    return Estimate(value=float(value), standard_error=float(error))
 
 
 def _values(samples: Sequence[Mapping[str, Any]], name: str, chosen: str) -> torch.Tensor:

@@ -58,27 +58,27 @@ def word_error_rates(
         ]
         rates.append(
             Metric(
-                "word error rate",
-                False,
-                len(known),
-                mean_estimate(both[0]),
-                mean_estimate(both[1]),
-                mean_estimate(both[1] - both[0]),
-                None,
-                per_sample(both[1]),
+                name="word error rate",
+                higher_is_better=False,
+                samples=len(known),
+                dense=mean_estimate(both[0]),
+                sparse=mean_estimate(both[1]),
+                difference=mean_estimate(both[1] - both[0]),
+                agreement=None,
+                values=per_sample(both[1]),
             )
         )
     change = _rate(dense, sparse, "transcriptions of the dense model")
     rates.append(
         Metric(
-            "word error rate to dense",
-            False,
-            len(change),
-            None,
-            None,
-            None,
-            mean_estimate(change),
-            per_sample(change),
+            name="word error rate to dense",
+            higher_is_better=False,
+            samples=len(change),
+            dense=None,
+            sparse=None,
+            difference=None,
+            agreement=mean_estimate(change),
+            values=per_sample(change),
         )
     )
     return tuple(rates)

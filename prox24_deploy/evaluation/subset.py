@@ -15,7 +15,7 @@ _OTHER_TOKENS = 512
 _UNIT_TOKENS = {"token": 1, "image": IMAGE_TOKENS}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineShapes:
     """Most rows of a batch, and the least and the most tokens of a row, that an engine takes."""
 
@@ -53,7 +53,11 @@ def take(samples: Samples, tokens: int, shapes: EngineShapes | None) -> tuple[Sa
     labels = None if samples.labels is None else samples.labels[torch.cat(picked)]
     counted = sum(map(_tokens, batches))
     number = sum(len(batch.real) for batch in batches)
-    return Samples(tuple(batches), replace(source, samples=number, tokens=counted), labels), cut
+    return Samples(
+        batches=tuple(batches),
+        source=replace(source, samples=number, tokens=counted),
+        labels=labels,
+    ), cut
 
 
 def _rows(batch: Batch, rows: Tensor) -> Batch:

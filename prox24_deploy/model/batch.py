@@ -34,7 +34,7 @@ class Batch:
     targets: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
     """Batches and where their text, images or recordings came from.
 

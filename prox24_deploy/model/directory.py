@@ -54,7 +54,7 @@ _COMPANIONS = {
 _NAMED_COMPANIONS = {"LICENSE", "NOTICE", "vocab"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDir:
     """A model directory whose weight files have been read once and found sound.
 
@@ -157,7 +157,9 @@ def open_model_dir(path: Path) -> ModelDir:
             f"Model directory {path} holds no floating-point weights in {shards[0].name}; pass a "
             "complete checkpoint."
         )
-    directory = ModelDir(path, config, shards, tensors, snapshot)
+    directory = ModelDir(
+        path=path, config=config, shards=shards, tensors=tensors, snapshot=snapshot
+    )
     directory.require_untouched()
     return directory
 
@@ -217,7 +219,7 @@ def load_with_rest(
     _check_loading(directory, recipe, info)
     attach_sentence_modules(model, directory.path, recipe)
     directory.require_untouched()
-    built: nn.Module = model.eval().requires_grad_(False).to(device)
+    built: nn.Module = model.eval().requires_grad_(requires_grad=False).to(device)
     return built, sorted(directory.tensors.keys() & info["unexpected_keys"])
 
 

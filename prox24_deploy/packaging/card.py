@@ -42,7 +42,7 @@ class ParsedCard:
     problem: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceCard:
     """What the source model says of itself.
 
@@ -74,7 +74,9 @@ def read_source_card(model_dir: Path) -> SourceCard:
     kept = {key: card.metadata[key] for key in _KEPT if key in card.metadata}
     if "license" not in kept and isinstance(config.get("license"), str):
         kept["license"] = config["license"]
-    return SourceCard(kept, card.text, _opened_by(model_dir), card.problem)
+    return SourceCard(
+        metadata=kept, text=card.text, opened_by=_opened_by(model_dir), problem=card.problem
+    )
 
 
 def _opened_by(model_dir: Path) -> str:

@@ -154,7 +154,7 @@ def _read_speech(
     extractor, tokenizer = load_feature_extractor(directory.path), load_tokenizer(directory)
     require_special_tokens(directory, tokenizer)
     model = load_model(directory, recipe, torch_device(options.device))
-    listener = Listener(directory, model, extractor, tokenizer)
+    listener = Listener(directory=directory, model=model, extractor=extractor, tokenizer=tokenizer)
     calibration, held_out = (
         make_speech_samples(part, listener, limit=text.recordings, progress=progress)
         for part in recordings

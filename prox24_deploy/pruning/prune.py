@@ -256,7 +256,13 @@ def _steps(model: nn.Module, recipe: Recipe, texts: Sequence[tuple[Batch, ...]])
         if part.is_decoder:
             sets = [after_pruning(activations, model, blocks, part) for activations in sets]
         for index, (block, following) in enumerate(zip_longest(blocks, list(blocks)[1:])):
-            twin = BlockPair(index, f"{part.blocks}.{index}", deepcopy(block), block, following)
+            twin = BlockPair(
+                index=index,
+                prefix=f"{part.blocks}.{index}",
+                dense=deepcopy(block),
+                pruned=block,
+                following=following,
+            )
             yield _Step(part, twin, sets)
             if following is not None:
                 advance(twin, sets)
@@ -415,4 +421,14 @@ def _layers_outside(model: nn.Module, recipe: Recipe, known: set[str]) -> list[L
 
 
 def _skipped(name: str, layer: Layer, reason: str) -> LayerRecord:
-    return LayerRecord(name, matrix_shape(layer), "skipped", reason, "", None, None, 0, 0.0)
+    return LayerRecord(
+        name=name,
+        shape=matrix_shape(layer),
+        status="skipped",
+        reason=reason,
+        method="",
+        relative_error=None,
+        held_out_error=None,
+        iterations=0,
+        seconds=0.0,
+    )

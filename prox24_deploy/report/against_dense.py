@@ -18,6 +18,7 @@ from prox24_deploy.core.intervals import (
     around_share,
     exactly,
     judge,
+    map_interval,
     negated,
     unpaired_difference,
     worst,
@@ -45,7 +46,7 @@ class Group:
     metrics: tuple[Metric, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
     """A metric with its check; `wanted` is how many samples would decide it where it is open."""
 
@@ -76,7 +77,7 @@ def judge_metrics(groups: Sequence[Group], table: MetricTable) -> tuple[Judged, 
     return tuple(_judged(metric, group, table) for group in groups for metric in group.metrics)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Scale:
     """A metric where it is judged: perplexity by its logarithm, any other as it is.
 
@@ -110,11 +111,10 @@ class _Scale:
         if not self.logarithmic or self.dense is None:
             return negated(interval) if self.higher_is_better else interval
         dense = self.dense
-        ends = (dense * math.expm1(x) for x in (interval.value, interval.low, interval.high))
-        return Interval(*ends)
+        return map_interval(lambda worse: dense * math.expm1(worse), interval)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Bound:
     """One limit: its verdict, the value of the metric that it allows, and how far away it is.
 
@@ -132,13 +132,17 @@ def _judged(metric: Metric, group: Group, table: MetricTable) -> Judged:
     name = group.prefix + metric.name
     change = change_in_words(name, metric)
     if not _is_finite(metric):
-        return Judged(metric, group, _check(name, None, None, "fail", _broken(metric)))
+        return Judged(
+            metric=metric, group=group, check=_check(name, None, None, "fail", _broken(metric))
+        )
     value = _value(metric)
     limits = dense_limits_of(table, name)
     if limits is None:
         told = f"{change}; not gated, it informs"
-        return Judged(metric, group, _check(name, value, None, "not gated", told))
-    words = limits_in_words(limits, metric.higher_is_better, " than dense")
+        return Judged(
+            metric=metric, group=group, check=_check(name, value, None, "not gated", told)
+        )
+    words = limits_in_words(limits, higher_is_better=metric.higher_is_better, than=" than dense")
     scale = _scale(metric, group)
     bounds = list(_bounds(limits, scale))
     if (scale.worse is None and limits.threshold is None) or not bounds:
@@ -146,15 +150,24 @@ def _judged(metric: Metric, group: Group, table: MetricTable) -> Judged:
             f"{change}; limit: {words}, which does not apply to a metric that compares the models "
             "directly; give a threshold"
         )
-        return Judged(metric, group, _check(name, value, None, "inconclusive", told))
+        return Judged(
+            metric=metric, group=group, check=_check(name, value, None, "inconclusive", told)
+        )
     allowed = _strictest(bounds, metric)
     if metric.samples < FEWEST:
         told = f"{change}; limit: {words}; fewer than {FEWEST} samples decide nothing"
-        return Judged(metric, group, _check(name, value, allowed, "inconclusive", told), FEW)
+        return Judged(
+            metric=metric,
+            group=group,
+            check=_check(name, value, allowed, "inconclusive", told),
+            wanted=FEW,
+        )
     verdict = worst(bound.verdict for bound in bounds)
     told = f"{change}; {_interval(name, metric, scale)}; limit: {words}"
     wanted = _wanted(bounds, metric.samples) if verdict == "inconclusive" else None
-    return Judged(metric, group, _check(name, value, allowed, verdict, told), wanted)
+    return Judged(
+        metric=metric, group=group, check=_check(name, value, allowed, verdict, told), wanted=wanted
+    )
 
 
 def _check(
@@ -195,7 +208,9 @@ def _value(metric: Metric) -> float | None:
 
 def _scale(metric: Metric, group: Group) -> _Scale:
     if metric.agreement:
-        return _Scale(metric.higher_is_better, around_share(metric.agreement, metric))
+        return _Scale(
+            higher_is_better=metric.higher_is_better, value=around_share(metric.agreement, metric)
+        )
     logs = next((m for m in group.metrics if m.name == f"log-{PERPLEXITY}"), None)
     logarithmic = metric.name == PERPLEXITY and logs is not None and logs.difference is not None
     found = logs if logs and logarithmic else metric
@@ -207,8 +222,8 @@ def _scale(metric: Metric, group: Group) -> _Scale:
         error = math.hypot(dense.standard_error, sparse.standard_error)
         difference = unpaired_difference(sparse, dense, found.samples)
     return _Scale(
-        metric.higher_is_better,
-        around_share(sparse, found),
+        higher_is_better=metric.higher_is_better,
+        value=around_share(sparse, found),
         worse=negated(difference) if metric.higher_is_better else difference,
         error=error,
         dense=_estimates(metric)[0].value,
@@ -246,13 +261,13 @@ def _bounds(limits: MetricLimits, scale: _Scale) -> Iterator[_Bound]:
     if limits.max_degradation_standard_errors is not None:
         # The limit is a statement about noise already.
         bound = limits.max_degradation_standard_errors * scale.error
-        yield _Bound(judge(exactly(scale.worse.value), bound), None)
+        yield _Bound(verdict=judge(exactly(scale.worse.value), bound), allowed=None)
 
 
 def _bound(worse: Interval, bound: float, allowed: float) -> _Bound:
     distance = abs(worse.value - bound)
     margin = worse.high - worse.value if worse.value <= bound else worse.value - worse.low
-    return _Bound(judge(worse, bound), allowed, distance, margin)
+    return _Bound(verdict=judge(worse, bound), allowed=allowed, distance=distance, margin=margin)
 
 
 def _strictest(bounds: Sequence[_Bound], metric: Metric) -> float | None:

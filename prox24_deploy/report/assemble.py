@@ -173,7 +173,7 @@ def _accepted(given: GivenLimits, groups: Sequence[Group]) -> tuple[str, ...]:
         for name in (metric.name, group.prefix + metric.name)
     }
     return tuple(
-        f"{said(name)} {limits_in_words(limits, better[name], ' than dense')}"
+        f"{said(name)} {limits_in_words(limits, higher_is_better=better[name], than=' than dense')}"
         for name, limits in given.accepted.items()
     )
 

@@ -301,7 +301,9 @@ def _loss(name: str, metrics: Sequence[Metric]) -> tuple[Estimate, int]:
         if metric.name == name and (found := metric.difference or metric.agreement):
             return found, metric.samples
         if f"1 - {metric.name}" == name and (found := metric.agreement):
-            return Estimate(1 - found.value, found.standard_error), metric.samples
+            return Estimate(
+                value=1 - found.value, standard_error=found.standard_error
+            ), metric.samples
     raise ValueError(f"no metric among {[m.name for m in metrics]} tells the {name} of a budget")
 
 

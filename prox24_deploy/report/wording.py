@@ -60,7 +60,7 @@ def with_error(estimate: Estimate) -> str:
     return f"{estimate.value:.4g} ± {estimate.standard_error:.2g}"
 
 
-def limits_in_words(limits: MetricLimits, higher_is_better: bool, than: str = "") -> str:
+def limits_in_words(limits: MetricLimits, *, higher_is_better: bool, than: str = "") -> str:
     """Every limit that is given, as a reader of a table wants it; `than` says worse than what."""
     bound = "at least" if higher_is_better else "at most"
     zero = limits.max_degradation == 0

@@ -11,17 +11,16 @@ EVALUATION = Path(__file__).parents[2] / "prox24_deploy" / "evaluation"
 
 
 def named_in(module: str) -> set[str]:
-    """First argument of every metric that a module makes, where it is written out."""
+    """Name of every metric that a module makes, where it is written out."""
     tree = ast.parse((EVALUATION / module).read_text(encoding="utf-8"))
     return {
-        node.args[0].value
+        name.value
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id in {"Metric", "_agreement"}
-        and node.args
-        and isinstance(node.args[0], ast.Constant)
-        and isinstance(node.args[0].value, str)
+        for name in (*node.args[:1], *(k.value for k in node.keywords if k.arg == "name"))
+        if isinstance(name, ast.Constant) and isinstance(name.value, str)
     }
 
 
@@ -47,7 +46,7 @@ def test_names_through_engines_are_those_of_the_metric() -> None:
     ],
 )
 def test_values_tell_the_range_of_a_metric_that_is_not_known(
-    name: str, values: tuple[float, ...], bounded: bool
+    name: str, values: tuple[float, ...], *, bounded: bool
 ) -> None:
     assert is_bounded(name, values) == bounded
 

@@ -29,7 +29,7 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pairs(bart: Path, documents: list[str], targets: tuple[object, ...] = ()) -> Any:
     tokenizer = load_tokenizer(open_model_dir(bart))
-    texts = Texts("file", ("memory",), tuple(documents), targets)
+    texts = Texts(kind="file", paths=("memory",), documents=tuple(documents), targets=targets)
     return make_pairs(texts, tokenizer, BART, tokens=10**6, max_length=64, start=START)
 
 

@@ -85,7 +85,7 @@ def rich_report() -> Report:
     baseline: Baseline | None = None
     for number, value in enumerate((0.814, 0.809, 0.8215, 0.8203), start=1):
         headline, *others = before.evaluate.metrics
-        headline = replace(headline, sparse=Estimate(value, 0.0094))
+        headline = replace(headline, sparse=Estimate(value=value, standard_error=0.0094))
         accepted = replace(before, evaluate=replace(before.evaluate, metrics=(headline, *others)))
         made = updated(
             accepted.report(),
@@ -94,7 +94,13 @@ def rich_report() -> Report:
             date=f"2026-0{number}-03T08:00:00+00:00",
             keep=10,
         )
-        baseline = Baseline("baseline.json", made.report, made.reason, made.date, made.history)
+        baseline = Baseline(
+            source="baseline.json",
+            report=made.report,
+            reason=made.reason,
+            date=made.date,
+            history=made.history,
+        )
     assert baseline is not None
     return held_against(with_budget(before, max_loss=0.05, cosine=0.9).report(), baseline)
 

@@ -43,7 +43,7 @@ PRUNED = "pruned"
 ENGINE_FILE, EVIDENCE_FILE, GEMMS_FILE = "engine.json", "evidence.json", "gemms.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFile:
     """How to open an engine: hash of the model and, by layer, the algorithm for each m."""
 
@@ -57,7 +57,7 @@ T = TypeVar("T")
 _ENGINE, _EVIDENCE = TypeAdapter(EngineFile), TypeAdapter(EngineEvidence)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CuSparseLt:
     """Runs model directories in PyTorch on the GPU at hand.
 
@@ -251,7 +251,11 @@ def explain(
         if bool(sparse) != choice.chosen:
             seen = "a sparse kernel" if sparse else f"only {', '.join(kernels[choice.name])}"
             reason = f"unexpected: {reason}, but the profiler saw {seen or 'no kernel'}"
-        layers.append(LayerEvidence(choice.name, choice.eligible, bool(sparse), reason))
+        layers.append(
+            LayerEvidence(
+                module=choice.name, eligible=choice.eligible, chosen=bool(sparse), reason=reason
+            )
+        )
     return tuple(layers)
 
 

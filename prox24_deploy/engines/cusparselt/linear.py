@@ -53,7 +53,7 @@ class SparseLinear(nn.Module):
         """Key of the plan for `count` rows, made where there is none yet."""
         plan = self._plans.get(count)
         if plan is None:
-            shape = GemmShape(self.out_features, self.in_features, count)
+            shape = GemmShape(n=self.out_features, k=self.in_features, m=count)
             bias: Tensor | None = self.bias  # type: ignore[assignment]
             plan = cusparselt_plan.shared_plan(shape, self.packed.dtype, algorithm, bias)  # type: ignore[arg-type]
             self._plans[count] = plan
@@ -78,7 +78,7 @@ def shape_obstacle(n: int, k: int) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerUse:
     """A layer as the model uses it: `gemms` has its GEMM in each of the input shapes asked for.
 
@@ -103,7 +103,7 @@ def layer_uses(model: nn.Module, runs: Sequence[Callable[[], object]]) -> tuple[
 
     def note(name: str, hidden: Tensor) -> None:
         n, k = shapes[name]
-        seen.setdefault(name, []).append(GemmShape(n, k, hidden.numel() // k))
+        seen.setdefault(name, []).append(GemmShape(n=n, k=k, m=hidden.numel() // k))
 
     hooks = [
         layer.register_forward_pre_hook(lambda _, given, name=name: note(name, given[0]))
@@ -116,7 +116,12 @@ def layer_uses(model: nn.Module, runs: Sequence[Callable[[], object]]) -> tuple[
         for hook in hooks:
             hook.remove()
     return tuple(
-        LayerUse(name, *shapes[name], () if isinstance(layers[name], nn.Conv2d) else tuple(gemms))
+        LayerUse(
+            name=name,
+            n=shapes[name][0],
+            k=shapes[name][1],
+            gemms=() if isinstance(layers[name], nn.Conv2d) else tuple(gemms),
+        )
         for name, gemms in seen.items()
         if len(gemms) == len(runs)
     )

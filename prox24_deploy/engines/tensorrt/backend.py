@@ -61,7 +61,7 @@ class BuildRecord:
     batches: dict[str, tuple[int, int]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRt:
     """One of the two libraries, in the version that is installed, and what to build with it.
 
@@ -269,7 +269,7 @@ def open_tensorrt(library: Library, options: EngineOptions) -> TensorRt:
                     f"TensorRT-RTX {trt.__version__} does not compile for {name}; pass "
                     f"--compute-capability as one of {', '.join(known)}."
                 )
-    return TensorRt(library, str(trt.__version__), card, options)
+    return TensorRt(library=library, version=str(trt.__version__), card=card, options=options)
 
 
 def load_library(library: Library) -> Any:

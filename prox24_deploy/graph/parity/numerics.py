@@ -267,4 +267,11 @@ def _judge(
             "try another opset or dtype."
         )
     shapes = tuple(each.shape for each in differences)
-    return NumericsCheck(twin, output, shapes, worst.largest, tolerance, passed)
+    return NumericsCheck(
+        twin=twin,
+        output=output,
+        shapes=shapes,
+        max_abs_difference=worst.largest,
+        tolerance=tolerance,
+        passed=passed,
+    )

@@ -102,14 +102,25 @@ def measure_accuracy(
 def _opened(backend: Backend, bundle: Path, engine: Engine, rows: int, until: ExitStack) -> Graph:
     """An engine that stays open `until` that stack is left."""
     session = until.enter_context(backend.open(bundle, engine))
-    return Graph(session, read_inputs(bundle / engine.onnx), engine.dtype, engine.path, rows)
+    return Graph(
+        runs=session,
+        inputs=read_inputs(bundle / engine.onnx),
+        dtype=engine.dtype,
+        source=engine.path,
+        rows=rows,
+    )
 
 
 def _reference(model: nn.Module, recipe: Recipe, twin: Twin) -> EngineModel:
     """PyTorch's own answer, through the same graph inputs and outputs."""
     modules = [RecipeModule(model, part).eval() for part in recipe.parts]
     graphs = [
-        Graph(TorchGraph(module), module.signature.inputs, "float32", f"the {twin} model")
+        Graph(
+            runs=TorchGraph(module),
+            inputs=module.signature.inputs,
+            dtype="float32",
+            source=f"the {twin} model",
+        )
         for module in modules
     ]
     return EngineModel(graphs, model.config)

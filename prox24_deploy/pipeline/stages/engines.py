@@ -99,7 +99,9 @@ def open_backends(
         BackendMissingError: one is not available here.
     """
     fitted = fitted_shapes(options, config, recipe)
-    origin = Origin(dense, dense_sha256, recipe, planned_gemms(options.plan))
+    origin = Origin(
+        dense=dense, dense_sha256=dense_sha256, recipe=recipe, gemms=planned_gemms(options.plan)
+    )
     backends = (backend_by_name(name, fitted, origin) for name in options.backends)
     return tuple({backend.name: backend for backend in backends}.values())
 
@@ -192,7 +194,9 @@ def _run_compile(inputs: CompileInputs, work: Workspace, progress: Progress) -> 
                 engines.append(backend.build(work.root, model, out, twin=twin))
         evidence += _evidence(inputs, work.root, backend, engines)
     progress("compile", total, total)
-    return CompileResult(tuple(engines), tuple(evidence), time.perf_counter() - began)
+    return CompileResult(
+        engines=tuple(engines), evidence=tuple(evidence), seconds=time.perf_counter() - began
+    )
 
 
 def _run_bench(inputs: BenchInputs, work: Workspace, progress: Progress) -> BenchResult:
@@ -209,10 +213,15 @@ def _run_bench(inputs: BenchInputs, work: Workspace, progress: Progress) -> Benc
             rows += _time_graph(inputs, work.root, backend, graph, advance)
         except BackendMissingError as error:
             # Built for another machine; the report says so by name.
-            missing.append(NotMeasured(backend.name, str(error)))
+            missing.append(NotMeasured(backend=backend.name, reason=str(error)))
     progress("bench", len(runs) * shapes, len(runs) * shapes)
     seconds = time.perf_counter() - began
-    return BenchResult(tuple(rows), conditions(), seconds, tuple(dict.fromkeys(missing)))
+    return BenchResult(
+        latency=tuple(rows),
+        conditions=conditions(),
+        seconds=seconds,
+        not_measured=tuple(dict.fromkeys(missing)),
+    )
 
 
 def _time_graph(
