@@ -12,6 +12,7 @@ from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
     CurvePoint,
+    DirectMetric,
     Engine,
     EngineEvidence,
     Estimate,
@@ -27,6 +28,7 @@ from prox24_deploy.core.records import (
     NotMeasured,
     NumericsCheck,
     OnnxModel,
+    PairedMetric,
     PruneResult,
     Sensitivity,
     TensorCheck,
@@ -191,31 +193,24 @@ def make_check(layer: LayerRecord) -> TensorCheck:
 
 def make_metrics() -> tuple[Metric, ...]:
     return (
-        Metric(
+        PairedMetric(
             name="STS-B Spearman correlation",
             higher_is_better=True,
             samples=1379,
             dense=Estimate(value=0.8203, standard_error=0.0091),
             sparse=Estimate(value=0.8117, standard_error=0.0094),
             difference=Estimate(value=-0.0086, standard_error=0.0021),
-            agreement=None,
         ),
-        Metric(
+        DirectMetric(
             name="embedding cosine",
             higher_is_better=True,
             samples=512,
-            dense=None,
-            sparse=None,
-            difference=None,
             agreement=Estimate(value=0.9712, standard_error=0.0009),
         ),
-        Metric(
+        DirectMetric(
             name="top-1 neighbour agreement",
             higher_is_better=True,
             samples=512,
-            dense=None,
-            sparse=None,
-            difference=None,
             agreement=Estimate(value=0.914, standard_error=0.0124),
         ),
     )
@@ -307,7 +302,7 @@ def make_row(
 
 def perplexities(
     dense: float, sparse: float, windows: int, *, spread: float = 0.05, seed: int = 0
-) -> tuple[Metric, ...]:
+) -> tuple[PairedMetric, PairedMetric]:
     """Perplexity as an evaluation tells it, from windows whose loss differs by `spread`."""
     random = np.random.default_rng(seed)
     losses = math.log(dense) + random.normal(0, 0.3, windows)
@@ -327,23 +322,21 @@ def perplexities(
         )
 
     return (
-        Metric(
+        PairedMetric(
             name="perplexity",
             higher_is_better=False,
             samples=windows,
             dense=power(losses),
             sparse=power(after),
             difference=None,
-            agreement=None,
         ),
-        Metric(
+        PairedMetric(
             name="log-perplexity",
             higher_is_better=False,
             samples=windows,
             dense=mean(losses),
             sparse=mean(after),
             difference=mean(gaps),
-            agreement=None,
             values=tuple(after.tolist()),
         ),
     )
@@ -395,7 +388,7 @@ def with_budget(records: Records, max_loss: float | None, cosine: float = 0.97) 
     )
     metrics = tuple(
         replace(metric, agreement=Estimate(value=cosine, standard_error=0.001))
-        if metric.name == "embedding cosine"
+        if isinstance(metric, DirectMetric) and metric.name == "embedding cosine"
         else metric
         for metric in records.evaluate.metrics
     )

@@ -31,6 +31,11 @@ class Fidelity:
     tolerance: float | None
     passed: bool | None
 
+    @property
+    def change(self) -> Estimate | None:
+        """How far the engine is from PyTorch, in units of the metric."""
+        return self.agreement if self.difference is None else self.difference
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAccuracy:

@@ -146,12 +146,13 @@ class PruneResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    """One accuracy figure, dense against sparse on the same inputs.
+class PairedMetric:
+    """A figure that the dense and the sparse model each have, on the same inputs.
 
-    `dense` and `sparse` are None for a metric that compares the two models directly (agreement);
-    `difference` is then None too and `agreement` is set. `values` has one figure per sample, whose
-    mean is `sparse` or else `agreement`, so that two builds can be compared sample by sample.
+    `difference` is sparse − dense, None where it is not a mean over samples. `values` has one
+    figure of the sparse model for each sample, whose mean is `sparse`, so that two builds can be
+    compared sample by sample. A report has None for what is not finite. In files either kind of
+    metric has the same keys: `agreement` of this one is always null.
     """
 
     name: str
@@ -160,8 +161,51 @@ class Metric:
     dense: Estimate | None
     sparse: Estimate | None
     difference: Estimate | None
+    agreement: None = None
+    values: tuple[float, ...] = ()
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """What is held against a baseline: the figure of the sparse model."""
+        return self.sparse
+
+    @property
+    def change(self) -> Estimate | None:
+        """How far the sparse model is from the dense one, in units of the metric."""
+        return self.difference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectMetric:
+    """A figure that compares the two models with each other; neither has one of its own.
+
+    `values` has one figure for each sample, whose mean is `agreement`. In files either kind of
+    metric has the same keys: `dense`, `sparse` and `difference` of this one are always null. One
+    whose agreement is None, as a report has it where that is not finite, is read as a pair of None.
+    """
+
+    name: str
+    higher_is_better: bool
+    samples: int
+    dense: None = None
+    sparse: None = None
+    difference: None = None
     agreement: Estimate | None
     values: tuple[float, ...] = ()
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """What is held against a baseline."""
+        return self.agreement
+
+    @property
+    def change(self) -> Estimate | None:
+        """How far the sparse model is from the dense one, in units of the metric."""
+        return self.agreement
+
+
+# One accuracy figure, dense against sparse on the same inputs.
+Metric = PairedMetric | DirectMetric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

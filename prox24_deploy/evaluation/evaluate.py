@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.errors import ModelDirError
-from prox24_deploy.core.records import Estimate, EvaluateResult, Metric
+from prox24_deploy.core.records import DirectMetric, Estimate, EvaluateResult, Metric, PairedMetric
 from prox24_deploy.core.types import WRITES_TEXT, Progress
 from prox24_deploy.evaluation.estimate import mean_estimate, per_sample
 from prox24_deploy.model.batch import IGNORED, Batch, Samples
@@ -76,25 +76,23 @@ def evaluate_text_generation(
     dense_perplexity, sparse_perplexity = (
         _perplexity(part, which) for part, which in zip(losses, ("dense", "pruned"), strict=True)
     )
-    perplexity = Metric(
+    perplexity = PairedMetric(
         name="perplexity",
         higher_is_better=False,
         samples=windows,
         dense=dense_perplexity,
         sparse=sparse_perplexity,
         difference=None,
-        agreement=None,
         # To first order, as for the standard error: exp(mean) is no mean over windows.
         values=per_sample(sparse_perplexity.value * (1 + losses[1] - losses[1].mean())),
     )
-    log_perplexity = Metric(
+    log_perplexity = PairedMetric(
         name="log-perplexity",
         higher_is_better=False,
         samples=windows,
         dense=mean_estimate(losses[0]),
         sparse=mean_estimate(losses[1]),
         difference=gap,
-        agreement=None,
         values=per_sample(losses[1]),
     )
     return (
@@ -177,27 +175,23 @@ def evaluate_classes(
 def _accuracy(chosen: Tensor, labels: Tensor) -> Metric:
     """Share of samples whose class is the label, from the classes of both models, (2, samples)."""
     dense, sparse = (chosen == labels.to(chosen.device)).double()
-    return Metric(
+    return PairedMetric(
         name="accuracy",
         higher_is_better=True,
         samples=len(labels),
         dense=mean_estimate(dense),
         sparse=mean_estimate(sparse),
         difference=mean_estimate(sparse - dense),
-        agreement=None,
         values=per_sample(sparse),
     )
 
 
 def _agreement(name: str, values: Tensor, *, higher_is_better: bool) -> Metric:
     """A metric that compares the two models directly, from its value per sample."""
-    return Metric(
+    return DirectMetric(
         name=name,
         higher_is_better=higher_is_better,
         samples=len(values),
-        dense=None,
-        sparse=None,
-        difference=None,
         agreement=mean_estimate(values),
         values=per_sample(values),
     )

@@ -28,7 +28,7 @@ def fidelity_of(twin: Twin, metric: Metric, dtype: DType) -> Fidelity:
     The deviation counts what is beyond the 95 % interval of a paired difference; an agreement has
     no noise to speak of, for its perfect value is known.
     """
-    found = metric.difference or metric.agreement
+    found = metric.change
     deviate = _DEVIATIONS.get(metric.name)
     tolerance = METRIC_TOLERANCES[dtype] if deviate and found else None
     deviation = None

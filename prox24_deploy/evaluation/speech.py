@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.errors import CalibrationError
-from prox24_deploy.core.records import Metric
+from prox24_deploy.core.records import DirectMetric, Metric, PairedMetric
 from prox24_deploy.core.types import Progress
 from prox24_deploy.evaluation.estimate import mean_estimate, per_sample
 from prox24_deploy.evaluation.evaluate import evaluate_text_generation
@@ -50,33 +50,29 @@ def word_error_rates(
         CalibrationError: there are no words to get wrong.
     """
     known = [i for i, text in enumerate(transcripts) if text is not None]
-    rates = []
+    rates: list[Metric] = []
     if known:
         said = [str(transcripts[i]) for i in known]
         both = [
             _rate(said, [written[i] for i in known], "transcripts") for written in (dense, sparse)
         ]
         rates.append(
-            Metric(
+            PairedMetric(
                 name="word error rate",
                 higher_is_better=False,
                 samples=len(known),
                 dense=mean_estimate(both[0]),
                 sparse=mean_estimate(both[1]),
                 difference=mean_estimate(both[1] - both[0]),
-                agreement=None,
                 values=per_sample(both[1]),
             )
         )
     change = _rate(dense, sparse, "transcriptions of the dense model")
     rates.append(
-        Metric(
+        DirectMetric(
             name="word error rate to dense",
             higher_is_better=False,
             samples=len(change),
-            dense=None,
-            sparse=None,
-            difference=None,
             agreement=mean_estimate(change),
             values=per_sample(change),
         )

@@ -15,7 +15,7 @@ from prox24_deploy.core.intervals import (
     ratio_of_intervals,
     unpaired_difference,
 )
-from prox24_deploy.core.records import Estimate, Interval, LatencyRow, Metric
+from prox24_deploy.core.records import Estimate, Interval, LatencyRow
 from prox24_deploy.report.against_dense import Group, groups_of
 from prox24_deploy.report.schema import ChangeKind, Report
 
@@ -112,7 +112,7 @@ def _scaled(ratio: Interval, old: float, *, better: bool) -> Interval:
 def _accuracy(report: Report) -> Iterator[Figure]:
     for group in metric_groups(report):
         for metric in group.metrics:
-            found = _estimate(metric)
+            found = metric.estimate
             if found is not None:
                 yield Figure(
                     name=group.prefix + metric.name,
@@ -124,10 +124,6 @@ def _accuracy(report: Report) -> Iterator[Figure]:
                     values=metric.values,
                     samples=metric.samples,
                 )
-
-
-def _estimate(metric: Metric) -> Estimate | None:
-    return metric.sparse or metric.agreement
 
 
 def _latency(row: LatencyRow) -> Iterator[Figure]:

@@ -24,7 +24,7 @@ from prox24_deploy.core.intervals import (
     worst,
 )
 from prox24_deploy.core.metrics import ENGINE, HARNESS
-from prox24_deploy.core.records import Estimate, Interval, Metric
+from prox24_deploy.core.records import DirectMetric, Estimate, Interval, Metric, PairedMetric
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.report.schema import Check
 from prox24_deploy.report.wording import (
@@ -188,7 +188,8 @@ def _check(
 
 def _is_finite(metric: Metric) -> bool:
     """Whether it has all that it should have, and numbers; a report has None for any other."""
-    estimates = (metric.agreement,) if metric.agreement else (metric.dense, metric.sparse)
+    direct = isinstance(metric, DirectMetric)
+    estimates = (metric.agreement,) if direct else (metric.dense, metric.sparse)
     return all(
         e is not None and math.isfinite(e.value) and math.isfinite(e.standard_error)
         for e in estimates
@@ -196,25 +197,26 @@ def _is_finite(metric: Metric) -> bool:
 
 
 def _broken(metric: Metric) -> str:
-    known = {"dense": metric.dense, "sparse": metric.sparse, "agreement": metric.agreement}
+    known: dict[str, Estimate | None] = {"agreement": metric.agreement}
+    if isinstance(metric, PairedMetric):
+        known = {"dense": metric.dense, "sparse": metric.sparse}
     figures = ", ".join(f"{key} {part.value:.4g}" for key, part in known.items() if part)
     return f"{figures or metric.name}; a figure is not finite"
 
 
 def _value(metric: Metric) -> float | None:
-    estimate = metric.agreement or metric.sparse
-    return estimate.value if estimate else None
+    return metric.estimate.value if metric.estimate else None
 
 
 def _scale(metric: Metric, group: Group) -> _Scale:
-    if metric.agreement:
-        return _Scale(
-            higher_is_better=metric.higher_is_better, value=around_share(metric.agreement, metric)
-        )
-    logs = next((m for m in group.metrics if m.name == f"log-{PERPLEXITY}"), None)
+    if isinstance(metric, DirectMetric):
+        value = around_share(_given(metric.agreement, metric), metric)
+        return _Scale(higher_is_better=metric.higher_is_better, value=value)
+    pairs = [m for m in group.metrics if isinstance(m, PairedMetric)]
+    logs = next((m for m in pairs if m.name == f"log-{PERPLEXITY}"), None)
     logarithmic = metric.name == PERPLEXITY and logs is not None and logs.difference is not None
     found = logs if logs and logarithmic else metric
-    dense, sparse = _estimates(found)
+    dense, sparse = _given(found.dense, found), _given(found.sparse, found)
     if found.difference:
         error = found.difference.standard_error
         difference = around_metric(found.difference, found)
@@ -226,16 +228,16 @@ def _scale(metric: Metric, group: Group) -> _Scale:
         value=around_share(sparse, found),
         worse=negated(difference) if metric.higher_is_better else difference,
         error=error,
-        dense=_estimates(metric)[0].value,
+        dense=_given(metric.dense, metric).value,
         logarithmic=logarithmic,
     )
 
 
-def _estimates(metric: Metric) -> tuple[Estimate, Estimate]:
-    """Of the dense and the sparse model."""
-    if metric.dense is None or metric.sparse is None:
-        raise ValueError(f"metric {metric.name} has no value of both models")
-    return metric.dense, metric.sparse
+def _given(estimate: Estimate | None, metric: Metric) -> Estimate:
+    """A figure of a metric that `_is_finite`."""
+    if estimate is None:
+        raise ValueError(f"metric {metric.name} lacks a figure")
+    return estimate
 
 
 def _bounds(limits: MetricLimits, scale: _Scale) -> Iterator[_Bound]:

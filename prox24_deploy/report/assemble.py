@@ -19,6 +19,7 @@ from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
+    DirectMetric,
     Estimate,
     EvaluateResult,
     ExportResult,
@@ -216,7 +217,9 @@ def _accuracy(
 ) -> Accuracy:
     metrics = tuple(_finite_metric(metric) for metric in evaluate.metrics)
     headline = metrics[0]
-    compared = next((metric for metric in metrics if metric.agreement), None)
+    compared = next(
+        (m for m in metrics if isinstance(m, DirectMetric) and m.agreement is not None), None
+    )
     return Accuracy(
         metric=headline.name,
         higher_is_better=headline.higher_is_better,
@@ -249,13 +252,15 @@ def _finite_layer(layer: LayerRecord) -> LayerRecord:
 
 def _finite_metric(metric: Metric) -> Metric:
     """As for a layer: the failed check of the metric tells what became None."""
+    values = metric.values if all(map(math.isfinite, metric.values)) else ()
+    if isinstance(metric, DirectMetric):
+        return replace(metric, agreement=_finite_estimate(metric.agreement), values=values)
     return replace(
         metric,
         dense=_finite_estimate(metric.dense),
         sparse=_finite_estimate(metric.sparse),
         difference=_finite_estimate(metric.difference),
-        agreement=_finite_estimate(metric.agreement),
-        values=metric.values if all(map(math.isfinite, metric.values)) else (),
+        values=values,
     )
 
 

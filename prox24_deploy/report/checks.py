@@ -298,7 +298,7 @@ def _loss(name: str, metrics: Sequence[Metric]) -> tuple[Estimate, int]:
     With it, of how many samples it is the mean.
     """
     for metric in metrics:
-        if metric.name == name and (found := metric.difference or metric.agreement):
+        if metric.name == name and (found := metric.change):
             return found, metric.samples
         if f"1 - {metric.name}" == name and (found := metric.agreement):
             return Estimate(

@@ -4,7 +4,7 @@ import math
 
 from prox24_deploy.config.limits import MetricLimits
 from prox24_deploy.core.metrics import ENGINE, is_bounded, plain_name
-from prox24_deploy.core.records import Estimate, Interval, Metric
+from prox24_deploy.core.records import DirectMetric, Estimate, Interval, Metric, PairedMetric
 
 PERPLEXITY = "perplexity"
 
@@ -19,11 +19,11 @@ def said(name: str) -> str:
 def change_in_words(name: str, metric: Metric) -> str:
     """What became of a metric: "perplexity +187 %, 11.70 → 33.60, 64 samples"."""
     samples = f"{metric.samples:,} sample" + ("" if metric.samples == 1 else "s")
-    if metric.dense and metric.sparse:
+    if isinstance(metric, PairedMetric) and metric.dense and metric.sparse:
         before, after = metric.dense.value, metric.sparse.value
         moved = signed(name, metric, after - before)
         return f"{said(name)} {moved}, {digits(before)} → {digits(after)}, {samples}"
-    if metric.agreement:
+    if isinstance(metric, DirectMetric) and metric.agreement:
         return f"{said(name)} {digits(metric.agreement.value)}, {samples}"
     return f"{said(name)} is not a finite number"
 
@@ -41,7 +41,7 @@ def signed(name: str, metric: Metric, difference: float) -> str:
 
 def interval_in_words(name: str, metric: Metric, interval: Interval) -> str:
     """A 95 % interval of a difference, or of the value of a direct metric."""
-    if metric.dense:
+    if isinstance(metric, PairedMetric):
         ends = [signed(name, metric, end) for end in (interval.low, interval.high)]
     else:
         ends = [digits(end) for end in (interval.low, interval.high)]

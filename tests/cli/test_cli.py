@@ -17,7 +17,13 @@ from prox24_deploy.cli import tables
 from prox24_deploy.cli.options import hoist_common, join_shapes
 from prox24_deploy.config.options import parse_shapes
 from prox24_deploy.core.errors import EngineError, UsageError
-from prox24_deploy.core.records import Estimate, LayerRecord, Metric, TensorCheck
+from prox24_deploy.core.records import (
+    DirectMetric,
+    Estimate,
+    LayerRecord,
+    PairedMetric,
+    TensorCheck,
+)
 from prox24_deploy.pipeline import run as pipeline
 
 
@@ -184,24 +190,20 @@ def test_checks_say_what_is_lost_and_why_a_weight_is_not_eligible() -> None:
 
 def test_a_metric_shows_what_it_has() -> None:
     value = Estimate(value=0.5, standard_error=0.01)
-    agreement = Metric(
+    agreement = DirectMetric(
         name="cosine",
         higher_is_better=True,
         samples=7,
-        dense=None,
-        sparse=None,
-        difference=None,
         agreement=value,
     )
     assert tables.metric_line(agreement) == "cosine: 0.5000 ± 0.0100 (7 samples)"
-    both = Metric(
+    both = PairedMetric(
         name="perplexity",
         higher_is_better=False,
         samples=7,
         dense=value,
         sparse=Estimate(value=2.0, standard_error=0.1),
         difference=value,
-        agreement=None,
     )
     assert tables.metric_line(both) == (
         "perplexity: dense 0.5000 ± 0.0100, sparse 2.0000 ± 0.1000, difference 0.5000 ± 0.0100"

@@ -14,7 +14,7 @@ from prox24_deploy.core.intervals import (
     unpaired_difference,
     worst,
 )
-from prox24_deploy.core.records import Estimate, Interval, Metric
+from prox24_deploy.core.records import DirectMetric, Estimate, Interval
 
 # Of any table of Student's t, two-sided 95 %.
 TABLE = {
@@ -65,13 +65,10 @@ def agreement(values: list[float], name: str = "nearest-neighbour agreement") ->
     array = np.array(values)
     spread = float(array.std(ddof=1)) if len(values) > 1 else 0.0
     found = Estimate(value=float(array.mean()), standard_error=spread / math.sqrt(len(values)))
-    metric = Metric(
+    metric = DirectMetric(
         name=name,
         higher_is_better=True,
         samples=len(values),
-        dense=None,
-        sparse=None,
-        difference=None,
         agreement=found,
         values=tuple(values),
     )

@@ -18,7 +18,7 @@ def named_in(module: str) -> set[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
-        and node.func.id in {"Metric", "_agreement"}
+        and node.func.id in {"PairedMetric", "DirectMetric", "_agreement"}
         for name in (*node.args[:1], *(k.value for k in node.keywords if k.arg == "name"))
         if isinstance(name, ast.Constant) and isinstance(name.value, str)
     }

@@ -16,7 +16,7 @@ from torch import nn
 
 from prox24_deploy.config.recipe import Recipe, TensorSpec, select_recipe
 from prox24_deploy.core.errors import EngineError, ModelDirError
-from prox24_deploy.core.records import Engine, Estimate, Metric
+from prox24_deploy.core.records import DirectMetric, Engine, Estimate, Metric, PairedMetric
 from prox24_deploy.data.pairs import make_pairs, start_token
 from prox24_deploy.data.text import make_samples, read_texts
 from prox24_deploy.engines.base import Array, Feeds
@@ -257,15 +257,16 @@ def test_an_engine_that_says_something_else_is_found(
 
 
 def metric(name: str, difference: Estimate | None, agreement: Estimate | None = None) -> Metric:
+    if agreement is not None:
+        return DirectMetric(name=name, higher_is_better=False, samples=8, agreement=agreement)
     both = None if difference is None else Estimate(value=1.0, standard_error=0.1)
-    return Metric(
+    return PairedMetric(
         name=name,
         higher_is_better=False,
         samples=8,
         dense=both,
         sparse=both,
         difference=difference,
-        agreement=agreement,
     )
 
 

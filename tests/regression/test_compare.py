@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from prox24_deploy.config.limits import GivenLimits, MetricLimits, MetricTable
 from prox24_deploy.core.errors import BundleError, UsageError
 from prox24_deploy.core.intervals import student_95
-from prox24_deploy.core.records import Estimate, Interval, LatencyRow, Metric
+from prox24_deploy.core.records import Estimate, Interval, LatencyRow, PairedMetric
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.regression.baseline import Baseline
 from prox24_deploy.regression.comparability import KEYS
@@ -43,14 +43,13 @@ def limits(**given: float) -> MetricLimits:
 def with_metric(report: Report, name: str, value: float, error: float = SHARP) -> Report:
     """The report with one metric; perplexity is better when lower, all else when higher."""
     found = Estimate(value=value, standard_error=error)
-    metric = Metric(
+    metric = PairedMetric(
         name=name,
         higher_is_better=name != "perplexity",
         samples=64,
         dense=None,
         sparse=found,
         difference=None,
-        agreement=None,
     )
     accuracy = report.accuracy.model_copy(update={"metrics": (metric,)})
     return report.model_copy(update={"accuracy": accuracy})

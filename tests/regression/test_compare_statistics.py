@@ -17,7 +17,7 @@ from prox24_deploy.core.intervals import (
     ratio_of_intervals,
     unpaired_difference,
 )
-from prox24_deploy.core.records import Estimate, LatencyRow, Metric
+from prox24_deploy.core.records import Estimate, LatencyRow, PairedMetric
 from prox24_deploy.core.types import Judgement
 from prox24_deploy.latency.measure import (
     DEFAULT_OPTIONS,
@@ -223,14 +223,13 @@ def with_metric(plain: Report, name: str, values: npt.NDArray[np.float64]) -> Re
     found = Estimate(
         value=float(values.mean()), standard_error=float(values.std(ddof=1)) / len(values) ** 0.5
     )
-    metric = Metric(
+    metric = PairedMetric(
         name=name,
         higher_is_better=False,
         samples=len(values),
         dense=found,
         sparse=found,
         difference=None,
-        agreement=None,
         values=tuple(values.tolist()),
     )
     accuracy = plain.accuracy.model_copy(update={"metrics": (metric,)})

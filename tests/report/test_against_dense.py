@@ -9,7 +9,7 @@ from builders import perplexities
 
 from prox24_deploy.config.limits import Limits, MetricLimits, MetricTable
 from prox24_deploy.core.intervals import FEW
-from prox24_deploy.core.records import Estimate, Metric
+from prox24_deploy.core.records import DirectMetric, Estimate, Metric, PairedMetric
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.report.against_dense import Group, Judged, judge_metrics
 
@@ -20,27 +20,25 @@ def limits(**given: float) -> MetricLimits:
     return MetricLimits.model_validate({k.replace("_", "-"): float(v) for k, v in given.items()})
 
 
-def paired(name: str, dense: float, sparse: float, error: float, samples: int = 500) -> Metric:
-    return Metric(
+def paired(
+    name: str, dense: float, sparse: float, error: float, samples: int = 500
+) -> PairedMetric:
+    return PairedMetric(
         name=name,
         higher_is_better=name != "word error rate",
         samples=samples,
         dense=Estimate(value=dense, standard_error=0.01),
         sparse=Estimate(value=sparse, standard_error=0.01),
         difference=Estimate(value=sparse - dense, standard_error=error),
-        agreement=None,
     )
 
 
-def direct(name: str, value: float, error: float, samples: int = 500) -> Metric:
+def direct(name: str, value: float, error: float, samples: int = 500) -> DirectMetric:
     higher = name not in {"KL divergence", "score change", "word error rate to dense"}
-    return Metric(
+    return DirectMetric(
         name=name,
         higher_is_better=higher,
         samples=samples,
-        dense=None,
-        sparse=None,
-        difference=None,
         agreement=Estimate(value=value, standard_error=error),
     )
 

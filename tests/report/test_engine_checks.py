@@ -8,7 +8,7 @@ from builders import make_records
 
 from prox24_deploy.config.limits import DEFAULT_METRICS, Limits, limits_of
 from prox24_deploy.core.accuracy import EngineAccuracy, EngineAccuracyResult, Fidelity
-from prox24_deploy.core.records import Estimate, Metric, NotMeasured
+from prox24_deploy.core.records import DirectMetric, Estimate, NotMeasured, PairedMetric
 from prox24_deploy.regression.baseline import Baseline
 from prox24_deploy.regression.compare import compare_reports
 from prox24_deploy.report.assemble import Report, assemble_report
@@ -18,23 +18,19 @@ from prox24_deploy.report.schema import parse_report
 
 VALUES = (3.0, 3.2, 3.4, 3.1)
 METRICS = (
-    Metric(
+    PairedMetric(
         name="perplexity",
         higher_is_better=False,
         samples=4,
         dense=Estimate(value=20.0, standard_error=0.5),
         sparse=Estimate(value=21.0, standard_error=0.5),
         difference=None,
-        agreement=None,
         values=VALUES,
     ),
-    Metric(
+    DirectMetric(
         name="KL divergence",
         higher_is_better=False,
         samples=4,
-        dense=None,
-        sparse=None,
-        difference=None,
         agreement=Estimate(value=0.2, standard_error=0.01),
     ),
 )

@@ -16,7 +16,7 @@ from builders import (
 )
 from junitparser import JUnitXml
 
-from prox24_deploy.core.records import Estimate, Metric
+from prox24_deploy.core.records import Estimate, PairedMetric
 from prox24_deploy.report.assemble import Report, load_report, write_report
 from prox24_deploy.report.render import estimate, seconds, size
 
@@ -170,14 +170,13 @@ def test_ungated_latency_is_skipped_even_if_it_fails(records: Records, tmp_path:
 def test_benchmark_entries_are_figures_of_which_less_is_better(
     records: Records, tmp_path: Path
 ) -> None:
-    perplexity = Metric(
+    perplexity = PairedMetric(
         name="perplexity",
         higher_is_better=False,
         samples=64,
         dense=Estimate(value=12.0, standard_error=0.3),
         sparse=Estimate(value=13.5, standard_error=0.4),
         difference=Estimate(value=1.5, standard_error=0.1),
-        agreement=None,
     )
     evaluate = replace(records.evaluate, metrics=(perplexity,))
     report = replace(records, evaluate=evaluate).report()

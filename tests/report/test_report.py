@@ -25,7 +25,7 @@ from markupsafe import escape
 
 from prox24_deploy.config.limits import Limits
 from prox24_deploy.core.errors import BundleError
-from prox24_deploy.core.records import Estimate, Metric
+from prox24_deploy.core.records import Estimate, PairedMetric
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.report.assemble import (
     SCHEMA_FILE,
@@ -352,6 +352,7 @@ def test_accuracy_that_is_not_finite_fails_the_release(
     records: Records, value: float, tmp_path: Path
 ) -> None:
     headline, *rest = records.evaluate.metrics
+    assert isinstance(headline, PairedMetric)
     broken = replace(
         headline, sparse=Estimate(value=value, standard_error=0.1), values=(value, 1.0)
     )
@@ -425,14 +426,13 @@ def test_a_budget_of_a_decoder_is_held_to_the_difference_of_log_perplexity(
         budgeted.prune,
         sensitivity=replace(budgeted.prune.sensitivity, metric="log-perplexity"),
     )
-    metric = Metric(
+    metric = PairedMetric(
         name="log-perplexity",
         higher_is_better=False,
         samples=64,
         dense=Estimate(value=2.5, standard_error=0.05),
         sparse=Estimate(value=2.8, standard_error=0.05),
         difference=Estimate(value=0.3, standard_error=0.01),
-        agreement=None,
     )
     evaluate = replace(budgeted.evaluate, metrics=(metric,))
     report = replace(budgeted, prune=prune, evaluate=evaluate).report()

@@ -8,7 +8,7 @@ from builders import make_records, perplexities, with_metrics
 from test_engine_checks import engine
 
 from prox24_deploy.config.limits import Limits
-from prox24_deploy.core.records import Estimate, Metric, TextSource
+from prox24_deploy.core.records import Estimate, PairedMetric, TextSource
 from prox24_deploy.report.against_dense import Group, judge_metrics
 from prox24_deploy.report.sample_checks import few_samples, sample_warnings
 
@@ -66,14 +66,13 @@ def test_engines_and_tasks_have_remedies_of_their_own() -> None:
         Group(
             "lm-eval/",
             (
-                Metric(
+                PairedMetric(
                     name="arc/acc",
                     higher_is_better=True,
                     samples=100,
                     dense=Estimate(value=0.5, standard_error=0.05),
                     sparse=Estimate(value=0.49, standard_error=0.05),
                     difference=Estimate(value=-0.01, standard_error=0.03),
-                    agreement=None,
                 ),
             ),
         ),

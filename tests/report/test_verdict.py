@@ -25,7 +25,7 @@ from prox24_deploy.cli.tables import report_head
 from prox24_deploy.config.limits import GivenLimits, Limits, MetricLimits, accepted_loss
 from prox24_deploy.core.accuracy import EngineAccuracyResult
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.records import Estimate, Metric
+from prox24_deploy.core.records import DirectMetric, Estimate
 from prox24_deploy.core.types import Judgement, Verdict
 from prox24_deploy.packaging.card import SourceCard, render_card
 from prox24_deploy.regression.baseline import Baseline
@@ -291,13 +291,10 @@ def test_accuracy_through_an_engine_counts_as_much_as_that_through_pytorch() -> 
 
 
 def test_nothing_that_has_no_limit_says_that_it_passes(tmp_path: Path) -> None:
-    informs = Metric(
+    informs = DirectMetric(
         name="KL divergence",
         higher_is_better=False,
         samples=64,
-        dense=None,
-        sparse=None,
-        difference=None,
         agreement=Estimate(value=0.5, standard_error=0.1),
     )
     records = with_metrics(
