@@ -101,7 +101,7 @@ def make_samples(
     Raises:
         CalibrationError: the text gives fewer than 1024 tokens or not one whole window.
     """
-    if recipe.task == "text-generation":
+    if recipe.kind.decoder_alone:
         rows = _windows(texts.documents, tokenizer, tokens, max_length)
     else:
         rows = _documents(texts.documents, tokenizer, tokens, max_length)

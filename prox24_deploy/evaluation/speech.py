@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.errors import CalibrationError
-from prox24_deploy.core.records import DirectMetric, Metric, PairedMetric
+from prox24_deploy.core.metrics import WORD_ERRORS, WORD_ERRORS_TO_DENSE
+from prox24_deploy.core.records import Metric
 from prox24_deploy.core.types import Progress
-from prox24_deploy.evaluation.estimate import mean_estimate, per_sample
-from prox24_deploy.evaluation.evaluate import evaluate_text_generation
+from prox24_deploy.evaluation.estimate import direct, paired
+from prox24_deploy.evaluation.language import evaluate_text_generation
 from prox24_deploy.evaluation.words import word_errors, words_of
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.generate import write_down
@@ -56,27 +57,9 @@ def word_error_rates(
         both = [
             _rate(said, [written[i] for i in known], "transcripts") for written in (dense, sparse)
         ]
-        rates.append(
-            PairedMetric(
-                name="word error rate",
-                higher_is_better=False,
-                samples=len(known),
-                dense=mean_estimate(both[0]),
-                sparse=mean_estimate(both[1]),
-                difference=mean_estimate(both[1] - both[0]),
-                values=per_sample(both[1]),
-            )
-        )
+        rates.append(paired(WORD_ERRORS, *both))
     change = _rate(dense, sparse, "transcriptions of the dense model")
-    rates.append(
-        DirectMetric(
-            name="word error rate to dense",
-            higher_is_better=False,
-            samples=len(change),
-            agreement=mean_estimate(change),
-            values=per_sample(change),
-        )
-    )
+    rates.append(direct(WORD_ERRORS_TO_DENSE, change))
     return tuple(rates)
 
 

@@ -69,13 +69,13 @@ def _rows(batch: Batch, rows: Tensor) -> Batch:
 def _trimmed(batch: Batch) -> Batch:
     """Without the columns that are padding in every row that was kept."""
     targets = None if batch.targets is None else _width(batch.targets != IGNORED)
-    return _columns(batch, _width(batch.real) if _is_text(batch) else None, targets)
+    return _columns(batch, _width(batch.real) if batch.has_padding else None, targets)
 
 
 def _fitted(batch: Batch, shapes: EngineShapes) -> Batch:
     """Cut and padded on the right to a length that `shapes` allow."""
     targets = None if batch.targets is None else min(batch.targets.shape[1], shapes.longest)
-    if not _is_text(batch):
+    if not batch.has_padding:
         return _columns(batch, None, targets)
     cut = _columns(batch, min(batch.real.shape[1], shapes.longest), targets)
     missing = shapes.least - cut.real.shape[1]
@@ -102,10 +102,6 @@ def _first(tensor: Tensor, width: int | None) -> Tensor:
     return tensor if width is None else tensor[:, :width]
 
 
-def _is_text(batch: Batch) -> bool:
-    return batch.real.ndim == 2
-
-
 def _padded(tensor: Tensor, missing: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, missing))
 
@@ -116,7 +112,7 @@ def _width(real: Tensor) -> int:
 
 
 def _too_long(batch: Batch, longest: int) -> Tensor:
-    lengths = batch.real.sum(1) if _is_text(batch) else torch.zeros(len(batch.real))
+    lengths = batch.real.sum(1) if batch.has_padding else torch.zeros(len(batch.real))
     if batch.targets is not None:
         lengths = torch.maximum(lengths, (batch.targets != IGNORED).sum(1))
     return lengths > longest

@@ -18,7 +18,7 @@ from prox24_deploy.core.documents import files_below, reason_of
 from prox24_deploy.core.errors import ModelDirError, RecipeError
 from prox24_deploy.core.records import ModelInfo
 from prox24_deploy.core.snapshot import Snapshot, take_snapshot
-from prox24_deploy.core.types import Task
+from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.model.capacity import require_counts, require_size
 from prox24_deploy.model.config_file import read_config
 from prox24_deploy.model.refusals import (
@@ -223,25 +223,14 @@ def load_with_rest(
     return built, sorted(directory.tensors.keys() & info["unexpected_keys"])
 
 
-def auto_classes() -> dict[Task, Any]:
-    """The class of transformers that opens a model for each task."""
-    transformers = quiet_transformers()
-    return {
-        "feature-extraction": transformers.AutoModel,
-        "text-encoding": transformers.AutoModelForTextEncoding,
-        "text-generation": transformers.AutoModelForCausalLM,
-        "text-to-text": transformers.AutoModelForSeq2SeqLM,
-        "automatic-speech-recognition": transformers.AutoModelForSpeechSeq2Seq,
-        "text-classification": transformers.AutoModelForSequenceClassification,
-        "token-classification": transformers.AutoModelForTokenClassification,
-        "image-classification": transformers.AutoModelForImageClassification,
-        "image-feature-extraction": transformers.AutoModel,
-    }
+def auto_class(task: str) -> Any:
+    """The class of transformers that opens a model for a task."""
+    return getattr(quiet_transformers(), TASKS[task].auto_class)
 
 
 def _class_of(recipe: Recipe) -> Any:
     if recipe.model_class is None:
-        return auto_classes()[recipe.task]
+        return auto_class(recipe.task)
     found = getattr(quiet_transformers(), recipe.model_class, None)
     if not hasattr(found, "from_pretrained"):
         raise RecipeError(

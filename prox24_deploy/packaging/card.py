@@ -19,6 +19,7 @@ from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.documents import Document, read_object, reason_of
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.records import TextSource
+from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.report.escape import code
 from prox24_deploy.report.render import render_markdown
 from prox24_deploy.report.schema import Report
@@ -29,8 +30,6 @@ TAGS = ["2:4-sparsity", "semi-structured", "pruned", "prox24-deploy"]
 # Metadata of the source model that stays true of the pruned one.
 _KEPT = ("license", "license_name", "license_link", "language")
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
-# Tasks that the Hub calls by another name.
-_HUB_TASKS = {"text-encoding": "feature-extraction"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +142,7 @@ def _front_matter(report: Report, source: SourceCard) -> dict[str, Any]:
     task = report.model.task
     return front | {
         "library_name": "sentence-transformers" if source.opened_by else "transformers",
-        "pipeline_tag": _HUB_TASKS.get(task, task),
+        "pipeline_tag": TASKS[task].hub_name or task,
         "tags": TAGS,
     }
 

@@ -23,12 +23,11 @@ from prox24_deploy.core.intervals import (
     unpaired_difference,
     worst,
 )
-from prox24_deploy.core.metrics import ENGINE, HARNESS
+from prox24_deploy.core.metrics import ENGINE, HARNESS, limit_scale
 from prox24_deploy.core.records import DirectMetric, Estimate, Interval, Metric, PairedMetric
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.report.schema import Check
 from prox24_deploy.report.wording import (
-    PERPLEXITY,
     change_in_words,
     interval_in_words,
     limits_in_words,
@@ -213,8 +212,8 @@ def _scale(metric: Metric, group: Group) -> _Scale:
         value = around_share(_given(metric.agreement, metric), metric)
         return _Scale(higher_is_better=metric.higher_is_better, value=value)
     pairs = [m for m in group.metrics if isinstance(m, PairedMetric)]
-    logs = next((m for m in pairs if m.name == f"log-{PERPLEXITY}"), None)
-    logarithmic = metric.name == PERPLEXITY and logs is not None and logs.difference is not None
+    logs = next((m for m in pairs if m.name == limit_scale(metric.name)), None)
+    logarithmic = logs is not None and logs.difference is not None
     found = logs if logs and logarithmic else metric
     dense, sparse = _given(found.dense, found), _given(found.sparse, found)
     if found.difference:

@@ -3,10 +3,8 @@
 import math
 
 from prox24_deploy.config.limits import MetricLimits
-from prox24_deploy.core.metrics import ENGINE, is_bounded, plain_name
+from prox24_deploy.core.metrics import ENGINE, is_bounded, is_in_percent, plain_name
 from prox24_deploy.core.records import DirectMetric, Estimate, Interval, Metric, PairedMetric
-
-PERPLEXITY = "perplexity"
 
 
 def said(name: str) -> str:
@@ -30,7 +28,7 @@ def change_in_words(name: str, metric: Metric) -> str:
 
 def signed(name: str, metric: Metric, difference: float) -> str:
     """A difference to the dense model: of perplexity in percent, of shares in points."""
-    if name.endswith(PERPLEXITY) and not name.endswith("log-perplexity") and metric.dense:
+    if is_in_percent(name) and metric.dense:
         text = f"{100 * difference / metric.dense.value:+.3g} %"
     elif is_bounded(name, metric.values):
         text = f"{100 * difference:+.3g} points"

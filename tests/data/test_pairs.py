@@ -13,7 +13,7 @@ from prox24_deploy.config.recipe import Recipe, read_recipe
 from prox24_deploy.core.errors import CalibrationError, ModelDirError
 from prox24_deploy.data.pairs import make_pairs, start_token
 from prox24_deploy.data.text import Texts, read_texts
-from prox24_deploy.evaluation.evaluate import evaluate_text_generation, next_logits, window_nll
+from prox24_deploy.evaluation.language import evaluate_text_generation, next_logits, window_nll
 from prox24_deploy.model.batch import IGNORED
 from prox24_deploy.model.directory import load_model, open_model_dir
 from prox24_deploy.model.processors import load_tokenizer

@@ -12,12 +12,10 @@ from opened import open_tiny
 from torch import Tensor, nn
 
 from prox24_deploy.core.records import TextSource
+from prox24_deploy.evaluation.embeddings import evaluate_embeddings
 from prox24_deploy.evaluation.estimate import mean_estimate
-from prox24_deploy.evaluation.evaluate import (
-    evaluate_embeddings,
-    evaluate_models,
-    evaluate_text_generation,
-)
+from prox24_deploy.evaluation.evaluate import evaluate_models
+from prox24_deploy.evaluation.language import evaluate_text_generation
 from prox24_deploy.model.batch import Samples
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from prox24_deploy.config.recipe import SENTENCE_MODULES, PoolingMode
 from prox24_deploy.core.records import TextSource
-from prox24_deploy.evaluation.evaluate import embed, evaluate_models
+from prox24_deploy.evaluation.embeddings import embed
+from prox24_deploy.evaluation.evaluate import evaluate_models
 from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.directory import load_model, open_model_dir
 from prox24_deploy.model.sentence_modules import Normalize, Pooling

@@ -21,7 +21,7 @@ from prox24_deploy.data.pairs import make_pairs, start_token
 from prox24_deploy.data.text import make_samples, read_texts
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
-from prox24_deploy.evaluation.evaluate import next_logits, window_nll
+from prox24_deploy.evaluation.language import next_logits, window_nll
 from prox24_deploy.evaluation.parity import METRIC_TOLERANCES, fidelity_of
 from prox24_deploy.evaluation.subset import EngineShapes
 from prox24_deploy.graph.export.module import RecipeModule

@@ -13,7 +13,7 @@ from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Override
 from prox24_deploy.core.errors import CalibrationError, UsageError
 from prox24_deploy.core.records import Sensitivity
-from prox24_deploy.evaluation.evaluate import embed
+from prox24_deploy.evaluation.embeddings import embed
 from prox24_deploy.evaluation.losses import loss_against
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.pruning import sensitivity

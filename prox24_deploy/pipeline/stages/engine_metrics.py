@@ -15,7 +15,8 @@ from prox24_deploy.core.records import Engine, Metric
 from prox24_deploy.core.types import TWINS, Progress, Twin
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
-from prox24_deploy.evaluation.evaluate import evaluate_models, evaluate_text_generation
+from prox24_deploy.evaluation.evaluate import evaluate_models
+from prox24_deploy.evaluation.language import evaluate_text_generation
 from prox24_deploy.evaluation.parity import fidelity_of
 from prox24_deploy.evaluation.subset import EngineShapes, take
 from prox24_deploy.graph.export.module import RecipeModule

@@ -82,7 +82,7 @@ def require_usable(options: HarnessOptions, recipe: Recipe) -> None:
                 "TASK."
             )
         return
-    if recipe.task != "text-generation":
+    if not recipe.kind.decoder_alone:
         raise UsageError(
             f"--lm-eval {options.tasks[0]} is for models of the task text-generation, and those of "
             f"recipe {recipe.family} are for {recipe.task}; leave it out."
