@@ -5,9 +5,11 @@ import importlib.util
 import os
 import platform
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from prox24_deploy import __version__
-from prox24_deploy.core.host import INSTALL, cpu_model, gpu
+from prox24_deploy.core.backends import BACKENDS, BackendKind
+from prox24_deploy.core.host import cpu_model, gpu
 
 _PACKAGES = (
     "torch", "transformers", "numpy", "numba", "onnx", "onnxscript", "onnx-ir", "onnxruntime",
@@ -68,10 +70,10 @@ def diagnose() -> list[Diagnosis]:
             remedy="pruning and ONNX Runtime run without",
         ),
         _cuda(has_gpu=has_gpu),
-        _cusparselt(has_gpu=has_gpu),
-        _onnxruntime(),
-        _tensorrt(has_gpu=has_gpu),
-        _module("tensorrt_rtx", INSTALL["tensorrt_rtx"]),
+        *(
+            _PROBES.get(kind.name, _library)(kind, has_gpu=has_gpu)
+            for kind in sorted(BACKENDS.values(), key=lambda kind: kind.title.casefold())
+        ),
     ]
     return findings
 
@@ -89,37 +91,50 @@ def _cuda(*, has_gpu: bool) -> Diagnosis:
     )
 
 
-def _cusparselt(*, has_gpu: bool) -> Diagnosis:
-    name = "cuSPARSELt"
+class _Probe(Protocol):
+    """Looks whether a machine has what a backend needs."""
+
+    def __call__(self, kind: BackendKind, *, has_gpu: bool) -> Diagnosis: ...
+
+
+def _cusparselt(kind: BackendKind, *, has_gpu: bool) -> Diagnosis:
     try:
         import torch
     except ImportError as error:
-        return _not_importable(name, "torch", error)
+        return _not_importable(kind.title, kind.library, error)
     usable = bool(torch.backends.cusparselt.is_available())
     number = torch.backends.cusparselt.version() if usable else None
     # Thousands, hundreds and the rest: 602 is 0.6.2.
     version = f"{number // 1000}.{number // 100 % 10}.{number % 100}" if number else None
-    remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU, Ampere or newer"
-    return Diagnosis(name=name, found=version or "not available", usable=usable, remedy=remedy)
-
-
-def _onnxruntime() -> Diagnosis:
-    name = "ONNX Runtime providers"
-    try:
-        import onnxruntime
-    except ImportError as error:
-        return _not_importable(name, "onnxruntime", error)
+    remedy = kind.install if has_gpu else kind.needs_gpu
     return Diagnosis(
-        name=name, found=", ".join(onnxruntime.get_available_providers()), usable=True, remedy=""
+        name=kind.title, found=version or "not available", usable=usable, remedy=remedy
     )
 
 
-def _tensorrt(*, has_gpu: bool) -> Diagnosis:
-    """TensorRT builds on the GPU that it builds for; TensorRT-RTX needs none to build."""
-    found = _module("tensorrt", INSTALL["tensorrt"])
-    if found.usable and not has_gpu:
-        return replace(found, usable=False, remedy="builds on an NVIDIA GPU, and there is none")
+def _onnxruntime(kind: BackendKind, *, has_gpu: bool) -> Diagnosis:  # noqa: ARG001  # runs without
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return _not_importable(kind.title, kind.library, error)
+    return Diagnosis(
+        name=kind.title,
+        found=", ".join(onnxruntime.get_available_providers()),
+        usable=True,
+        remedy="",
+    )
+
+
+def _library(kind: BackendKind, *, has_gpu: bool) -> Diagnosis:
+    """Whether the library of a backend can be imported, and there is a GPU if it builds on one."""
+    found = _module(kind.library, kind.install)
+    if found.usable and kind.needs_gpu and not has_gpu:
+        return replace(found, usable=False, remedy=kind.needs_gpu)
     return found
+
+
+# Of backends for which it is not enough that their library can be imported.
+_PROBES: dict[str, _Probe] = {"onnxruntime": _onnxruntime, "cusparselt": _cusparselt}
 
 
 def _not_importable(name: str, package: str, error: ImportError) -> Diagnosis:

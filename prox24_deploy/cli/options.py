@@ -17,6 +17,7 @@ from prox24_deploy.config.options import (
     parse_capabilities,
     parse_shapes,
 )
+from prox24_deploy.core.backends import BACKENDS, backends_with
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.types import DType, Method, Preset, Refinement
 
@@ -144,7 +145,7 @@ PlanDTypeOpt = Annotated[
 ]
 BackendOpt = Annotated[
     list[str] | None,
-    typer.Option(help="onnxruntime, cusparselt, tensorrt, tensorrt-rtx or auto; repeatable."),
+    typer.Option(help=f"{', '.join(BACKENDS)} or auto; repeatable."),
 ]
 PlanOutOpt = Annotated[
     Path | None,
@@ -342,12 +343,13 @@ def engine_options(
     default = EngineOptions()
     parsed = parse_shapes(shapes or ())
     chosen = tuple(backends or default.backends)
-    if tensorrt != _TENSORRT and not {"tensorrt", "tensorrt-rtx"} & set(chosen):
+    reading = backends_with("tensorrt")
+    if tensorrt != _TENSORRT and not {*reading} & {*chosen}:
+        able = " or ".join(f"--backend {name}" for name in reading)
         raise UsageError(
-            f"Options of TensorRT have no effect on backend {', '.join(chosen)}; add --backend "
-            "tensorrt or --backend tensorrt-rtx."
+            f"Options of TensorRT have no effect on backend {', '.join(chosen)}; add {able}."
         )
-    if tensorrt.capabilities and "tensorrt-rtx" not in chosen:
+    if tensorrt.capabilities and not {*backends_with("capabilities")} & {*chosen}:
         raise UsageError(
             "--compute-capability has no effect on backend tensorrt, which builds for the GPU of "
             "this machine; add --backend tensorrt-rtx or leave it out."

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from prox24_deploy.config.limits import Limits, MetricLimits
 from prox24_deploy.core.documents import Document, parse_toml, read_toml_text
 from prox24_deploy.core.errors import RecipeError
+from prox24_deploy.core.modalities import ModalityKind, modality_of_inputs
 from prox24_deploy.core.tasks import TASKS, Task, TaskKind
 from prox24_deploy.core.types import Method, Preset, Refinement
 
@@ -27,10 +28,6 @@ EMBEDDING = "sentence_embedding"
 SENTENCE_MODULES = "sentence_modules"
 # How hidden states become one vector; the names are those of sentence-transformers.
 PoolingMode = Literal["mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
-# The input that makes a recipe one for images.
-PIXELS = "pixel_values"
-# The input that makes a recipe one for recordings of speech.
-FEATURES = "input_features"
 # The input that makes a graph the decoder of two; its last axis is as wide as the encoder.
 STATES = "encoder_hidden_states"
 _CACHE_AXIS = "past"
@@ -289,14 +286,10 @@ class Recipe(_Table):
         return self.model_dump(mode="json", exclude={"limits"})
 
     @property
-    def reads_images(self) -> bool:
-        """Whether the model takes images, not text."""
-        return any(spec.name == PIXELS for spec in self.inputs)
-
-    @property
-    def reads_speech(self) -> bool:
-        """Whether the encoder of the model takes features of recordings, not text."""
-        return any(spec.name == FEATURES for spec in self.inputs)
+    def modality(self) -> ModalityKind:
+        """What the model reads."""
+        names = frozenset(spec.name for spec in self.inputs)
+        return modality_of_inputs(names, targets=self.decoder is not None)
 
     def with_sizes(self, sizes: Mapping[str, int]) -> "Recipe":
         """The recipe with these axes of its inputs, and of its decoder's, made static."""

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from prox24_deploy.core.fingerprint import unkeyed
+from prox24_deploy.core.modalities import ModalityKind, Unit, modality_of_unit
 from prox24_deploy.core.types import DType, Judgement, Twin
 
 
@@ -28,8 +29,13 @@ class TextSource:
     sha256: str
     samples: int
     tokens: int
-    unit: Literal["token", "image", "recording"] = "token"
+    unit: Unit = "token"
     targets: int | None = None
+
+    @property
+    def modality(self) -> ModalityKind:
+        """What the samples are of."""
+        return modality_of_unit(self.unit, targets=self.targets is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

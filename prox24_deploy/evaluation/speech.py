@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.core.errors import CalibrationError
 from prox24_deploy.core.metrics import WORD_ERRORS, WORD_ERRORS_TO_DENSE
+from prox24_deploy.core.modalities import RECORDINGS
 from prox24_deploy.core.records import Metric
 from prox24_deploy.core.types import Progress
 from prox24_deploy.evaluation.estimate import direct, paired
@@ -34,7 +35,7 @@ def evaluate_speech(
     for i, batch in enumerate(held_out.batches):
         progress("transcribe", i, len(held_out.batches))
         for model, written in zip((dense, sparse), texts, strict=True):
-            rows = write_down(model, batch.inputs["input_features"])
+            rows = write_down(model, batch.inputs[RECORDINGS.input])
             written += [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     progress("transcribe", len(held_out.batches), len(held_out.batches))
     return *word_error_rates(texts[0], texts[1], held_out.transcripts), *forced

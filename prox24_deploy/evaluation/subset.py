@@ -8,12 +8,6 @@ from torch import Tensor
 
 from prox24_deploy.model.batch import IGNORED, Batch, Samples
 
-# What a sample that is no text counts for in a budget of tokens. Transformers make some 200 patches
-# of an image, convolutions take less time for it; what is longer, such as speech, is dearer.
-IMAGE_TOKENS = 64
-_OTHER_TOKENS = 512
-_UNIT_TOKENS = {"token": 1, "image": IMAGE_TOKENS}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineShapes:
@@ -32,7 +26,7 @@ def take(samples: Samples, tokens: int, shapes: EngineShapes | None) -> tuple[Sa
     texts are cut at the end or padded to a length in between.
     """
     source = samples.source
-    step = math.ceil(source.tokens * _UNIT_TOKENS.get(source.unit, _OTHER_TOKENS) / tokens)
+    step = math.ceil(source.tokens * source.modality.tokens / tokens)
     step = max(1, min(step, (source.samples + 1) // 2))
     batches: list[Batch] = []
     picked: list[Tensor] = []

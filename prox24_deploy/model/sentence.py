@@ -14,6 +14,7 @@ from typing import Any, get_args
 from prox24_deploy.config.recipe import EMBEDDING, PoolingMode, Recipe, TensorSpec
 from prox24_deploy.core.documents import Document, read_json, read_object
 from prox24_deploy.core.errors import ModelDirError, RecipeError
+from prox24_deploy.core.modalities import TEXT
 
 MODULES_FILE = "modules.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -186,7 +187,7 @@ def settled(path: Path, recipe: Recipe) -> SentencePipeline | None:
         ModelDirError: as `read_pipeline`.
         RecipeError: the two say different things, or modules are listed and none of them pools.
     """
-    if not recipe.kind.embeds_text or recipe.reads_images:
+    if not recipe.kind.embeds_text or recipe.modality is not TEXT:
         return None
     found, asked = read_pipeline(path), recipe.embedding
     if asked is None:

@@ -154,7 +154,9 @@ def _samples(text: TextSource) -> str:
         "builtin": "of the English documentation inside CPython, not of the model's own domain",
         "split": "held out from the calibration samples",
     }
-    unit = f"samples ({text.tokens:,} tokens)" if text.unit == "token" else f"{text.unit}s"
+    unit = f"samples ({text.tokens:,} {text.unit}s)"
+    if text.modality.is_counted_in_samples:
+        unit = f"{text.unit}s"
     return f"{text.samples:,} {unit} {kinds[text.kind]}"
 
 

@@ -55,7 +55,7 @@ def plan(
     subject = read_subject(model_dir, Path("no-output"), options, progress)
     require_one_graph(subject.recipe, "plan")
     fitted = fitted_shapes(options.engine, subject.directory.config, subject.recipe)
-    shapes = fitted.shapes(images=subject.recipe.reads_images)
+    shapes = fitted.shapes(images=not subject.recipe.modality.has_length)
     if saved is None:
         choices, profile, dense_ms = _measured(subject, options, shapes, progress)
     else:
@@ -186,7 +186,7 @@ def _scaled(use: "LayerUse", subject: Subject, shapes: Shapes) -> "LayerUse | No
         return use
     batch, tokens = _PROBE
     rows = use.gemms[0].m
-    if subject.recipe.reads_images and rows % batch == 0:
+    if not subject.recipe.modality.has_length and rows % batch == 0:
         counts = [rows // batch * b for b, _ in shapes]
     elif rows == batch * tokens:
         counts = [b * s for b, s in shapes]

@@ -102,18 +102,10 @@ def _text_warnings(prune: PruneResult, evaluate: EvaluateResult) -> Iterator[str
 def _target_warnings(text: TextSource, done: str) -> Iterator[str]:
     if text.targets is None or text.targets == text.samples:
         return
-    if text.unit == "recording":
-        yield (
-            f"{text.samples - text.targets:,} of {text.samples:,} recordings came without a "
-            f"transcript, so the decoder was {done} on what the dense model writes of them; put "
-            "a .txt file beside each."
-        )
-    else:
-        yield (
-            f"{text.samples - text.targets:,} of {text.samples:,} texts came without a target, so "
-            f"the decoder was {done} on writing the text that the encoder reads; pass JSONL "
-            'with {"text": "...", "target": "..."} per line.'
-        )
+    yield (
+        f"{text.samples - text.targets:,} of {text.samples:,} {text.modality.lacking}, so the "
+        f"decoder was {done} on {text.modality.stand_in}"
+    )
 
 
 def _token_warnings(prune: PruneResult) -> Iterator[str]:

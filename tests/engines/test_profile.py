@@ -18,7 +18,7 @@ from prox24_deploy.engines.cusparselt.profile import (
 )
 
 SIZES = st.sampled_from([64, 768, 1024, 4096, 14336])
-SHAPES = st.builds(GemmShape, SIZES, SIZES, SIZES)
+SHAPES = st.builds(GemmShape, n=SIZES, k=SIZES, m=SIZES)
 
 
 def profile(*timings: GemmTiming) -> GpuProfile:

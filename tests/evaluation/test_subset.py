@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from prox24_deploy.core.modalities import IMAGES
 from prox24_deploy.core.records import TextSource
-from prox24_deploy.evaluation.subset import IMAGE_TOKENS, EngineShapes, take
+from prox24_deploy.evaluation.subset import EngineShapes, take
 from prox24_deploy.model.batch import IGNORED, Batch, Samples, pad_rows
 
 NAMES = ["input_ids", "attention_mask"]
@@ -76,7 +77,7 @@ def test_an_image_counts_as_many_tokens() -> None:
     source = TextSource(kind="file", paths=("x",), sha256="0", samples=20, tokens=20, unit="image")
     found, cut = take(
         Samples(batches=batches, source=source),
-        5 * IMAGE_TOKENS,
+        5 * IMAGES.tokens,
         EngineShapes(rows=2, least=16, longest=16),
     )
     seen = torch.cat([batch.inputs["pixel_values"] for batch in found.batches]).flatten()

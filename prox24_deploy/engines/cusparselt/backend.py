@@ -18,11 +18,14 @@ from pydantic import TypeAdapter, ValidationError
 from prox24_deploy.config.options import EngineOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import make_folder, write_atomic
+from prox24_deploy.core.backends import BackendKind
 from prox24_deploy.core.documents import Document, read_document
 from prox24_deploy.core.errors import EngineError, ModelDirError
 from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.records import Engine, EngineEvidence, LayerEvidence, OnnxModel, TensorCheck
 from prox24_deploy.core.types import DType, Twin
+from prox24_deploy.engines.base import Origin, require_one_graph
+from prox24_deploy.engines.cusparselt import torch_model
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
 from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
@@ -78,7 +81,7 @@ class CuSparseLt:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(batch, sequence) that layers are chosen for."""
-        return self.options.shapes(images=self.recipe.reads_images)
+        return self.options.shapes(images=not self.recipe.modality.has_length)
 
     @property
     def name(self) -> str:
@@ -269,3 +272,21 @@ def _read(adapter: TypeAdapter[T], path: Path) -> T:
         return adapter.validate_json(read_document(path, document))
     except ValidationError as error:
         raise document.refused("cannot be read") from error
+
+
+def open_backend(_: BackendKind, options: EngineOptions, origin: Origin) -> CuSparseLt:
+    """The backend on the GPU at hand.
+
+    Raises:
+        BackendMissingError: this machine lacks what it needs.
+        UsageError: the model has two graphs.
+    """
+    require_one_graph(origin.recipe, "Backend 'cusparselt'")
+    torch_model.require_gpu("Backend 'cusparselt'", "--backend onnxruntime")
+    return CuSparseLt(
+        dense=origin.dense,
+        dense_sha256=origin.dense_sha256,
+        recipe=origin.recipe,
+        options=options,
+        known=origin.gemms,
+    )

@@ -166,7 +166,7 @@ def bench(
         backends=tuple(backends),
         batches=fitted.batches,
         sequences=fitted.sequences,
-        images=recipe.reads_images,
+        images=not recipe.modality.has_length,
         vocabulary=vocabulary_of(config),
         max_slowdown=recipe.limits.max_slowdown,
         machine=machine(),
