@@ -50,18 +50,35 @@ class TaskKind:
 
 _STATES = ("last_hidden_state", ("batch", "sequence", "hidden"))
 
+TEXT_GENERATION = TaskKind(
+    name="text-generation",
+    auto_class="AutoModelForCausalLM",
+    judged_by="language",
+    output=("logits", ("batch", "sequence", "vocabulary")),
+    class_names=("ForCausalLM", "LMHeadModel"),
+    decoder_alone=True,
+    writes_text=True,
+)
+TEXT_CLASSIFICATION = TaskKind(
+    name="text-classification",
+    auto_class="AutoModelForSequenceClassification",
+    judged_by="classes",
+    output=("logits", ("batch", "labels")),
+    class_names=("ForSequenceClassification",),
+)
+FEATURE_EXTRACTION = TaskKind(
+    name="feature-extraction",
+    auto_class="AutoModel",
+    judged_by="embeddings",
+    output=_STATES,
+    class_names=("",),
+    embeds_text=True,
+)
+
 TASKS: dict[str, TaskKind] = {
     kind.name: kind
     for kind in (
-        TaskKind(
-            name="text-generation",
-            auto_class="AutoModelForCausalLM",
-            judged_by="language",
-            output=("logits", ("batch", "sequence", "vocabulary")),
-            class_names=("ForCausalLM", "LMHeadModel"),
-            decoder_alone=True,
-            writes_text=True,
-        ),
+        TEXT_GENERATION,
         TaskKind(
             name="text-to-text",
             auto_class="AutoModelForSeq2SeqLM",
@@ -76,13 +93,7 @@ TASKS: dict[str, TaskKind] = {
             two_graphs=True,
             writes_text=True,
         ),
-        TaskKind(
-            name="text-classification",
-            auto_class="AutoModelForSequenceClassification",
-            judged_by="classes",
-            output=("logits", ("batch", "labels")),
-            class_names=("ForSequenceClassification",),
-        ),
+        TEXT_CLASSIFICATION,
         TaskKind(
             name="token-classification",
             auto_class="AutoModelForTokenClassification",
@@ -95,14 +106,7 @@ TASKS: dict[str, TaskKind] = {
             auto_class="AutoModelForImageClassification",
             judged_by="classes",
         ),
-        TaskKind(
-            name="feature-extraction",
-            auto_class="AutoModel",
-            judged_by="embeddings",
-            output=_STATES,
-            class_names=("",),
-            embeds_text=True,
-        ),
+        FEATURE_EXTRACTION,
         TaskKind(
             name="text-encoding",
             auto_class="AutoModelForTextEncoding",

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.metrics import ACCURACY, DIVERGENCE, SCORE_CHANGE, TOP_1
 from prox24_deploy.core.records import Metric
+from prox24_deploy.core.tasks import TEXT_CLASSIFICATION
 from prox24_deploy.core.types import Progress
 from prox24_deploy.evaluation.estimate import direct, divergence, paired
 from prox24_deploy.model.batch import Batch
@@ -34,7 +35,7 @@ def evaluate_classes(
     chosen: list[Tensor] = []
     for i, batch in enumerate(batches):
         progress("evaluate", i, len(batches))
-        logits = [run_model(m, batch, "text-classification").logits for m in (dense, sparse)]
+        logits = [run_model(m, batch, TEXT_CLASSIFICATION.name).logits for m in (dense, sparse)]
         if not all(bool(part.isfinite().all()) for part in logits):
             raise ModelDirError("A logit is NaN or infinite; check the checkpoint and the inputs.")
         chosen.append(torch.stack([part.argmax(-1) for part in logits]))

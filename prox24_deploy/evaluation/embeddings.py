@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.metrics import COSINE, NEIGHBOURS
 from prox24_deploy.core.records import Metric
+from prox24_deploy.core.tasks import FEATURE_EXTRACTION
 from prox24_deploy.core.types import Progress
 from prox24_deploy.evaluation.estimate import direct
 from prox24_deploy.model.batch import Batch
@@ -45,7 +46,7 @@ def evaluate_embeddings(
 
 def embed(model: nn.Module, batch: Batch) -> Tensor:
     """Embeddings of unit length, (samples, width), float64."""
-    result = run_model(model, batch, "feature-extraction")
+    result = run_model(model, batch, FEATURE_EXTRACTION.name)
     if not batch.has_padding:
         return nn.functional.normalize(_image_states(result).double(), dim=-1)
     return nn.functional.normalize(embedding_of(model, result, batch.real).double(), dim=-1)

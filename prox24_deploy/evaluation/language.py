@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.metrics import DIVERGENCE, LOG_PERPLEXITY, PERPLEXITY, TOP_1
 from prox24_deploy.core.records import Estimate, Metric, PairedMetric
+from prox24_deploy.core.tasks import TEXT_GENERATION
 from prox24_deploy.core.types import Progress
 from prox24_deploy.evaluation.estimate import direct, divergence, mean_estimate, paired, per_sample
 from prox24_deploy.model.batch import IGNORED, Batch
@@ -84,7 +85,7 @@ def next_logits(model: nn.Module, batch: Batch) -> Tensor:
 
     The last position of a window has nothing to predict, unless there are targets of their own.
     """
-    logits: Tensor = run_model(model, batch, "text-generation").logits
+    logits: Tensor = run_model(model, batch, TEXT_GENERATION.name).logits
     return logits[:, :-1] if batch.targets is None else logits
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.metrics import COSINE, DIVERGENCE, LOG_PERPLEXITY, SCORE_CHANGE
-from prox24_deploy.core.tasks import TASKS
+from prox24_deploy.core.tasks import TASKS, TEXT_CLASSIFICATION
 from prox24_deploy.evaluation.classes import class_figures
 from prox24_deploy.evaluation.embeddings import embed
 from prox24_deploy.evaluation.language import next_logits, window_nll
@@ -79,7 +79,7 @@ def _class_loss(dense: nn.Module, batches: Sequence[Batch]) -> Loss:
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    logits: Tensor = run_model(model, batch, "text-classification").logits.double()
+    logits: Tensor = run_model(model, batch, TEXT_CLASSIFICATION.name).logits.double()
     return logits
 
 
