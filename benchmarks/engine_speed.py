@@ -90,7 +90,7 @@ def _random(make: object, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     with torch.device("cuda"):
         model: nn.Module = make()  # type: ignore[operator]
-    return model.eval().requires_grad_(False).to(dtype)
+    return model.eval().requires_grad_(requires_grad=False).to(dtype)
 
 
 def opened(model: nn.Module, recipe: Recipe, dtype: DType) -> TorchModel:

@@ -188,14 +188,15 @@ def same_bits(directory: ModelDir, path: Path, names: Sequence[str]) -> int:
     return sum(
         any(
             f"{name}.{suffix}" in stored
-            and stored[f"{name}.{suffix}"].tobytes() == _bytes(directory, name, transposed)
+            and stored[f"{name}.{suffix}"].tobytes()
+            == _bytes(directory, name, transposed=transposed)
             for suffix, transposed in (("weight_t", True), ("weight", False))
         )
         for name in names
     )
 
 
-def _bytes(directory: ModelDir, name: str, transposed: bool) -> bytes:
+def _bytes(directory: ModelDir, name: str, *, transposed: bool) -> bytes:
     tensor_name = checkpoint_name(directory, f"{name}.weight")
     with safe_open(directory.tensors[tensor_name].shard, framework="pt") as handle:
         tensor: torch.Tensor = handle.get_tensor(tensor_name)
@@ -213,7 +214,9 @@ def build_plans(paths: Sequence[Path], dtype: DType) -> dict[str, str]:
         return dict.fromkeys(CAPABILITIES, NOT_INSTALLED)
     size = 0
     for path in paths:
-        model = OnnxModel(path.name, dtype, 20, "", path.stat().st_size)
+        model = OnnxModel(
+            path=path.name, dtype=dtype, opset=20, sha256="", size_bytes=path.stat().st_size
+        )
         out = Path("plans") / path.stem
         size += backend.build(path.parent, model, out, twin="sparse").size_bytes
     return dict.fromkeys(CAPABILITIES, f"{size} B")

@@ -146,12 +146,32 @@ def _bundle(room: Path) -> None:
 
 
 def _plans(room: Path) -> None:
-    shapes = [GemmShape(n, 64, m) for n in (64, 128) for m in (8, 64)]
-    timings = tuple(GemmTiming(shape, 9.0 + i, 8.0, i) for i, shape in enumerate(shapes))
-    profile = GpuProfile("NVIDIA H100", "570.1", "float16", {"torch": "2.13.0"}, timings)
-    choices = [LayerChoice("encoder.layer.0.a", 64, 64, timings[:1], True, "pays")]
+    shapes = [GemmShape(n=n, k=64, m=m) for n in (64, 128) for m in (8, 64)]
+    timings = tuple(
+        GemmTiming(shape=shape, dense_us=9.0 + i, sparse_us=8.0, algorithm=i)
+        for i, shape in enumerate(shapes)
+    )
+    profile = GpuProfile(
+        gpu="NVIDIA H100",
+        driver="570.1",
+        dtype="float16",
+        versions={"torch": "2.13.0"},
+        gemms=timings,
+    )
+    choices = [
+        LayerChoice(
+            name="encoder.layer.0.a", n=64, k=64, timings=timings[:1], chosen=True, reason="pays"
+        )
+    ]
     layers = plan_layers(choices, {}, {})
-    plan = Plan("a" * 64, "profile", "", plan_shapes([(1, 8)], layers, [None]), layers, profile)
+    plan = Plan(
+        model_sha256="a" * 64,
+        source="profile",
+        metric="",
+        shapes=plan_shapes([(1, 8)], layers, [None]),
+        layers=layers,
+        profile=profile,
+    )
     write_plan(plan, room / "plan.json")
     write_profile(profile, room / "profile.json")
 

@@ -142,7 +142,7 @@ def _prune(case: Case) -> None:
         return
     building.prune(
         model,
-        out,
+        out=out,
         calibration=[calibration],
         calibration_tokens=2048,
         evaluation_tokens=2048,
@@ -181,13 +181,17 @@ def _manifest(case: Case) -> None:
     ways: tuple[Callable[[], None], ...] = (
         lambda: judging.verify(bundle, as_json=case.as_json),
         lambda: handing.package(
-            bundle, out / "triton", sbom=out / "sbom.json", checksums=out / "sums", force=True,
+            bundle,
+            triton=out / "triton",
+            sbom=out / "sbom.json",
+            checksums=out / "sums",
+            force=True,
             as_json=case.as_json,
         ),
         lambda: building.compile_engines(
-            bundle, ["onnxruntime"], ["batch=1 sequence=8"], as_json=case.as_json
+            bundle, backend=["onnxruntime"], shapes=["batch=1 sequence=8"], as_json=case.as_json
         ),
-    )  # fmt: skip
+    )
     ways[case.number // 2 % len(ways)]()
 
 
@@ -206,7 +210,7 @@ def _plan(case: Case) -> None:
     if case.file.name == "plan.json":
         _ = read_plan(case.file).left_dense
     else:
-        read_profile(case.file).timing(GemmShape(96, 64, 16))
+        read_profile(case.file).timing(GemmShape(n=96, k=64, m=16))
 
 
 def _text(case: Case) -> None:

@@ -33,7 +33,7 @@ def verdict(rounds: int, slowdown: float, limit: float, seed: int) -> Verdict:
     random = np.random.default_rng([seed, rounds])
     new, old = (speed_up(random, rounds, slow, seed) for slow in (slowdown, 0.0))
     ratio = ratio_of_intervals(new, old)
-    return judge(Interval(1 - ratio.value, 1 - ratio.high, 1 - ratio.low), limit)
+    return judge(Interval(value=1 - ratio.value, low=1 - ratio.high, high=1 - ratio.low), limit)
 
 
 def main() -> None:

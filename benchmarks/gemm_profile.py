@@ -33,13 +33,13 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.perf_counter()
     layers = LAYERS[: arguments.layers]
-    shapes = [GemmShape(n, k, m) for n, k in layers for m in ROWS]
+    shapes = [GemmShape(n=n, k=k, m=m) for n, k in layers for m in ROWS]
     empty = gpu_profile(arguments.dtype)
     profile = measure_gemms(empty, shapes, arguments.dtype, lambda *_: None)
     write_profile(profile, arguments.out)
     table = Table("N×K", *(f"M {m}" for m in ROWS), box=None)
     for n, k in layers:
-        speedups = [profile.timing(GemmShape(n, k, m)).speedup for m in ROWS]
+        speedups = [profile.timing(GemmShape(n=n, k=k, m=m)).speedup for m in ROWS]
         table.add_row(f"{n}×{k}", *(f"{speedup:.2f}×" for speedup in speedups))
     Console(width=100).print(table)
     seconds = time.perf_counter() - began

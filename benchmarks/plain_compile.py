@@ -29,7 +29,7 @@ def make_model(blocks: int, dtype: torch.dtype) -> LlamaForCausalLM:
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
-    return model.eval().requires_grad_(False).to(dtype)  # type: ignore[no-any-return]
+    return model.eval().to(dtype)  # type: ignore[no-any-return]
 
 
 def milliseconds(model: Callable[..., Any], batch: int, sequence: int) -> float:

@@ -90,12 +90,12 @@ LAYER_METHODS: dict[str, Solve] = {
     "prox best": _solver("prox", options=PRESETS["best"]),
 }
 MODEL_METHODS: dict[str, PruneOptions] = {
-    "magnitude": PruneOptions("magnitude", refinement="none"),
-    "wanda": PruneOptions("wanda", refinement="none"),
-    "wanda + cg": PruneOptions("wanda", target="symmetric"),
-    "sparsegpt": PruneOptions("sparsegpt", target="symmetric", refinement="none"),
-    "sparsegpt + cg": PruneOptions("sparsegpt", target="symmetric"),
-    "ista (paper)": PruneOptions("ista", target="symmetric"),
+    "magnitude": PruneOptions(method="magnitude", refinement="none"),
+    "wanda": PruneOptions(method="wanda", refinement="none"),
+    "wanda + cg": PruneOptions(method="wanda", target="symmetric"),
+    "sparsegpt": PruneOptions(method="sparsegpt", target="symmetric", refinement="none"),
+    "sparsegpt + cg": PruneOptions(method="sparsegpt", target="symmetric"),
+    "ista (paper)": PruneOptions(method="ista", target="symmetric"),
     "prox symmetric": PruneOptions(target="symmetric"),
     "prox default": PruneOptions(),
     "prox best, no reconstruction": PruneOptions(preset="best", reconstruct=False),
@@ -152,7 +152,9 @@ def layer_losses(
     losses: dict[str, dict[str, float]] = {name: {} for name in LAYER_METHODS}
     seconds = dict.fromkeys(LAYER_METHODS, 0.0)
     for index, block in enumerate(blocks):
-        twin = BlockPair(index, f"{context.recipe.blocks}.{index}", block, block)
+        twin = BlockPair(
+            index=index, prefix=f"{context.recipe.blocks}.{index}", dense=block, pruned=block
+        )
         layers = target_layers(block, context.recipe)
         for group in shared_inputs(block, layers, sets[0].calls[0][index], sets[0].dense[0]):
             _solve_group(twin, group, sets, losses, seconds)

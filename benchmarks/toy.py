@@ -58,7 +58,7 @@ def optimum_per_mask(problem: LayerProblem, cells: int) -> tuple[Tensor, Tensor]
     sides = linear[:, kept].permute(1, 2, 0)
     gained = 0.5 * (sides * torch.linalg.solve(blocks, sides)).sum(1)
     dense = 0.5 * (linear * torch.linalg.solve(curvature, linear.T).T).sum(1)
-    masks = torch.zeros(len(kept), 4 * cells, dtype=torch.bool).scatter_(1, kept, True)
+    masks = torch.zeros(len(kept), 4 * cells, dtype=torch.bool).scatter_(1, kept, value=True)
     return masks, (dense - gained).T
 
 

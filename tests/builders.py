@@ -12,6 +12,7 @@ from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
     CurvePoint,
+    DirectMetric,
     Engine,
     EngineEvidence,
     Estimate,
@@ -27,6 +28,7 @@ from prox24_deploy.core.records import (
     NotMeasured,
     NumericsCheck,
     OnnxModel,
+    PairedMetric,
     PruneResult,
     Sensitivity,
     TensorCheck,
@@ -89,37 +91,64 @@ class Records:
 def make_records(blocks: int = 6, *, gated: bool = False) -> Records:
     """A BERT of `blocks` blocks of six layers; the last layer is skipped."""
     layers = make_layers(blocks)
-    text = TextSource("file", ("calibration.txt",), "c" * 64, 512, 131_072)
+    text = TextSource(
+        kind="file", paths=("calibration.txt",), sha256="c" * 64, samples=512, tokens=131_072
+    )
     sparsity = tuple(make_check(layer) for layer in layers if layer.status == "pruned")
     device = "NVIDIA H200" if gated else "CPU (Some Processor @ 2.10GHz)"
     return Records(
         model=ModelInfo(
-            "models/all-MiniLM-L6-v2", "a" * 64, "bert", "BertModel", "bert",
-            "feature-extraction", 22_713_216, "float32",
+            path="models/all-MiniLM-L6-v2",
+            sha256="a" * 64,
+            model_type="bert",
+            architecture="BertModel",
+            family="bert",
+            task="feature-extraction",
+            parameters=22_713_216,
+            source_dtype="float32",
         ),
         prune=PruneResult(
-            "prox", "default", "asymmetric", "cpu", layers, text,
-            replace(text, kind="split", samples=64, tokens=16_384), (0.01, 0.01), "b" * 64, 93.2,
+            method="prox",
+            preset="default",
+            target="asymmetric",
+            device="cpu",
+            layers=layers,
+            calibration=text,
+            held_out=replace(text, kind="split", samples=64, tokens=16_384),
+            damping=(0.01, 0.01),
+            state_sha256="b" * 64,
+            seconds=93.2,
         ),
-        evaluate=EvaluateResult(make_metrics(), replace(text, paths=("evaluation.txt",)), 41.0),
+        evaluate=EvaluateResult(
+            metrics=make_metrics(),
+            evaluation=replace(text, paths=("evaluation.txt",)),
+            seconds=41.0,
+        ),
         export=ExportResult(
-            (make_onnx("dense", blocks),), (make_onnx("sparse", blocks),), sparsity,
-            make_numerics(), 18.4,
+            dense=(make_onnx("dense", blocks),),
+            sparse=(make_onnx("sparse", blocks),),
+            sparsity=sparsity,
+            numerics=make_numerics(),
+            seconds=18.4,
         ),
         compile=CompileResult(
-            (make_engine("dense", device), make_engine("sparse", device)),
-            (make_evidence(sparsity, device, gated=gated),),
-            0.6,
+            engines=(make_engine("dense", device), make_engine("sparse", device)),
+            evidence=(make_evidence(sparsity, device, gated=gated),),
+            seconds=0.6,
         ),
         bench=BenchResult(
-            (
+            latency=(
                 make_row(1, 8.4, gated=gated, device=device),
                 make_row(8, 61.0, gated=gated, device=device),
             ),
-            {"gpu": "no NVIDIA GPU", "cpu": "Some Processor", "load average": "0.51 0.40 0.38"},
-            9.1,
+            conditions={
+                "gpu": "no NVIDIA GPU",
+                "cpu": "Some Processor",
+                "load average": "0.51 0.40 0.38",
+            },
+            seconds=9.1,
         ),
-    )  # fmt: skip
+    )
 
 
 def make_layers(blocks: int) -> tuple[LayerRecord, ...]:
@@ -130,10 +159,18 @@ def make_layers(blocks: int) -> tuple[LayerRecord, ...]:
             error = float(0.01 * (1 + position) * np.exp(random.normal(0.1 * block, 0.3)))
             records.append(
                 LayerRecord(
-                    f"encoder.layer.{block}.{kind}", shape, "pruned", "", "prox",
-                    error, error * float(random.uniform(1.02, 1.4)), 300, 2.5, 131_072,
+                    name=f"encoder.layer.{block}.{kind}",
+                    shape=shape,
+                    status="pruned",
+                    reason="",
+                    method="prox",
+                    relative_error=error,
+                    held_out_error=error * float(random.uniform(1.02, 1.4)),
+                    iterations=300,
+                    seconds=2.5,
+                    rows=131_072,
                 )
-            )  # fmt: skip
+            )
     records[-1] = skipped(records[-1], "listed under ignore in the recipe")
     return tuple(records)
 
@@ -148,50 +185,109 @@ def skipped(layer: LayerRecord, reason: str) -> LayerRecord:
 def make_check(layer: LayerRecord) -> TensorCheck:
     rows, columns = layer.shape
     return TensorCheck(
-        f"val_{sum(map(ord, layer.name))}_{layer.name}", layer.name, "node_MatMul", "MatMul",
-        "float16", (columns, rows), 0, 0.5, True, True, None, "", "", True, "",
-    )  # fmt: skip
+        tensor=f"val_{sum(map(ord, layer.name))}_{layer.name}",
+        module=layer.name,
+        node="node_MatMul",
+        op_type="MatMul",
+        dtype="float16",
+        shape=(columns, rows),
+        axis=0,
+        density=0.5,
+        is_24=True,
+        expected=True,
+        first_violation=None,
+        reason="",
+        part="",
+        eligible=True,
+        ineligible_reason="",
+    )
 
 
 def make_metrics() -> tuple[Metric, ...]:
     return (
-        Metric(
-            "STS-B Spearman correlation", True, 1379, Estimate(0.8203, 0.0091),
-            Estimate(0.8117, 0.0094), Estimate(-0.0086, 0.0021), None,
+        PairedMetric(
+            name="STS-B Spearman correlation",
+            higher_is_better=True,
+            samples=1379,
+            dense=Estimate(value=0.8203, standard_error=0.0091),
+            sparse=Estimate(value=0.8117, standard_error=0.0094),
+            difference=Estimate(value=-0.0086, standard_error=0.0021),
         ),
-        Metric("embedding cosine", True, 512, None, None, None, Estimate(0.9712, 0.0009)),
-        Metric("top-1 neighbour agreement", True, 512, None, None, None, Estimate(0.914, 0.0124)),
-    )  # fmt: skip
+        DirectMetric(
+            name="embedding cosine",
+            higher_is_better=True,
+            samples=512,
+            agreement=Estimate(value=0.9712, standard_error=0.0009),
+        ),
+        DirectMetric(
+            name="top-1 neighbour agreement",
+            higher_is_better=True,
+            samples=512,
+            agreement=Estimate(value=0.914, standard_error=0.0124),
+        ),
+    )
 
 
 def make_onnx(twin: str, blocks: int) -> OnnxModel:
     size_bytes = 24_312_345 + 2 * blocks * sum(rows * columns for rows, columns in KINDS.values())
-    return OnnxModel(f"onnx/{twin}/model.onnx", "float16", 20, "d" * 64, size_bytes)
+    return OnnxModel(
+        path=f"onnx/{twin}/model.onnx",
+        dtype="float16",
+        opset=20,
+        sha256="d" * 64,
+        size_bytes=size_bytes,
+    )
 
 
 def make_numerics() -> tuple[NumericsCheck, ...]:
     twins: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
     return tuple(
-        NumericsCheck(twin, "last_hidden_state", ((1, 8), (2, 32)), 1.1e-3, 1e-2, True)
+        NumericsCheck(
+            twin=twin,
+            output="last_hidden_state",
+            shapes=((1, 8), (2, 32)),
+            max_abs_difference=1.1e-3,
+            tolerance=1e-2,
+            passed=True,
+        )
         for twin in twins
     )
 
 
 def make_engine(twin: Literal["dense", "sparse"], device: str) -> Engine:
     return Engine(
-        f"engines/onnxruntime/{twin}/engine.json", "onnxruntime", twin, f"onnx/{twin}/model.onnx",
-        "d" * 64, device, "float16", {"onnxruntime": "1.32.0"}, 45_612_345,
-    )  # fmt: skip
+        path=f"engines/onnxruntime/{twin}/engine.json",
+        backend="onnxruntime",
+        twin=twin,
+        onnx=f"onnx/{twin}/model.onnx",
+        onnx_sha256="d" * 64,
+        device=device,
+        dtype="float16",
+        versions={"onnxruntime": "1.32.0"},
+        size_bytes=45_612_345,
+    )
 
 
 def make_evidence(sparsity: tuple[TensorCheck, ...], device: str, *, gated: bool) -> EngineEvidence:
     layers = tuple(
-        LayerEvidence(check.module, gated, gated, "" if gated else "no sparse kernels on CPU")
+        LayerEvidence(
+            module=check.module,
+            eligible=gated,
+            chosen=gated,
+            reason="" if gated else "no sparse kernels on CPU",
+        )
         for check in sparsity
     )
     chosen = len(layers) if gated else 0
     summary = f"{chosen} of {len(layers)} layers run on sparse kernels"
-    return EngineEvidence("onnxruntime", device, chosen, chosen, summary, layers)
+    return EngineEvidence(
+        backend="onnxruntime",
+        device=device,
+        eligible=chosen,
+        chosen=chosen,
+        summary=summary,
+        layers=layers,
+    )
 
 
 def make_row(
@@ -202,14 +298,23 @@ def make_row(
     pair = PairSamples(base_ms * noise[0], base_ms * (1 + slowdown) * noise[1])
     speedup = speedup_interval(pair)
     return LatencyRow(
-        "onnxruntime", device, "float16", batch, 128, timing(pair.dense), timing(pair.sparse),
-        speedup, 0.02, gated, latency_verdict(speedup, 0.02) if gated else "not gated",
-    )  # fmt: skip
+        backend="onnxruntime",
+        device=device,
+        dtype="float16",
+        batch=batch,
+        sequence=128,
+        dense=timing(pair.dense),
+        sparse=timing(pair.sparse),
+        speedup=speedup,
+        limit=0.02,
+        gated=gated,
+        verdict=latency_verdict(speedup, 0.02) if gated else "not gated",
+    )
 
 
 def perplexities(
     dense: float, sparse: float, windows: int, *, spread: float = 0.05, seed: int = 0
-) -> tuple[Metric, ...]:
+) -> tuple[PairedMetric, PairedMetric]:
     """Perplexity as an evaluation tells it, from windows whose loss differs by `spread`."""
     random = np.random.default_rng(seed)
     losses = math.log(dense) + random.normal(0, 0.3, windows)
@@ -220,19 +325,33 @@ def perplexities(
 
     def mean(values: npt.NDArray[np.float64]) -> Estimate:
         error = float(values.std(ddof=1)) / math.sqrt(windows) if windows > 1 else 0.0
-        return Estimate(float(values.mean()), error)
+        return Estimate(value=float(values.mean()), standard_error=error)
 
     def power(values: npt.NDArray[np.float64]) -> Estimate:
         found = mean(values)
-        return Estimate(math.exp(found.value), math.exp(found.value) * found.standard_error)
+        return Estimate(
+            value=math.exp(found.value), standard_error=math.exp(found.value) * found.standard_error
+        )
 
     return (
-        Metric("perplexity", False, windows, power(losses), power(after), None, None),
-        Metric(
-            "log-perplexity", False, windows, mean(losses), mean(after), mean(gaps), None,
-            tuple(after.tolist()),
+        PairedMetric(
+            name="perplexity",
+            higher_is_better=False,
+            samples=windows,
+            dense=power(losses),
+            sparse=power(after),
+            difference=None,
         ),
-    )  # fmt: skip
+        PairedMetric(
+            name="log-perplexity",
+            higher_is_better=False,
+            samples=windows,
+            dense=mean(losses),
+            sparse=mean(after),
+            difference=mean(gaps),
+            values=tuple(after.tolist()),
+        ),
+    )
 
 
 def with_metrics(records: Records, task: str, *metrics: Metric) -> Records:
@@ -243,7 +362,7 @@ def with_metrics(records: Records, task: str, *metrics: Metric) -> Records:
     return replace(
         records,
         model=replace(records.model, task=task),
-        evaluate=EvaluateResult(metrics, source, 1.0),
+        evaluate=EvaluateResult(metrics=metrics, evaluation=source, seconds=1.0),
     )
 
 
@@ -255,17 +374,33 @@ def with_budget(records: Records, max_loss: float | None, cosine: float = 0.97) 
     """Half of the layers chosen by a budget; the embeddings keep `cosine` ± 0.001."""
     pruned = [layer for layer in records.prune.layers if layer.status == "pruned"]
     alone = tuple(
-        LayerSensitivity(layer.name, math.prod(layer.shape), Estimate(1e-4 * (i + 1), 2e-5))
+        LayerSensitivity(
+            name=layer.name,
+            weights=math.prod(layer.shape),
+            loss=Estimate(value=1e-4 * (i + 1), standard_error=2e-5),
+        )
         for i, layer in enumerate(pruned)
     )
     curve = tuple(
-        CurvePoint(n, sum(layer.weights for layer in alone[:n]), Estimate(5e-4 * n**1.3, 1e-4 * n))
+        CurvePoint(
+            layers=n,
+            weights=sum(layer.weights for layer in alone[:n]),
+            loss=Estimate(value=5e-4 * n**1.3, standard_error=1e-4 * n),
+        )
         for n in (1, len(alone) // 2, len(alone))
     )
-    budget = Sensitivity("1 - embedding cosine", 64, alone, curve, max_loss, None, len(alone) // 2)
+    budget = Sensitivity(
+        metric="1 - embedding cosine",
+        samples=64,
+        layers=alone,
+        curve=curve,
+        max_loss=max_loss,
+        max_layers=None,
+        chosen=len(alone) // 2,
+    )
     metrics = tuple(
-        replace(metric, agreement=Estimate(cosine, 0.001))
-        if metric.name == "embedding cosine"
+        replace(metric, agreement=Estimate(value=cosine, standard_error=0.001))
+        if isinstance(metric, DirectMetric) and metric.name == "embedding cosine"
         else metric
         for metric in records.evaluate.metrics
     )
@@ -291,9 +426,9 @@ def with_numerics_failed(records: Records) -> Records:
 def with_latency(records: Records, verdict: Verdict, *, gated: bool) -> Records:
     """Latencies that a limit of 2 % judges so, where they are gated."""
     speedups = {
-        "pass": Interval(1.0, 0.99, 1.01),
-        "inconclusive": Interval(0.98, 0.95, 1.0),
-        "fail": Interval(0.9, 0.89, 0.91),
+        "pass": Interval(value=1.0, low=0.99, high=1.01),
+        "inconclusive": Interval(value=0.98, low=0.95, high=1.0),
+        "fail": Interval(value=0.9, low=0.89, high=0.91),
     }
     rows = tuple(
         replace(row, speedup=speedups[verdict], gated=gated) for row in records.bench.latency
@@ -307,16 +442,32 @@ def with_not_measured(records: Records, *, alone: bool) -> Records:
         replace(e, backend="tensorrt-rtx", device="SM86") for e in records.compile.engines
     )
     layers = tuple(
-        LayerEvidence(check.module, None, None, "unknown: it chooses kernels on the GPU")
+        LayerEvidence(
+            module=check.module,
+            eligible=None,
+            chosen=None,
+            reason="unknown: it chooses kernels on the GPU",
+        )
         for check in records.export.sparsity
     )
     summary = "sparse kernels: unknown, it chooses kernels on the GPU"
-    evidence = EngineEvidence("tensorrt-rtx", "SM86", None, None, summary, layers)
-    before = CompileResult((), (), 0.0) if alone else records.compile
-    missing = NotMeasured("tensorrt-rtx", "engines for SM86 cannot run here; take it elsewhere.")
+    evidence = EngineEvidence(
+        backend="tensorrt-rtx",
+        device="SM86",
+        eligible=None,
+        chosen=None,
+        summary=summary,
+        layers=layers,
+    )
+    before = CompileResult(engines=(), evidence=(), seconds=0.0) if alone else records.compile
+    missing = NotMeasured(
+        backend="tensorrt-rtx", reason="engines for SM86 cannot run here; take it elsewhere."
+    )
     return replace(
         records,
-        compile=CompileResult((*before.engines, *engines), (*before.evidence, evidence), 1.0),
+        compile=CompileResult(
+            engines=(*before.engines, *engines), evidence=(*before.evidence, evidence), seconds=1.0
+        ),
         bench=replace(
             records.bench,
             latency=() if alone else records.bench.latency,

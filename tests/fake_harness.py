@@ -52,7 +52,7 @@ class TaskManager:
     shipped: Path
 
     def __init__(
-        self, include_path: str | list[str] | None = None, include_defaults: bool = True
+        self, include_path: str | list[str] | None = None, *, include_defaults: bool = True
     ) -> None:
         paths = [include_path] if isinstance(include_path, str) else include_path or []
         folders = [*([self.shipped] if include_defaults else []), *map(Path, paths)]

@@ -59,7 +59,9 @@ def planned(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, prose: Pa
     """A plan for this GPU by which the layers of 64 inputs pay; in truth all are far too small."""
     folder = tmp_path_factory.mktemp("plan")
     timings = [
-        GemmTiming(GemmShape(n, k, m), 10.0, 5.0 if k == 64 else 11.0)
+        GemmTiming(
+            shape=GemmShape(n=n, k=k, m=m), dense_us=10.0, sparse_us=5.0 if k == 64 else 11.0
+        )
         for n, k in ((32, 32), (64, 32), (32, 64))
         for m in (16, 32)
     ]
@@ -136,7 +138,7 @@ def test_a_plan_is_measured_on_the_gpu_at_hand(tiny_bert: Path, prose: Path) -> 
 
 
 def test_a_large_gemm_is_faster_sparse(planned: Path, tmp_path: Path) -> None:
-    shape = GemmShape(8192, 8192, 4096)
+    shape = GemmShape(n=8192, k=8192, m=4096)
     timing = measure_gemms(gpu_profile("float16"), [shape], "float16", lambda *_: None).known(shape)
     assert timing is not None
     assert timing.speedup > 1.1

@@ -107,7 +107,9 @@ def test_temporary_files_are_left_behind(bundle: Path) -> None:
         (2, "Error: model is damaged\n", True),
     ],
 )
-def test_a_refusal_is_one_sentence_that_names_the_thing(code: int, text: str, wrong: bool) -> None:
+def test_a_refusal_is_one_sentence_that_names_the_thing(
+    code: int, text: str, *, wrong: bool
+) -> None:
     assert bool(one_sentence(Ended(code, text, 0.1), names="model")) == wrong
 
 

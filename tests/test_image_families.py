@@ -147,7 +147,7 @@ def test_accuracy_and_agreement_are_those_of_transformers_on_the_same_files(
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_convolutional_net_in_bfloat16_is_refused_before_any_work(
-    images: Path, tmp_path: Path, asked: bool
+    images: Path, tmp_path: Path, *, asked: bool
 ) -> None:
     model_dir = write_model(tmp_path / "model", "resnet")
     options = ["--dtype", "bfloat16"] if asked else []

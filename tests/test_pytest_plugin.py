@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from builders import make_records
 
-from prox24_deploy.core.records import Estimate, Metric
+from prox24_deploy.core.records import DirectMetric, Estimate
 from prox24_deploy.pytest_plugin import AssertNoRegression
 
 TEST = """
@@ -22,7 +22,12 @@ def write_pair(folder: Path, *, after: float, before: float) -> None:
     """report.json and baseline.json, which differ in their cosine alone."""
     report = make_records().report()
     for name, value in (("report.json", after), ("baseline.json", before)):
-        metric = Metric("embedding cosine", True, 64, None, None, None, Estimate(value, 1e-6))
+        metric = DirectMetric(
+            name="embedding cosine",
+            higher_is_better=True,
+            samples=64,
+            agreement=Estimate(value=value, standard_error=1e-6),
+        )
         accuracy = report.accuracy.model_copy(update={"metrics": (metric,)})
         text = report.model_copy(update={"accuracy": accuracy}).model_dump_json()
         (folder / name).write_text(text, encoding="utf-8")

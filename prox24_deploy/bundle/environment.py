@@ -5,9 +5,11 @@ import importlib.util
 import os
 import platform
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from prox24_deploy import __version__
-from prox24_deploy.core.host import INSTALL, cpu_model, gpu
+from prox24_deploy.core.backends import BACKENDS, BackendKind
+from prox24_deploy.core.host import cpu_model, gpu
 
 _PACKAGES = (
     "torch", "transformers", "numpy", "numba", "onnx", "onnxscript", "onnx-ir", "onnxruntime",
@@ -15,7 +17,7 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
     """One line of `doctor`: what was looked for, what was found, what to do if it is missing."""
 
@@ -52,24 +54,31 @@ def diagnose() -> list[Diagnosis]:
     """Look for everything that a stage or backend can need."""
     installed = versions()
     findings = [
-        Diagnosis(name, text, text != "not installed", f"pip install {name}")
+        Diagnosis(
+            name=name, found=text, usable=text != "not installed", remedy=f"pip install {name}"
+        )
         for name, text in installed.items()
     ]
     card = gpu()
     has_gpu = "compute capability" in card
     findings += [
-        Diagnosis("processor", cpu_model(), True, ""),
-        Diagnosis("GPU", ", ".join(card.values()), has_gpu, "pruning and ONNX Runtime run without"),
-        _cuda(has_gpu),
-        _cusparselt(has_gpu),
-        _onnxruntime(),
-        _tensorrt(has_gpu),
-        _module("tensorrt_rtx", INSTALL["tensorrt_rtx"]),
+        Diagnosis(name="processor", found=cpu_model(), usable=True, remedy=""),
+        Diagnosis(
+            name="GPU",
+            found=", ".join(card.values()),
+            usable=has_gpu,
+            remedy="pruning and ONNX Runtime run without",
+        ),
+        _cuda(has_gpu=has_gpu),
+        *(
+            _PROBES.get(kind.name, _library)(kind, has_gpu=has_gpu)
+            for kind in sorted(BACKENDS.values(), key=lambda kind: kind.title.casefold())
+        ),
     ]
     return findings
 
 
-def _cuda(has_gpu: bool) -> Diagnosis:
+def _cuda(*, has_gpu: bool) -> Diagnosis:
     name = "torch CUDA"
     try:
         import torch
@@ -77,55 +86,80 @@ def _cuda(has_gpu: bool) -> Diagnosis:
         return _not_importable(name, "torch", error)
     usable = torch.cuda.is_available()
     remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU"
-    return Diagnosis(name, torch.version.cuda or "CPU build", usable, remedy)
+    return Diagnosis(
+        name=name, found=torch.version.cuda or "CPU build", usable=usable, remedy=remedy
+    )
 
 
-def _cusparselt(has_gpu: bool) -> Diagnosis:
-    name = "cuSPARSELt"
+class _Probe(Protocol):
+    """Looks whether a machine has what a backend needs."""
+
+    def __call__(self, kind: BackendKind, *, has_gpu: bool) -> Diagnosis: ...
+
+
+def _cusparselt(kind: BackendKind, *, has_gpu: bool) -> Diagnosis:
     try:
         import torch
     except ImportError as error:
-        return _not_importable(name, "torch", error)
+        return _not_importable(kind.title, kind.library, error)
     usable = bool(torch.backends.cusparselt.is_available())
     number = torch.backends.cusparselt.version() if usable else None
     # Thousands, hundreds and the rest: 602 is 0.6.2.
     version = f"{number // 1000}.{number // 100 % 10}.{number % 100}" if number else None
-    remedy = "install a CUDA build of torch" if has_gpu else "needs an NVIDIA GPU, Ampere or newer"
-    return Diagnosis(name, version or "not available", usable, remedy)
+    remedy = kind.install if has_gpu else kind.needs_gpu
+    return Diagnosis(
+        name=kind.title, found=version or "not available", usable=usable, remedy=remedy
+    )
 
 
-def _onnxruntime() -> Diagnosis:
-    name = "ONNX Runtime providers"
+def _onnxruntime(kind: BackendKind, *, has_gpu: bool) -> Diagnosis:  # noqa: ARG001  # runs without
     try:
         import onnxruntime
     except ImportError as error:
-        return _not_importable(name, "onnxruntime", error)
-    return Diagnosis(name, ", ".join(onnxruntime.get_available_providers()), True, "")
+        return _not_importable(kind.title, kind.library, error)
+    return Diagnosis(
+        name=kind.title,
+        found=", ".join(onnxruntime.get_available_providers()),
+        usable=True,
+        remedy="",
+    )
 
 
-def _tensorrt(has_gpu: bool) -> Diagnosis:
-    """TensorRT builds on the GPU that it builds for; TensorRT-RTX needs none to build."""
-    found = _module("tensorrt", INSTALL["tensorrt"])
-    if found.usable and not has_gpu:
-        return replace(found, usable=False, remedy="builds on an NVIDIA GPU, and there is none")
+def _library(kind: BackendKind, *, has_gpu: bool) -> Diagnosis:
+    """Whether the library of a backend can be imported, and there is a GPU if it builds on one."""
+    found = _module(kind.library, kind.install)
+    if found.usable and kind.needs_gpu and not has_gpu:
+        return replace(found, usable=False, remedy=kind.needs_gpu)
     return found
+
+
+# Of backends for which it is not enough that their library can be imported.
+_PROBES: dict[str, _Probe] = {"onnxruntime": _onnxruntime, "cusparselt": _cusparselt}
 
 
 def _not_importable(name: str, package: str, error: ImportError) -> Diagnosis:
     return Diagnosis(
-        name, f"{package} cannot be imported ({error})", False, f"pip install {package}"
+        name=name,
+        found=f"{package} cannot be imported ({error})",
+        usable=False,
+        remedy=f"pip install {package}",
     )
 
 
 def _module(name: str, remedy: str) -> Diagnosis:
     """Whether an engine library can be imported; found without importing it."""
     if importlib.util.find_spec(name) is None:
-        return Diagnosis(name, "not installed", False, remedy)
+        return Diagnosis(name=name, found="not installed", usable=False, remedy=remedy)
     # Module tensorrt may come from distribution tensorrt, tensorrt-cu13 or another like it.
     owners = importlib.metadata.packages_distributions().get(name, [])
     for distribution in (name.replace("_", "-"), *owners):
         try:
-            return Diagnosis(name, importlib.metadata.version(distribution), True, remedy)
+            return Diagnosis(
+                name=name,
+                found=importlib.metadata.version(distribution),
+                usable=True,
+                remedy=remedy,
+            )
         except importlib.metadata.PackageNotFoundError:
             continue
-    return Diagnosis(name, "installed, of unknown version", True, remedy)
+    return Diagnosis(name=name, found="installed, of unknown version", usable=True, remedy=remedy)

@@ -21,6 +21,7 @@ VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCL
 
 def build(
     model_dir: arguments.ModelArg,
+    *,
     out: arguments.OutOpt = None,
     name: arguments.NameOpt = None,
     recipe: arguments.RecipeOpt = None,
@@ -67,27 +68,50 @@ def build(
     from prox24_deploy.pipeline import run as pipeline
 
     tensorrt = arguments.tensorrt_options(
-        workspace_gib, builder_level, compatibility, refit, strip_weights, timing_cache,
-        compute_capability,
-    )  # fmt: skip
+        workspace_gib=workspace_gib,
+        builder_level=builder_level,
+        compatibility=compatibility,
+        refit=refit,
+        strip_weights=strip_weights,
+        timing_cache=timing_cache,
+        capabilities=compute_capability,
+    )
     options = BuildOptions(
-        recipe,
-        arguments.text_options(
-            calibration, evaluation, calibration_tokens, evaluation_tokens, images, recordings, seed
+        recipe=recipe,
+        text=arguments.text_options(
+            calibration=calibration,
+            evaluation=evaluation,
+            calibration_tokens=calibration_tokens,
+            evaluation_tokens=evaluation_tokens,
+            images=images,
+            recordings=recordings,
+            seed=seed,
         ),
-        arguments.prune_options(
-            method, preset, refinement, reconstruct, include, exclude, max_loss, layers, plan
+        prune=arguments.prune_options(
+            method=method,
+            preset=preset,
+            refinement=refinement,
+            reconstruct=reconstruct,
+            include=include,
+            exclude=exclude,
+            max_loss=max_loss,
+            layers=layers,
+            plan=plan,
         ),
-        device,
-        dtype,
-        arguments.engine_options(backend, shapes, tensorrt, plan, eager=eager),
-        baseline,
-        limits,
-        tuple(allow or ()),
-        HarnessOptions(tuple(dict.fromkeys(lm_eval or ())), lm_eval_data, lm_eval_limit),
-        engine_tokens,
-        name,
-        parse_losses(accept_loss or ()),
+        device=device,
+        dtype=dtype,
+        engine=arguments.engine_options(
+            backends=backend, shapes=shapes, tensorrt=tensorrt, plan=plan, eager=eager
+        ),
+        baseline=baseline,
+        limits_file=limits,
+        allow=tuple(allow or ()),
+        harness=HarnessOptions(
+            tasks=tuple(dict.fromkeys(lm_eval or ())), data=lm_eval_data, limit=lm_eval_limit
+        ),
+        engine_tokens=engine_tokens,
+        name=name,
+        accept_loss=parse_losses(accept_loss or ()),
     )
     root = out or arguments.default_out(model_dir)
     with tables.progress(stderr) as progress:
@@ -101,6 +125,7 @@ def build(
 
 def prune(
     model_dir: arguments.ModelArg,
+    *,
     out: arguments.OutOpt = None,
     name: arguments.NameOpt = None,
     recipe: arguments.RecipeOpt = None,
@@ -127,14 +152,27 @@ def prune(
     from prox24_deploy.pipeline import run as pipeline
 
     options = BuildOptions(
-        recipe,
-        arguments.text_options(
-            calibration, evaluation, calibration_tokens, evaluation_tokens, images, recordings, seed
+        recipe=recipe,
+        text=arguments.text_options(
+            calibration=calibration,
+            evaluation=evaluation,
+            calibration_tokens=calibration_tokens,
+            evaluation_tokens=evaluation_tokens,
+            images=images,
+            recordings=recordings,
+            seed=seed,
         ),
-        arguments.prune_options(
-            method, preset, refinement, reconstruct, include, exclude, max_loss, layers
+        prune=arguments.prune_options(
+            method=method,
+            preset=preset,
+            refinement=refinement,
+            reconstruct=reconstruct,
+            include=include,
+            exclude=exclude,
+            max_loss=max_loss,
+            layers=layers,
         ),
-        device,
+        device=device,
         name=name,
     )
     root = out or arguments.default_out(model_dir)
@@ -152,6 +190,7 @@ def prune(
 
 def export(
     bundle: arguments.BundleArg,
+    *,
     dtype: arguments.DTypeOpt = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
@@ -171,6 +210,7 @@ def export(
 
 def compile_engines(
     bundle: arguments.BundleArg,
+    *,
     backend: arguments.BackendOpt = None,
     shapes: arguments.ShapesOpt = None,
     eager: arguments.EagerOpt = False,
@@ -187,10 +227,17 @@ def compile_engines(
     from prox24_deploy.pipeline import run as pipeline
 
     tensorrt = arguments.tensorrt_options(
-        workspace_gib, builder_level, compatibility, refit, strip_weights, timing_cache,
-        compute_capability,
-    )  # fmt: skip
-    options = arguments.engine_options(backend, shapes, tensorrt, eager=eager)
+        workspace_gib=workspace_gib,
+        builder_level=builder_level,
+        compatibility=compatibility,
+        refit=refit,
+        strip_weights=strip_weights,
+        timing_cache=timing_cache,
+        capabilities=compute_capability,
+    )
+    options = arguments.engine_options(
+        backends=backend, shapes=shapes, tensorrt=tensorrt, eager=eager
+    )
     with tables.progress(stderr) as progress:
         result = pipeline.compile_engines(bundle, options, progress=progress)
     if as_json:
@@ -204,6 +251,7 @@ def compile_engines(
 
 def bench(
     bundle: arguments.BundleArg,
+    *,
     shapes: arguments.ShapesOpt = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
@@ -211,7 +259,9 @@ def bench(
     from prox24_deploy.pipeline import run as pipeline
 
     with tables.progress(stderr) as progress:
-        result = pipeline.bench(bundle, arguments.engine_options(None, shapes), progress=progress)
+        result = pipeline.bench(
+            bundle, arguments.engine_options(backends=None, shapes=shapes), progress=progress
+        )
     if as_json:
         print_json(asdict(result))
         return

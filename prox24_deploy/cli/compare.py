@@ -34,6 +34,7 @@ def compare(
             readable=False,
         ),
     ],
+    *,
     limits: arguments.LimitsOpt = None,
     allow: arguments.AllowOpt = None,
     out: Annotated[
@@ -76,6 +77,7 @@ def update(
         Path, typer.Argument(metavar="BASELINE", help="Baseline file to write.", readable=False)
     ],
     reason: Annotated[str, typer.Option(help="Why this release is the one to hold others to.")],
+    *,
     keep: Annotated[int, typer.Option(min=1, help="Accepted releases to keep figures of.")] = 10,
     as_json: arguments.JsonOpt = False,
 ) -> None:
@@ -100,6 +102,7 @@ def show(
     path: Annotated[
         Path, typer.Argument(metavar="BASELINE", help="A baseline file.", readable=False)
     ],
+    *,
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Show which release is the baseline, why, and the figures of those before it."""

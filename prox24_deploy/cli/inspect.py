@@ -17,6 +17,7 @@ _TEXT = TextOptions()
 
 def plan(
     model_dir: arguments.ModelArg,
+    *,
     out: arguments.PlanOutOpt = None,
     recipe: arguments.RecipeOpt = None,
     calibration: arguments.CalibrationOpt = None,
@@ -38,12 +39,14 @@ def plan(
     from prox24_deploy.pipeline import plan as planner
 
     options = BuildOptions(
-        recipe,
-        TextOptions(calibration=tuple(calibration or ()), calibration_tokens=calibration_tokens),
-        PruneOptions(max_loss=max_loss, max_layers=layers),
-        device,
-        dtype,
-        arguments.engine_options(None, shapes, eager=eager),
+        recipe=recipe,
+        text=TextOptions(
+            calibration=tuple(calibration or ()), calibration_tokens=calibration_tokens
+        ),
+        prune=PruneOptions(max_loss=max_loss, max_layers=layers),
+        device=device,
+        dtype=dtype,
+        engine=arguments.engine_options(backends=["cusparselt"], shapes=shapes, eager=eager),
     )
     saved = read_profile(gpu_profile) if gpu_profile else None
     with tables.progress(stderr) as progress:
@@ -67,6 +70,7 @@ def check(
     path: Annotated[
         Path, typer.Argument(help="Model directory, safetensors or ONNX file.", readable=False)
     ],
+    *,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Weights that may be dense, as globs; repeatable.")
     ] = None,
@@ -97,7 +101,7 @@ def check(
     require_24(report)
 
 
-def verify(bundle: arguments.BundleArg, as_json: arguments.JsonOpt = False) -> None:
+def verify(bundle: arguments.BundleArg, *, as_json: arguments.JsonOpt = False) -> None:
     """Re-hash every file of a bundle against its manifest."""
     from prox24_deploy.bundle.manifest import read_manifest
     from prox24_deploy.bundle.manifest import verify as faults_of
@@ -114,7 +118,7 @@ def verify(bundle: arguments.BundleArg, as_json: arguments.JsonOpt = False) -> N
         say(f"{bundle}: {count} files match their hashes.")
 
 
-def doctor(as_json: arguments.JsonOpt = False) -> None:
+def doctor(*, as_json: arguments.JsonOpt = False) -> None:
     """Say what this machine can do, and how to get what is missing."""
     from prox24_deploy.bundle.environment import diagnose
 

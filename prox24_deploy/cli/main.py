@@ -102,6 +102,7 @@ def _terminable() -> Iterator[None]:
 @app.callback(invoke_without_command=True)
 def common(
     context: typer.Context,
+    *,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log every layer.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,

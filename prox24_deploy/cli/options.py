@@ -17,6 +17,7 @@ from prox24_deploy.config.options import (
     parse_capabilities,
     parse_shapes,
 )
+from prox24_deploy.core.backends import BACKENDS, backends_with
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.types import DType, Method, Preset, Refinement
 
@@ -144,7 +145,7 @@ PlanDTypeOpt = Annotated[
 ]
 BackendOpt = Annotated[
     list[str] | None,
-    typer.Option(help="onnxruntime, cusparselt, tensorrt, tensorrt-rtx or auto; repeatable."),
+    typer.Option(help=f"{', '.join(BACKENDS)} or auto; repeatable."),
 ]
 PlanOutOpt = Annotated[
     Path | None,
@@ -245,6 +246,7 @@ def default_out(model_dir: Path) -> Path:
 
 
 def text_options(
+    *,
     calibration: list[Path] | None,
     evaluation: list[Path] | None,
     calibration_tokens: int,
@@ -255,17 +257,18 @@ def text_options(
 ) -> TextOptions:
     """The options about text as one record."""
     return TextOptions(
-        tuple(calibration or ()),
-        tuple(evaluation or ()),
-        calibration_tokens,
-        evaluation_tokens,
-        seed,
-        images,
-        recordings,
+        calibration=tuple(calibration or ()),
+        evaluation=tuple(evaluation or ()),
+        calibration_tokens=calibration_tokens,
+        evaluation_tokens=evaluation_tokens,
+        seed=seed,
+        images=images,
+        recordings=recordings,
     )
 
 
 def prune_options(
+    *,
     method: Method,
     preset: Preset,
     refinement: Refinement,
@@ -282,8 +285,8 @@ def prune_options(
         UsageError: the file is no plan, or it prunes nothing.
     """
     return PruneOptions(
-        method,
-        preset,
+        method=method,
+        preset=preset,
         refinement=refinement,
         reconstruct=reconstruct,
         include=tuple(include or ()),
@@ -303,6 +306,7 @@ def _planned_dense(plan: Path | None) -> tuple[tuple[str, str], ...]:
 
 
 def tensorrt_options(
+    *,
     workspace_gib: float | None,
     builder_level: int | None,
     compatibility: Compatibility,
@@ -317,22 +321,22 @@ def tensorrt_options(
         UsageError: a compute capability is not understood.
     """
     return TensorRtOptions(
-        workspace_gib,
-        builder_level,
-        compatibility,
-        refit,
-        strip_weights,
-        timing_cache,
-        parse_capabilities(capabilities or ()),
+        workspace_gib=workspace_gib,
+        builder_level=builder_level,
+        compatibility=compatibility,
+        refit=refit,
+        strip_weights=strip_weights,
+        timing_cache=timing_cache,
+        capabilities=parse_capabilities(capabilities or ()),
     )
 
 
 def engine_options(
+    *,
     backends: list[str] | None,
     shapes: list[str] | None,
     tensorrt: TensorRtOptions = _TENSORRT,
     plan: Path | None = None,
-    *,
     eager: bool = False,
 ) -> EngineOptions:
     """The options about engines as one record.
@@ -343,26 +347,27 @@ def engine_options(
     default = EngineOptions()
     parsed = parse_shapes(shapes or ())
     chosen = tuple(backends or default.backends)
-    if tensorrt != _TENSORRT and not {"tensorrt", "tensorrt-rtx"} & set(chosen):
+    reading = backends_with("tensorrt")
+    if tensorrt != _TENSORRT and not {*reading} & {*chosen}:
+        able = " or ".join(f"--backend {name}" for name in reading)
         raise UsageError(
-            f"Options of TensorRT have no effect on backend {', '.join(chosen)}; add --backend "
-            "tensorrt or --backend tensorrt-rtx."
+            f"Options of TensorRT have no effect on backend {', '.join(chosen)}; add {able}."
         )
-    if eager and not {"cusparselt", "auto"} & set(chosen):
+    if eager and not {*backends_with("eager")} & {*chosen}:
+        able = " or ".join(f"--backend {name}" for name in backends_with("eager"))
         raise UsageError(
-            f"--eager has no effect on backend {', '.join(chosen)}; add --backend cusparselt or "
-            "leave it out."
+            f"--eager has no effect on backend {', '.join(chosen)}; add {able}, or leave it out."
         )
-    if tensorrt.capabilities and "tensorrt-rtx" not in chosen:
+    if tensorrt.capabilities and not {*backends_with("capabilities")} & {*chosen}:
         raise UsageError(
             "--compute-capability has no effect on backend tensorrt, which builds for the GPU of "
             "this machine; add --backend tensorrt-rtx or leave it out."
         )
     return EngineOptions(
-        chosen,
-        parsed.get("batch", default.batches),
-        parsed.get("sequence", default.sequences),
-        plan,
+        backends=chosen,
+        batches=parsed.get("batch", default.batches),
+        sequences=parsed.get("sequence", default.sequences),
+        plan=plan,
         tensorrt=tensorrt,
         eager=eager,
     )

@@ -11,6 +11,7 @@ from prox24_deploy.cli.terminal import print_json, say
 
 def package(
     bundle: arguments.BundleArg,
+    *,
     triton: Annotated[
         Path | None,
         typer.Option(help="Write the model into this Triton model repository.", readable=False),
@@ -53,7 +54,9 @@ def package(
     found = write(
         bundle,
         triton=triton,
-        options=TritonOptions(name, twin, backend, max_batch, instances),
+        options=TritonOptions(
+            name=name, twin=twin, backend=backend, max_batch=max_batch, instances=instances
+        ),
         sbom=sbom,
         checksums=checksums,
         force=force,

@@ -10,7 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from prox24_deploy.cli.terminal import plain
-from prox24_deploy.core.records import Estimate, LatencyRow, LayerRecord, Metric, TensorCheck
+from prox24_deploy.core.records import (
+    Estimate,
+    LatencyRow,
+    LayerRecord,
+    Metric,
+    PairedMetric,
+    TensorCheck,
+)
 
 # Of a name or a reason; a table of many rows has little room for one.
 _MOST_OF_A_CELL = 600
@@ -26,12 +33,13 @@ if TYPE_CHECKING:
 
 def metric_line(metric: Metric) -> str:
     """One accuracy figure with its standard errors."""
-    estimates = {
-        "": metric.agreement,
-        "dense ": metric.dense,
-        "sparse ": metric.sparse,
-        "difference ": metric.difference,
-    }
+    estimates: dict[str, Estimate | None] = {"": metric.estimate}
+    if isinstance(metric, PairedMetric):
+        estimates = {
+            "dense ": metric.dense,
+            "sparse ": metric.sparse,
+            "difference ": metric.difference,
+        }
     parts = [label + _shown(estimate) for label, estimate in estimates.items() if estimate]
     return f"{metric.name}: {', '.join(parts)} ({metric.samples} samples)"
 

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, Valid
 
 from prox24_deploy.core.documents import Document, parse_toml, read_toml_text
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.metrics import is_direct, plain_name
+from prox24_deploy.core.metrics import ENGINE, HARNESS, METRICS, is_direct, plain_name
+from prox24_deploy.core.tasks import TASKS
 
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AGAINST_DENSE = "against-dense"
@@ -55,62 +56,39 @@ class MetricLimits(BaseModel):
 
 
 MetricTable = dict[str, MetricLimits]
-_Defaults = dict[str, dict[str, float]]
 _TABLE: TypeAdapter[MetricTable] = TypeAdapter(MetricTable)
 
-DEFAULT_METRICS = _TABLE.validate_python(
-    {
-        "*": {"max-degradation-percent": 2},
-        # Figures near zero, of which percents are small.
-        "KL divergence": {"max-degradation-percent": 10},
-        "score change": {"max-degradation-percent": 10},
-        "word error rate*": {"max-degradation-percent": 10},
-        # Of fewer samples; that an engine does what PyTorch does is checked on its own.
-        "engine/*": {"max-degradation-percent": 5},
-        "engine/*/KL divergence": {"max-degradation-percent": 20},
-        "engine/*/score change": {"max-degradation-percent": 20},
-        "speed-up/*": {"max-degradation-percent": 2},
-        "latency/*": {"max-degradation-percent": 10},
-        "size/*": {"max-degradation-percent": 5},
-        "layers/*": {"max-degradation": 0},
-        "kernels/*": {"max-degradation": 0},
-    }
-)
 
-_WRITTEN: _Defaults = {"perplexity": {"max-degradation-percent": 10}}
-_EMBEDDED: _Defaults = {
-    "embedding cosine": {"threshold": 0.95},
-    "nearest-neighbour agreement": {"threshold": 0.80},
-}
-_CLASSIFIED: _Defaults = {
-    "accuracy": {"max-degradation": 0.02},
-    "top-1 agreement": {"threshold": 0.95},
-    # Scores of a reranker that differ by normal errors then still correlate by 0.95.
-    "score change": {"threshold": 0.25},
-}
+def _baseline_defaults() -> dict[str, dict[str, float]]:
+    percents = {
+        name: percent
+        for kind in METRICS.values()
+        for name, percent in kind.against_baseline.items()
+    }
+    engine = {name: percent for name, percent in percents.items() if name.startswith(ENGINE)}
+    percents = {
+        "*": 2,
+        **{name: percent for name, percent in percents.items() if name not in engine},
+        # Of fewer samples; that an engine does what PyTorch does is checked on its own.
+        f"{ENGINE}*": 5,
+        **engine,
+        "speed-up/*": 2,
+        "latency/*": 10,
+        "size/*": 5,
+    }
+    counts = {"layers/*": 0, "kernels/*": 0}
+    return {
+        **{name: {"max-degradation-percent": percent} for name, percent in percents.items()},
+        **{name: {"max-degradation": count} for name, count in counts.items()},
+    }
+
+
+DEFAULT_METRICS = _TABLE.validate_python(_baseline_defaults())
 # Of other metrics of the harness neither scale nor meaning is known.
-_HARNESS: _Defaults = {
-    "lm-eval/*/acc*": {"max-degradation": 0.02},
-    "lm-eval/*/exact_match*": {"max-degradation": 0.02},
+_HARNESS: dict[str, dict[str, float]] = {
+    f"{HARNESS}*/acc*": {"max-degradation": 0.02},
+    f"{HARNESS}*/exact_match*": {"max-degradation": 0.02},
 }
-# Metrics that no default names inform and gate nothing.
-_DENSE_DEFAULTS: dict[str, _Defaults] = {
-    "text-generation": {**_WRITTEN, **_HARNESS},
-    "text-to-text": _WRITTEN,
-    "automatic-speech-recognition": {
-        **_WRITTEN,
-        "word error rate": {"max-degradation": 0.02},
-        "word error rate to dense": {"threshold": 0.05},
-    },
-    "feature-extraction": _EMBEDDED,
-    "text-encoding": _EMBEDDED,
-    "image-feature-extraction": _EMBEDDED,
-    "text-classification": _CLASSIFIED,
-    "token-classification": _CLASSIFIED,
-    "image-classification": _CLASSIFIED,
-}
-# What the left one says of the labels, the right one says of the dense model alone.
-_INSTEAD = {"accuracy": "top-1 agreement", "word error rate": "word error rate to dense"}
 
 
 class Limits(BaseModel):
@@ -154,7 +132,7 @@ class Limits(BaseModel):
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GivenLimits:
     """Limits that are not the recipe's: those of a file, and losses that were accepted.
 
@@ -169,9 +147,14 @@ class GivenLimits:
 
 def dense_defaults(task: str, measured: Collection[str]) -> MetricTable:
     """Limits of a task against the dense model; where labels decide, agreement informs."""
-    given = {instead for name, instead in _INSTEAD.items() if name in measured}
-    table = _DENSE_DEFAULTS[task]
-    return _TABLE.validate_python({n: limits for n, limits in table.items() if n not in given})
+    kind = TASKS[task]
+    informs = {m.instead.name for m in METRICS.values() if m.instead and m.name in measured}
+    table: dict[str, Mapping[str, float]] = {
+        metric.name: metric.limits_in(kind.judged_by)
+        for metric in METRICS.values()
+        if metric.name not in informs and metric.limits_in(kind.judged_by)
+    }
+    return _TABLE.validate_python({**table, **(_HARNESS if kind.decoder_alone else {})})
 
 
 def joined(*tables: Mapping[str, MetricLimits]) -> MetricTable:

@@ -15,7 +15,7 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 Compatibility = Literal["none", "version", "ampere+"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextOptions:
     """Calibration and evaluation text, images or recordings, and how much of it to use."""
 
@@ -31,7 +31,7 @@ class TextOptions:
         _make_paths(self, "calibration", "evaluation")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PruneOptions:
     """How to prune.
 
@@ -69,7 +69,7 @@ class PruneOptions:
         return self.preset == "best" if self.reconstruct is None else self.reconstruct
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRtOptions:
     """How TensorRT builds; None leaves a setting to TensorRT.
 
@@ -95,7 +95,7 @@ class TensorRtOptions:
         _make_paths(self, "timing_cache")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """Which backends to compile for, for which shapes, and how.
 
@@ -121,7 +121,7 @@ class EngineOptions:
         return sorted((batch, length) for batch in set(self.batches) for length in lengths)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessOptions:
     """Tasks of the lm-evaluation-harness, the folder with their data, and documents of each."""
 
@@ -133,7 +133,7 @@ class HarnessOptions:
         _make_paths(self, "data")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
     """Everything that `build` can be told.
 

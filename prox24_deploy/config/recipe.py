@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from prox24_deploy.config.limits import Limits, MetricLimits
 from prox24_deploy.core.documents import Document, parse_toml, read_toml_text
 from prox24_deploy.core.errors import RecipeError
-from prox24_deploy.core.types import EMBEDS_TEXT, TWO_GRAPHS, Method, Preset, Refinement, Task
+from prox24_deploy.core.modalities import ModalityKind, modality_of_inputs
+from prox24_deploy.core.tasks import TASKS, Task, TaskKind
+from prox24_deploy.core.types import Method, Preset, Refinement
 
 RECIPE_FILE = "recipe.toml"
 # The output with one embedding for each text, and where a model has the modules that compute it.
@@ -26,10 +28,6 @@ EMBEDDING = "sentence_embedding"
 SENTENCE_MODULES = "sentence_modules"
 # How hidden states become one vector; the names are those of sentence-transformers.
 PoolingMode = Literal["mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
-# The input that makes a recipe one for images.
-PIXELS = "pixel_values"
-# The input that makes a recipe one for recordings of speech.
-FEATURES = "input_features"
 # The input that makes a graph the decoder of two; its last axis is as wide as the encoder.
 STATES = "encoder_hidden_states"
 _CACHE_AXIS = "past"
@@ -193,8 +191,9 @@ class Recipe(_Table):
                 f"cache = {str(self.cache).lower()} needs an attention_mask with the axis "
                 f"{'past + sequence' if self.cache else 'sequence'!r}"
             )
-        if self.cache and self.task != "text-generation":
-            raise ValueError(f"cache = true needs the task 'text-generation', got {self.task!r}")
+        if self.cache and not self.kind.decoder_alone:
+            able = " or ".join(repr(kind.name) for kind in TASKS.values() if kind.decoder_alone)
+            raise ValueError(f"cache = true needs the task {able}, got {self.task!r}")
         return self
 
     @model_validator(mode="after")
@@ -231,10 +230,10 @@ class Recipe(_Table):
         Raises:
             RecipeError: neither the recipe nor any of its heads gives hidden states.
         """
-        if self.task in EMBEDS_TEXT:
+        if self.kind.embeds_text:
             return self
         for head in self.heads:
-            if head.task in EMBEDS_TEXT:
+            if TASKS[head.task].embeds_text:
                 return self._with_head(head)
         raise RecipeError(
             f"Recipe {self.family} is for {self.task}, but the model embeds sentences; add "
@@ -252,6 +251,11 @@ class Recipe(_Table):
         return self.model_copy(update=update | {"heads": [], "embedding": None})
 
     @property
+    def kind(self) -> TaskKind:
+        """What its task means for all that is done with a model."""
+        return TASKS[self.task]
+
+    @property
     def parts(self) -> tuple["Recipe", ...]:
         """One recipe for each graph of the model, in the order of a forward pass."""
         if self.decoder is None:
@@ -262,7 +266,7 @@ class Recipe(_Table):
     @property
     def graph(self) -> str:
         """Name of the one graph that this recipe, or part of one, describes."""
-        if self.task not in TWO_GRAPHS:
+        if not self.kind.two_graphs:
             return "model"
         return "decoder" if self.is_decoder else "encoder"
 
@@ -282,14 +286,10 @@ class Recipe(_Table):
         return self.model_dump(mode="json", exclude={"limits"})
 
     @property
-    def reads_images(self) -> bool:
-        """Whether the model takes images, not text."""
-        return any(spec.name == PIXELS for spec in self.inputs)
-
-    @property
-    def reads_speech(self) -> bool:
-        """Whether the encoder of the model takes features of recordings, not text."""
-        return any(spec.name == FEATURES for spec in self.inputs)
+    def modality(self) -> ModalityKind:
+        """What the model reads."""
+        names = frozenset(spec.name for spec in self.inputs)
+        return modality_of_inputs(names, targets=self.decoder is not None)
 
     def with_sizes(self, sizes: Mapping[str, int]) -> "Recipe":
         """The recipe with these axes of its inputs, and of its decoder's, made static."""
@@ -313,10 +313,11 @@ def _require_unique_names(inputs: Sequence[TensorSpec], outputs: Sequence[Tensor
 
 
 def _require_decoder(task: Task, decoder: Decoder | None) -> None:
-    if (task in TWO_GRAPHS) != (decoder is not None):
+    if TASKS[task].two_graphs != (decoder is not None):
+        able = " and ".join(repr(kind.name) for kind in TASKS.values() if kind.two_graphs)
         raise ValueError(
-            f"the tasks {' and '.join(map(repr, sorted(TWO_GRAPHS, reverse=True)))} and the table "
-            f"[decoder] need each other, got task {task!r} {'with' if decoder else 'without'} it"
+            f"the tasks {able} and the table [decoder] need each other, got task {task!r} "
+            f"{'with' if decoder else 'without'} it"
         )
 
 

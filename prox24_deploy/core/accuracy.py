@@ -9,7 +9,7 @@ from prox24_deploy.core.records import Estimate, Metric, NotMeasured
 from prox24_deploy.core.types import DType, Twin
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
     """One metric of one engine against PyTorch on the same weights and inputs.
 
@@ -31,8 +31,13 @@ class Fidelity:
     tolerance: float | None
     passed: bool | None
 
+    @property
+    def change(self) -> Estimate | None:
+        """How far the engine is from PyTorch, in units of the metric."""
+        return self.agreement if self.difference is None else self.difference
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAccuracy:
     """Accuracy of the engines of one backend, on evenly spaced samples of the evaluation.
 
@@ -54,7 +59,7 @@ class EngineAccuracy:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAccuracyResult:
     """Result of the stage; `failed` names backends whose engines gave no usable output."""
 
@@ -64,7 +69,7 @@ class EngineAccuracyResult:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TaskScores:
     """Tasks of the lm-evaluation-harness on the PyTorch models, dense against sparse.
 

@@ -1,4 +1,4 @@
-"""What the host machine is, in words, and what installs what it lacks."""
+"""What the host machine is, in words."""
 
 import platform
 from pathlib import Path
@@ -6,11 +6,6 @@ from pathlib import Path
 import pynvml
 
 CPUINFO = Path("/proc/cpuinfo")
-# What installs a library of engines, by the name that it is imported by.
-INSTALL = {
-    "tensorrt": "pip install tensorrt-cu13, or use the container of docker/README.md",
-    "tensorrt_rtx": "pip install tensorrt-rtx-cu13",
-}
 
 
 def cpu_model(cpuinfo: Path = CPUINFO) -> str:

@@ -5,7 +5,7 @@ clock of a machine, is in none of them; only a ratio to a twin measured in turns
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -29,7 +29,12 @@ _MANY_DEGREES = 200
 
 def exactly(value: float) -> Interval:
     """The interval of a value that has no noise, such as a size."""
-    return Interval(value, value, value)
+    return Interval(value=value, low=value, high=value)
+
+
+def map_interval(scale: Callable[[float], float], interval: Interval) -> Interval:
+    """An interval on another scale, which rises with the old one."""
+    return Interval(value=scale(interval.value), low=scale(interval.low), high=scale(interval.high))
 
 
 @lru_cache
@@ -64,7 +69,7 @@ def around(estimate: Estimate, samples: int) -> Interval:
     One sample has no standard error, so that its interval has no width: it decides nothing.
     """
     margin = student_95(max(samples - 1, 1)) * estimate.standard_error
-    return Interval(estimate.value, estimate.value - margin, estimate.value + margin)
+    return Interval(value=estimate.value, low=estimate.value - margin, high=estimate.value + margin)
 
 
 def around_metric(estimate: Estimate, metric: Metric) -> Interval:
@@ -83,7 +88,9 @@ def around_metric(estimate: Estimate, metric: Metric) -> Interval:
         return interval
     least = 3 / max(metric.samples, 1)
     value = interval.value
-    return Interval(value, min(interval.low, value - least), max(interval.high, value + least))
+    return Interval(
+        value=value, low=min(interval.low, value - least), high=max(interval.high, value + least)
+    )
 
 
 def around_share(estimate: Estimate, metric: Metric) -> Interval:
@@ -91,7 +98,7 @@ def around_share(estimate: Estimate, metric: Metric) -> Interval:
     interval = around_metric(estimate, metric)
     if not metric.values or not all(0 <= value <= 1 for value in metric.values):
         return interval
-    return Interval(interval.value, max(interval.low, 0.0), min(interval.high, 1.0))
+    return Interval(value=interval.value, low=max(interval.low, 0.0), high=min(interval.high, 1.0))
 
 
 def standard_error(interval: Interval, samples: int | None) -> float:
@@ -112,7 +119,7 @@ def paired_difference(new: Sequence[float], old: Sequence[float]) -> Interval:
         raise ValueError(f"{len(new)} and {len(old)} samples are no pairs, expected two or more")
     gaps = np.asarray(new) - np.asarray(old)
     error = float(gaps.std(ddof=1)) / math.sqrt(gaps.size)
-    return around(Estimate(float(gaps.mean()), error), gaps.size)
+    return around(Estimate(value=float(gaps.mean()), standard_error=error), gaps.size)
 
 
 def unpaired_difference(new: Estimate, old: Estimate, samples: int) -> Interval:
@@ -123,7 +130,7 @@ def unpaired_difference(new: Estimate, old: Estimate, samples: int) -> Interval:
     the fewest that the difference can have (Welch).
     """
     error = math.hypot(new.standard_error, old.standard_error)
-    return around(Estimate(new.value - old.value, error), samples)
+    return around(Estimate(value=new.value - old.value, standard_error=error), samples)
 
 
 def median_interval(
@@ -161,13 +168,15 @@ def ratio_of_intervals(new: Interval, old: Interval) -> Interval:
     value = math.log(new.value / old.value)
     below = math.hypot(math.log(new.value / new.low), math.log(old.high / old.value))
     above = math.hypot(math.log(new.high / new.value), math.log(old.value / old.low))
-    return Interval(math.exp(value), math.exp(value - below), math.exp(value + above))
+    return Interval(
+        value=math.exp(value), low=math.exp(value - below), high=math.exp(value + above)
+    )
 
 
 def negated(interval: Interval) -> Interval:
     """The interval of the negative."""
     # From zero, because -0.0 reads like something.
-    return Interval(0.0 - interval.value, 0.0 - interval.high, 0.0 - interval.low)
+    return Interval(value=0.0 - interval.value, low=0.0 - interval.high, high=0.0 - interval.low)
 
 
 def judge(worse: Interval, limit: float) -> Verdict:
@@ -207,4 +216,4 @@ def _medians(
 
 def _with_value(value: float, low: float, high: float) -> Interval:
     """An interval that holds its value, which may come from more runs than were resampled."""
-    return Interval(value, min(float(low), value), max(float(high), value))
+    return Interval(value=value, low=min(float(low), value), high=max(float(high), value))

@@ -10,10 +10,11 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from prox24_deploy.core.fingerprint import unkeyed
+from prox24_deploy.core.modalities import ModalityKind, Unit, modality_of_unit
 from prox24_deploy.core.types import DType, Judgement, Twin
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextSource:
     """Where text came from and how much of it was used.
 
@@ -28,11 +29,16 @@ class TextSource:
     sha256: str
     samples: int
     tokens: int
-    unit: Literal["token", "image", "recording"] = "token"
+    unit: Unit = "token"
     targets: int | None = None
 
+    @property
+    def modality(self) -> ModalityKind:
+        """What the samples are of."""
+        return modality_of_unit(self.unit, targets=self.targets is not None)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """What was read from the model directory, and what the model is called."""
 
@@ -52,7 +58,7 @@ class ModelInfo:
         return self.name or PurePosixPath(self.path).name or self.path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRecord:
     """What happened to one layer.
 
@@ -76,7 +82,7 @@ class LayerRecord:
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """A value with the standard error of its mean."""
 
@@ -84,7 +90,7 @@ class Estimate:
     standard_error: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSensitivity:
     """Rise of the model's loss when this layer alone is pruned; `weights` counts its elements."""
 
@@ -93,7 +99,7 @@ class LayerSensitivity:
     loss: Estimate
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CurvePoint:
     """Rise of the model's loss with the least harmful `layers` pruned, `weights` elements."""
 
@@ -102,7 +108,7 @@ class CurvePoint:
     loss: Estimate
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sensitivity:
     """What pruning costs layer by layer and in sum, on calibration text that was withheld.
 
@@ -121,7 +127,7 @@ class Sensitivity:
     chosen: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PruneResult:
     """Result of the pruning stage.
 
@@ -145,13 +151,14 @@ class PruneResult:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One accuracy figure, dense against sparse on the same inputs.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedMetric:
+    """A figure that the dense and the sparse model each have, on the same inputs.
 
-    `dense` and `sparse` are None for a metric that compares the two models directly (agreement);
-    `difference` is then None too and `agreement` is set. `values` has one figure per sample, whose
-    mean is `sparse` or else `agreement`, so that two builds can be compared sample by sample.
+    `difference` is sparse − dense, None where it is not a mean over samples. `values` has one
+    figure of the sparse model for each sample, whose mean is `sparse`, so that two builds can be
+    compared sample by sample. A report has None for what is not finite. In files either kind of
+    metric has the same keys: `agreement` of this one is always null.
     """
 
     name: str
@@ -160,11 +167,54 @@ class Metric:
     dense: Estimate | None
     sparse: Estimate | None
     difference: Estimate | None
+    agreement: None = None
+    values: tuple[float, ...] = ()
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """What is held against a baseline: the figure of the sparse model."""
+        return self.sparse
+
+    @property
+    def change(self) -> Estimate | None:
+        """How far the sparse model is from the dense one, in units of the metric."""
+        return self.difference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectMetric:
+    """A figure that compares the two models with each other; neither has one of its own.
+
+    `values` has one figure for each sample, whose mean is `agreement`. In files either kind of
+    metric has the same keys: `dense`, `sparse` and `difference` of this one are always null. One
+    whose agreement is None, as a report has it where that is not finite, is read as a pair of None.
+    """
+
+    name: str
+    higher_is_better: bool
+    samples: int
+    dense: None = None
+    sparse: None = None
+    difference: None = None
     agreement: Estimate | None
     values: tuple[float, ...] = ()
 
+    @property
+    def estimate(self) -> Estimate | None:
+        """What is held against a baseline."""
+        return self.agreement
 
-@dataclass(frozen=True, slots=True)
+    @property
+    def change(self) -> Estimate | None:
+        """How far the sparse model is from the dense one, in units of the metric."""
+        return self.agreement
+
+
+# One accuracy figure, dense against sparse on the same inputs.
+Metric = PairedMetric | DirectMetric
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateResult:
     """Result of the evaluation stage; `metrics[0]` is the headline."""
 
@@ -173,7 +223,7 @@ class EvaluateResult:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorCheck:
     """2:4 check of one weight tensor along its reduction axis.
 
@@ -205,7 +255,7 @@ class TensorCheck:
     remedy: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxModel:
     """One exported file: path in the bundle, hash over graph and external data, size in bytes."""
 
@@ -221,7 +271,7 @@ class OnnxModel:
         return graph_name(self.path)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NumericsCheck:
     """ONNX Runtime on CPU against PyTorch for one output over all tried shapes."""
 
@@ -233,7 +283,7 @@ class NumericsCheck:
     passed: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportResult:
     """Result of the export stage; a twin is one graph, or those of encoder and decoder."""
 
@@ -244,7 +294,7 @@ class ExportResult:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """One layer of an engine: its name, what it says of the ONNX nodes in it, and its kernel."""
 
@@ -253,7 +303,7 @@ class Kernel:
     tactic: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuilderSparsity:
     """What a builder said of sparse layers, None where nothing; `kernels` of the engine."""
 
@@ -277,7 +327,7 @@ class Compilation:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """One compiled engine; `versions` of what made it, `said` what its builder said of sparsity.
 
@@ -302,7 +352,7 @@ class Engine:
         return graph_name(self.onnx)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerEvidence:
     """Whether one layer runs on sparse tensor cores, and why not. None means unknown."""
 
@@ -312,7 +362,7 @@ class LayerEvidence:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineEvidence:
     """What one backend did with the 2:4 weights.
 
@@ -330,7 +380,7 @@ class EngineEvidence:
     graph: str = "model"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompileResult:
     """Result of the compile stage."""
 
@@ -339,7 +389,7 @@ class CompileResult:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
     """Percentiles of one twin's latency; `samples_ms` keeps every run for the plots."""
 
@@ -350,7 +400,7 @@ class Timing:
     samples_ms: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
     """An estimate with a 95 % bootstrap interval."""
 
@@ -359,7 +409,7 @@ class Interval:
     high: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Clocks:
     """Slowest and fastest clock of a GPU's multiprocessors while it was timed, in MHz.
 
@@ -371,7 +421,7 @@ class Clocks:
     slowed_by: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyRow:
     """Dense against sparse at one shape, interleaved; `speedup` is dense over sparse time.
 
@@ -401,7 +451,7 @@ class LatencyRow:
         return self.backend if self.graph == "model" else f"{self.backend}, {self.graph}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NotMeasured:
     """A backend whose engines could not run on this machine, and why."""
 
@@ -409,7 +459,7 @@ class NotMeasured:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchResult:
     """Result of the bench stage."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prox24_deploy.core.documents import open_regular, reason_of
 from prox24_deploy.core.errors import CalibrationError, ModelDirError
+from prox24_deploy.core.modalities import IMAGES
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.data.split import Files, Search, hold_out, readable_files
 from prox24_deploy.model.batch import Batch, Samples
@@ -68,14 +69,19 @@ def make_image_samples(
     batches = tuple(_batches(files, processor))
     digest = hashlib.sha256()
     for batch in batches:
-        digest.update(batch.inputs["pixel_values"].numpy().tobytes())
+        digest.update(batch.inputs[IMAGES.input].numpy().tobytes())
     classes = _classes(files, labels)
     if classes is not None:
         digest.update(classes.numpy().tobytes())
     source = TextSource(
-        images.kind, images.paths, digest.hexdigest(), len(files), len(files), unit="image"
+        kind=images.kind,
+        paths=images.paths,
+        sha256=digest.hexdigest(),
+        samples=len(files),
+        tokens=len(files),
+        unit=IMAGES.unit,
     )
-    return Samples(batches, source, classes)
+    return Samples(batches=batches, source=source, labels=classes)
 
 
 def pixel_sizes(processor: Any) -> dict[str, int]:
@@ -109,7 +115,7 @@ def _batches(files: Sequence[tuple[Path, str]], processor: Any) -> Iterator[Batc
                     "preprocessor_config.json."
                 )
         real = torch.ones(len(group), dtype=torch.bool)
-        yield Batch({"pixel_values": torch.stack(group)}, real)
+        yield Batch({IMAGES.input: torch.stack(group)}, real)
 
 
 def _pixels(path: Path, processor: Any) -> Tensor:
@@ -120,7 +126,7 @@ def _prepared(image: Image.Image, processor: Any) -> Tensor:
     """What the model reads of one image, (channels, height, width)."""
     kind = f"The {type(processor).__name__} that preprocessor_config.json describes"
     try:
-        made: Tensor = processor(images=[image], return_tensors="pt")["pixel_values"]
+        made: Tensor = processor(images=[image], return_tensors="pt")[IMAGES.input]
         pixels = made[0]
         sound = pixels.ndim == 3 and bool(pixels.isfinite().all())
     except MemoryError:

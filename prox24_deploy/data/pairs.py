@@ -84,8 +84,15 @@ def make_pairs(
     names = [spec.name for spec in recipe.inputs]
     batches = tuple(_batches(pairs, names, padding_id(tokenizer), start))
     digest = hashlib.sha256(json.dumps([[p.text, p.target] for p in pairs]).encode()).hexdigest()
-    source = TextSource(texts.kind, texts.paths, digest, len(pairs), total, targets=own)
-    return Samples(batches, source)
+    source = TextSource(
+        kind=texts.kind,
+        paths=texts.paths,
+        sha256=digest,
+        samples=len(pairs),
+        tokens=total,
+        targets=own,
+    )
+    return Samples(batches=batches, source=source)
 
 
 def _as_text(target: object, number: int, texts: Texts) -> str:

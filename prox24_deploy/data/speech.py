@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.core.documents import reason_of
 from prox24_deploy.core.errors import CalibrationError, ModelDirError
+from prox24_deploy.core.modalities import RECORDINGS
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.core.types import Progress
 from prox24_deploy.data.recordings import Recording, Recordings, Samples1D, read_wave
@@ -32,7 +33,7 @@ _BATCH_RECORDINGS = 2
 _STRIDE = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
     """The dense model and how recordings and texts are prepared for it.
 
@@ -104,15 +105,15 @@ def make_speech_samples(
     transcripts = tuple(file.text for file in files)
     digest.update(json.dumps(transcripts).encode())
     source = TextSource(
-        recordings.kind,
-        recordings.paths,
-        digest.hexdigest(),
-        len(files),
-        len(files),
-        unit="recording",
+        kind=recordings.kind,
+        paths=recordings.paths,
+        sha256=digest.hexdigest(),
+        samples=len(files),
+        tokens=len(files),
+        unit=RECORDINGS.unit,
         targets=sum(text is not None for text in transcripts),
     )
-    return Samples(tuple(batches), source, transcripts=transcripts)
+    return Samples(batches=tuple(batches), source=source, transcripts=transcripts)
 
 
 def _groups(files: Sequence[Recording]) -> Iterator[Sequence[Recording]]:
@@ -124,7 +125,7 @@ def _features(listener: Listener, waves: Sequence[Samples1D], rate: int) -> Tens
     """What the model reads of recordings, (recordings, mels, frames)."""
     try:
         made = listener.extractor(waves, sampling_rate=rate, return_tensors="pt")
-        features: Tensor = made["input_features"]
+        features: Tensor = made[RECORDINGS.input]
     except MemoryError:
         raise
     except Exception as error:
@@ -196,6 +197,6 @@ def _batch(heard: _Heard, padding: int) -> Batch:
         # Language and task are given, not predicted.
         row = [IGNORED] * (len(start) - 1) + text
         targets.append(row + [IGNORED] * (width - len(row)))
-    inputs = {"input_features": heard.features, "decoder_input_ids": fed.inputs["input_ids"]}
+    inputs = {RECORDINGS.input: heard.features, "decoder_input_ids": fed.inputs["input_ids"]}
     real = torch.ones(len(rows), dtype=torch.bool)
     return Batch(inputs, real, torch.tensor(targets))

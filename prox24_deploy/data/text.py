@@ -26,7 +26,7 @@ BATCH_TOKENS = 2048
 _SHORTEST_BUILTIN = 60
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
     """Documents before tokenisation.
 
@@ -75,8 +75,18 @@ def read_texts(
             "JSON record (paragraphs end at blank lines), expected at least 2 so that some can be "
             "held out; add text, put blank lines between paragraphs, or pass --evaluation."
         )
-    kept = Texts(texts.kind, texts.paths, texts.documents[:cut], texts.targets[:cut])
-    return kept, Texts("split", texts.paths, texts.documents[cut:], texts.targets[cut:])
+    kept = Texts(
+        kind=texts.kind,
+        paths=texts.paths,
+        documents=texts.documents[:cut],
+        targets=texts.targets[:cut],
+    )
+    return kept, Texts(
+        kind="split",
+        paths=texts.paths,
+        documents=texts.documents[cut:],
+        targets=texts.targets[cut:],
+    )
 
 
 def make_samples(
@@ -91,7 +101,7 @@ def make_samples(
     Raises:
         CalibrationError: the text gives fewer than 1024 tokens or not one whole window.
     """
-    if recipe.task == "text-generation":
+    if recipe.kind.decoder_alone:
         rows = _windows(texts.documents, tokenizer, tokens, max_length)
     else:
         rows = _documents(texts.documents, tokenizer, tokens, max_length)
@@ -100,7 +110,12 @@ def make_samples(
     names = [spec.name for spec in recipe.inputs]
     batches = tuple(_batches(rows, names, padding_id(tokenizer)))
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    return Samples(batches, TextSource(texts.kind, texts.paths, digest, len(rows), total))
+    return Samples(
+        batches=batches,
+        source=TextSource(
+            kind=texts.kind, paths=texts.paths, sha256=digest, samples=len(rows), tokens=total
+        ),
+    )
 
 
 def require_tokens(texts: Texts, total: int) -> None:
@@ -132,7 +147,9 @@ def thin(samples: Samples, tokens: int) -> tuple[Batch, ...]:
 def _from_files(paths: Sequence[Path]) -> Texts:
     pairs = [pair for path in paths for pair in _documents_of(path)]
     documents, targets = zip(*pairs, strict=True)
-    return Texts("file", tuple(str(path) for path in paths), documents, targets)
+    return Texts(
+        kind="file", paths=tuple(str(path) for path in paths), documents=documents, targets=targets
+    )
 
 
 def _documents_of(path: Path) -> list[tuple[str, object]]:
@@ -192,7 +209,9 @@ def _builtin_texts(seed: int) -> tuple[Texts, Texts]:
     )
     source = ("pydoc_data.topics",)
     others = tuple(part for part in held_out if part not in calibration)
-    return Texts("builtin", source, tuple(calibration)), Texts("split", source, others)
+    return Texts(kind="builtin", paths=source, documents=tuple(calibration)), Texts(
+        kind="split", paths=source, documents=others
+    )
 
 
 def _squeezed_paragraphs(text: str) -> list[str]:

@@ -2,14 +2,20 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import Engine, EngineEvidence, OnnxModel, TensorCheck
 from prox24_deploy.core.types import Twin
+
+if TYPE_CHECKING:
+    from prox24_deploy.engines.cusparselt.profile import GpuProfile
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -73,3 +79,30 @@ class Backend(Protocol):
     def open(self, bundle: Path, engine: Engine) -> AbstractContextManager[Session]:
         """Load an engine; releases it on exit."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where the twins come from, for a backend that runs the model itself and not its ONNX file.
+
+    `dense` is the dense model directory with its hash, `recipe` fits it, `gemms` are timings known
+    already.
+    """
+
+    dense: Path
+    dense_sha256: str
+    recipe: Recipe
+    gemms: "GpuProfile | None" = None
+
+
+def require_one_graph(recipe: Recipe, asker: str) -> None:
+    """Refuse an encoder-decoder where only models of one graph can be run.
+
+    Raises:
+        UsageError: the recipe has a decoder.
+    """
+    if recipe.decoder is not None:
+        raise UsageError(
+            f"{asker} runs models of one graph, and those of recipe {recipe.family} have an "
+            "encoder and a decoder; pass --backend onnxruntime or tensorrt."
+        )

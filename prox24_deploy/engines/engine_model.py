@@ -31,7 +31,7 @@ class Runs(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
     """A graph that can be run: what it takes, in which float type, and what to call it.
 

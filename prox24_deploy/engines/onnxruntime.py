@@ -17,13 +17,15 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from prox24_deploy.config.options import EngineOptions
 from prox24_deploy.core.atomic import write_atomic
+from prox24_deploy.core.backends import BackendKind
 from prox24_deploy.core.documents import Document, read_json
 from prox24_deploy.core.errors import BackendMissingError, EngineError
 from prox24_deploy.core.host import cpu_model
 from prox24_deploy.core.records import Engine, EngineEvidence, LayerEvidence, OnnxModel, TensorCheck
 from prox24_deploy.core.types import Twin
-from prox24_deploy.engines.base import Array, Feeds
+from prox24_deploy.engines.base import Array, Feeds, Origin
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +165,12 @@ class OnnxRuntime:
     ) -> EngineEvidence:
         """Say of every weight declared 2:4 that it runs on a dense kernel."""
         layers = tuple(
-            LayerEvidence(check.module or check.tensor, False, False, NO_SPARSE_KERNELS)
+            LayerEvidence(
+                module=check.module or check.tensor,
+                eligible=False,
+                chosen=False,
+                reason=NO_SPARSE_KERNELS,
+            )
             for check in sparsity
             if check.expected
         )
@@ -245,3 +252,8 @@ def _listed(names: list[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def open_backend(_: BackendKind, _options: EngineOptions, _origin: Origin) -> OnnxRuntime:
+    """The backend as it runs everywhere, in shapes of any size."""
+    return OnnxRuntime()

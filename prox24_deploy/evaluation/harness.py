@@ -23,7 +23,7 @@ from torch import nn
 from prox24_deploy.config.options import HarnessOptions
 from prox24_deploy.core.atomic import make_folder, write_atomic
 from prox24_deploy.core.errors import BackendMissingError, UsageError
-from prox24_deploy.core.records import Estimate, Metric
+from prox24_deploy.core.records import Estimate, Metric, PairedMetric
 from prox24_deploy.evaluation.estimate import mean_estimate, per_sample
 
 INSTALL = "pip install 'prox24-deploy[lm-eval]'"
@@ -177,14 +177,13 @@ def _metric(
     )
     if means:
         difference = mean_estimate(values[1] - values[0])
-    return Metric(
+    return PairedMetric(
         name=_named(task, name, chosen),
         higher_is_better=bool(better),
         samples=int(sparse["n-samples"][task]["effective"]),
         dense=estimates[0],
         sparse=estimates[1],
         difference=difference,
-        agreement=None,
         values=per_sample(values[1]) if means else (),
     )
 
@@ -195,8 +194,9 @@ def _named(task: str, name: str, chosen: str) -> str:
 
 def _estimate(results: Mapping[str, Any], name: str, chosen: str) -> Estimate | None:
     value, error = results[f"{name},{chosen}"], results.get(f"{name}_stderr,{chosen}")
-    numbers = [part for part in (value, error) if isinstance(part, int | float)]
-    return Estimate(*map(float, numbers)) if len(numbers) == 2 else None
+    if not isinstance(value, int | float) or not isinstance(error, int | float):
+        return None
+    return Estimate(value=float(value), standard_error=float(error))
 
 
 def _values(samples: Sequence[Mapping[str, Any]], name: str, chosen: str) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """The metrics of a model through its engines, and how far each engine is from PyTorch."""
 
 import math
-from collections.abc import Callable
 
 from prox24_deploy.core.accuracy import Fidelity
+from prox24_deploy.core.metrics import METRICS
 from prox24_deploy.core.records import Estimate, Metric
 from prox24_deploy.core.types import DType, Twin
 
@@ -11,15 +11,6 @@ from prox24_deploy.core.types import DType, Twin
 # accuracy, 1 - cosine, standard deviations of a score. Rounding explains less in each dtype.
 METRIC_TOLERANCES: dict[DType, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 _NORMAL_95 = 1.96
-# Metrics that hold an engine to PyTorch, each from what was measured to what should be 0. Others
-# inform: a near tie decides single tokens and neighbours, and perplexity is in its logarithm.
-_DEVIATIONS: dict[str, Callable[[float], float]] = {
-    "log-perplexity": abs,
-    "accuracy": abs,
-    "KL divergence": abs,
-    "score change": abs,
-    "embedding cosine": lambda cosine: 1 - cosine,
-}
 
 
 def fidelity_of(twin: Twin, metric: Metric, dtype: DType) -> Fidelity:
@@ -28,8 +19,9 @@ def fidelity_of(twin: Twin, metric: Metric, dtype: DType) -> Fidelity:
     The deviation counts what is beyond the 95 % interval of a paired difference; an agreement has
     no noise to speak of, for its perfect value is known.
     """
-    found = metric.difference or metric.agreement
-    deviate = _DEVIATIONS.get(metric.name)
+    found = metric.change
+    kind = METRICS.get(metric.name)
+    deviate = kind.deviation if kind else None
     tolerance = METRIC_TOLERANCES[dtype] if deviate and found else None
     deviation = None
     if found and math.isfinite(found.value) and math.isfinite(found.standard_error):

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.errors import CalibrationError
+from prox24_deploy.core.metrics import WORD_ERRORS, WORD_ERRORS_TO_DENSE
+from prox24_deploy.core.modalities import RECORDINGS
 from prox24_deploy.core.records import Metric
 from prox24_deploy.core.types import Progress
-from prox24_deploy.evaluation.estimate import mean_estimate, per_sample
-from prox24_deploy.evaluation.evaluate import evaluate_text_generation
+from prox24_deploy.evaluation.estimate import direct, paired
+from prox24_deploy.evaluation.language import evaluate_text_generation
 from prox24_deploy.evaluation.words import word_errors, words_of
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.generate import write_down
@@ -33,7 +35,7 @@ def evaluate_speech(
     for i, batch in enumerate(held_out.batches):
         progress("transcribe", i, len(held_out.batches))
         for model, written in zip((dense, sparse), texts, strict=True):
-            rows = write_down(model, batch.inputs["input_features"])
+            rows = write_down(model, batch.inputs[RECORDINGS.input])
             written += [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     progress("transcribe", len(held_out.batches), len(held_out.batches))
     return *word_error_rates(texts[0], texts[1], held_out.transcripts), *forced
@@ -50,37 +52,15 @@ def word_error_rates(
         CalibrationError: there are no words to get wrong.
     """
     known = [i for i, text in enumerate(transcripts) if text is not None]
-    rates = []
+    rates: list[Metric] = []
     if known:
         said = [str(transcripts[i]) for i in known]
         both = [
             _rate(said, [written[i] for i in known], "transcripts") for written in (dense, sparse)
         ]
-        rates.append(
-            Metric(
-                "word error rate",
-                False,
-                len(known),
-                mean_estimate(both[0]),
-                mean_estimate(both[1]),
-                mean_estimate(both[1] - both[0]),
-                None,
-                per_sample(both[1]),
-            )
-        )
+        rates.append(paired(WORD_ERRORS, *both))
     change = _rate(dense, sparse, "transcriptions of the dense model")
-    rates.append(
-        Metric(
-            "word error rate to dense",
-            False,
-            len(change),
-            None,
-            None,
-            None,
-            mean_estimate(change),
-            per_sample(change),
-        )
-    )
+    rates.append(direct(WORD_ERRORS_TO_DENSE, change))
     return tuple(rates)
 
 

@@ -8,14 +8,8 @@ from torch import Tensor
 
 from prox24_deploy.model.batch import IGNORED, Batch, Samples
 
-# What a sample that is no text counts for in a budget of tokens. Transformers make some 200 patches
-# of an image, convolutions take less time for it; what is longer, such as speech, is dearer.
-IMAGE_TOKENS = 64
-_OTHER_TOKENS = 512
-_UNIT_TOKENS = {"token": 1, "image": IMAGE_TOKENS}
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineShapes:
     """Most rows of a batch, and the least and the most tokens of a row, that an engine takes."""
 
@@ -32,7 +26,7 @@ def take(samples: Samples, tokens: int, shapes: EngineShapes | None) -> tuple[Sa
     texts are cut at the end or padded to a length in between.
     """
     source = samples.source
-    step = math.ceil(source.tokens * _UNIT_TOKENS.get(source.unit, _OTHER_TOKENS) / tokens)
+    step = math.ceil(source.tokens * source.modality.tokens / tokens)
     step = max(1, min(step, (source.samples + 1) // 2))
     batches: list[Batch] = []
     picked: list[Tensor] = []
@@ -53,7 +47,11 @@ def take(samples: Samples, tokens: int, shapes: EngineShapes | None) -> tuple[Sa
     labels = None if samples.labels is None else samples.labels[torch.cat(picked)]
     counted = sum(map(_tokens, batches))
     number = sum(len(batch.real) for batch in batches)
-    return Samples(tuple(batches), replace(source, samples=number, tokens=counted), labels), cut
+    return Samples(
+        batches=tuple(batches),
+        source=replace(source, samples=number, tokens=counted),
+        labels=labels,
+    ), cut
 
 
 def _rows(batch: Batch, rows: Tensor) -> Batch:
@@ -65,13 +63,13 @@ def _rows(batch: Batch, rows: Tensor) -> Batch:
 def _trimmed(batch: Batch) -> Batch:
     """Without the columns that are padding in every row that was kept."""
     targets = None if batch.targets is None else _width(batch.targets != IGNORED)
-    return _columns(batch, _width(batch.real) if _is_text(batch) else None, targets)
+    return _columns(batch, _width(batch.real) if batch.has_padding else None, targets)
 
 
 def _fitted(batch: Batch, shapes: EngineShapes) -> Batch:
     """Cut and padded on the right to a length that `shapes` allow."""
     targets = None if batch.targets is None else min(batch.targets.shape[1], shapes.longest)
-    if not _is_text(batch):
+    if not batch.has_padding:
         return _columns(batch, None, targets)
     cut = _columns(batch, min(batch.real.shape[1], shapes.longest), targets)
     missing = shapes.least - cut.real.shape[1]
@@ -98,10 +96,6 @@ def _first(tensor: Tensor, width: int | None) -> Tensor:
     return tensor if width is None else tensor[:, :width]
 
 
-def _is_text(batch: Batch) -> bool:
-    return batch.real.ndim == 2
-
-
 def _padded(tensor: Tensor, missing: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, missing))
 
@@ -112,7 +106,7 @@ def _width(real: Tensor) -> int:
 
 
 def _too_long(batch: Batch, longest: int) -> Tensor:
-    lengths = batch.real.sum(1) if _is_text(batch) else torch.zeros(len(batch.real))
+    lengths = batch.real.sum(1) if batch.has_padding else torch.zeros(len(batch.real))
     if batch.targets is not None:
         lengths = torch.maximum(lengths, (batch.targets != IGNORED).sum(1))
     return lengths > longest

@@ -82,6 +82,8 @@ class ClockWatch:
         if not self._clocks:
             return None
         throttling = tuple(r for r in throttle_reasons(self._bits) if r in _THROTTLING)
-        found = Clocks(min(self._clocks), max(self._clocks), throttling)
+        found = Clocks(
+            sm_mhz_low=min(self._clocks), sm_mhz_high=max(self._clocks), slowed_by=throttling
+        )
         self._clocks, self._bits = [], 0
         return found

@@ -31,7 +31,7 @@ KEPT_SAMPLES = 200
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureOptions:
     """How long to measure one shape and how to resample.
 
@@ -150,7 +150,7 @@ def speedup_interval(pair: PairSamples, *, resamples: int = 2000, seed: int = 0)
     ratios = np.median(pair.dense[draw], axis=(1, 2)) / np.median(pair.sparse[draw], axis=(1, 2))
     low, high = np.percentile(ratios, [2.5, 97.5])
     value = np.median(pair.dense) / np.median(pair.sparse)
-    return Interval(float(value), float(low), float(high))
+    return Interval(value=float(value), low=float(low), high=float(high))
 
 
 def latency_verdict(speedup: Interval, limit: float) -> Verdict:

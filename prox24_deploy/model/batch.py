@@ -33,8 +33,13 @@ class Batch:
     real: Tensor
     targets: Tensor | None = None
 
+    @property
+    def has_padding(self) -> bool:
+        """Whether its samples are rows of tokens; images and recordings are all real."""
+        return self.real.ndim == 2
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
     """Batches and where their text, images or recordings came from.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.documents import reason_of
 from prox24_deploy.core.errors import ModelDirError, Prox24Error, RecipeError
-from prox24_deploy.core.types import WRITES_TEXT
+from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.layers import Layer, input_rows, is_layer, same_rows
 
@@ -152,7 +152,7 @@ def run_model(model: nn.Module, batch: Batch, task: str) -> Any:
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
     # A decoder that embeds text has one too.
-    if task in WRITES_TEXT or "use_cache" in inspect.signature(model.forward).parameters:
+    if TASKS[task].writes_text or "use_cache" in inspect.signature(model.forward).parameters:
         return model(**inputs, use_cache=False)
     return model(**inputs)
 

@@ -8,6 +8,8 @@ from prox24_deploy.core.documents import Document, read_json, reason_of
 from prox24_deploy.core.errors import ModelDirError
 
 CONFIG_FILE = "config.json"
+# What the configurations of different families call the number of positions.
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -84,3 +86,9 @@ def labels_of(config: Mapping[str, Any]) -> dict[str, int]:
 
 def _is_label(number: str, name: object) -> bool:
     return number.isascii() and number.isdigit() and isinstance(name, str | int)
+
+
+def longest_of(config: Mapping[str, Any], otherwise: int) -> int:
+    """Tokens that the model accepts at most; `otherwise` where it does not say."""
+    said = next((key for key in _POSITION_KEYS if config.get(key)), _POSITION_KEYS[0])
+    return whole_number(config, said, otherwise)

@@ -18,7 +18,7 @@ from prox24_deploy.core.documents import files_below, reason_of
 from prox24_deploy.core.errors import ModelDirError, RecipeError
 from prox24_deploy.core.records import ModelInfo
 from prox24_deploy.core.snapshot import Snapshot, take_snapshot
-from prox24_deploy.core.types import Task
+from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.model.capacity import require_counts, require_size
 from prox24_deploy.model.config_file import read_config
 from prox24_deploy.model.refusals import (
@@ -54,7 +54,7 @@ _COMPANIONS = {
 _NAMED_COMPANIONS = {"LICENSE", "NOTICE", "vocab"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDir:
     """A model directory whose weight files have been read once and found sound.
 
@@ -157,7 +157,9 @@ def open_model_dir(path: Path) -> ModelDir:
             f"Model directory {path} holds no floating-point weights in {shards[0].name}; pass a "
             "complete checkpoint."
         )
-    directory = ModelDir(path, config, shards, tensors, snapshot)
+    directory = ModelDir(
+        path=path, config=config, shards=shards, tensors=tensors, snapshot=snapshot
+    )
     directory.require_untouched()
     return directory
 
@@ -217,29 +219,18 @@ def load_with_rest(
     _check_loading(directory, recipe, info)
     attach_sentence_modules(model, directory.path, recipe)
     directory.require_untouched()
-    built: nn.Module = model.eval().requires_grad_(False).to(device)
+    built: nn.Module = model.eval().requires_grad_(requires_grad=False).to(device)
     return built, sorted(directory.tensors.keys() & info["unexpected_keys"])
 
 
-def auto_classes() -> dict[Task, Any]:
-    """The class of transformers that opens a model for each task."""
-    transformers = quiet_transformers()
-    return {
-        "feature-extraction": transformers.AutoModel,
-        "text-encoding": transformers.AutoModelForTextEncoding,
-        "text-generation": transformers.AutoModelForCausalLM,
-        "text-to-text": transformers.AutoModelForSeq2SeqLM,
-        "automatic-speech-recognition": transformers.AutoModelForSpeechSeq2Seq,
-        "text-classification": transformers.AutoModelForSequenceClassification,
-        "token-classification": transformers.AutoModelForTokenClassification,
-        "image-classification": transformers.AutoModelForImageClassification,
-        "image-feature-extraction": transformers.AutoModel,
-    }
+def auto_class(task: str) -> Any:
+    """The class of transformers that opens a model for a task."""
+    return getattr(quiet_transformers(), TASKS[task].auto_class)
 
 
 def _class_of(recipe: Recipe) -> Any:
     if recipe.model_class is None:
-        return auto_classes()[recipe.task]
+        return auto_class(recipe.task)
     found = getattr(quiet_transformers(), recipe.model_class, None)
     if not hasattr(found, "from_pretrained"):
         raise RecipeError(

@@ -9,6 +9,7 @@ from torch import nn
 
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.core.modalities import IMAGES
 from prox24_deploy.core.types import DType
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.recipe_template import without_weights
@@ -70,5 +71,5 @@ def _most_common(tensors: Iterable[StoredTensor]) -> str:
 
 def _has_batch_norm(directory: ModelDir, recipe: Recipe) -> bool:
     """Whether the model, built without memory for its weights, normalises by batches of images."""
-    model = without_weights(directory, recipe.task) if recipe.reads_images else None
+    model = without_weights(directory, recipe.task) if recipe.modality is IMAGES else None
     return model is not None and any(isinstance(m, nn.BatchNorm2d) for m in model.modules())

@@ -6,22 +6,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from prox24_deploy.core.types import Task
+from prox24_deploy.core.tasks import Task, TaskKind, task_of_class
 from prox24_deploy.model.capacity import bounded
-from prox24_deploy.model.directory import ModelDir, auto_classes, quiet_transformers
+from prox24_deploy.model.directory import ModelDir, auto_class, quiet_transformers
 from prox24_deploy.model.layers import is_layer
 from prox24_deploy.model.notes import expert_weights
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-# How class names of transformers end; the first that fits decides.
-_TASKS: tuple[tuple[str, Task], ...] = (
-    ("ForCausalLM", "text-generation"),
-    ("LMHeadModel", "text-generation"),
-    ("ForSequenceClassification", "text-classification"),
-    ("ForTokenClassification", "token-classification"),
-    ("EncoderModel", "text-encoding"),
-    ("", "feature-extraction"),
-)
 _ENCODER_DECODER = (
     "it is an encoder-decoder, for which no recipe can be drawn; copy bart.toml with its table "
     "[decoder], adapt both halves, and pass it with --recipe."
@@ -31,13 +22,6 @@ _SPEECH = (
     "log-mel features as Whisper does, copy whisper.toml, adapt both halves, and pass it with "
     "--recipe."
 )
-_OUTPUTS: dict[Task, tuple[str, str]] = {
-    "text-generation": ("logits", '"batch", "sequence", "vocabulary"'),
-    "text-classification": ("logits", '"batch", "labels"'),
-    "token-classification": ("logits", '"batch", "sequence", "labels"'),
-    "feature-extraction": ("last_hidden_state", '"batch", "sequence", "hidden"'),
-    "text-encoding": ("last_hidden_state", '"batch", "sequence", "hidden"'),
-}
 
 
 def advise(directory: ModelDir) -> str:
@@ -70,8 +54,8 @@ def skeleton_recipe(directory: ModelDir) -> str:
 def _drawn(directory: ModelDir) -> tuple[str, str]:
     """The recipe of a model, and what is to be said of its experts; "" where there is none."""
     architecture = directory.architecture
-    task = next(task for suffix, task in _TASKS if architecture.endswith(suffix))
-    model = without_weights(directory, task)
+    task = task_of_class(architecture)
+    model = without_weights(directory, task.name)
     found = _largest_list(model) if model is not None else None
     inputs = _inputs_of(model) if model is not None else []
     if found is None or "input_ids" not in inputs:
@@ -90,7 +74,7 @@ def without_weights(directory: ModelDir, task: Task) -> nn.Module | None:
             directory.path, local_files_only=True, trust_remote_code=False
         )
         with bounded({name: tensor.numel for name, tensor in directory.tensors.items()}):
-            model: nn.Module = auto_classes()[task].from_config(config, trust_remote_code=False)
+            model: nn.Module = auto_class(task).from_config(config, trust_remote_code=False)
     except Exception:
         return None
     return model
@@ -135,12 +119,14 @@ def _inputs_of(model: nn.Module) -> list[str]:
     return [name for name in _TEXT_INPUTS if name in known]
 
 
-def _toml(kind: str, task: Task, blocks: str, targets: Sequence[str], inputs: Sequence[str]) -> str:
-    cache = task == "text-generation"
+def _toml(
+    kind: str, task: TaskKind, blocks: str, targets: Sequence[str], inputs: Sequence[str]
+) -> str:
+    cache = task.decoder_alone
     lines = [
         f"family = {json.dumps(kind)}",
         f"model_types = [{json.dumps(kind)}]",
-        f"task = {json.dumps(task)}",
+        f"task = {json.dumps(task.name)}",
         f"blocks = {json.dumps(blocks)}",
         f"targets = {json.dumps(list(targets))}",
         *(["cache = true"] if cache else []),
@@ -149,6 +135,9 @@ def _toml(kind: str, task: Task, blocks: str, targets: Sequence[str], inputs: Se
     for name in inputs:
         length = "past + sequence" if cache and name == "attention_mask" else "sequence"
         lines.append(f'    {{ name = "{name}", dtype = "int64", axes = ["batch", "{length}"] }},')
-    output, axes = _OUTPUTS[task]
+    if task.output is None:
+        raise ValueError(f"no recipe can be drawn for {task.name}")
+    output = task.output[0]
+    axes = ", ".join(json.dumps(axis) for axis in task.output[1])
     lines += ["]", f'outputs = [{{ name = "{output}", dtype = "float", axes = [{axes}] }}]']
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from prox24_deploy.config.recipe import EMBEDDING, PoolingMode, Recipe, TensorSpec
 from prox24_deploy.core.documents import Document, read_json, read_object
 from prox24_deploy.core.errors import ModelDirError, RecipeError
-from prox24_deploy.core.types import EMBEDS_TEXT
+from prox24_deploy.core.modalities import TEXT
 
 MODULES_FILE = "modules.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -106,7 +106,7 @@ class SentenceModule:
     options: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SentencePipeline:
     """What becomes of a text before the model reads it, and of the hidden states behind it.
 
@@ -146,7 +146,7 @@ def read_pipeline(path: Path) -> SentencePipeline | None:
         if not (path / _LONE_POOLING / _CONFIG_FILE).is_file():
             return None
         lone = _module(path, "Pooling", _LONE_POOLING)
-        return SentencePipeline(_poolings(path, lone), (), listed=False)
+        return SentencePipeline(poolings=_poolings(path, lone), steps=(), listed=False)
     library = _json(path / _LIBRARY_FILE)
     modules = tuple(_modules(path))
     made_for = library.get("model_type", _LIBRARY)
@@ -187,7 +187,7 @@ def settled(path: Path, recipe: Recipe) -> SentencePipeline | None:
         ModelDirError: as `read_pipeline`.
         RecipeError: the two say different things, or modules are listed and none of them pools.
     """
-    if recipe.task not in EMBEDS_TEXT or recipe.reads_images:
+    if not recipe.kind.embeds_text or recipe.modality is not TEXT:
         return None
     found, asked = read_pipeline(path), recipe.embedding
     if asked is None:
@@ -200,7 +200,9 @@ def settled(path: Path, recipe: Recipe) -> SentencePipeline | None:
     steps = (SentenceModule("Normalize", "Normalize", {}),) if asked.normalize else ()
     wanted = [asked.pooling, *(module.kind for module in steps)]
     if found is None or not found.poolings:
-        return replace(found or SentencePipeline((), ()), poolings=(asked.pooling,), steps=steps)
+        return replace(
+            found or SentencePipeline(poolings=(), steps=()), poolings=(asked.pooling,), steps=steps
+        )
     if not found.listed:
         found = replace(found, steps=steps)
     said = [*found.poolings, *(module.kind for module in found.steps if module.kind != "Dropout")]

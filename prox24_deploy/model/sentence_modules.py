@@ -125,7 +125,7 @@ def load_sentence_modules(path: Path, pipeline: SentencePipeline, hidden: int) -
         # A dot would end the name of a module.
         steps[module.folder.replace(".", "_")] = step
     built = SentenceModules(Pooling(pipeline.poolings), steps)
-    return built.eval().requires_grad_(False)
+    return built.eval().requires_grad_(requires_grad=False)
 
 
 def _weighted(path: Path, module: SentenceModule, width: int) -> tuple[nn.Module, int]:

@@ -19,6 +19,7 @@ from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.documents import Document, read_object, reason_of
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.records import TextSource
+from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.report.escape import code
 from prox24_deploy.report.render import render_markdown
 from prox24_deploy.report.schema import Report
@@ -29,8 +30,6 @@ TAGS = ["2:4-sparsity", "semi-structured", "pruned", "prox24-deploy"]
 # Metadata of the source model that stays true of the pruned one.
 _KEPT = ("license", "license_name", "license_link", "language")
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
-# Tasks that the Hub calls by another name.
-_HUB_TASKS = {"text-encoding": "feature-extraction"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class ParsedCard:
     problem: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceCard:
     """What the source model says of itself.
 
@@ -74,7 +73,9 @@ def read_source_card(model_dir: Path) -> SourceCard:
     kept = {key: card.metadata[key] for key in _KEPT if key in card.metadata}
     if "license" not in kept and isinstance(config.get("license"), str):
         kept["license"] = config["license"]
-    return SourceCard(kept, card.text, _opened_by(model_dir), card.problem)
+    return SourceCard(
+        metadata=kept, text=card.text, opened_by=_opened_by(model_dir), problem=card.problem
+    )
 
 
 def _opened_by(model_dir: Path) -> str:
@@ -141,7 +142,7 @@ def _front_matter(report: Report, source: SourceCard) -> dict[str, Any]:
     task = report.model.task
     return front | {
         "library_name": "sentence-transformers" if source.opened_by else "transformers",
-        "pipeline_tag": _HUB_TASKS.get(task, task),
+        "pipeline_tag": TASKS[task].hub_name or task,
         "tags": TAGS,
     }
 
@@ -153,7 +154,9 @@ def _samples(text: TextSource) -> str:
         "builtin": "of the English documentation inside CPython, not of the model's own domain",
         "split": "held out from the calibration samples",
     }
-    unit = f"samples ({text.tokens:,} tokens)" if text.unit == "token" else f"{text.unit}s"
+    unit = f"samples ({text.tokens:,} {text.unit}s)"
+    if text.modality.is_counted_in_samples:
+        unit = f"{text.unit}s"
     return f"{text.samples:,} {unit} {kinds[text.kind]}"
 
 

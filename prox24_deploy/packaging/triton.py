@@ -35,7 +35,7 @@ _DATA_TYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TritonOptions:
     """What is served, and how.
 
@@ -83,7 +83,7 @@ def model_config(
     ]
     for kind, tensors in (("input", inputs), ("output", outputs)):
         for tensor in tensors:
-            lines += [f"{kind} {{", *_tensor(tensor, backend, max_batch > 0), "}"]
+            lines += [f"{kind} {{", *_tensor(tensor, backend, batched=max_batch > 0), "}"]
     lines.append("version_policy { latest { num_versions: 1 } }")
     if max_batch > 1:
         lines.append("dynamic_batching { }")
@@ -151,7 +151,7 @@ def write_repository(
     return target
 
 
-def _tensor(tensor: GraphTensor, backend: ServingBackend, batched: bool) -> list[str]:
+def _tensor(tensor: GraphTensor, backend: ServingBackend, *, batched: bool) -> list[str]:
     axes = tensor.axes
     if batched and axes[:1] != (BATCH,):
         raise UsageError(

@@ -19,7 +19,12 @@ def open_backends(options: EngineOptions, model: ModelContext) -> tuple[Backend,
         BackendMissingError: one is not available here.
     """
     fitted = fitted_shapes(options, model.config, model.recipe)
-    origin = Origin(model.path, model.sha256, model.recipe, planned_gemms(options.plan))
+    origin = Origin(
+        dense=model.path,
+        dense_sha256=model.sha256,
+        recipe=model.recipe,
+        gemms=planned_gemms(options.plan),
+    )
     backends = (backend_by_name(name, fitted, origin) for name in options.backends)
     return tuple({backend.name: backend for backend in backends}.values())
 

@@ -1,18 +1,17 @@
 """The model to build and what to build it with, read and checked before any work."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.layout import PRUNED
-from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptions, TextOptions
+from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptions
 from prox24_deploy.config.recipe import Recipe, parse_recipe, select_recipe
 from prox24_deploy.core.errors import BackendMissingError, BundleError
 from prox24_deploy.core.records import ModelInfo
 from prox24_deploy.core.types import Progress, silent
-from prox24_deploy.model.config_file import labels_of, read_config, whole_number
+from prox24_deploy.model.config_file import longest_of, read_config, whole_number
 from prox24_deploy.packaging.naming import source_name
 
 if TYPE_CHECKING:
@@ -20,10 +19,6 @@ if TYPE_CHECKING:
 
     from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
-
-
-# What the configurations of different families call the number of positions.
-_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,109 +88,32 @@ def read_context(
 
 def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
     """The recipe for a class of models, with the sizes of what it reads of images and speech."""
+    from prox24_deploy.data.modality import fitted_sizes
     from prox24_deploy.model.sentence import fitted_to_sentences
 
-    recipe = fitted_to_sentences(recipe, architecture, model_dir)
-    if recipe.reads_speech:
-        from prox24_deploy.data.speech import feature_sizes
-
-        return recipe.with_sizes(feature_sizes(read_config(model_dir)))
-    if not recipe.reads_images:
-        return recipe
-    from prox24_deploy.data.images import pixel_sizes
-    from prox24_deploy.model.processors import load_image_processor
-
-    return recipe.with_sizes(pixel_sizes(load_image_processor(model_dir)))
+    return fitted_sizes(fitted_to_sentences(recipe, architecture, model_dir), model_dir)
 
 
 def _read_samples(
     directory: "ModelDir", recipe: Recipe, options: BuildOptions, progress: Progress
 ) -> tuple["Samples", "Samples"]:
-    if recipe.reads_speech:
-        return _read_speech(directory, recipe, options, progress)
-    read = _read_images if recipe.reads_images else _read_text
-    return read(directory, recipe, options.text)
+    from prox24_deploy.data.modality import Wanted, read_samples
 
-
-def _read_text(
-    directory: "ModelDir", recipe: Recipe, text: TextOptions
-) -> tuple["Samples", "Samples"]:
-    from prox24_deploy.data.pairs import make_pairs, start_token
-    from prox24_deploy.data.text import make_samples, read_texts
-    from prox24_deploy.model.processors import load_tokenizer
-    from prox24_deploy.model.sentence import settled
-    from prox24_deploy.model.vocabulary import require_embedded, require_special_tokens
-
-    texts = read_texts(text.calibration, text.evaluation, text.seed)
-    tokenizer = load_tokenizer(directory)
-    require_special_tokens(directory, tokenizer)
-    budgets = (text.calibration_tokens, text.evaluation_tokens)
-    longest = min(recipe.sequence_length, longest_of(directory.config, recipe))
-    if (pipeline := settled(directory.path, recipe)) is not None:
-        longest = min(longest, int(tokenizer.model_max_length))
-        texts = (texts[0].behind(pipeline.prompt), texts[1].behind(pipeline.prompt))
-    if recipe.decoder is None:
-        make = partial(make_samples, tokenizer=tokenizer, recipe=recipe, max_length=longest)
-    else:
-        start = start_token(directory)
-        make = partial(
-            make_pairs, tokenizer=tokenizer, recipe=recipe, max_length=longest, start=start
+    return read_samples(
+        Wanted(
+            directory=directory,
+            recipe=recipe,
+            options=options.text,
+            device=lambda: torch_device(options.device),
+            progress=progress,
         )
-    calibration, held_out = (
-        make(part, tokens=tokens) for part, tokens in zip(texts, budgets, strict=True)
     )
-    require_embedded(directory, tokenizer, (*calibration.batches, *held_out.batches))
-    return calibration, held_out
-
-
-def _read_images(
-    directory: "ModelDir", _: Recipe, options: TextOptions
-) -> tuple["Samples", "Samples"]:
-    from prox24_deploy.data.images import make_image_samples, read_images
-    from prox24_deploy.model.processors import load_image_processor
-
-    images = read_images(options.calibration, options.evaluation, options.seed)
-    processor = load_image_processor(directory.path)
-    labels = labels_of(directory.config)
-    calibration, held_out = (
-        make_image_samples(part, processor, labels, limit=options.images) for part in images
-    )
-    return calibration, held_out
-
-
-def _read_speech(
-    directory: "ModelDir", recipe: Recipe, options: BuildOptions, progress: Progress
-) -> tuple["Samples", "Samples"]:
-    from prox24_deploy.data.recordings import read_recordings
-    from prox24_deploy.data.speech import Listener, make_speech_samples
-    from prox24_deploy.model.directory import load_model
-    from prox24_deploy.model.processors import load_feature_extractor, load_tokenizer
-    from prox24_deploy.model.vocabulary import require_embedded, require_special_tokens
-
-    text = options.text
-    recordings = read_recordings(text.calibration, text.evaluation, text.seed)
-    extractor, tokenizer = load_feature_extractor(directory.path), load_tokenizer(directory)
-    require_special_tokens(directory, tokenizer)
-    model = load_model(directory, recipe, torch_device(options.device))
-    listener = Listener(directory, model, extractor, tokenizer)
-    calibration, held_out = (
-        make_speech_samples(part, listener, limit=text.recordings, progress=progress)
-        for part in recordings
-    )
-    require_embedded(directory, tokenizer, (*calibration.batches, *held_out.batches))
-    return calibration, held_out
 
 
 def fitted_shapes(options: EngineOptions, config: dict[str, Any], recipe: Recipe) -> EngineOptions:
     """The options with no sequence longer than the model accepts; engines are built for these."""
-    longest = longest_of(config, recipe)
+    longest = longest_of(config, recipe.sequence_length)
     return replace(options, sequences=tuple(min(length, longest) for length in options.sequences))
-
-
-def longest_of(config: dict[str, Any], recipe: Recipe) -> int:
-    """Tokens that the model accepts at most; the recipe's length where it does not say."""
-    said = next((key for key in _POSITION_KEYS if config.get(key)), _POSITION_KEYS[0])
-    return whole_number(config, said, recipe.sequence_length)
 
 
 def model_of(bundle: Bundle) -> ModelInfo:

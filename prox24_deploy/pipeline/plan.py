@@ -55,7 +55,7 @@ def plan(
     context = read_context(model_dir, None, options, progress)
     require_one_graph(context.recipe, "plan")
     fitted = fitted_shapes(options.engine, context.source.config, context.recipe)
-    shapes = fitted.shapes(images=context.recipe.reads_images)
+    shapes = fitted.shapes(images=not context.recipe.modality.has_length)
     if saved is None:
         choices, profile, dense_ms = _measured(context, options, shapes, progress)
     else:
@@ -193,7 +193,7 @@ def _scaled(use: "LayerUse", context: RunContext, shapes: Shapes) -> "LayerUse |
         return use
     batch, tokens = _PROBE
     rows = use.gemms[0].m
-    if context.recipe.reads_images and rows % batch == 0:
+    if not context.recipe.modality.has_length and rows % batch == 0:
         counts = [rows // batch * b for b, _ in shapes]
     elif rows == batch * tokens:
         counts = [b * s for b, s in shapes]

@@ -41,7 +41,7 @@ class Activations:
     pruned: list[Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPair:
     """One block twice: as it was, and being pruned.
 

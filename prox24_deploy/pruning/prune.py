@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -109,11 +109,7 @@ def prune_model(
         RecipeError: blocks or targets do not exist in this model.
         CalibrationError: there are no calibration batches.
     """
-    if not calibration:
-        raise CalibrationError("There is no calibration batch; pass more text.")
-    if options.reconstructs:
-        require_batches(len(calibration))
-    require_matches(recipe, model)
+    _require_usable(model, recipe, calibration, options)
     count = sum(len(find_blocks(model, part)) for part in recipe.parts)
     weights: dict[str, Tensor] = {}
     records: list[LayerRecord] = []
@@ -128,8 +124,23 @@ def prune_model(
         records.extend(done[1])
     progress("prune", count, count)
     records.extend(_layers_outside(model, recipe, {record.name for record in records}))
-    axes = {name: reduction_axis(layer_at(model, name.removesuffix(".weight"))) for name in weights}
-    return PrunedState(weights, axes, tuple(records))
+    return PrunedState(weights, _axes(model, weights), tuple(records))
+
+
+def _axes(model: nn.Module, weights: Iterable[str]) -> dict[str, int]:
+    """The axis of the groups in each weight."""
+    layers = {name: layer_at(model, name.removesuffix(".weight")) for name in weights}
+    return {name: reduction_axis(layer) for name, layer in layers.items()}
+
+
+def _require_usable(
+    model: nn.Module, recipe: Recipe, calibration: Sequence[Batch], options: PruneOptions
+) -> None:
+    if not calibration:
+        raise CalibrationError("There is no calibration batch; pass more text.")
+    if options.reconstructs:
+        require_batches(len(calibration))
+    require_matches(recipe, model)
 
 
 def prune_directory(
@@ -162,17 +173,57 @@ def prune_directory(
             `prune_model` raises.
     """
     began = time.perf_counter()
+    model, directory, notes = _opened(directory, recipe, device, calibration.batches[:1])
+    state, sensitivity = _pruned(
+        model, directory, recipe, calibration, held_out, options, solved, progress
+    )
+    digest = write_pruned(directory, state.weights, out, axes=state.axes)
+    return PruneResult(
+        method=options.method,
+        preset=options.preset,
+        target=options.target,
+        device=device.type,
+        layers=state.layers,
+        calibration=calibration.source,
+        held_out=held_out.source,
+        damping=_damping(state.layers),
+        state_sha256=digest,
+        seconds=time.perf_counter() - began,
+        reconstructed=options.reconstructs,
+        sensitivity=sensitivity,
+        notes=notes,
+    )
+
+
+def _opened(
+    directory: ModelDir, recipe: Recipe, device: torch.device, batches: Sequence[Batch]
+) -> tuple[nn.Module, ModelDir, tuple[str, ...]]:
+    """The model, its directory with the names that it gives tensors, and what is left out of it."""
     model, unused = load_with_rest(directory, recipe, device)
-    for batch in calibration.batches[:1]:
+    for batch in batches:
         require_runs(model, batch, recipe.task, directory.path)
     notes = left_out(directory, model, recipe, unused)
-    directory = replace(directory, renamed=renamed_tensors(directory, model))
+    return model, replace(directory, renamed=renamed_tensors(directory, model)), notes
+
+
+def _pruned(
+    model: nn.Module,
+    directory: ModelDir,
+    recipe: Recipe,
+    calibration: Samples,
+    held_out: Samples,
+    options: PruneOptions,
+    solved: Path,
+    progress: Progress,
+) -> tuple[PrunedState, Sensitivity | None]:
+    """Prune the model of a directory in place, but for what is to stay dense or breaks a budget."""
     dense = left_dense(recipe, model, options)
-    sensitivity = (
-        _sensitivity(model, directory, recipe, calibration, options, dense, solved, progress)
-        if options.has_budget
-        else None
-    )
+    sensitivity: Sensitivity | None = None
+    if options.has_budget:
+        sensitivity = _sensitivity(
+            model, directory, recipe, calibration, options, dense, solved, progress
+        )
+        dense = {**dense, **over_budget(sensitivity)}
     state = prune_model(
         model,
         recipe,
@@ -182,31 +233,25 @@ def prune_directory(
         stored_dtype=lambda name: stored_dtype(directory, name),
         store=BlockStore(solved, directory.require_untouched),
         progress=progress,
-        dense={**dense, **(over_budget(sensitivity) if sensitivity else {})},
+        dense=dense,
     )
+    _require_pruned(state, recipe, directory.path)
+    return state, sensitivity
+
+
+def _require_pruned(state: PrunedState, recipe: Recipe, path: Path) -> None:
     if not state.weights:
         first = next(layer for layer in state.layers if layer.name.startswith(recipe.blocks))
         raise RecipeError(
-            f"No target of recipe {recipe.family} can be pruned in {directory.path}: {first.name} "
-            f"and the others are skipped, because {first.reason}."
+            f"No target of recipe {recipe.family} can be pruned in {path}: {first.name} and the "
+            f"others are skipped, because {first.reason}."
         )
-    digest = write_pruned(directory, state.weights, out, axes=state.axes)
-    damping = [damping_for(layer.shape[1], layer.rows) for layer in state.layers if layer.rows]
-    return PruneResult(
-        method=options.method,
-        preset=options.preset,
-        target=options.target,
-        device=device.type,
-        layers=state.layers,
-        calibration=calibration.source,
-        held_out=held_out.source,
-        damping=(min(damping), max(damping)),
-        state_sha256=digest,
-        seconds=time.perf_counter() - began,
-        reconstructed=options.reconstructs,
-        sensitivity=sensitivity,
-        notes=notes,
-    )
+
+
+def _damping(layers: Sequence[LayerRecord]) -> tuple[float, float]:
+    """The least and the most that was used."""
+    used = [damping_for(layer.shape[1], layer.rows) for layer in layers if layer.rows]
+    return min(used), max(used)
 
 
 def _sensitivity(
@@ -256,7 +301,13 @@ def _steps(model: nn.Module, recipe: Recipe, texts: Sequence[tuple[Batch, ...]])
         if part.is_decoder:
             sets = [after_pruning(activations, model, blocks, part) for activations in sets]
         for index, (block, following) in enumerate(zip_longest(blocks, list(blocks)[1:])):
-            twin = BlockPair(index, f"{part.blocks}.{index}", deepcopy(block), block, following)
+            twin = BlockPair(
+                index=index,
+                prefix=f"{part.blocks}.{index}",
+                dense=deepcopy(block),
+                pruned=block,
+                following=following,
+            )
             yield _Step(part, twin, sets)
             if following is not None:
                 advance(twin, sets)
@@ -415,4 +466,14 @@ def _layers_outside(model: nn.Module, recipe: Recipe, known: set[str]) -> list[L
 
 
 def _skipped(name: str, layer: Layer, reason: str) -> LayerRecord:
-    return LayerRecord(name, matrix_shape(layer), "skipped", reason, "", None, None, 0, 0.0)
+    return LayerRecord(
+        name=name,
+        shape=matrix_shape(layer),
+        status="skipped",
+        reason=reason,
+        method="",
+        relative_error=None,
+        held_out_error=None,
+        iterations=0,
+        seconds=0.0,
+    )

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _WITHHELD = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdamOptions:
     """Schedule of one block.
 
@@ -58,7 +58,7 @@ SCHEDULES: dict[Preset, AdamOptions] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reconstruction:
     """Relative squared error on withheld batches before and after the trial, and its steps."""
 
@@ -111,7 +111,7 @@ def reconstruct_block(
     for _ in islice(training.steps(everything), steps):
         pass
     log.info("%s: block error %.4f, reconstructed %.4f", twin.prefix, before, after)
-    return Reconstruction(before, after, steps)
+    return Reconstruction(before=before, after=after, steps=steps)
 
 
 class _Training:
@@ -166,13 +166,13 @@ class _Training:
 
     def _gradients(self, batch: int) -> list[Tensor]:
         for weight in self._weights:
-            weight.requires_grad_(True)
+            weight.requires_grad = True
         try:
             with torch.enable_grad():
                 gradients = torch.autograd.grad(self._error(batch), self._weights)
         finally:
             for weight in self._weights:
-                weight.requires_grad_(False)
+                weight.requires_grad = False
         pairs = zip(gradients, self._masks, strict=True)
         return [gradient.masked_fill(~mask, 0.0) for gradient, mask in pairs]
 

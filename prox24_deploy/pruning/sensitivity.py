@@ -144,7 +144,9 @@ def _solve_all(
         activations = record_activations(model, blocks, part, batches)
         for index, block in enumerate(blocks):
             progress("sensitivity", index, len(blocks))
-            twin = BlockPair(index, f"{part.blocks}.{index}", block, block)
+            twin = BlockPair(
+                index=index, prefix=f"{part.blocks}.{index}", dense=block, pruned=block
+            )
             layers, _ = prunable(twin, part, dense)
             for group in shared_inputs(
                 block, layers, activations.calls[0][index], activations.dense[0]
@@ -166,7 +168,11 @@ def _each_alone(
     for i, (name, weight) in enumerate(solved.items()):
         progress("sensitivity", i, len(solved))
         with _replaced(model, {name: weight}):
-            found.append(LayerSensitivity(name, weight.numel(), mean_estimate(loss.of(model))))
+            found.append(
+                LayerSensitivity(
+                    name=name, weights=weight.numel(), loss=mean_estimate(loss.of(model))
+                )
+            )
         log.info("%s: pruned alone costs %.4g", name, found[-1].loss.value)
     return tuple(sorted(found, key=lambda layer: (layer.loss.value / layer.weights, layer.name)))
 
@@ -202,7 +208,7 @@ class _Prefixes:
             with _replaced(self._model, {layer.name: self._solved[layer.name] for layer in first}):
                 estimate = mean_estimate(self._loss.of(self._model))
             weights = sum(layer.weights for layer in first)
-            self._found[count] = CurvePoint(count, weights, estimate)
+            self._found[count] = CurvePoint(layers=count, weights=weights, loss=estimate)
         return self._found[count].loss.value
 
 

@@ -40,7 +40,7 @@ class BaselineFile(BaseModel):
     report: Report
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Baseline:
     """What a report is held against: a report, with its history where a baseline file has one.
 
@@ -78,9 +78,15 @@ def read_baseline(path: Path) -> Baseline:
     remedy = "pass a baseline file, a report.json or a bundle"
     data = read_document(path, Document(f"Baseline {path}", BundleError, remedy))
     if not _is_baseline(data, path):
-        return Baseline(str(path), parse_report(data, str(path)))
+        return Baseline(source=str(path), report=parse_report(data, str(path)))
     found = parse_baseline(data, str(path))
-    return Baseline(str(path), found.report, found.reason, found.date, found.history)
+    return Baseline(
+        source=str(path),
+        report=found.report,
+        reason=found.reason,
+        date=found.date,
+        history=found.history,
+    )
 
 
 def read_gate(baseline: Path, limits: Path | None, allow: Sequence[str]) -> Gate:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import JsonValue
 
+from prox24_deploy.core.backends import BACKENDS
 from prox24_deploy.core.errors import BundleError, UsageError
 from prox24_deploy.regression.figures import row_path
 from prox24_deploy.report.schema import Difference, Report
@@ -15,13 +16,6 @@ KEYS = (
 )  # fmt: skip
 # Where one of these differs, milliseconds of both are of different machines.
 MACHINE_KEYS = frozenset({"backend", "device", "gpu", "driver", "processor"})
-# Entries of the environment that are a backend's version.
-_LIBRARIES = {
-    "onnxruntime": ("onnxruntime",),
-    "tensorrt": ("tensorrt",),
-    "tensorrt-rtx": ("tensorrt_rtx",),
-    "cusparselt": ("torch", "cuda", "cusparselt"),
-}
 
 
 def find_differences(report: Report, baseline: Report) -> tuple[Difference, ...]:
@@ -92,7 +86,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _version(backend: str, report: Report) -> str:
-    names = _LIBRARIES.get(backend, (backend,))
+    names = BACKENDS[backend].versions if backend in BACKENDS else (backend,)
     versions = (f"{name} {_text(report.environment.get(name))}" for name in names)
     return f"{backend} ({', '.join(versions)})"
 

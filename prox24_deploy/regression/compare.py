@@ -130,7 +130,7 @@ def held_against(
     return _judged(report, tuple(found), comparison)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Judges:
     """Limits of the recipe and of a file, and what the reports have in common."""
 
@@ -362,7 +362,7 @@ def _record(
         before=before.value.value if before else None,
         after=after.value.value if after else None,
         worse=worse,
-        limits=limits_in_words(limits, figure.higher_is_better) if limits else "",
+        limits=limits_in_words(limits, higher_is_better=figure.higher_is_better) if limits else "",
         status=status,
         verdict=verdict,
         message=message,

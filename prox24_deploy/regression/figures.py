@@ -7,6 +7,7 @@ from prox24_deploy.core.intervals import (
     FEWEST,
     around_share,
     exactly,
+    map_interval,
     median_interval,
     median_ratio_interval,
     negated,
@@ -14,12 +15,12 @@ from prox24_deploy.core.intervals import (
     ratio_of_intervals,
     unpaired_difference,
 )
-from prox24_deploy.core.records import Estimate, Interval, LatencyRow, Metric
+from prox24_deploy.core.records import Estimate, Interval, LatencyRow
 from prox24_deploy.report.against_dense import Group, groups_of
 from prox24_deploy.report.schema import ChangeKind, Report
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
     """One figure: what it is called, its value with a 95 % interval, and which way is better.
 
@@ -104,41 +105,44 @@ def without_drift(before: Figure, speed: Figure, speed_before: Figure) -> Interv
 
 def _scaled(ratio: Interval, old: float, *, better: bool) -> Interval:
     """A ratio new / old as an amount by which the new value is worse."""
-    change = Interval(*(old * (part - 1) for part in (ratio.value, ratio.low, ratio.high)))
+    change = map_interval(lambda part: old * (part - 1), ratio)
     return negated(change) if better else change
 
 
 def _accuracy(report: Report) -> Iterator[Figure]:
     for group in metric_groups(report):
         for metric in group.metrics:
-            found = _estimate(metric)
+            found = metric.estimate
             if found is not None:
                 yield Figure(
-                    group.prefix + metric.name,
-                    "accuracy",
-                    "",
-                    metric.higher_is_better,
-                    around_share(found, metric),
+                    name=group.prefix + metric.name,
+                    kind="accuracy",
+                    unit="",
+                    higher_is_better=metric.higher_is_better,
+                    value=around_share(found, metric),
                     estimate=found,
                     values=metric.values,
                     samples=metric.samples,
                 )
 
 
-def _estimate(metric: Metric) -> Estimate | None:
-    return metric.sparse or metric.agreement
-
-
 def _latency(row: LatencyRow) -> Iterator[Figure]:
     path, timing = row_path(row), row.sparse
-    yield Figure(f"speed-up/{path}", "speed-up", "×", True, row.speedup, row.gated)
     yield Figure(
-        f"latency/{path}",
-        "latency",
-        "ms",
-        False,
-        median_interval(timing.samples_ms, timing.median_ms),
-        row.gated,
+        name=f"speed-up/{path}",
+        kind="speed-up",
+        unit="×",
+        higher_is_better=True,
+        value=row.speedup,
+        gated=row.gated,
+    )
+    yield Figure(
+        name=f"latency/{path}",
+        kind="latency",
+        unit="ms",
+        higher_is_better=False,
+        value=median_interval(timing.samples_ms, timing.median_ms),
+        gated=row.gated,
         values=timing.samples_ms,
     )
 
@@ -160,15 +164,34 @@ def _sizes(report: Report) -> Iterator[Figure]:
             if all(name.endswith(".json") for name in engine):
                 records.add(f"size/engine {evidence.backend}")
     for name, size in sizes.items():
-        yield Figure(name, "size", "bytes", False, exactly(size), name not in records)
+        yield Figure(
+            name=name,
+            kind="size",
+            unit="bytes",
+            higher_is_better=False,
+            value=exactly(size),
+            gated=name not in records,
+        )
 
 
 def _counts(report: Report) -> Iterator[Figure]:
     proven = sum(check.expected and check.is_24 for check in report.sparsity.tensors)
     counts = {"pruned": report.pruning.totals.pruned, "proven": proven}
     for name, count in counts.items():
-        yield Figure(f"layers/{name}", "layers", "", True, exactly(count))
+        yield Figure(
+            name=f"layers/{name}",
+            kind="layers",
+            unit="",
+            higher_is_better=True,
+            value=exactly(count),
+        )
     for evidence in report.sparsity.engines:
         if evidence.chosen is not None:
             chosen = exactly(evidence.chosen)
-            yield Figure(f"kernels/{evidence.backend}", "kernels", "", True, chosen)
+            yield Figure(
+                name=f"kernels/{evidence.backend}",
+                kind="kernels",
+                unit="",
+                higher_is_better=True,
+                value=chosen,
+            )

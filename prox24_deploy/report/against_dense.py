@@ -18,16 +18,16 @@ from prox24_deploy.core.intervals import (
     around_share,
     exactly,
     judge,
+    map_interval,
     negated,
     unpaired_difference,
     worst,
 )
-from prox24_deploy.core.metrics import ENGINE, HARNESS
-from prox24_deploy.core.records import Estimate, Interval, Metric
+from prox24_deploy.core.metrics import ENGINE, HARNESS, limit_scale
+from prox24_deploy.core.records import DirectMetric, Estimate, Interval, Metric, PairedMetric
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.report.schema import Check
 from prox24_deploy.report.wording import (
-    PERPLEXITY,
     change_in_words,
     interval_in_words,
     limits_in_words,
@@ -45,7 +45,7 @@ class Group:
     metrics: tuple[Metric, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
     """A metric with its check; `wanted` is how many samples would decide it where it is open."""
 
@@ -76,7 +76,7 @@ def judge_metrics(groups: Sequence[Group], table: MetricTable) -> tuple[Judged, 
     return tuple(_judged(metric, group, table) for group in groups for metric in group.metrics)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Scale:
     """A metric where it is judged: perplexity by its logarithm, any other as it is.
 
@@ -110,11 +110,10 @@ class _Scale:
         if not self.logarithmic or self.dense is None:
             return negated(interval) if self.higher_is_better else interval
         dense = self.dense
-        ends = (dense * math.expm1(x) for x in (interval.value, interval.low, interval.high))
-        return Interval(*ends)
+        return map_interval(lambda worse: dense * math.expm1(worse), interval)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Bound:
     """One limit: its verdict, the value of the metric that it allows, and how far away it is.
 
@@ -132,13 +131,17 @@ def _judged(metric: Metric, group: Group, table: MetricTable) -> Judged:
     name = group.prefix + metric.name
     change = change_in_words(name, metric)
     if not _is_finite(metric):
-        return Judged(metric, group, _check(name, None, None, "fail", _broken(metric)))
+        return Judged(
+            metric=metric, group=group, check=_check(name, None, None, "fail", _broken(metric))
+        )
     value = _value(metric)
     limits = dense_limits_of(table, name)
     if limits is None:
         told = f"{change}; not gated, it informs"
-        return Judged(metric, group, _check(name, value, None, "not gated", told))
-    words = limits_in_words(limits, metric.higher_is_better, " than dense")
+        return Judged(
+            metric=metric, group=group, check=_check(name, value, None, "not gated", told)
+        )
+    words = limits_in_words(limits, higher_is_better=metric.higher_is_better, than=" than dense")
     scale = _scale(metric, group)
     bounds = list(_bounds(limits, scale))
     if (scale.worse is None and limits.threshold is None) or not bounds:
@@ -146,15 +149,24 @@ def _judged(metric: Metric, group: Group, table: MetricTable) -> Judged:
             f"{change}; limit: {words}, which does not apply to a metric that compares the models "
             "directly; give a threshold"
         )
-        return Judged(metric, group, _check(name, value, None, "inconclusive", told))
+        return Judged(
+            metric=metric, group=group, check=_check(name, value, None, "inconclusive", told)
+        )
     allowed = _strictest(bounds, metric)
     if metric.samples < FEWEST:
         told = f"{change}; limit: {words}; fewer than {FEWEST} samples decide nothing"
-        return Judged(metric, group, _check(name, value, allowed, "inconclusive", told), FEW)
+        return Judged(
+            metric=metric,
+            group=group,
+            check=_check(name, value, allowed, "inconclusive", told),
+            wanted=FEW,
+        )
     verdict = worst(bound.verdict for bound in bounds)
     told = f"{change}; {_interval(name, metric, scale)}; limit: {words}"
     wanted = _wanted(bounds, metric.samples) if verdict == "inconclusive" else None
-    return Judged(metric, group, _check(name, value, allowed, verdict, told), wanted)
+    return Judged(
+        metric=metric, group=group, check=_check(name, value, allowed, verdict, told), wanted=wanted
+    )
 
 
 def _check(
@@ -175,7 +187,8 @@ def _check(
 
 def _is_finite(metric: Metric) -> bool:
     """Whether it has all that it should have, and numbers; a report has None for any other."""
-    estimates = (metric.agreement,) if metric.agreement else (metric.dense, metric.sparse)
+    direct = isinstance(metric, DirectMetric)
+    estimates = (metric.agreement,) if direct else (metric.dense, metric.sparse)
     return all(
         e is not None and math.isfinite(e.value) and math.isfinite(e.standard_error)
         for e in estimates
@@ -183,23 +196,26 @@ def _is_finite(metric: Metric) -> bool:
 
 
 def _broken(metric: Metric) -> str:
-    known = {"dense": metric.dense, "sparse": metric.sparse, "agreement": metric.agreement}
+    known: dict[str, Estimate | None] = {"agreement": metric.agreement}
+    if isinstance(metric, PairedMetric):
+        known = {"dense": metric.dense, "sparse": metric.sparse}
     figures = ", ".join(f"{key} {part.value:.4g}" for key, part in known.items() if part)
     return f"{figures or metric.name}; a figure is not finite"
 
 
 def _value(metric: Metric) -> float | None:
-    estimate = metric.agreement or metric.sparse
-    return estimate.value if estimate else None
+    return metric.estimate.value if metric.estimate else None
 
 
 def _scale(metric: Metric, group: Group) -> _Scale:
-    if metric.agreement:
-        return _Scale(metric.higher_is_better, around_share(metric.agreement, metric))
-    logs = next((m for m in group.metrics if m.name == f"log-{PERPLEXITY}"), None)
-    logarithmic = metric.name == PERPLEXITY and logs is not None and logs.difference is not None
+    if isinstance(metric, DirectMetric):
+        value = around_share(_given(metric.agreement, metric), metric)
+        return _Scale(higher_is_better=metric.higher_is_better, value=value)
+    pairs = [m for m in group.metrics if isinstance(m, PairedMetric)]
+    logs = next((m for m in pairs if m.name == limit_scale(metric.name)), None)
+    logarithmic = logs is not None and logs.difference is not None
     found = logs if logs and logarithmic else metric
-    dense, sparse = _estimates(found)
+    dense, sparse = _given(found.dense, found), _given(found.sparse, found)
     if found.difference:
         error = found.difference.standard_error
         difference = around_metric(found.difference, found)
@@ -207,20 +223,20 @@ def _scale(metric: Metric, group: Group) -> _Scale:
         error = math.hypot(dense.standard_error, sparse.standard_error)
         difference = unpaired_difference(sparse, dense, found.samples)
     return _Scale(
-        metric.higher_is_better,
-        around_share(sparse, found),
+        higher_is_better=metric.higher_is_better,
+        value=around_share(sparse, found),
         worse=negated(difference) if metric.higher_is_better else difference,
         error=error,
-        dense=_estimates(metric)[0].value,
+        dense=_given(metric.dense, metric).value,
         logarithmic=logarithmic,
     )
 
 
-def _estimates(metric: Metric) -> tuple[Estimate, Estimate]:
-    """Of the dense and the sparse model."""
-    if metric.dense is None or metric.sparse is None:
-        raise ValueError(f"metric {metric.name} has no value of both models")
-    return metric.dense, metric.sparse
+def _given(estimate: Estimate | None, metric: Metric) -> Estimate:
+    """A figure of a metric that `_is_finite`."""
+    if estimate is None:
+        raise ValueError(f"metric {metric.name} lacks a figure")
+    return estimate
 
 
 def _bounds(limits: MetricLimits, scale: _Scale) -> Iterator[_Bound]:
@@ -246,13 +262,13 @@ def _bounds(limits: MetricLimits, scale: _Scale) -> Iterator[_Bound]:
     if limits.max_degradation_standard_errors is not None:
         # The limit is a statement about noise already.
         bound = limits.max_degradation_standard_errors * scale.error
-        yield _Bound(judge(exactly(scale.worse.value), bound), None)
+        yield _Bound(verdict=judge(exactly(scale.worse.value), bound), allowed=None)
 
 
 def _bound(worse: Interval, bound: float, allowed: float) -> _Bound:
     distance = abs(worse.value - bound)
     margin = worse.high - worse.value if worse.value <= bound else worse.value - worse.low
-    return _Bound(judge(worse, bound), allowed, distance, margin)
+    return _Bound(verdict=judge(worse, bound), allowed=allowed, distance=distance, margin=margin)
 
 
 def _strictest(bounds: Sequence[_Bound], metric: Metric) -> float | None:

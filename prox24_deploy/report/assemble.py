@@ -17,6 +17,7 @@ from prox24_deploy.config.limits import GivenLimits, Limits
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.records import (
     BenchResult,
+    DirectMetric,
     Estimate,
     ExportResult,
     LayerRecord,
@@ -170,7 +171,7 @@ def _accepted(given: GivenLimits, groups: Sequence[Group]) -> tuple[str, ...]:
         for name in (metric.name, group.prefix + metric.name)
     }
     return tuple(
-        f"{said(name)} {limits_in_words(limits, better[name], ' than dense')}"
+        f"{said(name)} {limits_in_words(limits, higher_is_better=better[name], than=' than dense')}"
         for name, limits in given.accepted.items()
     )
 
@@ -212,7 +213,9 @@ def _accuracy(results: BuildResults) -> Accuracy:
     through, tasks = results.accuracy, results.tasks
     metrics = tuple(_finite_metric(metric) for metric in results.evaluate.metrics)
     headline = metrics[0]
-    compared = next((metric for metric in metrics if metric.agreement), None)
+    compared = next(
+        (m for m in metrics if isinstance(m, DirectMetric) and m.agreement is not None), None
+    )
     return Accuracy(
         metric=headline.name,
         higher_is_better=headline.higher_is_better,
@@ -245,13 +248,15 @@ def _finite_layer(layer: LayerRecord) -> LayerRecord:
 
 def _finite_metric(metric: Metric) -> Metric:
     """As for a layer: the failed check of the metric tells what became None."""
+    values = metric.values if all(map(math.isfinite, metric.values)) else ()
+    if isinstance(metric, DirectMetric):
+        return replace(metric, agreement=_finite_estimate(metric.agreement), values=values)
     return replace(
         metric,
         dense=_finite_estimate(metric.dense),
         sparse=_finite_estimate(metric.sparse),
         difference=_finite_estimate(metric.difference),
-        agreement=_finite_estimate(metric.agreement),
-        values=metric.values if all(map(math.isfinite, metric.values)) else (),
+        values=values,
     )
 
 

@@ -95,18 +95,10 @@ def _text_warnings(prune: PruneResult, evaluate: EvaluateResult) -> Iterator[str
 def _target_warnings(text: TextSource, done: str) -> Iterator[str]:
     if text.targets is None or text.targets == text.samples:
         return
-    if text.unit == "recording":
-        yield (
-            f"{text.samples - text.targets:,} of {text.samples:,} recordings came without a "
-            f"transcript, so the decoder was {done} on what the dense model writes of them; put "
-            "a .txt file beside each."
-        )
-    else:
-        yield (
-            f"{text.samples - text.targets:,} of {text.samples:,} texts came without a target, so "
-            f"the decoder was {done} on writing the text that the encoder reads; pass JSONL "
-            'with {"text": "...", "target": "..."} per line.'
-        )
+    yield (
+        f"{text.samples - text.targets:,} of {text.samples:,} {text.modality.lacking}, so the "
+        f"decoder was {done} on {text.modality.stand_in}"
+    )
 
 
 def _token_warnings(prune: PruneResult) -> Iterator[str]:
@@ -300,10 +292,12 @@ def _loss(name: str, metrics: Sequence[Metric]) -> tuple[Estimate, int]:
     With it, of how many samples it is the mean.
     """
     for metric in metrics:
-        if metric.name == name and (found := metric.difference or metric.agreement):
+        if metric.name == name and (found := metric.change):
             return found, metric.samples
         if f"1 - {metric.name}" == name and (found := metric.agreement):
-            return Estimate(1 - found.value, found.standard_error), metric.samples
+            return Estimate(
+                value=1 - found.value, standard_error=found.standard_error
+            ), metric.samples
     raise ValueError(f"no metric among {[m.name for m in metrics]} tells the {name} of a budget")
 
 

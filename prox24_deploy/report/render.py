@@ -38,7 +38,7 @@ WORST_LAYERS = 5
 _VERDICT_VALUES = {"pass": 0, "not gated": 1, "inconclusive": 2, "fail": 3}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trend:
     """A figure over accepted releases, in a unit that keeps its numbers short."""
 
@@ -170,8 +170,8 @@ def shape(value: tuple[int, ...]) -> str:
     return " × ".join(str(extent) for extent in value)
 
 
-def known(value: bool | None) -> str:
-    """Yes, no or unknown."""
+def known(value: object) -> str:
+    """Yes, no or, for None, unknown."""
     return "unknown" if value is None else "yes" if value else "no"
 
 
@@ -278,7 +278,12 @@ def trends(comparison: Comparison) -> list[Trend]:
     found = []
     for change in comparison.changes:
         unit, scale = ("MB", 1e-6) if change.unit == "bytes" else (change.unit, 1.0)
-        trend = Trend(change.name, f"{change.name}, {unit}" if unit else change.name, scale, ())
+        trend = Trend(
+            name=change.name,
+            title=f"{change.name}, {unit}" if unit else change.name,
+            scale=scale,
+            points=(),
+        )
         past = [(entry.date[:10], trend.of(entry)) for entry in comparison.history]
         known = [(date, value) for date, value in past if value is not None]
         if known and change.after is not None:

@@ -10,10 +10,6 @@ from prox24_deploy.core.records import TextSource
 from prox24_deploy.report.against_dense import Judged
 from prox24_deploy.report.wording import said
 
-_OPTIONS = {"token": "--evaluation-tokens", "image": "--images", "recording": "--recordings"}
-# What their numbers are rounded up to.
-_STEPS = {"token": 1024, "image": 1, "recording": 1}
-
 
 def few_samples(evaluation: TextSource) -> str | None:
     """What can be said before any work: that so few samples will decide little, or nothing."""
@@ -73,13 +69,15 @@ def _undecided(judged: Sequence[Judged], samples: int, wanted: int | None) -> st
 def _remedy(evaluation: TextSource, samples: int) -> str:
     """How to get so many samples, which hold as many tokens each as those at hand."""
     each = evaluation.tokens / max(evaluation.samples, 1)
-    number = math.ceil(samples * each / _STEPS[evaluation.unit]) * _STEPS[evaluation.unit]
+    modality = evaluation.modality
+    number = math.ceil(samples * each / modality.step) * modality.step
     return (
-        f"pass about {number:,} {evaluation.unit}s with --evaluation and "
-        f"{_OPTIONS[evaluation.unit]} {number}"
+        f"pass about {number:,} {evaluation.unit}s with --evaluation and {modality.option} {number}"
     )
 
 
 def _counted(source: TextSource) -> str:
     samples = f"{source.samples:,} sample" + ("" if source.samples == 1 else "s")
-    return samples if source.unit != "token" else f"{samples} ({source.tokens:,} tokens)"
+    if source.modality.is_counted_in_samples:
+        return samples
+    return f"{samples} ({source.tokens:,} {source.unit}s)"

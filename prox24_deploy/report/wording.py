@@ -3,10 +3,8 @@
 import math
 
 from prox24_deploy.config.limits import MetricLimits
-from prox24_deploy.core.metrics import ENGINE, is_bounded, plain_name
-from prox24_deploy.core.records import Estimate, Interval, Metric
-
-PERPLEXITY = "perplexity"
+from prox24_deploy.core.metrics import ENGINE, is_bounded, is_in_percent, plain_name
+from prox24_deploy.core.records import DirectMetric, Estimate, Interval, Metric, PairedMetric
 
 
 def said(name: str) -> str:
@@ -19,18 +17,18 @@ def said(name: str) -> str:
 def change_in_words(name: str, metric: Metric) -> str:
     """What became of a metric: "perplexity +187 %, 11.70 → 33.60, 64 samples"."""
     samples = f"{metric.samples:,} sample" + ("" if metric.samples == 1 else "s")
-    if metric.dense and metric.sparse:
+    if isinstance(metric, PairedMetric) and metric.dense and metric.sparse:
         before, after = metric.dense.value, metric.sparse.value
         moved = signed(name, metric, after - before)
         return f"{said(name)} {moved}, {digits(before)} → {digits(after)}, {samples}"
-    if metric.agreement:
+    if isinstance(metric, DirectMetric) and metric.agreement:
         return f"{said(name)} {digits(metric.agreement.value)}, {samples}"
     return f"{said(name)} is not a finite number"
 
 
 def signed(name: str, metric: Metric, difference: float) -> str:
     """A difference to the dense model: of perplexity in percent, of shares in points."""
-    if name.endswith(PERPLEXITY) and not name.endswith("log-perplexity") and metric.dense:
+    if is_in_percent(name) and metric.dense:
         text = f"{100 * difference / metric.dense.value:+.3g} %"
     elif is_bounded(name, metric.values):
         text = f"{100 * difference:+.3g} points"
@@ -41,7 +39,7 @@ def signed(name: str, metric: Metric, difference: float) -> str:
 
 def interval_in_words(name: str, metric: Metric, interval: Interval) -> str:
     """A 95 % interval of a difference, or of the value of a direct metric."""
-    if metric.dense:
+    if isinstance(metric, PairedMetric):
         ends = [signed(name, metric, end) for end in (interval.low, interval.high)]
     else:
         ends = [digits(end) for end in (interval.low, interval.high)]
@@ -60,7 +58,7 @@ def with_error(estimate: Estimate) -> str:
     return f"{estimate.value:.4g} ± {estimate.standard_error:.2g}"
 
 
-def limits_in_words(limits: MetricLimits, higher_is_better: bool, than: str = "") -> str:
+def limits_in_words(limits: MetricLimits, *, higher_is_better: bool, than: str = "") -> str:
     """Every limit that is given, as a reader of a table wants it; `than` says worse than what."""
     bound = "at least" if higher_is_better else "at most"
     zero = limits.max_degradation == 0

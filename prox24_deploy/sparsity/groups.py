@@ -24,7 +24,7 @@ _SHORT_ROW = 64
 _HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupCount:
     """What the groups of one array hold.
 
@@ -68,7 +68,13 @@ def count_groups(array: Array, axis: int, zero: int = 0) -> GroupCount:
             inside = _element_index(slab.shape, axis, where)
             first = tuple(i + j for i, j in zip(start, inside, strict=True))
         bad_groups += found
-    return GroupCount(nonzeros, array.size // GROUP, bad_groups, first, first_nonzeros)
+    return GroupCount(
+        nonzeros=nonzeros,
+        groups=array.size // GROUP,
+        bad_groups=bad_groups,
+        first=first,
+        first_nonzeros=first_nonzeros,
+    )
 
 
 def count_nonzeros(array: Array, zero: int = 0) -> int:

@@ -90,7 +90,9 @@ def test_no_driver_is_no_gpu(no_gpu: mock.Mock) -> None:
     assert machine()["gpu"] == "none"
     # What was never opened must not be closed: NVML answers with an error.
     no_gpu.assert_not_called()
-    assert found("GPU") == Diagnosis("GPU", "none", False, "pruning and ONNX Runtime run without")
+    assert found("GPU") == Diagnosis(
+        name="GPU", found="none", usable=False, remedy="pruning and ONNX Runtime run without"
+    )
 
 
 def test_a_gpu_is_described(one_gpu: mock.Mock) -> None:
@@ -133,7 +135,12 @@ def test_a_package_that_is_not_there_is_named_with_the_line_that_installs_it(
 ) -> None:
     monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package"))
     assert versions()["no-such-package"] == "not installed"
-    expected = Diagnosis("no-such-package", "not installed", False, "pip install no-such-package")
+    expected = Diagnosis(
+        name="no-such-package",
+        found="not installed",
+        usable=False,
+        remedy="pip install no-such-package",
+    )
     assert found("no-such-package") == expected
     assert found("torch").usable
 

@@ -27,7 +27,14 @@ from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.records import ModelInfo
 
 MODEL = ModelInfo(
-    "/models/é", "ab" * 32, "bert", "BertModel", "bert", "feature-extraction", 7, "float32"
+    path="/models/é",
+    sha256="ab" * 32,
+    model_type="bert",
+    architecture="BertModel",
+    family="bert",
+    task="feature-extraction",
+    parameters=7,
+    source_dtype="float32",
 )
 
 

@@ -17,7 +17,13 @@ from prox24_deploy.cli import tables
 from prox24_deploy.cli.options import hoist_common, join_shapes
 from prox24_deploy.config.options import parse_shapes
 from prox24_deploy.core.errors import EngineError, UsageError
-from prox24_deploy.core.records import Estimate, LayerRecord, Metric, TensorCheck
+from prox24_deploy.core.records import (
+    DirectMetric,
+    Estimate,
+    LayerRecord,
+    PairedMetric,
+    TensorCheck,
+)
 from prox24_deploy.pipeline import run as pipeline
 
 
@@ -111,8 +117,28 @@ def rendered(renderable: object, width: int) -> str:
 
 def test_a_narrow_terminal_folds_names_and_drops_none() -> None:
     name = "encoder.layer.11.attention.output.dense"
-    pruned = LayerRecord(name, (768, 768), "pruned", "", "prox", 0.0123, 0.0456, 9, 1.0)
-    dense = LayerRecord("lm_head", (9, 8), "skipped", "tied", "", None, None, 0, 0.0)
+    pruned = LayerRecord(
+        name=name,
+        shape=(768, 768),
+        status="pruned",
+        reason="",
+        method="prox",
+        relative_error=0.0123,
+        held_out_error=0.0456,
+        iterations=9,
+        seconds=1.0,
+    )
+    dense = LayerRecord(
+        name="lm_head",
+        shape=(9, 8),
+        status="skipped",
+        reason="tied",
+        method="",
+        relative_error=None,
+        held_out_error=None,
+        iterations=0,
+        seconds=0.0,
+    )
     text = rendered(tables.layers([pruned, dense]), 44)
     assert max(map(len, text.splitlines())) <= 44
     folded = "".join(line.split(" ")[1] for line in text.splitlines()[1:])
@@ -125,9 +151,22 @@ def test_a_narrow_terminal_folds_names_and_drops_none() -> None:
 
 def test_checks_say_what_is_lost_and_why_a_weight_is_not_eligible() -> None:
     lost = TensorCheck(
-        "w", "attn.k", "n", "MatMul", "float32", (8, 4), 0, 0.75, False, True, (4, 1),
-        "4 non-zeros in group [4:8, 1]", "[:, 8:12]", False, "it is not proven 2:4; float32 has",
-    )  # fmt: skip
+        tensor="w",
+        module="attn.k",
+        node="n",
+        op_type="MatMul",
+        dtype="float32",
+        shape=(8, 4),
+        axis=0,
+        density=0.75,
+        is_24=False,
+        expected=True,
+        first_violation=(4, 1),
+        reason="4 non-zeros in group [4:8, 1]",
+        part="[:, 8:12]",
+        eligible=False,
+        ineligible_reason="it is not proven 2:4; float32 has",
+    )
     dense = replace(lost, module="head", expected=False, part="")
     proven = replace(lost, module="", is_24=True, eligible=True, part="")
     open_ = replace(
@@ -150,10 +189,22 @@ def test_checks_say_what_is_lost_and_why_a_weight_is_not_eligible() -> None:
 
 
 def test_a_metric_shows_what_it_has() -> None:
-    value = Estimate(0.5, 0.01)
-    agreement = Metric("cosine", True, 7, None, None, None, value)
+    value = Estimate(value=0.5, standard_error=0.01)
+    agreement = DirectMetric(
+        name="cosine",
+        higher_is_better=True,
+        samples=7,
+        agreement=value,
+    )
     assert tables.metric_line(agreement) == "cosine: 0.5000 ± 0.0100 (7 samples)"
-    both = Metric("perplexity", False, 7, value, Estimate(2.0, 0.1), value, None)
+    both = PairedMetric(
+        name="perplexity",
+        higher_is_better=False,
+        samples=7,
+        dense=value,
+        sparse=Estimate(value=2.0, standard_error=0.1),
+        difference=value,
+    )
     assert tables.metric_line(both) == (
         "perplexity: dense 0.5000 ± 0.0100, sparse 2.0000 ± 0.1000, difference 0.5000 ± 0.0100"
         " (7 samples)"

@@ -18,7 +18,7 @@ from prox24_deploy.config.options import parse_losses
 from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
 from prox24_deploy.core.errors import RecipeError, UsageError
 from prox24_deploy.core.metrics import is_direct, metrics_of
-from prox24_deploy.core.types import Task
+from prox24_deploy.core.tasks import Task
 
 BERT = (Path(__file__).parents[2] / "export" / "bert.toml").read_text(encoding="utf-8")
 

@@ -44,10 +44,10 @@ def finite(value: Any) -> bool:
 
 
 @settings(max_examples=60)
-@given(VALUES, st.booleans())
-@example([float("nan")], True)
-@example({"a": {"b": float("inf")}}, True)
-def test_a_json_text_gives_its_value_or_a_sentence(value: Any, ascii_only: bool) -> None:
+@given(value=VALUES, ascii_only=st.booleans())
+@example(value=[float("nan")], ascii_only=True)
+@example(value={"a": {"b": float("inf")}}, ascii_only=True)
+def test_a_json_text_gives_its_value_or_a_sentence(value: Any, *, ascii_only: bool) -> None:
     data = json.dumps(value, ensure_ascii=ascii_only).encode()
     if finite(value):
         assert parse_json(data, PAGE) == value

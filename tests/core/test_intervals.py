@@ -14,7 +14,7 @@ from prox24_deploy.core.intervals import (
     unpaired_difference,
     worst,
 )
-from prox24_deploy.core.records import Estimate, Interval, Metric
+from prox24_deploy.core.records import DirectMetric, Estimate, Interval
 
 # Of any table of Student's t, two-sided 95 %.
 TABLE = {
@@ -53,17 +53,25 @@ def test_intervals_of_few_samples_hold_the_truth_95_times_in_100(samples: int) -
     inside = 0
     for draw in draws:
         error = float(draw.std(ddof=1)) / math.sqrt(samples)
-        interval = around(Estimate(float(draw.mean()), error), samples)
+        interval = around(Estimate(value=float(draw.mean()), standard_error=error), samples)
         inside += interval.low <= 1.0 <= interval.high
     assert inside / len(draws) == pytest.approx(0.95, abs=0.012)
-    assert standard_error(around(Estimate(1.0, 0.3), samples), samples) == pytest.approx(0.3)
+    assert standard_error(
+        around(Estimate(value=1.0, standard_error=0.3), samples), samples
+    ) == pytest.approx(0.3)
 
 
 def agreement(values: list[float], name: str = "nearest-neighbour agreement") -> Interval:
     array = np.array(values)
     spread = float(array.std(ddof=1)) if len(values) > 1 else 0.0
-    found = Estimate(float(array.mean()), spread / math.sqrt(len(values)))
-    metric = Metric(name, True, len(values), None, None, None, found, tuple(values))
+    found = Estimate(value=float(array.mean()), standard_error=spread / math.sqrt(len(values)))
+    metric = DirectMetric(
+        name=name,
+        higher_is_better=True,
+        samples=len(values),
+        agreement=found,
+        values=tuple(values),
+    )
     return around_metric(found, metric)
 
 
@@ -98,16 +106,18 @@ def test_values_that_vary_and_metrics_without_bounds_keep_their_own_interval() -
 
 
 def test_a_difference_of_two_means_has_the_fewer_degrees_of_freedom() -> None:
-    found = unpaired_difference(Estimate(2.0, 0.3), Estimate(1.0, 0.4), 5)
+    found = unpaired_difference(
+        Estimate(value=2.0, standard_error=0.3), Estimate(value=1.0, standard_error=0.4), 5
+    )
     assert found.value == 1.0
     assert found.high - found.value == pytest.approx(0.5 * student_95(4))
 
 
 def test_the_whole_interval_decides() -> None:
-    assert judge(Interval(0, -1, 1), 1) == "pass"
-    assert judge(Interval(0, -1, 1), 0.5) == "inconclusive"
-    assert judge(Interval(0, -1, 1), -1) == "inconclusive"
-    assert judge(Interval(0, -1, 1), -1.1) == "fail"
+    assert judge(Interval(value=0, low=-1, high=1), 1) == "pass"
+    assert judge(Interval(value=0, low=-1, high=1), 0.5) == "inconclusive"
+    assert judge(Interval(value=0, low=-1, high=1), -1) == "inconclusive"
+    assert judge(Interval(value=0, low=-1, high=1), -1.1) == "fail"
     assert worst(["pass", "inconclusive"]) == "inconclusive"
     assert worst(["fail", "inconclusive"]) == "fail"
     assert worst([]) == "pass"

@@ -13,7 +13,7 @@ from prox24_deploy.config.recipe import Recipe, read_recipe
 from prox24_deploy.core.errors import CalibrationError, ModelDirError
 from prox24_deploy.data.pairs import make_pairs, start_token
 from prox24_deploy.data.text import Texts, read_texts
-from prox24_deploy.evaluation.evaluate import evaluate_text_generation, next_logits, window_nll
+from prox24_deploy.evaluation.language import evaluate_text_generation, next_logits, window_nll
 from prox24_deploy.model.batch import IGNORED
 from prox24_deploy.model.directory import load_model, open_model_dir
 from prox24_deploy.model.processors import load_tokenizer
@@ -29,7 +29,7 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pairs(bart: Path, documents: list[str], targets: tuple[object, ...] = ()) -> Any:
     tokenizer = load_tokenizer(open_model_dir(bart))
-    texts = Texts("file", ("memory",), tuple(documents), targets)
+    texts = Texts(kind="file", paths=("memory",), documents=tuple(documents), targets=targets)
     return make_pairs(texts, tokenizer, BART, tokens=10**6, max_length=64, start=START)
 
 

@@ -158,9 +158,9 @@ def test_what_is_no_such_recording_is_refused(kind: str, tmp_path: Path) -> None
 
 
 @settings(max_examples=150)
-@given(st.binary(max_size=60), st.integers(0, 60), st.booleans())
+@given(noise=st.binary(max_size=60), place=st.integers(0, 60), whole=st.booleans())
 def test_any_bytes_are_a_recording_or_a_sentence(
-    tmp_path_factory: pytest.TempPathFactory, noise: bytes, place: int, whole: bool
+    tmp_path_factory: pytest.TempPathFactory, noise: bytes, place: int, *, whole: bool
 ) -> None:
     """Noise alone, and over a part of a sound file."""
     path = tmp_path_factory.getbasetemp() / "any.wav"

@@ -30,7 +30,12 @@ def listener(tmp_path_factory: pytest.TempPathFactory) -> Listener:
     directory = open_model_dir(write_tiny_whisper(tmp_path_factory.mktemp("whisper") / "model"))
     model = load_model(directory, WHISPER, CPU)
     tokenizer = load_tokenizer(directory)
-    return Listener(directory, model, load_feature_extractor(directory.path), tokenizer)
+    return Listener(
+        directory=directory,
+        model=model,
+        extractor=load_feature_extractor(directory.path),
+        tokenizer=tokenizer,
+    )
 
 
 @pytest.fixture(scope="module")

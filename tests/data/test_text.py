@@ -17,7 +17,7 @@ BERT, LLAMA = (read_recipe(EXPORT / f"{family}.toml") for family in ("bert", "ll
 
 def samples(model: Path, recipe: Recipe, documents: list[str], tokens: int, length: int):  # type: ignore[no-untyped-def]
     tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = Texts("file", ("memory",), tuple(documents))
+    texts = Texts(kind="file", paths=("memory",), documents=tuple(documents))
     return make_samples(texts, tokenizer, recipe, tokens=tokens, max_length=length)
 
 

@@ -39,7 +39,7 @@ class Letters:
 
 
 def texts_of(*documents: str, path: str = "memory.txt") -> Texts:
-    return Texts("file", (path,), documents)
+    return Texts(kind="file", paths=(path,), documents=documents)
 
 
 def read(path: Path) -> tuple[str, ...]:
@@ -336,8 +336,8 @@ def test_thinning_takes_evenly_spaced_batches(tokens: int, kept: list[int]) -> N
     def batch(number: int) -> Batch:
         return Batch({"input_ids": torch.tensor([[number]])}, torch.ones(1, 1, dtype=torch.bool))
 
-    source = TextSource("file", ("memory.txt",), "", samples=9, tokens=9)
-    whole = Samples(tuple(batch(i) for i in range(9)), source)
+    source = TextSource(kind="file", paths=("memory.txt",), sha256="", samples=9, tokens=9)
+    whole = Samples(batches=tuple(batch(i) for i in range(9)), source=source)
     assert [int(part.inputs["input_ids"]) for part in thin(whole, tokens)] == kept
 
 

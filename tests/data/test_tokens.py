@@ -98,7 +98,7 @@ def test_a_document_of_megabytes_costs_what_its_tokens_cost(family: str) -> None
 
     tokenizer = Counting()
     recipe = read_recipe(EXPORT / f"{family}.toml")
-    texts = Texts("file", ("memory",), ("b" * 20_000_000,) * 4)
+    texts = Texts(kind="file", paths=("memory",), documents=("b" * 20_000_000,) * 4)
     if recipe.decoder:
         made = make_pairs(texts, tokenizer, recipe, tokens=1500, max_length=512, start=0)
     else:

@@ -130,7 +130,9 @@ def kernels_by_layer(run: Callable[[], object]) -> Mapping[str, tuple[str, ...]]
 
 
 def gpu_profile(dtype: DType) -> GpuProfile:
-    return GpuProfile(CARD, "0.0", dtype, {"torch": torch.__version__}, ())
+    return GpuProfile(
+        gpu=CARD, driver="0.0", dtype=dtype, versions={"torch": torch.__version__}, gemms=()
+    )
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Machine:

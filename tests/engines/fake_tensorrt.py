@@ -135,7 +135,7 @@ class IBuilderConfig(Strict):
         calls.append(("IBuilderConfig.create_timing_cache", (data,)))
         return ITimingCache(data)
 
-    def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+    def set_timing_cache(self, cache: ITimingCache, *, ignore_mismatch: bool) -> bool:
         calls.append(("IBuilderConfig.set_timing_cache", (ignore_mismatch,)))
         self._cache = cache
         return cache._data != b"of another version"

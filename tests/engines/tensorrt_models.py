@@ -34,7 +34,13 @@ def write_model(
     path = bundle / "onnx" / "sparse" / "model.onnx"
     path.parent.mkdir(parents=True)
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
-    return OnnxModel("onnx/sparse/model.onnx", dtype, OPSET, "ab" * 32, path.stat().st_size)
+    return OnnxModel(
+        path="onnx/sparse/model.onnx",
+        dtype=dtype,
+        opset=OPSET,
+        sha256="ab" * 32,
+        size_bytes=path.stat().st_size,
+    )
 
 
 def write_decoder(path: Path) -> Path:

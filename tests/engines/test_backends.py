@@ -13,7 +13,9 @@ from prox24_deploy.core.errors import BackendMissingError, Prox24Error, UsageErr
 from prox24_deploy.engines import AVAILABLE_BACKENDS, Origin, backend_by_name
 from prox24_deploy.engines.onnxruntime import OnnxRuntime
 
-ORIGIN = Origin(Path("model"), "", parse_recipe(shipped_recipes()["bert"], "bert"))
+ORIGIN = Origin(
+    dense=Path("model"), dense_sha256="", recipe=parse_recipe(shipped_recipes()["bert"], "bert")
+)
 
 OPTIONS = EngineOptions()
 

@@ -38,7 +38,7 @@ def test_a_job_reads_its_order_and_its_words_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("script", "cleaned"), [(LISTENING, True), (DEAF, False)])
 def test_a_job_that_is_told_to_end_ends_whether_it_listens_or_not(
-    script: str, cleaned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: str, *, cleaned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child_module, "_GRACE_SECONDS", 10.0 if cleaned else 0.3)
     file = tmp_path / "half-written"

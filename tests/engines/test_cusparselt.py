@@ -56,7 +56,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, prose: Pat
 def backend_of(tiny_bert: Path) -> CuSparseLt:
     recipe = parse_recipe(shipped_recipes()["bert"], "bert")
     sha256 = open_model_dir(tiny_bert).sha256
-    return CuSparseLt(tiny_bert, sha256, recipe, EngineOptions(batches=(1, 2), sequences=(16,)))
+    return CuSparseLt(
+        dense=tiny_bert,
+        dense_sha256=sha256,
+        recipe=recipe,
+        options=EngineOptions(batches=(1, 2), sequences=(16,)),
+    )
 
 
 def engines_of(bundle: Path) -> dict[str, Engine]:
@@ -125,7 +130,9 @@ def test_the_same_build_again_runs_nothing(
 
 
 def test_a_float32_model_is_refused(tiny_bert: Path, tmp_path: Path, machine: Machine) -> None:
-    model = OnnxModel("onnx/sparse/model.onnx", "float32", 20, "0" * 64, 1)
+    model = OnnxModel(
+        path="onnx/sparse/model.onnx", dtype="float32", opset=20, sha256="0" * 64, size_bytes=1
+    )
     with pytest.raises(EngineError, match="cuSPARSELt has no float32 kernels; export with"):
         backend_of(tiny_bert).build(tmp_path, model, Path("engines"), twin="dense")
     assert list(tmp_path.iterdir()) == []
@@ -156,7 +163,9 @@ def test_the_dense_twin_of_another_model_is_refused(
 ) -> None:
     """The dense weights stay where the user has them, so that they may have been replaced."""
     other = replace(backend_of(tiny_bert), dense_sha256="0" * 64)
-    model = OnnxModel("onnx/dense/model.onnx", "float16", 20, "0" * 64, 1)
+    model = OnnxModel(
+        path="onnx/dense/model.onnx", dtype="float16", opset=20, sha256="0" * 64, size_bytes=1
+    )
     with pytest.raises(ModelDirError, match=r"is not the model that .* was made from; restore it"):
         other.build(tmp_path, model, Path("engines"), twin="dense")
     with (
@@ -171,7 +180,9 @@ def test_outputs_that_differ_stop_the_build(
 ) -> None:
     machine.error = 2.0
     (tmp_path / "pruned").symlink_to(bundle / "pruned")
-    model = OnnxModel("onnx/sparse/model.onnx", "float16", 20, "0" * 64, 1)
+    model = OnnxModel(
+        path="onnx/sparse/model.onnx", dtype="float16", opset=20, sha256="0" * 64, size_bytes=1
+    )
     message = "Output last_hidden_state of the compressed model differs from the same weights"
     with pytest.raises(EngineError, match=message):
         backend_of(tiny_bert).build(tmp_path, model, Path("engines"), twin="sparse")
@@ -205,8 +216,8 @@ def test_a_plan_is_measured_on_the_gpu(
 
 
 def test_the_fastest_algorithm_that_works_is_taken(machine: Machine) -> None:
-    shape = GemmShape(32, 64, 16)
-    empty = GpuProfile("a card", "1", "bfloat16", {}, ())
+    shape = GemmShape(n=32, k=64, m=16)
+    empty = GpuProfile(gpu="a card", driver="1", dtype="bfloat16", versions={}, gemms=())
     timing = measure_gemms(empty, [shape], "bfloat16", lambda *_: None).known(shape)
     assert timing is not None
     assert timing.algorithm == 1
@@ -217,8 +228,8 @@ def test_the_fastest_algorithm_that_works_is_taken(machine: Machine) -> None:
 
 
 def test_known_shapes_are_not_measured_again(machine: Machine) -> None:
-    empty = GpuProfile("a card", "1", "float16", {}, ())
-    shape = GemmShape(32, 64, 16)
+    empty = GpuProfile(gpu="a card", driver="1", dtype="float16", versions={}, gemms=())
+    shape = GemmShape(n=32, k=64, m=16)
     seen: list[tuple[str, int, int]] = []
     once = measure_gemms(empty, [shape, shape], "float16", lambda *step: seen.append(step))
     assert seen == [("algorithm", 4, 4), ("gemm", 0, 1), ("gemm", 1, 1)]
@@ -228,7 +239,7 @@ def test_known_shapes_are_not_measured_again(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_compressed_layer_multiplies_as_a_dense_one(machine: Machine, bias: bool) -> None:
+def test_a_compressed_layer_multiplies_as_a_dense_one(machine: Machine, *, bias: bool) -> None:
     weight = two_four(32, 64)
     offset = torch.arange(32).half() if bias else None
     layer = SparseLinear(weight, offset, {6: 2})

@@ -27,84 +27,96 @@ OLD_CHOSE = "(Sparsity) TRT inference plan picked sparse implementation for laye
 LOGS: dict[str, tuple[str, BuilderSparsity]] = {
     "developer guide until 2024": (
         f"{I}{OLD_FOUND} conv1, conv2, conv3\n{I}{OLD_CHOSE} conv2, conv3\n",
-        BuilderSparsity(3, 2, ("conv1", "conv2", "conv3"), ("conv2", "conv3")),
+        BuilderSparsity(
+            eligible=3,
+            chosen=2,
+            eligible_layers=("conv1", "conv2", "conv3"),
+            chosen_layers=("conv2", "conv3"),
+        ),
     ),
     "older, fused layers": (
         f"{I}{OLD_FOUND} MatMul_401, Conv_619 + Relu_620\n{I}{OLD_CHOSE} Conv_619 + Relu_620\n",
-        BuilderSparsity(2, 1, ("MatMul_401", "Conv_619 + Relu_620"), ("Conv_619 + Relu_620",)),
+        BuilderSparsity(
+            eligible=2,
+            chosen=1,
+            eligible_layers=("MatMul_401", "Conv_619 + Relu_620"),
+            chosen_layers=("Conv_619 + Relu_620",),
+        ),
     ),
     "older, none chosen": (
         f"{I}{OLD_FOUND} Conv_22, Gemm_725\n{I}{OLD_CHOSE}\n{I}next\n",
-        BuilderSparsity(2, 0, ("Conv_22", "Gemm_725")),
+        BuilderSparsity(eligible=2, chosen=0, eligible_layers=("Conv_22", "Gemm_725")),
     ),
     "today, with names": (
         f"{I}(Sparsity) Found 2 {FOUND}: node_a, node_b\n{I}(Sparsity) Chose 1 {CHOSE}: node_b\n",
-        BuilderSparsity(2, 1, ("node_a", "node_b"), ("node_b",)),
+        BuilderSparsity(
+            eligible=2, chosen=1, eligible_layers=("node_a", "node_b"), chosen_layers=("node_b",)
+        ),
     ),
     "today, lines of Windows": (
         f"{I}(Sparsity) Found 1 {FOUND}: a\r\n{I}(Sparsity) Chose 1 {CHOSE}: a\r\n",
-        BuilderSparsity(1, 1, ("a",), ("a",)),
+        BuilderSparsity(eligible=1, chosen=1, eligible_layers=("a",), chosen_layers=("a",)),
     ),
     "today, without names": (
         f"(Sparsity) Found 39 {FOUND}\n(Sparsity) Chose 0 {CHOSE}\n",
-        BuilderSparsity(39, 0),
+        BuilderSparsity(eligible=39, chosen=0),
     ),
     "today, zero with a colon": (
         f"{I}(Sparsity) Found 0 {FOUND}: \n{I}(Sparsity) Chose 0 {CHOSE}: \n",
-        BuilderSparsity(0, 0),
+        BuilderSparsity(eligible=0, chosen=0),
     ),
     "the last pair counts": (
         f"{I}(Sparsity) Found 3 {FOUND}: a, b, c\n{I}(Sparsity) Chose 3 {CHOSE}: a, b, c\n"
         f"{I}(Sparsity) Found 2 {FOUND}: a, b\n{I}(Sparsity) Chose 0 {CHOSE}\n",
-        BuilderSparsity(2, 0, ("a", "b")),
+        BuilderSparsity(eligible=2, chosen=0, eligible_layers=("a", "b")),
     ),
     "cut off within the names": (
         f"{I}(Sparsity) Found 3 {FOUND}: a, b",
-        BuilderSparsity(3, None, ("a", "b")),
+        BuilderSparsity(eligible=3, chosen=None, eligible_layers=("a", "b")),
     ),
     "older, cut off within the names: their number is not known": (
         f"{I}{OLD_FOUND} a, b, node_lin",
-        BuilderSparsity(None, None, ("a", "b", "node_lin")),
+        BuilderSparsity(eligible=None, chosen=None, eligible_layers=("a", "b", "node_lin")),
     ),
     "cut off within the sentence": (
         f"{I}(Sparsity) Found 3 {FOUND}: a, b, c\n{I}(Sparsity) Chose 2 layer(s) us",
-        BuilderSparsity(3, None, ("a", "b", "c")),
+        BuilderSparsity(eligible=3, chosen=None, eligible_layers=("a", "b", "c")),
     ),
     "cut off after the first line of a second pass": (
         f"{I}(Sparsity) Found 3 {FOUND}\n{I}(Sparsity) Chose 3 {CHOSE}\n"
         f"{I}(Sparsity) Found 2 {FOUND}\n",
-        BuilderSparsity(2, None),
+        BuilderSparsity(eligible=2, chosen=None),
     ),
     "begins after the first line": (
         f"{FOUND}: a\n{I}(Sparsity) Chose 1 {CHOSE}: a\n",
-        BuilderSparsity(None, 1, (), ("a",)),
+        BuilderSparsity(eligible=None, chosen=1, eligible_layers=(), chosen_layers=("a",)),
     ),
     "another thread's line within the names": (
         f"{I}(Sparsity) Found 3 {FOUND}: a, b[03/23/2021-00:14:05] [V] [TRT] Tactic: 0x1\n, c\n"
         f"{I}(Sparsity) Chose 1 {CHOSE}: a\n",
-        BuilderSparsity(3, 1, ("a", "b"), ("a",)),
+        BuilderSparsity(eligible=3, chosen=1, eligible_layers=("a", "b"), chosen_layers=("a",)),
     ),
     "older, another thread's line within the names": (
         f"{I}{OLD_FOUND} a, b{I}{OLD_CHOSE} a\n",
-        BuilderSparsity(None, 1, ("a", "b"), ("a",)),
+        BuilderSparsity(eligible=None, chosen=1, eligible_layers=("a", "b"), chosen_layers=("a",)),
     ),
     "both lines in one": (
         f"(Sparsity) Found 1 {FOUND}: a(Sparsity) Chose 1 {CHOSE}: a\n",
-        BuilderSparsity(1, 1, ("a",), ("a",)),
+        BuilderSparsity(eligible=1, chosen=1, eligible_layers=("a",), chosen_layers=("a",)),
     ),
     "another thread's line within the sentence": (
         f"{I}(Sparsity) Found 3 layer(s) elig{I}hello\nible to use sparse tactics: a\n",
-        BuilderSparsity(None, None),
+        BuilderSparsity(eligible=None, chosen=None),
     ),
     "nothing on sparsity, as of TensorRT-RTX": (
         f"{I}Engine generation completed in 0.02 seconds.\n",
-        BuilderSparsity(None, None),
+        BuilderSparsity(eligible=None, chosen=None),
     ),
     "other messages on sparsity": (
         f"{I}(Sparsity) Please provide sparse weights if you want to refit sparse layers\n",
-        BuilderSparsity(None, None),
+        BuilderSparsity(eligible=None, chosen=None),
     ),
-    "empty": ("", BuilderSparsity(None, None)),
+    "empty": ("", BuilderSparsity(eligible=None, chosen=None)),
 }
 
 
@@ -141,9 +153,9 @@ def test_the_inspectors_of_both_versions_are_read(names: tuple[str, object]) -> 
         "a layer by name alone",
     ]
     assert parse_layers(json.dumps({"Layers": layers, names[0]: [names[1]]})) == (
-        Kernel("node_a", "", "sm80_xmma_sparse_gemm_f16"),
-        Kernel("b", "[ONNX Layer: node_b]", "t"),
-        Kernel("c", "", ""),
+        Kernel(layer="node_a", nodes="", tactic="sm80_xmma_sparse_gemm_f16"),
+        Kernel(layer="b", nodes="[ONNX Layer: node_b]", tactic="t"),
+        Kernel(layer="c", nodes="", tactic=""),
     )
 
 
@@ -164,15 +176,28 @@ def test_an_inspector_that_tells_nothing_is_no_layer(text: str) -> None:
         ("", False),
     ],
 )
-def test_only_the_kernels_name_tells_a_sparse_one(tactic: str, sparse: bool) -> None:
+def test_only_the_kernels_name_tells_a_sparse_one(tactic: str, *, sparse: bool) -> None:
     assert is_sparse_kernel(tactic) is sparse
 
 
 def check(module: str, node: str, n: int = 512, k: int = 512) -> TensorCheck:
     return TensorCheck(
-        f"{module}.weight_t", module, node, "MatMul", "float16", (k, n), 0, 0.5, True, True, None,
-        "", "", True, "",
-    )  # fmt: skip
+        tensor=f"{module}.weight_t",
+        module=module,
+        node=node,
+        op_type="MatMul",
+        dtype="float16",
+        shape=(k, n),
+        axis=0,
+        density=0.5,
+        is_24=True,
+        expected=True,
+        first_violation=None,
+        reason="",
+        part="",
+        eligible=True,
+        ineligible_reason="",
+    )
 
 
 QUERY, KEY = check("layer.query", "node_linear_1"), check("layer.key", "node_linear_12")
@@ -208,53 +233,107 @@ SLOWER = "timed slower: TensorRT timed sparse kernels and took a dense one"
     ("said", "layer", "expected"),
     [
         # Named as chosen, fused into others or not.
-        (BuilderSparsity(1, 1, ("node_linear_1",), ("node_linear_1",)), QUERY, (True, True, "")),
         (
-            BuilderSparsity(1, 1, ("node_linear_1 + node_relu",), ("node_linear_1 + node_relu",)),
+            BuilderSparsity(
+                eligible=1,
+                chosen=1,
+                eligible_layers=("node_linear_1",),
+                chosen_layers=("node_linear_1",),
+            ),
             QUERY,
             (True, True, ""),
         ),
         (
-            BuilderSparsity(1, 1, ("node_linear_1_myl0_5",), ("node_linear_1_myl0_5",)),
+            BuilderSparsity(
+                eligible=1,
+                chosen=1,
+                eligible_layers=("node_linear_1 + node_relu",),
+                chosen_layers=("node_linear_1 + node_relu",),
+            ),
+            QUERY,
+            (True, True, ""),
+        ),
+        (
+            BuilderSparsity(
+                eligible=1,
+                chosen=1,
+                eligible_layers=("node_linear_1_myl0_5",),
+                chosen_layers=("node_linear_1_myl0_5",),
+            ),
             QUERY,
             (True, True, ""),
         ),
         # Found and not taken.
-        (BuilderSparsity(1, 0, ("node_linear_1",)), QUERY, (True, False, SLOWER)),
         (
-            BuilderSparsity(1, 0, ("node_linear_2",)),
+            BuilderSparsity(eligible=1, chosen=0, eligible_layers=("node_linear_1",)),
+            QUERY,
+            (True, False, SLOWER),
+        ),
+        (
+            BuilderSparsity(eligible=1, chosen=0, eligible_layers=("node_linear_2",)),
             SMALL,
             (True, False, "too small: N = 64, K = 512, and sparse kernels seldom win below 256"),
         ),
         # Not found: by a rule of ours, or for a reason of its own.
-        (BuilderSparsity(0, 0), ODD, (False, False, f"shape rule: {ODD.ineligible_reason}")),
-        (BuilderSparsity(0, 0), FLOAT, (False, False, f"dtype: {FLOAT.ineligible_reason}")),
         (
-            BuilderSparsity(0, 0),
+            BuilderSparsity(eligible=0, chosen=0),
+            ODD,
+            (False, False, f"shape rule: {ODD.ineligible_reason}"),
+        ),
+        (
+            BuilderSparsity(eligible=0, chosen=0),
+            FLOAT,
+            (False, False, f"dtype: {FLOAT.ineligible_reason}"),
+        ),
+        (
+            BuilderSparsity(eligible=0, chosen=0),
             GROUPED,
             (False, False, f"shape rule: {GROUPED.ineligible_reason}"),
         ),
-        (BuilderSparsity(0, 0), LOST, (False, False, "not 2:4: 3 non-zeros")),
-        (BuilderSparsity(0, 0), QUERY, (False, False, UNLISTED)),
+        (BuilderSparsity(eligible=0, chosen=0), LOST, (False, False, "not 2:4: 3 non-zeros")),
+        (BuilderSparsity(eligible=0, chosen=0), QUERY, (False, False, UNLISTED)),
         # Its word goes before our rules.
-        (BuilderSparsity(1, 1, ("node_linear_3",), ("node_linear_3",)), ODD, (True, True, "")),
+        (
+            BuilderSparsity(
+                eligible=1,
+                chosen=1,
+                eligible_layers=("node_linear_3",),
+                chosen_layers=("node_linear_3",),
+            ),
+            ODD,
+            (True, True, ""),
+        ),
         # Numbers alone.
-        (BuilderSparsity(39, 0), QUERY, (None, False, UNNAMED)),
-        (BuilderSparsity(39, 20), QUERY, (None, None, "unknown: it does not say")),
-        (BuilderSparsity(39, 20), FLOAT, (False, False, f"dtype: {FLOAT.ineligible_reason}")),
+        (BuilderSparsity(eligible=39, chosen=0), QUERY, (None, False, UNNAMED)),
+        (BuilderSparsity(eligible=39, chosen=20), QUERY, (None, None, "unknown: it does not say")),
+        (
+            BuilderSparsity(eligible=39, chosen=20),
+            FLOAT,
+            (False, False, f"dtype: {FLOAT.ineligible_reason}"),
+        ),
         # An incomplete list, and one with a name that is not in the file, exclude nothing.
-        (BuilderSparsity(2, None, ("a",)), QUERY, (None, None, "unknown: it does not say")),
-        (BuilderSparsity(1, None, ("a",)), QUERY, (None, None, "unknown: it does not say")),
+        (
+            BuilderSparsity(eligible=2, chosen=None, eligible_layers=("a",)),
+            QUERY,
+            (None, None, "unknown: it does not say"),
+        ),
+        (
+            BuilderSparsity(eligible=1, chosen=None, eligible_layers=("a",)),
+            QUERY,
+            (None, None, "unknown: it does not say"),
+        ),
         # A region is named by its ends and tells nothing of them.
         (
-            BuilderSparsity(1, 1, ("{ForeignNode[node_linear_1...y]}",)),
+            BuilderSparsity(
+                eligible=1, chosen=1, eligible_layers=("{ForeignNode[node_linear_1...y]}",)
+            ),
             QUERY,
             (None, None, "unknown: it does not say"),
         ),
         (None, QUERY, (None, None, "unknown: it does not say")),
         (None, FLOAT, (False, False, f"dtype: {FLOAT.ineligible_reason}")),
     ],
-)  # fmt: skip
+)
 def test_each_layer_is_eligible_chosen_or_told_why_not(
     said: BuilderSparsity | None, layer: TensorCheck, expected: tuple[object, ...]
 ) -> None:
@@ -262,18 +341,26 @@ def test_each_layer_is_eligible_chosen_or_told_why_not(
 
 
 def test_a_name_that_contains_another_is_another_layer() -> None:
-    said = BuilderSparsity(1, 1, ("node_linear_12",), ("node_linear_12",))
+    said = BuilderSparsity(
+        eligible=1, chosen=1, eligible_layers=("node_linear_12",), chosen_layers=("node_linear_12",)
+    )
     assert judged(said, QUERY, KEY) == [(False, False, UNLISTED), (True, True, "")]
 
 
 def test_the_inspector_decides_where_the_log_gives_no_names() -> None:
     kernels = (
-        Kernel("fused", "[ONNX Layer: node_linear_1]\x1e[ONNX Layer: node_add]", SPARSE_TACTIC),
-        Kernel("node_linear_12_myl0_7", "", "sm80_xmma_gemm_f16"),
-        Kernel("node_linear_2", "", "__myelin_CASK_STUB"),
-        Kernel("pointwise", "[ONNX Layer: node_linear_2]", "__myl_MulAddTanh_0x1"),
+        Kernel(
+            layer="fused",
+            nodes="[ONNX Layer: node_linear_1]\x1e[ONNX Layer: node_add]",
+            tactic=SPARSE_TACTIC,
+        ),
+        Kernel(layer="node_linear_12_myl0_7", nodes="", tactic="sm80_xmma_gemm_f16"),
+        Kernel(layer="node_linear_2", nodes="", tactic="__myelin_CASK_STUB"),
+        Kernel(
+            layer="pointwise", nodes="[ONNX Layer: node_linear_2]", tactic="__myl_MulAddTanh_0x1"
+        ),
     )
-    said = BuilderSparsity(3, 1, kernels=kernels)
+    said = BuilderSparsity(eligible=3, chosen=1, kernels=kernels)
     assert judged(said, QUERY, KEY, SMALL) == [
         (True, True, f"kernel {SPARSE_TACTIC}"),
         (None, False, UNNAMED),
@@ -283,14 +370,16 @@ def test_the_inspector_decides_where_the_log_gives_no_names() -> None:
 
 def test_a_dense_layer_that_the_builder_lists_does_not_spoil_its_list() -> None:
     """A weight that nothing declares may happen to be 2:4; its name is known all the same."""
-    said = BuilderSparsity(1, 0, ("node_linear_12",))
+    said = BuilderSparsity(eligible=1, chosen=0, eligible_layers=("node_linear_12",))
     evidence = engine_evidence("b", "d", said, [QUERY, replace(KEY, expected=False)], "w")
     assert [layer.eligible for layer in evidence.layers] == [False]
 
 
 def test_weights_that_nothing_declares_are_no_evidence() -> None:
     evidence = engine_evidence("b", "d", None, [replace(QUERY, expected=False), KEY], "w")
-    assert evidence.layers == (LayerEvidence("layer.key", None, None, "unknown: w"),)
+    assert evidence.layers == (
+        LayerEvidence(module="layer.key", eligible=None, chosen=None, reason="unknown: w"),
+    )
 
 
 def test_the_summary_counts_and_says_what_is_unknown() -> None:
@@ -300,20 +389,24 @@ def test_the_summary_counts_and_says_what_is_unknown() -> None:
 
     told = "the builder found {} layers eligible for sparse kernels and chose {}"
     assert summary(None) == (None, None, "sparse kernels: unknown, it is chosen later")
-    assert summary(BuilderSparsity(3, 2)) == (3, 2, told.format(3, "sparse ones for 2"))
-    assert summary(BuilderSparsity(3, None)) == (
+    assert summary(BuilderSparsity(eligible=3, chosen=2)) == (
+        3,
+        2,
+        told.format(3, "sparse ones for 2"),
+    )
+    assert summary(BuilderSparsity(eligible=3, chosen=None)) == (
         3, None, told.format(3, "it is unknown for how many"),
     )  # fmt: skip
-    kernel = Kernel("a", "", SPARSE_TACTIC)
-    assert summary(BuilderSparsity(None, None, kernels=(kernel,))) == (
+    kernel = Kernel(layer="a", nodes="", tactic=SPARSE_TACTIC)
+    assert summary(BuilderSparsity(eligible=None, chosen=None, kernels=(kernel,))) == (
         None, 1, told.format("an unknown number of", "sparse ones for 1"),
     )  # fmt: skip
-    both = BuilderSparsity(3, 2, kernels=(kernel,))
+    both = BuilderSparsity(eligible=3, chosen=2, kernels=(kernel,))
     assert summary(both)[2] == (
         told.format(3, "sparse ones for 2") + "; the inspector shows 1 sparse kernels"
     )
 
 
 def test_a_weight_without_a_known_axis_is_judged_too() -> None:
-    said = BuilderSparsity(1, 0, ("node_linear_1",))
+    said = BuilderSparsity(eligible=1, chosen=0, eligible_layers=("node_linear_1",))
     assert judged(said, replace(QUERY, shape=(), axis=-1)) == [(True, False, SLOWER)]

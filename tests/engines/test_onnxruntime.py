@@ -30,7 +30,13 @@ def write_model(bundle: Path, dtype: DType = "float32") -> OnnxModel:
     path = bundle / "onnx" / "sparse" / "model.onnx"
     path.parent.mkdir(parents=True)
     onnx.save(model, path)
-    return OnnxModel("onnx/sparse/model.onnx", dtype, 20, "ab" * 32, path.stat().st_size)
+    return OnnxModel(
+        path="onnx/sparse/model.onnx",
+        dtype=dtype,
+        opset=20,
+        sha256="ab" * 32,
+        size_bytes=path.stat().st_size,
+    )
 
 
 @pytest.fixture
@@ -166,7 +172,18 @@ def test_engine_file_of_another_model_is_refused(tmp_path: Path, engine: Engine)
 def test_evidence_names_every_expected_layer_and_no_other(engine: Engine) -> None:
     def check(tensor: str, module: str, *, expected: bool) -> TensorCheck:
         return TensorCheck(
-            tensor, module, "node", "MatMul", "float32", (4, 4), 0, 0.5, True, expected, None, ""
+            tensor=tensor,
+            module=module,
+            node="node",
+            op_type="MatMul",
+            dtype="float32",
+            shape=(4, 4),
+            axis=0,
+            density=0.5,
+            is_24=True,
+            expected=expected,
+            first_violation=None,
+            reason="",
         )
 
     sparsity = (

@@ -38,16 +38,25 @@ SIZES = {"wide": 4096, "narrow": 768, "mixed": 2048}
 
 def profile() -> GpuProfile:
     timings = [
-        GemmTiming(GemmShape(SIZES[name], SIZES[name], m), *pair)
+        GemmTiming(
+            shape=GemmShape(n=SIZES[name], k=SIZES[name], m=m), dense_us=pair[0], sparse_us=pair[1]
+        )
         for name, pairs in TIMES.items()
         for m, pair in zip((128, 1024), pairs, strict=True)
     ]
-    return GpuProfile("a card", "1.0", "float16", {}, tuple(timings))
+    return GpuProfile(
+        gpu="a card", driver="1.0", dtype="float16", versions={}, gemms=tuple(timings)
+    )
 
 
 def uses() -> list[LayerUse]:
     return [
-        LayerUse(name, size, size, tuple(GemmShape(size, size, m) for m in (128, 1024)))
+        LayerUse(
+            name=name,
+            n=size,
+            k=size,
+            gemms=tuple(GemmShape(n=size, k=size, m=m) for m in (128, 1024)),
+        )
         for name, size in SIZES.items()
     ]
 
@@ -64,8 +73,8 @@ def test_a_layer_is_chosen_where_it_wins_at_every_shape() -> None:
 
 
 def test_what_cannot_run_sparse_has_a_reason_and_no_timings() -> None:
-    odd = LayerUse("odd", 4096, 40, (GemmShape(4096, 40, 128),))
-    convolution = LayerUse("convolution", 64, 64, ())
+    odd = LayerUse(name="odd", n=4096, k=40, gemms=(GemmShape(n=4096, k=40, m=128),))
+    convolution = LayerUse(name="convolution", n=64, k=64, gemms=())
     dense = replace(uses()[0], name="dense")
     found = choose([odd, convolution, dense], profile(), {"odd", "convolution"})
     assert [choice.reason for choice in found] == [
@@ -77,17 +86,17 @@ def test_what_cannot_run_sparse_has_a_reason_and_no_timings() -> None:
 
 
 def test_an_estimate_is_said_to_be_one() -> None:
-    other = LayerUse("other", 4096, 4096, (GemmShape(4096, 4096, 256),))
+    other = LayerUse(name="other", n=4096, k=4096, gemms=(GemmShape(n=4096, k=4096, m=256),))
     (found,) = choose([other], profile(), {"other"})
     assert found.reason.startswith("estimated faster: 1.")
 
 
 def test_what_pays_is_pruned_within_the_budget() -> None:
     choices = choose(uses(), profile(), set(SIZES))
-    losses = {"wide": Estimate(0.1, 0.01)}
+    losses = {"wide": Estimate(value=0.1, standard_error=0.01)}
     wide, narrow, _ = plan_layers(choices, losses, {})
     assert wide.prune
-    assert wide.loss == Estimate(0.1, 0.01)
+    assert wide.loss == Estimate(value=0.1, standard_error=0.01)
     assert not narrow.prune
     assert narrow.loss is None
     (wide, *_) = plan_layers(choices, losses, {"wide": "over the budget of --layers 1"})
@@ -109,7 +118,14 @@ def plan(*, prune: bool = True) -> Plan:
     layers = plan_layers(choose(uses(), profile(), set(SIZES)), {}, {})
     kept = tuple(replace(layer, prune=layer.prune and prune) for layer in layers)
     shapes = plan_shapes([(1, 128), (8, 128)], layers, [1.0, 2.0])
-    return Plan("0" * 64, "measured", "log-perplexity", shapes, kept, profile())
+    return Plan(
+        model_sha256="0" * 64,
+        source="measured",
+        metric="log-perplexity",
+        shapes=shapes,
+        layers=kept,
+        profile=profile(),
+    )
 
 
 def test_a_plan_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -160,9 +176,9 @@ def test_the_gemm_of_each_layer_is_noted_at_each_shape() -> None:
     model = Model()
     runs = [lambda b=b, s=s: model(torch.zeros(b, s, 32)) for b, s in ((1, 8), (2, 16))]
     found = {use.name: use for use in layer_uses(model, runs)}
-    assert found["first"].gemms == (GemmShape(16, 32, 8), GemmShape(16, 32, 32))
-    assert found["second"].gemms == (GemmShape(32, 16, 8), GemmShape(32, 16, 32))
-    assert found["pooler"].gemms == (GemmShape(32, 32, 1), GemmShape(32, 32, 2))
+    assert found["first"].gemms == (GemmShape(n=16, k=32, m=8), GemmShape(n=16, k=32, m=32))
+    assert found["second"].gemms == (GemmShape(n=32, k=16, m=8), GemmShape(n=32, k=16, m=32))
+    assert found["pooler"].gemms == (GemmShape(n=32, k=32, m=1), GemmShape(n=32, k=32, m=2))
     assert found["patches"].gemms == ()
     assert "unused" not in found
     assert not model.first._forward_pre_hooks

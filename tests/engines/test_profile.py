@@ -18,21 +18,25 @@ from prox24_deploy.engines.cusparselt.profile import (
 )
 
 SIZES = st.sampled_from([64, 768, 1024, 4096, 14336])
-SHAPES = st.builds(GemmShape, SIZES, SIZES, SIZES)
+SHAPES = st.builds(GemmShape, n=SIZES, k=SIZES, m=SIZES)
 
 
 def profile(*timings: GemmTiming) -> GpuProfile:
-    return GpuProfile("a card", "1.0", "float16", {"torch": "2.11"}, timings)
+    return GpuProfile(
+        gpu="a card", driver="1.0", dtype="float16", versions={"torch": "2.11"}, gemms=timings
+    )
 
 
 def rated(shape: GemmShape, *, dense: float, sparse: float) -> GemmTiming:
     """Times of a GPU that does so many multiply-adds a microsecond whatever the shape."""
     work = shape.n * shape.k * shape.m
-    return GemmTiming(shape, work / dense, work / sparse, 3)
+    return GemmTiming(shape=shape, dense_us=work / dense, sparse_us=work / sparse, algorithm=3)
 
 
 def test_a_measured_shape_is_given_as_it_was_measured() -> None:
-    timing = GemmTiming(GemmShape(4096, 4096, 512), 30.0, 20.0, 7)
+    timing = GemmTiming(
+        shape=GemmShape(n=4096, k=4096, m=512), dense_us=30.0, sparse_us=20.0, algorithm=7
+    )
     found = profile(timing).timing(timing.shape)
     assert found == timing
     assert found.measured
@@ -53,27 +57,27 @@ def test_estimates_are_exact_on_a_gpu_of_constant_rates(
 
 
 def test_nearer_shapes_count_more() -> None:
-    slow = rated(GemmShape(1024, 1024, 64), dense=1e5, sparse=1e5)
-    fast = rated(GemmShape(8192, 8192, 4096), dense=1e5, sparse=2e5)
-    near_fast = profile(slow, fast).timing(GemmShape(8192, 8192, 2048))
-    near_slow = profile(slow, fast).timing(GemmShape(1024, 1024, 128))
+    slow = rated(GemmShape(n=1024, k=1024, m=64), dense=1e5, sparse=1e5)
+    fast = rated(GemmShape(n=8192, k=8192, m=4096), dense=1e5, sparse=2e5)
+    near_fast = profile(slow, fast).timing(GemmShape(n=8192, k=8192, m=2048))
+    near_slow = profile(slow, fast).timing(GemmShape(n=1024, k=1024, m=128))
     assert 1 < near_slow.speedup < near_fast.speedup < 2
 
 
 def test_an_empty_profile_estimates_nothing() -> None:
     with pytest.raises(UsageError, match="profile of a card holds no measurement"):
-        profile().timing(GemmShape(16, 16, 16))
+        profile().timing(GemmShape(n=16, k=16, m=16))
 
 
 def test_further_timings_replace_those_of_the_same_shape_and_keep_an_order() -> None:
-    first = GemmTiming(GemmShape(64, 64, 8), 2.0, 1.0)
+    first = GemmTiming(shape=GemmShape(n=64, k=64, m=8), dense_us=2.0, sparse_us=1.0)
     again = replace(first, dense_us=3.0)
-    other = GemmTiming(GemmShape(32, 64, 8), 2.0, 1.0)
+    other = GemmTiming(shape=GemmShape(n=32, k=64, m=8), dense_us=2.0, sparse_us=1.0)
     assert profile(first).with_timings([again, other]).gemms == (other, again)
 
 
 def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
-    written = profile(rated(GemmShape(64, 128, 8), dense=1.0, sparse=2.0))
+    written = profile(rated(GemmShape(n=64, k=128, m=8), dense=1.0, sparse=2.0))
     write_profile(written, tmp_path / "p.json")
     assert read_profile(tmp_path / "p.json") == written
     assert [p.name for p in tmp_path.iterdir()] == ["p.json"]
@@ -122,7 +126,7 @@ def test_the_shipped_profile_tells_wide_layers_from_narrow_ones() -> None:
     (shipped,) = (read_profile(Path(name)) for name in shipped_profiles())
     assert all(timing.measured for timing in shipped.gemms)
     speedups = {
-        (n, k, m): shipped.timing(GemmShape(n, k, m)).speedup
+        (n, k, m): shipped.timing(GemmShape(n=n, k=k, m=m)).speedup
         for n, k in ((4096, 4096), (14336, 4096), (768, 768))
         for m in (128, 4096, 16384)
     }
@@ -131,7 +135,7 @@ def test_the_shipped_profile_tells_wide_layers_from_narrow_ones() -> None:
 
 
 def test_profiles_of_unlike_machines_do_not_fit() -> None:
-    timing = GemmTiming(GemmShape(64, 64, 8), 2.0, 1.0)
+    timing = GemmTiming(shape=GemmShape(n=64, k=64, m=8), dense_us=2.0, sparse_us=1.0)
     assert profile(timing).fits(profile())
     assert not profile().fits(replace(profile(), driver="2.0"))
     assert not profile().fits(replace(profile(), dtype="bfloat16"))

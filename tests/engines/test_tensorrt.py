@@ -287,25 +287,50 @@ def test_a_build_leaves_engine_log_layers_and_record(
     assert record["flags"] == ["SPARSE_WEIGHTS", "STRIP_PLAN", "REFIT_IDENTICAL"]
     assert record["version"] == here.__version__
     assert engine == Engine(
-        path="engines/tensorrt/sparse/engine.plan", backend="tensorrt", twin="sparse",
-        onnx="onnx/sparse/model.onnx", onnx_sha256="ab" * 32, device="NVIDIA H200",
-        dtype="float16", versions={"tensorrt": here.__version__}, size_bytes=4,
+        path="engines/tensorrt/sparse/engine.plan",
+        backend="tensorrt",
+        twin="sparse",
+        onnx="onnx/sparse/model.onnx",
+        onnx_sha256="ab" * 32,
+        device="NVIDIA H200",
+        dtype="float16",
+        versions={"tensorrt": here.__version__},
+        size_bytes=4,
         said=BuilderSparsity(
-            1, 1, ("node_linear",), ("node_linear",), (Kernel("node_linear", "", TACTIC),)
+            eligible=1,
+            chosen=1,
+            eligible_layers=("node_linear",),
+            chosen_layers=("node_linear",),
+            kernels=(Kernel(layer="node_linear", nodes="", tactic=TACTIC),),
         ),
-    )  # fmt: skip
+    )
 
 
 def test_the_evidence_is_what_the_builder_said(built: tuple[TensorRt, Engine]) -> None:
     backend, engine = built
     check = TensorCheck(
-        "w", "layer.0", "node_linear", "MatMul", "float16", (64, 64), 0, 0.5, True, True, None, "",
-        "", True, "",
-    )  # fmt: skip
+        tensor="w",
+        module="layer.0",
+        node="node_linear",
+        op_type="MatMul",
+        dtype="float16",
+        shape=(64, 64),
+        axis=0,
+        density=0.5,
+        is_24=True,
+        expected=True,
+        first_violation=None,
+        reason="",
+        part="",
+        eligible=True,
+        ineligible_reason="",
+    )
     evidence = backend.evidence(Path(), engine, (check,))
     assert (evidence.eligible, evidence.chosen) == (1, 1)
     assert [layer.reason for layer in evidence.layers] == [f"kernel {TACTIC}"]
-    silent = backend.evidence(Path(), replace(engine, said=BuilderSparsity(None, None)), (check,))
+    silent = backend.evidence(
+        Path(), replace(engine, said=BuilderSparsity(eligible=None, chosen=None)), (check,)
+    )
     assert silent.summary.startswith("sparse kernels: unknown, the log of the builder does not say")
     assert backend.sparse_kernels
 
@@ -398,6 +423,13 @@ def test_every_option_is_in_what_a_stage_depends_on() -> None:
 
 def engine_of(model: OnnxModel) -> Engine:
     return Engine(
-        f"{OUT}/engine.plan", "tensorrt", "sparse", model.path, model.sha256, "NVIDIA H200",
-        "float16", {}, 4,
-    )  # fmt: skip
+        path=f"{OUT}/engine.plan",
+        backend="tensorrt",
+        twin="sparse",
+        onnx=model.path,
+        onnx_sha256=model.sha256,
+        device="NVIDIA H200",
+        dtype="float16",
+        versions={},
+        size_bytes=4,
+    )

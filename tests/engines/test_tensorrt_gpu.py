@@ -18,7 +18,7 @@ WIDTH = 64
 
 @pytest.mark.parametrize("strip", [False, True])
 def test_a_sparse_engine_is_built_told_of_and_computes_the_product(
-    strip: bool, tmp_path: Path
+    *, strip: bool, tmp_path: Path
 ) -> None:
     options = EngineOptions(
         batches=(1, 4), sequences=(8,), tensorrt=TensorRtOptions(strip_weights=strip)
@@ -31,9 +31,22 @@ def test_a_sparse_engine_is_built_told_of_and_computes_the_product(
         "engine.plan", "engine.json", "build.log", "layers.json",
     }  # fmt: skip
     check = TensorCheck(
-        "w", "layer", "node_linear", "MatMul", "float16", (WIDTH, WIDTH), 0, 0.5, True, True, None,
-        "", "", True, "",
-    )  # fmt: skip
+        tensor="w",
+        module="layer",
+        node="node_linear",
+        op_type="MatMul",
+        dtype="float16",
+        shape=(WIDTH, WIDTH),
+        axis=0,
+        density=0.5,
+        is_24=True,
+        expected=True,
+        first_violation=None,
+        reason="",
+        part="",
+        eligible=True,
+        ineligible_reason="",
+    )
     evidence = backend.evidence(tmp_path, engine, (check,))
     assert evidence.eligible is not None
     assert evidence.chosen is not None

@@ -52,9 +52,22 @@ def test_its_sparse_kernels_are_unknown_and_its_engines_do_not_open(
 ) -> None:
     engine = backend.build(tmp_path, write_model(tmp_path), OUT, twin="sparse")
     check = TensorCheck(
-        "w", "layer", "node_linear", "MatMul", "float16", (64, 64), 0, 0.5, True, True, None, "",
-        "", True, "",
-    )  # fmt: skip
+        tensor="w",
+        module="layer",
+        node="node_linear",
+        op_type="MatMul",
+        dtype="float16",
+        shape=(64, 64),
+        axis=0,
+        density=0.5,
+        is_24=True,
+        expected=True,
+        first_violation=None,
+        reason="",
+        part="",
+        eligible=True,
+        ineligible_reason="",
+    )
     evidence = backend.evidence(tmp_path, engine, (check,))
     assert (evidence.eligible, evidence.chosen) == (None, None)
     assert evidence.summary.startswith("sparse kernels: unknown, TensorRT-RTX chooses kernels on")

@@ -117,16 +117,28 @@ def make_bundle(root: Path, flags: str) -> Engine:
         f'{{"flags": {flags}, "onnx_sha256": "{model.sha256}"}}'
     )
     return Engine(
-        f"{FOLDER}/engine.plan", "tensorrt", "sparse", model.path, model.sha256, "NVIDIA H200",
-        "float16", {}, 4,
-    )  # fmt: skip
+        path=f"{FOLDER}/engine.plan",
+        backend="tensorrt",
+        twin="sparse",
+        onnx=model.path,
+        onnx_sha256=model.sha256,
+        device="NVIDIA H200",
+        dtype="float16",
+        versions={},
+        size_bytes=4,
+    )
 
 
 @pytest.fixture(params=["10", "11"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> TensorRt:
     version: Version = request.param
     monkeypatch.setitem(sys.modules, "tensorrt", library(version))
-    return TensorRt("tensorrt", fake_tensorrt.NUMBERS[version], CARD, EngineOptions())
+    return TensorRt(
+        library="tensorrt",
+        version=fake_tensorrt.NUMBERS[version],
+        card=CARD,
+        options=EngineOptions(),
+    )
 
 
 def test_an_engine_is_opened_as_its_record_says(backend: TensorRt, tmp_path: Path) -> None:
@@ -187,10 +199,10 @@ def test_an_engine_for_other_gpus_is_missing_its_device_here(
     backend: TensorRt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_bundle(tmp_path, "[]")
-    nowhere = TensorRt("tensorrt", "11", (), EngineOptions())
+    nowhere = TensorRt(library="tensorrt", version="11", card=(), options=EngineOptions())
     with pytest.raises(BackendMissingError, match="this machine has no NVIDIA GPU; run prox24"):
         nowhere.open(tmp_path, engine).__enter__()
-    rtx = TensorRt("tensorrt_rtx", "1.7", CARD, EngineOptions())
+    rtx = TensorRt(library="tensorrt_rtx", version="1.7", card=CARD, options=EngineOptions())
     with pytest.raises(BackendMissingError, match="this machine has NVIDIA H200 SM90; run"):
         rtx.open(tmp_path, engine).__enter__()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -8,9 +8,9 @@ import pytest
 from prox24_deploy.engines.cusparselt.profile import GemmShape, GemmTiming, GpuProfile
 from prox24_deploy.engines.cusparselt.timings import remember, remembered
 
-HERE = GpuProfile("a card", "1.0", "float16", {"torch": "2.13"}, ())
-FIRST = GemmTiming(GemmShape(64, 64, 8), 10.0, 8.0, 3)
-SECOND = GemmTiming(GemmShape(64, 128, 8), 20.0, 12.0, 1)
+HERE = GpuProfile(gpu="a card", driver="1.0", dtype="float16", versions={"torch": "2.13"}, gemms=())
+FIRST = GemmTiming(shape=GemmShape(n=64, k=64, m=8), dense_us=10.0, sparse_us=8.0, algorithm=3)
+SECOND = GemmTiming(shape=GemmShape(n=64, k=128, m=8), dense_us=20.0, sparse_us=12.0, algorithm=1)
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ def test_trials_survive_a_process_that_crashes_or_hangs(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trials_module, "_TRIAL_SECONDS", 0.5)
-    trials = [Trial(GemmShape(n, 64, 8), number) for n in (16, 32, 48) for number in range(9)]
+    trials = [Trial(GemmShape(n=n, k=64, m=8), number) for n in (16, 32, 48) for number in range(9)]
     seen: list[tuple[int, int]] = []
     found = run_workers(
         [sys.executable, "-c", STAND_IN, str(tmp_path / "log")], trials, workers,
@@ -48,7 +48,9 @@ def test_trials_survive_a_process_that_crashes_or_hangs(
     )  # fmt: skip
     assert seen == [(i + 1, len(trials)) for i in range(len(trials))]
     works = (0, 1, 2, 4, 8)
-    assert found == {Trial(GemmShape(n, 64, 8), a): n + a for n in (16, 32, 48) for a in works}
+    assert found == {
+        Trial(GemmShape(n=n, k=64, m=8), a): n + a for n in (16, 32, 48) for a in works
+    }
     asked = [json.loads(line)[3] for line in (tmp_path / "log").read_text().splitlines()]
     for number in (5, 6, 7):
         assert 1 <= asked.count(number) <= workers, "an algorithm that fails is tried again"
@@ -62,7 +64,7 @@ def test_trials_survive_a_process_that_crashes_or_hangs(
     ],
 )
 def test_a_process_that_does_not_start_is_an_error(script: str, said: str) -> None:
-    trials = [Trial(GemmShape(16, 64, 8), number) for number in range(3)]
+    trials = [Trial(GemmShape(n=16, k=64, m=8), number) for number in range(3)]
     with pytest.raises(EngineError, match=said):
         run_workers([sys.executable, "-c", script], trials, 1, lambda *_: None)
 
@@ -89,7 +91,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_an_interrupt_ends_trials_and_their_processes_at_once(
-    answers: bool, tmp_path: Path
+    *, answers: bool, tmp_path: Path
 ) -> None:
     """Also while a process starts, for which much more time is given."""
     script = (
@@ -98,7 +100,7 @@ def test_an_interrupt_ends_trials_and_their_processes_at_once(
         + ("print('ready', flush=True)\n" if answers else "")
         + "time.sleep(60)"
     )
-    trials = [Trial(GemmShape(16, 64, 8), number) for number in range(9)]
+    trials = [Trial(GemmShape(n=16, k=64, m=8), number) for number in range(9)]
     command = [sys.executable, "-c", script, str(tmp_path)]
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), alarm(2.0):

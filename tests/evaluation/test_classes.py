@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.core.errors import ModelDirError
-from prox24_deploy.evaluation.evaluate import evaluate_classes
+from prox24_deploy.evaluation.classes import evaluate_classes
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.pruning.prune import prune_model

@@ -12,12 +12,10 @@ from opened import open_tiny
 from torch import Tensor, nn
 
 from prox24_deploy.core.records import TextSource
+from prox24_deploy.evaluation.embeddings import evaluate_embeddings
 from prox24_deploy.evaluation.estimate import mean_estimate
-from prox24_deploy.evaluation.evaluate import (
-    evaluate_embeddings,
-    evaluate_models,
-    evaluate_text_generation,
-)
+from prox24_deploy.evaluation.evaluate import evaluate_models
+from prox24_deploy.evaluation.language import evaluate_text_generation
 from prox24_deploy.model.batch import Samples
 
 
@@ -128,13 +126,17 @@ def test_the_task_decides_the_headline(
 ) -> None:
     path: Path = request.getfixturevalue(fixture)
     opened = open_tiny(path, prose)
-    source = TextSource("file", ("x",), "0", 1, 1)
+    source = TextSource(kind="file", paths=("x",), sha256="0", samples=1, tokens=1)
     calls: list[tuple[str, int, int]] = []
     progress: Callable[[str, int, int], None] = lambda *call: calls.append(call)  # noqa: E731
     result = evaluate_models(
-        opened.model, opened.model, opened.recipe.task, Samples(opened.batches, source), path,
+        opened.model,
+        opened.model,
+        opened.recipe.task,
+        Samples(batches=opened.batches, source=source),
+        path,
         progress,
-    )  # fmt: skip
+    )
     assert result.metrics[0].name == headline
     assert result.evaluation == source
     assert calls[-1] == ("evaluate", len(opened.batches), len(opened.batches))

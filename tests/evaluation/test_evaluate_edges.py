@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.records import Estimate
+from prox24_deploy.evaluation.embeddings import evaluate_embeddings
 from prox24_deploy.evaluation.estimate import mean_estimate
-from prox24_deploy.evaluation.evaluate import evaluate_embeddings, evaluate_text_generation
+from prox24_deploy.evaluation.language import evaluate_text_generation
 
 LENGTHS = (5, 9, 14, 3, 11, 7)
 

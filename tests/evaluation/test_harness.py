@@ -57,7 +57,7 @@ def documents(folder: Path, name: str, split: str = "validation", kind: str = ".
 
 def opened(folder: Path | None, *names: str) -> dict[str, Any]:
     work = (folder or Path.cwd()).parent / "work"
-    with open_tasks(HarnessOptions(names, folder), work) as load:
+    with open_tasks(HarnessOptions(tasks=names, data=folder), work) as load:
         assert str(work / "datasets") == fake_harness.Datasets.config.HF_DATASETS_CACHE
         first, second = load(), load()
     assert all(first[name] is not second[name] for name in first)
@@ -107,7 +107,7 @@ def test_what_cannot_be_run_is_said_in_one_sentence(data: Path, name: str, messa
 
 
 def test_without_a_folder_the_option_is_named(data: Path) -> None:
-    options = HarnessOptions(("known",))
+    options = HarnessOptions(tasks=("known",))
     with (
         pytest.raises(UsageError, match=r"in DIR/known as files .* and pass --lm-eval-data DIR\."),
         open_tasks(options, data.parent / "work"),
@@ -200,7 +200,7 @@ def test_the_real_harness_scores_what_the_model_says(tiny_llama: Path, tmp_path:
     directory = open_model_dir(tiny_llama)
     model = load_model(directory, LLAMA, torch.device("cpu"))
     tokenizer = load_tokenizer(directory)
-    with open_tasks(HarnessOptions(("mini",), folder), tmp_path / "work") as load:
+    with open_tasks(HarnessOptions(tasks=("mini",), data=folder), tmp_path / "work") as load:
         found = [run_tasks(model, tokenizer, load(), limit) for limit in (None, 5)]
     metrics, left_out, _ = task_metrics(found[0], found[0])
     (metric_found,) = metrics

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.records import Estimate
-from prox24_deploy.evaluation.evaluate import evaluate_classes
+from prox24_deploy.evaluation.classes import evaluate_classes
 from prox24_deploy.evaluation.losses import loss_against
 from prox24_deploy.model.batch import Batch
 

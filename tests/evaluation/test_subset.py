@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from prox24_deploy.core.modalities import IMAGES
 from prox24_deploy.core.records import TextSource
-from prox24_deploy.evaluation.subset import IMAGE_TOKENS, EngineShapes, take
+from prox24_deploy.evaluation.subset import EngineShapes, take
 from prox24_deploy.model.batch import IGNORED, Batch, Samples, pad_rows
 
 NAMES = ["input_ids", "attention_mask"]
@@ -15,8 +16,10 @@ def texts(lengths: list[int], per_batch: int = 4) -> Samples:
     rows = [[i + 1] * length for i, length in enumerate(lengths)]
     groups = [rows[i : i + per_batch] for i in range(0, len(rows), per_batch)]
     batches = tuple(pad_rows(group, NAMES, 0) for group in groups)
-    source = TextSource("file", ("x",), "0", len(rows), sum(lengths))
-    return Samples(batches, source, torch.arange(len(rows)))
+    source = TextSource(
+        kind="file", paths=("x",), sha256="0", samples=len(rows), tokens=sum(lengths)
+    )
+    return Samples(batches=batches, source=source, labels=torch.arange(len(rows)))
 
 
 def kept(samples: Samples) -> list[int]:
@@ -71,8 +74,12 @@ def test_an_image_counts_as_many_tokens() -> None:
         Batch({"pixel_values": part}, torch.ones(len(part), dtype=torch.bool))
         for part in pixels.split(8)
     )
-    source = TextSource("file", ("x",), "0", 20, 20, unit="image")
-    found, cut = take(Samples(batches, source), 5 * IMAGE_TOKENS, EngineShapes(2, 16, 16))
+    source = TextSource(kind="file", paths=("x",), sha256="0", samples=20, tokens=20, unit="image")
+    found, cut = take(
+        Samples(batches=batches, source=source),
+        5 * IMAGES.tokens,
+        EngineShapes(rows=2, least=16, longest=16),
+    )
     seen = torch.cat([batch.inputs["pixel_values"] for batch in found.batches]).flatten()
     assert seen.tolist() == [0, 4, 8, 12, 16]
     assert [len(batch.real) for batch in found.batches] == [2, 2, 1]
@@ -84,8 +91,10 @@ def test_both_sides_of_a_pair_are_cut_and_only_the_text_is_padded() -> None:
     fed = torch.tensor([[7, 8, 9, 9, 9, 0], [7, 8, 0, 0, 0, 0]])
     targets = torch.tensor([[8, 9, 9, 9, 9, 9], [8, 9, *[IGNORED] * 4]])
     batch = Batch(batch.inputs | {"decoder_input_ids": fed}, batch.real, targets)
-    source = TextSource("file", ("x",), "0", 2, 23, targets=2)
-    found, cut = take(Samples((batch,), source), 10_000, EngineShapes(rows=1, least=4, longest=5))
+    source = TextSource(kind="file", paths=("x",), sha256="0", samples=2, tokens=23, targets=2)
+    found, cut = take(
+        Samples(batches=(batch,), source=source), 10_000, EngineShapes(rows=1, least=4, longest=5)
+    )
     first, second = found.batches
     assert (first.real.shape, second.real.shape) == ((1, 4), (1, 5))
     assert first.targets is not None
@@ -101,8 +110,10 @@ def test_targets_of_what_is_no_text_are_cut_too() -> None:
     targets = torch.tensor([[IGNORED, 5, 6, 7, IGNORED], [IGNORED, 5, IGNORED, IGNORED, IGNORED]])
     inputs = {"input_features": sounds, "decoder_input_ids": torch.ones(2, 5, dtype=torch.long)}
     batch = Batch(inputs, torch.ones(2, dtype=torch.bool), targets)
-    source = TextSource("file", ("x",), "0", 2, 2, unit="image")
-    found, cut = take(Samples((batch,), source), 10_000, EngineShapes(rows=2, least=8, longest=2))
+    source = TextSource(kind="file", paths=("x",), sha256="0", samples=2, tokens=2, unit="image")
+    found, cut = take(
+        Samples(batches=(batch,), source=source), 10_000, EngineShapes(rows=2, least=8, longest=2)
+    )
     (only,) = found.batches
     assert only.inputs["input_features"].equal(sounds)
     assert only.inputs["decoder_input_ids"].shape == (2, 2)

@@ -47,6 +47,7 @@ def one_node(
 def test_weight_is_checked_along_the_axis_its_consumer_sums_over(
     tmp_path: Path,
     op: str,
+    *,
     first: bool,
     attributes: dict[str, int],
     shape: tuple[int, ...],
@@ -230,7 +231,7 @@ def test_weight_in_a_subgraph_is_checked(tmp_path: Path) -> None:
     chosen = node(
         "If", ["flag"], "y", then_branch=branch("t", "outer"), else_branch=branch("e", "inner")
     )
-    weights = {"outer": array_24((8, 8), 0), "flag": np.array(True)}
+    weights = {"outer": array_24((8, 8), 0), "flag": np.ones((), dtype=bool)}
     checks = check_onnx(write_onnx(tmp_path / "m.onnx", [chosen], weights))
     assert {check.tensor: check.is_24 for check in checks} == {"outer": True, "inner": False}
 
@@ -270,7 +271,7 @@ def test_module_comes_from_the_name_scopes_of_the_exporter(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("external", [True, False])
-def test_one_filled_group_is_named(tmp_path: Path, dtype: str, external: bool) -> None:
+def test_one_filled_group_is_named(tmp_path: Path, dtype: str, *, external: bool) -> None:
     weight = spoil(array_24((16, 12), 0, dtype), (8, 5), 0)
     path = write_matmul(tmp_path / "m.onnx", weight, external=external)
     check = only(check_onnx(path))

@@ -333,7 +333,7 @@ PACKED = {
 
 @pytest.mark.parametrize("form", PACKED)
 @pytest.mark.parametrize("known", [False, True])
-def test_packed_tensors_are_named_and_not_read(tmp_path: Path, form: str, known: bool) -> None:
+def test_packed_tensors_are_named_and_not_read(tmp_path: Path, form: str, *, known: bool) -> None:
     """Also where what is stored looks like a matrix that is 2:4 along every axis."""
     tensors = {f"layer.proj.{end}": BOTH.astype(np.int8) for end in PACKED[form]}
     tensors["layer.other.weight"] = BOTH.astype(np.float32)

@@ -80,7 +80,7 @@ def asking(embedding: Embedding | None, *outputs: str) -> Recipe:
     [("mean", True), ("cls", False), ("mean_sqrt_len_tokens", False)],
 )
 def test_the_graph_ends_in_what_the_recipe_asks_for(
-    tmp_path: Path, mode: str, normalize: bool
+    tmp_path: Path, mode: str, *, normalize: bool
 ) -> None:
     recipe = asking(Embedding.model_validate({"pooling": mode, "normalize": normalize}), EMBEDDING)
     model = load_model(open_model_dir(write_tiny_bert(tmp_path / "model")), recipe, CPU)

@@ -99,9 +99,9 @@ def stored_values(chain: Chain, random: np.random.Generator, *, spoiled: bool) -
 
 
 @settings(max_examples=200, deadline=None)
-@given(chains(), st.booleans(), st.integers(0, 2**32 - 1))
+@given(chain=chains(), spoiled=st.booleans(), seed=st.integers(0, 2**32 - 1))
 def test_any_chain_is_proven_exactly_or_says_why_not(
-    tmp_path_factory: pytest.TempPathFactory, chain: Chain, spoiled: bool, seed: int
+    tmp_path_factory: pytest.TempPathFactory, chain: Chain, *, spoiled: bool, seed: int
 ) -> None:
     stored = stored_values(chain, np.random.default_rng(seed), spoiled=spoiled)
     nodes = [*chain.nodes, node("MatMul", ["x", chain.last], "y")]

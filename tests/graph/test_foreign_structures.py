@@ -75,7 +75,7 @@ def legacy_export(module: nn.Module, x: Tensor, path: Path, *, fold: bool) -> Pa
 
 
 @pytest.mark.parametrize("fold", [False, True])
-def test_torchscript_export_of_every_kind_of_layer(tmp_path: Path, fold: bool) -> None:
+def test_torchscript_export_of_every_kind_of_layer(tmp_path: Path, *, fold: bool) -> None:
     module = Layers()
     path = legacy_export(module, torch.rand(2, 8, 6, 6), tmp_path / "m.onnx", fold=fold)
     checks = check_onnx(path)
@@ -214,7 +214,9 @@ def test_node_name_that_is_no_path_tells_no_module(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_large_weight_is_checked_without_a_copy_of_it(tmp_path: Path, transposed: bool) -> None:
+def test_a_large_weight_is_checked_without_a_copy_of_it(
+    tmp_path: Path, *, transposed: bool
+) -> None:
     weight = np.zeros((2048, 8192), np.float16)
     nodes = [node("Slice", ["w", "b", "e", "a"], "s"), node("Transpose", ["s"], "t")]
     nodes.append(helper.make_node("MatMul", ["x", "t" if transposed else "s"], ["y"]))

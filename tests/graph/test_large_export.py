@@ -39,7 +39,7 @@ config = LlamaConfig(
     max_position_embeddings=512,
     tie_word_embeddings=True,
 )
-model = LlamaForCausalLM(config).eval().requires_grad_(False)
+model = LlamaForCausalLM(config).eval().requires_grad_(requires_grad=False)
 path = export_onnx(model, shipped_recipe("llama"), out, dtype="float16")
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

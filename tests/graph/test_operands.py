@@ -48,7 +48,7 @@ def only(path: Path) -> TensorCheck:
 @pytest.mark.parametrize("trans", [0, 1])
 @pytest.mark.parametrize("batch", [0, 1])
 def test_fused_matmul_is_read_as_its_runtime_executes_it(
-    tmp_path: Path, pruned_axis: int, first: bool, trans: int, batch: int
+    tmp_path: Path, pruned_axis: int, *, first: bool, trans: int, batch: int
 ) -> None:
     side = "A" if first else "B"
     attributes: dict[str, Any] = {f"trans{side}": trans, f"transBatch{side}": batch, "alpha": 1.0}

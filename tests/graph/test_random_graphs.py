@@ -286,9 +286,9 @@ def verdict(path: Path) -> str:
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.randoms(use_true_random=False), st.integers(1, 3), st.booleans())
+@given(draw=st.randoms(use_true_random=False), weights=st.integers(1, 3), dense=st.booleans())
 def test_no_dense_weight_passes_and_no_pruned_one_is_lost(
-    tmp_path_factory: pytest.TempPathFactory, draw: random.Random, weights: int, dense: bool
+    tmp_path_factory: pytest.TempPathFactory, draw: random.Random, weights: int, *, dense: bool
 ) -> None:
     graph = Graph(draw)
     spoiled = draw.randrange(weights) if dense else -1

@@ -58,7 +58,9 @@ def choice(output: str, first: onnx.GraphProto, second: onnx.GraphProto) -> onnx
 
 
 @pytest.mark.parametrize("spoiled", [False, True])
-def test_an_if_chooses_between_two_weights_and_both_are_read(tmp_path: Path, spoiled: bool) -> None:
+def test_an_if_chooses_between_two_weights_and_both_are_read(
+    tmp_path: Path, *, spoiled: bool
+) -> None:
     nodes = [choice("w", branch("t", "a"), branch("e", "b")), node("MatMul", ["x", "w"], "y")]
     weights = {"a": array_24((8, 8), 0), "b": dense(8, 8) if spoiled else array_24((8, 8), 0)}
     found = verdicts(rows(tmp_path / "m.onnx", nodes, weights, FLAG))
@@ -97,7 +99,7 @@ def test_a_branch_that_returns_what_is_made_outside_is_refused(tmp_path: Path) -
 @pytest.mark.parametrize("inputs", [INDEX, INDICES])
 @pytest.mark.parametrize("spoiled", [False, True])
 def test_experts_that_are_gathered_are_proven_slice_by_slice(
-    tmp_path: Path, inputs: Inputs, spoiled: bool
+    tmp_path: Path, inputs: Inputs, *, spoiled: bool
 ) -> None:
     stack = array_24((4, 8, 12), 1)
     if spoiled:
@@ -183,7 +185,7 @@ def test_what_is_not_followed_is_listed_and_not_proven(
 
 @pytest.mark.parametrize("first", [False, True])
 def test_where_with_zeros_is_a_mask_and_with_another_weight_a_choice(
-    tmp_path: Path, first: bool
+    tmp_path: Path, *, first: bool
 ) -> None:
     pair = ["zeros", "w"] if first else ["w", "zeros"]
     mask: Inputs = {"c": (TensorProto.BOOL, [8, 8])}
@@ -327,7 +329,7 @@ def test_loops_that_carry_more_than_is_followed_are_refused(
 
 @pytest.mark.parametrize("right", [False, True])
 def test_rows_that_are_gathered_from_blocks_are_an_embedding_on_the_left_alone(
-    tmp_path: Path, right: bool
+    tmp_path: Path, *, right: bool
 ) -> None:
     gathered = node("GatherBlockQuantized", ["q", "i", "s"], "g", domain="com.microsoft")
     nodes = [gathered, node("MatMul", ["x", "g"] if right else ["g", "w"], "y")]
@@ -378,7 +380,7 @@ def test_a_sequence_that_is_changed_is_listed_and_not_proven(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("spoiled", [False, True])
-def test_rows_chosen_by_a_matrix_of_ones_are_experts(tmp_path: Path, spoiled: bool) -> None:
+def test_rows_chosen_by_a_matrix_of_ones_are_experts(tmp_path: Path, *, spoiled: bool) -> None:
     nodes = [
         node("OneHot", ["i", "depth", "values"], "h"),
         node("Cast", ["h"], "o", to=TensorProto.FLOAT),

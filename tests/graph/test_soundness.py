@@ -57,7 +57,7 @@ def inner_model(path: Path, names: str, outer: str) -> Path:
             [numpy_helper.from_array(array_24((8, 8), 0), name)],
         )
     made = helper.make_node("If", ["c"], ["y"], **branches)
-    weights: dict[str, Array] = {outer: DENSE, "c": np.array(True)}
+    weights: dict[str, Array] = {outer: DENSE, "c": np.ones((), dtype=bool)}
     return write_onnx(path, [made], weights)
 
 

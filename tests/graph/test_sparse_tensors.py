@@ -41,7 +41,7 @@ def only(path: Path) -> TensorCheck:
 @pytest.mark.parametrize("by_axis", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_sparse_initializer_is_proven_like_a_dense_one(
-    tmp_path: Path, axis: int, by_axis: bool
+    tmp_path: Path, axis: int, *, by_axis: bool
 ) -> None:
     array = array_24((8, 12), axis)
     places = np.argwhere(array) if by_axis else None

@@ -42,10 +42,10 @@ def test_range_and_reasons_are_those_since_the_last_look(driver: list[tuple[int,
     with ClockWatch() as watch:
         for _ in range(3):
             watch.sample()
-        assert watch.take() == Clocks(1755, 1980, ("power cap",))
+        assert watch.take() == Clocks(sm_mhz_low=1755, sm_mhz_high=1980, slowed_by=("power cap",))
         assert watch.take() is None
         watch.sample()
-        assert watch.take() == Clocks(1980, 1980, ())
+        assert watch.take() == Clocks(sm_mhz_low=1980, sm_mhz_high=1980, slowed_by=())
 
 
 def test_a_card_that_stops_answering_is_not_quoted(driver: list[tuple[int, int]]) -> None:
@@ -71,9 +71,15 @@ def test_without_a_driver_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
     ("clocks", "words"),
     [
         (None, None),
-        (Clocks(1950, 1980, ()), None),
-        (Clocks(1200, 1980, ()), "The GPU ran at 1200 to 1980 MHz while "),
-        (Clocks(1950, 1980, ("power cap", "power brake")), "slowed by power cap and power brake"),
+        (Clocks(sm_mhz_low=1950, sm_mhz_high=1980, slowed_by=()), None),
+        (
+            Clocks(sm_mhz_low=1200, sm_mhz_high=1980, slowed_by=()),
+            "The GPU ran at 1200 to 1980 MHz while ",
+        ),
+        (
+            Clocks(sm_mhz_low=1950, sm_mhz_high=1980, slowed_by=("power cap", "power brake")),
+            "slowed by power cap and power brake",
+        ),
     ],
 )
 def test_an_unsteady_clock_is_a_warning(clocks: Clocks | None, words: str | None) -> None:

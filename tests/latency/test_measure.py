@@ -113,7 +113,7 @@ def test_interval_is_the_same_for_the_same_seed() -> None:
     ],
 )
 def test_verdict_at_the_edges(low: float, high: float, verdict: str) -> None:
-    assert latency_verdict(Interval((low + high) / 2, low, high), 0.02) == verdict
+    assert latency_verdict(Interval(value=(low + high) / 2, low=low, high=high), 0.02) == verdict
 
 
 def test_order_alternates_and_every_input_set_meets_both_orders() -> None:
@@ -182,7 +182,17 @@ class FakeBackend:
 
 
 def engine(twin: Literal["dense", "sparse"]) -> Engine:
-    return Engine(f"{twin}.plan", "fake", twin, "m.onnx", "00", "fake device", "float16", {}, 1)
+    return Engine(
+        path=f"{twin}.plan",
+        backend="fake",
+        twin=twin,
+        onnx="m.onnx",
+        onnx_sha256="00",
+        device="fake device",
+        dtype="float16",
+        versions={},
+        size_bytes=1,
+    )
 
 
 def make_feeds(batch: int, sequence: int, seed: int) -> Mapping[str, Array]:
@@ -190,7 +200,7 @@ def make_feeds(batch: int, sequence: int, seed: int) -> Mapping[str, Array]:
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_rows_carry_shape_limit_and_gate(tmp_path: Path, gated: bool) -> None:
+def test_rows_carry_shape_limit_and_gate(tmp_path: Path, *, gated: bool) -> None:
     backend = FakeBackend(0.5, sparse_kernels=gated)
     rows = measure_latency(
         backend, tmp_path, engine("dense"), engine("sparse"), [(1, 128), (8, 64)], make_feeds,

@@ -47,7 +47,7 @@ def models(tiny_bert: Path, tiny_llama: Path) -> dict[str, nn.Module]:
 @pytest.fixture
 def nest() -> Nest:
     torch.manual_seed(0)
-    return Nest().eval().requires_grad_(False)
+    return Nest().eval().requires_grad_(requires_grad=False)
 
 
 @torch.no_grad()
@@ -142,7 +142,7 @@ class Wide(nn.Module):
 
 
 def test_layers_are_grouped_by_the_tensor_itself_in_the_order_they_are_reached() -> None:
-    block = Wide().requires_grad_(False)
+    block = Wide().requires_grad_(requires_grad=False)
     layers = {n: m for n, m in block.named_children() if isinstance(m, nn.Linear)}
     groups = shared_inputs(block, layers, NO_ARGUMENTS, torch.zeros(1, 2, 4))
     assert groups == [["first"], ["other"], ["twice"], ["last"]]

@@ -26,7 +26,17 @@ from prox24_deploy.sparsity.declaration import SPARSE_KEY
 from prox24_deploy.sparsity.pattern import project_24
 
 TARGET = "model.layers.0.mlp.up_proj.weight"
-RECORD = LayerRecord("a.b", (4, 8), "pruned", "", "prox", 0.1, None, 3, 0.5)
+RECORD = LayerRecord(
+    name="a.b",
+    shape=(4, 8),
+    status="pruned",
+    reason="",
+    method="prox",
+    relative_error=0.1,
+    held_out_error=None,
+    iterations=3,
+    seconds=0.5,
+)
 
 
 def pruned_weight(directory: ModelDir, name: str = TARGET) -> torch.Tensor:

@@ -60,7 +60,13 @@ def projected(directory: ModelDir, names: list[str]) -> dict[str, Tensor]:
 def directory_of(*names: str) -> ModelDir:
     """A model directory that exists only as a list of tensors."""
     stored = StoredTensor(Path("x/model.safetensors"), torch.float32, 1)
-    return ModelDir(Path("x"), {"model_type": "bert"}, (), dict.fromkeys(names, stored), NO_FILES)
+    return ModelDir(
+        path=Path("x"),
+        config={"model_type": "bert"},
+        shards=(),
+        tensors=dict.fromkeys(names, stored),
+        snapshot=NO_FILES,
+    )
 
 
 @pytest.fixture
@@ -71,8 +77,28 @@ def solved() -> tuple[dict[str, Tensor], tuple[LayerRecord, ...]]:
     weights = {"q_proj": stacked[:4], "k_proj": stacked[4:], "o_proj": 3 * stacked.half()}
     weights["o_proj"][0, 0] = -0.0
     records = (
-        LayerRecord("layers.0.q_proj", (4, 4), "pruned", "", "prox", 0.1 + 0.2, None, 55, 1e-3),
-        LayerRecord("layers.0.ä", (4, 6), "skipped", "größe 6", "", None, None, 0, 0.0),
+        LayerRecord(
+            name="layers.0.q_proj",
+            shape=(4, 4),
+            status="pruned",
+            reason="",
+            method="prox",
+            relative_error=0.1 + 0.2,
+            held_out_error=None,
+            iterations=55,
+            seconds=1e-3,
+        ),
+        LayerRecord(
+            name="layers.0.ä",
+            shape=(4, 6),
+            status="skipped",
+            reason="größe 6",
+            method="",
+            relative_error=None,
+            held_out_error=None,
+            iterations=0,
+            seconds=0.0,
+        ),
     )
     return weights, records
 
@@ -95,7 +121,17 @@ def test_a_solved_block_comes_back_bit_for_bit(
 
 
 def test_a_block_in_which_nothing_was_pruned_comes_back(tmp_path: Path) -> None:
-    record = LayerRecord("layers.0.odd", (4, 6), "skipped", "odd", "", None, None, 0, 0.0)
+    record = LayerRecord(
+        name="layers.0.odd",
+        shape=(4, 6),
+        status="skipped",
+        reason="odd",
+        method="",
+        relative_error=None,
+        held_out_error=None,
+        iterations=0,
+        seconds=0.0,
+    )
     store = BlockStore(tmp_path)
     store.save(0, {}, (record,))
     assert store.load(0) == ({}, (record,))

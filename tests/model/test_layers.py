@@ -186,9 +186,9 @@ def test_convolutions_of_one_image_share_a_problem_only_with_the_same_kernel() -
 
 @pytest.mark.parametrize("reconstruct", [False, True])
 def test_a_convolutional_model_is_pruned_over_input_channels(
-    tmp_path: Path, reconstruct: bool
+    tmp_path: Path, *, reconstruct: bool
 ) -> None:
-    model = Images().eval().requires_grad_(False).to(CPU)
+    model = Images().eval().requires_grad_(requires_grad=False).to(CPU)
     options = PruneOptions(preset="fast", reconstruct=reconstruct)
     state = prune_images(model, tmp_path, options)
     records: dict[str, LayerRecord] = {record.name: record for record in state.layers}
@@ -215,7 +215,7 @@ def test_a_conv1d_is_pruned_like_the_linear_layer_of_the_same_weights(tmp_path: 
             return torch.as_tensor(hidden + self.layer(hidden))
 
     class Decoder(nn.Module):
-        def __init__(self, transposed: bool) -> None:
+        def __init__(self, *, transposed: bool) -> None:
             super().__init__()
             torch.manual_seed(0)
             linear = nn.Linear(8, 8)
@@ -225,7 +225,7 @@ def test_a_conv1d_is_pruned_like_the_linear_layer_of_the_same_weights(tmp_path: 
                 layer.weight, layer.bias = nn.Parameter(linear.weight.T.clone()), linear.bias
             self.layers = nn.ModuleList([Plain(layer)])
 
-        def forward(self, hidden: Tensor, use_cache: bool) -> Tensor:
+        def forward(self, hidden: Tensor, *, use_cache: bool) -> Tensor:
             return torch.as_tensor(self.layers[0](hidden))
 
     recipe = LLAMA.model_copy(update={"blocks": "layers", "targets": ["layer"]})
@@ -234,7 +234,7 @@ def test_a_conv1d_is_pruned_like_the_linear_layer_of_the_same_weights(tmp_path: 
     batches = (Batch({"hidden": hidden}, torch.ones(6, 20, dtype=torch.bool)),)
     weights = [
         prune_model(
-            Decoder(transposed).eval().requires_grad_(False),
+            Decoder(transposed=transposed).eval().requires_grad_(requires_grad=False),
             recipe, batches, (), PruneOptions(),
             stored_dtype=lambda _: torch.float32,
             store=BlockStore(tmp_path / str(transposed)),

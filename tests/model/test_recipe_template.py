@@ -84,7 +84,7 @@ def test_the_recipe_drawn_from_a_model_exports_it(olmo: Path, tmp_path: Path) ->
 def test_what_cannot_be_drawn_is_answered_by_its_kind(
     config: dict[str, object], remedy: str, tmp_path: Path
 ) -> None:
-    directory = ModelDir(tmp_path, config, (), {}, NO_FILES)
+    directory = ModelDir(path=tmp_path, config=config, shards=(), tensors={}, snapshot=NO_FILES)
     assert re.search(remedy, advise(directory))
 
 

@@ -77,7 +77,7 @@ def test_the_file_of_a_quantiser_is_refused(decoder: Path, name: str) -> None:
     ],
 )
 def test_weights_that_are_quantised_without_saying_so_are_refused(
-    decoder: Path, dtype: torch.dtype, beside: str, refused: bool
+    decoder: Path, dtype: torch.dtype, beside: str, *, refused: bool
 ) -> None:
     layer = "model.layers.0.mlp.up_proj"
     file = decoder / "model.safetensors"
@@ -102,7 +102,7 @@ def test_weights_that_are_quantised_without_saying_so_are_refused(
     ],
 )
 @pytest.mark.parametrize("whole", [True, False])
-def test_an_adapter_is_refused(decoder: Path, text: str, told: str, whole: bool) -> None:
+def test_an_adapter_is_refused(decoder: Path, text: str, told: str, *, whole: bool) -> None:
     """Also beside a whole model, to which transformers would add it where PEFT is installed."""
     (decoder / "adapter_config.json").write_text(text, encoding="utf-8")
     if not whole:

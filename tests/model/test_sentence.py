@@ -103,7 +103,7 @@ def test_the_modules_are_read_in_their_order(folder: Path) -> None:
 )
 @pytest.mark.parametrize("listed", [True, False])
 def test_both_spellings_of_a_pooling_are_known(
-    folder: Path, options: dict[str, Any], expected: tuple[str, ...], listed: bool
+    folder: Path, options: dict[str, Any], expected: tuple[str, ...], *, listed: bool
 ) -> None:
     write_modules(folder, ("Pooling", options, {}))
     if not listed:
@@ -453,7 +453,7 @@ def test_weights_of_another_shape_are_refused(
 
 
 @pytest.mark.parametrize("lower", [True, False])
-def test_the_tokenizer_reads_as_the_library_does(tmp_path: Path, lower: bool) -> None:
+def test_the_tokenizer_reads_as_the_library_does(tmp_path: Path, *, lower: bool) -> None:
     path = write_modules(write_tiny_bert(tmp_path / "model"), MEAN, do_lower_case=lower)
     tokenizer = load_tokenizer(open_model_dir(path))
     assert tokenizer.model_max_length == 128

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from prox24_deploy.config.recipe import SENTENCE_MODULES, PoolingMode
 from prox24_deploy.core.records import TextSource
-from prox24_deploy.evaluation.evaluate import embed, evaluate_models
+from prox24_deploy.evaluation.embeddings import embed
+from prox24_deploy.evaluation.evaluate import evaluate_models
 from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.directory import load_model, open_model_dir
 from prox24_deploy.model.sentence_modules import Normalize, Pooling
@@ -127,9 +128,9 @@ def test_accuracy_is_that_of_the_embedding_behind_all_modules(embedder: Path) ->
         hidden = model(**batch.inputs).last_hidden_state
         first, second = (m.get_submodule(SENTENCE_MODULES)(hidden, real) for m in (model, other))
         torch.testing.assert_close(embed(model, batch), first.double(), rtol=0, atol=1e-6)
-    source = TextSource("file", ("x",), "0", 6, 54)
+    source = TextSource(kind="file", paths=("x",), sha256="0", samples=6, tokens=54)
     result = evaluate_models(
-        model, other, BERT.task, Samples((batch,), source), embedder, lambda *_: None
+        model, other, BERT.task, Samples(batches=(batch,), source=source), embedder, lambda *_: None
     )
     cosine = result.metrics[0].agreement
     assert cosine is not None

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from prox24_deploy.packaging.card import SourceCard, read_source_card, render_card
 
-PLAIN = SourceCard({}, "")
+PLAIN = SourceCard(metadata={}, text="")
 
 
 def model_dir(path: Path, card: str | None, config: dict[str, Any] | None = None) -> Path:
@@ -115,7 +115,7 @@ def test_the_licence_of_the_configuration_is_taken_where_the_card_names_none(
     tmp_path: Path,
 ) -> None:
     source = read_source_card(model_dir(tmp_path, "# Only text\n", {"license": "apache-2.0"}))
-    assert source == SourceCard({"license": "apache-2.0"}, "# Only text")
+    assert source == SourceCard(metadata={"license": "apache-2.0"}, text="# Only text")
 
 
 @pytest.mark.parametrize(

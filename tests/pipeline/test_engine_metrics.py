@@ -16,12 +16,12 @@ from torch import nn
 
 from prox24_deploy.config.recipe import Recipe, TensorSpec, select_recipe
 from prox24_deploy.core.errors import EngineError, ModelDirError
-from prox24_deploy.core.records import Engine, Estimate, Metric
+from prox24_deploy.core.records import DirectMetric, Engine, Estimate, Metric, PairedMetric
 from prox24_deploy.data.pairs import make_pairs, start_token
 from prox24_deploy.data.text import make_samples, read_texts
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
-from prox24_deploy.evaluation.evaluate import next_logits, window_nll
+from prox24_deploy.evaluation.language import next_logits, window_nll
 from prox24_deploy.evaluation.parity import METRIC_TOLERANCES, fidelity_of
 from prox24_deploy.evaluation.subset import EngineShapes
 from prox24_deploy.graph.export.module import RecipeModule
@@ -57,7 +57,10 @@ def opened(path: Path, prose: Path, tokens: int = 3000) -> tuple[ModelDir, Recip
 
 def as_engine(model: nn.Module, recipe: Recipe) -> EngineModel:
     modules = [RecipeModule(model, part).eval() for part in recipe.parts]
-    graphs = [Graph(TorchGraph(m), m.signature.inputs, "float32", "the model") for m in modules]
+    graphs = [
+        Graph(runs=TorchGraph(m), inputs=m.signature.inputs, dtype="float32", source="the model")
+        for m in modules
+    ]
     return EngineModel(graphs, model.config)
 
 
@@ -101,7 +104,9 @@ PIXELS = TensorSpec(name="pixel_values", dtype="float", axes=["batch", 1, 1, 2])
 
 def test_a_small_batch_is_filled_up_for_an_engine_that_takes_no_fewer() -> None:
     echo = Echo()
-    model = EngineModel([Graph(echo, (PIXELS,), "float16", "e", rows=4)], None)
+    model = EngineModel(
+        [Graph(runs=echo, inputs=(PIXELS,), dtype="float16", source="e", rows=4)], None
+    )
     pixels = torch.arange(4.0).view(2, 1, 1, 2)
     outputs = model(pixel_values=pixels)
     assert echo.shapes == [(4, 1, 1, 2)]
@@ -111,11 +116,15 @@ def test_a_small_batch_is_filled_up_for_an_engine_that_takes_no_fewer() -> None:
 
 def test_what_is_not_finite_or_not_there_is_refused_by_name() -> None:
     pixels = torch.ones(1, 1, 1, 2)
-    broken = EngineModel([Graph(Echo(math.inf), (PIXELS,), "float16", "engine.plan")], None)
+    broken = EngineModel(
+        [Graph(runs=Echo(math.inf), inputs=(PIXELS,), dtype="float16", source="engine.plan")], None
+    )
     with pytest.raises(EngineError, match=r"'image_embeds' of engine.plan is NaN or infinite"):
         broken(pixel_values=pixels)
     boxes = TensorSpec(name="boxes", dtype="float", axes=["batch", 4])
-    other = EngineModel([Graph(Echo(), (PIXELS, boxes), "float16", "engine.plan")], None)
+    other = EngineModel(
+        [Graph(runs=Echo(), inputs=(PIXELS, boxes), dtype="float16", source="engine.plan")], None
+    )
     with pytest.raises(EngineError, match=r"takes the input 'boxes', .* they have pixel_values"):
         other(pixel_values=pixels)
 
@@ -191,7 +200,17 @@ def measured(
     write_graph(bundle, modules["dense"].signature.inputs)
     twins: tuple[Literal["dense", "sparse"], ...] = ("dense", "sparse")
     engines = [
-        Engine(f"{t}.plan", "pretend", t, f"{t}.onnx", "0", "a pretended GPU", dtype, {}, 1)
+        Engine(
+            path=f"{t}.plan",
+            backend="pretend",
+            twin=t,
+            onnx=f"{t}.onnx",
+            onnx_sha256="0",
+            device="a pretended GPU",
+            dtype=dtype,
+            versions={},
+            size_bytes=1,
+        )
         for t in twins
     ]
     seen: list[dict[str, tuple[int, ...]]] = []
@@ -238,25 +257,46 @@ def test_an_engine_that_says_something_else_is_found(
 
 
 def metric(name: str, difference: Estimate | None, agreement: Estimate | None = None) -> Metric:
-    both = None if difference is None else Estimate(1.0, 0.1)
-    return Metric(name, False, 8, both, both, difference, agreement)
+    if agreement is not None:
+        return DirectMetric(name=name, higher_is_better=False, samples=8, agreement=agreement)
+    both = None if difference is None else Estimate(value=1.0, standard_error=0.1)
+    return PairedMetric(
+        name=name,
+        higher_is_better=False,
+        samples=8,
+        dense=both,
+        sparse=both,
+        difference=difference,
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "difference", "agreement", "deviation", "passed"),
     [
-        ("log-perplexity", Estimate(-0.03, 0.01), None, 0.03 - 1.96 * 0.01, False),
-        ("log-perplexity", Estimate(0.012, 0.002), None, 0.012 - 1.96 * 0.002, True),
-        ("accuracy", Estimate(0.25, 0.16), None, 0.0, True),
-        ("accuracy", Estimate(-0.5, 0.1), None, 0.5 - 0.196, False),
-        ("KL divergence", None, Estimate(0.009, 0.1), 0.009, True),
-        ("KL divergence", None, Estimate(0.011, 0.1), 0.011, False),
-        ("score change", None, Estimate(0.5, 0.1), 0.5, False),
-        ("embedding cosine", None, Estimate(0.98, 0.1), 0.02, False),
-        ("embedding cosine", None, Estimate(0.999, 0.1), 0.001, True),
-        ("top-1 agreement", None, Estimate(0.2, 0.1), None, None),
-        ("KL divergence", None, Estimate(math.nan, 0.1), None, False),
-        ("log-perplexity", Estimate(0.0, math.inf), None, None, False),
+        (
+            "log-perplexity",
+            Estimate(value=-0.03, standard_error=0.01),
+            None,
+            0.03 - 1.96 * 0.01,
+            False,
+        ),
+        (
+            "log-perplexity",
+            Estimate(value=0.012, standard_error=0.002),
+            None,
+            0.012 - 1.96 * 0.002,
+            True,
+        ),
+        ("accuracy", Estimate(value=0.25, standard_error=0.16), None, 0.0, True),
+        ("accuracy", Estimate(value=-0.5, standard_error=0.1), None, 0.5 - 0.196, False),
+        ("KL divergence", None, Estimate(value=0.009, standard_error=0.1), 0.009, True),
+        ("KL divergence", None, Estimate(value=0.011, standard_error=0.1), 0.011, False),
+        ("score change", None, Estimate(value=0.5, standard_error=0.1), 0.5, False),
+        ("embedding cosine", None, Estimate(value=0.98, standard_error=0.1), 0.02, False),
+        ("embedding cosine", None, Estimate(value=0.999, standard_error=0.1), 0.001, True),
+        ("top-1 agreement", None, Estimate(value=0.2, standard_error=0.1), None, None),
+        ("KL divergence", None, Estimate(value=math.nan, standard_error=0.1), None, False),
+        ("log-perplexity", Estimate(value=0.0, standard_error=math.inf), None, None, False),
     ],
 )
 def test_what_counts_as_a_departure(
@@ -264,6 +304,7 @@ def test_what_counts_as_a_departure(
     difference: Estimate | None,
     agreement: Estimate | None,
     deviation: float | None,
+    *,
     passed: bool | None,
 ) -> None:
     found = fidelity_of("sparse", metric(name, difference, agreement), "float16")

@@ -22,12 +22,19 @@ SMALL = ("--calibration-tokens", "4096", *SHAPES)
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPU on which only the layers with 64 inputs, the last of each block, gain from 2:4."""
     timings = [
-        GemmTiming(GemmShape(n, k, m), 10.0, 5.0 if k == 64 else 11.0)
+        GemmTiming(
+            shape=GemmShape(n=n, k=k, m=m), dense_us=10.0, sparse_us=5.0 if k == 64 else 11.0
+        )
         for n, k in ((32, 32), (64, 32), (32, 64))
         for m in (16, 32)
     ]
     path = tmp_path_factory.mktemp("profile") / "gpu.json"
-    write_profile(GpuProfile("an imagined card", "1", "float16", {}, tuple(timings)), path)
+    write_profile(
+        GpuProfile(
+            gpu="an imagined card", driver="1", dtype="float16", versions={}, gemms=tuple(timings)
+        ),
+        path,
+    )
     return path
 
 
@@ -111,8 +118,11 @@ def test_a_budget_leaves_paying_layers_dense(tiny_bert: Path, prose: Path, profi
 def test_where_nothing_pays_the_advice_is_to_prune_nothing(
     tiny_bert: Path, prose: Path, tmp_path: Path
 ) -> None:
-    slow = GemmTiming(GemmShape(32, 32, 16), 10.0, 12.0)
-    write_profile(GpuProfile("a card", "1", "float16", {}, (slow,)), tmp_path / "slow.json")
+    slow = GemmTiming(shape=GemmShape(n=32, k=32, m=16), dense_us=10.0, sparse_us=12.0)
+    write_profile(
+        GpuProfile(gpu="a card", driver="1", dtype="float16", versions={}, gemms=(slow,)),
+        tmp_path / "slow.json",
+    )
     run = run_cli(
         "plan", tiny_bert, "-o", tmp_path / "plan.json", "--calibration", prose,
         "--gpu-profile", tmp_path / "slow.json", *SMALL,

@@ -116,19 +116,38 @@ def samples() -> Samples:
     batch = Batch(
         {"pixel_values": torch.ones(2, 3)}, torch.ones(2, dtype=torch.bool), torch.ones(2)
     )
-    source = TextSource("file", ("a",), "0" * 64, 2, 2, targets=1)
-    return Samples((batch,), source, torch.zeros(2, dtype=torch.int64), ("said", None))
+    source = TextSource(kind="file", paths=("a",), sha256="0" * 64, samples=2, tokens=2, targets=1)
+    return Samples(
+        batches=(batch,),
+        source=source,
+        labels=torch.zeros(2, dtype=torch.int64),
+        transcripts=("said", None),
+    )
 
 
 def backends(recipe: Recipe) -> tuple[Any, ...]:
     """One of each kind, with every option given."""
-    tensorrt = TensorRtOptions(1.0, 3, "version", True, True, Path("cache"), ("SM86",))
-    options = EngineOptions(("x",), (1, 2), (8,), Path("plan.json"), tensorrt)
-    timing = GemmTiming(GemmShape(4, 8, 16), 1.0, 2.0)
-    profile = GpuProfile("card", "driver", "float16", {"torch": "2"}, (timing,))
+    tensorrt = TensorRtOptions(
+        workspace_gib=1.0,
+        builder_level=3,
+        compatibility="version",
+        refit=True,
+        strip_weights=True,
+        timing_cache=Path("cache"),
+        capabilities=("SM86",),
+    )
+    options = EngineOptions(
+        backends=("x",), batches=(1, 2), sequences=(8,), plan=Path("plan.json"), tensorrt=tensorrt
+    )
+    timing = GemmTiming(shape=GemmShape(n=4, k=8, m=16), dense_us=1.0, sparse_us=2.0)
+    profile = GpuProfile(
+        gpu="card", driver="driver", dtype="float16", versions={"torch": "2"}, gemms=(timing,)
+    )
     return (
-        TensorRt("tensorrt", "10", ("card",), options),
-        CuSparseLt(Path("dense"), "hash", recipe, options, profile),
+        TensorRt(library="tensorrt", version="10", card=("card",), options=options),
+        CuSparseLt(
+            dense=Path("dense"), dense_sha256="hash", recipe=recipe, options=options, known=profile
+        ),
     )
 
 
@@ -145,7 +164,7 @@ def changed(value: Any) -> Iterator[Change]:
 
 
 @changed.register(bool)
-def _(value: bool) -> Iterator[Change]:
+def _(value: object) -> Iterator[Change]:
     yield "", not value, True
 
 

@@ -40,7 +40,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def options(prose: Path) -> BuildOptions:
     return BuildOptions(
-        text=TextOptions((prose,), calibration_tokens=2048, evaluation_tokens=1024),
+        text=TextOptions(calibration=(prose,), calibration_tokens=2048, evaluation_tokens=1024),
         prune=PruneOptions(method="magnitude"),
         device="cpu",
         engine=EngineOptions(batches=(1,), sequences=(8,)),

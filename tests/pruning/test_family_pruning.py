@@ -10,6 +10,7 @@ from tiny_families import FAMILIES, FEATURES, PIXELS, VOCABULARY, tiny_model
 
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe, parse_recipe, shipped_recipes
+from prox24_deploy.core.modalities import IMAGES, RECORDINGS
 from prox24_deploy.model.batch import IGNORED, Batch
 from prox24_deploy.model.blocks import find_blocks, run_block, run_model, target_layers
 from prox24_deploy.model.checkpoint import BlockStore
@@ -32,10 +33,10 @@ def batch(recipe: Recipe) -> Batch:
 
     Three images where the model reads images, three recordings where it reads speech.
     """
-    if recipe.reads_images:
+    if recipe.modality is IMAGES:
         pixels = torch.randn(3, *PIXELS.values(), generator=torch.Generator().manual_seed(0))
         return Batch({"pixel_values": pixels}, torch.ones(3, dtype=torch.bool))
-    if recipe.reads_speech:
+    if recipe.modality is RECORDINGS:
         shape = (3, FEATURES["mels"], FEATURES["frames"])
         features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return with_targets(Batch({"input_features": features}, torch.ones(3, dtype=torch.bool)))

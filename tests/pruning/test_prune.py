@@ -197,7 +197,7 @@ def test_a_width_that_does_not_divide_is_skipped_by_name(
         intermediate_size=50, max_position_embeddings=128,
     )  # fmt: skip
     opened = open_tiny(tiny_bert, prose)
-    model = BertModel(config).eval().requires_grad_(False)
+    model = BertModel(config).eval().requires_grad_(requires_grad=False)
     state = prune_model(
         model, opened.recipe, opened.batches[1:], (), FAST,
         stored_dtype=lambda _: torch.float32, store=BlockStore(tmp_path),

@@ -292,7 +292,7 @@ def test_progress_counts_blocks(tmp_path: Path) -> None:
 
 def nest() -> Nest:
     torch.manual_seed(0)
-    return Nest().eval().requires_grad_(False)
+    return Nest().eval().requires_grad_(requires_grad=False)
 
 
 @pytest.mark.parametrize("method", ["prox", "ista", "sparsegpt", "wanda", "magnitude"])

@@ -30,7 +30,9 @@ def first_block(opened: Opened, dense: Opened) -> tuple[BlockPair, Activations]:
     """The first block, its targets projected by magnitude, and text in front of it."""
     blocks = find_blocks(opened.model, opened.recipe)
     activations = record_activations(opened.model, blocks, opened.recipe, opened.batches)
-    twin = BlockPair(0, "block", find_blocks(dense.model, dense.recipe)[0], blocks[0])
+    twin = BlockPair(
+        index=0, prefix="block", dense=find_blocks(dense.model, dense.recipe)[0], pruned=blocks[0]
+    )
     for name in names_of(twin):
         layer = linear(twin.pruned, name)
         layer.weight.copy_(project_24(layer.weight))

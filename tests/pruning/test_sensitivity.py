@@ -13,7 +13,7 @@ from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Override
 from prox24_deploy.core.errors import CalibrationError, UsageError
 from prox24_deploy.core.records import Sensitivity
-from prox24_deploy.evaluation.evaluate import embed
+from prox24_deploy.evaluation.embeddings import embed
 from prox24_deploy.evaluation.losses import loss_against
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.pruning import sensitivity
@@ -84,7 +84,7 @@ def test_the_loss_of_a_layer_is_that_of_the_model_with_its_weight_alone_replaced
 ) -> None:
     """Magnitude without refinement needs no calibration, so the weight is known beforehand."""
     opened = open_tiny(tiny_bert, prose)
-    options = PruneOptions("magnitude", refinement="none", max_layers=1)
+    options = PruneOptions(method="magnitude", refinement="none", max_layers=1)
     found = measure(opened, options)
     name = found.layers[-1].name
     batches = opened.batches[::8]
@@ -182,7 +182,7 @@ def test_text_beyond_eight_withheld_batches_is_not_measured(
     monkeypatch.setattr(sensitivity, "_MOST_BATCHES", 2)
     opened = open_tiny(tiny_bert, prose)
     many = replace(opened, batches=opened.batches * 9)
-    found = measure(many, PruneOptions("magnitude", max_layers=1))
+    found = measure(many, PruneOptions(method="magnitude", max_layers=1))
     withheld = many.batches[::8]
     assert len(withheld) > 2
     step = -(-len(withheld) // 2)

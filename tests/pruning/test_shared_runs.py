@@ -49,7 +49,7 @@ def albert() -> nn.Module:
         num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=32,
     )  # fmt: skip
     model: nn.Module = AlbertModel(config).eval()
-    return model.requires_grad_(False)
+    return model.requires_grad_(requires_grad=False)
 
 
 class Recurrent(Nest):
@@ -97,7 +97,7 @@ class Idle(Nest):
 )
 @torch.no_grad()
 def test_blocks_that_do_not_run_once_each_are_refused(kind: type[Nest], told: str) -> None:
-    model = kind().eval().requires_grad_(False)
+    model = kind().eval().requires_grad_(requires_grad=False)
     with pytest.raises(RecipeError, match=f"{kind.__name__} runs {told} in one forward pass, exp"):
         record_activations(model, find_blocks(model, NEST), NEST, batches())
     assert not any(block._forward_pre_hooks for block in find_blocks(model, NEST))
@@ -121,7 +121,7 @@ def test_a_shared_block_is_refused_before_anything_is_solved(
 
 @torch.no_grad()
 def test_a_model_that_runs_its_blocks_once_is_run_no_further_for_it() -> None:
-    model = Nest().eval().requires_grad_(False)
+    model = Nest().eval().requires_grad_(requires_grad=False)
     require_one_run(model, find_blocks(model, NEST), batches()[0], NEST)
     assert model.reached_the_end == 1
 
@@ -151,7 +151,9 @@ def test_a_layer_that_its_block_runs_twice_stays_dense_by_name(tmp_path: Path) -
     model = Nest()
     model.layers = nn.ModuleList([Twice(), Twice()])
     recipe = NEST.model_copy(update={"targets": ["one", "two"]})
-    state = solve(model.eval().requires_grad_(False), recipe, BlockStore(tmp_path / "solved"))
+    state = solve(
+        model.eval().requires_grad_(requires_grad=False), recipe, BlockStore(tmp_path / "solved")
+    )
     assert sorted(state.weights) == ["layers.0.two.weight", "layers.1.two.weight"]
     reasons = {layer.name: layer.reason for layer in state.layers}
     assert reasons["layers.0.one"] == "its block runs it on 2 inputs in one forward pass"

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from prox24_deploy.config.limits import GivenLimits, MetricLimits, MetricTable
 from prox24_deploy.core.errors import BundleError, UsageError
 from prox24_deploy.core.intervals import student_95
-from prox24_deploy.core.records import Estimate, Interval, LatencyRow, Metric
+from prox24_deploy.core.records import Estimate, Interval, LatencyRow, PairedMetric
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.regression.baseline import Baseline
 from prox24_deploy.regression.comparability import KEYS
@@ -42,8 +42,15 @@ def limits(**given: float) -> MetricLimits:
 
 def with_metric(report: Report, name: str, value: float, error: float = SHARP) -> Report:
     """The report with one metric; perplexity is better when lower, all else when higher."""
-    found = Estimate(value, error)
-    metric = Metric(name, name != "perplexity", 64, None, found, None, None)
+    found = Estimate(value=value, standard_error=error)
+    metric = PairedMetric(
+        name=name,
+        higher_is_better=name != "perplexity",
+        samples=64,
+        dense=None,
+        sparse=found,
+        difference=None,
+    )
     accuracy = report.accuracy.model_copy(update={"metrics": (metric,)})
     return report.model_copy(update={"accuracy": accuracy})
 
@@ -58,7 +65,9 @@ def report() -> Report:
 
 
 def compared(new: Report, old: Report, table: MetricTable | None = None) -> Comparison:
-    return compare_reports(new, Baseline("before", old), limits=GivenLimits(metrics=table or {}))
+    return compare_reports(
+        new, Baseline(source="before", report=old), limits=GivenLimits(metrics=table or {})
+    )
 
 
 def change_of(found: Comparison, name: str) -> Change:
@@ -291,25 +300,25 @@ def test_unlike_reports_are_refused_by_the_name_of_what_differs(report: Report, 
     new = DIFFERENT[key](report)
     with pytest.raises(BundleError, match=rf"baseline before: {key} is .* with --allow {key}\.$"):
         compared(new, report)
-    found = compare_reports(new, Baseline("before", report), allow=[key])
+    found = compare_reports(new, Baseline(source="before", report=report), allow=[key])
     assert [difference.key for difference in found.allowed] == [key]
 
 
 def test_another_machine_that_was_allowed_gates_no_milliseconds(report: Report) -> None:
     new = DIFFERENT["gpu"](row(report, drift=0.5))
-    found = compare_reports(new, Baseline("before", row(report)), allow=["gpu"])
+    found = compare_reports(new, Baseline(source="before", report=row(report)), allow=["gpu"])
     assert not change_of(found, LATENCY).gated
     assert change_of(found, SPEED_UP).gated
 
 
 def test_allow_takes_known_keys_only(report: Report) -> None:
     with pytest.raises(UsageError, match="--allow weather names nothing that is compared"):
-        compare_reports(report, Baseline("b", report), allow=["weather"])
+        compare_reports(report, Baseline(source="b", report=report), allow=["weather"])
 
 
 def test_a_regression_that_was_accepted_does_not_count_again(report: Report) -> None:
     old, new = with_metric(report, COSINE, 0.95), with_metric(report, COSINE, 0.5)
-    failed = held_against(new, Baseline("before", old))
+    failed = held_against(new, Baseline(source="before", report=old))
     assert failed.verdict == "fail"
     assert compared(failed, failed).verdict == "pass"
 
@@ -328,12 +337,12 @@ def test_encoder_and_decoder_have_latencies_of_their_own() -> None:
 
 def test_a_report_holds_what_its_comparison_found(report: Report) -> None:
     old = with_metric(report, COSINE, 0.95)
-    worse = held_against(with_metric(report, COSINE, 0.5), Baseline("before", old))
+    worse = held_against(with_metric(report, COSINE, 0.5), Baseline(source="before", report=old))
     assert worse.verdict == "fail"
     assert [check.name for check in worse.regressions] == [COSINE]
     assert worse.regressions[0].kind == "baseline"
     assert "limit: at most 2 % worse" in worse.regressions[0].message
-    unlike = held_against(DIFFERENT["gpu"](old), Baseline("before", old))
+    unlike = held_against(DIFFERENT["gpu"](old), Baseline(source="before", report=old))
     assert (unlike.verdict, unlike.baseline) == ("inconclusive", None)
     assert "gpu is" in unlike.warnings[-1]
 
@@ -344,7 +353,9 @@ HOSTILE = '<script>|`x`|[a](b) \x00 & "quotes"'
 @pytest.fixture
 def hostile(report: Report) -> Comparison:
     new, old = with_metric(report, HOSTILE, 0.5), with_metric(report, HOSTILE, 0.9)
-    return compare_reports(new, Baseline(HOSTILE, old, HOSTILE, "2026-01-01"))
+    return compare_reports(
+        new, Baseline(source=HOSTILE, report=old, reason=HOSTILE, date="2026-01-01")
+    )
 
 
 def test_markdown_keeps_names_as_they_are(hostile: Comparison) -> None:
@@ -411,4 +422,4 @@ def test_damaged_limits_of_a_baseline_are_named(limits: JsonValue, where: str) -
     damaged = report.model_copy(update={"options": {**report.options, "limits": limits}})
     message = rf"^Baseline old\.json is damaged at '{re.escape(where)}': .*; restore it\.$"
     with pytest.raises(BundleError, match=message):
-        compare_reports(report, Baseline("old.json", damaged), limits=GivenLimits())
+        compare_reports(report, Baseline(source="old.json", report=damaged), limits=GivenLimits())

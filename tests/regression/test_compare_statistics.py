@@ -17,7 +17,7 @@ from prox24_deploy.core.intervals import (
     ratio_of_intervals,
     unpaired_difference,
 )
-from prox24_deploy.core.records import Estimate, LatencyRow, Metric
+from prox24_deploy.core.records import Estimate, LatencyRow, PairedMetric
 from prox24_deploy.core.types import Judgement
 from prox24_deploy.latency.measure import (
     DEFAULT_OPTIONS,
@@ -81,7 +81,7 @@ def verdicts_of(
     found: Counter[Judgement] = Counter()
     for new, old in pairs:
         comparison = compare_reports(
-            new, Baseline("before", old), limits=GivenLimits(metrics=limits)
+            new, Baseline(source="before", report=old), limits=GivenLimits(metrics=limits)
         )
         change = next(change for change in comparison.changes if change.name == name)
         assert change.gated
@@ -110,7 +110,7 @@ def test_no_change_never_fails_the_default_limits_and_drift_of_the_machine_does_
     for i in range(RUNS // 3):
         drift = (i % 5 - 2) / 10
         new, old = measured(plain, 2 * i, drift=drift), measured(plain, 2 * i + 1)
-        comparison = compare_reports(new, Baseline("before", old))
+        comparison = compare_reports(new, Baseline(source="before", report=old))
         failed += any(
             change.verdict == "fail"
             for change in comparison.changes
@@ -195,7 +195,10 @@ def test_pairs_see_a_change_that_hides_in_the_spread_of_the_text() -> None:
         text = random.normal(3.0, 1.0, 256)
         old, new = text, text + random.normal(0.02, 0.05, 256)
         paired = paired_difference(new.tolist(), old.tolist())
-        means = [Estimate(float(x.mean()), float(x.std(ddof=1)) / 16) for x in (new, old)]
+        means = [
+            Estimate(value=float(x.mean()), standard_error=float(x.std(ddof=1)) / 16)
+            for x in (new, old)
+        ]
         found[f"paired {judge(paired, 0.0)}"] += 1
         found[f"unpaired {judge(unpaired_difference(means[0], means[1], 256), 0.0)}"] += 1
     assert found["paired fail"] >= 0.95 * RUNS
@@ -217,8 +220,18 @@ def test_unchanged_accuracy_rarely_fails_and_an_equal_one_never_does(plain: Repo
 
 
 def with_metric(plain: Report, name: str, values: npt.NDArray[np.float64]) -> Report:
-    found = Estimate(float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5)
-    metric = Metric(name, False, len(values), found, found, None, None, tuple(values.tolist()))
+    found = Estimate(
+        value=float(values.mean()), standard_error=float(values.std(ddof=1)) / len(values) ** 0.5
+    )
+    metric = PairedMetric(
+        name=name,
+        higher_is_better=False,
+        samples=len(values),
+        dense=found,
+        sparse=found,
+        difference=None,
+        values=tuple(values.tolist()),
+    )
     accuracy = plain.accuracy.model_copy(update={"metrics": (metric,)})
     return plain.model_copy(update={"accuracy": accuracy, "latency": ()})
 

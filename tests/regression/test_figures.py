@@ -26,8 +26,8 @@ def compared(new: Report, old: Report, **limits: float) -> Comparison:
     given = GivenLimits()
     if limits:
         table = {"size/engine*": MetricLimits.model_validate({"threshold": limits["threshold"]})}
-        given = GivenLimits("limits.toml", table)
-    return compare_reports(new, Baseline("before", old), limits=given)
+        given = GivenLimits(source="limits.toml", metrics=table)
+    return compare_reports(new, Baseline(source="before", report=old), limits=given)
 
 
 def test_the_record_of_an_engine_that_is_the_onnx_file_gates_nothing() -> None:

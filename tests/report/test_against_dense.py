@@ -9,7 +9,7 @@ from builders import perplexities
 
 from prox24_deploy.config.limits import Limits, MetricLimits, MetricTable
 from prox24_deploy.core.intervals import FEW
-from prox24_deploy.core.records import Estimate, Metric
+from prox24_deploy.core.records import DirectMetric, Estimate, Metric, PairedMetric
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.report.against_dense import Group, Judged, judge_metrics
 
@@ -20,16 +20,27 @@ def limits(**given: float) -> MetricLimits:
     return MetricLimits.model_validate({k.replace("_", "-"): float(v) for k, v in given.items()})
 
 
-def paired(name: str, dense: float, sparse: float, error: float, samples: int = 500) -> Metric:
-    return Metric(
-        name, name != "word error rate", samples, Estimate(dense, 0.01), Estimate(sparse, 0.01),
-        Estimate(sparse - dense, error), None,
-    )  # fmt: skip
+def paired(
+    name: str, dense: float, sparse: float, error: float, samples: int = 500
+) -> PairedMetric:
+    return PairedMetric(
+        name=name,
+        higher_is_better=name != "word error rate",
+        samples=samples,
+        dense=Estimate(value=dense, standard_error=0.01),
+        sparse=Estimate(value=sparse, standard_error=0.01),
+        difference=Estimate(value=sparse - dense, standard_error=error),
+    )
 
 
-def direct(name: str, value: float, error: float, samples: int = 500) -> Metric:
+def direct(name: str, value: float, error: float, samples: int = 500) -> DirectMetric:
     higher = name not in {"KL divergence", "score change", "word error rate to dense"}
-    return Metric(name, higher, samples, None, None, None, Estimate(value, error))
+    return DirectMetric(
+        name=name,
+        higher_is_better=higher,
+        samples=samples,
+        agreement=Estimate(value=value, standard_error=error),
+    )
 
 
 def judged(task: str, *metrics: Metric, table: MetricTable | None = None) -> list[Judged]:
@@ -87,8 +98,10 @@ def test_every_kind_of_limit_applies_to_perplexity(
 ) -> None:
     """Standard errors of 0.001 in the logarithm, of either model and of the difference."""
     metric, log = perplexities(11.7, sparse, 64)
-    sharp = Estimate(math.log(sparse / 11.7), 0.001)
-    log = replace(log, sparse=Estimate(math.log(sparse), 0.001), difference=sharp)
+    sharp = Estimate(value=math.log(sparse / 11.7), standard_error=0.001)
+    log = replace(
+        log, sparse=Estimate(value=math.log(sparse), standard_error=0.001), difference=sharp
+    )
     found = judged("text-generation", metric, log, table={"perplexity": limits(**given)})[0]
     assert found.check.verdict == verdict
 
@@ -151,7 +164,7 @@ def test_three_windows_decide_by_students_t() -> None:
     """A rise of 8 % ± 0.5 %: 1.96 standard errors would keep the limit, 4.3 do not."""
     metric, log = perplexities(11.7, 11.7 * 1.08, 3)
     error = 0.008
-    log = replace(log, difference=Estimate(math.log(1.08), error))
+    log = replace(log, difference=Estimate(value=math.log(1.08), standard_error=error))
     assert math.log(1.08) + 1.96 * error < math.log(1.10)
     assert judged("text-generation", metric, log)[0].check.verdict == "inconclusive"
     assert judged("text-generation", *perplexities(11.7, 33.6, 3))[0].check.verdict == "fail"
@@ -189,7 +202,11 @@ def test_a_figure_that_is_not_finite_fails_also_without_a_limit(metric: Metric) 
 
 def test_without_pairs_both_models_are_taken_as_independent() -> None:
     metric = replace(paired("perplexity", 11.7, 12.0, 0.1), difference=None, higher_is_better=False)
-    metric = replace(metric, dense=Estimate(11.7, 0.3), sparse=Estimate(12.0, 0.4))
+    metric = replace(
+        metric,
+        dense=Estimate(value=11.7, standard_error=0.3),
+        sparse=Estimate(value=12.0, standard_error=0.4),
+    )
     (found,) = judged("text-generation", metric)
     assert found.check.verdict == "inconclusive"
     assert "95 % interval −5.83 % to +11 %" in found.check.message

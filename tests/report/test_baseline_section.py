@@ -23,7 +23,13 @@ def report() -> Report:
     for number in (1, 2, 3):
         date = f"2026-01-0{number}T00:00:00+00:00"
         made = updated(plain, baseline, reason=f"{number} {HOSTILE}", date=date, keep=10)
-        baseline = Baseline("baseline.json", made.report, made.reason, made.date, made.history)
+        baseline = Baseline(
+            source="baseline.json",
+            report=made.report,
+            reason=made.reason,
+            date=made.date,
+            history=made.history,
+        )
     assert baseline is not None
     return held_against(plain, baseline)
 
@@ -77,7 +83,7 @@ def test_a_page_without_a_baseline_has_no_such_section() -> None:
 
 def test_a_plain_report_as_baseline_has_a_table_and_no_trend(report: Report) -> None:
     plain = make_records(gated=True).report()
-    text = section(held_against(plain, Baseline("old/report.json", plain)))
+    text = section(held_against(plain, Baseline(source="old/report.json", report=plain)))
     assert "old/report.json. Verdict" in text
     assert "trend-0" not in text
     assert "Figures of accepted releases" not in text
@@ -90,7 +96,7 @@ def test_the_other_views_tell_of_a_regression_too(report: Report) -> None:
     metrics[1] = replace(metrics[1], agreement=replace(metrics[1].agreement, value=0.5))
     worse = replace(records, evaluate=replace(records.evaluate, metrics=tuple(metrics)))
     plain = make_records(gated=True).report()
-    found = held_against(worse.report(), Baseline("b", plain))
+    found = held_against(worse.report(), Baseline(source="b", report=plain))
     assert "baseline `embedding cosine`: 0.5, was 0.9712" in render_summary(found)
     assert b'<testsuite name="baseline"' in render_junit(found)
 

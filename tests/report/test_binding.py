@@ -55,7 +55,7 @@ def test_known_names_globs_and_the_plain_name_of_an_engines_metric_are_taken() -
 def expected(**tables: MetricTable) -> None:
     recipe = Limits.model_validate({"metrics": tables.pop("recipe", {})})
     metrics = expected_metrics("text-generation", labelled=False, harness=False)
-    given = GivenLimits("x.toml", **tables)
+    given = GivenLimits(source="x.toml", **tables)
     require_expected(given, recipe, metrics, ["tensorrt"], ["lm-eval/old/acc"])
 
 
@@ -90,7 +90,7 @@ def test_before_any_work_a_figure_that_cannot_come_is_refused(
 
 def test_tasks_of_the_harness_may_be_named_before_their_metrics_are_known() -> None:
     metrics = expected_metrics("text-generation", labelled=False, harness=True)
-    given = GivenLimits("x.toml", accepted={"lm-eval/arc/acc": TIGHT})
+    given = GivenLimits(source="x.toml", accepted={"lm-eval/arc/acc": TIGHT})
     require_expected(given, Limits(), metrics, ["onnxruntime"], [])
 
 
@@ -99,7 +99,7 @@ def test_a_report_is_not_made_with_a_limit_of_a_metric_that_was_not_measured() -
     records = with_metrics(make_records(), "text-generation", *perplexities(11.7, 11.8, 64))
     for given in (
         GivenLimits(accepted={"accuracy": TIGHT}),
-        GivenLimits("x.toml", against_dense={"accuracy": TIGHT}),
+        GivenLimits(source="x.toml", against_dense={"accuracy": TIGHT}),
     ):
         with pytest.raises(UsageError, match="names 'accuracy', which is no figure"):
             records.report(given)
@@ -108,7 +108,7 @@ def test_a_report_is_not_made_with_a_limit_of_a_metric_that_was_not_measured() -
 
 
 def test_a_glob_against_the_dense_model_that_matches_nothing_is_a_row_that_does_not_pass() -> None:
-    given = GivenLimits("x.toml", against_dense={"acc*": TIGHT, "none*": MetricLimits()})
+    given = GivenLimits(source="x.toml", against_dense={"acc*": TIGHT, "none*": MetricLimits()})
     made = make_records().report(given)
     (check,) = [check for check in made.checks if check.kind == "limits"]
     assert (check.name, check.part, check.verdict) == ("acc*", "accuracy", "inconclusive")
@@ -118,19 +118,19 @@ def test_a_glob_against_the_dense_model_that_matches_nothing_is_a_row_that_does_
 
 
 def test_a_name_in_a_file_for_compare_that_no_report_has_is_refused(report: Report) -> None:
-    given = GivenLimits("limits.toml", {"embedding cosin": TIGHT})
+    given = GivenLimits(source="limits.toml", metrics={"embedding cosin": TIGHT})
     with pytest.raises(UsageError, match=r"limits\.toml names .* mean 'embedding cosine'\?"):
-        compare_reports(report, Baseline("before", report), limits=given)
+        compare_reports(report, Baseline(source="before", report=report), limits=given)
     with pytest.raises(UsageError, match="mean 'embedding cosine'"):
-        held_against(report, Baseline("before", report), limits=given)
+        held_against(report, Baseline(source="before", report=report), limits=given)
 
 
 def test_a_glob_of_a_file_or_of_the_baselines_recipe_that_matches_nothing_is_a_row(
     report: Report,
 ) -> None:
     everything = {name: MetricLimits() for name in figures_of(report)}
-    given = GivenLimits("limits.toml", {**everything, "perp*": TIGHT})
-    found = compare_reports(report, Baseline("before", report), limits=given)
+    given = GivenLimits(source="limits.toml", metrics={**everything, "perp*": TIGHT})
+    found = compare_reports(report, Baseline(source="before", report=report), limits=given)
     row = found.changes[-1]
     assert (row.name, row.status, row.verdict) == ("perp*", "unmatched", "inconclusive")
     assert found.verdict == "inconclusive"
@@ -139,9 +139,13 @@ def test_a_glob_of_a_file_or_of_the_baselines_recipe_that_matches_nothing_is_a_r
     own = Limits.model_validate({"metrics": {"perp*": TIGHT}})
     applied = own.over_defaults("feature-extraction", []).as_json()
     old = report.model_copy(update={"options": {**report.options, "limits": applied}})
-    again = compare_reports(report, Baseline("before", old), limits=GivenLimits("", everything))
+    again = compare_reports(
+        report,
+        Baseline(source="before", report=old),
+        limits=GivenLimits(source="", metrics=everything),
+    )
     assert [c.name for c in again.changes if c.status == "unmatched"] == ["perp*"]
-    plain = compare_reports(report, Baseline("before", report))
+    plain = compare_reports(report, Baseline(source="before", report=report))
     assert not [c for c in plain.changes if c.status == "unmatched"]
 
 
@@ -158,8 +162,8 @@ def test_a_limit_for_a_figure_that_the_baseline_lacks_is_judged_or_left_open(
         ({"max-degradation": 0.1}, "inconclusive"),
     ):
         table = {"embedding cosine": MetricLimits.model_validate(limits)}
-        given = GivenLimits("limits.toml", table)
-        found = compare_reports(report, Baseline("before", old), limits=given)
+        given = GivenLimits(source="limits.toml", metrics=table)
+        found = compare_reports(report, Baseline(source="before", report=old), limits=given)
         change = next(c for c in found.changes if c.name == "embedding cosine")
         assert (change.status, change.verdict) == ("new", verdict)
 

@@ -8,7 +8,7 @@ from builders import make_records
 
 from prox24_deploy.config.limits import DEFAULT_METRICS, Limits, limits_of
 from prox24_deploy.core.accuracy import EngineAccuracy, EngineAccuracyResult, Fidelity
-from prox24_deploy.core.records import Estimate, Metric, NotMeasured
+from prox24_deploy.core.records import DirectMetric, Estimate, NotMeasured, PairedMetric
 from prox24_deploy.regression.baseline import Baseline
 from prox24_deploy.regression.compare import compare_reports
 from prox24_deploy.report.assemble import Report, assemble_report
@@ -18,25 +18,79 @@ from prox24_deploy.report.schema import parse_report
 
 VALUES = (3.0, 3.2, 3.4, 3.1)
 METRICS = (
-    Metric(
-        "perplexity", False, 4, Estimate(20.0, 0.5), Estimate(21.0, 0.5), None, None, VALUES
+    PairedMetric(
+        name="perplexity",
+        higher_is_better=False,
+        samples=4,
+        dense=Estimate(value=20.0, standard_error=0.5),
+        sparse=Estimate(value=21.0, standard_error=0.5),
+        difference=None,
+        values=VALUES,
     ),
-    Metric("KL divergence", False, 4, None, None, None, Estimate(0.2, 0.01)),
-)  # fmt: skip
+    DirectMetric(
+        name="KL divergence",
+        higher_is_better=False,
+        samples=4,
+        agreement=Estimate(value=0.2, standard_error=0.01),
+    ),
+)
 CLOSE = Fidelity(
-    "sparse", "log-perplexity", 4, Estimate(3.0, 0.1), Estimate(3.001, 0.1),
-    Estimate(0.001, 0.0001), None, 0.0008, 0.01, True,
-)  # fmt: skip
-FAR = replace(CLOSE, engine=Estimate(3.5, 0.1), difference=Estimate(0.5, 0.1), deviation=0.3,
-              passed=False)  # fmt: skip
-TOLD = Fidelity("dense", "top-1 agreement", 4, None, None, None, Estimate(0.99, 0.01), None, None,
-                None)  # fmt: skip
-LOST = Fidelity("dense", "KL divergence", 4, None, None, None, None, None, 0.01, False)
+    twin="sparse",
+    metric="log-perplexity",
+    samples=4,
+    torch=Estimate(value=3.0, standard_error=0.1),
+    engine=Estimate(value=3.001, standard_error=0.1),
+    difference=Estimate(value=0.001, standard_error=0.0001),
+    agreement=None,
+    deviation=0.0008,
+    tolerance=0.01,
+    passed=True,
+)
+FAR = replace(
+    CLOSE,
+    engine=Estimate(value=3.5, standard_error=0.1),
+    difference=Estimate(value=0.5, standard_error=0.1),
+    deviation=0.3,
+    passed=False,
+)
+TOLD = Fidelity(
+    twin="dense",
+    metric="top-1 agreement",
+    samples=4,
+    torch=None,
+    engine=None,
+    difference=None,
+    agreement=Estimate(value=0.99, standard_error=0.01),
+    deviation=None,
+    tolerance=None,
+    passed=None,
+)
+LOST = Fidelity(
+    twin="dense",
+    metric="KL divergence",
+    samples=4,
+    torch=None,
+    engine=None,
+    difference=None,
+    agreement=None,
+    deviation=None,
+    tolerance=0.01,
+    passed=False,
+)
 
 
 def engine(*fidelity: Fidelity, longest: int | None = None) -> EngineAccuracy:
     return EngineAccuracy(
-        "onnxruntime", "CPU <x>", "float16", 4, 256, 16, longest, METRICS, fidelity, 1.5
+        backend="onnxruntime",
+        device="CPU <x>",
+        dtype="float16",
+        samples=4,
+        tokens=256,
+        available=16,
+        longest=longest,
+        metrics=METRICS,
+        fidelity=fidelity,
+        seconds=1.5,
     )
 
 
@@ -51,7 +105,7 @@ def report_of(result: EngineAccuracyResult) -> Report:
 
 
 def test_a_departure_fails_and_what_informs_does_not_gate() -> None:
-    checks = engine_checks(EngineAccuracyResult((engine(CLOSE, FAR, TOLD, LOST),)))
+    checks = engine_checks(EngineAccuracyResult(engines=(engine(CLOSE, FAR, TOLD, LOST),)))
     assert [(c.name, c.gated, c.verdict) for c in checks] == [
         ("onnxruntime sparse log-perplexity", True, "pass"),
         ("onnxruntime sparse log-perplexity", True, "fail"),
@@ -61,14 +115,14 @@ def test_a_departure_fails_and_what_informs_does_not_gate() -> None:
     assert "Engine 3.5, PyTorch 3, difference 0.5 ± 0.1 over 4 samples" in checks[1].message
     assert "do not ship it, export with another --dtype" in checks[1].message
     assert "a figure that is not finite" in checks[3].message
-    report = report_of(EngineAccuracyResult((engine(FAR),)))
+    report = report_of(EngineAccuracyResult(engines=(engine(FAR),)))
     assert report.verdict == "fail"
     assert [check.name for check in report.regressions] == ["onnxruntime sparse log-perplexity"]
 
 
 def test_what_cannot_run_is_told_and_what_breaks_fails() -> None:
-    missing = NotMeasured("tensorrt-rtx", "this machine has no NVIDIA GPU")
-    broken = NotMeasured("onnxruntime", "output 'logits' is NaN")
+    missing = NotMeasured(backend="tensorrt-rtx", reason="this machine has no NVIDIA GPU")
+    broken = NotMeasured(backend="onnxruntime", reason="output 'logits' is NaN")
     result = EngineAccuracyResult(not_measured=(missing,))
     report = report_of(result)
     assert report.verdict == "pass"
@@ -85,20 +139,22 @@ def test_what_cannot_run_is_told_and_what_breaks_fails() -> None:
 
 
 def test_samples_that_were_cut_are_said() -> None:
-    assert not list(engine_warnings(EngineAccuracyResult((engine(CLOSE),)), METRICS))
-    (warning,) = engine_warnings(EngineAccuracyResult((engine(CLOSE, longest=128),)), METRICS)
+    assert not list(engine_warnings(EngineAccuracyResult(engines=(engine(CLOSE),)), METRICS))
+    (warning,) = engine_warnings(
+        EngineAccuracyResult(engines=(engine(CLOSE, longest=128),)), METRICS
+    )
     assert "samples cut to 128 tokens" in warning
 
 
 def test_a_metric_that_engines_lack_is_named() -> None:
     asked = (replace(METRICS[0], name="word error rate"), *METRICS)
-    (warning,) = engine_warnings(EngineAccuracyResult((engine(CLOSE),)), asked)
+    (warning,) = engine_warnings(EngineAccuracyResult(engines=(engine(CLOSE),)), asked)
     assert warning.startswith("Not measured through the engines of backend onnxruntime")
     assert warning.endswith(": word error rate.")
 
 
 def test_every_view_shows_the_engine() -> None:
-    report = report_of(EngineAccuracyResult((engine(CLOSE, FAR, TOLD),)))
+    report = report_of(EngineAccuracyResult(engines=(engine(CLOSE, FAR, TOLD),)))
     html = render_html(report)
     assert "Through onnxruntime, float16" in html
     assert "CPU &lt;x&gt;" in html
@@ -113,11 +169,11 @@ def test_every_view_shows_the_engine() -> None:
 
 @pytest.mark.parametrize(("worse", "verdict"), [(0.0, "pass"), (0.01, "pass"), (0.5, "fail")])
 def test_compare_holds_the_engine_to_its_baseline(worse: float, verdict: str) -> None:
-    old = report_of(EngineAccuracyResult((engine(CLOSE),)))
+    old = report_of(EngineAccuracyResult(engines=(engine(CLOSE),)))
     value = 21.0 * (1 + worse)
     slower = replace(
         METRICS[0],
-        sparse=Estimate(value, 0.5),
+        sparse=Estimate(value=value, standard_error=0.5),
         values=tuple(v * (1 + worse) * 21 / 3.175 for v in VALUES),
     )
     before = replace(METRICS[0], values=tuple(v * 21 / 3.175 for v in VALUES))
@@ -131,7 +187,7 @@ def test_compare_holds_the_engine_to_its_baseline(worse: float, verdict: str) ->
         )
         for report, one in ((old, before), (old, slower))
     ]
-    baseline = Baseline("baseline.json", made[0])
+    baseline = Baseline(source="baseline.json", report=made[0])
     found = compare_reports(made[1], baseline)
     changes = {change.name: change for change in found.changes}
     assert changes["engine/onnxruntime/perplexity"].verdict == verdict
@@ -140,9 +196,9 @@ def test_compare_holds_the_engine_to_its_baseline(worse: float, verdict: str) ->
 
 
 def test_an_engine_that_is_no_longer_measured_fails_by_name() -> None:
-    old = report_of(EngineAccuracyResult((engine(CLOSE),)))
+    old = report_of(EngineAccuracyResult(engines=(engine(CLOSE),)))
     new = report_of(EngineAccuracyResult())
-    found = compare_reports(new, Baseline("baseline.json", old))
+    found = compare_reports(new, Baseline(source="baseline.json", report=old))
     changes = {change.name: change for change in found.changes}
     assert changes["engine/onnxruntime/perplexity"].status == "missing"
     assert changes["engine/onnxruntime/perplexity"].verdict == "fail"

@@ -16,7 +16,7 @@ from prox24_deploy.report.assemble import Report
 from prox24_deploy.report.escape import class_name, code, markdown, plain_name, xml_text
 from prox24_deploy.report.render import render_benchmark, render_html, render_junit, render_summary
 
-PLAIN = SourceCard({}, "")
+PLAIN = SourceCard(metadata={}, text="")
 HOSTILE = {
     "html": "X\n\n<script>alert(1)</script>\n\n# Owned",
     "heading": "X\n# Owned\n\nVerdict: pass",

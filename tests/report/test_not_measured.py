@@ -58,7 +58,7 @@ def test_every_view_tells_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_the_first_table_is_the_evidence_of_every_layer(alone: bool, tmp_path: Path) -> None:
+def test_the_first_table_is_the_evidence_of_every_layer(*, alone: bool, tmp_path: Path) -> None:
     report = with_not_measured(make_records(), alone=alone).report()
     write_report(report, tmp_path)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")

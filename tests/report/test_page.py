@@ -11,7 +11,7 @@ from chromium import running_chromium
 from page_audit import GEOMETRY, View, audit, axe_version, opened, unprinted
 from playwright.sync_api import Browser
 
-from prox24_deploy.core.records import Estimate
+from prox24_deploy.core.records import Estimate, PairedMetric
 from prox24_deploy.regression.baseline import Baseline, updated
 from prox24_deploy.regression.compare import held_against
 from prox24_deploy.report.plots import error_plots, latency_plot, trend_plot
@@ -85,7 +85,8 @@ def rich_report() -> Report:
     baseline: Baseline | None = None
     for number, value in enumerate((0.814, 0.809, 0.8215, 0.8203), start=1):
         headline, *others = before.evaluate.metrics
-        headline = replace(headline, sparse=Estimate(value, 0.0094))
+        assert isinstance(headline, PairedMetric)
+        headline = replace(headline, sparse=Estimate(value=value, standard_error=0.0094))
         accepted = replace(before, evaluate=replace(before.evaluate, metrics=(headline, *others)))
         made = updated(
             accepted.report(),
@@ -94,7 +95,13 @@ def rich_report() -> Report:
             date=f"2026-0{number}-03T08:00:00+00:00",
             keep=10,
         )
-        baseline = Baseline("baseline.json", made.report, made.reason, made.date, made.history)
+        baseline = Baseline(
+            source="baseline.json",
+            report=made.report,
+            reason=made.reason,
+            date=made.date,
+            history=made.history,
+        )
     assert baseline is not None
     return held_against(with_budget(before, max_loss=0.05, cosine=0.9).report(), baseline)
 

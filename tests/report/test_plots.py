@@ -80,7 +80,7 @@ def test_a_layer_outside_the_blocks_does_not_stretch_their_axis() -> None:
 def test_the_curve_of_a_budget_stays_in_its_frame_and_marks_what_was_chosen() -> None:
     budget = with_budget(make_records(), 0.05).prune.sensitivity
     assert budget is not None
-    helped = replace(budget.curve[0], loss=Estimate(-0.01, 0.02))
+    helped = replace(budget.curve[0], loss=Estimate(value=-0.01, standard_error=0.02))
     for found in (budget, replace(budget, curve=(helped, *budget.curve[1:]), max_loss=None)):
         plot = sensitivity_plot(found)
         assert plot.count('class="chosen"') == 1

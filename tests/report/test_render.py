@@ -16,7 +16,7 @@ from builders import (
 )
 from junitparser import JUnitXml
 
-from prox24_deploy.core.records import Estimate, Metric
+from prox24_deploy.core.records import Estimate, PairedMetric
 from prox24_deploy.report.assemble import Report, load_report, write_report
 from prox24_deploy.report.render import estimate, seconds, size
 
@@ -170,8 +170,13 @@ def test_ungated_latency_is_skipped_even_if_it_fails(records: Records, tmp_path:
 def test_benchmark_entries_are_figures_of_which_less_is_better(
     records: Records, tmp_path: Path
 ) -> None:
-    perplexity = Metric(
-        "perplexity", False, 64, Estimate(12.0, 0.3), Estimate(13.5, 0.4), Estimate(1.5, 0.1), None
+    perplexity = PairedMetric(
+        name="perplexity",
+        higher_is_better=False,
+        samples=64,
+        dense=Estimate(value=12.0, standard_error=0.3),
+        sparse=Estimate(value=13.5, standard_error=0.4),
+        difference=Estimate(value=1.5, standard_error=0.1),
     )
     evaluate = replace(records.evaluate, metrics=(perplexity,))
     report = replace(records, evaluate=evaluate).report()
@@ -218,11 +223,11 @@ def test_report_without_latency_or_pruned_layers_can_be_written(
 
 
 def test_figures_are_written_with_the_digits_they_deserve() -> None:
-    assert estimate(Estimate(0.81234, 0.0094)) == "0.8123 ± 0.0094"
-    assert estimate(Estimate(-12.3456, 3.0)) == "−12.3 ± 3.0"
-    assert estimate(Estimate(0.5, 0.0)) == "0.5"
-    assert estimate(Estimate(1 - 3e-13, 2e-14)) == "1"
-    assert estimate(Estimate(0.5, 2e-6)) == "0.5000000 ± 0.0000020"
+    assert estimate(Estimate(value=0.81234, standard_error=0.0094)) == "0.8123 ± 0.0094"
+    assert estimate(Estimate(value=-12.3456, standard_error=3.0)) == "−12.3 ± 3.0"
+    assert estimate(Estimate(value=0.5, standard_error=0.0)) == "0.5"
+    assert estimate(Estimate(value=1 - 3e-13, standard_error=2e-14)) == "1"
+    assert estimate(Estimate(value=0.5, standard_error=2e-6)) == "0.5000000 ± 0.0000020"
     assert estimate(None) == "–"
     assert [size(value) for value in (12, 45_612_345, 3e9, 5e12)] == [
         "12 bytes", "45.6 MB", "3 GB", "5,000 GB",

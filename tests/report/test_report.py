@@ -25,7 +25,7 @@ from markupsafe import escape
 
 from prox24_deploy.config.limits import Limits
 from prox24_deploy.core.errors import BundleError
-from prox24_deploy.core.records import Estimate, Metric
+from prox24_deploy.core.records import Estimate, PairedMetric
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.report.assemble import (
     SCHEMA_FILE,
@@ -128,10 +128,10 @@ def test_parts_of_one_tensor_count_each_with_its_own_size(records: Records) -> N
 def test_accuracy_spells_out_the_headline_and_the_agreement(report: Report) -> None:
     accuracy = report.accuracy
     assert accuracy.metric == "STS-B Spearman correlation"
-    assert accuracy.sparse == Estimate(0.8117, 0.0094)
+    assert accuracy.sparse == Estimate(value=0.8117, standard_error=0.0094)
     assert (accuracy.agreement_metric, accuracy.agreement) == (
         "embedding cosine",
-        Estimate(0.9712, 0.0009),
+        Estimate(value=0.9712, standard_error=0.0009),
     )
 
 
@@ -352,7 +352,10 @@ def test_accuracy_that_is_not_finite_fails_the_release(
     records: Records, value: float, tmp_path: Path
 ) -> None:
     headline, *rest = records.evaluate.metrics
-    broken = replace(headline, sparse=Estimate(value, 0.1), values=(value, 1.0))
+    assert isinstance(headline, PairedMetric)
+    broken = replace(
+        headline, sparse=Estimate(value=value, standard_error=0.1), values=(value, 1.0)
+    )
     changed = replace(records, evaluate=replace(records.evaluate, metrics=(broken, *rest)))
     report = changed.report()
     assert (report.verdict, report.accuracy.sparse) == ("fail", None)
@@ -423,10 +426,14 @@ def test_a_budget_of_a_decoder_is_held_to_the_difference_of_log_perplexity(
         budgeted.prune,
         sensitivity=replace(budgeted.prune.sensitivity, metric="log-perplexity"),
     )
-    metric = Metric(
-        "log-perplexity", False, 64, Estimate(2.5, 0.05), Estimate(2.8, 0.05), Estimate(0.3, 0.01),
-        None,
-    )  # fmt: skip
+    metric = PairedMetric(
+        name="log-perplexity",
+        higher_is_better=False,
+        samples=64,
+        dense=Estimate(value=2.5, standard_error=0.05),
+        sparse=Estimate(value=2.8, standard_error=0.05),
+        difference=Estimate(value=0.3, standard_error=0.01),
+    )
     evaluate = replace(budgeted.evaluate, metrics=(metric,))
     report = replace(budgeted, prune=prune, evaluate=evaluate).report()
     assert report.verdict == "fail"

@@ -8,11 +8,11 @@ from builders import make_records, perplexities, with_metrics
 from test_engine_checks import engine
 
 from prox24_deploy.config.limits import Limits
-from prox24_deploy.core.records import Estimate, Metric, TextSource
+from prox24_deploy.core.records import Estimate, PairedMetric, TextSource
 from prox24_deploy.report.against_dense import Group, judge_metrics
 from prox24_deploy.report.sample_checks import few_samples, sample_warnings
 
-TEXT = TextSource("file", ("eval.txt",), "c" * 64, 64, 32_768)
+TEXT = TextSource(kind="file", paths=("eval.txt",), sha256="c" * 64, samples=64, tokens=32_768)
 TABLE = Limits().over_defaults("text-generation", []).against_dense
 
 
@@ -66,13 +66,17 @@ def test_engines_and_tasks_have_remedies_of_their_own() -> None:
         Group(
             "lm-eval/",
             (
-                Metric(
-                    "arc/acc", True, 100, Estimate(0.5, 0.05), Estimate(0.49, 0.05),
-                    Estimate(-0.01, 0.03), None,
+                PairedMetric(
+                    name="arc/acc",
+                    higher_is_better=True,
+                    samples=100,
+                    dense=Estimate(value=0.5, standard_error=0.05),
+                    sparse=Estimate(value=0.49, standard_error=0.05),
+                    difference=Estimate(value=-0.01, standard_error=0.03),
                 ),
             ),
         ),
-    ]  # fmt: skip
+    ]
     first, second = sample_warnings(judge_metrics(groups, TABLE), TEXT, (engine(),))
     assert first.startswith(
         "Whether perplexity through onnxruntime is within the limit is open on 4"

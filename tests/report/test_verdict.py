@@ -25,7 +25,7 @@ from prox24_deploy.cli.tables import report_head
 from prox24_deploy.config.limits import GivenLimits, Limits, MetricLimits, accepted_loss
 from prox24_deploy.core.accuracy import EngineAccuracyResult
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.records import Estimate, Metric
+from prox24_deploy.core.records import DirectMetric, Estimate
 from prox24_deploy.core.types import Judgement, Verdict
 from prox24_deploy.packaging.card import SourceCard, render_card
 from prox24_deploy.regression.baseline import Baseline
@@ -33,7 +33,7 @@ from prox24_deploy.regression.compare import compare_reports, held_against
 from prox24_deploy.report.assemble import Report, assemble_report, write_report
 from prox24_deploy.report.render import render_html, render_summary
 
-PLAIN = SourceCard({}, "")
+PLAIN = SourceCard(metadata={}, text="")
 LIFTED = {"embedding cosine": MetricLimits()}
 ONLY_COSINE = {
     "*": MetricLimits(),
@@ -246,13 +246,13 @@ def test_a_baseline_can_fail_a_part_and_prove_none() -> None:
     report = make_records().report()
     lifted = make_records().report(GivenLimits(against_dense=LIFTED))
     limits = GivenLimits(metrics=ONLY_COSINE)
-    held = held_against(lifted, Baseline("before", report), limits=limits)
+    held = held_against(lifted, Baseline(source="before", report=report), limits=limits)
     cosine = next(c for c in held.checks if (c.kind, c.name) == ("baseline", "embedding cosine"))
     assert cosine.verdict == "pass"
     assert held.parts.accuracy.verdict == "not gated"
     assert held.verdict == "inconclusive"
     slower = with_latency(make_records(gated=True), "fail", gated=True).report()
-    before = Baseline("before", make_records(gated=True).report())
+    before = Baseline(source="before", report=make_records(gated=True).report())
     found = held_against(slower, before, limits=limits)
     assert found.parts.speed.verdict == "fail"
     assert found.parts.accuracy.verdict == "pass"
@@ -262,19 +262,23 @@ def test_compare_holds_a_report_to_other_limits_against_the_dense_model() -> Non
     report = make_records().report()
     strict = {"embedding cosine": MetricLimits(threshold=0.99)}
     for table, verdict in (({}, "pass"), (strict, "fail"), (LIFTED, "inconclusive")):
-        given = GivenLimits("limits.toml", ONLY_COSINE, table)
-        found = compare_reports(report, Baseline("before", report), limits=given)
+        given = GivenLimits(source="limits.toml", metrics=ONLY_COSINE, against_dense=table)
+        found = compare_reports(report, Baseline(source="before", report=report), limits=given)
         release = found.changes[0]
         assert (release.verdict, found.verdict) == (verdict, verdict)
         assert ("accuracy is not gated" in release.message) == (table is LIFTED)
-    wrong = GivenLimits("limits.toml", against_dense={"embeding cosine": MetricLimits(threshold=1)})
+    wrong = GivenLimits(
+        source="limits.toml", against_dense={"embeding cosine": MetricLimits(threshold=1)}
+    )
     with pytest.raises(UsageError, match="did you mean 'embedding cosine'"):
-        compare_reports(report, Baseline("before", report), limits=wrong)
+        compare_reports(report, Baseline(source="before", report=report), limits=wrong)
 
 
 def test_accuracy_through_an_engine_counts_as_much_as_that_through_pytorch() -> None:
     records = with_metrics(make_records(), "text-generation", *perplexities(11.7, 12.0, 64))
-    through = EngineAccuracyResult((replace(engine(), metrics=perplexities(11.7, 33.6, 16)),))
+    through = EngineAccuracyResult(
+        engines=(replace(engine(), metrics=perplexities(11.7, 33.6, 16)),)
+    )
     report = assemble_report(
         records.model, replace(records.results, accuracy=through), Limits(), options={},
         environment={}, sizes={}, timings={},
@@ -287,7 +291,12 @@ def test_accuracy_through_an_engine_counts_as_much_as_that_through_pytorch() -> 
 
 
 def test_nothing_that_has_no_limit_says_that_it_passes(tmp_path: Path) -> None:
-    informs = Metric("KL divergence", False, 64, None, None, None, Estimate(0.5, 0.1))
+    informs = DirectMetric(
+        name="KL divergence",
+        higher_is_better=False,
+        samples=64,
+        agreement=Estimate(value=0.5, standard_error=0.1),
+    )
     records = with_metrics(
         make_records(), "text-generation", *perplexities(11.7, 12.0, 64), informs
     )

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from prox24_deploy.config.options import EngineOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import make_folder, write_atomic
+from prox24_deploy.core.backends import BackendKind
 from prox24_deploy.core.documents import Document, read_document
 from prox24_deploy.core.errors import EngineError, ModelDirError
 from prox24_deploy.core.fingerprint import unkeyed
@@ -30,6 +31,8 @@ from prox24_deploy.core.records import (
     TensorCheck,
 )
 from prox24_deploy.core.types import DType, Twin, silent
+from prox24_deploy.engines.base import Origin, require_one_graph
+from prox24_deploy.engines.cusparselt import torch_model
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
 from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
@@ -51,7 +54,7 @@ PRUNED = "pruned"
 ENGINE_FILE, EVIDENCE_FILE, GEMMS_FILE = "engine.json", "evidence.json", "gemms.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFile:
     """How to open an engine: hash of the model and, by layer, the algorithm for each m.
 
@@ -69,7 +72,7 @@ T = TypeVar("T")
 _ENGINE, _EVIDENCE = TypeAdapter(EngineFile), TypeAdapter(EngineEvidence)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CuSparseLt:
     """Runs model directories in PyTorch on the GPU at hand.
 
@@ -90,7 +93,7 @@ class CuSparseLt:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(batch, sequence) that layers are chosen for."""
-        return self.options.shapes(images=self.recipe.reads_images)
+        return self.options.shapes(images=not self.recipe.modality.has_length)
 
     @property
     def name(self) -> str:
@@ -264,7 +267,11 @@ def explain(
         if bool(sparse) != choice.chosen:
             what = "a sparse kernel" if sparse else f"only {', '.join(seen) or 'dense kernels'}"
             reason = f"unexpected: {reason}, but the profiler saw {what}"
-        layers.append(LayerEvidence(choice.name, choice.eligible, bool(sparse), reason))
+        layers.append(
+            LayerEvidence(
+                module=choice.name, eligible=choice.eligible, chosen=bool(sparse), reason=reason
+            )
+        )
     return tuple(layers)
 
 
@@ -274,3 +281,21 @@ def _read(adapter: TypeAdapter[T], path: Path) -> T:
         return adapter.validate_json(read_document(path, document))
     except ValidationError as error:
         raise document.refused("cannot be read") from error
+
+
+def open_backend(_: BackendKind, options: EngineOptions, origin: Origin) -> CuSparseLt:
+    """The backend on the GPU at hand.
+
+    Raises:
+        BackendMissingError: this machine lacks what it needs.
+        UsageError: the model has two graphs.
+    """
+    require_one_graph(origin.recipe, "Backend 'cusparselt'")
+    torch_model.require_gpu("Backend 'cusparselt'", "--backend onnxruntime")
+    return CuSparseLt(
+        dense=origin.dense,
+        dense_sha256=origin.dense_sha256,
+        recipe=origin.recipe,
+        options=options,
+        known=origin.gemms,
+    )

@@ -12,7 +12,7 @@ NOT_24 = "not 2:4"
 MEAN_SPEEDUP, LEAST_SPEEDUP = 1.02, 0.98
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChoice:
     """Whether a layer runs sparse, and why.
 
@@ -56,8 +56,12 @@ def choose(
         obstacle = gemm_obstacle(use) if use.name in pruned else NOT_24
         timings = () if obstacle else tuple(profile.timing(shape) for shape in use.gemms)
         chosen = bool(timings) and _pays(timings)
-        reason = obstacle or _said(timings, chosen)
-        choices.append(LayerChoice(use.name, use.n, use.k, timings, chosen, reason))
+        reason = obstacle or _said(timings, chosen=chosen)
+        choices.append(
+            LayerChoice(
+                name=use.name, n=use.n, k=use.k, timings=timings, chosen=chosen, reason=reason
+            )
+        )
     return tuple(choices)
 
 
@@ -66,7 +70,7 @@ def _pays(timings: tuple[GemmTiming, ...]) -> bool:
     return mean >= MEAN_SPEEDUP and min(t.speedup for t in timings) >= LEAST_SPEEDUP
 
 
-def _said(timings: tuple[GemmTiming, ...], chosen: bool) -> str:
+def _said(timings: tuple[GemmTiming, ...], *, chosen: bool) -> str:
     shown = ", ".join(f"{t.speedup:.2f}× at {t.shape.m} rows" for t in timings)
     how = "timed" if all(t.measured for t in timings) else "estimated"
     return f"{how} faster: {shown}" if chosen else f"{how} slower: {shown}"

@@ -100,7 +100,7 @@ def time_gemm(shape: GemmShape, dtype: torch.dtype, algorithms: Sequence[int]) -
     samples = [[timed() for timed in timers] for _ in range(_REPLAYS)]
     dense_us, *sparse_us = (median(times) for times in zip(*samples, strict=True))
     fastest, number = min(zip(sparse_us, algorithms, strict=True))
-    return GemmTiming(shape, dense_us, fastest, number)
+    return GemmTiming(shape=shape, dense_us=dense_us, sparse_us=fastest, algorithm=number)
 
 
 def gpu_profile(dtype: DType) -> GpuProfile:
@@ -115,4 +115,6 @@ def gpu_profile(dtype: DType) -> GpuProfile:
         "cuda": str(torch.version.cuda),
         "cusparselt": str(torch.backends.cusparselt.version()),
     }
-    return GpuProfile(torch.cuda.get_device_name(), driver, dtype, versions, ())
+    return GpuProfile(
+        gpu=torch.cuda.get_device_name(), driver=driver, dtype=dtype, versions=versions, gemms=()
+    )

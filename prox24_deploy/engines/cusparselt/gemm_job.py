@@ -78,7 +78,7 @@ def main() -> None:
     with Path(lock_file).open("a", encoding="utf-8") as lock:
         for line in sys.stdin:
             n, k, m, number = json.loads(line)
-            shape = GemmShape(n, k, m)
+            shape = GemmShape(n=n, k=k, m=m)
             found = time_algorithm(shape, getattr(torch, dtype), number, stopwatch, lock)
             _say(json.dumps(found))
 

@@ -70,7 +70,7 @@ class SparseLinear(nn.Module):
         """The plan for `count` rows, made where there is none yet."""
         if count not in self._plans:
             padded = count + -count % ROW_MULTIPLE
-            shape = GemmShape(self.out_features, self.in_features, padded)
+            shape = GemmShape(n=self.out_features, k=self.in_features, m=padded)
             algorithm = self._algorithms.get(count, 0)
             dtype = self.packed.dtype
             self._plans[count] = matmul.shared_plan(shape, dtype, algorithm, self.bias)
@@ -100,7 +100,7 @@ def shape_obstacle(n: int, k: int) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerUse:
     """A layer as the model uses it: `gemms` has its GEMM in each of the input shapes asked for.
 
@@ -125,7 +125,7 @@ def layer_uses(model: nn.Module, runs: Sequence[Callable[[], object]]) -> tuple[
 
     def note(name: str, hidden: Tensor) -> None:
         n, k = shapes[name]
-        seen.setdefault(name, []).append(GemmShape(n, k, hidden.numel() // k))
+        seen.setdefault(name, []).append(GemmShape(n=n, k=k, m=hidden.numel() // k))
 
     hooks = [
         layer.register_forward_pre_hook(lambda _, given, name=name: note(name, given[0]))
@@ -138,7 +138,12 @@ def layer_uses(model: nn.Module, runs: Sequence[Callable[[], object]]) -> tuple[
         for hook in hooks:
             hook.remove()
     return tuple(
-        LayerUse(name, *shapes[name], () if isinstance(layers[name], nn.Conv2d) else tuple(gemms))
+        LayerUse(
+            name=name,
+            n=shapes[name][0],
+            k=shapes[name][1],
+            gemms=() if isinstance(layers[name], nn.Conv2d) else tuple(gemms),
+        )
         for name, gemms in seen.items()
         if len(gemms) == len(runs)
     )

@@ -18,7 +18,7 @@ from prox24_deploy.engines.cusparselt.profile import GpuProfile
 SCHEMA_VERSION = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
     """One layer: whether to prune it, what that costs and what it gains.
 
@@ -32,7 +32,7 @@ class LayerPlan:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShapePlan:
     """One input shape.
 
@@ -50,7 +50,7 @@ class ShapePlan:
     speedup: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Which layers of a model to prune for one GPU.
 
@@ -93,7 +93,9 @@ def plan_layers(
         if choice.chosen and choice.name in over_budget:
             reason = over_budget[choice.name]
         prune = choice.chosen and choice.name not in over_budget
-        plans.append(LayerPlan(choice, losses.get(choice.name), prune, reason))
+        plans.append(
+            LayerPlan(choice=choice, loss=losses.get(choice.name), prune=prune, reason=reason)
+        )
     return tuple(plans)
 
 
@@ -110,7 +112,16 @@ def plan_shapes(
         after = sum(t.sparse_us if layer.prune else t.dense_us for layer, t in timed) / 1e3
         base = before if whole is None else whole
         speedup = base / (base - before + after) if base else 1.0
-        plans.append(ShapePlan(batch, sequence, whole, before, after, speedup))
+        plans.append(
+            ShapePlan(
+                batch=batch,
+                sequence=sequence,
+                dense_ms=whole,
+                linear_ms=before,
+                expected_linear_ms=after,
+                speedup=speedup,
+            )
+        )
     return tuple(plans)
 
 

@@ -18,7 +18,7 @@ SCHEMA_VERSION = 2
 _NEIGHBOURS = 4
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True, order=True, kw_only=True)
 class GemmShape:
     """Y (m, n) = X (m, k) Wᵀ: n outputs, k inputs of a linear layer, m rows of activations."""
 
@@ -27,7 +27,7 @@ class GemmShape:
     m: PositiveInt
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GemmTiming:
     """Microseconds of one GEMM: cuBLAS on the dense weight, cuSPARSELt on the 2:4 one.
 
@@ -47,7 +47,7 @@ class GemmTiming:
         return self.dense_us / self.sparse_us
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuProfile:
     """GEMM timings of one GPU, driver, dtype and set of library versions."""
 
@@ -81,9 +81,9 @@ class GpuProfile:
             return _work(shape) / math.exp(mean)
 
         return GemmTiming(
-            shape,
-            time_us((timing.shape, timing.dense_us) for _, timing in nearest),
-            time_us((timing.shape, timing.sparse_us) for _, timing in nearest),
+            shape=shape,
+            dense_us=time_us((timing.shape, timing.dense_us) for _, timing in nearest),
+            sparse_us=time_us((timing.shape, timing.sparse_us) for _, timing in nearest),
             measured=False,
         )
 

@@ -135,7 +135,16 @@ def compare_outputs(
         tolerance = OUTPUT_TOLERANCES[dtype] * max(float(a.abs().max()) for a, _ in pairs)
         shapes = tuple(tuple(a.shape) for a, _ in pairs)
         passed = largest <= tolerance
-        checks.append(NumericsCheck("sparse", name, shapes, largest, tolerance, passed))
+        checks.append(
+            NumericsCheck(
+                twin="sparse",
+                output=name,
+                shapes=shapes,
+                max_abs_difference=largest,
+                tolerance=tolerance,
+                passed=passed,
+            )
+        )
     return tuple(checks)
 
 

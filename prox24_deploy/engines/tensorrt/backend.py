@@ -27,12 +27,13 @@ import onnx
 from prox24_deploy.config.options import EngineOptions
 from prox24_deploy.config.recipe import TensorSpec, shape_of
 from prox24_deploy.core.atomic import make_folder, write_atomic, writing
+from prox24_deploy.core.backends import BACKENDS, BackendKind
 from prox24_deploy.core.documents import Document, read_json
 from prox24_deploy.core.errors import BackendMissingError, EngineError, UsageError
-from prox24_deploy.core.host import INSTALL, gpu
+from prox24_deploy.core.host import gpu
 from prox24_deploy.core.records import Engine, EngineEvidence, OnnxModel, TensorCheck
 from prox24_deploy.core.types import Twin
-from prox24_deploy.engines.base import Session
+from prox24_deploy.engines.base import Origin, Session
 from prox24_deploy.engines.child import run_child
 from prox24_deploy.engines.tensorrt.evidence import engine_evidence, parse_builder
 from prox24_deploy.engines.tensorrt.job import NO_ENGINE, Job, ShapeRange, open_engine
@@ -61,7 +62,7 @@ class BuildRecord:
     batches: dict[str, tuple[int, int]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRt:
     """One of the two libraries, in the version that is installed, and what to build with it.
 
@@ -243,6 +244,12 @@ class TensorRt:
         )
 
 
+def open_backend(kind: BackendKind, options: EngineOptions, _: Origin) -> TensorRt:
+    """The one of the two libraries that a backend stands for; see `open_tensorrt`."""
+    library = next(library for library in TITLES if library == kind.library)
+    return open_tensorrt(library, options)
+
+
 def open_tensorrt(library: Library, options: EngineOptions) -> TensorRt:
     """The backend of one library as it is installed here.
 
@@ -269,7 +276,7 @@ def open_tensorrt(library: Library, options: EngineOptions) -> TensorRt:
                     f"TensorRT-RTX {trt.__version__} does not compile for {name}; pass "
                     f"--compute-capability as one of {', '.join(known)}."
                 )
-    return TensorRt(library, str(trt.__version__), card, options)
+    return TensorRt(library=library, version=str(trt.__version__), card=card, options=options)
 
 
 def load_library(library: Library) -> Any:
@@ -281,8 +288,9 @@ def load_library(library: Library) -> Any:
     try:
         return importlib.import_module(library)
     except ImportError as error:
+        install = next(kind.install for kind in BACKENDS.values() if kind.library == library)
         raise BackendMissingError(
-            f"{TITLES[library]} is not installed here ({error}); {INSTALL[library]}."
+            f"{TITLES[library]} is not installed here ({error}); {install}."
         ) from error
 
 

@@ -64,7 +64,11 @@ def parse_builder(log: str, layers_json: str = "") -> BuilderSparsity:
     eligible, eligible_layers = _list_after(log, found[-1]) if found else (None, ())
     chosen, chosen_layers = _list_after(log, chose[-1]) if chose else (None, ())
     return BuilderSparsity(
-        eligible, chosen, eligible_layers, chosen_layers, parse_layers(layers_json)
+        eligible=eligible,
+        chosen=chosen,
+        eligible_layers=eligible_layers,
+        chosen_layers=chosen_layers,
+        kernels=parse_layers(layers_json),
     )
 
 
@@ -79,7 +83,11 @@ def parse_layers(layers_json: str) -> tuple[Kernel, ...]:
         return ()
     layers = document.get("Layers") if isinstance(document, dict) else None
     return tuple(
-        Kernel(*(str(layer.get(key) or "") for key in ("Name", "Metadata", "TacticName")))
+        Kernel(
+            layer=str(layer.get("Name") or ""),
+            nodes=str(layer.get("Metadata") or ""),
+            tactic=str(layer.get("TacticName") or ""),
+        )
         for layer in (layers if isinstance(layers, list) else ())
         if isinstance(layer, dict)
     )
@@ -110,14 +118,19 @@ def engine_evidence(
         sparsity: every weight of the sparse file.
         unknown: why nothing is known, for a builder that said nothing.
     """
-    said = said or BuilderSparsity(None, None)
+    said = said or BuilderSparsity(eligible=None, chosen=None)
     expected = [check for check in sparsity if check.expected]
     known = {name for check in sparsity for name in _names(check)}
     layers = tuple(_judged(check, said, known, unknown) for check in expected)
     sparse = [kernel for kernel in said.kernels if is_sparse_kernel(kernel.tactic)]
     chosen = len(sparse) if said.chosen is None and _tells_kernels(said) else said.chosen
     return EngineEvidence(
-        backend, device, said.eligible, chosen, _summary(said, chosen, sparse, unknown), layers
+        backend=backend,
+        device=device,
+        eligible=said.eligible,
+        chosen=chosen,
+        summary=_summary(said, chosen, sparse, unknown),
+        layers=layers,
     )
 
 
@@ -180,14 +193,24 @@ def _judged(
         chosen = False
     module = check.module or check.tensor
     if chosen:
-        return LayerEvidence(module, True, True, f"kernel {sparse[0]}" if sparse else "")
+        return LayerEvidence(
+            module=module,
+            eligible=True,
+            chosen=True,
+            reason=f"kernel {sparse[0]}" if sparse else "",
+        )
     return LayerEvidence(
-        module, eligible, chosen, _why_not(check, eligible, chosen, obstacle, unknown)
+        module=module,
+        eligible=eligible,
+        chosen=chosen,
+        reason=_why_not(
+            check, eligible=eligible, chosen=chosen, obstacle=obstacle, unknown=unknown
+        ),
     )
 
 
 def _why_not(
-    check: TensorCheck, eligible: bool | None, chosen: bool | None, obstacle: str, unknown: str
+    check: TensorCheck, *, eligible: bool | None, chosen: bool | None, obstacle: str, unknown: str
 ) -> str:
     if eligible is False:
         return obstacle or "unknown: TensorRT does not list it as eligible and gives no reason"

@@ -27,7 +27,7 @@ GIB = 2**30
 NO_ENGINE = "builder: it made no engine"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What to build, as JSON on the way from parent to child.
 
@@ -152,7 +152,7 @@ def _settings(trt: Any, config: Any, job: Job) -> list[str]:
 
 def _use_timings(config: Any, path: Path) -> None:
     stored = path.read_bytes() if path.is_file() else b""
-    if not config.set_timing_cache(config.create_timing_cache(stored), False):
+    if not config.set_timing_cache(config.create_timing_cache(stored), ignore_mismatch=False):
         raise EngineError(f"builder: it refuses the timing cache {path}; delete it")
 
 

@@ -85,7 +85,12 @@ def check_path(
             "a model folder with .safetensors or .onnx files."
         )
     declared = any(scan.declared is not None for group in scans for scan in group)
-    return CheckReport(str(path), declared, tensors, _unread(path) if path.is_dir() else ())
+    return CheckReport(
+        path=str(path),
+        declared=declared,
+        tensors=tensors,
+        unread=_unread(path) if path.is_dir() else (),
+    )
 
 
 def _unread(folder: Path) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ _N_MULTIPLE = 8
 _K_MULTIPLE = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightShape:
     """A weight as a matrix multiplication sees it.
 

@@ -153,16 +153,19 @@ class Folder:
             return Runtime()
         index = list(node.outputs).index(value)
         sources = tuple(self._at(each) for each in node.inputs)
-        return self._made(Step(node, index, sources, self.read, self._shapes), value)
+        return self._made(
+            Step(node=node, output=index, sources=sources, read=self.read, shapes=self._shapes),
+            value,
+        )
 
     def _whole(self, value: ir.Value, tensor: ir.TensorProtocol) -> Source:
         if tensor.dtype == ir.DataType.STRING:
             return Runtime()
-        part = Part.whole(Stored(value, tensor))
+        part = Part.whole(Stored(value=value, tensor=tensor))
         replaceable = value in self._inputs and self._replaceable
         nature: Nature = "selected" if replaceable else "constant"
         part = replace(part, replaceable=replaceable)
-        return Folded((part,), part.view.shape, tensor.dtype, nature=nature)
+        return Folded(parts=(part,), shape=part.view.shape, dtype=tensor.dtype, nature=nature)
 
     def _made(self, step: Step, value: ir.Value) -> Source:
         """Source of the result of a node."""
@@ -224,10 +227,16 @@ class Folder:
         parts = [part for each in passing if isinstance(each, Folded) for part in each.parts]
         largest = max(parts, key=lambda part: part.stored.tensor.size, default=None)
         if largest is None or not is_matrix(sizes_of(largest.stored.tensor)):
-            return Folded((Part.whole(Stored(value, tensor)),), outline[1], outline[0])
+            return Folded(
+                parts=(Part.whole(Stored(value=value, tensor=tensor)),),
+                shape=outline[1],
+                dtype=outline[0],
+            )
         still = step.op in ELEMENTWISE and largest.view.shape == outline[1] and largest.is_in_place
-        stored = Stored(largest.stored.value, tensor, not still, _matrices(parts))
-        return Folded((Part.whole(stored),), outline[1], outline[0])
+        stored = Stored(
+            value=largest.stored.value, tensor=tensor, moved=not still, made_of=_matrices(parts)
+        )
+        return Folded(parts=(Part.whole(stored),), shape=outline[1], dtype=outline[0])
 
     def _reaching(self, value: ir.Value) -> Source:
         """All constants that reach a value which a loop computes anew from itself.
@@ -264,7 +273,9 @@ class Folder:
             self._left -= len(source.parts)
             if self._left < 0 or len(source.parts) > MOST_PARTS:
                 reason = f"it is taken apart and joined in more than {MOST_PARTS} pieces"
-                return Blocked(stored_of(source), reason, FOLD, source.nature)
+                return Blocked(
+                    stored=stored_of(source), reason=reason, remedy=FOLD, nature=source.nature
+                )
         return source
 
 

@@ -9,7 +9,7 @@ from prox24_deploy.graph.check.strided import Strided, c_strides
 from prox24_deploy.sparsity.groups import GROUP, Array, GroupCount, count_groups, count_nonzeros
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """What a view of a stored tensor holds; an empty `reason` means that it is 2:4.
 
@@ -44,7 +44,7 @@ def inspect_groups(
         obstacle = f"reduction length {length} is not a multiple of {GROUP}"
     if obstacle:
         density = count_nonzeros(shown, zero) / max(1, shown.size)
-        return Finding(density, None, obstacle, part, shape)
+        return Finding(density=density, first=None, reason=obstacle, part=part, shape=shape)
     count = count_groups(shown, reduction, zero)
     first, reason = None, ""
     if count.first is not None:
@@ -53,12 +53,18 @@ def inspect_groups(
         consecutive = view.strides[reduction] == c_strides(array.shape)[axis]
         fits = consecutive and first[axis] + GROUP <= array.shape[axis]
         reason = _violation(count, first, axis if fits else -1)
-    return Finding(count.nonzeros / max(1, shown.size), first, reason, part, shape)
+    return Finding(
+        density=count.nonzeros / max(1, shown.size),
+        first=first,
+        reason=reason,
+        part=part,
+        shape=shape,
+    )
 
 
 def unread(reason: str, shape: tuple[int, ...]) -> Finding:
     """Finding of a tensor that was not looked at, with the reason."""
-    return Finding(0.0, None, reason, "", shape)
+    return Finding(density=0.0, first=None, reason=reason, part="", shape=shape)
 
 
 def _part(view: Strided, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:

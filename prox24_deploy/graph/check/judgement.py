@@ -19,7 +19,7 @@ _WRITE = "write the file again from the pruned weights"
 _PRUNE = "prune the model first, or ignore the weights that are meant to stay dense"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckReport:
     """2:4 check of a file or folder; `declared` says that it names its own 2:4 weights.
 
@@ -47,7 +47,7 @@ class CheckReport:
         return tuple(check for check in self.tensors if check.expected and check.unproven)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """A checked weight and the names under which a declaration may mean it.
 

@@ -138,7 +138,13 @@ def _blocked(
     if earlier is not None:
         reason, remedy = earlier.reason, earlier.remedy
     natures = [source.nature for source in passing if not isinstance(source, Runtime)]
-    return Blocked(stored_of(*passing), reason, remedy, widest((nature, *natures)), shape)
+    return Blocked(
+        stored=stored_of(*passing),
+        reason=reason,
+        remedy=remedy,
+        nature=widest((nature, *natures)),
+        shape=shape,
+    )
 
 
 def _chosen_by_one_hot(step: Step) -> Source | None:

@@ -23,7 +23,7 @@ _REPLACEABLE = "it is the default of an input of the graph, which a caller can r
 _SET_APART = "remove its name from the inputs of the graph"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Verdict:
     """What a weight holds along `axis`; `unproven` says that its finding proves neither."""
 
@@ -93,7 +93,7 @@ def _candidate(weight: ConstantWeight, path: Path, budget: Budget, refused: str)
         remedy=verdict.remedy if verdict.unproven else "",
     )
     modules = frozenset(module_of(node) for node in weight.nodes) - {""}
-    return Candidate(check, modules, made_of=weight.made_of)
+    return Candidate(check=check, keys=modules, made_of=weight.made_of)
 
 
 def _verdict(weight: ConstantWeight, path: Path, budget: Budget) -> _Verdict:
@@ -103,14 +103,14 @@ def _verdict(weight: ConstantWeight, path: Path, budget: Budget) -> _Verdict:
         finding = _inspected(weight, path)
     except NotComputedError as error:
         finding = unread(str(error), sizes_of(weight.tensor))
-        return _Verdict(finding, weight.axis, unproven=True, remedy=weight.remedy)
+        return _Verdict(finding=finding, axis=weight.axis, unproven=True, remedy=weight.remedy)
     doubt = weight.reason or (weight.doubt if finding.reason else "")
     if doubt:
         return _settled(weight, path, finding, doubt)
     if not finding.reason and weight.replaceable:
         finding = replace(finding, reason=_REPLACEABLE)
-        return _Verdict(finding, weight.axis, unproven=True, remedy=_SET_APART)
-    return _Verdict(finding, -1 if weight.moved else weight.axis)
+        return _Verdict(finding=finding, axis=weight.axis, unproven=True, remedy=_SET_APART)
+    return _Verdict(finding=finding, axis=-1 if weight.moved else weight.axis)
 
 
 def _settled(weight: ConstantWeight, path: Path, finding: Finding, doubt: str) -> _Verdict:
@@ -120,7 +120,7 @@ def _settled(weight: ConstantWeight, path: Path, finding: Finding, doubt: str) -
     """
     exact = weight.exact
     finding = replace(finding, first=None, reason=doubt)
-    unproven = _Verdict(finding, weight.axis, unproven=True, remedy=weight.remedy)
+    unproven = _Verdict(finding=finding, axis=weight.axis, unproven=True, remedy=weight.remedy)
     if exact is None or exact.reason:
         return unproven
     try:
@@ -128,8 +128,8 @@ def _settled(weight: ConstantWeight, path: Path, finding: Finding, doubt: str) -
     except NotComputedError:
         return unproven
     if exact.moved:
-        return _Verdict(replace(finding, reason=found.reason), -1)
-    return _Verdict(found, exact.axis)
+        return _Verdict(finding=replace(finding, reason=found.reason), axis=-1)
+    return _Verdict(finding=found, axis=exact.axis)
 
 
 def _inspected(weight: ConstantWeight, path: Path) -> Finding:

@@ -28,7 +28,7 @@ class Operand:
     zero_point: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reduction:
     """How a node sums over a weight of one rank.
 
@@ -172,11 +172,11 @@ def reduction_of(node: ir.Node, operand: Operand, rank: int) -> Reduction | str 
         case "left" | "right":
             found = _of_matrix(node, operand, rank)
         case "conv":
-            found = Reduction(1, (0,))
+            found = Reduction(axis=1, outputs=(0,))
         case "transposed conv":
-            found = Reduction(0, (1,), attributes.integer(node, "group", 1))
+            found = Reduction(axis=0, outputs=(1,), groups=attributes.integer(node, "group", 1))
         case "recurrent":
-            found = Reduction(2, (1,))
+            found = Reduction(axis=2, outputs=(1,))
         case "einsum":
             found = _of_einsum(node, operand.index, rank)
         case "data":
@@ -204,18 +204,18 @@ def _of_matrix(node: ir.Node, operand: Operand, rank: int) -> Reduction:
     swap = attributes.integer(node, f"trans{side}", 0)
     order = list(range(rank))
     if rank == 1:
-        return Reduction(0, ())
+        return Reduction(axis=0, outputs=())
     # FusedMatMul: the first axis moves before the last one, then the last two change places.
     if rank > 2 and batch:
         order = [*order[1:-1], 0, order[-1]]
     if swap:
         order[-2:] = order[-1], order[-2]
     summed, free = (order[-1], order[-2]) if left else (order[-2], order[-1])
-    return Reduction(summed, (free,))
+    return Reduction(axis=summed, outputs=(free,))
 
 
 def _of_einsum(node: ir.Node, index: int, rank: int) -> Reduction | str | None:
     found = contraction_of(attributes.text(node, "equation"), index, rank)
     if found is None or isinstance(found, str):
         return found
-    return Reduction(found.first, found.outputs, joined=found.count)
+    return Reduction(axis=found.first, outputs=found.outputs, joined=found.count)

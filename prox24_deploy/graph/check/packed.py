@@ -13,7 +13,7 @@ from prox24_deploy.graph.check.tensor_files import TensorEntry
 _WEIGHTS_PER_SCALE = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Format:
     """Ends of names: of what holds the weight, of what makes it one, and of what goes with it."""
 
@@ -25,39 +25,57 @@ class _Format:
 
 _FORMATS = (
     _Format(
-        "compressed-tensors",
-        (".weight_packed",),
-        (".weight_shape", ".weight_g_idx", ".weight_zero_point", ".weight_global_scale"),
+        name="compressed-tensors",
+        holders=(".weight_packed",),
+        companions=(".weight_shape", ".weight_g_idx", ".weight_zero_point", ".weight_global_scale"),
     ),
     _Format(
-        "compressed-tensors, non-zeros with a bitmask",
-        (".compressed",),
-        (".bitmask", ".shape", ".row_offsets"),
+        name="compressed-tensors, non-zeros with a bitmask",
+        holders=(".compressed",),
+        companions=(".bitmask", ".shape", ".row_offsets"),
     ),
-    _Format("GPTQ or AWQ", (".qweight",), (".qzeros", ".scales", ".g_idx")),
-    _Format("ExLlama", (".q_weight",), (".q_scale", ".q_groups", ".q_invperm", ".q_perm")),
+    _Format(name="GPTQ or AWQ", holders=(".qweight",), companions=(".qzeros", ".scales", ".g_idx")),
     _Format(
-        "bitsandbytes",
-        (".weight",),
-        (
-            ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax",
-            ".weight.nested_quant_map", ".SCB", ".weight_format",
+        name="ExLlama",
+        holders=(".q_weight",),
+        companions=(".q_scale", ".q_groups", ".q_invperm", ".q_perm"),
+    ),
+    _Format(
+        name="bitsandbytes",
+        holders=(".weight",),
+        companions=(
+            ".weight.absmax",
+            ".weight.quant_map",
+            ".weight.nested_absmax",
+            ".weight.nested_quant_map",
+            ".SCB",
+            ".weight_format",
         ),
-        marks=(".weight.absmax", ".SCB", ".weight.quant_state.bitsandbytes__nf4",
-               ".weight.quant_state.bitsandbytes__fp4"),
+        marks=(
+            ".weight.absmax",
+            ".SCB",
+            ".weight.quant_state.bitsandbytes__nf4",
+            ".weight.quant_state.bitsandbytes__fp4",
+        ),
     ),
     _Format(
-        "torchao",
-        ("_qdata", "_int_data", ".packed_weight", "_sparse_data"),
-        ("_scale_and_zero", "_scales_and_zeros", "_zero_point"),
+        name="torchao",
+        holders=("_qdata", "_int_data", ".packed_weight", "_sparse_data"),
+        companions=("_scale_and_zero", "_scales_and_zeros", "_zero_point"),
     ),
-    _Format("MXFP4", ("_blocks",), ("_scales",)),
-    _Format("HQQ", (".W_q",), (".meta",)),
-    _Format("Quanto", (".weight._data",), (".weight._scale", ".weight._shift")),
-    _Format("AQLM", (".codes",), (".codebooks",)),
-    _Format("QuIP", (".Qidxs",), (".SU", ".SV")),
-    _Format("Marlin", (".B", ".B_24", ".marlin_qweight"), (".B_meta", ".workspace")),
-)  # fmt: skip
+    _Format(name="MXFP4", holders=("_blocks",), companions=("_scales",)),
+    _Format(name="HQQ", holders=(".W_q",), companions=(".meta",)),
+    _Format(
+        name="Quanto", holders=(".weight._data",), companions=(".weight._scale", ".weight._shift")
+    ),
+    _Format(name="AQLM", holders=(".codes",), companions=(".codebooks",)),
+    _Format(name="QuIP", holders=(".Qidxs",), companions=(".SU", ".SV")),
+    _Format(
+        name="Marlin",
+        holders=(".B", ".B_24", ".marlin_qweight"),
+        companions=(".B_meta", ".workspace"),
+    ),
+)
 _SCALES = (
     ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".input_scale", ".output_scale",
     ".act_scale",

@@ -30,7 +30,7 @@ Nature = Literal["constant", "selected", "looked up", "mixed"]
 _NATURES: tuple[Nature, ...] = ("constant", "selected", "looked up", "mixed")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Stored:
     """A constant tensor under the name of the value that holds it, or that it is computed from.
 
@@ -44,7 +44,7 @@ class Stored:
     made_of: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """Elements of one stored tensor, and where in the folded value they begin.
 
@@ -69,7 +69,7 @@ class Part:
     def whole(cls, stored: Stored) -> "Part":
         """All elements of a tensor in their order."""
         shape = sizes_of(stored.tensor)
-        return cls(stored, Strided.of(shape), (0,) * len(shape))
+        return cls(stored=stored, view=Strided.of(shape), start=(0,) * len(shape))
 
     @property
     def is_in_place(self) -> bool:
@@ -84,7 +84,7 @@ class Part:
         return self.zero if code == self.code else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Folded:
     """A value as the stored parts that it is put together from.
 
@@ -100,7 +100,7 @@ class Folded:
     nature: Nature = "constant"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Blocked:
     """A value whose constants cannot be followed, and why; `remedy` says what would help."""
 

@@ -15,7 +15,7 @@ from prox24_deploy.sparsity.groups import Array
 _MOST_NUMBERS = 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """A node, which of its results is asked for, and the source of every input.
 

@@ -43,7 +43,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
     """One tensor of the header; `begin` is a position in the file."""
 
@@ -145,7 +145,9 @@ def _entry(name: str, raw: dict[str, Any], start: int, path: Path) -> TensorEntr
     if len(shape) > _MOST_AXES:
         problem = f"tensor {name!r} has {len(shape)} axes, and none has more than {_MOST_AXES}"
         raise UsageError(_damaged(path, problem))
-    return TensorEntry(name, raw["dtype"], shape, start + raw["data_offsets"][0])
+    return TensorEntry(
+        name=name, dtype=raw["dtype"], shape=shape, begin=start + raw["data_offsets"][0]
+    )
 
 
 def _sparse_axes(metadata: dict[str, str], path: Path) -> dict[str, int] | None:

@@ -105,7 +105,7 @@ class _Reader:
         """A tensor whose reduction axis is known."""
         finding = self._inspected(entry, axis)
         count = math.prod(entry.shape[:axis] or entry.shape[1:2])
-        gemm = WeightShape(count if outputs < 0 else entry.shape[outputs], entry.shape[axis])
+        gemm = WeightShape(n=count if outputs < 0 else entry.shape[outputs], k=entry.shape[axis])
         return _candidate(entry, finding, axis, gemm)
 
     def _undecided(self, entry: TensorEntry, role: Unknown) -> Candidate:
@@ -132,7 +132,7 @@ class _Reader:
 
     def _inspected(self, entry: TensorEntry, axis: int) -> Finding:
         if not entry.size:
-            return Finding(0.0, None, "", "", entry.shape)
+            return Finding(density=0.0, first=None, reason="", part="", shape=entry.shape)
         array = self._file.read(entry)
         return inspect_groups(array, Strided.of(entry.shape), axis, axis, 0, "")
 
@@ -159,13 +159,18 @@ def _candidate(
         eligible=not problems,
         ineligible_reason="; ".join(problems),
     )
-    return Candidate(check, frozenset({entry.name}))
+    return Candidate(check=check, keys=frozenset({entry.name}))
 
 
 def _unproven(
     entry: TensorEntry, reason: str, remedy: str, *, never: bool = False, density: float = 0.0
 ) -> Candidate:
     """A tensor that nothing is proven of; one that is `never` expected is no weight."""
-    made = _candidate(entry, Finding(density, None, reason, "", entry.shape), -1, None)
+    made = _candidate(
+        entry,
+        Finding(density=density, first=None, reason=reason, part="", shape=entry.shape),
+        -1,
+        None,
+    )
     check = replace(made.check, unproven=True, remedy=remedy)
     return replace(made, check=check, never=never)

@@ -174,7 +174,7 @@ def _attribute_weights(node: ir.Node) -> Iterator[ConstantWeight]:
             continue
         if wanted:
             name = f"{attribute.name} of {node.name or node.op_type}"
-            stored = Stored(ir.Value(name=name), tensor)
+            stored = Stored(value=ir.Value(name=name), tensor=tensor)
             reason = f"{node.op_type} keeps it in a form that the check does not read"
             yield _unproven(stored, reason, UNPACK)
 
@@ -188,7 +188,7 @@ def _function_weights(node: ir.Node, name: str) -> Iterator[ConstantWeight]:
         tensor = constant_of(value)
         if tensor is not None and is_matrix(sizes_of(tensor)):
             reason = f"it lies in the local function {name}, which is too large to inline"
-            yield _unproven(Stored(value, tensor), reason, INLINE)
+            yield _unproven(Stored(value=value, tensor=tensor), reason, INLINE)
 
 
 def _require_defined(node: ir.Node, value: ir.Value | None) -> None:
@@ -302,7 +302,7 @@ class _Finder:
             return None
         first = source.parts[0]
         still = len(source.parts) == 1 and first.is_in_place
-        whole = Part.whole(Stored(first.stored.value, tensor, moved=not still))
+        whole = Part.whole(Stored(value=first.stored.value, tensor=tensor, moved=not still))
         return self._weight(replace(source, parts=(whole,)), found, whole, code or 0)
 
     def _zero_point(self) -> int | None:
@@ -322,7 +322,9 @@ class _Finder:
     def _gemm(self, source: Folded, found: Reduction) -> WeightShape:
         summed = math.prod(source.shape[found.axis : found.axis + found.joined]) // found.groups
         groups = attributes.integer(self.node, "group", 1)
-        return WeightShape(math.prod(source.shape[i] for i in found.outputs), summed, groups)
+        return WeightShape(
+            n=math.prod(source.shape[i] for i in found.outputs), k=summed, groups=groups
+        )
 
     def _multiplied_in(self, source: Folded) -> ir.DataType:
         """Type of the multiplication: that before dequantisation only if both operands pass one."""

@@ -84,7 +84,7 @@ def export_graphs(
     _require_replaceable(out)
     converted = copy_with(model, to_dtype(dtype))
     graphs = {part.graph: _graph_of(converted, model, part, dtype, sparse) for part in recipe.parts}
-    return _publish(graphs, out, bool(sparse))
+    return _publish(graphs, out, prove=bool(sparse))
 
 
 def hash_onnx(path: Path) -> tuple[str, int]:
@@ -269,7 +269,7 @@ def _failure(error: BaseException, recipe: Recipe) -> str:
     )
 
 
-def _publish(graphs: Mapping[str, ir.Model], out: Path, prove: bool) -> tuple[Path, ...]:
+def _publish(graphs: Mapping[str, ir.Model], out: Path, *, prove: bool) -> tuple[Path, ...]:
     """Write beside `out`, prove what was written, then rename."""
     partial = out.with_name(f".{out.name}.partial")
     replaced = out.with_name(f".{out.name}.replaced")

@@ -46,7 +46,7 @@ class RecipeModule(nn.Module):
         self._cache = recipe.cache
         self._graph = recipe.graph
         # Without this a decoder returns its key/value cache as a second, unasked-for result.
-        generates = recipe.cache or recipe.task == "text-generation"
+        generates = recipe.cache or recipe.kind.decoder_alone
         self._options = {"use_cache": recipe.cache} if generates else {}
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

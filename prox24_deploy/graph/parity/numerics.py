@@ -73,11 +73,22 @@ def compare_with_torch(
     """
     if dtype == "bfloat16":
         return ()
-    session = _open(path)
     reference = RecipeModule(copy_with(model, rounded_to(dtype)), recipe).eval()
-    signature = reference.signature
     generator = np.random.default_rng(seed)
-    feeds = [_feeds(signature, sizes, vocabulary, generator) for sizes in _sizes(signature)]
+    sizes = _sizes(reference.signature)
+    feeds = [_feeds(reference.signature, each, vocabulary, generator) for each in sizes]
+    return _compared(path, reference, feeds, dtype, twin)
+
+
+def _compared(
+    path: Path,
+    reference: RecipeModule,
+    feeds: Sequence[dict[str, Array]],
+    dtype: DType,
+    twin: Twin,
+) -> tuple[NumericsCheck, ...]:
+    """Hold the file against the module on all of the inputs, output by output."""
+    session, signature = _open(path), reference.signature
     runs = [_differences(session, reference, dtype, each) for each in feeds]
 
     def culprit(run: int) -> str:
@@ -267,4 +278,11 @@ def _judge(
             "try another opset or dtype."
         )
     shapes = tuple(each.shape for each in differences)
-    return NumericsCheck(twin, output, shapes, worst.largest, tolerance, passed)
+    return NumericsCheck(
+        twin=twin,
+        output=output,
+        shapes=shapes,
+        max_abs_difference=worst.largest,
+        tolerance=tolerance,
+        passed=passed,
+    )

@@ -93,11 +93,13 @@ def _measure(
         try:
             found.append(measure_accuracy(backend, work.root, own, question, least, progress))
         except BackendMissingError as error:
-            missing.append(NotMeasured(backend.name, str(error)))
+            missing.append(NotMeasured(backend=backend.name, reason=str(error)))
         except EngineError as error:
-            failed.append(NotMeasured(backend.name, str(error)))
+            failed.append(NotMeasured(backend=backend.name, reason=str(error)))
     seconds = time.perf_counter() - began
-    return EngineAccuracyResult(tuple(found), tuple(missing), tuple(failed), seconds)
+    return EngineAccuracyResult(
+        engines=tuple(found), not_measured=tuple(missing), failed=tuple(failed), seconds=seconds
+    )
 
 
 STAGE = Stage(name="accuracy", result=EngineAccuracyResult, run=_measure)

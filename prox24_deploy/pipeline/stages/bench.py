@@ -71,7 +71,7 @@ def run(
         backends=tuple(backends),
         batches=fitted.batches,
         sequences=fitted.sequences,
-        images=model.recipe.reads_images,
+        images=not model.recipe.modality.has_length,
         vocabulary=vocabulary_of(model.config),
         max_slowdown=model.recipe.limits.max_slowdown,
         machine=machine(),
@@ -100,10 +100,15 @@ def _bench(inputs: BenchInputs, work: Workspace, progress: Progress) -> BenchRes
             rows += _time_graph(inputs, work.root, backend, graph, advance)
         except BackendMissingError as error:
             # Built for another machine; the report says so by name.
-            missing.append(NotMeasured(backend.name, str(error)))
+            missing.append(NotMeasured(backend=backend.name, reason=str(error)))
     progress("bench", len(runs) * shapes, len(runs) * shapes)
     seconds = time.perf_counter() - began
-    return BenchResult(tuple(rows), conditions(), seconds, tuple(dict.fromkeys(missing)))
+    return BenchResult(
+        latency=tuple(rows),
+        conditions=conditions(),
+        seconds=seconds,
+        not_measured=tuple(dict.fromkeys(missing)),
+    )
 
 
 def _time_graph(

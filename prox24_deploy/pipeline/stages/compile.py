@@ -80,7 +80,9 @@ def _compile(inputs: CompileInputs, work: Workspace, progress: Progress) -> Comp
                 engines.append(backend.build(work.root, model, out, twin=twin))
         evidence += _evidence(inputs, work.root, backend, engines)
     progress("compile", total, total)
-    return CompileResult(tuple(engines), tuple(evidence), time.perf_counter() - began)
+    return CompileResult(
+        engines=tuple(engines), evidence=tuple(evidence), seconds=time.perf_counter() - began
+    )
 
 
 STAGE = Stage(name="compile", result=CompileResult, run=_compile, outputs=(ENGINES,))

@@ -12,15 +12,19 @@ from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.accuracy import EngineAccuracy, Fidelity
 from prox24_deploy.core.errors import EngineError, ModelDirError
 from prox24_deploy.core.records import Engine, Metric
-from prox24_deploy.core.types import TWINS, Progress, Twin
+from prox24_deploy.core.types import TWINS, DType, Progress, Twin
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
-from prox24_deploy.evaluation.evaluate import evaluate_models, evaluate_text_generation
+from prox24_deploy.evaluation.evaluate import evaluate_models
+from prox24_deploy.evaluation.language import evaluate_text_generation
 from prox24_deploy.evaluation.parity import fidelity_of
 from prox24_deploy.evaluation.subset import EngineShapes, take
 from prox24_deploy.graph.export.module import RecipeModule
 from prox24_deploy.graph.export.signature import read_inputs
 from prox24_deploy.model.batch import Samples
+
+# From two models, and the number of the comparison for the bar, to the metrics between them.
+_Ask = Callable[[nn.Module, nn.Module, int], tuple[Metric, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,55 +73,74 @@ def measure_accuracy(
         question.held_out, question.tokens, question.shapes if backend.on_gpu else None
     )
     rows = least_rows if backend.on_gpu else 1
-    dtype = engines[0].dtype
     ask = _asker(question, samples, progress)
-    models: dict[Twin, EngineModel] = {}
-    fidelity: list[Fidelity] = []
-    with ExitStack() as opened:
-        for i, twin in enumerate(TWINS):
-            own = [engine for engine in engines if engine.twin == twin]
-            graphs = [_opened(backend, bundle, engine, rows, opened) for engine in own]
-            # After the engines, of which the first to be missing saves the loading.
-            model = question.load(twin)
-            models[twin] = EngineModel(graphs, model.config)
-            reference = _reference(model, question.recipe, twin)
-            compared = ask(reference, models[twin], i)
-            fidelity += [fidelity_of(twin, metric, dtype) for metric in compared]
-            del model, reference
-        metrics = ask(models["dense"], models["sparse"], len(TWINS))
+    with ExitStack() as until:
+
+        def opened(twin: Twin) -> list[Graph]:
+            own = (engine for engine in engines if engine.twin == twin)
+            return [_opened(backend, bundle, engine, rows, until) for engine in own]
+
+        metrics, fidelity = _answers(question, opened, ask, engines[0].dtype)
     return EngineAccuracy(
         backend=backend.name,
         device=engines[0].device,
-        dtype=dtype,
+        dtype=engines[0].dtype,
         samples=samples.source.samples,
         tokens=samples.source.tokens,
         available=question.held_out.source.samples,
         longest=question.shapes.longest if cut else None,
         metrics=metrics,
-        fidelity=tuple(fidelity),
+        fidelity=fidelity,
         seconds=time.perf_counter() - began,
     )
+
+
+def _answers(
+    question: Question, opened: Callable[[Twin], list[Graph]], ask: _Ask, dtype: DType
+) -> tuple[tuple[Metric, ...], tuple[Fidelity, ...]]:
+    """The engines against each other, and each against PyTorch, which is open for one at a time."""
+    models: dict[Twin, EngineModel] = {}
+    fidelity: list[Fidelity] = []
+    for i, twin in enumerate(TWINS):
+        graphs = opened(twin)
+        # After the engines, of which the first to be missing saves the loading.
+        model = question.load(twin)
+        models[twin] = EngineModel(graphs, model.config)
+        reference = _reference(model, question.recipe, twin)
+        compared = ask(reference, models[twin], i)
+        fidelity += [fidelity_of(twin, metric, dtype) for metric in compared]
+        del model, reference
+    return ask(models["dense"], models["sparse"], len(TWINS)), tuple(fidelity)
 
 
 def _opened(backend: Backend, bundle: Path, engine: Engine, rows: int, until: ExitStack) -> Graph:
     """An engine that stays open `until` that stack is left."""
     session = until.enter_context(backend.open(bundle, engine))
-    return Graph(session, read_inputs(bundle / engine.onnx), engine.dtype, engine.path, rows)
+    return Graph(
+        runs=session,
+        inputs=read_inputs(bundle / engine.onnx),
+        dtype=engine.dtype,
+        source=engine.path,
+        rows=rows,
+    )
 
 
 def _reference(model: nn.Module, recipe: Recipe, twin: Twin) -> EngineModel:
     """PyTorch's own answer, through the same graph inputs and outputs."""
     modules = [RecipeModule(model, part).eval() for part in recipe.parts]
     graphs = [
-        Graph(TorchGraph(module), module.signature.inputs, "float32", f"the {twin} model")
+        Graph(
+            runs=TorchGraph(module),
+            inputs=module.signature.inputs,
+            dtype="float32",
+            source=f"the {twin} model",
+        )
         for module in modules
     ]
     return EngineModel(graphs, model.config)
 
 
-def _asker(
-    question: Question, samples: Samples, progress: Progress
-) -> Callable[[nn.Module, nn.Module, int], tuple[Metric, ...]]:
+def _asker(question: Question, samples: Samples, progress: Progress) -> _Ask:
     """From two models to the metrics between them, the number of the comparison for the bar."""
     recipe = question.recipe
     steps = len(samples.batches)

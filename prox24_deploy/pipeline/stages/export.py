@@ -75,7 +75,13 @@ def _export(inputs: ExportInputs, work: Workspace, progress: Progress) -> Export
     files = [work.partial / model.path for model in exported["sparse"]]
     sparsity = tuple(check for file in files for check in check_onnx(file))
     seconds = time.perf_counter() - began
-    return ExportResult(exported["dense"], exported["sparse"], sparsity, tuple(numerics), seconds)
+    return ExportResult(
+        dense=exported["dense"],
+        sparse=exported["sparse"],
+        sparsity=sparsity,
+        numerics=tuple(numerics),
+        seconds=seconds,
+    )
 
 
 def _export_twin(
@@ -108,11 +114,19 @@ def _export_twin(
             vocabulary=vocabulary_of(inputs.source.config),
             seed=inputs.seed,
         )
-    files = tuple(
-        OnnxModel(f"{ONNX}/{twin}/{path.name}", inputs.dtype, recipe.opset, *hash_onnx(path))
-        for path in paths
-    )
-    return files, numerics
+    files = []
+    for path in paths:
+        sha256, size = hash_onnx(path)
+        files.append(
+            OnnxModel(
+                path=f"{ONNX}/{twin}/{path.name}",
+                dtype=inputs.dtype,
+                opset=recipe.opset,
+                sha256=sha256,
+                size_bytes=size,
+            )
+        )
+    return tuple(files), numerics
 
 
 STAGE = Stage(name="export", result=ExportResult, run=_export, outputs=(ONNX,))

@@ -65,7 +65,7 @@ class TaskInputs:
     def options(self) -> HarnessOptions:
         """The tasks as they were asked for."""
         folder = self.data.snapshot.root if self.data else None
-        return HarnessOptions(self.tasks, folder, self.limit)
+        return HarnessOptions(tasks=self.tasks, data=folder, limit=self.limit)
 
 
 def require_usable(options: HarnessOptions, recipe: Recipe) -> None:
@@ -82,7 +82,7 @@ def require_usable(options: HarnessOptions, recipe: Recipe) -> None:
                 "TASK."
             )
         return
-    if recipe.task != "text-generation":
+    if not recipe.kind.decoder_alone:
         raise UsageError(
             f"--lm-eval {options.tasks[0]} is for models of the task text-generation, and those of "
             f"recipe {recipe.family} are for {recipe.task}; leave it out."
@@ -149,7 +149,14 @@ def _score(inputs: TaskInputs, work: Workspace, progress: Progress) -> TaskScore
     progress(STAGE.name, 2, 2)
     metrics, left_out, documents = task_metrics(*results)
     seconds = time.perf_counter() - began
-    return TaskScores(inputs.harness, inputs.limit, documents, metrics, left_out, seconds)
+    return TaskScores(
+        version=inputs.harness,
+        limit=inputs.limit,
+        documents=documents,
+        metrics=metrics,
+        left_out=left_out,
+        seconds=seconds,
+    )
 
 
 STAGE = Stage(name="tasks", result=TaskScores, run=_score)

@@ -15,7 +15,7 @@ from prox24_deploy.pruning.solvers.prox import prox_24
 from prox24_deploy.sparsity.pattern import final_mask, unconverged_fraction
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IstaOptions:
     """Schedule of the proximal gradient solver.
 

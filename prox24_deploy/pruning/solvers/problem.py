@@ -18,7 +18,7 @@ from torch import Tensor
 MIN_DAMPING, MAX_DAMPING = 0.01, 0.3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerProblem:
     """One quadratic per row, sharing `curvature`.
 

@@ -20,7 +20,7 @@ from prox24_deploy.pruning.solvers.refine import masked_conjugate_gradient, mask
 from prox24_deploy.sparsity.pattern import final_mask, is_24, mask_24, unconverged_fraction
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdmmOptions:
     """Schedule of the prox-ADMM solver.
 
@@ -53,7 +53,7 @@ PRESETS: dict[Preset, AdmmOptions] = {
 _PAPER = IstaOptions()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSolution:
     """A pruned layer.
 
@@ -99,7 +99,9 @@ def solve_layer(
         ValueError: d is not a multiple of four.
     """
     if is_24(weight):
-        return LayerSolution(weight, mask_24(weight.abs()), 0, "unchanged")
+        return LayerSolution(
+            weight=weight, mask=mask_24(weight.abs()), iterations=0, used="unchanged"
+        )
     candidate, mask, iterations = _propose(problem, method, options, ista_options)
     if refinement == "auto":
         refinement = "gradient" if method == "ista" else "conjugate-gradient"
@@ -111,7 +113,7 @@ def solve_layer(
             mask, used = rival_mask, "sparsegpt"
             solution = _refine(problem, mask, rival, refinement)
     result = problem.to_weight(solution).masked_fill(~mask | problem.dead, 0.0)
-    return LayerSolution(result, mask, iterations, used)
+    return LayerSolution(weight=result, mask=mask, iterations=iterations, used=used)
 
 
 def _propose(

@@ -77,7 +77,7 @@ def test_the_unscaled_problem_is_the_same_up_to_one_factor() -> None:
 
 
 @pytest.mark.parametrize("precondition", [False, True])
-def test_masked_gradient_never_raises_the_loss_and_nears_the_optimum(precondition: bool) -> None:
+def test_masked_gradient_never_raises_the_loss_and_nears_the_optimum(*, precondition: bool) -> None:
     problem = correlated_layer(rows=8, features=32).problem()
     start, mask = sparsegpt(problem)
     optimum = problem.loss(masked_conjugate_gradient(problem, mask, start, iterations=500))

@@ -8,7 +8,7 @@ from prox24_deploy.pruning.solvers.problem import damping_for, layer_problem
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
-def test_differences_of_the_loss_are_those_of_the_formula(asymmetric: bool) -> None:
+def test_differences_of_the_loss_are_those_of_the_formula(*, asymmetric: bool) -> None:
     layer = correlated_layer(rows=6, features=16)
     pruned_inputs = layer.inputs.double()
     dense_inputs = layer.held_out.double() if asymmetric else pruned_inputs

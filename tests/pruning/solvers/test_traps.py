@@ -174,7 +174,17 @@ def test_a_straggler_does_not_hold_up_the_other_groups() -> None:
 @pytest.mark.parametrize(
     "run",
     [
-        lambda problem: prox_admm(problem, AdmmOptions(0.05, 1.2, 1.0, 40, 5, 0.0)),
+        lambda problem: prox_admm(
+            problem,
+            AdmmOptions(
+                start=0.05,
+                growth=1.2,
+                rho=1.0,
+                max_iterations=40,
+                check_every=5,
+                unconverged_fraction=0.0,
+            ),
+        ),
         lambda problem: ista(problem, IstaOptions(start=0.05, growth=1.2, max_iterations=40)),
     ],
     ids=["prox", "ista"],
