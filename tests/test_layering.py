@@ -37,7 +37,6 @@ LONG = {
     ("cli/build.py", "build"): _OPTIONS,
     ("cli/build.py", "prune"): _OPTIONS,
     ("cli/package.py", "package"): _OPTIONS,
-    ("report/assemble.py", "assemble_report"): "it takes apart results that are not yet one record",
 }
 
 

@@ -1,6 +1,7 @@
 """Prune a module that is in memory, without a model directory, a recipe file or a bundle."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,8 +48,7 @@ def prune_module(
 ) -> PrunedModule:
     """Make the layers in the blocks of a module 2:4-sparse, in place.
 
-    Block after block is solved on what the blocks before it, already pruned, hand on, as for a
-    model directory.
+    As for a model directory, blocks are solved in order, on what those before them hand on.
 
     Args:
         module: float32, on any one device; it runs each of `blocks` once and in order in a forward
@@ -61,43 +61,41 @@ def prune_module(
         options: method, preset and target. A budget needs the loss of a task and is refused.
         progress: called with (label, done, total).
 
-    Returns:
-        What was done to each layer.
-
     Raises:
         UsageError: a parameter is not float32, or the options name a budget.
         CalibrationError: there is no batch.
-        RecipeError: blocks or layers do not exist in this module.
+        RecipeError: there are no such blocks or layers.
         ModelDirError: activations or weights of a layer are NaN or infinite.
     """
     options = options or PruneOptions()
     _require_fit(module, options)
-    calibration, withheld = tuple(map(_batch, batches)), tuple(map(_batch, held_out))
-    if not calibration:
-        raise CalibrationError("There is no calibration batch; pass at least one.")
+    calibration, withheld = _batches(batches), tuple(map(_batch, held_out))
     recipe = _recipe(module, blocks, layers)
+    with _evaluating(module), TemporaryDirectory(prefix="prox24-") as folder:
+        state = prune_model(
+            module,
+            recipe,
+            calibration,
+            withheld or calibration[:1],
+            options,
+            stored_dtype=lambda _: torch.float32,
+            store=BlockStore(Path(folder)),
+            progress=progress,
+            dense=left_dense(recipe, module, options),
+        )
+    _require_24(module, state.axes)
+    layers_done = state.layers if withheld else _without_held_out(state.layers)
+    return PrunedModule(layers=layers_done, axes=state.axes)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
     training = module.training
     module.eval()
     try:
-        with TemporaryDirectory(prefix="prox24-") as folder:
-            state = prune_model(
-                module,
-                recipe,
-                calibration,
-                withheld or calibration[:1],
-                options,
-                stored_dtype=lambda _: torch.float32,
-                store=BlockStore(Path(folder)),
-                progress=progress,
-                dense=left_dense(recipe, module, options),
-            )
+        yield
     finally:
         module.train(training)
-    _require_24(module, state.axes)
-    records = state.layers
-    if not withheld:
-        records = tuple(replace(record, held_out_error=None) for record in records)
-    return PrunedModule(layers=records, axes=state.axes)
 
 
 def _require_fit(module: nn.Module, options: PruneOptions) -> None:
@@ -112,6 +110,17 @@ def _require_fit(module: nn.Module, options: PruneOptions) -> None:
             "max_loss and max_layers need the loss of a task, which a module alone has not; leave "
             "them out or prune a model directory."
         )
+
+
+def _batches(batches: Iterable[Mapping[str, Tensor]]) -> tuple[Batch, ...]:
+    calibration = tuple(map(_batch, batches))
+    if not calibration:
+        raise CalibrationError("There is no calibration batch; pass at least one.")
+    return calibration
+
+
+def _without_held_out(layers: tuple[LayerRecord, ...]) -> tuple[LayerRecord, ...]:
+    return tuple(replace(layer, held_out_error=None) for layer in layers)
 
 
 def _batch(inputs: Mapping[str, Tensor]) -> Batch:

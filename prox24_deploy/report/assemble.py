@@ -92,12 +92,8 @@ def assemble_report(
     applied = limits.over_defaults(model.task, figures, given)
     results = replace(results, bench=_judged_bench(results.bench, applied.max_slowdown))
     judged = judge_metrics(groups, applied.against_dense)
-    checks = (
-        *(one.check for one in judged),
-        *find_checks(results),
-        *engine_checks(results.accuracy),
-        *unmatched_checks(given, limits, figures),
-    )
+    found = (*find_checks(results), *engine_checks(results.accuracy))
+    checks = (*(j.check for j in judged), *found, *unmatched_checks(given, limits, figures))
     parts = judge_parts(checks)
     return Report(
         verdict=whole_verdict(parts),

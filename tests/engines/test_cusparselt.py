@@ -16,8 +16,8 @@ from prox24_deploy.bundle.bundle import open_bundle
 from prox24_deploy.config.options import EngineOptions
 from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
 from prox24_deploy.core.errors import EngineError, ModelDirError
-from prox24_deploy.core.records import Engine, OnnxModel
-from prox24_deploy.engines.cusparselt import cuda_graph, kernels
+from prox24_deploy.core.records import Compilation, Engine, OnnxModel
+from prox24_deploy.engines.cusparselt import cuda_graph, inductor, kernels
 from prox24_deploy.engines.cusparselt.backend import CuSparseLt
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
 from prox24_deploy.engines.cusparselt.gemm import measure_gemms, time_gemm
@@ -32,6 +32,7 @@ SMALL = (
     "--calibration-tokens", "4096", "--evaluation-tokens", "1024", *SHAPES, *ANY_EMBEDDING,
 )  # fmt: skip
 LAYERS = 12
+COMPILE_GRAPHS = torch.compile
 
 
 @pytest.fixture
@@ -136,6 +137,76 @@ def test_a_float32_model_is_refused(tiny_bert: Path, tmp_path: Path, machine: Ma
     with pytest.raises(EngineError, match="cuSPARSELt has no float32 kernels; export with"):
         backend_of(tiny_bert).build(tmp_path, model, Path("engines"), twin="dense")
     assert list(tmp_path.iterdir()) == []
+
+
+def dense_engine(folder: Path, backend: CuSparseLt) -> Engine:
+    model = OnnxModel(
+        path="onnx/dense/model.onnx", dtype="float16", opset=20, sha256="0" * 64, size_bytes=1
+    )
+    return backend.build(folder, model, Path("engines"), twin="dense")
+
+
+def test_a_model_that_does_not_compile_runs_all_the_same_and_says_why(
+    tiny_bert: Path, tmp_path: Path, machine: Machine
+) -> None:
+    backend = backend_of(tiny_bert)
+    compiled = dense_engine(tmp_path, backend).compilation
+    assert compiled is not None
+    assert (compiled.reason, compiled.seconds > 0) == ("", True)
+    assert json.loads((tmp_path / "engines" / "engine.json").read_text())["compiled"] is True
+    machine.obstacle = "there is no C++ compiler\nsecond line"
+    engine = dense_engine(tmp_path, backend)
+    assert engine.compilation is not None
+    assert "there is no C++ compiler" in engine.compilation.reason
+    assert "second line" not in engine.compilation.reason
+    assert json.loads((tmp_path / "engines" / "engine.json").read_text())["compiled"] is False
+    with backend.open(tmp_path, engine) as session:
+        feeds = open_torch_model(open_model_dir(tiny_bert), backend.recipe, "float16").feeds(
+            (2, 16)
+        )
+        assert set(session.infer(feeds)) == {"last_hidden_state"}
+
+
+def test_eager_is_an_option_and_no_failure(
+    tiny_bert: Path, tmp_path: Path, machine: Machine
+) -> None:
+    backend = backend_of(tiny_bert)
+    eager = replace(backend, options=replace(backend.options, eager=True))
+    assert dense_engine(tmp_path, eager).compilation == Compilation(reason="--eager")
+    refused = run_cli("build", tiny_bert, "--eager", "--backend", "onnxruntime")
+    assert refused.code == 2
+    assert "--eager has no effect on backend onnxruntime; add --backend cusparselt" in " ".join(
+        refused.err.split()
+    )
+
+
+def test_a_compressed_layer_is_one_operator_of_the_graph(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", COMPILE_GRAPHS)
+    monkeypatch.setattr(inductor, "BACKEND", "eager")
+    layer = SparseLinear(two_four(32, 64), None, {}, "a layer")
+    hidden = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).half()
+    compiled = inductor.CompiledModule(layer, [(hidden.shape,)])
+    assert torch.equal(compiled(hidden), layer(hidden))  # type: ignore[arg-type]
+    assert compiled(hidden[:1]).shape == (1, 3, 32)  # type: ignore[attr-defined]
+    compiled.close()
+
+
+def test_a_shape_without_a_graph_of_its_own_shares_one() -> None:
+    graphs: list[bool] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(True)
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inductor, "BACKEND", count)
+        module = inductor.CompiledModule(nn.Linear(4, 4), [(torch.Size((2, 4)),)])
+        for rows in (2, 3, 5, 7, 2, 9):
+            assert module(torch.zeros(rows, 4)).shape == (rows, 4)  # type: ignore[attr-defined]
+        assert len(graphs) == 2
+        module.close()
 
 
 def test_damaged_or_foreign_engine_files_are_refused(

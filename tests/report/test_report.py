@@ -25,7 +25,7 @@ from markupsafe import escape
 
 from prox24_deploy.config.limits import Limits
 from prox24_deploy.core.errors import BundleError
-from prox24_deploy.core.records import Estimate, PairedMetric
+from prox24_deploy.core.records import Compilation, Estimate, PairedMetric
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.report.assemble import (
     SCHEMA_FILE,
@@ -477,3 +477,14 @@ def test_layers_whose_error_says_nothing_are_warned_of_by_name() -> None:
     report = replace(records, prune=replace(records.prune, layers=layers)).report()
     assert f"The error says nothing of 1 layer ({notes[0]}): {first.name}." in report.warnings
     assert f"The error says nothing of 1 layer ({notes[1]}): {second.name}." in report.warnings
+
+
+def test_an_engine_that_is_not_compiled_is_named_with_the_reason() -> None:
+    records = make_records()
+    engines = tuple(
+        replace(engine, backend="cusparselt", compilation=Compilation(reason=reason))
+        for engine, reason in zip(records.compile.engines, ("--eager", ""), strict=True)
+    )
+    report = replace(records, compile=replace(records.compile, engines=engines)).report()
+    (found,) = (warning for warning in report.warnings if "torch.compile" in warning)
+    assert found.startswith("The dense engine of backend cusparselt runs without torch.compile (--")

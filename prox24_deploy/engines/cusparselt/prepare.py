@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,23 +82,8 @@ def prepare(
         )
     compiled, compilation = None, Compilation(reason=ASKED)
     if not eager:
-        compiled = opened.compiled(shapes)
-        inputs = [opened.inputs(one) for one in feeds]
-        other = opened.inputs(opened.feeds(_other(shapes)))
-        outputs, compilation = try_compiling(compiled, inputs, other)
-        checks = _compare(opened, expected, outputs) if outputs else ()
-        if wrong := _wrong(checks):
-            compilation = Compilation(
-                seconds=compilation.seconds,
-                reason=f"compiled, output {wrong.output} differs by "
-                f"{wrong.max_abs_difference:.3g}, tolerance {wrong.tolerance:.3g}",
-            )
-        if compilation.reason:
-            log.warning("A twin runs without torch.compile: %s", compilation.reason)
-            compiled.close()
-            compiled = None
-        else:
-            numerics = checks
+        compiled, compilation, checks = _compile(opened, shapes, expected)
+        numerics = checks or numerics
     return Prepared(
         opened=opened,
         compiled=compiled,
@@ -106,6 +91,30 @@ def prepare(
         numerics=numerics,
         last=feeds[-1],
     )
+
+
+def _compile(
+    opened: TorchModel,
+    shapes: Sequence[tuple[int, int]],
+    expected: Sequence[tuple[Tensor, ...]],
+) -> tuple[CompiledModule | None, Compilation, tuple[NumericsCheck, ...]]:
+    """Compile a model and compare what it then computes; where it is no use, only the reason."""
+    compiled = opened.compiled(shapes)
+    runs = [opened.inputs(opened.feeds(shape)) for shape in shapes]
+    other = opened.inputs(opened.feeds(_other(shapes)))
+    outputs, compilation = try_compiling(compiled, runs, other)
+    checks = _compare(opened, expected, outputs) if outputs else ()
+    if wrong := _wrong(checks):
+        compilation = replace(
+            compilation,
+            reason=f"compiled, output {wrong.output} differs by {wrong.max_abs_difference:.3g}, "
+            f"tolerance {wrong.tolerance:.3g}",
+        )
+    if not compilation.reason:
+        return compiled, compilation, checks
+    log.warning("An engine runs without torch.compile: %s", compilation.reason)
+    compiled.close()
+    return None, compilation, ()
 
 
 def _compare(
