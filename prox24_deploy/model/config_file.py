@@ -34,11 +34,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def blame_config(path: Path, error: Exception) -> None:
-    """Do nothing, unless `error` is one of the configuration, which tokenizers open first.
+def blame_config(path: Path, reason: str) -> None:
+    """Do nothing, unless what failed is the configuration, which tokenizers open first.
 
     Raises:
-        ModelDirError: transformers opens the configuration of `path` with the same error.
+        ModelDirError: transformers fails on the configuration of `path` for the same reason.
     """
     from transformers import AutoConfig
 
@@ -46,10 +46,10 @@ def blame_config(path: Path, error: Exception) -> None:
         AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as fault:
         # A wrong value surfaces as whatever the code of its family runs into.
-        if (reason := reason_of(fault)) == reason_of(error):
+        if reason_of(fault) == reason:
             raise ModelDirError(
                 f"{path / CONFIG_FILE} holds a value that cannot be used ({reason}); restore it."
-            ) from error
+            ) from fault
 
 
 def whole_number(config: Mapping[str, Any], key: str, default: int) -> int:

@@ -163,7 +163,7 @@ def read_pipeline(path: Path) -> SentencePipeline | None:
     return SentencePipeline(
         poolings=_poolings(path, modules[0]) if modules else (),
         steps=modules[1:],
-        max_length=text.get("max_seq_length"),
+        max_length=_length(path, text.get("max_seq_length")),
         lower_case=bool(text.get("do_lower_case")),
         prompt=_prompt(path, library),
     )
@@ -330,6 +330,15 @@ def _require_hidden_states(path: Path, modalities: object) -> None:
             f"{_transformer_file(path)} takes {text!r} of the model for text, expected its "
             "last_hidden_state; models of another make are not supported."
         )
+
+
+def _length(path: Path, value: object) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ModelDirError(
+            f"{_transformer_file(path)} has max_seq_length {value!r}, expected a whole number of "
+            f"tokens from 1; {_REMEDY}."
+        )
+    return value
 
 
 def _poolings(path: Path, module: SentenceModule) -> tuple[PoolingMode, ...]:
