@@ -1,6 +1,7 @@
 """Spoil inputs of every parser, and require a documented answer to each.
 
-    python benchmarks/fuzz.py [--parser NAME ...] [--inputs N] [--seed S] [--workers N] [--save DIR]
+    python benchmarks/fuzz.py [--parser NAME] ... [--inputs N] [--seed S] [--workers N]
+        [--minutes M] [--save DIR]
     python benchmarks/fuzz.py --parser NAME --seed S --only NUMBER --save DIR
 
 An input is right if the command line accepts it or refuses it in one sentence with one of its exit
@@ -9,12 +10,14 @@ where JSON was asked for, runs no program, and writes nothing elsewhere. Inputs 
 ones, see `fuzz_seeds.py`, by changes of their bytes and of what they say. Input NUMBER of a seed is
 always the same for the same sound inputs. Each wrong input is saved, the first three of a kind.
 
-Prints a table, each kind of fault with the command that reproduces it, and one JSON line; fails if
-there is a fault.
+Prints a JSON line as each parser is done, then a table, each kind of fault with the command that
+reproduces it, and one JSON line of all; fails if there is a fault. With `--minutes`, each parser
+gets an equal share of the time that is left, and its line says how many inputs it came to.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -35,6 +38,7 @@ from tiny_directories import quiet
 
 _KEPT_OF_A_KIND = 3
 _MIB = 2**20
+_MOST_TOLD = 300
 
 
 @dataclass(slots=True)
@@ -73,7 +77,12 @@ class Row:
             "inputs": self.inputs,
             "answers": dict(self.answers),
             "wrong": {
-                kind: {"count": self.counted[kind], "inputs": [each.number for each in kept]}
+                kind: {
+                    "count": self.counted[kind],
+                    "inputs": [each.number for each in kept],
+                    "detail": last_line(kept[0]),
+                    "story": "; ".join(kept[0].story)[:_MOST_TOLD],
+                }
                 for kind, kept in self.wrong.items()
             },
             "slowest_s": round(self.slowest_s, 3),
@@ -85,22 +94,31 @@ class Row:
 def fuzz(options: argparse.Namespace, rooms: Path) -> list[Row]:
     """Try every parser that was asked for."""
     rows = []
-    warm_up([TARGETS[name] for name in options.parser or TARGETS])
-    for name in options.parser or TARGETS:
-        target = TARGETS[name]
-        room = sound_inputs(target, rooms)
-        row, began = Row(name), time.perf_counter()
-        seed = f"{options.seed}/{name}"
-        pool = Pool(target, room, rooms, seed, options.workers, options.most_killed)
-        count = max(1, round(options.inputs * target.share))
-        for outcome in pool.run(options.first, count):
-            if row.add(outcome) and options.save:
-                save(options.save, name, target, room, seed, outcome)
-        row.seconds = time.perf_counter() - began
-        rows.append(row)
-        print(f"{name}: {row.inputs} in {row.seconds:.0f} s, {row.counted.total()} wrong",
-              file=sys.stderr)  # fmt: skip
+    names = list(dict.fromkeys(options.parser or TARGETS))
+    end = time.monotonic() + options.minutes * 60
+    warm_up([TARGETS[name] for name in names])
+    for position, name in enumerate(names):
+        now = time.monotonic()
+        rows.append(fuzz_parser(options, name, rooms, now + (end - now) / (len(names) - position)))
+        done = {"benchmark": "fuzz", "seed": options.seed, **rows[-1].as_json()}
+        # At once, for a run of hours may be ended by others.
+        print(json.dumps(done), flush=True)
     return rows
+
+
+def fuzz_parser(options: argparse.Namespace, name: str, rooms: Path, until: float) -> Row:
+    """Try one parser; no input is begun after `until`."""
+    target = TARGETS[name]
+    room = sound_inputs(target, rooms)
+    row, began = Row(name), time.perf_counter()
+    seed = f"{options.seed}/{name}"
+    pool = Pool(target, room, rooms, seed, options.workers, options.most_killed, until)
+    count = max(1, round(options.inputs * (1 if options.equal else target.share)))
+    for outcome in pool.run(options.first, count):
+        if row.add(outcome) and options.save:
+            save(options.save, name, target, room, seed, outcome)
+    row.seconds = time.perf_counter() - began
+    return row
 
 
 def warm_up(targets: Sequence[Target]) -> None:
@@ -172,7 +190,7 @@ def table(rows: Sequence[Row]) -> str:
             str(row.counted.total()),
             f"{row.slowest_s:.2f}",
             f"{row.largest_bytes / _MIB:.0f}",
-            f"{row.inputs / row.seconds:.0f}",
+            f"{row.inputs / row.seconds:.0f}" if row.inputs else "",
         )
         for row in rows
     ]
@@ -183,18 +201,22 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
+def last_line(outcome: Outcome) -> str:
+    """What an error says; of what was killed there is none, and the dump begins with the place."""
+    killed = outcome.answer.startswith("killed")
+    return "" if killed else outcome.detail.strip().splitlines()[-1][:_MOST_TOLD]
+
+
 def faults(rows: Sequence[Row], seed: int) -> str:
     """Each kind of fault once, with what made it."""
     lines = []
     for row in rows:
         for kind, kept in sorted(row.wrong.items(), key=lambda pair: -row.counted[pair[0]]):
             first = kept[0]
-            killed = first.answer.startswith("killed")
-            last = "" if killed else first.detail.strip().splitlines()[-1][:200]
             lines += [
                 f"{row.parser}: {row.counted[kind]} × {kind}",
-                f"    {last}",
-                f"    {'; '.join(first.story)[:300]}",
+                f"    {last_line(first)}",
+                f"    {'; '.join(first.story)[:_MOST_TOLD]}",
                 f"    python benchmarks/fuzz.py --parser {row.parser} --seed {seed} "
                 f"--only {first.number} --save DIR",
             ]
@@ -209,6 +231,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--most-killed", type=int, default=50)
+    parser.add_argument("--equal", action="store_true", help="Slow parsers get as many as others.")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="Of all parsers together.")
     parser.add_argument("--only", type=int, metavar="NUMBER")
     parser.add_argument("--save", type=Path, metavar="DIR")
     options = parser.parse_args(arguments)

@@ -129,6 +129,9 @@ def test_every_kind_of_answer_is_judged() -> None:
         "steer_the_terminal": [("UncleanOutputError", True)] * 2,
         # Only every other input is asked for JSON.
         "print_no_json": [("accepted", False), ("UncleanOutputError", True)],
+        "print_past_python": [("UncleanOutputError", True)] * 2,
+        "warn_past_python": [("accepted", False)] * 2,
+        "steer_past_python": [("UncleanOutputError", True)] * 2,
     }
 
 
