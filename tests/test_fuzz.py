@@ -100,7 +100,8 @@ def test_a_number_gives_the_same_input_again_and_others_give_others(
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """A script of its own, because the harness forks and a test runner has threads."""
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join((str(BENCHMARKS), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
 
