@@ -8,6 +8,8 @@ from prox24_deploy.core.documents import Document, read_json, reason_of
 from prox24_deploy.core.errors import ModelDirError
 
 CONFIG_FILE = "config.json"
+# Of the number of a class; Python refuses to read thousands, and torch those beyond 64 bits.
+_MOST_DIGITS = 9
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -83,4 +85,5 @@ def labels_of(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _is_label(number: str, name: object) -> bool:
-    return number.isascii() and number.isdigit() and isinstance(name, str | int)
+    digits = number.isascii() and number.isdigit() and len(number) <= _MOST_DIGITS
+    return digits and isinstance(name, str | int)
