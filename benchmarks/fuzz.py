@@ -16,6 +16,7 @@ gets an equal share of the time that is left, and its line says how many inputs 
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -23,13 +24,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
 # Before torch is imported: a process with threads cannot be forked safely.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from fuzz_seeds import ROOMS
 from fuzz_targets import TARGETS, Target, choose
@@ -96,7 +98,6 @@ def fuzz(options: argparse.Namespace, rooms: Path) -> list[Row]:
     rows = []
     names = list(dict.fromkeys(options.parser or TARGETS))
     end = time.monotonic() + options.minutes * 60
-    warm_up([TARGETS[name] for name in names])
     for position, name in enumerate(names):
         now = time.monotonic()
         rows.append(fuzz_parser(options, name, rooms, now + (end - now) / (len(names) - position)))
@@ -121,22 +122,37 @@ def fuzz_parser(options: argparse.Namespace, name: str, rooms: Path, until: floa
     return row
 
 
-def warm_up(targets: Sequence[Target]) -> None:
-    """Import what only some inputs need, so that not every process has to."""
-    if any(target.room == "models" for target in targets):
-        import_module("prox24_deploy.pruning.prune")
-        for family in ("bert", "llama", "t5", "vit", "whisper"):
-            import_module(f"transformers.models.{family}.modeling_{family}")
-
-
 def sound_inputs(target: Target, rooms: Path) -> Path:
     """The folder with the sound inputs of a parser; made once, in a process of its own."""
     room = rooms / target.room.replace(" ", "-")
     if not room.exists():
         room.mkdir()
         in_child(lambda: ROOMS[target.room](room))
-    in_child(lambda: require_sound(target, room, rooms))
+    loaded = rooms / "modules.json"
+    in_child(lambda: try_sound(target, room, rooms, loaded))
+    warm_up(json.loads(loaded.read_bytes()))
     return room
+
+
+def try_sound(target: Target, room: Path, rooms: Path, loaded: Path) -> None:
+    """Require that sound inputs are accepted, and tell which modules that takes."""
+    require_sound(target, room, rooms)
+    loaded.write_text(json.dumps(sorted(sys.modules)), encoding="utf-8")
+
+
+def warm_up(modules: Iterable[str]) -> None:
+    """Import what inputs need here, so that not every process has to.
+
+    Raises:
+        RuntimeError: one of them starts a thread, and a process with threads cannot be forked.
+    """
+    for name in modules:
+        # Of what is there, some is none by its name, and some comes with another alone.
+        with contextlib.suppress(Exception):
+            import_module(name)
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    if threads > 1:
+        raise RuntimeError(f"{threads} threads run in a process that is to be forked")
 
 
 def save(

@@ -363,8 +363,9 @@ def _prompt(path: Path, library: Mapping[str, Any]) -> str:
     name, prompts = library.get("default_prompt_name"), library.get("prompts")
     if name is None:
         return ""
-    named = prompts if isinstance(prompts, dict) and isinstance(name, str) else {}
-    prompt = named.get(name)
+    prompt = None
+    if isinstance(prompts, dict) and isinstance(name, str):
+        prompt = prompts.get(name)
     if not isinstance(prompt, str):
         raise ModelDirError(
             f"{path / _LIBRARY_FILE} has the default_prompt_name {name!r} and {prompt!r} under "
