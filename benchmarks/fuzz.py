@@ -99,21 +99,22 @@ def fuzz(options: argparse.Namespace, rooms: Path) -> list[Row]:
     names = list(dict.fromkeys(options.parser or TARGETS))
     end = time.monotonic() + options.minutes * 60
     for position, name in enumerate(names):
+        room = sound_inputs(TARGETS[name], rooms)
         now = time.monotonic()
-        rows.append(fuzz_parser(options, name, rooms, now + (end - now) / (len(names) - position)))
+        until = now + (end - now) / (len(names) - position)
+        rows.append(fuzz_parser(options, name, room, until))
         done = {"benchmark": "fuzz", "seed": options.seed, **rows[-1].as_json()}
         # At once, for a run of hours may be ended by others.
         print(json.dumps(done), flush=True)
     return rows
 
 
-def fuzz_parser(options: argparse.Namespace, name: str, rooms: Path, until: float) -> Row:
-    """Try one parser; no input is begun after `until`."""
+def fuzz_parser(options: argparse.Namespace, name: str, room: Path, until: float) -> Row:
+    """Try one parser with spoilt copies of what is in `room`; none is begun after `until`."""
     target = TARGETS[name]
-    room = sound_inputs(target, rooms)
     row, began = Row(name), time.perf_counter()
     seed = f"{options.seed}/{name}"
-    pool = Pool(target, room, rooms, seed, options.workers, options.most_killed, until)
+    pool = Pool(target, room, room.parent, seed, options.workers, options.most_killed, until)
     count = max(1, round(options.inputs * (1 if options.equal else target.share)))
     for outcome in pool.run(options.first, count):
         if row.add(outcome) and options.save:

@@ -143,3 +143,17 @@ def test_no_spoilt_input_meets_anything_but_a_documented_answer() -> None:
     assert found["wrong"] == 0
     assert len(found["parsers"]) >= 13
     assert all(parser["inputs"] >= 3 for parser in found["parsers"])
+
+
+def test_the_time_is_shared_and_a_line_tells_how_far_each_parser_came() -> None:
+    parsers = ("--parser", "plan", "--parser", "wav", "--parser", "plan")
+    asked = ("--inputs", "1000000", "--minutes", "0.05", "--workers", "2", "--equal")
+    done = run(BENCHMARKS / "fuzz.py", *parsers, *asked)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line.get("parser") for line in lines] == ["plan", "wav", None]
+    assert lines[-1]["parsers"] == [
+        {key: value for key, value in line.items() if key not in {"benchmark", "seed"}}
+        for line in lines[:-1]
+    ]
+    assert all(line["inputs"] < 1_000_000 for line in lines[:-1])
