@@ -1,6 +1,7 @@
 """Spoil inputs of every parser, and require a documented answer to each.
 
-    python benchmarks/fuzz.py [--parser NAME ...] [--inputs N] [--seed S] [--workers N] [--save DIR]
+    python benchmarks/fuzz.py [--parser NAME] ... [--inputs N] [--seed S] [--workers N]
+        [--minutes M] [--save DIR]
     python benchmarks/fuzz.py --parser NAME --seed S --only NUMBER --save DIR
 
 An input is right if the command line accepts it or refuses it in one sentence with one of its exit
@@ -9,24 +10,28 @@ where JSON was asked for, runs no program, and writes nothing elsewhere. Inputs 
 ones, see `fuzz_seeds.py`, by changes of their bytes and of what they say. Input NUMBER of a seed is
 always the same for the same sound inputs. Each wrong input is saved, the first three of a kind.
 
-Prints a table, each kind of fault with the command that reproduces it, and one JSON line; fails if
-there is a fault.
+Prints a JSON line as each parser is done, then a table, each kind of fault with the command that
+reproduces it, and one JSON line of all; fails if there is a fault. With `--minutes`, each parser
+gets an equal share of the time that is left, and its line says how many inputs it came to.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
 # Before torch is imported: a process with threads cannot be forked safely.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from fuzz_seeds import ROOMS
 from fuzz_targets import TARGETS, Target, choose
@@ -35,6 +40,7 @@ from tiny_directories import quiet
 
 _KEPT_OF_A_KIND = 3
 _MIB = 2**20
+_MOST_TOLD = 300
 
 
 @dataclass(slots=True)
@@ -73,7 +79,12 @@ class Row:
             "inputs": self.inputs,
             "answers": dict(self.answers),
             "wrong": {
-                kind: {"count": self.counted[kind], "inputs": [each.number for each in kept]}
+                kind: {
+                    "count": self.counted[kind],
+                    "inputs": [each.number for each in kept],
+                    "detail": last_line(kept[0]),
+                    "story": "; ".join(kept[0].story)[:_MOST_TOLD],
+                }
                 for kind, kept in self.wrong.items()
             },
             "slowest_s": round(self.slowest_s, 3),
@@ -85,30 +96,31 @@ class Row:
 def fuzz(options: argparse.Namespace, rooms: Path) -> list[Row]:
     """Try every parser that was asked for."""
     rows = []
-    warm_up([TARGETS[name] for name in options.parser or TARGETS])
-    for name in options.parser or TARGETS:
-        target = TARGETS[name]
-        room = sound_inputs(target, rooms)
-        row, began = Row(name), time.perf_counter()
-        seed = f"{options.seed}/{name}"
-        pool = Pool(target, room, rooms, seed, options.workers, options.most_killed)
-        count = max(1, round(options.inputs * target.share))
-        for outcome in pool.run(options.first, count):
-            if row.add(outcome) and options.save:
-                save(options.save, name, target, room, seed, outcome)
-        row.seconds = time.perf_counter() - began
-        rows.append(row)
-        print(f"{name}: {row.inputs} in {row.seconds:.0f} s, {row.counted.total()} wrong",
-              file=sys.stderr)  # fmt: skip
+    names = list(dict.fromkeys(options.parser or TARGETS))
+    end = time.monotonic() + options.minutes * 60
+    for position, name in enumerate(names):
+        room = sound_inputs(TARGETS[name], rooms)
+        now = time.monotonic()
+        until = now + (end - now) / (len(names) - position)
+        rows.append(fuzz_parser(options, name, room, until))
+        done = {"benchmark": "fuzz", "seed": options.seed, **rows[-1].as_json()}
+        # At once, for a run of hours may be ended by others.
+        print(json.dumps(done), flush=True)
     return rows
 
 
-def warm_up(targets: Sequence[Target]) -> None:
-    """Import what only some inputs need, so that not every process has to."""
-    if any(target.room == "models" for target in targets):
-        import_module("prox24_deploy.pruning.prune")
-        for family in ("bert", "llama", "t5", "vit", "whisper"):
-            import_module(f"transformers.models.{family}.modeling_{family}")
+def fuzz_parser(options: argparse.Namespace, name: str, room: Path, until: float) -> Row:
+    """Try one parser with spoilt copies of what is in `room`; none is begun after `until`."""
+    target = TARGETS[name]
+    row, began = Row(name), time.perf_counter()
+    seed = f"{options.seed}/{name}"
+    pool = Pool(target, room, room.parent, seed, options.workers, options.most_killed, until)
+    count = max(1, round(options.inputs * (1 if options.equal else target.share)))
+    for outcome in pool.run(options.first, count):
+        if row.add(outcome) and options.save:
+            save(options.save, name, target, room, seed, outcome)
+    row.seconds = time.perf_counter() - began
+    return row
 
 
 def sound_inputs(target: Target, rooms: Path) -> Path:
@@ -117,8 +129,31 @@ def sound_inputs(target: Target, rooms: Path) -> Path:
     if not room.exists():
         room.mkdir()
         in_child(lambda: ROOMS[target.room](room))
-    in_child(lambda: require_sound(target, room, rooms))
+    loaded = rooms / "modules.json"
+    in_child(lambda: try_sound(target, room, rooms, loaded))
+    warm_up(json.loads(loaded.read_bytes()))
     return room
+
+
+def try_sound(target: Target, room: Path, rooms: Path, loaded: Path) -> None:
+    """Require that sound inputs are accepted, and tell which modules that takes."""
+    require_sound(target, room, rooms)
+    loaded.write_text(json.dumps(sorted(sys.modules)), encoding="utf-8")
+
+
+def warm_up(modules: Iterable[str]) -> None:
+    """Import what inputs need here, so that not every process has to.
+
+    Raises:
+        RuntimeError: one of them starts a thread, and a process with threads cannot be forked.
+    """
+    for name in modules:
+        # Of what is there, some is none by its name, and some comes with another alone.
+        with contextlib.suppress(Exception):
+            import_module(name)
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    if threads > 1:
+        raise RuntimeError(f"{threads} threads run in a process that is to be forked")
 
 
 def save(
@@ -172,7 +207,7 @@ def table(rows: Sequence[Row]) -> str:
             str(row.counted.total()),
             f"{row.slowest_s:.2f}",
             f"{row.largest_bytes / _MIB:.0f}",
-            f"{row.inputs / row.seconds:.0f}",
+            f"{row.inputs / row.seconds:.0f}" if row.inputs else "",
         )
         for row in rows
     ]
@@ -183,18 +218,22 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
+def last_line(outcome: Outcome) -> str:
+    """What an error says; of what was killed there is none, and the dump begins with the place."""
+    killed = outcome.answer.startswith("killed")
+    return "" if killed else outcome.detail.strip().splitlines()[-1][:_MOST_TOLD]
+
+
 def faults(rows: Sequence[Row], seed: int) -> str:
     """Each kind of fault once, with what made it."""
     lines = []
     for row in rows:
         for kind, kept in sorted(row.wrong.items(), key=lambda pair: -row.counted[pair[0]]):
             first = kept[0]
-            killed = first.answer.startswith("killed")
-            last = "" if killed else first.detail.strip().splitlines()[-1][:200]
             lines += [
                 f"{row.parser}: {row.counted[kind]} × {kind}",
-                f"    {last}",
-                f"    {'; '.join(first.story)[:300]}",
+                f"    {last_line(first)}",
+                f"    {'; '.join(first.story)[:_MOST_TOLD]}",
                 f"    python benchmarks/fuzz.py --parser {row.parser} --seed {seed} "
                 f"--only {first.number} --save DIR",
             ]
@@ -209,6 +248,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--most-killed", type=int, default=50)
+    parser.add_argument("--equal", action="store_true", help="Slow parsers get as many as others.")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="Of all parsers together.")
     parser.add_argument("--only", type=int, metavar="NUMBER")
     parser.add_argument("--save", type=Path, metavar="DIR")
     options = parser.parse_args(arguments)

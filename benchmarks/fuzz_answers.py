@@ -27,11 +27,12 @@ def answered(target: Target, case: Case, watch: "Watch") -> tuple[str, str, str]
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
     watch.seen.clear()
+    watch.printed()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             answer = _documented(target, case)
-        printed = [stream.buffer.getvalue().decode() for stream in (out, err)]
-        _require_clean(*printed, as_json=case.as_json and target.prints)
+        _require_clean(*map(_text, (out, err)), as_json=case.as_json and target.prints)
+        _require_silent(*watch.printed())
     except Exception as error:
         return type(error).__name__, place_of(error), traceback.format_exc()
     if watch.seen:
@@ -69,13 +70,30 @@ class UncleanOutputError(Exception):
     """What was printed is no JSON, or steers a terminal."""
 
 
+def _text(stream: io.TextIOWrapper) -> str:
+    raw = stream.buffer
+    assert isinstance(raw, io.BytesIO)
+    return raw.getvalue().decode()
+
+
 def _require_clean(out: str, err: str, *, as_json: bool) -> None:
     if as_json and out:
         json.loads(out, parse_constant=_refuse_constant)
     for text in (err, *(() if as_json else (out,))):
-        bad = {c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t"}
-        if bad:
-            raise UncleanOutputError(f"control characters {sorted(bad)} in {text[:200]!r}")
+        _refuse_control(text)
+
+
+def _require_silent(out: str, err: str) -> None:
+    """Libraries that are not written in Python print past it, what a file says included."""
+    if out:
+        raise UncleanOutputError(f"printed past Python: {out[:200]!r}")
+    _refuse_control(err)
+
+
+def _refuse_control(text: str) -> None:
+    bad = {c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t"}
+    if bad:
+        raise UncleanOutputError(f"control characters {sorted(bad)} in {text[:200]!r}")
 
 
 def _refuse_constant(name: str) -> None:
@@ -91,6 +109,15 @@ class Watch:
         os.environ["TMPDIR"] = str(folder)
         tempfile.tempdir = None
         sys.addaudithook(self._hear)
+        # Standard output and standard error of the process, to which only what is no Python writes.
+        self._streams = [(folder / f"stream-{number}").open("w+b", 0) for number in (1, 2)]
+        for number, stream in enumerate(self._streams, 1):
+            os.dup2(stream.fileno(), number)
+
+    def printed(self) -> tuple[str, str]:
+        """What came past Python on standard output and standard error since this was last asked."""
+        out, err = (_taken(stream) for stream in self._streams)
+        return out, err
 
     def _hear(self, event: str, given: tuple[Any, ...]) -> None:
         if event in _FORBIDDEN or any(map(self._outside, _written(event, given))):
@@ -98,6 +125,15 @@ class Watch:
 
     def _outside(self, path: Path) -> bool:
         return not os.path.abspath(path).startswith(self._allowed)  # noqa: PTH100 - no link is followed
+
+
+def _taken(stream: io.FileIO) -> str:
+    """What a file holds, which is then emptied; copies of its number share its place."""
+    stream.seek(0)
+    data = stream.read() or b""
+    stream.seek(0)
+    stream.truncate()
+    return data.decode(errors="replace")
 
 
 def _written(event: str, given: tuple[Any, ...]) -> list[Path]:

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
 from fuzz_onnx_seeds import onnx_seeds
+from fuzz_tokenizers import write_tokenizer
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_directories import (
@@ -40,6 +42,8 @@ _MODELS = {
     "vit, classes": {},
     "whisper": {"encoder_layers": 1, "decoder_layers": 1, "max_source_positions": 10},
 }
+# Of the tokenizers of these families; others are read by single bytes.
+_TOKENIZERS = {"bert": "WordPiece", "t5": "Unigram", "llama": "BPE"}
 SMALL = ("--calibration-tokens", "2048", "--evaluation-tokens", "1024")
 
 
@@ -114,15 +118,46 @@ def _add_companions(folder: Path, row: str) -> None:
     # Short samples, of which a forward pass takes little time.
     text = re.sub(r"sequence_length = \d+", "sequence_length = 32", shipped_recipes()[name])
     (folder / "recipe.toml").write_text(text, encoding="utf-8")
+    if name in _TOKENIZERS:
+        write_tokenizer(folder, _TOKENIZERS[name])
     if row == "bert":
-        modules = [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate((("", "Transformer"), ("1_Pooling", "Pooling")))
-        ]
-        (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
-        pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
-        (folder / "1_Pooling").mkdir()
-        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
+        _add_sentence_modules(folder)
+
+
+def _add_sentence_modules(folder: Path) -> None:
+    """One module of each kind, as sentence-transformers saves them."""
+    torch.manual_seed(0)
+    width = 32
+    dense = {"linear.weight": torch.randn(width, width), "linear.bias": torch.randn(width)}
+    norm = {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    made: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "Transformer": ({"max_seq_length": 32, "do_lower_case": False}, {}),
+        "Pooling": ({"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}, {}),
+        "Dense": ({
+            "in_features": width, "out_features": width, "bias": True, "use_residual": True,
+            "activation_function": "torch.nn.modules.activation.Tanh",
+        }, dense),
+        "LayerNorm": ({"dimension": width}, norm),
+        "Normalize": ({}, {}),
+    }  # fmt: skip
+    modules = []
+    for i, (kind, (options, weights)) in enumerate(made.items()):
+        path = f"{i}_{kind}" if i else ""
+        type_name = f"sentence_transformers.models.{kind}"
+        modules.append({"idx": i, "name": str(i), "path": path, "type": type_name})
+        (folder / path).mkdir(exist_ok=True)
+        name = "config.json" if i else "sentence_bert_config.json"
+        _write_json(folder / path / name, options)
+        if weights:
+            save_file(weights, folder / path / "model.safetensors")
+    _write_json(folder / "modules.json", modules)
+    library = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
+    library |= {"similarity_fn_name": "cosine", "__version__": {"torch": "2"}}
+    _write_json(folder / "config_sentence_transformers.json", library)
+
+
+def _write_json(file: Path, value: object) -> None:
+    file.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _bundle(room: Path) -> None:

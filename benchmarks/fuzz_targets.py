@@ -307,7 +307,14 @@ TARGETS: dict[str, Target] = {
         ways=_ONE_IN,
     ),
     "tokenizer": Target(
-        "models", (Victim("*/tokenizer*.json", spoil_json),), _prune, _GIVEN, ways=_ONE_IN
+        "models",
+        (
+            Victim("*/tokenizer*.json", spoil_json, weight=8),
+            Victim("*/special_tokens_map.json", spoil_json),
+        ),
+        _prune,
+        _GIVEN,
+        ways=_ONE_IN,
     ),
     "recipe": Target(
         "models", (Victim("*/recipe.toml", spoil_toml),), _prune, _GIVEN, ways=_ONE_IN
@@ -322,7 +329,11 @@ TARGETS: dict[str, Target] = {
     ),
     "modules": Target(
         "models",
-        (Victim("*/modules.json", spoil_json), Victim("*/1_Pooling/config.json", spoil_json)),
+        (
+            Victim("*/modules.json", spoil_json, weight=2),
+            Victim("*/[0-9]_*/config.json", spoil_json, weight=2),
+            Victim("*/*sentence_*.json", spoil_json),
+        ),
         _prune,
         _GIVEN,
         share=0.2,

@@ -1,8 +1,10 @@
 """Run spoilt inputs in processes that are bound in time and memory, and tell what came of each."""
 
 import faulthandler
+import gc
 import io
 import logging
+import math
 import multiprocessing
 import resource
 import shutil
@@ -25,8 +27,11 @@ MOST_CPU_S = 10
 MOST_BYTES = 2 * 2**30
 # For what waits and uses no time of the processor.
 MOST_WALL_S = 180
-# Inputs of one process; a fresh one begins with fresh memory.
-_CHUNK = 500
+# Inputs of one process; a fresh one begins with fresh memory. Fewer where some would end long
+# before the others, but not so few that a process does little else than to begin.
+_MOST_OF_A_PROCESS = 500
+_LEAST_OF_A_PROCESS = 50
+_SHARES = 8
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -58,12 +63,17 @@ class _Worker:
     stop: int
     ended: bool = False
 
+    def give_up(self) -> None:
+        """Its time is over: what it did not begin is not begun again."""
+        self.stop = self.following
+
 
 @dataclass(slots=True)
 class Pool:
     """Processes for one target; `room` holds its sound inputs and is only read.
 
-    `most_killed` ends the run once so many inputs had to be killed, each after ten seconds.
+    `most_killed` ends the run once so many inputs had to be killed, each after ten seconds; `until`
+    is when no further input is begun, by `time.monotonic`.
     """
 
     target: Target
@@ -72,16 +82,19 @@ class Pool:
     seed: str
     workers: int
     most_killed: int = 50
+    until: float = math.inf
     running: list[_Worker] = field(default_factory=list)
 
     def run(self, first: int, count: int) -> Iterator[Outcome]:
         """The outcomes of inputs `first` to `first + count`, in the order in which they come."""
-        stop = first + count
-        chunks = deque((n, min(n + _CHUNK, stop)) for n in range(first, stop, _CHUNK))
+        stop, size = first + count, _of_a_process(count, self.workers)
+        chunks = deque((n, min(n + size, stop)) for n in range(first, stop, size))
         killed = 0
+        # What is there is in use for good: a process that looks for garbage in it would copy it.
+        gc.freeze()
         try:
             while chunks or self.running:
-                while chunks and len(self.running) < self.workers and killed < self.most_killed:
+                while chunks and len(self.running) < self.workers and self._goes_on(killed):
                     self.running.append(self._start(*chunks.popleft()))
                 if not self.running:
                     return
@@ -97,10 +110,13 @@ class Pool:
             for worker in self.running:
                 worker.process.kill()
 
+    def _goes_on(self, killed: int) -> bool:
+        return killed < self.most_killed and time.monotonic() < self.until
+
     def _start(self, first: int, stop: int) -> _Worker:
         inbox, outbox = _FORK.Pipe(duplex=False)
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
-        job = _Job(self.target, self.room, folder, self.seed, first, stop)
+        job = _Job(self.target, self.room, folder, self.seed, first, stop, self.until)
         process = _FORK.Process(target=job.work, args=(outbox,), daemon=True)
         process.start()
         outbox.close()
@@ -112,7 +128,7 @@ class Pool:
 
     def _heard(self, worker: _Worker) -> Iterator[Outcome]:
         try:
-            outcome: Outcome = worker.inbox.recv()
+            outcome: Outcome | None = worker.inbox.recv()
         except EOFError:
             worker.process.join()
             worker.ended = True
@@ -120,6 +136,9 @@ class Pool:
                 yield self._death(worker)
                 worker.following += 1
             shutil.rmtree(worker.log.parent, ignore_errors=True)
+            return
+        if outcome is None:
+            worker.give_up()
             return
         worker.following = outcome.number + 1
         yield outcome
@@ -167,6 +186,11 @@ def require_sound(target: Target, room: Path, scratch: Path) -> None:
     shutil.rmtree(folder)
 
 
+def _of_a_process(count: int, workers: int) -> int:
+    even = math.ceil(count / (workers * _SHARES))
+    return max(_LEAST_OF_A_PROCESS, min(_MOST_OF_A_PROCESS, even))
+
+
 def drawn(seed: str, number: int) -> Random:
     """The random numbers of one input."""
     return Random(f"{seed}/{number}")
@@ -182,6 +206,7 @@ class _Job:
     seed: str
     first: int
     stop: int
+    until: float
 
     def work(self, outbox: Connection) -> None:
         room = self.folder / "room"
@@ -190,6 +215,9 @@ class _Job:
         _bound(log)
         watch = Watch(self.folder)
         for number in range(self.first, self.stop):
+            if time.monotonic() >= self.until:
+                outbox.send(None)
+                return
             draw = drawn(self.seed, number)
             source, file, (data, story) = choose(self.target, self.room, draw)
             file = room / file.relative_to(self.room)

@@ -92,10 +92,22 @@ def print_no_json(_: Case) -> None:
     sys.stdout.write('{"a": NaN}\n')
 
 
+def print_past_python(_: Case) -> None:
+    os.write(1, b"hello\n")
+
+
+def warn_past_python(_: Case) -> None:
+    os.write(2, b"a warning\n")
+
+
+def steer_past_python(_: Case) -> None:
+    os.write(2, b"\x1b[31mred\n")
+
+
 PLANTS: tuple[Callable[[Case], None], ...] = (
     accept, exit_3, exit_1, refuse, refuse_with_1, forbidden, crash, deep, hang, allocate,
     hide_that_memory_ended, die, run_a_program, write_elsewhere, write_beside, steer_the_terminal,
-    print_no_json,
+    print_no_json, print_past_python, warn_past_python, steer_past_python,
 )  # fmt: skip
 
 

@@ -100,7 +100,8 @@ def test_a_number_gives_the_same_input_again_and_others_give_others(
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """A script of its own, because the harness forks and a test runner has threads."""
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join((str(BENCHMARKS), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
 
@@ -129,6 +130,9 @@ def test_every_kind_of_answer_is_judged() -> None:
         "steer_the_terminal": [("UncleanOutputError", True)] * 2,
         # Only every other input is asked for JSON.
         "print_no_json": [("accepted", False), ("UncleanOutputError", True)],
+        "print_past_python": [("UncleanOutputError", True)] * 2,
+        "warn_past_python": [("accepted", False)] * 2,
+        "steer_past_python": [("UncleanOutputError", True)] * 2,
     }
 
 
@@ -139,3 +143,17 @@ def test_no_spoilt_input_meets_anything_but_a_documented_answer() -> None:
     assert found["wrong"] == 0
     assert len(found["parsers"]) >= 13
     assert all(parser["inputs"] >= 3 for parser in found["parsers"])
+
+
+def test_the_time_is_shared_and_a_line_tells_how_far_each_parser_came() -> None:
+    parsers = ("--parser", "plan", "--parser", "wav", "--parser", "plan")
+    asked = ("--inputs", "1000000", "--minutes", "0.05", "--workers", "2", "--equal")
+    done = run(BENCHMARKS / "fuzz.py", *parsers, *asked)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line.get("parser") for line in lines] == ["plan", "wav", None]
+    assert lines[-1]["parsers"] == [
+        {key: value for key, value in line.items() if key not in {"benchmark", "seed"}}
+        for line in lines[:-1]
+    ]
+    assert all(line["inputs"] < 1_000_000 for line in lines[:-1])

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,6 +56,7 @@ from prox24_deploy.core.atomic import (
 )
 from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.fingerprint import fields_of
+from prox24_deploy.core.records import Engine, OnnxModel
 from prox24_deploy.core.types import Progress
 
 log = logging.getLogger(__name__)
@@ -252,9 +253,10 @@ class Bundle:
             log.warning("stage %s: its files were changed, running it again", name)
             return None
         try:
-            return adapter.validate_json((self.root / record_of(name)).read_bytes())
+            found = adapter.validate_json((self.root / record_of(name)).read_bytes())
         except (OSError, ValidationError):
             return None
+        return found if all(map(self._files_below, _named_files(found))) else None
 
     def _files_below(self, output: str) -> list[str]:
         return [f for f in self.manifest.files if lies_below(f, output)]
@@ -265,6 +267,18 @@ class Bundle:
                 self.manifest.files[file] = hash_file(self.root / file)
         self.manifest.stages[name] = entry
         self.promise([])
+
+
+def _named_files(record: object) -> Iterator[str]:
+    """Files of the bundle that the record of a stage says there are."""
+    if isinstance(record, OnnxModel | Engine):
+        yield record.path
+    elif is_dataclass(record):
+        for field in fields(record):
+            yield from _named_files(getattr(record, field.name))
+    elif isinstance(record, tuple):
+        for part in record:
+            yield from _named_files(part)
 
 
 def _early(files: Sequence[str]) -> list[str]:

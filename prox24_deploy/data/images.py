@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prox24_deploy.core.documents import open_regular, reason_of
 from prox24_deploy.core.errors import CalibrationError, ModelDirError
+from prox24_deploy.core.foreign import blamed
 from prox24_deploy.core.modalities import IMAGES
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.data.split import Files, Search, hold_out, readable_files
@@ -125,17 +126,14 @@ def _pixels(path: Path, processor: Any) -> Tensor:
 def _prepared(image: Image.Image, processor: Any) -> Tensor:
     """What the model reads of one image, (channels, height, width)."""
     kind = f"The {type(processor).__name__} that preprocessor_config.json describes"
-    try:
+
+    def refused(reason: str) -> ModelDirError:
+        return ModelDirError(f"{kind} cannot prepare an image ({reason}); restore it.")
+
+    with blamed(refused):
         made: Tensor = processor(images=[image], return_tensors="pt")[IMAGES.input]
         pixels = made[0]
         sound = pixels.ndim == 3 and bool(pixels.isfinite().all())
-    except MemoryError:
-        raise
-    except Exception as error:
-        # A wrong value surfaces as whatever the code of the processor runs into.
-        raise ModelDirError(
-            f"{kind} cannot prepare an image ({reason_of(error)}); restore it."
-        ) from error
     if not sound:
         raise ModelDirError(
             f"{kind} makes values of shape {tuple(pixels.shape)}, some of them NaN or infinite, or "

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_deploy.core.documents import reason_of
 from prox24_deploy.core.errors import CalibrationError, ModelDirError
+from prox24_deploy.core.foreign import blamed
 from prox24_deploy.core.modalities import RECORDINGS
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.core.types import Progress
@@ -25,6 +25,7 @@ from prox24_deploy.evaluation.words import words_of
 from prox24_deploy.model.batch import IGNORED, Batch, Samples, pad_rows, padding_id
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.generate import start_tokens, write_down
+from prox24_deploy.model.tokenizing import ids_of, text_of
 
 # Thirty seconds are 1500 positions of an encoder; two recordings hold a little more than
 # `BATCH_TOKENS` of text.
@@ -95,7 +96,7 @@ def make_speech_samples(
         digest.update(heard.features.numpy().tobytes())
         digest.update(json.dumps([heard.starts, heard.texts]).encode())
         batches.append(_batch(heard, padding_id(listener.tokenizer)))
-        said += listener.tokenizer.batch_decode(heard.texts, skip_special_tokens=True)
+        said += [text_of(text, listener.tokenizer) for text in heard.texts]
     progress("listen", len(files), len(files))
     if not any(words_of(text) for text in said):
         raise CalibrationError(
@@ -123,18 +124,17 @@ def _groups(files: Sequence[Recording]) -> Iterator[Sequence[Recording]]:
 
 def _features(listener: Listener, waves: Sequence[Samples1D], rate: int) -> Tensor:
     """What the model reads of recordings, (recordings, mels, frames)."""
-    try:
+
+    def refused(reason: str) -> ModelDirError:
+        return ModelDirError(
+            f"The feature extractor of {listener.directory.path} cannot prepare a recording "
+            f"({reason}); restore its preprocessor_config.json."
+        )
+
+    with blamed(refused):
         made = listener.extractor(waves, sampling_rate=rate, return_tensors="pt")
         features: Tensor = made[RECORDINGS.input]
-    except MemoryError:
-        raise
-    except Exception as error:
-        # A wrong value surfaces as whatever the code of the extractor runs into.
-        raise ModelDirError(
-            f"The feature extractor of {listener.directory.path} cannot prepare a recording "
-            f"({reason_of(error)}); restore its preprocessor_config.json."
-        ) from error
-    return features
+        return features
 
 
 def _hear(files: Sequence[Recording], listener: Listener) -> _Heard:
@@ -178,7 +178,7 @@ def _tokens(file: Recording, text: str, start: int, listener: Listener) -> list[
     settings: Any = listener.model.config
     positions = int(settings.max_target_positions)
     part = enough_of(text, tokenizer, positions)
-    tokens = [*tokenizer(part, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    tokens = [*ids_of(part, tokenizer, special=False), _end(listener)]
     room = positions - start
     if len(tokens) > room:
         raise CalibrationError(
@@ -186,6 +186,17 @@ def _tokens(file: Recording, text: str, start: int, listener: Listener) -> list[
             f"{room} that the model writes at most; cut the recording."
         )
     return tokens
+
+
+def _end(listener: Listener) -> int:
+    """The token that ends a transcript."""
+    end = listener.tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ModelDirError(
+            f"The tokenizer of {listener.directory.path} has no eos_token to end a transcript "
+            "with; add it to tokenizer_config.json."
+        )
+    return end
 
 
 def _batch(heard: _Heard, padding: int) -> Batch:

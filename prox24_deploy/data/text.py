@@ -16,6 +16,7 @@ from prox24_deploy.core.records import TextSource
 from prox24_deploy.data.text_files import Record, mended, read_records, read_text
 from prox24_deploy.data.tokens import enough_of, truncated
 from prox24_deploy.model.batch import Batch, Samples, pad_rows, padding_id
+from prox24_deploy.model.tokenizing import ids_of
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +227,7 @@ def _windows(documents: Sequence[str], tokenizer: Any, tokens: int, length: int)
         if len(stream) >= max(tokens, length):
             break
         part = enough_of(document, tokenizer, max(tokens, length) - len(stream))
-        encoded = list(tokenizer(part)["input_ids"])
+        encoded = ids_of(part, tokenizer)
         if start is not None and (not encoded or encoded[0] != start):
             encoded.insert(0, start)
         stream.extend(encoded)

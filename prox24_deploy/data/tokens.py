@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from prox24_deploy.model.tokenizing import ids_of
+
 # More than text of any language has in a token.
 _CHARACTERS = 16
 # What stands behind a token can change it, but for a word or so.
@@ -26,7 +28,7 @@ def enough_of(document: str, tokenizer: Any, tokens: int, *, end: bool = False) 
     most = _MOST_TIMES * size
     while size < len(document):
         part = document[-size:] if end else document[:size]
-        if size >= most or len(tokenizer(part)["input_ids"]) >= tokens + _MARGIN:
+        if size >= most or len(ids_of(part, tokenizer)) >= tokens + _MARGIN:
             return part
         size *= 2
     return document
@@ -36,5 +38,4 @@ def truncated(document: str, tokenizer: Any, length: int, *, as_target: bool = F
     """At most `length` tokens of a document, with those that begin and end a text, or a target."""
     end = getattr(tokenizer, "truncation_side", "right") == "left"
     part = enough_of(document, tokenizer, length, end=end)
-    asked = {"text_target": part} if as_target else {"text": part}
-    return list(tokenizer(**asked, truncation=True, max_length=length)["input_ids"])
+    return ids_of(part, tokenizer, most=length, as_target=as_target)

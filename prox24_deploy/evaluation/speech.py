@@ -17,6 +17,7 @@ from prox24_deploy.evaluation.words import word_errors, words_of
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.generate import write_down
 from prox24_deploy.model.processors import open_tokenizer
+from prox24_deploy.model.tokenizing import text_of
 
 
 def evaluate_speech(
@@ -36,7 +37,7 @@ def evaluate_speech(
         progress("transcribe", i, len(held_out.batches))
         for model, written in zip((dense, sparse), texts, strict=True):
             rows = write_down(model, batch.inputs[RECORDINGS.input])
-            written += [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+            written += [text_of(row, tokenizer) for row in rows]
     progress("transcribe", len(held_out.batches), len(held_out.batches))
     return *word_error_rates(texts[0], texts[1], held_out.transcripts), *forced
 

@@ -10,6 +10,8 @@ from prox24_deploy.core.errors import ModelDirError
 CONFIG_FILE = "config.json"
 # What the configurations of different families call the number of positions.
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions")
+# Of the number of a class; Python refuses to read thousands, and torch those beyond 64 bits.
+_MOST_DIGITS = 9
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -36,11 +38,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def blame_config(path: Path, error: Exception) -> None:
-    """Do nothing, unless `error` is one of the configuration, which tokenizers open first.
+def blame_config(path: Path, reason: str) -> None:
+    """Do nothing, unless what failed is the configuration, which tokenizers open first.
 
     Raises:
-        ModelDirError: transformers opens the configuration of `path` with the same error.
+        ModelDirError: transformers fails on the configuration of `path` for the same reason.
     """
     from transformers import AutoConfig
 
@@ -48,10 +50,10 @@ def blame_config(path: Path, error: Exception) -> None:
         AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as fault:
         # A wrong value surfaces as whatever the code of its family runs into.
-        if (reason := reason_of(fault)) == reason_of(error):
+        if reason_of(fault) == reason:
             raise ModelDirError(
                 f"{path / CONFIG_FILE} holds a value that cannot be used ({reason}); restore it."
-            ) from error
+            ) from fault
 
 
 def whole_number(config: Mapping[str, Any], key: str, default: int) -> int:
@@ -85,7 +87,8 @@ def labels_of(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _is_label(number: str, name: object) -> bool:
-    return number.isascii() and number.isdigit() and isinstance(name, str | int)
+    digits = number.isascii() and number.isdigit() and len(number) <= _MOST_DIGITS
+    return digits and isinstance(name, str | int)
 
 
 def longest_of(config: Mapping[str, Any], otherwise: int) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.core.foreign import blamed
 
 
 def start_tokens(model: nn.Module, features: Tensor) -> list[list[int]]:
@@ -30,8 +31,9 @@ def write_down(model: nn.Module, features: Tensor) -> list[list[int]]:
     """
     settings: Any = model.config
     start = len(start_tokens(model, features)[0])
-    room = int(settings.max_target_positions) - start
-    ends = torch.as_tensor(model.generation_config.eos_token_id).flatten()  # type: ignore[union-attr]
+    with blamed(lambda reason: _silent(model, reason)):
+        room = int(settings.max_target_positions) - start
+        ends = torch.as_tensor(model.generation_config.eos_token_id).flatten()  # type: ignore[union-attr]
     rows = _generate(model, features, room)[:, start:].cpu()
     found = []
     for row in rows:
@@ -43,7 +45,7 @@ def write_down(model: nn.Module, features: Tensor) -> list[list[int]]:
 @torch.no_grad()
 def _generate(model: nn.Module, features: Tensor, tokens: int) -> Tensor:
     device = next(model.parameters()).device
-    try:
+    with blamed(lambda reason: _silent(model, reason)):
         found: Tensor = model.generate(  # type: ignore[operator]  # a transformers model
             features.to(device),
             do_sample=False,
@@ -53,10 +55,11 @@ def _generate(model: nn.Module, features: Tensor, tokens: int) -> Tensor:
             # Gives what the decoder started from, too.
             force_unique_generate_call=True,
         )
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ModelDirError(
-            f"The {type(model).__name__} cannot write down a recording ({reason}); restore its "
-            "generation_config.json."
-        ) from error
-    return found
+        return found
+
+
+def _silent(model: nn.Module, reason: str) -> ModelDirError:
+    return ModelDirError(
+        f"The {type(model).__name__} cannot write down a recording ({reason}); restore its "
+        "config.json and generation_config.json."
+    )

@@ -4,17 +4,21 @@ As of the model itself nothing is unpickled, no remote code is run and nothing i
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers import normalizers
 
-from prox24_deploy.core.documents import reason_of
 from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.core.foreign import blamed
 from prox24_deploy.model.config_file import blame_config
 from prox24_deploy.model.directory import ModelDir, quiet_transformers
 from prox24_deploy.model.processor_file import require_usable_sizes
 from prox24_deploy.model.sentence import read_pipeline
+from prox24_deploy.model.token_files import TOKENIZER_FILE, require_known_options
+
+_TOKENIZER_FILES = f"{TOKENIZER_FILE} and tokenizer_config.json"
 
 
 def load_tokenizer(directory: ModelDir) -> Any:
@@ -52,17 +56,11 @@ def open_tokenizer(path: Path) -> Any:
         ModelDirError: there is none, or it cannot be opened without remote code.
     """
     transformers = quiet_transformers()
-    try:
+    require_known_options(path)
+    with blamed(partial(_does_not_open, path, "tokenizer", _TOKENIZER_FILES)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:
-        # The tokenizers library raises bare Exception for a file that it cannot read.
-        blame_config(path, error)
-        raise ModelDirError(
-            f"Model directory {path} has no tokenizer that opens "
-            f"({reason_of(error)}); add tokenizer.json and tokenizer_config.json."
-        ) from error
     # Without any of its files transformers makes a tokenizer that knows no word.
     files = tokenizer.vocab_files_names.values()
     if not any((path / file).is_file() for file in files):
@@ -110,12 +108,12 @@ def load_feature_extractor(path: Path) -> Any:
 
 def _load_processor(path: Path, auto: Any, what: str) -> Any:
     require_usable_sizes(path)
-    try:
+    with blamed(partial(_does_not_open, path, what, "preprocessor_config.json")):
         return auto.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        # A damaged preprocessor_config.json surfaces as whatever the processor's code runs into.
-        blame_config(path, error)
-        raise ModelDirError(
-            f"Model directory {path} has no {what} that opens "
-            f"({reason_of(error)}); add preprocessor_config.json."
-        ) from error
+
+
+def _does_not_open(path: Path, what: str, files: str, reason: str) -> ModelDirError:
+    blame_config(path, reason)
+    return ModelDirError(
+        f"Model directory {path} has no {what} that opens ({reason}); add {files}."
+    )

@@ -163,7 +163,7 @@ def read_pipeline(path: Path) -> SentencePipeline | None:
     return SentencePipeline(
         poolings=_poolings(path, modules[0]) if modules else (),
         steps=modules[1:],
-        max_length=text.get("max_seq_length"),
+        max_length=_length(path, text.get("max_seq_length")),
         lower_case=bool(text.get("do_lower_case")),
         prompt=_prompt(path, library),
     )
@@ -334,6 +334,15 @@ def _require_hidden_states(path: Path, modalities: object) -> None:
         )
 
 
+def _length(path: Path, value: object) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ModelDirError(
+            f"{_transformer_file(path)} has max_seq_length {value!r}, expected a whole number of "
+            f"tokens from 1; {_REMEDY}."
+        )
+    return value
+
+
 def _poolings(path: Path, module: SentenceModule) -> tuple[PoolingMode, ...]:
     options, file = module.options, path / module.folder / _CONFIG_FILE
     if not file.is_file():
@@ -356,7 +365,9 @@ def _prompt(path: Path, library: Mapping[str, Any]) -> str:
     name, prompts = library.get("default_prompt_name"), library.get("prompts")
     if name is None:
         return ""
-    prompt = prompts.get(name) if isinstance(prompts, dict) else None
+    prompt = None
+    if isinstance(prompts, dict) and isinstance(name, str):
+        prompt = prompts.get(name)
     if not isinstance(prompt, str):
         raise ModelDirError(
             f"{path / _LIBRARY_FILE} has the default_prompt_name {name!r} and {prompt!r} under "

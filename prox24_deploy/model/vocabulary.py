@@ -41,9 +41,14 @@ def require_embedded(directory: ModelDir, tokenizer: Any, batches: Iterable[Batc
     _require(directory, tokenizer, _largest_ids(batches))
 
 
-def _require(directory: ModelDir, tokenizer: Any, ids: Iterable[int]) -> None:
+def _require(directory: ModelDir, tokenizer: Any, ids: Iterable[int | None]) -> None:
     size = _size(directory)
     for number in ids if size else ():
+        if number is None:
+            raise ModelDirError(
+                f"The tokenizer of {directory.path} names a special token that its vocabulary does "
+                "not hold; correct tokenizer_config.json."
+            )
         if number >= size:
             token = tokenizer.convert_ids_to_tokens(number)
             raise ModelDirError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.manifest import Manifest
 from prox24_deploy.core.errors import BackendMissingError, BundleError
+from prox24_deploy.core.foreign import blamed
 from prox24_deploy.core.records import ModelInfo, PruneResult
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def render_sbom(manifest: Manifest, pruned: PruneResult, built_with: Mapping[str
 
     Raises:
         BackendMissingError: the library is not installed, or without its validator.
-        BundleError: the manifest names no model.
+        BundleError: the manifest names no model, or says what an SBOM cannot hold.
     """
     try:
         from cyclonedx.exception import MissingOptionalDependencyException
@@ -44,14 +45,23 @@ def render_sbom(manifest: Manifest, pruned: PruneResult, built_with: Mapping[str
         from cyclonedx.validation.json import JsonStrictValidator
     except ImportError as error:
         raise _missing(error) from error
-    text = JsonV1Dot6(_bom(manifest, pruned, built_with)).output_as_string(indent=2) + "\n"
+    # A manifest may say what CycloneDX has no place for, such as a hash that is none.
+    with blamed(_unfit):
+        text = JsonV1Dot6(_bom(manifest, pruned, built_with)).output_as_string(indent=2) + "\n"
     try:
         fault = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
     except MissingOptionalDependencyException as error:
         raise _missing(error) from error
     if fault is not None:
-        raise RuntimeError(f"the SBOM is not valid CycloneDX 1.6: {fault}")
+        raise _unfit(str(fault).splitlines()[0])
     return text
+
+
+def _unfit(reason: str) -> BundleError:
+    return BundleError(
+        f"The bundle says of itself what no SBOM of CycloneDX 1.6 can hold ({reason}); build it "
+        "again."
+    )
 
 
 def _missing(error: Exception) -> BackendMissingError:

@@ -15,19 +15,15 @@ from prox24_deploy.core.printable import printable
 _NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _SIGNS = re.compile(r"([\\`*\[\]|<>&#~])")
 # Readers of Markdown make links of these, also where their signs are escaped.
-_LINK = re.compile(r"\S*(?:://|www\.|@|mailto:|xmpp:)\S*", re.IGNORECASE)
+_LINK = re.compile(r"://|www\.|@|mailto:|xmpp:", re.IGNORECASE)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 _UNKNOWN_CLASS = "AutoModel"
 
 
 def markdown(text: object) -> str:
     """Text that Markdown, and the HTML in it, leaves as it is; also within a table."""
-    words = " ".join(str(text).split())
-    found, end = [], 0
-    for link in _LINK.finditer(words):
-        found += [_escaped(words[end : link.start()]), code(link[0])]
-        end = link.end()
-    return "".join([*found, _escaped(words[end:])])
+    words = str(text).split()
+    return " ".join(code(word) if _LINK.search(word) else _escaped(word) for word in words)
 
 
 def code(text: object) -> str:

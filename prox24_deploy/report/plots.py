@@ -51,7 +51,7 @@ def split_name(name: str) -> tuple[int | None, str]:
     Later numbers become stars, so that all experts of a block share one kind. A name with no number
     has no block and is its own kind.
     """
-    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    match = re.search(r"(?:^|\.)(\d{1,9})\.(.+)$", name)
     if match is None:
         return None, name
     return int(match[1]), re.sub(r"(?<=\.)\d+(?=\.)", "*", match[2])

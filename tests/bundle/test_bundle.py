@@ -23,10 +23,17 @@ from prox24_deploy import __version__
 from prox24_deploy.bundle import stage as stage_module
 from prox24_deploy.bundle.bundle import Bundle, open_bundle
 from prox24_deploy.bundle.layout import MANIFEST_FILE, PARTIAL
-from prox24_deploy.bundle.manifest import StageEntry, read_manifest, verify, write_manifest
+from prox24_deploy.bundle.manifest import (
+    StageEntry,
+    hash_file,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace, stage_key
 from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.fingerprint import unkeyed
+from prox24_deploy.core.records import OnnxModel
 from prox24_deploy.core.types import Progress
 
 Start = Literal["nothing", "another input", "fresh"]
@@ -785,3 +792,32 @@ def test_nothing_outside_the_bundle_is_written(
     build(Path("relative"), fresh=True)
     assert names(tmp_path) == ["cwd", "out"]
     assert names(tmp_path / "cwd") == ["relative"]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """Result of a stage that names files of the bundle."""
+
+    models: tuple[OnnxModel, ...]
+
+
+def test_a_record_that_names_a_file_which_is_not_there_is_not_taken(tmp_path: Path) -> None:
+    def export(_: Words, work: Workspace, __: Progress) -> Exported:
+        (work.partial / "onnx").mkdir()
+        (work.partial / "onnx" / "model.onnx").write_text("graph")
+        model = OnnxModel(
+            path="onnx/model.onnx", dtype="float32", opset=18, sha256="0" * 64, size_bytes=5
+        )
+        return Exported((model,))
+
+    stage: Stage[Words, Exported] = Stage(
+        name="export", result=Exported, run=export, outputs=("onnx",)
+    )
+    with open_bundle(tmp_path / "OUT") as bundle:
+        bundle.run(stage, Words(text=""), silent)
+        assert bundle.load(stage).models[0].path == "onnx/model.onnx"
+        record = bundle.root / "stages" / "export.json"
+        record.write_text(record.read_text().replace("onnx/model.onnx", "onnx/model.onn"))
+        bundle.manifest.files["stages/export.json"] = hash_file(record)
+        with pytest.raises(BundleError, match=r"holds no finished stage 'export'; run it first"):
+            bundle.load(stage)

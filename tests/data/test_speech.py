@@ -1,5 +1,6 @@
 """Recordings become features and targets, on which the decoder of the dense model is forced."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,8 +174,36 @@ def test_a_model_that_cannot_write_is_refused(
 ) -> None:
     monkeypatch.setattr(listener.model.generation_config, "task", "sing", raising=False)
     monkeypatch.setattr(listener.model.generation_config, "is_multilingual", True, raising=False)
-    with pytest.raises(ModelDirError, match=r"cannot write down a recording \(.*\); restore its g"):
+    with pytest.raises(ModelDirError, match=r"cannot write down a recording \(.*\); restore its c"):
         start_tokens(listener.model, features(listener, recordings))
+
+
+@pytest.mark.parametrize("value", [[[2]], float("-inf"), "2", 10**30, {}])
+def test_a_start_that_is_no_token_is_refused(
+    value: object, listener: Listener, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener.model.generation_config, "decoder_start_token_id", value)
+    with pytest.raises(ModelDirError, match=r"cannot write down a recording \(.*\); restore its c"):
+        start_tokens(listener.model, features(listener, recordings))
+
+
+def test_ends_that_are_no_tokens_are_refused(
+    listener: Listener, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = features(listener, recordings)
+    monkeypatch.setattr("prox24_deploy.model.generate.start_tokens", lambda *_: [[START]])
+    monkeypatch.setattr(listener.model.generation_config, "eos_token_id", "</s>")
+    with pytest.raises(ModelDirError, match=r"cannot write down a recording \(.*\); restore its c"):
+        write_down(listener.model, heard)
+
+
+def test_a_tokenizer_that_ends_no_text_is_refused(
+    listener: Listener, recordings: Recordings
+) -> None:
+    other = replace(listener, tokenizer=copy.deepcopy(listener.tokenizer))
+    other.tokenizer.eos_token = None
+    with pytest.raises(ModelDirError, match=r"has no eos_token to end a transcript with; add it"):
+        samples_of(recordings, other)
 
 
 def test_a_configuration_without_sizes_is_refused() -> None:

@@ -1,5 +1,6 @@
 """GEMM timings kept in a file, and estimates between them."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,3 +140,14 @@ def test_profiles_of_unlike_machines_do_not_fit() -> None:
     assert profile(timing).fits(profile())
     assert not profile().fits(replace(profile(), driver="2.0"))
     assert not profile().fits(replace(profile(), dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("time", ["1e999", "nan", 0, -1.0])
+def test_a_time_that_is_none_is_refused(time: object, tmp_path: Path) -> None:
+    timing = GemmTiming(shape=GemmShape(n=64, k=64, m=8), dense_us=2.0, sparse_us=1.0)
+    write_profile(profile(timing), tmp_path / "p.json")
+    value = json.loads((tmp_path / "p.json").read_bytes())
+    value["gemms"][0]["sparse_us"] = time
+    (tmp_path / "p.json").write_text(json.dumps(value))
+    with pytest.raises(UsageError, match=r"is damaged at gemms\.0\.sparse_us: .*; write it again"):
+        read_profile(tmp_path / "p.json")

@@ -247,3 +247,16 @@ def test_what_the_check_does_not_foresee_is_a_sentence_too(
     path.write_bytes(sound_model.SerializeToString())
     with pytest.raises(UsageError, match=r"does not expect \(ZeroDivisionError: three\); exp"):
         check_onnx(path)
+
+
+def test_too_little_memory_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sound_model: onnx.ModelProto
+) -> None:
+    def fail(_: Path) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(onnx_rows, "_scan", fail)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(sound_model.SerializeToString())
+    with pytest.raises(MemoryError):
+        check_onnx(path)

@@ -2,12 +2,13 @@
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from graph_models import Array, array_24, node, write_matmul, write_onnx
@@ -332,6 +333,88 @@ def test_functions_that_call_each_other_are_inlined_within_bounds(
     if check.unproven:
         assert check.reason == "f25 is a local function that is too large to inline"
         assert check.remedy == "inline the functions of the model first"
+
+
+def calls_of(count: int, names: Sequence[str]) -> ir.Model:
+    """A chain of calls of two functions in turn, each with nodes and values of these names."""
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("local", 1)]
+    places = ["a", *(f"{name}{i}" for i, name in enumerate(names[1:])), "c"]
+    body = [
+        helper.make_node("Relu", [start], [end], name=name)
+        for name, start, end in zip(names, places, places[1:], strict=False)
+    ]
+    functions = [helper.make_function("local", f, ["a"], ["c"], body, opsets) for f in "fg"]
+    nodes = [
+        helper.make_node("fg"[i % 2], [f"x{i}"], [f"x{i + 1}"], domain="local", name=f"n{i}")
+        for i in range(count)
+    ]
+    first, last = (helper.make_tensor_value_info(f"x{i}", FLOAT, [1]) for i in (0, count))
+    graph = helper.make_graph(nodes, "g", [first], [last])
+    proto = helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
+    return ir.from_proto(proto)
+
+
+@pytest.mark.parametrize(
+    ("count", "names", "inlined"),
+    [
+        (100, "r", True),
+        # As many nodes, once with names of their own and once with one name.
+        (100, [f"r{i}" for i in range(20)], True),
+        (100, ["r"] * 20, False),
+        (2_000, "r", False),
+    ],
+)
+def test_functions_are_inlined_while_names_of_their_own_are_found_soon(
+    count: int, names: Sequence[str], *, inlined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inlining, "MOST_LOOKS", 1_000_000)
+    model = calls_of(count, names)
+    assert inlining.inline_functions(model) is inlined
+    assert len(model.graph) == (count * len(names) if inlined else count)
+
+
+def test_functions_that_nothing_calls_are_left_out(tmp_path: Path) -> None:
+    """The pass would put 2 ** 25 calls into them."""
+    path = write_onnx(
+        tmp_path / "m.onnx", [node("MatMul", ["x", "w"], "y")], {"w": array_24((8, 8), 0)},
+        functions=calling(26),
+    )  # fmt: skip
+    (check,) = check_onnx(path)
+    assert check.is_24
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "outputs", "attributes", "told"),
+    [
+        ("Split", 1, 4, {"num_outputs": 2}, "num_outputs 2, expected 4"),
+        ("Split", 1, 1, {"num_outputs": 2**31}, "num_outputs 2147483648, expected 1"),
+        ("Split", 1, 2, {"axis": 2**62}, "axis 4611686018427387904 and batch_dims 0, expected"),
+        ("LayerNormalization", 3, 3, {"axis": 2**31}, "axis 2147483648 and batch_dims 0"),
+        ("GatherND", 2, 1, {"batch_dims": -1}, "axis 0 and batch_dims -1, expected at most 64"),
+    ],
+)
+def test_what_crashes_the_inference_of_shapes_is_refused_before(
+    kind: str, inputs: int, outputs: int, attributes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    odd = helper.make_node(
+        kind, ["x"] * inputs, [f"o{i}" for i in range(outputs)], name="odd", **attributes
+    )
+    nodes = [odd, node("MatMul", ["x", "w"], "y")]
+    path = write_onnx(tmp_path / "m.onnx", nodes, {"w": array_24((8, 8), 0)})
+    with pytest.raises(UsageError, match=rf"^Node 'odd' \({kind}\) of .* has {told}.*; export"):
+        check_onnx(path)
+
+
+@pytest.mark.parametrize("place", ["node", "graph", "model"])
+def test_notes_that_are_no_text_are_refused(place: str, tmp_path: Path) -> None:
+    def note(model: onnx.ModelProto) -> None:
+        whole: Any = {"node": model.graph.node[0], "graph": model.graph, "model": model}[place]
+        whole.metadata_props.add(key="pkg.torch.onnx.class_hierarchy", value="layer.#")
+
+    path = edited(sound(tmp_path), note)
+    path.write_bytes(path.read_bytes().replace(b"layer.#", b"layer.\xff"))
+    with pytest.raises(UsageError, match=r"b'layer\.\\xff' of .* is no UTF-8 text; export the fil"):
+        check_onnx(path)
 
 
 def test_constants_inside_of_a_function_that_is_not_inlined_are_listed(

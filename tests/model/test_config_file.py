@@ -51,7 +51,18 @@ def test_labels_are_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "named", [["cat"], [], "cat", 7, {"LABEL_0": "cat"}, {"-1": "cat"}, {"²": "x"}, {"0": ["cat"]}]
+    "named",
+    [
+        ["cat"],
+        [],
+        "cat",
+        7,
+        {"LABEL_0": "cat"},
+        {"-1": "cat"},
+        {"²": "x"},
+        {"9" * 5000: "x"},
+        {"0": ["cat"]},
+    ],
 )
 def test_labels_of_another_form_are_refused(named: object) -> None:
     with pytest.raises(ModelDirError, match=r"has id2label .*, expected an object from numbers of"):

@@ -67,6 +67,25 @@ def edit(file: Path, **changes: Any) -> None:
     write_json(file, json.loads(file.read_bytes()) | changes)
 
 
+@pytest.mark.parametrize("length", ["40", 0, -1, 1.5, True, [40], {"a": 1}])
+def test_a_length_that_is_no_number_of_tokens_is_refused(length: object, folder: Path) -> None:
+    write_modules(folder, MEAN, max_seq_length=40)
+    edit(folder / "sentence_bert_config.json", max_seq_length=length)
+    with pytest.raises(
+        ModelDirError, match=r"config\.json has max_seq_length .*, expected a whole"
+    ):
+        read_pipeline(folder)
+
+
+@pytest.mark.parametrize("name", [["query"], {}, 7, "other"])
+def test_a_default_prompt_that_names_none_is_refused(name: object, folder: Path) -> None:
+    write_modules(folder, MEAN)
+    library = {"prompts": {"query": "q: "}, "default_prompt_name": name}
+    write_json(folder / "config_sentence_transformers.json", library)
+    with pytest.raises(ModelDirError, match=r"has the default_prompt_name .*, expected a text; co"):
+        read_pipeline(folder)
+
+
 def test_a_directory_of_another_library_has_no_pipeline(tiny_bert: Path) -> None:
     assert read_pipeline(tiny_bert) is None
     assert settled(tiny_bert, BERT) is None

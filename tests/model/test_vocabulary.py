@@ -1,5 +1,6 @@
 """Tokens without a row in the embedding are refused by name, not met as an index out of range."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,12 @@ def test_a_word_that_no_sample_has_is_no_obstacle(
 def test_a_special_token_without_a_row_is_named(decoder: Path) -> None:
     extend(decoder, "<new pad>", special=True)
     assert f"token '<new pad>' the id {VOCABULARY}, which lies outside" in refusal(decoder)
+
+
+def test_a_special_token_that_no_vocabulary_holds_is_refused(decoder: Path) -> None:
+    file = decoder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"pad_token": ""}))
+    assert "names a special token that its vocabulary does not hold; correct" in refusal(decoder)
 
 
 @pytest.mark.parametrize(

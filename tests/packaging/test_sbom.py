@@ -58,5 +58,13 @@ def test_a_validator_without_its_libraries_is_named_too(monkeypatch: pytest.Monk
 
 def test_what_the_schema_refuses_is_not_written() -> None:
     wrong = MANIFEST.model_copy(update={"files": {"a": FileEntry(sha256="no hash", size=1)}})
-    with pytest.raises(RuntimeError, match=r"not valid CycloneDX 1\.6"):
+    with pytest.raises(
+        BundleError, match=r"what no SBOM of .* can hold \('no hash' .*\); build it"
+    ):
+        render_sbom(wrong, RECORDS.prune, {})
+
+
+def test_what_the_library_refuses_is_not_written() -> None:
+    wrong = MANIFEST.model_copy(update={"versions": {"": "1"}})
+    with pytest.raises(BundleError, match=r"what no SBOM of .* can hold \(.*\); build it again"):
         render_sbom(wrong, RECORDS.prune, {})

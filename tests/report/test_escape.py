@@ -104,6 +104,12 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", ["x" * 1_000_000, "x " * 300_000, "@" * 300_000, ":/" * 300_000])
+def test_a_long_text_is_escaped_in_time(text: str) -> None:
+    assert markdown(text).replace("\\", "").strip("`") == text.strip()
+
+
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_pages_and_lists_of_tests_show_no_more_than_text(text: str) -> None:
     report = hostile_report(text)

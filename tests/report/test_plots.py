@@ -23,6 +23,8 @@ from prox24_deploy.report.plots import (
         ("pooler.dense", (None, "pooler.dense")),
         ("blocks.3", (None, "blocks.3")),
         ("block2.dense", (None, "block2.dense")),
+        # More digits than Python reads.
+        (f"h.{'9' * 5000}.dense", (None, f"h.{'9' * 5000}.dense")),
     ],
 )
 def test_layer_names_split_into_block_and_kind(name: str, expected: tuple[int, str]) -> None:

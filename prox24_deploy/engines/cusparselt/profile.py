@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import PositiveFloat, PositiveInt, TypeAdapter
+from pydantic import Field, PositiveInt, TypeAdapter
 
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.errors import UsageError
@@ -27,6 +28,10 @@ class GemmShape:
     m: PositiveInt
 
 
+# Text such as "1e999" is taken for a number, and for an infinite one.
+_Microseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmTiming:
     """Microseconds of one GEMM: cuBLAS on the dense weight, cuSPARSELt on the 2:4 one.
@@ -36,8 +41,8 @@ class GemmTiming:
     """
 
     shape: GemmShape
-    dense_us: PositiveFloat
-    sparse_us: PositiveFloat
+    dense_us: _Microseconds
+    sparse_us: _Microseconds
     algorithm: int = 0
     measured: bool = True
 

@@ -136,7 +136,10 @@ def split(step: Step, source: Folded) -> Source | None:
         return None
     if step.has(1) and not step.is_constant(1):
         return tear(selected(source), [axis])
-    count = max(1, step.integer("num_outputs", len(step.node.outputs)))
+    count = len(step.node.outputs)
+    # Any other number is against the standard, and may be one that nobody can count to.
+    if step.integer("num_outputs", count) != count:
+        return None
     chunk = -(-source.shape[axis] // count)
     lengths = step.numbers(1, "split", (chunk,) * count)
     if lengths is None or step.output >= len(lengths) or min(lengths) < 0:

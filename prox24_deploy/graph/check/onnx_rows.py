@@ -42,7 +42,7 @@ def scan_onnx(path: Path) -> Scan:
     """
     try:
         return _scan(path)
-    except Prox24Error:
+    except (Prox24Error, MemoryError):
         raise
     except Exception as error:  # a file made to break readers can break any line of this one
         said = next(iter(str(error).splitlines()), "")[:200]

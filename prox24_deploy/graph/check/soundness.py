@@ -38,10 +38,12 @@ def require_sound(model: onnx.ModelProto, path: Path) -> None:
         (entry.domain or "ai.onnx" for entry in model.opset_import), "operator set", path
     )
     _require_single((entry.key for entry in model.metadata_props), "metadata key", path)
+    _require_text((entry.value for entry in model.metadata_props), "metadata", path)
     functions = (f"{f.domain}::{f.name}:{f.overload}" for f in model.functions)
     _require_single(functions, "local function", path)
     _require_sound_graphs(model.graph, path)
     for function in model.functions:
+        _require_text((function.name, *function.input, *function.output), "local function", path)
         own = _named(function.input) | _outputs(function.node)
         for node in function.node:
             _require_sound_node(node, path)
@@ -54,6 +56,9 @@ def _require_sound_graphs(graph: onnx.GraphProto, path: Path, outside: _Scopes =
     pending = [(graph, outside)]
     while pending:
         graph, outside = pending.pop()
+        named = (value.name for value in graph.output)
+        told = (text for entry in graph.metadata_props for text in (entry.key, entry.value))
+        _require_text((graph.name, *named, *told), "graph", path)
         own = _require_own_names(graph, path)
         scopes = (own, *outside)
         _require_own_outputs(graph, scopes, path)
@@ -102,12 +107,33 @@ def _is_in(name: str, scopes: _Scopes) -> bool:
 
 def _require_sound_node(node: onnx.NodeProto, path: Path) -> None:
     what = f"attribute of node {node.name!r} ({node.op_type})"
+    told = (text for entry in node.metadata_props for text in (entry.key, entry.value))
+    named = (node.name, node.op_type, node.domain, node.overload, *node.input, *node.output)
+    _require_text((*named, *told), f"node {node.name!r} ({node.op_type})", path)
     _require_single((attribute.name for attribute in node.attribute), what, path)
+    _require_countable(node, path)
     for attribute in node.attribute:
         claimed = attribute.type == onnx.AttributeProto.TENSOR
         held = [attribute.t] if claimed or attribute.HasField("t") else []
         for tensor in (*held, *attribute.tensors):
             _require_sound_tensor(tensor, path)
+
+
+def _require_countable(node: onnx.NodeProto, path: Path) -> None:
+    """What the standard forbids, and ONNX's own inference of shapes crashes or hangs on."""
+    numbers = {each.name: each.i for each in node.attribute if each.HasField("i")}
+    axis, batch = numbers.get("axis", 0), numbers.get("batch_dims", 0)
+    if not -_MOST_AXES <= axis <= _MOST_AXES or not 0 <= batch <= _MOST_AXES:
+        raise UsageError(
+            f"Node {node.name!r} ({node.op_type}) of {path} has axis {axis} and batch_dims {batch},"
+            f" expected at most {_MOST_AXES} axes; {_REMEDY}."
+        )
+    parts = numbers.get("num_outputs", len(node.output))
+    if node.op_type == "Split" and parts != len(node.output):
+        raise UsageError(
+            f"Node {node.name!r} (Split) of {path} has num_outputs {parts}, expected "
+            f"{len(node.output)}, for so many it has; {_REMEDY}."
+        )
 
 
 def _require_sound_tensor(tensor: onnx.TensorProto, path: Path) -> None:
@@ -154,12 +180,17 @@ def _named(names: Iterable[str]) -> Set[str]:
 def _require_single(names: Iterable[str], what: str, path: Path) -> None:
     seen: set[str] = set()
     for name in names:
-        # Where a name is no UTF-8, protobuf gives its bytes.
-        if not isinstance(name, str):
-            raise UsageError(f"The {what} {name!r} of {path} is no UTF-8 text; {_REMEDY}.")
+        _require_text((name,), what, path)
         if name and name in seen:
             raise UsageError(
                 f"{path} has the {what} {name!r} twice, of which runtimes take one or the other; "
                 f"{_REMEDY} with each name once."
             )
         seen.add(name)
+
+
+def _require_text(texts: Iterable[object], what: str, path: Path) -> None:
+    for text in texts:
+        # Where a text is no UTF-8, protobuf gives its bytes.
+        if not isinstance(text, str):
+            raise UsageError(f"The {what} {text!r} of {path} is no UTF-8 text; {_REMEDY}.")

@@ -1,0 +1,72 @@
+"""No name of an option that a tokenizer does not know is printed by the library that reads it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.model.processors import open_tokenizer
+from prox24_deploy.model.token_files import require_known_options
+
+UNKNOWN = {"content": "<s>", "\x1b[31m": True}
+KNOWN = {
+    "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+    "special": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_llama: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+def edit(file: Path, **changes: Any) -> None:
+    value = json.loads(file.read_bytes()) if file.is_file() else {}
+    file.write_text(json.dumps(value | changes), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": 0, **UNKNOWN}]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"0": UNKNOWN}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"0": {"\x1b[31m": 1}}}),
+        ("tokenizer_config.json", {"bos_token": {"__type": "AddedToken", **UNKNOWN}}),
+        ("tokenizer_config.json", {"extra_special_tokens": [{"a": [UNKNOWN]}]}),
+        ("special_tokens_map.json", {"bos_token": UNKNOWN}),
+        ("special_tokens_map.json", {"additional_special_tokens": [UNKNOWN]}),
+    ],
+)
+def test_an_option_that_nobody_knows_is_refused_and_not_printed(
+    name: str, changes: dict[str, Any], model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    edit(model / name, **changes)
+    with pytest.raises(ModelDirError, match=rf"{name} gives the added token .* the option .*\[31m"):
+        open_tokenizer(model)
+    # The library itself would have printed it on the file that Python's own output goes to.
+    assert capfd.readouterr().out == ""
+
+
+def test_what_files_of_tokenizers_hold_is_no_obstacle(model: Path) -> None:
+    edit(model / "tokenizer_config.json", added_tokens_decoder={"0": KNOWN})
+    edit(model / "tokenizer_config.json", bos_token={"__type": "AddedToken", **KNOWN})
+    edit(model / "special_tokens_map.json", bos_token=KNOWN, eos_token="</s>")
+    replaced = {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
+    edit(model / "tokenizer.json", normalizer=replaced)
+    require_known_options(model)
+    open_tokenizer(model)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "null", '{"added_tokens": {}}', "\xff"])
+def test_a_file_of_another_form_is_left_to_the_library(text: str, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    require_known_options(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
+    require_known_options(tmp_path)
