@@ -1,6 +1,6 @@
 """Records of accuracy beyond that of the PyTorch models: of the engines, and on tasks.
 
-Like those of `artifacts`, they are handed from stage to stage as JSON.
+Like those of `records`, they are handed from stage to stage as JSON.
 """
 
 from dataclasses import dataclass
