@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import torch
 import typer
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -19,7 +20,10 @@ from test_pytest_plugin import write_pair
 from prox24_deploy.cli.main import app
 from prox24_deploy.cli.options import hoist_common, join_shapes
 from prox24_deploy.config.limits import read_limits
-from prox24_deploy.config.recipe import Recipe, parse_recipe
+from prox24_deploy.config.recipe import parse_recipe
+from prox24_deploy.model.blocks import find_blocks, target_layers
+from prox24_deploy.model.directory import load_model, open_model_dir
+from prox24_deploy.pruning.selection import require_matches
 from prox24_deploy.pytest_plugin import AssertNoRegression
 
 ROOT = Path(__file__).parents[1]
@@ -142,13 +146,18 @@ def test_limits_in_toml_are_read(page: Path, tmp_path: Path) -> None:
         assert given.metrics or given.against_dense
 
 
-@pages
-def test_recipes_in_toml_are_read(page: Path) -> None:
-    """Parts of a recipe follow the whole one to which they are added."""
-    texts = blocks(page, "toml recipe")
-    if texts:
-        recipe: Recipe = parse_recipe("\n".join(texts), page.name)
-        assert recipe.model_fields_set >= {"embedding", "overrides", "limits"}
+def test_the_recipe_fits_the_model_that_it_is_for(tiny_bert: Path) -> None:
+    """Parts of it follow the whole one to which they are added."""
+    text = "\n".join(blocks(ROOT / "docs" / "recipes.md", "toml recipe"))
+    recipe = parse_recipe(text, "docs/recipes.md")
+    assert recipe.model_fields_set >= {"embedding", "overrides", "limits"}
+    model = load_model(open_model_dir(tiny_bert), recipe, torch.device("cpu"))
+    require_matches(recipe, model)
+    assert len(target_layers(find_blocks(model, recipe)[0], recipe)) == 6
+
+
+def test_recipes_stand_on_their_page() -> None:
+    assert [page.name for page in PAGES if blocks(page, "toml recipe")] == ["recipes.md"]
 
 
 @pages
