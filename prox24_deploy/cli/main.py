@@ -65,15 +65,20 @@ def main() -> None:
         fail(error, debug="--debug" in line)
     except SystemExit as stop:
         # typer turns an interrupt from the keyboard into this code and says nothing.
-        if stop.code in _ENDINGS:
-            ending = _ENDINGS[stop.code]
-            say(f"{ending}; finished stages are kept, run the same command to go on.", to=stderr)
+        if isinstance(stop.code, int) and stop.code in _ENDINGS:
+            _say_ended(stop.code)
         raise
     except KeyboardInterrupt:
-        raise
+        # One that reached typer before or after the command that it watches over.
+        _say_ended(EXIT_INTERRUPTED)
+        raise SystemExit(EXIT_INTERRUPTED) from None
     except BaseException as error:  # the one place where a fault of ours becomes an exit code
         # Libraries in Rust panic with an error that is no Exception.
         fail(error, debug="--debug" in line)
+
+
+def _say_ended(code: int) -> None:
+    say(f"{_ENDINGS[code]}; finished stages are kept, run the same command to go on.", to=stderr)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from command_line import run_cli
 from rich.console import Console
 
 from prox24_deploy import __version__
-from prox24_deploy.cli import tables
+from prox24_deploy.cli import options, tables
 from prox24_deploy.cli.options import hoist_common, join_shapes
 from prox24_deploy.config.options import parse_shapes
 from prox24_deploy.core.errors import EngineError, UsageError
@@ -73,6 +73,16 @@ def test_every_error_is_one_sentence_with_its_exit_code(
     assert expected in run.err
     assert len(run.err.strip().splitlines()) == 1
     assert run.out == ""
+
+
+def test_an_interrupt_around_a_command_ends_it_as_one_within(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(options, "require_utf8", raises(KeyboardInterrupt()))
+    run = run_cli("export", "somewhere")
+    assert (run.code, run.out) == (130, "")
+    assert run.err.startswith("Interrupted; finished stages are kept")
+    assert "Traceback" not in run.err
 
 
 def test_a_traceback_is_shown_with_debug_only(monkeypatch: pytest.MonkeyPatch) -> None:
