@@ -157,8 +157,8 @@ def test_the_engine_scores_what_its_outputs_say(decoder: Path, prose: Path) -> N
     told = found["KL divergence"].agreement
     assert told is not None
     assert told.value == pytest.approx(divergence.mean(), rel=1e-3)
-    assert all(one.passed is not False for one in engine.fidelity)
-    near = [one.agreement for one in engine.fidelity if one.metric == "KL divergence"]
+    assert all(one.passed is not False for one in engine.parity)
+    near = [one.agreement for one in engine.parity if one.metric == "KL divergence"]
     assert all(each is not None and 0 < each.value < 1e-5 for each in near)
 
 

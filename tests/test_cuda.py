@@ -100,8 +100,8 @@ def test_cusparselt_runs_the_planned_layers_sparse_and_the_profiler_sees_it(
     (engine,) = report["accuracy"]["engines"]
     assert (engine["backend"], engine["longest"]) == ("cusparselt", 16)
     assert 0 < engine["samples"] <= engine["available"]
-    assert {one["twin"] for one in engine["fidelity"]} == {"dense", "sparse"}
-    assert all(one["passed"] is not False for one in engine["fidelity"])
+    assert {one["twin"] for one in engine["parity"]} == {"dense", "sparse"}
+    assert all(one["passed"] is not False for one in engine["parity"])
     before = snapshot(out)
     again = run_cli(*arguments, "--plan", planned)
     assert again.code == run.code
@@ -118,7 +118,7 @@ def test_a_decoder_scores_through_cusparselt_what_it_scores_in_pytorch(
     assert run.code in {0, 3, 5}, run.err
     (engine,) = json.loads(run.out)["accuracy"]["engines"]
     assert engine["longest"] == 32
-    figures = {(one["twin"], one["metric"]): one for one in engine["fidelity"]}
+    figures = {(one["twin"], one["metric"]): one for one in engine["parity"]}
     for twin in ("dense", "sparse"):
         assert figures[twin, "KL divergence"]["passed"]
         assert figures[twin, "log-perplexity"]["passed"]

@@ -26,7 +26,7 @@ from prox24_deploy.data import modality
 from prox24_deploy.data.modality import Modality, Wanted, fitted_sizes, read_samples
 from prox24_deploy.engines import Origin, backend_by_name
 from prox24_deploy.evaluation.estimate import paired
-from prox24_deploy.evaluation.parity import fidelity_of
+from prox24_deploy.evaluation.parity import parity_of
 
 PACKAGE = Path(__file__).parents[1] / "prox24_deploy"
 BERT = parse_recipe(shipped_recipes()["bert"], "bert")
@@ -77,13 +77,11 @@ def test_a_metric_is_one_row_and_the_evaluation_that_measures_it(added_metric: M
 
 
 def test_a_row_says_how_far_an_engine_may_be_from_pytorch(added_metric: MetricKind) -> None:
-    near, far = (
-        fidelity_of("sparse", measured(added_metric, gap), "float16") for gap in (1e-3, 0.2)
-    )
+    near, far = (parity_of("sparse", measured(added_metric, gap), "float16") for gap in (1e-3, 0.2))
     assert (near.passed, far.passed) == (True, False)
     plain = replace(added_metric, deviation=None)
     METRICS[plain.name] = plain
-    assert fidelity_of("sparse", measured(plain, 0.2), "float16").passed is None
+    assert parity_of("sparse", measured(plain, 0.2), "float16").passed is None
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ normalize = true
     assert accuracy.metric == "embedding cosine"
     # The graph pools by [CLS], as the recipe says, and so does the reference.
     (engine,) = accuracy.engines
-    assert all(one.passed is not False for one in engine.fidelity)
+    assert all(one.passed is not False for one in engine.parity)
     assert accuracy.agreement is not None
     assert engine.metrics[0].agreement is not None
     assert engine.metrics[0].agreement.value == pytest.approx(accuracy.agreement.value, abs=1e-4)
@@ -126,7 +126,7 @@ def test_an_encoder_decoder_is_built_as_two_graphs(prose: Path, tmp_path: Path) 
     assert report.pruning.calibration.targets == report.pruning.calibration.samples > 0
     (engine,) = report.accuracy.engines
     assert engine.samples == engine.available
-    assert all(one.passed is not False for one in engine.fidelity)
+    assert all(one.passed is not False for one in engine.parity)
     for found, told in zip(engine.metrics, report.accuracy.metrics, strict=True):
         assert found.name == told.name
         for mine, theirs in ((found.sparse, told.sparse), (found.agreement, told.agreement)):

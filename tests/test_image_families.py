@@ -114,7 +114,7 @@ def test_an_image_model_is_built_and_proven(name: str, images: Path, tmp_path: P
     (engine,) = report.accuracy.engines
     assert [metric.name for metric in engine.metrics] == names
     assert engine.tokens == engine.samples == engine.available
-    assert all(one.passed is not False for one in engine.fidelity)
+    assert all(one.passed is not False for one in engine.parity)
 
 
 def test_accuracy_and_agreement_are_those_of_transformers_on_the_same_files(

@@ -224,6 +224,12 @@ def test_no_function_outgrows_what_can_be_seen_at_once() -> None:
     assert long == LONG.keys(), "split it by meaning, or shorten the list"
 
 
+def test_most_functions_are_read_at_a_glance() -> None:
+    lines = sorted(length for path in MODULES for _, length in functions(path))
+    assert lines[len(lines) // 2] <= 9
+    assert lines[len(lines) * 9 // 10] <= 25
+
+
 def test_only_what_has_many_parameters_is_excused() -> None:
     for file, name in LONG:
         tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))

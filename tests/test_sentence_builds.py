@@ -94,7 +94,7 @@ def test_the_figures_are_those_of_the_library_s_embeddings(
     assert told is not None
     assert told.value == pytest.approx(float(cosines.mean()), abs=1e-5)
     (engine,) = report.accuracy.engines
-    assert all(one.passed is not False for one in engine.fidelity)
+    assert all(one.passed is not False for one in engine.parity)
     assert engine.metrics[0].agreement is not None
     assert engine.metrics[0].agreement.value == pytest.approx(told.value, abs=1e-5)
 

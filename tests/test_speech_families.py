@@ -50,7 +50,7 @@ def test_a_model_of_speech_is_built_as_two_graphs_and_judged_by_its_words(out: P
     # Engines are forced along the targets, and write no words of their own.
     (engine,) = report.accuracy.engines
     assert [metric.name for metric in engine.metrics] == names[2:]
-    assert all(one.passed is not False for one in engine.fidelity)
+    assert all(one.passed is not False for one in engine.parity)
     assert any("word error rate" in one and "engine" in one for one in report.warnings)
     # The encoder has no axis for a sequence.
     rows = [(row.graph, row.sequence) for row in report.latency]

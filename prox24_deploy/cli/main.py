@@ -13,11 +13,8 @@ from typing import Annotated
 import typer
 
 from prox24_deploy import __version__
-from prox24_deploy.cli import build as building
-from prox24_deploy.cli import compare as gating
-from prox24_deploy.cli import inspect as judging
+from prox24_deploy.cli import build, compare, inspect, package
 from prox24_deploy.cli import options as arguments
-from prox24_deploy.cli import package as handing
 from prox24_deploy.cli.terminal import fail, log_handler, say, stderr
 from prox24_deploy.core.errors import Prox24Error
 
@@ -36,18 +33,18 @@ app = typer.Typer(
         "4 sparsity lost, 5 environment missing or measurement inconclusive."
     ),
 )
-app.command()(building.build)
-app.command()(building.prune)
-app.command()(building.export)
-app.command("compile")(building.compile_engines)
-app.command()(building.bench)
-app.command()(judging.plan)
-app.command()(judging.check)
-app.command()(judging.verify)
-app.command()(handing.package)
-app.command()(judging.doctor)
-app.command()(gating.compare)
-app.add_typer(gating.baseline, name="baseline")
+app.command()(build.build)
+app.command()(build.prune)
+app.command()(build.export)
+app.command("compile")(build.compile_engines)
+app.command()(build.bench)
+app.command()(inspect.plan)
+app.command()(inspect.check)
+app.command()(inspect.verify)
+app.command()(package.package)
+app.command()(inspect.doctor)
+app.command()(compare.compare)
+app.add_typer(compare.baseline, name="baseline")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from prox24_deploy.core.types import DType, Twin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fidelity:
+class ParityCheck:
     """One metric of one engine against PyTorch on the same weights and inputs.
 
     `torch` and `engine` are what each scores, `difference` is engine − torch sample by sample;
@@ -43,7 +43,7 @@ class EngineAccuracy:
 
     `samples` and `tokens` count what was run, of `available` samples; `longest` is the length that
     longer samples were cut to because no engine takes more, None where none was cut. `metrics`
-    compare the sparse engine with the dense one as those of the models do, `fidelity` holds either
+    compare the sparse engine with the dense one as those of the models do, `parity` holds either
     against PyTorch.
     """
 
@@ -55,7 +55,7 @@ class EngineAccuracy:
     available: int
     longest: int | None
     metrics: tuple[Metric, ...]
-    fidelity: tuple[Fidelity, ...]
+    parity: tuple[ParityCheck, ...]
     seconds: float
 
 

@@ -2,7 +2,8 @@
 
 import math
 
-from prox24_deploy.core.accuracy import Fidelity
+from prox24_deploy.core.accuracy import ParityCheck
+from prox24_deploy.core.intervals import NORMAL_95
 from prox24_deploy.core.metrics import METRICS
 from prox24_deploy.core.records import Estimate, Metric
 from prox24_deploy.core.types import DType, Twin
@@ -10,10 +11,9 @@ from prox24_deploy.core.types import DType, Twin
 # How far an engine may be from PyTorch in float32: nats of log-perplexity and divergence, shares of
 # accuracy, 1 - cosine, standard deviations of a score. Rounding explains less in each dtype.
 METRIC_TOLERANCES: dict[DType, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
-_NORMAL_95 = 1.96
 
 
-def fidelity_of(twin: Twin, metric: Metric, dtype: DType) -> Fidelity:
+def parity_of(twin: Twin, metric: Metric, dtype: DType) -> ParityCheck:
     """Judge a metric whose "dense" model is PyTorch and whose "sparse" one is the engine; pure.
 
     The deviation counts what is beyond the 95 % interval of a paired difference; an agreement has
@@ -25,12 +25,12 @@ def fidelity_of(twin: Twin, metric: Metric, dtype: DType) -> Fidelity:
     tolerance = METRIC_TOLERANCES[dtype] if deviate and found else None
     deviation = None
     if found and math.isfinite(found.value) and math.isfinite(found.standard_error):
-        noise = _NORMAL_95 * found.standard_error if metric.difference else 0.0
+        noise = NORMAL_95 * found.standard_error if metric.difference else 0.0
         deviation = max(0.0, deviate(found.value) - noise) if deviate else None
     passed = None
     if tolerance is not None:
         passed = deviation is not None and deviation <= tolerance
-    return Fidelity(
+    return ParityCheck(
         twin=twin,
         metric=metric.name,
         samples=metric.samples,

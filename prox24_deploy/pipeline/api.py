@@ -10,22 +10,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prox24_deploy.bundle.manifest import verify as faults_of
 from prox24_deploy.config.options import BuildOptions, EngineOptions
+from prox24_deploy.core.records import (
+    BenchResult,
+    CompileResult,
+    EvaluateResult,
+    ExportResult,
+    PruneResult,
+)
 from prox24_deploy.core.types import DType, Progress, silent
+from prox24_deploy.packaging import package as packaging
+from prox24_deploy.packaging.naming import default_out
+from prox24_deploy.packaging.package import Packaged
+from prox24_deploy.packaging.triton import TritonOptions
+from prox24_deploy.pipeline import run
+from prox24_deploy.regression.baseline import read_gate, report_path
+from prox24_deploy.regression.compare import compare_reports
+from prox24_deploy.report.schema import Comparison, Report, load_report
 
 if TYPE_CHECKING:
-    from prox24_deploy.core.records import (
-        BenchResult,
-        CompileResult,
-        EvaluateResult,
-        ExportResult,
-        PruneResult,
-    )
     from prox24_deploy.engines.cusparselt.planning import Plan
     from prox24_deploy.graph.check.judgement import CheckReport
-    from prox24_deploy.packaging.package import Packaged
-    from prox24_deploy.packaging.triton import TritonOptions
-    from prox24_deploy.report.schema import Comparison, Report
 
 StrPath = str | os.PathLike[str]
 
@@ -39,7 +45,7 @@ def build(
     *,
     fresh: bool = False,
     progress: Progress = silent,
-) -> "Report":
+) -> Report:
     """Prune, export, prove, compile, measure and report: everything, into one bundle.
 
     Args:
@@ -55,8 +61,6 @@ def build(
     Raises:
         Prox24Error: any of its kinds; the stages finished until then are kept.
     """
-    from prox24_deploy.pipeline import run
-
     _keep_private()
     root = _bundle_of(model_dir, out)
     return run.build(
@@ -71,7 +75,7 @@ def prune(
     *,
     fresh: bool = False,
     progress: Progress = silent,
-) -> "PruneResult":
+) -> PruneResult:
     """Prune only: `out` becomes a bundle with the pruned model in `pruned/`.
 
     Takes what `build` takes.
@@ -79,8 +83,6 @@ def prune(
     Raises:
         Prox24Error: the model, its recipe or the text cannot be used.
     """
-    from prox24_deploy.pipeline import run
-
     _keep_private()
     root = _bundle_of(model_dir, out)
     return run.prune(
@@ -90,7 +92,7 @@ def prune(
 
 def export(
     bundle: StrPath, *, dtype: DType | None = None, progress: Progress = silent
-) -> "ExportResult":
+) -> ExportResult:
     """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the files.
 
     Args:
@@ -103,15 +105,13 @@ def export(
         SparsityLostError: a pruned weight is not 2:4 in the file.
         BundleError: the bundle holds no pruned model.
     """
-    from prox24_deploy.pipeline import run
-
     _keep_private()
     return run.export(Path(bundle), dtype, progress=progress)
 
 
 def compile(
     bundle: StrPath, options: EngineOptions | None = None, *, progress: Progress = silent
-) -> "CompileResult":
+) -> CompileResult:
     """Compile engines from the ONNX twins of a bundle.
 
     Raises:
@@ -119,15 +119,13 @@ def compile(
         EngineError: an engine cannot be built.
         BundleError: the bundle holds no exported models.
     """
-    from prox24_deploy.pipeline import run
-
     _keep_private()
     return run.compile_engines(Path(bundle), options or EngineOptions(), progress=progress)
 
 
 def bench(
     bundle: StrPath, options: EngineOptions | None = None, *, progress: Progress = silent
-) -> "BenchResult":
+) -> BenchResult:
     """Time the dense against the sparse engines of a bundle, in turns; always anew.
 
     Of the options only the shapes count. Latencies are in milliseconds, speed-ups are
@@ -136,8 +134,6 @@ def bench(
     Raises:
         BackendMissingError: no engine of the bundle can run on this machine.
     """
-    from prox24_deploy.pipeline import run
-
     _keep_private()
     return run.bench(Path(bundle), options or EngineOptions(), progress=progress)
 
@@ -148,7 +144,7 @@ def evaluate(
     options: BuildOptions | None = None,
     *,
     progress: Progress = silent,
-) -> "EvaluateResult":
+) -> EvaluateResult:
     """Compare a pruned model with its dense one in PyTorch, on evaluation samples.
 
     Args:
@@ -163,8 +159,6 @@ def evaluate(
     Raises:
         Prox24Error: a model, its recipe or the text cannot be used.
     """
-    from prox24_deploy.pipeline import run
-
     _keep_private()
     return run.evaluate(Path(dense), Path(pruned), options or BuildOptions(), progress=progress)
 
@@ -189,6 +183,7 @@ def plan(
     Raises:
         BackendMissingError: there is no GPU and no saved profile.
     """
+    # Loads torch, which a program that looks at reports does without.
     from prox24_deploy.engines.cusparselt.profile import read_profile
     from prox24_deploy.pipeline import plan as planner
 
@@ -220,6 +215,7 @@ def check(
     Raises:
         UsageError: the path holds no weights that can be read.
     """
+    # Loads ONNX.
     from prox24_deploy.graph.check.check import check_path
 
     return check_path(Path(path), ignore, axes)
@@ -231,8 +227,6 @@ def verify(bundle: StrPath) -> tuple[str, ...]:
     Raises:
         BundleError: there is no manifest, or it cannot be read.
     """
-    from prox24_deploy.bundle.manifest import verify as faults_of
-
     return tuple(faults_of(Path(bundle)))
 
 
@@ -242,7 +236,7 @@ def compare(
     *,
     limits: StrPath | None = None,
     allow: Sequence[str] = (),
-) -> "Comparison":
+) -> Comparison:
     """Compare a release with an accepted one, and judge each figure by its limit.
 
     Args:
@@ -255,10 +249,6 @@ def compare(
         BundleError: a file cannot be read, or the two differ in what `allow` does not name.
         UsageError: the limits file cannot be used.
     """
-    from prox24_deploy.regression.baseline import read_gate, report_path
-    from prox24_deploy.regression.compare import compare_reports
-    from prox24_deploy.report.schema import load_report
-
     new = load_report(report_path(Path(report)))
     gate = read_gate(Path(baseline), _path(limits), tuple(allow))
     return compare_reports(new, gate.baseline, limits=gate.limits, allow=gate.allow)
@@ -268,11 +258,11 @@ def package(
     bundle: StrPath,
     *,
     triton: StrPath | None = None,
-    triton_options: "TritonOptions | None" = None,
+    triton_options: TritonOptions | None = None,
     sbom: StrPath | None = None,
     checksums: StrPath | None = None,
     force: bool = False,
-) -> "Packaged":
+) -> Packaged:
     """Prepare a bundle that verifies and that passed for those who serve, store or sign it.
 
     Args:
@@ -287,8 +277,6 @@ def package(
         BundleError: the bundle does not verify, or did not pass.
         UsageError: there is nothing to write, or it would lie in the bundle.
     """
-    from prox24_deploy.packaging import package as packaging
-
     return packaging.package(
         Path(bundle),
         triton=_path(triton),
@@ -304,8 +292,6 @@ def _path(value: StrPath | None) -> Path | None:
 
 
 def _bundle_of(model_dir: StrPath, out: StrPath | None) -> Path:
-    from prox24_deploy.packaging.naming import default_out
-
     return Path(out) if out is not None else default_out(Path(model_dir))
 
 

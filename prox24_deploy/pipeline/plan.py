@@ -4,21 +4,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 from prox24_deploy.config.options import BuildOptions
-from prox24_deploy.core.types import Progress
-from prox24_deploy.pipeline.context import RunContext, fitted_shapes, read_context, vocabulary_of
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from prox24_deploy.core.records import Sensitivity
-    from prox24_deploy.core.types import DType
-    from prox24_deploy.engines.cusparselt.choice import LayerChoice
-    from prox24_deploy.engines.cusparselt.linear import LayerUse
-    from prox24_deploy.engines.cusparselt.planning import Plan
-    from prox24_deploy.engines.cusparselt.profile import GpuProfile
+from prox24_deploy.core.records import Sensitivity
+from prox24_deploy.core.types import DType, Progress
+from prox24_deploy.engines import require_one_graph
+from prox24_deploy.engines.cusparselt.choice import LayerChoice, choose
+from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
+from prox24_deploy.engines.cusparselt.linear import LayerUse, layer_uses
+from prox24_deploy.engines.cusparselt.planning import Plan, plan_layers, plan_shapes
+from prox24_deploy.engines.cusparselt.prepare import prepare
+from prox24_deploy.engines.cusparselt.profile import GpuProfile
+from prox24_deploy.engines.cusparselt.timings import remember
+from prox24_deploy.engines.cusparselt.torch_model import median_ms, open_torch_model, require_gpu
+from prox24_deploy.engines.feeds import random_feeds
+from prox24_deploy.graph.export.module import RecipeModule
+from prox24_deploy.model.blocks import find_blocks, target_layers
+from prox24_deploy.model.checkpoint import stored_dtype
+from prox24_deploy.model.directory import load_model
+from prox24_deploy.model.dtypes import settled_dtype
+from prox24_deploy.model.layers import obstacle
+from prox24_deploy.pipeline.context import (
+    RunContext,
+    fitted_shapes,
+    read_context,
+    torch_device,
+    vocabulary_of,
+)
+from prox24_deploy.pruning.selection import left_dense
+from prox24_deploy.pruning.sensitivity import measure_sensitivity, over_budget
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -31,10 +48,10 @@ def plan(
     model_dir: Path,
     options: BuildOptions,
     *,
-    saved: "GpuProfile | None",
+    saved: GpuProfile | None,
     sensitivity: bool,
     progress: Progress,
-) -> "Plan":
+) -> Plan:
     """Decide which layers to prune for the GPU at hand, or for that of a saved profile.
 
     Args:
@@ -48,10 +65,6 @@ def plan(
         BackendMissingError: there is no GPU and no saved profile.
         Prox24Error: what `build` raises for the same model and options.
     """
-    from prox24_deploy.engines import require_one_graph
-    from prox24_deploy.engines.cusparselt.planning import Plan, plan_layers, plan_shapes
-    from prox24_deploy.pruning.sensitivity import over_budget
-
     context = read_context(model_dir, None, options, progress)
     require_one_graph(context.recipe, "plan")
     fitted = fitted_shapes(options.engine, context.source.config, context.recipe)
@@ -79,17 +92,8 @@ def plan(
 
 def _measured(
     context: RunContext, options: BuildOptions, shapes: Shapes, progress: Progress
-) -> "tuple[tuple[LayerChoice, ...], GpuProfile, list[float | None]]":
+) -> tuple[tuple[LayerChoice, ...], GpuProfile, list[float | None]]:
     """Time the dense model and each of its GEMMs on the GPU at hand."""
-    from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
-    from prox24_deploy.engines.cusparselt.prepare import prepare
-    from prox24_deploy.engines.cusparselt.timings import remember
-    from prox24_deploy.engines.cusparselt.torch_model import (
-        median_ms,
-        open_torch_model,
-        require_gpu,
-    )
-
     require_gpu("plan", "--gpu-profile FILE, measured elsewhere")
     dtype = _timed_dtype(context, options)
     opened = open_torch_model(context.source, context.recipe, dtype)
@@ -108,24 +112,14 @@ def _measured(
     return tuple(c for c in choices if c.name in targets), profile, dense_ms
 
 
-def _timed_dtype(context: RunContext, options: BuildOptions) -> "DType":
+def _timed_dtype(context: RunContext, options: BuildOptions) -> DType:
     """The dtype asked for, else the checkpoint's own if there are sparse kernels for it."""
-    from prox24_deploy.model.dtypes import settled_dtype
-
     own = settled_dtype(context.source, context.recipe, options.dtype)
     return "float16" if options.dtype is None and own == "float32" else own
 
 
-def _estimated(
-    context: RunContext, shapes: Shapes, saved: "GpuProfile"
-) -> "tuple[LayerChoice, ...]":
+def _estimated(context: RunContext, shapes: Shapes, saved: GpuProfile) -> tuple[LayerChoice, ...]:
     """Look the GEMMs up in a saved profile; the model runs once, small, on the CPU."""
-    import torch
-
-    from prox24_deploy.engines.cusparselt.choice import choose
-    from prox24_deploy.engines.cusparselt.linear import layer_uses
-    from prox24_deploy.model.directory import load_model
-
     model = load_model(context.source, context.recipe, torch.device("cpu"))
     targets = _targets(model, context)
     uses = [_scaled(use, context, shapes) for use in layer_uses(model, [_probe(model, context)])]
@@ -135,16 +129,10 @@ def _estimated(
 def _sensitivity(
     context: RunContext,
     options: BuildOptions,
-    choices: "Sequence[LayerChoice]",
+    choices: Sequence[LayerChoice],
     progress: Progress,
-) -> "Sensitivity":
+) -> Sensitivity:
     """What each layer that pays costs when it alone is pruned, and what a budget makes of it."""
-    from prox24_deploy.model.checkpoint import stored_dtype
-    from prox24_deploy.model.directory import load_model
-    from prox24_deploy.pipeline.context import torch_device
-    from prox24_deploy.pruning.selection import left_dense
-    from prox24_deploy.pruning.sensitivity import measure_sensitivity
-
     model = load_model(context.source, context.recipe, torch_device(options.device))
     dense = left_dense(context.recipe, model, options.prune)
     return measure_sensitivity(
@@ -158,11 +146,8 @@ def _sensitivity(
     )
 
 
-def _targets(model: "nn.Module", context: RunContext) -> set[str]:
+def _targets(model: nn.Module, context: RunContext) -> set[str]:
     """Full paths of the layers that the recipe prunes."""
-    from prox24_deploy.model.blocks import find_blocks, target_layers
-    from prox24_deploy.model.layers import obstacle
-
     blocks = enumerate(find_blocks(model, context.recipe))
     return {
         f"{context.recipe.blocks}.{index}.{name}"
@@ -172,13 +157,8 @@ def _targets(model: "nn.Module", context: RunContext) -> set[str]:
     }
 
 
-def _probe(model: "nn.Module", context: RunContext) -> Callable[[], object]:
+def _probe(model: nn.Module, context: RunContext) -> Callable[[], object]:
     """A run of the model on a few tokens, or on two images."""
-    import torch
-
-    from prox24_deploy.engines.feeds import random_feeds
-    from prox24_deploy.graph.export.module import RecipeModule
-
     module = RecipeModule(model, context.recipe)
     vocabulary = vocabulary_of(context.source.config)
     # The signature of a decoder comes from a run of its own.
@@ -187,7 +167,7 @@ def _probe(model: "nn.Module", context: RunContext) -> Callable[[], object]:
     return partial(module, *(torch.from_numpy(feeds[spec.name]) for spec in inputs))
 
 
-def _scaled(use: "LayerUse", context: RunContext, shapes: Shapes) -> "LayerUse | None":
+def _scaled(use: LayerUse, context: RunContext, shapes: Shapes) -> LayerUse | None:
     """The GEMMs at the shapes asked for, from that of the probe; None if its rows tell nothing."""
     if not use.gemms:
         return use

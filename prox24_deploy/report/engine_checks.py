@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from prox24_deploy.core.accuracy import EngineAccuracy, EngineAccuracyResult, Fidelity
+from prox24_deploy.core.accuracy import EngineAccuracy, EngineAccuracyResult, ParityCheck
 from prox24_deploy.core.records import Metric, NotMeasured
 from prox24_deploy.core.types import Judgement
 from prox24_deploy.report.schema import Check
@@ -12,7 +12,7 @@ from prox24_deploy.report.wording import with_error
 def engine_checks(result: EngineAccuracyResult) -> tuple[Check, ...]:
     """Whether each engine does what PyTorch does with the same weights; that gates the release."""
     return (
-        *(_check(engine, one) for engine in result.engines for one in engine.fidelity),
+        *(_check(engine, one) for engine in result.engines for one in engine.parity),
         *(_unmeasured(failed, fails=True) for failed in result.failed),
         *(_unmeasured(missing, fails=False) for missing in result.not_measured),
     )
@@ -38,14 +38,14 @@ def engine_warnings(result: EngineAccuracyResult, metrics: Sequence[Metric]) -> 
         yield f"Accuracy through backend {missing.backend} was not measured: {missing.reason}"
 
 
-def _check(engine: EngineAccuracy, found: Fidelity) -> Check:
+def _check(engine: EngineAccuracy, found: ParityCheck) -> Check:
     verdict: Judgement = "not gated"
     if found.passed is not None:
         verdict = "pass" if found.passed else "fail"
     return Check(
         name=f"{engine.backend} {found.twin} {found.metric}",
         part="export",
-        kind="fidelity",
+        kind="parity",
         value=found.deviation,
         limit=found.tolerance,
         verdict=verdict,
@@ -53,7 +53,7 @@ def _check(engine: EngineAccuracy, found: Fidelity) -> Check:
     )
 
 
-def _figures(found: Fidelity) -> str:
+def _figures(found: ParityCheck) -> str:
     if found.torch and found.engine:
         text = f"Engine {found.engine.value:.4g}, PyTorch {found.torch.value:.4g}"
         return f"{text}, difference {with_error(found.difference)}" if found.difference else text
@@ -62,7 +62,7 @@ def _figures(found: Fidelity) -> str:
     return "Engine or PyTorch gave a figure that is not finite"
 
 
-def _judgement(engine: EngineAccuracy, found: Fidelity) -> str:
+def _judgement(engine: EngineAccuracy, found: ParityCheck) -> str:
     if found.tolerance is None:
         return "not gated, because near ties decide it or another figure does"
     limit = f"tolerance {found.tolerance:g} for {engine.dtype}"
@@ -80,7 +80,7 @@ def _unmeasured(backend: NotMeasured, *, fails: bool) -> Check:
     return Check(
         name=f"{backend.backend} accuracy",
         part="export",
-        kind="fidelity",
+        kind="parity",
         value=None,
         limit=None,
         verdict="fail" if fails else "not gated",

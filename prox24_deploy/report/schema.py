@@ -35,7 +35,7 @@ SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 PartName = Literal["sparsity", "export", "accuracy", "speed"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
 CheckKind = Literal[
-    "pruning", "sparsity", "numerics", "fidelity", "accuracy", "budget", "latency", "limits",
+    "pruning", "sparsity", "numerics", "parity", "accuracy", "budget", "latency", "limits",
     "baseline",
 ]  # fmt: skip
 KINDS: tuple[CheckKind, ...] = get_args(CheckKind)
@@ -53,7 +53,7 @@ class Check(_Record):
     """One thing that was checked, for one part of the verdict; "not gated" is without a limit.
 
     `value` is judged against `limit`; both are None where the check is not a comparison of numbers.
-    The kinds: "fidelity" is an engine against PyTorch, "accuracy" a metric against the dense model,
+    The kinds: "parity" is an engine against PyTorch, "accuracy" a metric against the dense model,
     "budget" the limit of loss that chose the layers, "limits" a limit that found no figure.
     """
 

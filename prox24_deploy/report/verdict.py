@@ -13,7 +13,7 @@ _BEGINNINGS = {"pass": "Passed", "fail": "Failed", "inconclusive": "Inconclusive
 # What must have been checked for a part to pass; any other check can only keep it from that.
 _PROOFS: Mapping[PartName, frozenset[CheckKind]] = {
     "sparsity": frozenset({"sparsity"}),
-    "export": frozenset({"numerics", "fidelity"}),
+    "export": frozenset({"numerics", "parity"}),
     "accuracy": frozenset({"accuracy"}),
     "speed": frozenset({"latency"}),
 }

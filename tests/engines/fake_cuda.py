@@ -28,6 +28,7 @@ from prox24_deploy.engines.cusparselt import matmul as cusparselt_plan
 from prox24_deploy.engines.cusparselt.linear import PRODUCT_MARK
 from prox24_deploy.engines.cusparselt.profile import GemmShape, GpuProfile
 from prox24_deploy.engines.cusparselt.trials import Trial
+from prox24_deploy.pipeline import plan as planner
 from prox24_deploy.sparsity.pattern import is_24
 
 CARD = "a stand-in for a GPU"
@@ -159,6 +160,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Machine:
     gemm_job.gemm_inputs.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: CARD)
     monkeypatch.setattr(torch_model, "require_gpu", lambda asker, instead: None)
+    monkeypatch.setattr(planner, "require_gpu", lambda asker, instead: None)
+    monkeypatch.setattr(planner, "gpu_profile", gpu_profile)
     monkeypatch.setattr(cuda_graph, "DEVICE", "cpu")
     monkeypatch.setattr(torch, "compile", machine.compile)
     monkeypatch.setattr(cuda_graph, "capture", capture)

@@ -22,7 +22,7 @@ from prox24_deploy.data.text import make_samples, read_texts
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
 from prox24_deploy.evaluation.language import next_logits, window_nll
-from prox24_deploy.evaluation.parity import METRIC_TOLERANCES, fidelity_of
+from prox24_deploy.evaluation.parity import METRIC_TOLERANCES, parity_of
 from prox24_deploy.evaluation.subset import EngineShapes
 from prox24_deploy.graph.export.module import RecipeModule
 from prox24_deploy.model.batch import Samples
@@ -30,7 +30,7 @@ from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.model.processors import load_tokenizer
 from prox24_deploy.pipeline.stages import engine_metrics
-from prox24_deploy.pipeline.stages.engine_metrics import Question, measure_accuracy
+from prox24_deploy.pipeline.stages.engine_metrics import EvaluationRequest, measure_accuracy
 
 CPU = torch.device("cpu")
 
@@ -215,9 +215,9 @@ def measured(
     ]
     seen: list[dict[str, tuple[int, ...]]] = []
     load = {"dense": dense, "sparse": sparse}.__getitem__
-    question = Question(recipe, load, directory.path, samples, 1500, shapes)
+    request = EvaluationRequest(recipe, load, directory.path, samples, 1500, shapes)
     backend = TorchBackend(modules, error, seen)
-    return measure_accuracy(backend, bundle, engines, question, 2, quiet), seen
+    return measure_accuracy(backend, bundle, engines, request, 2, quiet), seen
 
 
 def test_the_engine_is_asked_in_shapes_it_was_compiled_for_and_agrees(
@@ -234,11 +234,11 @@ def test_the_engine_is_asked_in_shapes_it_was_compiled_for_and_agrees(
     assert found.tokens <= 40 * found.samples
     assert found.metrics[0].name == "embedding cosine"
     assert {metric.samples for metric in found.metrics} == {found.samples}
-    assert all(one.passed is not False for one in found.fidelity)
-    assert {(one.twin, one.metric) for one in found.fidelity if one.tolerance} == {
+    assert all(one.passed is not False for one in found.parity)
+    assert {(one.twin, one.metric) for one in found.parity if one.tolerance} == {
         ("dense", "embedding cosine"), ("sparse", "embedding cosine"),
     }  # fmt: skip
-    cosines = [one.agreement for one in found.fidelity if one.metric == "embedding cosine"]
+    cosines = [one.agreement for one in found.parity if one.metric == "embedding cosine"]
     assert all(cosine == pytest.approx(1, abs=1e-6) for cosine in [c.value for c in cosines if c])
 
 
@@ -250,7 +250,7 @@ def test_an_engine_that_says_something_else_is_found(
         tmp_path / "model"
     )
     found, _ = measured(path, prose, tmp_path, 3.0, EngineShapes(rows=8, least=1, longest=48))
-    wrong = {(one.twin, one.metric) for one in found.fidelity if one.passed is False}
+    wrong = {(one.twin, one.metric) for one in found.parity if one.passed is False}
     assert {twin for twin, _ in wrong} == {"sparse"}
     telling = {"classifier": "KL divergence", "decoder": "KL divergence"}
     assert ("sparse", telling.get(kind, "embedding cosine")) in wrong
@@ -307,7 +307,7 @@ def test_what_counts_as_a_departure(
     *,
     passed: bool | None,
 ) -> None:
-    found = fidelity_of("sparse", metric(name, difference, agreement), "float16")
+    found = parity_of("sparse", metric(name, difference, agreement), "float16")
     assert found.deviation == (None if deviation is None else pytest.approx(deviation))
     assert found.passed is passed
     assert found.tolerance == (None if name == "top-1 agreement" else METRIC_TOLERANCES["float16"])

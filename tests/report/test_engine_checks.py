@@ -7,7 +7,7 @@ import pytest
 from builders import make_records
 
 from prox24_deploy.config.limits import DEFAULT_METRICS, Limits, limits_of
-from prox24_deploy.core.accuracy import EngineAccuracy, EngineAccuracyResult, Fidelity
+from prox24_deploy.core.accuracy import EngineAccuracy, EngineAccuracyResult, ParityCheck
 from prox24_deploy.core.records import DirectMetric, Estimate, NotMeasured, PairedMetric
 from prox24_deploy.regression.baseline import Baseline
 from prox24_deploy.regression.compare import compare_reports
@@ -34,7 +34,7 @@ METRICS = (
         agreement=Estimate(value=0.2, standard_error=0.01),
     ),
 )
-CLOSE = Fidelity(
+CLOSE = ParityCheck(
     twin="sparse",
     metric="log-perplexity",
     samples=4,
@@ -53,7 +53,7 @@ FAR = replace(
     deviation=0.3,
     passed=False,
 )
-TOLD = Fidelity(
+TOLD = ParityCheck(
     twin="dense",
     metric="top-1 agreement",
     samples=4,
@@ -65,7 +65,7 @@ TOLD = Fidelity(
     tolerance=None,
     passed=None,
 )
-LOST = Fidelity(
+LOST = ParityCheck(
     twin="dense",
     metric="KL divergence",
     samples=4,
@@ -79,7 +79,7 @@ LOST = Fidelity(
 )
 
 
-def engine(*fidelity: Fidelity, longest: int | None = None) -> EngineAccuracy:
+def engine(*parity: ParityCheck, longest: int | None = None) -> EngineAccuracy:
     return EngineAccuracy(
         backend="onnxruntime",
         device="CPU <x>",
@@ -89,7 +89,7 @@ def engine(*fidelity: Fidelity, longest: int | None = None) -> EngineAccuracy:
         available=16,
         longest=longest,
         metrics=METRICS,
-        fidelity=fidelity,
+        parity=parity,
         seconds=1.5,
     )
 

@@ -21,7 +21,7 @@ from prox24_deploy.pipeline.context import RunContext, fitted_shapes, torch_devi
 if TYPE_CHECKING:
     from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
-    from prox24_deploy.pipeline.stages.engine_metrics import Question
+    from prox24_deploy.pipeline.stages.engine_metrics import EvaluationRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def _measure(
     from prox24_deploy.pipeline.stages.engine_metrics import measure_accuracy
 
     began = time.perf_counter()
-    question = _question(inputs)
+    request = _request(inputs)
     least = min(inputs.batches)
     found: list[EngineAccuracy] = []
     missing: list[NotMeasured] = []
@@ -91,7 +91,7 @@ def _measure(
     for backend in inputs.backends:
         own = [engine for engine in inputs.engines if engine.backend == backend.name]
         try:
-            found.append(measure_accuracy(backend, work.root, own, question, least, progress))
+            found.append(measure_accuracy(backend, work.root, own, request, least, progress))
         except BackendMissingError as error:
             missing.append(NotMeasured(backend=backend.name, reason=str(error)))
         except EngineError as error:
@@ -105,17 +105,17 @@ def _measure(
 STAGE = Stage(name="accuracy", result=EngineAccuracyResult, run=_measure)
 
 
-def _question(inputs: EngineAccuracyInputs) -> "Question":
+def _request(inputs: EngineAccuracyInputs) -> "EvaluationRequest":
     """How to open the PyTorch models, and the samples, in shapes that engines were compiled for."""
     import torch
 
     from prox24_deploy.evaluation.subset import EngineShapes
     from prox24_deploy.model.directory import load_model, open_model_dir
-    from prox24_deploy.pipeline.stages.engine_metrics import Question
+    from prox24_deploy.pipeline.stages.engine_metrics import EvaluationRequest
 
     directories = {"dense": inputs.source, "sparse": open_model_dir(inputs.pruned.path)}
     device = torch.device(inputs.device)
-    return Question(
+    return EvaluationRequest(
         recipe=inputs.recipe,
         load=lambda twin: load_model(directories[twin], inputs.recipe, device),
         directory=inputs.source.path,

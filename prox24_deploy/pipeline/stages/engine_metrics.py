@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.accuracy import EngineAccuracy, Fidelity
+from prox24_deploy.core.accuracy import EngineAccuracy, ParityCheck
 from prox24_deploy.core.errors import EngineError, ModelDirError
 from prox24_deploy.core.records import Engine, Metric
 from prox24_deploy.core.types import TWINS, DType, Progress, Twin
@@ -17,7 +17,7 @@ from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
 from prox24_deploy.evaluation.evaluate import evaluate_models
 from prox24_deploy.evaluation.language import evaluate_text_generation
-from prox24_deploy.evaluation.parity import fidelity_of
+from prox24_deploy.evaluation.parity import parity_of
 from prox24_deploy.evaluation.subset import EngineShapes, take
 from prox24_deploy.graph.export.module import RecipeModule
 from prox24_deploy.graph.export.signature import read_inputs
@@ -28,7 +28,7 @@ _Ask = Callable[[nn.Module, nn.Module, int], tuple[Metric, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class EvaluationRequest:
     """What is asked of engines: a recipe's task on samples, as the PyTorch models were asked it.
 
     `load` opens a PyTorch twin in float32, one at a time to spare memory, and `directory` says how
@@ -48,7 +48,7 @@ def measure_accuracy(
     backend: Backend,
     bundle: Path,
     engines: Sequence[Engine],
-    question: Question,
+    request: EvaluationRequest,
     least_rows: int,
     progress: Progress,
 ) -> EngineAccuracy:
@@ -60,7 +60,7 @@ def measure_accuracy(
         backend: opens the engines.
         bundle: the folder that they lie in.
         engines: of this backend; a twin is one graph, or encoder and decoder.
-        question: what to ask.
+        request: what to ask.
         least_rows: of a batch, that an engine on a GPU takes.
         progress: told of each of the three comparisons.
 
@@ -70,47 +70,47 @@ def measure_accuracy(
     """
     began = time.perf_counter()
     samples, cut = take(
-        question.held_out, question.tokens, question.shapes if backend.on_gpu else None
+        request.held_out, request.tokens, request.shapes if backend.on_gpu else None
     )
     rows = least_rows if backend.on_gpu else 1
-    ask = _asker(question, samples, progress)
+    ask = _evaluator(request, samples, progress)
     with ExitStack() as until:
 
         def opened(twin: Twin) -> list[Graph]:
             own = (engine for engine in engines if engine.twin == twin)
             return [_opened(backend, bundle, engine, rows, until) for engine in own]
 
-        metrics, fidelity = _answers(question, opened, ask, engines[0].dtype)
+        metrics, parity = _answers(request, opened, ask, engines[0].dtype)
     return EngineAccuracy(
         backend=backend.name,
         device=engines[0].device,
         dtype=engines[0].dtype,
         samples=samples.source.samples,
         tokens=samples.source.tokens,
-        available=question.held_out.source.samples,
-        longest=question.shapes.longest if cut else None,
+        available=request.held_out.source.samples,
+        longest=request.shapes.longest if cut else None,
         metrics=metrics,
-        fidelity=fidelity,
+        parity=parity,
         seconds=time.perf_counter() - began,
     )
 
 
 def _answers(
-    question: Question, opened: Callable[[Twin], list[Graph]], ask: _Ask, dtype: DType
-) -> tuple[tuple[Metric, ...], tuple[Fidelity, ...]]:
+    request: EvaluationRequest, opened: Callable[[Twin], list[Graph]], ask: _Ask, dtype: DType
+) -> tuple[tuple[Metric, ...], tuple[ParityCheck, ...]]:
     """The engines against each other, and each against PyTorch, which is open for one at a time."""
     models: dict[Twin, EngineModel] = {}
-    fidelity: list[Fidelity] = []
+    parity: list[ParityCheck] = []
     for i, twin in enumerate(TWINS):
         graphs = opened(twin)
         # After the engines, of which the first to be missing saves the loading.
-        model = question.load(twin)
+        model = request.load(twin)
         models[twin] = EngineModel(graphs, model.config)
-        reference = _reference(model, question.recipe, twin)
+        reference = _reference(model, request.recipe, twin)
         compared = ask(reference, models[twin], i)
-        fidelity += [fidelity_of(twin, metric, dtype) for metric in compared]
+        parity += [parity_of(twin, metric, dtype) for metric in compared]
         del model, reference
-    return ask(models["dense"], models["sparse"], len(TWINS)), tuple(fidelity)
+    return ask(models["dense"], models["sparse"], len(TWINS)), tuple(parity)
 
 
 def _opened(backend: Backend, bundle: Path, engine: Engine, rows: int, until: ExitStack) -> Graph:
@@ -140,9 +140,9 @@ def _reference(model: nn.Module, recipe: Recipe, twin: Twin) -> EngineModel:
     return EngineModel(graphs, model.config)
 
 
-def _asker(question: Question, samples: Samples, progress: Progress) -> _Ask:
+def _evaluator(request: EvaluationRequest, samples: Samples, progress: Progress) -> _Ask:
     """From two models to the metrics between them, the number of the comparison for the bar."""
-    recipe = question.recipe
+    recipe = request.recipe
     steps = len(samples.batches)
 
     def ask(dense: nn.Module, sparse: nn.Module, number: int) -> tuple[Metric, ...]:
@@ -153,9 +153,7 @@ def _asker(question: Question, samples: Samples, progress: Progress) -> _Ask:
             if recipe.decoder is not None:
                 # Forced along its targets whatever its task is, for engines write nothing freely.
                 return evaluate_text_generation(dense, sparse, samples.batches, advance)
-            found = evaluate_models(
-                dense, sparse, recipe.task, samples, question.directory, advance
-            )
+            found = evaluate_models(dense, sparse, recipe.task, samples, request.directory, advance)
         except ModelDirError as error:
             # PyTorch has been through the same samples before, so an engine is what differs.
             raise EngineError(f"Its engines give no usable output: {error}") from error
