@@ -87,7 +87,7 @@ def test_compile_and_bench_go_on_from_a_bundle(bundle: Path, tmp_path: Path) -> 
 @rtx
 def test_a_build_that_fails_names_its_log_and_keeps_no_engine(bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    run = run_cli("compile", copy, "--backend", "tensorrt-rtx", "--strip-weights")
+    run = run_cli("compile", copy, "--backend", "tensorrt-rtx", "--strip-weights", "-q")
     assert run.code == 1
     log = copy / RTX / "dense" / "build.log"
     assert str(log) in run.err

@@ -8,6 +8,7 @@ import typer
 
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
+from prox24_deploy.cli.progress import progress as shown
 from prox24_deploy.cli.terminal import print_json, print_table, say, stderr
 from prox24_deploy.config.options import BuildOptions, HarnessOptions, TextOptions, parse_losses
 
@@ -114,7 +115,7 @@ def build(
         accept_loss=parse_losses(accept_loss or ()),
     )
     root = out or arguments.default_out(model_dir)
-    with tables.progress(stderr) as progress:
+    with shown(stderr) as progress:
         report = pipeline.build(model_dir, root, options, fresh=fresh, progress=progress)
     if as_json:
         print_json(report.model_dump(mode="json"))
@@ -176,7 +177,7 @@ def prune(
         name=name,
     )
     root = out or arguments.default_out(model_dir)
-    with tables.progress(stderr) as progress:
+    with shown(stderr) as progress:
         result = pipeline.prune(model_dir, root, options, fresh=fresh, progress=progress)
     if as_json:
         print_json(asdict(result))
@@ -197,7 +198,7 @@ def export(
     """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the file."""
     from prox24_deploy.pipeline import run as pipeline
 
-    with tables.progress(stderr) as progress:
+    with shown(stderr) as progress:
         result = pipeline.export(bundle, dtype, progress=progress)
     if as_json:
         print_json(asdict(result))
@@ -238,7 +239,7 @@ def compile_engines(
     options = arguments.engine_options(
         backends=backend, shapes=shapes, tensorrt=tensorrt, eager=eager
     )
-    with tables.progress(stderr) as progress:
+    with shown(stderr) as progress:
         result = pipeline.compile_engines(bundle, options, progress=progress)
     if as_json:
         print_json(asdict(result))
@@ -258,7 +259,7 @@ def bench(
     """Measure dense against sparse latency of a bundle's engines, interleaved."""
     from prox24_deploy.pipeline import run as pipeline
 
-    with tables.progress(stderr) as progress:
+    with shown(stderr) as progress:
         result = pipeline.bench(
             bundle, arguments.engine_options(backends=None, shapes=shapes), progress=progress
         )

@@ -8,6 +8,7 @@ import typer
 
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
+from prox24_deploy.cli.progress import progress as shown
 from prox24_deploy.cli.terminal import print_json, print_table, say, stderr
 from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
 from prox24_deploy.core.errors import BundleError
@@ -49,7 +50,7 @@ def plan(
         engine=arguments.engine_options(backends=["cusparselt"], shapes=shapes, eager=eager),
     )
     saved = read_profile(gpu_profile) if gpu_profile else None
-    with tables.progress(stderr) as progress:
+    with shown(stderr) as progress:
         found = planner.plan(
             model_dir, options, saved=saved, sensitivity=sensitivity, progress=progress
         )

@@ -28,6 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog=(
         "Exit codes: 0 passed, 1 internal error, 2 bad usage or input, 3 regression, "
         "4 sparsity lost, 5 environment missing or measurement inconclusive."
@@ -107,6 +108,9 @@ def common(
     *,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log every layer.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Show errors and results only.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
 ) -> None:
     """Set up logging; options here come before the command."""
@@ -114,6 +118,8 @@ def common(
         say(__version__)
         raise typer.Exit
     level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
+    if quiet:
+        level = logging.ERROR
     logging.basicConfig(level=logging.WARNING, handlers=[log_handler()], force=True)
     logging.getLogger("prox24_deploy").setLevel(level)
     context.obj = {"debug": debug}

@@ -15,13 +15,15 @@ from prox24_deploy.config.options import (
     TensorRtOptions,
     TextOptions,
     parse_capabilities,
+    parse_dtype,
     parse_shapes,
 )
 from prox24_deploy.core.backends import BACKENDS, backends_with
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.types import DType, Method, Preset, Refinement
+from prox24_deploy.core.types import DTYPES, DType, Method, Preset, Refinement
 
-_COMMON = {"-v", "--verbose", "--debug"}
+_DTYPES = ", ".join(DTYPES)
+_COMMON = {"-v", "--verbose", "-q", "--quiet", "--debug"}
 _TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
 
 ModelArg = Annotated[
@@ -132,15 +134,19 @@ PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
 DTypeOpt = Annotated[
     DType | None,
     typer.Option(
-        help="Precision of the exported models; default: the checkpoint's own. Nothing runs "
-        "bfloat16 on a CPU, and TensorRT has no sparse kernels for float32."
+        parser=parse_dtype,
+        metavar="DTYPE",
+        help=f"{_DTYPES}: precision of the exported models; default: the checkpoint's own. Nothing "
+        "runs bfloat16 on a CPU, and TensorRT has no sparse kernels for float32.",
     ),
 ]
 PlanDTypeOpt = Annotated[
     DType | None,
     typer.Option(
-        help="Precision to time; default: the checkpoint's own, float16 if that is float32, for "
-        "which there are no sparse kernels."
+        parser=parse_dtype,
+        metavar="DTYPE",
+        help=f"{_DTYPES}: precision to time; default: the checkpoint's own, float16 if that is "
+        "float32, for which there are no sparse kernels.",
     ),
 ]
 BackendOpt = Annotated[
@@ -421,6 +427,6 @@ def join_shapes(arguments: Sequence[str]) -> list[str]:
 
 
 def hoist_common(arguments: Sequence[str]) -> list[str]:
-    """Let -v and --debug stand anywhere on the line, as users expect."""
+    """Let -v, -q and --debug stand anywhere on the line, as users expect."""
     common = [argument for argument in arguments if argument in _COMMON]
     return common + [argument for argument in arguments if argument not in _COMMON]

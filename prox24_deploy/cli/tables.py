@@ -1,11 +1,8 @@
 """What the command line shows, as rich tables and lines."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -42,26 +39,6 @@ def metric_line(metric: Metric) -> str:
         }
     parts = [label + _shown(estimate) for label, estimate in estimates.items() if estimate]
     return f"{metric.name}: {', '.join(parts)} ({metric.samples} samples)"
-
-
-@contextmanager
-def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per stage on a terminal; nothing anywhere else."""
-    columns = (
-        TextColumn("{task.description:>10}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
-            bars.update(tasks[label], completed=done, total=total)
-
-        yield update
 
 
 def report_head(report: "Report") -> list[str]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.fingerprint import unkeyed
-from prox24_deploy.core.types import DType, Method, Preset, Refinement
+from prox24_deploy.core.types import DTYPES, DType, Method, Preset, Refinement
 
 Target = Literal["asymmetric", "symmetric"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -173,6 +173,24 @@ def _make_paths(options: object, *names: str) -> None:
             object.__setattr__(options, name, Path(value) if single else (Path(value),))
         elif isinstance(value, Sequence):
             object.__setattr__(options, name, tuple(Path(each) for each in value))
+
+
+def parse_dtype(word: str) -> DType:
+    """A precision by its name, or by the short one that people say.
+
+    Raises:
+        UsageError: there is no such precision.
+    """
+    known: dict[str, DType] = {
+        **{name: name for name in DTYPES},
+        "fp32": "float32",
+        "fp16": "float16",
+        "half": "float16",
+        "bf16": "bfloat16",
+    }
+    if word.lower() not in known:
+        raise UsageError(f"Precision {word!r} is not known, expected one of {', '.join(known)}.")
+    return known[word.lower()]
 
 
 def parse_losses(words: Sequence[str]) -> tuple[tuple[str, str], ...]:

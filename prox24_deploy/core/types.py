@@ -1,9 +1,10 @@
 """Names that many rooms share: types of options, of results and of callbacks."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 DType = Literal["float32", "float16", "bfloat16"]
+DTYPES: tuple[DType, ...] = get_args(DType)
 
 # The dense and the sparse model of one build, and everything that is made of both.
 Twin = Literal["dense", "sparse"]

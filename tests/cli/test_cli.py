@@ -15,7 +15,7 @@ from rich.console import Console
 from prox24_deploy import __version__
 from prox24_deploy.cli import options, tables
 from prox24_deploy.cli.options import hoist_common, join_shapes
-from prox24_deploy.config.options import parse_shapes
+from prox24_deploy.config.options import parse_dtype, parse_shapes
 from prox24_deploy.core.errors import EngineError, UsageError
 from prox24_deploy.core.records import (
     DirectMetric,
@@ -231,3 +231,21 @@ def test_prune_lists_every_layer(tiny_bert: Path, prose: Path, tmp_path: Path) -
     assert "pooler.dense" in run.out
     assert "12 layers are 2:4" in run.out
     assert "error" in run.err
+
+
+@pytest.mark.parametrize(
+    ("word", "dtype"),
+    [("fp16", "float16"), ("half", "float16"), ("bf16", "bfloat16"), ("FP32", "float32"),
+     ("float16", "float16")],
+)  # fmt: skip
+def test_precisions_have_their_short_names(word: str, dtype: str) -> None:
+    assert parse_dtype(word) == dtype
+    refused = run_cli("export", "somewhere", "--dtype", "fp99")
+    assert refused.code == 2
+    assert "Precision 'fp99' is not known, expected one of float32, float16" in refused.err
+
+
+@pytest.mark.parametrize("command", [(), ("build",), ("baseline", "update")])
+def test_h_is_help(command: tuple[str, ...]) -> None:
+    assert run_cli(*command, "-h") == run_cli(*command, "--help")
+    assert run_cli(*command, "-h").code == 0

@@ -1,0 +1,68 @@
+"""What a log shows of a run, and when."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from command_line import run_cli
+
+from prox24_deploy.cli.progress import Lines, in_words
+
+
+def lines_of(steps: list[tuple[float, str, int, int]]) -> list[str]:
+    """What is written when the clock stands so at each step; without the time of day."""
+    written: list[str] = []
+    times: Iterator[float] = iter([at for at, *_ in steps])
+    lines = Lines(written.append, lambda: next(times))
+    for _, label, done, total in steps:
+        lines.update(label, done, total)
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d ", line) for line in written)
+    return [line.partition(" ")[2] for line in written]
+
+
+def test_every_block_has_a_line_with_an_estimate() -> None:
+    assert lines_of([(0, "prune", 0, 3), (40, "prune", 1, 3), (90, "prune", 2, 3),
+                     (120, "prune", 3, 3)]) == [
+        "prune 0/3",
+        "prune 1/3, 40 s, about 80 s left",
+        "prune 2/3, 90 s, about 45 s left",
+        "prune 3/3, 2 min",
+    ]  # fmt: skip
+
+
+def test_short_steps_are_told_now_and_then_and_at_the_end() -> None:
+    steps = [(float(at), "evaluate", at, 100) for at in range(101)]
+    assert lines_of(steps) == [
+        "evaluate 0/100",
+        "evaluate 30/100, 30 s, about 70 s left",
+        "evaluate 60/100, 60 s, about 40 s left",
+        "evaluate 90/100, 90 s, about 10 s left",
+        "evaluate 100/100, 2 min",
+    ]
+
+
+def test_a_label_that_comes_again_begins_anew() -> None:
+    steps = [(0.0, "accuracy", 0, 1), (5.0, "accuracy", 1, 1), (5.0, "accuracy", 1, 1),
+             (9.0, "accuracy", 1, 1)]  # fmt: skip
+    assert lines_of(steps)[:2] == ["accuracy 0/1", "accuracy 1/1, 5 s"]
+    assert lines_of([(0.0, "x", 0, 2), (200.0, "x", 2, 2), (201.0, "x", 0, 2)])[-1] == "x 0/2"
+
+
+def test_times_are_in_words() -> None:
+    assert [in_words(s) for s in (0.4, 99, 101, 3590, 7500)] == [
+        "0 s", "99 s", "2 min", "1 h 0 min", "2 h 5 min",
+    ]  # fmt: skip
+
+
+def test_a_log_has_lines_and_a_quiet_run_has_none(
+    tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    line = ("prune", tiny_bert, "--calibration", prose, "--calibration-tokens", "2048",
+            "--method", "magnitude", "-o")  # fmt: skip
+    run = run_cli(*line, tmp_path / "told")
+    assert run.code == 0, run.err
+    assert re.search(r"^\S+ prune 1/2, \d+ s, about \d+ s left$", run.err, re.MULTILINE)
+    for flag in ("-q", "--quiet"):
+        quiet = run_cli(*line, tmp_path / f"quiet{flag}", flag)
+        assert (quiet.code, quiet.err) == (0, "")
+        assert quiet.out
