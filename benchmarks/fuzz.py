@@ -31,6 +31,8 @@ from pathlib import Path
 
 # Before torch is imported: a process with threads cannot be forked safely.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+# Where torch may write is the folder of temporary files of each process.
+os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from fuzz_seeds import ROOMS

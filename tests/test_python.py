@@ -72,9 +72,19 @@ def test_importing_it_takes_less_than_a_tenth_of_a_second() -> None:
     assert fastest < 0.1
 
 
-def test_no_function_asks_a_model_hub(tiny_bert: Path, prose: Path, tmp_path: Path) -> None:
+PRUNE = "p24.prune({model!r}, {out!r}, options)"
+PLAN = "p24.plan({model!r}, options, gpu_profile='h100.json', sensitivity=False)"
+
+
+@pytest.mark.parametrize(
+    ("before", "call"), [("", PRUNE), ("", PLAN), ("import transformers", PRUNE)]
+)
+def test_no_function_asks_a_model_hub(
+    before: str, call: str, tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
     code = f"""
 import socket
+{before}
 def refuse(*args, **kwargs): raise SystemExit(f"asked the network: {{args}}")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import prox24_deploy as p24
@@ -82,7 +92,7 @@ options = p24.BuildOptions(
     text=p24.TextOptions(calibration=({str(prose)!r},), calibration_tokens=1024),
     prune=p24.PruneOptions(method="magnitude"),
 )
-p24.prune({str(tiny_bert)!r}, {str(tmp_path / "out")!r}, options)
+{call.format(model=str(tiny_bert), out=str(tmp_path / "out"))}
 """
     unset = ("HF_HUB_OFFLINE", "ORT_DISABLE_TELEMETRY")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
@@ -179,3 +189,41 @@ def test_paths_in_options_may_be_strings(tmp_path: Path) -> None:
     assert (text.calibration, text.evaluation) == ((Path(file),), (Path(file),))
     assert p24.BuildOptions(recipe=file).recipe == Path(file)  # type: ignore[arg-type]
     assert p24.BuildOptions().recipe is None
+
+
+def test_every_part_of_a_module_keeps_its_mode() -> None:
+    module, batches = tower()
+    module.train()
+    module.get_submodule("blocks.1").eval()
+    p24.prune_module(module, batches, blocks="blocks", options=p24.PruneOptions(method="magnitude"))
+    assert module.training
+    assert not module.get_submodule("blocks.1").training
+    assert module.get_submodule("blocks.2.up").training
+
+
+def test_a_module_of_which_nothing_can_be_pruned_is_refused() -> None:
+    narrow = nn.Module()
+    narrow.blocks = nn.ModuleList([nn.Sequential(nn.Linear(6, 6))])
+    narrow.forward = lambda features: narrow.get_submodule("blocks.0")(features)
+    with pytest.raises(p24.RecipeError, match=r"No layer of Module can be pruned: blocks\.0\.0"):
+        p24.prune_module(narrow, [{"features": torch.randn(8, 6)}], blocks="blocks")
+
+
+def test_a_block_that_is_a_layer_is_refused() -> None:
+    bare = nn.Module()
+    bare.blocks = nn.ModuleList([nn.Linear(8, 8)])
+    with pytest.raises(p24.RecipeError, match=r"Block blocks\.0 is a layer itself, expected"):
+        p24.prune_module(bare, [{"features": torch.randn(8, 8)}], blocks="blocks")
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(4, 8), torch.zeros(4, 1, 8, 8)])
+def test_a_mask_of_another_meaning_is_refused(mask: torch.Tensor) -> None:
+    module, batches = tower()
+    with pytest.raises(p24.CalibrationError, match=r"An attention_mask of shape .* cannot be used"):
+        p24.prune_module(module, [{**batches[0], "attention_mask": mask}], blocks="blocks")
+
+
+def test_precisions_have_their_short_names_here_too() -> None:
+    assert p24.BuildOptions(dtype="fp16").dtype == "float16"  # type: ignore[arg-type]
+    with pytest.raises(p24.UsageError, match="Precision 'int7' is not known"):
+        p24.BuildOptions(dtype="int7")  # type: ignore[arg-type]

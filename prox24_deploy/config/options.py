@@ -162,6 +162,8 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         _make_paths(self, "recipe", "baseline", "limits_file")
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", parse_dtype(self.dtype))
 
 
 def _make_paths(options: object, *names: str) -> None:

@@ -68,7 +68,8 @@ def _added_tokens(name: str, value: Any) -> Iterator[dict[str, Any]]:
     while waiting:
         found = waiting.pop()
         if isinstance(found, dict):
-            if {_KIND, _CONTENT} & found.keys():
+            # A token says what it is; a schema of answers may have a key of that name.
+            if _KIND in found or (_CONTENT in found and isinstance(found[_CONTENT], str)):
                 yield found
             waiting += found.values()
         elif isinstance(found, list):

@@ -1,8 +1,8 @@
 """The functions of the Python API: the commands, for programs.
 
 Paths are str or Path, defaults are those of the command line, results are the records that its
-`--json` prints. Nothing is printed, and errors are `Prox24Error`s. As on the command line, no
-model hub is asked and ONNX Runtime sends no telemetry, unless the environment says otherwise.
+`--json` prints. Nothing is printed, and errors are `Prox24Error`s. As on the command line, models
+are opened as local files only, and ONNX Runtime sends no telemetry unless the environment says so.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.manifest import verify as faults_of
-from prox24_deploy.config.options import BuildOptions, EngineOptions
+from prox24_deploy.config.options import BuildOptions, EngineOptions, parse_dtype
 from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
@@ -106,7 +106,7 @@ def export(
         BundleError: the bundle holds no pruned model.
     """
     _keep_private()
-    return run.export(Path(bundle), dtype, progress=progress)
+    return run.export(Path(bundle), dtype and parse_dtype(dtype), progress=progress)
 
 
 def compile(
@@ -183,11 +183,11 @@ def plan(
     Raises:
         BackendMissingError: there is no GPU and no saved profile.
     """
+    _keep_private()
     # Loads torch, which a program that looks at reports does without.
     from prox24_deploy.engines.cusparselt.profile import read_profile
     from prox24_deploy.pipeline import plan as planner
 
-    _keep_private()
     saved = read_profile(Path(gpu_profile)) if gpu_profile is not None else None
     return planner.plan(
         Path(model_dir),

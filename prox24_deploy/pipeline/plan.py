@@ -101,14 +101,13 @@ def _measured(
     known = gpu_profile(dtype)
     choices, profile = choose_measured(opened, shapes, targets, known, progress)
     remember(profile)
-    ready = prepare(opened, shapes, (), eager=options.engine.eager)
-    session = opened.session(f"the model in {context.source.path}", ready.compiled)
     dense_ms: list[float | None] = []
-    for shape in shapes:
-        sets = [opened.feeds(shape, seed) for seed in range(4)]
-        dense_ms.append(median_ms(session, sets, _SECONDS_PER_SHAPE))
-    session.close()
-    ready.close()
+    with prepare(opened, shapes, (), eager=options.engine.eager) as ready:
+        session = opened.session(f"the model in {context.source.path}", ready.compiled)
+        for shape in shapes:
+            sets = [opened.feeds(shape, seed) for seed in range(4)]
+            dense_ms.append(median_ms(session, sets, _SECONDS_PER_SHAPE))
+        session.close()
     return tuple(c for c in choices if c.name in targets), profile, dense_ms
 
 

@@ -14,10 +14,12 @@ from prox24_deploy.core.records import (
     CompileResult,
     EvaluateResult,
     ExportResult,
+    NotMeasured,
     PruneResult,
 )
 from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import DType, Progress
+from prox24_deploy.engines.base import Backend
 from prox24_deploy.pipeline import stages
 from prox24_deploy.pipeline.backends import open_backends
 from prox24_deploy.pipeline.context import open_model, read_context, source_of, torch_device
@@ -106,9 +108,15 @@ def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResu
     with open_bundle(out, existing=True) as bundle:
         compiled = bundle.load(stages.compile.STAGE)
         model = open_model(bundle)
-        names = tuple(dict.fromkeys(engine.backend for engine in compiled.engines))
-        backends = open_backends(replace(options, backends=names), model)
+        backends: list[Backend] = []
+        missing: list[NotMeasured] = []
+        for name in dict.fromkeys(engine.backend for engine in compiled.engines):
+            try:
+                backends += open_backends(replace(options, backends=(name,)), model)
+            except BackendMissingError as error:
+                missing.append(NotMeasured(backend=name, reason=str(error)))
         result = stages.bench.run(bundle, model, compiled, backends, options, progress, anew=True)
+    result = replace(result, not_measured=(*missing, *result.not_measured))
     if not result.latency and result.not_measured:
         raise BackendMissingError(result.not_measured[0].reason)
     return result

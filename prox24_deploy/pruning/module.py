@@ -4,19 +4,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe, TensorSpec
-from prox24_deploy.core.errors import CalibrationError, SparsityLostError, UsageError
+from prox24_deploy.core.errors import CalibrationError, RecipeError, SparsityLostError, UsageError
 from prox24_deploy.core.records import LayerRecord
 from prox24_deploy.core.types import Progress, silent
 from prox24_deploy.model.batch import Batch
+from prox24_deploy.model.blocks import find_blocks
 from prox24_deploy.model.checkpoint import BlockStore
-from prox24_deploy.pruning.prune import prune_model
+from prox24_deploy.model.layers import is_layer
+from prox24_deploy.pruning.prune import PrunedState, prune_model
 from prox24_deploy.pruning.selection import left_dense
 from prox24_deploy.sparsity.pattern import first_violation
 
@@ -52,7 +53,7 @@ def prune_module(
 
     Args:
         module: float32, on any one device; it runs each of `blocks` once and in order in a forward
-            pass. Its training mode is restored.
+            pass. An error part of the way leaves it half pruned.
         batches: keyword inputs of `module.forward` to prune on. An `attention_mask` (batch,
             sequence) is 0 on padding; without one nothing is padding.
         blocks: dotted path of the ModuleList of the repeated blocks, as "model.layers".
@@ -64,14 +65,14 @@ def prune_module(
     Raises:
         UsageError: a parameter is not float32, or the options name a budget.
         CalibrationError: there is no batch.
-        RecipeError: there are no such blocks or layers.
+        RecipeError: there are no such blocks or layers, or none can be pruned.
         ModelDirError: activations or weights of a layer are NaN or infinite.
     """
     options = options or PruneOptions()
     _require_fit(module, options)
     calibration, withheld = _batches(batches), tuple(map(_batch, held_out))
     recipe = _recipe(module, blocks, layers)
-    with _evaluating(module), TemporaryDirectory(prefix="prox24-") as folder:
+    with _evaluating(module):
         state = prune_model(
             module,
             recipe,
@@ -79,23 +80,33 @@ def prune_module(
             withheld or calibration[:1],
             options,
             stored_dtype=lambda _: torch.float32,
-            store=BlockStore(Path(folder)),
+            store=_Forgetful(Path()),
             progress=progress,
             dense=left_dense(recipe, module, options),
         )
-    _require_24(module, state.axes)
+    _require_pruned(module, state)
     layers_done = state.layers if withheld else _without_held_out(state.layers)
     return PrunedModule(layers=layers_done, axes=state.axes)
 
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = module.training
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for part, training in modes.items():
+            part.training = training
+
+
+def _require_blocks(module: nn.Module, recipe: Recipe) -> None:
+    bare = [i for i, block in enumerate(find_blocks(module, recipe)) if is_layer(block)]
+    if bare:
+        raise RecipeError(
+            f"Block {recipe.blocks}.{bare[0]} is a layer itself, expected a module that holds "
+            "layers; wrap each in nn.Sequential."
+        )
 
 
 def _require_fit(module: nn.Module, options: PruneOptions) -> None:
@@ -128,7 +139,7 @@ def _batch(inputs: Mapping[str, Tensor]) -> Batch:
     if first is None:
         raise CalibrationError("A batch has no input; pass the keyword inputs of module.forward.")
     if MASK in inputs:
-        real = inputs[MASK].bool().cpu()
+        real = _real(inputs[MASK])
     elif first.ndim == 2 and not first.is_floating_point():
         real = torch.ones(first.shape, dtype=torch.bool)
     else:
@@ -136,10 +147,20 @@ def _batch(inputs: Mapping[str, Tensor]) -> Batch:
     return Batch(dict(inputs), real)
 
 
+def _real(mask: Tensor) -> Tensor:
+    real = mask.bool().cpu()
+    if mask.ndim != 2 or not bool(real.any()):
+        raise CalibrationError(
+            f"An attention_mask of shape {tuple(mask.shape)} cannot be used, expected (batch, "
+            "sequence) with 1 where a token is and 0 on padding, and a token at least."
+        )
+    return real
+
+
 def _recipe(module: nn.Module, blocks: str, layers: Sequence[str]) -> Recipe:
     """What the driver must know; nothing is exported, so that the tensors stand for none."""
     tensor = TensorSpec(name="hidden", dtype="float", axes=["batch", "hidden"])
-    return Recipe(
+    recipe = Recipe(
         family=type(module).__name__,
         model_types=[type(module).__name__],
         task="feature-extraction",
@@ -148,10 +169,28 @@ def _recipe(module: nn.Module, blocks: str, layers: Sequence[str]) -> Recipe:
         inputs=[tensor],
         outputs=[tensor.model_copy(update={"name": "output"})],
     )
+    _require_blocks(module, recipe)
+    return recipe
 
 
-def _require_24(module: nn.Module, axes: Mapping[str, int]) -> None:
-    for name, axis in axes.items():
+class _Forgetful(BlockStore):
+    """Keeps no solved block, for there is no later run to go on."""
+
+    def save(self, *_: object) -> None:
+        """Keep nothing."""
+
+    def load(self, _: int) -> None:
+        """Nothing."""
+
+
+def _require_pruned(module: nn.Module, state: PrunedState) -> None:
+    if not state.axes:
+        first = state.layers[0]
+        raise RecipeError(
+            f"No layer of {type(module).__name__} can be pruned: {first.name} and the others are "
+            f"skipped, because {first.reason}."
+        )
+    for name, axis in state.axes.items():
         place = first_violation(module.get_parameter(name).detach(), axis)
         if place is not None:
             raise SparsityLostError(

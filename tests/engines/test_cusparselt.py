@@ -368,6 +368,31 @@ def test_a_check_fails_beyond_the_tolerance_of_its_dtype() -> None:
     assert compare_outputs(["out"], expected, far, "bfloat16")[0].passed
 
 
+def test_a_nan_in_any_run_is_no_agreement_and_the_same_infinity_is_one() -> None:
+    expected = [(torch.tensor([1.0, -torch.inf]),), (torch.tensor([4.0, 1.0]),)]
+    broken = [expected[0], (torch.tensor([4.0, torch.nan]),)]
+    assert compare_outputs(["out"], expected, expected, "float16")[0].passed
+    assert not compare_outputs(["out"], expected, broken, "float16")[0].passed
+    lost = [(torch.tensor([1.0, 0.0]),), expected[1]]
+    assert not compare_outputs(["out"], expected, lost, "float16")[0].passed
+
+
+def test_rows_that_nobody_timed_take_the_algorithm_of_the_nearest(machine: Machine) -> None:
+    """The default one may be among those that crash."""
+    layer = SparseLinear(two_four(32, 64), None, {16: 1, 256: 2})
+    for rows, gain in ((16, 0.6), (24, 0.6), (8, 0.6), (200, 0.3), (1000, 0.3)):
+        machine.gains.clear()
+        layer(torch.zeros(rows, 64).half())
+        assert machine.gains == [gain], rows
+
+
+def test_a_compressed_layer_that_was_moved_is_refused(machine: Machine) -> None:
+    layer = SparseLinear(two_four(32, 64), None, {})
+    layer.packed = layer.packed.clone()
+    with pytest.raises(EngineError, match="A compressed layer was moved or copied"):
+        layer(torch.zeros(8, 64).half())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_profiler_that_sees_no_kernel_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

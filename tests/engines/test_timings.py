@@ -44,7 +44,7 @@ def test_a_damaged_file_is_measured_again_and_replaced(
     cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     remember(replace(HERE, gemms=(FIRST,)))
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("gemms-*.json")
     file.write_text("{")
     assert remembered(HERE) == HERE
     assert "are measured again" in caplog.text
@@ -58,4 +58,29 @@ def test_a_cache_that_cannot_be_written_is_told_and_stops_nothing(
     cache.write_text("in the way")
     remember(replace(HERE, gemms=(FIRST,)))
     assert "are not kept for later builds" in caplog.text
+    assert remembered(HERE) == HERE
+
+
+def test_a_user_without_a_home_builds_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    # The specification says of a relative path that it is to be ignored.
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert remembered(HERE) == HERE
+    remember(replace(HERE, gemms=(FIRST,)))
+    assert caplog.text.count("Could not determine home directory") == 2
+    assert not Path("here").exists()
+
+
+def test_a_folder_that_may_not_be_searched_is_as_good_as_none(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", denied)
     assert remembered(HERE) == HERE

@@ -444,3 +444,14 @@ def test_functions_that_call_themselves_are_not_inlined(tmp_path: Path) -> None:
     call = helper.make_node("f", ["x", "w"], ["y"], domain="local")
     (check,) = check_onnx(write_onnx(tmp_path / "m.onnx", [call], {"w": DENSE}, functions=ring))
     assert check.unproven
+
+
+def test_an_attribute_of_an_operator_of_ones_own_may_mean_anything(tmp_path: Path) -> None:
+    path = edited(sound(tmp_path), custom_node)
+    assert check_onnx(path)
+
+
+def custom_node(model: onnx.ModelProto) -> None:
+    model.opset_import.append(helper.make_opsetid("my.ops", 1))
+    made = helper.make_node("Foo", ["x"], ["z"], domain="my.ops", axis=1000)
+    model.graph.node.append(made)

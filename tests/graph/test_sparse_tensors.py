@@ -103,3 +103,11 @@ def test_two_sparse_initializers_of_one_name_are_refused(tmp_path: Path) -> None
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UsageError, match="has the initializer 'w' twice"):
         check_onnx(path)
+
+
+def test_values_that_are_stored_twice_are_refused(tmp_path: Path) -> None:
+    """Of two copies readers may take either."""
+    tensor = sparse(array_24((8, 8), 0))
+    tensor.values.float_data.extend([1.0] * 64)
+    with pytest.raises(UsageError, match="is stored in float_data and raw_data; expected its"):
+        check_onnx(write(tmp_path / "m.onnx", tensor))

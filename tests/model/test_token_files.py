@@ -70,3 +70,9 @@ def test_a_file_of_another_form_is_left_to_the_library(text: str, tmp_path: Path
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
     require_known_options(tmp_path)
+
+
+def test_a_schema_of_answers_is_no_token(model: Path) -> None:
+    schema = {"properties": {"role": {"const": "assistant"}, "content": {"type": "string"}}}
+    edit(model / "tokenizer_config.json", response_schema=schema)
+    require_known_options(model)

@@ -7,7 +7,7 @@ graphs, so that the dense one is the fastest that PyTorch makes of the model.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -133,11 +133,11 @@ class CuSparseLt:
         if twin == "sparse":
             choices, profile = self._choose(opened)
             write_profile(profile, folder / GEMMS_FILE)
-        ready = prepare(opened, self.shapes, choices, eager=self.options.eager)
-        if twin == "sparse":
-            evidence = collect_evidence(ready, choices)
-            write_atomic(folder / EVIDENCE_FILE, _EVIDENCE.dump_json(evidence, indent=1) + b"\n")
-        ready.close()
+        with prepare(opened, self.shapes, choices, eager=self.options.eager) as ready:
+            if twin == "sparse":
+                evidence = collect_evidence(ready, choices)
+                data = _EVIDENCE.dump_json(evidence, indent=1) + b"\n"
+                write_atomic(folder / EVIDENCE_FILE, data)
         source.require_unchanged()
         record = EngineFile(
             model_sha256=source.sha256,
@@ -185,14 +185,13 @@ class CuSparseLt:
             )
         opened = open_torch_model(source, self.recipe, record.dtype)
         replace_layers(opened.wrapped, record.layers)
-        compiled = opened.compiled(self.shapes) if record.compiled else None
-        session = opened.session(f"the {engine.twin} model in {source.path}", compiled)
-        try:
-            yield session
-        finally:
-            session.close()
+        with ExitStack() as until:
+            compiled = opened.compiled(self.shapes) if record.compiled else None
             if compiled:
-                compiled.close()
+                until.callback(compiled.close)
+            session = opened.session(f"the {engine.twin} model in {source.path}", compiled)
+            until.callback(session.close)
+            yield session
 
     def _source(self, bundle: Path, twin: Twin) -> ModelDir:
         """The directory of one twin; the dense one must be that which the bundle was made from."""
@@ -205,15 +204,20 @@ class CuSparseLt:
         return source
 
     def _choose(self, opened: TorchModel) -> tuple[tuple[LayerChoice, ...], GpuProfile]:
-        """Time the GEMMs of every layer at every shape, dense and sparse, and decide."""
+        """Time the GEMMs of every layer at every shape, dense and sparse, and decide.
+
+        Returns:
+            The choices, and the timings of the GEMMs of this model.
+        """
         here = gpu_profile(opened.dtype)
-        known = self.known if self.known is not None and self.known.fits(here) else None
+        known = remembered(here)
+        if self.known is not None and self.known.fits(here):
+            known = known.with_timings(self.known.gemms)
         pruned = two_four_layers(opened.wrapped)
-        choices, profile = choose_measured(
-            opened, self.shapes, pruned, known or remembered(here), silent
-        )
+        choices, profile = choose_measured(opened, self.shapes, pruned, known, silent)
         remember(profile)
-        return choices, profile
+        own = {timing.shape: timing for choice in choices for timing in choice.timings}
+        return choices, here.with_timings(own.values())
 
 
 def collect_evidence(ready: Prepared, choices: Sequence[LayerChoice]) -> EngineEvidence:
@@ -242,9 +246,9 @@ def in_words(compilation: Compilation) -> str:
     """How a twin was compiled, as part of a sentence."""
     if compilation.reason:
         return f"run without torch.compile ({compilation.reason})"
-    return (
-        f"compiled by torch.compile in {compilation.seconds:.1f} s, {compilation.cached} of "
-        f"{compilation.graphs} graphs from its cache"
+    cached = f", {compilation.cached} of {compilation.graphs} graphs from its cache"
+    return f"compiled by torch.compile in {compilation.seconds:.1f} s" + (
+        cached if compilation.graphs else ""
     )
 
 

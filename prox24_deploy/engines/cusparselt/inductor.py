@@ -22,14 +22,13 @@ Inputs = tuple[Tensor, ...]
 BACKEND = "inductor"
 # Graphs of one module: one for each shape that it is timed at, and for each of both twins.
 _MOST_GRAPHS = 256
-_HITS, _MISSES = "fxgraph_cache_hit", "fxgraph_cache_miss"
 
 
 class CompiledModule:
     """A module as torch.compile makes it: a graph of its own for each of some shapes.
 
-    Inputs of any other shape share one graph with dynamic shapes, which may be slower and is not
-    made anew for each.
+    Inputs of any other shape share one graph with dynamic shapes, which may be slower; only sizes
+    of 1 get another.
 
     Args:
         module: takes its inputs by position and returns a tuple.
@@ -50,36 +49,40 @@ class CompiledModule:
         return outputs
 
     def close(self) -> None:
-        """Forget the graphs in memory, so that no later module is run by one of them."""
+        """Forget the graphs in memory, so that no later module is run by one of them.
+
+        torch can only forget those of the whole process; what else was compiled there is compiled
+        again when it next runs.
+        """
         torch.compiler.reset()
 
 
 @torch.inference_mode()
 def try_compiling(
-    module: CompiledModule, runs: Sequence[Inputs], other: Inputs
+    module: CompiledModule, runs: Sequence[Inputs]
 ) -> tuple[list[tuple[Tensor, ...]], Compilation]:
-    """Compile for each of `runs`, and once with dynamic shapes for `other`.
+    """Compile for each of `runs`.
 
     Returns:
         The outputs of `runs`, none if it does not compile, and how that went.
     """
-    before, began = _cache_counts(), time.perf_counter()
+    before, began = _counts(), time.perf_counter()
     outputs, reason = [], ""
     try:
         outputs = [module(*inputs) for inputs in runs]
-        module(*other)
     except Exception as error:
         # Whatever a compiler of graphs, of C++ and of kernels may run into.
         outputs, reason = [], _first_line(error)
-    hits, misses = (now - then for now, then in zip(_cache_counts(), before, strict=True))
+    graphs, cached = (now - then for now, then in zip(_counts(), before, strict=True))
     return outputs, Compilation(
-        seconds=time.perf_counter() - began, cached=hits, graphs=hits + misses, reason=reason
+        seconds=time.perf_counter() - began, cached=cached, graphs=graphs, reason=reason
     )
 
 
-def _cache_counts() -> tuple[int, int]:
-    known: Any = counters["inductor"]
-    return int(known[_HITS]), int(known[_MISSES])
+def _counts() -> tuple[int, int]:
+    """Graphs that were made in this process, and how many of them came from Inductor's cache."""
+    known: Any = counters
+    return int(known["stats"]["unique_graphs"]), int(known["inductor"]["fxgraph_cache_hit"])
 
 
 def _first_line(error: Exception) -> str:

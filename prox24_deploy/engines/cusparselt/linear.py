@@ -6,6 +6,7 @@ tensor cores read; Y = X Wᵀ is then computed with half of the multiplications.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 from weakref import WeakValueDictionary
 
 import torch
@@ -71,10 +72,17 @@ class SparseLinear(nn.Module):
         if count not in self._plans:
             padded = count + -count % ROW_MULTIPLE
             shape = GemmShape(n=self.out_features, k=self.in_features, m=padded)
-            algorithm = self._algorithms.get(count, 0)
+            algorithm = self._algorithm(count)
             dtype = self.packed.dtype
             self._plans[count] = matmul.shared_plan(shape, dtype, algorithm, self.bias)
         return self._plans[count]
+
+    def _algorithm(self, count: int) -> int:
+        """The one timed for `count` rows, or for the nearest number; the default may be broken."""
+        if not self._algorithms:
+            return 0
+        nearest = min(self._algorithms, key=lambda timed: (abs(log(timed / count)), timed))
+        return self._algorithms[nearest]
 
 
 # By the address of the packed weight, so that compiled code is the same for all layers of a shape.
@@ -84,7 +92,13 @@ _layers: WeakValueDictionary[int, SparseLinear] = WeakValueDictionary()
 @torch.library.custom_op(OPERATOR, mutates_args=())
 def _linear_24(rows: Tensor, packed: Tensor) -> Tensor:
     """Y (m, n) of X (m, k), an operator that Inductor takes as it is."""
-    return _layers[packed.data_ptr()].multiply(rows)
+    layer = _layers.get(packed.data_ptr())
+    if layer is None:
+        raise EngineError(
+            "A compressed layer was moved or copied, and cuSPARSELt knows it by its address only; "
+            "compress it where it is to run."
+        )
+    return layer.multiply(rows)
 
 
 @_linear_24.register_fake

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -48,6 +49,14 @@ class Prepared:
         if self.compiled:
             self.compiled.close()
 
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Forget what was compiled."""
+        self.close()
+
 
 def prepare(
     opened: TorchModel,
@@ -70,10 +79,13 @@ def prepare(
     Raises:
         EngineError: sparse outputs differ by more than the tolerance of the dtype, by name.
     """
-    feeds = [opened.feeds(shape) for shape in shapes]
+    # The last stands for every shape that has no graph of its own.
+    feeds = [opened.feeds(shape) for shape in (*shapes, _other(shapes))]
     expected = [opened.run(one) for one in feeds]
-    replace_layers(opened.wrapped, {c.name: c.algorithms for c in choices if c.chosen})
-    numerics = _compare(opened, expected, [opened.run(one) for one in feeds])
+    numerics: tuple[NumericsCheck, ...] = ()
+    if chosen := {c.name: c.algorithms for c in choices if c.chosen}:
+        replace_layers(opened.wrapped, chosen)
+        numerics = _compare(opened, expected, [opened.run(one) for one in feeds])
     if wrong := _wrong(numerics):
         raise EngineError(
             f"Output {wrong.output} of the compressed model differs from the same weights "
@@ -82,27 +94,26 @@ def prepare(
         )
     compiled, compilation = None, Compilation(reason=ASKED)
     if not eager:
-        compiled, compilation, checks = _compile(opened, shapes, expected)
+        compiled, compilation, checks = _compile(opened, shapes, feeds, expected)
         numerics = checks or numerics
     return Prepared(
         opened=opened,
         compiled=compiled,
         compilation=compilation,
         numerics=numerics,
-        last=feeds[-1],
+        last=feeds[len(shapes) - 1],
     )
 
 
 def _compile(
     opened: TorchModel,
     shapes: Sequence[tuple[int, int]],
+    feeds: Sequence[Feeds],
     expected: Sequence[tuple[Tensor, ...]],
 ) -> tuple[CompiledModule | None, Compilation, tuple[NumericsCheck, ...]]:
     """Compile a model and compare what it then computes; where it is no use, only the reason."""
     compiled = opened.compiled(shapes)
-    runs = [opened.inputs(opened.feeds(shape)) for shape in shapes]
-    other = opened.inputs(opened.feeds(_other(shapes)))
-    outputs, compilation = try_compiling(compiled, runs, other)
+    outputs, compilation = try_compiling(compiled, [opened.inputs(one) for one in feeds])
     checks = _compare(opened, expected, outputs) if outputs else ()
     if wrong := _wrong(checks):
         compilation = replace(
@@ -130,7 +141,7 @@ def _wrong(checks: Sequence[NumericsCheck]) -> NumericsCheck | None:
 
 
 def _other(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """A shape that is none of these, and that a model takes which takes these."""
+    """A shape that is none of these; sizes of 1 would get a graph for that size alone."""
     batch, sequence = max(shapes)
-    smaller = (batch, max(2, sequence // 2 + 1)) if sequence else (batch + 1, 0)
-    return smaller if smaller not in shapes else (batch + 1, sequence)
+    tried = [(max(batch, 2), max(2, sequence // 2 + 1) if sequence else 0), (batch + 1, sequence)]
+    return next((shape for shape in tried if shape not in shapes), (batch + 2, sequence))

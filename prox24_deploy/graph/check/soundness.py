@@ -14,6 +14,7 @@ from prox24_deploy.core.errors import UsageError
 
 # More axes than NumPy can index.
 _MOST_AXES = 64
+_KNOWN_DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 _STORAGE = (
     "float_data",
     "int32_data",
@@ -85,7 +86,7 @@ def _require_own_names(graph: onnx.GraphProto, path: Path) -> Set[str]:
     _require_single([*made, *stored], "value", path)
     inputs = [value.name for value in graph.input]
     _require_single([*made, *inputs], "value", path)
-    for tensor in graph.initializer:
+    for tensor in (*graph.initializer, *_halves(graph.sparse_initializer)):
         _require_sound_tensor(tensor, path)
     return _named([*stored, *made, *inputs])
 
@@ -115,12 +116,21 @@ def _require_sound_node(node: onnx.NodeProto, path: Path) -> None:
     for attribute in node.attribute:
         claimed = attribute.type == onnx.AttributeProto.TENSOR
         held = [attribute.t] if claimed or attribute.HasField("t") else []
-        for tensor in (*held, *attribute.tensors):
+        sparse = _halves([attribute.sparse_tensor, *attribute.sparse_tensors])
+        for tensor in (*held, *attribute.tensors, *(t for t in sparse if t.ByteSize())):
             _require_sound_tensor(tensor, path)
+
+
+def _halves(tensors: Iterable[onnx.SparseTensorProto]) -> list[onnx.TensorProto]:
+    """Values and places of sparse tensors."""
+    return [half for tensor in tensors for half in (tensor.values, tensor.indices)]
 
 
 def _require_countable(node: onnx.NodeProto, path: Path) -> None:
     """What the standard forbids, and ONNX's own inference of shapes crashes or hangs on."""
+    if node.domain not in _KNOWN_DOMAINS:
+        # The attributes of an operator of one's own may mean anything.
+        return
     numbers = {each.name: each.i for each in node.attribute if each.HasField("i")}
     axis, batch = numbers.get("axis", 0), numbers.get("batch_dims", 0)
     if not -_MOST_AXES <= axis <= _MOST_AXES or not 0 <= batch <= _MOST_AXES:
