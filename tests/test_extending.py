@@ -105,11 +105,11 @@ def test_a_backend_is_one_row_and_its_module(added_backend: BackendKind) -> None
 
 def test_the_doctor_looks_for_what_a_backend_needs(added_backend: BackendKind) -> None:
     findings = json.loads(run_cli("doctor", "--json").out)["findings"]
-    assert added_backend.library in [finding["name"] for finding in findings]
+    assert added_backend.title in [finding["name"] for finding in findings]
     missing = replace(added_backend, library="no_such_library")
     BACKENDS[added_backend.name] = missing
     findings = json.loads(run_cli("doctor", "--json").out)["findings"]
-    (finding,) = [f for f in findings if f["name"] == "no_such_library"]
+    (finding,) = [f for f in findings if f["name"] == added_backend.title]
     assert (finding["usable"], finding["remedy"]) == (False, missing.install)
 
 

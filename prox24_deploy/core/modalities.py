@@ -5,10 +5,8 @@ without opening a file.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 # What samples are counted in; a text is many tokens.
-Unit = Literal["token", "image", "recording"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +28,7 @@ class ModalityKind:
 
     name: str
     input: str
-    unit: Unit
+    unit: str
     tokens: int
     option: str
     step: int
@@ -92,7 +90,7 @@ def modality_of_inputs(inputs: frozenset[str], *, targets: bool) -> ModalityKind
     return next((kind for kind in fitting if kind.targets == targets), fitting[0])
 
 
-def modality_of_unit(unit: Unit, *, targets: bool) -> ModalityKind:
+def modality_of_unit(unit: str, *, targets: bool) -> ModalityKind:
     """The modality of samples that are counted in this unit, with targets beside them or not."""
     fitting = [kind for kind in MODALITIES.values() if kind.unit == unit]
     return next((kind for kind in fitting if kind.targets == targets), fitting[0])

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from prox24_deploy.core.fingerprint import unkeyed
-from prox24_deploy.core.modalities import ModalityKind, Unit, modality_of_unit
+from prox24_deploy.core.modalities import ModalityKind, modality_of_unit
 from prox24_deploy.core.types import DType, Judgement, Twin
 
 
@@ -29,7 +29,7 @@ class TextSource:
     sha256: str
     samples: int
     tokens: int
-    unit: Unit = "token"
+    unit: str = "token"
     targets: int | None = None
 
     @property

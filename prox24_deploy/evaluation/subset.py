@@ -33,7 +33,7 @@ def take(samples: Samples, tokens: int, shapes: EngineShapes | None) -> tuple[Sa
     first = cut = 0
     for batch in samples.batches:
         count = len(batch.real)
-        rows = torch.arange(-first % step, count, step)
+        rows = torch.arange(min(-first % step, count), count, step)
         picked.append(rows + first)
         first += count
         if not len(rows):

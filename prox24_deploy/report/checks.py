@@ -86,8 +86,10 @@ def _text_warnings(prune: PruneResult, evaluate: EvaluateResult) -> Iterator[str
     yield from _target_warnings(evaluate.evaluation, "evaluated")
     if evaluate.evaluation.kind != "file":
         origin = "built-in" if evaluate.evaluation.kind == "builtin" else "held-out calibration"
+        unit = evaluate.evaluation.unit
+        what = "text" if unit == "token" else f"{unit}s"
         yield (
-            f"Accuracy was measured on {origin} text; pass text or a task of your own with "
+            f"Accuracy was measured on {origin} {what}; pass {what} or a task of your own with "
             "--evaluation PATH."
         )
 

@@ -49,6 +49,13 @@ def test_samples_are_evenly_spaced_over_batches_and_at_least_two(
     assert found.source.sha256 == samples.source.sha256
 
 
+def test_a_last_batch_that_no_sample_is_taken_of_is_passed_over() -> None:
+    """The next sample in turn may lie behind its end."""
+    found, _ = take(texts([512] * 33, per_batch=16), 2048, None)
+    assert 2 <= found.source.samples <= 5
+    assert sum(len(batch.real) for batch in found.batches) == found.source.samples
+
+
 def test_padding_that_no_kept_row_needs_is_dropped() -> None:
     found, _ = take(texts([3, 9, 5, 12], per_batch=4), 14, None)
     (batch,) = found.batches
