@@ -6,8 +6,6 @@ without opening a file.
 
 from dataclasses import dataclass
 
-# What samples are counted in; a text is many tokens.
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModalityKind:
