@@ -31,6 +31,10 @@ INDIRECT = {"onnx", "onnxscript"}
 # Comes with torch for CUDA, which alone uses it.
 BROUGHT = {"triton"}
 MAX_LINES = 50
+OURS = "prox24_deploy."
+HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "safetensors"}
+# What is imported there may not be installed: Triton, and the extra for bills of materials.
+SPARED = {"pruning/solvers/prox.py", "packaging/package.py"}
 _OPTIONS = "each option of the command is a parameter, and is handed on by its name"
 # Longer functions, by file and name, and why they are.
 LONG = {
@@ -160,6 +164,37 @@ def modules_imported(path: Path) -> set[Path]:
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {path: modules_imported(path) for path in MODULES}
     TopologicalSorter(graph).prepare()
+
+
+def loaded_by(path: Path, seen: set[Path]) -> set[str]:
+    """Libraries that come with a module when it is imported."""
+    seen.add(path)
+    found = {name.split(".")[0] for name in imports(path, top_level=True)}
+    for other in modules_imported(path) - seen:
+        found |= loaded_by(other, seen)
+    return found
+
+
+def inner_imports(path: Path) -> Iterator[ast.ImportFrom]:
+    """Imports of the package inside of functions."""
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(function, ast.FunctionDef):
+            for node in ast.walk(function):
+                if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(OURS):
+                    yield node
+
+
+def test_an_import_inside_of_a_function_spares_somebody_a_heavy_library() -> None:
+    """The command line starts without what a command needs; the others without torch and ONNX."""
+    for path in MODULES:
+        if room(path) in {"cli", "pytest_plugin"} or str(path.relative_to(PACKAGE)) in SPARED:
+            continue
+        own = loaded_by(path, set()) & HEAVY
+        for node in inner_imports(path):
+            names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            files = [ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in names]
+            loads = {lib for file in files if file.is_file() for lib in loaded_by(file, set())}
+            assert (loads & HEAVY) - own, f"{path}:{node.lineno}"
 
 
 def test_only_the_command_line_prints_or_exits() -> None:

@@ -20,6 +20,7 @@ from prox24_deploy.core.records import (
     PruneResult,
 )
 from prox24_deploy.core.types import DType, Progress, silent
+from prox24_deploy.engines.cusparselt.profile import read_profile
 from prox24_deploy.packaging import package as packaging
 from prox24_deploy.packaging.naming import default_out
 from prox24_deploy.packaging.package import Packaged
@@ -185,7 +186,6 @@ def plan(
     """
     _keep_private()
     # Loads torch, which a program that looks at reports does without.
-    from prox24_deploy.engines.cusparselt.profile import read_profile
     from prox24_deploy.pipeline import plan as planner
 
     saved = read_profile(Path(gpu_profile)) if gpu_profile is not None else None

@@ -12,6 +12,7 @@ from prox24_deploy.core.errors import BackendMissingError, BundleError
 from prox24_deploy.core.records import ModelInfo
 from prox24_deploy.core.types import Progress, silent
 from prox24_deploy.model.config_file import longest_of, read_config, whole_number
+from prox24_deploy.model.sentence import fitted_to_sentences
 from prox24_deploy.packaging.naming import source_name
 
 if TYPE_CHECKING:
@@ -89,7 +90,6 @@ def read_context(
 def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:
     """The recipe for a class of models, with the sizes of what it reads of images and speech."""
     from prox24_deploy.data.modality import fitted_sizes
-    from prox24_deploy.model.sentence import fitted_to_sentences
 
     return fitted_sizes(fitted_to_sentences(recipe, architecture, model_dir), model_dir)
 
