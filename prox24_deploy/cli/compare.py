@@ -1,4 +1,4 @@
-"""Commands that hold a release against an accepted one."""
+"""Commands that compare a release with an accepted one."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,7 +48,7 @@ def compare(
     ] = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
-    """Hold a report against a baseline; exit 3 on a regression, 5 if the noise leaves it open."""
+    """Compare a report with a baseline; exit 3 on a regression, 5 if noise leaves it open."""
     from prox24_deploy.regression.baseline import read_gate, report_path
     from prox24_deploy.regression.comparability import in_words
     from prox24_deploy.regression.compare import compare_reports

@@ -1,4 +1,4 @@
-"""The command that hands a finished bundle over to whoever serves, stores or signs it."""
+"""The command that prepares a finished bundle for those who serve, store or sign it."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,11 +43,11 @@ def package(
         typer.Option(help="Write a list of hashes to this file, for sha256sum -c.", readable=False),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Hand over a bundle that did not pass.")
+        bool, typer.Option("--force", help="Take a bundle that did not pass.")
     ] = False,
     as_json: arguments.JsonOpt = False,
 ) -> None:
-    """Hand a bundle over that verifies: to Triton, with a bill of materials, to be signed."""
+    """Prepare a bundle that passed for serving: Triton, bill of materials, hashes to sign."""
     from prox24_deploy.packaging.package import package as write
     from prox24_deploy.packaging.triton import TritonOptions
 

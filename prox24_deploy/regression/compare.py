@@ -1,4 +1,4 @@
-"""Hold a report against a baseline: a verdict for every figure that has a limit; pure.
+"""Compare a report with a baseline: a verdict for every figure that has a limit; pure.
 
 The limits are those of the baseline's recipe, so that a change cannot loosen what judges it, with
 those of a limits file over them. Runs of different days share no clock: where a latency exceeds its
