@@ -1,6 +1,7 @@
 """What a machine does to a build: full disks, size limits, rights, little memory, other disks."""
 
 import ctypes
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +16,8 @@ from fault_room import SEALED, WEIGHTS, Result, Room
 from fault_runs import Ended, facts, hashes
 
 _REFUSED = 2
+# What may come before a sentence: warnings, whose later lines are indented, and progress.
+_LOGGED = re.compile(r"WARNING| {9}|\d{4}-\d\d-\d\dT\S+ [a-z]+ \d+/\d+")
 _KIB, _MIB = 2**10, 2**20
 _NO_MOUNT = "skipped: mounting needs root"
 
@@ -44,9 +47,8 @@ def one_sentence(ended: Ended, *, code: int = _REFUSED, names: str = "") -> list
     said = f"ended with {ended.code}: {ended.sentence[:200]!r}"
     if ended.code != code:
         return [said]
-    # What is logged on the way may come before it; its later lines are indented.
     lines = [line for line in ended.text.splitlines() if line.strip()]
-    while lines and lines[0].startswith(("WARNING", " " * 9)):
+    while lines and _LOGGED.match(lines[0]):
         del lines[0]
     if lines and lines[0].startswith("Usage:"):
         # A wrong argument is told in a box, in which long lines are broken.

@@ -16,6 +16,7 @@ from torch import nn
 
 from prox24_deploy.config.recipe import Recipe, TensorSpec, select_recipe
 from prox24_deploy.core.errors import EngineError, ModelDirError
+from prox24_deploy.core.intervals import NORMAL_95
 from prox24_deploy.core.records import DirectMetric, Engine, Estimate, Metric, PairedMetric
 from prox24_deploy.data.pairs import make_pairs, start_token
 from prox24_deploy.data.text import make_samples, read_texts
@@ -277,18 +278,18 @@ def metric(name: str, difference: Estimate | None, agreement: Estimate | None = 
             "log-perplexity",
             Estimate(value=-0.03, standard_error=0.01),
             None,
-            0.03 - 1.96 * 0.01,
+            0.03 - NORMAL_95 * 0.01,
             False,
         ),
         (
             "log-perplexity",
             Estimate(value=0.012, standard_error=0.002),
             None,
-            0.012 - 1.96 * 0.002,
+            0.012 - NORMAL_95 * 0.002,
             True,
         ),
         ("accuracy", Estimate(value=0.25, standard_error=0.16), None, 0.0, True),
-        ("accuracy", Estimate(value=-0.5, standard_error=0.1), None, 0.5 - 0.196, False),
+        ("accuracy", Estimate(value=-0.5, standard_error=0.1), None, 0.5 - NORMAL_95 * 0.1, False),
         ("KL divergence", None, Estimate(value=0.009, standard_error=0.1), 0.009, True),
         ("KL divergence", None, Estimate(value=0.011, standard_error=0.1), 0.011, False),
         ("score change", None, Estimate(value=0.5, standard_error=0.1), 0.5, False),
