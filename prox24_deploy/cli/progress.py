@@ -49,6 +49,9 @@ class Lines:
 
     def update(self, label: str, done: int, total: int) -> None:
         """Take note of what is done, and write a line if it is time for one."""
+        if done >= total and label not in self._began:
+            # Told a second time that it is over.
+            return
         now = self._clock()
         began = self._began.setdefault(label, now)
         when, before = self._last.get(label, (now - _SECONDS, -1))

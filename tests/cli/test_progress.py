@@ -44,7 +44,7 @@ def test_short_steps_are_told_now_and_then_and_at_the_end() -> None:
 def test_a_label_that_comes_again_begins_anew() -> None:
     steps = [(0.0, "accuracy", 0, 1), (5.0, "accuracy", 1, 1), (5.0, "accuracy", 1, 1),
              (9.0, "accuracy", 1, 1)]  # fmt: skip
-    assert lines_of(steps)[:2] == ["accuracy 0/1", "accuracy 1/1, 5 s"]
+    assert lines_of(steps) == ["accuracy 0/1", "accuracy 1/1, 5 s"]
     assert lines_of([(0.0, "x", 0, 2), (200.0, "x", 2, 2), (201.0, "x", 0, 2)])[-1] == "x 0/2"
 
 
