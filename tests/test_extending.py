@@ -96,7 +96,10 @@ def added_backend(monkeypatch: pytest.MonkeyPatch) -> BackendKind:
 
 
 def test_a_backend_is_one_row_and_its_module(added_backend: BackendKind) -> None:
-    options, origin = EngineOptions(), Origin(dense=Path("x"), dense_sha256="", recipe=BERT)
+    options, origin = (
+        EngineOptions(),
+        Origin(dense=Path("x"), dense_sha256="", pruned="pruned", recipe=BERT),
+    )
     backend = backend_by_name(added_backend.name, options, origin)
     assert backend.name == added_backend.name
     with pytest.raises(UsageError, match=r"pass one of auto, .*, cusparselt, toy\."):

@@ -13,7 +13,8 @@ ENGINES = "engines"
 CARD = f"{PRUNED}/README.md"
 RECIPE = f"{PRUNED}/recipe.toml"
 LATE_FILES = (CARD, RECIPE)
-REPORT_FILES = ("report.json", "report.html", "summary.md", "junit.xml", "benchmark.json")
+REPORT_FILE = "report.json"
+REPORT_FILES = (REPORT_FILE, "report.html", "summary.md", "junit.xml", "benchmark.json")
 
 
 def record_of(stage: str) -> str:

@@ -85,12 +85,13 @@ class Backend(Protocol):
 class Origin:
     """Where the twins come from, for a backend that runs the model itself and not its ONNX file.
 
-    `dense` is the dense model directory with its hash, `recipe` fits it, `gemms` are timings known
-    already.
+    `dense` is the dense model directory with its hash, `pruned` the folder of the pruned one within
+    a bundle, `recipe` fits both, `gemms` are timings known already.
     """
 
     dense: Path
     dense_sha256: str
+    pruned: str
     recipe: Recipe
     gemms: "GpuProfile | None" = None
 

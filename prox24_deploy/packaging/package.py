@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from prox24_deploy.bundle.layout import record_of
+from prox24_deploy.bundle.layout import ONNX, REPORT_FILE, record_of
 from prox24_deploy.bundle.manifest import FileEntry, Manifest, checksum_list, read_manifest, verify
 from prox24_deploy.config.recipe import GraphTensor
 from prox24_deploy.core.atomic import write_atomic
@@ -19,7 +19,6 @@ from prox24_deploy.core.errors import BundleError, UsageError
 from prox24_deploy.core.records import CompileResult, Engine, PruneResult
 from prox24_deploy.packaging import triton as serving
 from prox24_deploy.packaging.triton import TritonOptions
-from prox24_deploy.regression.baseline import REPORT_FILE
 from prox24_deploy.report.schema import load_report
 
 T = TypeVar("T")
@@ -138,7 +137,7 @@ def triton_repository(
     require_outside(bundle, out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"Output {out} is a file, expected a folder for models; pass another.")
-    onnx = f"onnx/{options.twin}/model.onnx"
+    onnx = f"{ONNX}/{options.twin}/model.onnx"
     inputs, outputs = read_interface(bundle / onnx)
     tensors = (*inputs, *outputs)
     if options.backend == "onnxruntime":

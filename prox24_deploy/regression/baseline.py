@@ -7,6 +7,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from prox24_deploy.bundle.layout import REPORT_FILE
 from prox24_deploy.config.limits import GivenLimits, read_limits
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.documents import (
@@ -22,7 +23,6 @@ from prox24_deploy.regression.figures import figures_of
 from prox24_deploy.report.schema import SCHEMA_VERSION, Headline, Report, load_report, parse_report
 
 BASELINE_VERSION: Final = 1
-REPORT_FILE = "report.json"
 KEPT_RELEASES = 10
 # What of a report is worth a trend.
 _TRENDS = {"accuracy", "speed-up", "latency", "size"}

@@ -14,7 +14,10 @@ from prox24_deploy.engines import AVAILABLE_BACKENDS, Origin, backend_by_name
 from prox24_deploy.engines.onnxruntime import OnnxRuntime
 
 ORIGIN = Origin(
-    dense=Path("model"), dense_sha256="", recipe=parse_recipe(shipped_recipes()["bert"], "bert")
+    dense=Path("model"),
+    dense_sha256="",
+    pruned="pruned",
+    recipe=parse_recipe(shipped_recipes()["bert"], "bert"),
 )
 
 OPTIONS = EngineOptions()

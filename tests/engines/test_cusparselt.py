@@ -60,6 +60,7 @@ def backend_of(tiny_bert: Path) -> CuSparseLt:
     return CuSparseLt(
         dense=tiny_bert,
         dense_sha256=sha256,
+        pruned="pruned",
         recipe=recipe,
         options=EngineOptions(batches=(1, 2), sequences=(16,)),
     )

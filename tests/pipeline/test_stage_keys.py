@@ -49,6 +49,7 @@ UNKEYED = {
     ("EngineOptions", "plan"): "counts where it is used",
     ("TensorRtOptions", "timing_cache"): "where timings are kept",
     ("CuSparseLt", "dense"): "hash says",
+    ("CuSparseLt", "pruned"): "the stage hashes what lies there",
     ("BenchInputs", "max_slowdown"): "judged again",
 }
 OPTIONS = BuildOptions(
@@ -146,7 +147,12 @@ def backends(recipe: Recipe) -> tuple[Any, ...]:
     return (
         TensorRt(library="tensorrt", version="10", card=("card",), options=options),
         CuSparseLt(
-            dense=Path("dense"), dense_sha256="hash", recipe=recipe, options=options, known=profile
+            dense=Path("dense"),
+            dense_sha256="hash",
+            pruned="pruned",
+            recipe=recipe,
+            options=options,
+            known=profile,
         ),
     )
 

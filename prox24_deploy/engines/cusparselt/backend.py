@@ -50,7 +50,6 @@ from prox24_deploy.model.directory import ModelDir, open_model_dir
 logger = logging.getLogger(__name__)
 
 NAME = "cusparselt"
-PRUNED = "pruned"
 ENGINE_FILE, EVIDENCE_FILE, GEMMS_FILE = "engine.json", "evidence.json", "gemms.json"
 
 
@@ -79,6 +78,7 @@ class CuSparseLt:
     Attributes:
         dense: the dense model directory.
         dense_sha256: its hash, by which it is known wherever it lies.
+        pruned: the folder of the pruned model within a bundle.
         recipe: of both twins, fitted to the model.
         options: layers are chosen for its shapes.
         known: GEMM timings of an earlier run, used if they fit this GPU and these versions.
@@ -86,6 +86,7 @@ class CuSparseLt:
 
     dense: Path = field(metadata=unkeyed("its hash says what is read there"))
     dense_sha256: str
+    pruned: str = field(metadata=unkeyed("the stage hashes what lies there"))
     recipe: Recipe
     options: EngineOptions
     known: GpuProfile | None = None
@@ -195,7 +196,7 @@ class CuSparseLt:
 
     def _source(self, bundle: Path, twin: Twin) -> ModelDir:
         """The directory of one twin; the dense one must be that which the bundle was made from."""
-        source = open_model_dir(self.dense if twin == "dense" else bundle / PRUNED)
+        source = open_model_dir(self.dense if twin == "dense" else bundle / self.pruned)
         if twin == "dense" and source.sha256 != self.dense_sha256:
             raise ModelDirError(
                 f"Model directory {source.path} is not the model that {bundle} was made from; "
@@ -299,6 +300,7 @@ def open_backend(_: BackendKind, options: EngineOptions, origin: Origin) -> CuSp
     return CuSparseLt(
         dense=origin.dense,
         dense_sha256=origin.dense_sha256,
+        pruned=origin.pruned,
         recipe=origin.recipe,
         options=options,
         known=origin.gemms,
