@@ -46,13 +46,10 @@ def _assert_no_regression(
     limits: AnyPath | None = None,
     allow: Sequence[str] = (),
 ) -> None:
-    from prox24_deploy.regression.baseline import read_gate, report_path
-    from prox24_deploy.regression.compare import compare_reports
+    from prox24_deploy.regression.compare import compare_files
     from prox24_deploy.regression.views import render_markdown
-    from prox24_deploy.report.schema import load_report
 
-    new = load_report(report_path(Path(report)))
-    gate = read_gate(Path(baseline), Path(limits) if limits else None, allow)
-    found = compare_reports(new, gate.baseline, limits=gate.limits, allow=gate.allow)
+    file = Path(limits) if limits else None
+    found = compare_files(Path(report), Path(baseline), limits=file, allow=allow)
     if found.verdict != "pass":
         pytest.fail(render_markdown(found), pytrace=False)

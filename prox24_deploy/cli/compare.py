@@ -49,15 +49,11 @@ def compare(
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Compare a report with a baseline; exit 3 on a regression, 5 if noise leaves it open."""
-    from prox24_deploy.regression.baseline import read_gate, report_path
     from prox24_deploy.regression.comparability import in_words
-    from prox24_deploy.regression.compare import compare_reports
+    from prox24_deploy.regression.compare import compare_files
     from prox24_deploy.regression.views import write_comparison
-    from prox24_deploy.report.schema import load_report
 
-    new = load_report(report_path(report))
-    gate = read_gate(against, limits, allow or ())
-    found = compare_reports(new, gate.baseline, limits=gate.limits, allow=gate.allow)
+    found = compare_files(report, against, limits=limits, allow=allow or ())
     if out:
         write_comparison(found, out)
     if as_json:

@@ -26,9 +26,8 @@ from prox24_deploy.packaging.naming import default_out
 from prox24_deploy.packaging.package import Packaged
 from prox24_deploy.packaging.triton import TritonOptions
 from prox24_deploy.pipeline import run
-from prox24_deploy.regression.baseline import read_gate, report_path
-from prox24_deploy.regression.compare import compare_reports
-from prox24_deploy.report.schema import Comparison, Report, load_report
+from prox24_deploy.regression.compare import compare_files
+from prox24_deploy.report.schema import Comparison, Report
 
 if TYPE_CHECKING:
     from prox24_deploy.engines.cusparselt.planning import Plan
@@ -249,9 +248,7 @@ def compare(
         BundleError: a file cannot be read, or the two differ in what `allow` does not name.
         UsageError: the limits file cannot be used.
     """
-    new = load_report(report_path(Path(report)))
-    gate = read_gate(Path(baseline), _path(limits), tuple(allow))
-    return compare_reports(new, gate.baseline, limits=gate.limits, allow=gate.allow)
+    return compare_files(Path(report), Path(baseline), limits=_path(limits), allow=allow)
 
 
 def package(

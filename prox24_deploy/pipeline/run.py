@@ -131,8 +131,7 @@ def evaluate(
         ModelDirError: a model cannot be opened, or the two are of different architectures.
         Prox24Error: what `build` raises for the same model and options.
     """
-    from prox24_deploy.evaluation.evaluate import evaluate_models
-    from prox24_deploy.model.directory import load_model, open_model_dir
+    from prox24_deploy.model.directory import open_model_dir
 
     context = read_context(dense, None, options, progress)
     sparse = open_model_dir(pruned / PRUNED if (pruned / MANIFEST_FILE).is_file() else pruned)
@@ -141,14 +140,9 @@ def evaluate(
             f"Model directory {sparse.path} holds a {sparse.architecture}, expected a "
             f"{context.source.architecture} as in {dense}; pass the pruned model of that one."
         )
-    device = torch_device(options.device)
-    result = evaluate_models(
-        load_model(context.source, context.recipe, device),
-        load_model(sparse, context.recipe, device),
-        context.recipe.task,
-        context.held_out,
-        context.source.path,
-        progress,
+    device = torch_device(options.device).type
+    result = stages.evaluate.compare_models(
+        context.source, sparse, context.recipe, context.held_out, device, progress
     )
     context.source.require_unchanged()
     sparse.require_unchanged()

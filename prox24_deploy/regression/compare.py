@@ -1,4 +1,4 @@
-"""Compare a report with a baseline: a verdict for every figure that has a limit; pure.
+"""Compare a report with a baseline: a verdict for every figure that has a limit.
 
 The limits are those of the baseline's recipe, so that a change cannot loosen what judges it, with
 those of a limits file over them. Runs of different days share no clock: where a latency exceeds its
@@ -8,6 +8,7 @@ the sparse one, is taken out.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -24,7 +25,7 @@ from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.intervals import FEWEST, exactly, judge, negated, standard_error, worst
 from prox24_deploy.core.records import Interval
 from prox24_deploy.core.types import Judgement, Verdict
-from prox24_deploy.regression.baseline import Baseline
+from prox24_deploy.regression.baseline import Baseline, read_gate, report_path
 from prox24_deploy.regression.comparability import MACHINE_KEYS, in_words, require_alike
 from prox24_deploy.regression.figures import (
     Figure,
@@ -42,12 +43,34 @@ from prox24_deploy.report.binding import (
     unmatched,
     unmatched_checks,
 )
-from prox24_deploy.report.schema import Change, ChangeKind, Check, Comparison, Report, Status
+from prox24_deploy.report.schema import (
+    Change,
+    ChangeKind,
+    Check,
+    Comparison,
+    Report,
+    Status,
+    load_report,
+)
 from prox24_deploy.report.verdict import judge_parts, sentence_of, whole_verdict
 from prox24_deploy.report.wording import limits_in_words
 
 RELEASE = "release verdict"
 _NOTHING_GIVEN = GivenLimits()
+
+
+def compare_files(
+    report: Path, baseline: Path, *, limits: Path | None = None, allow: Sequence[str] = ()
+) -> Comparison:
+    """Compare a report.json or a bundle with a baseline file, a report.json or a bundle.
+
+    Raises:
+        BundleError: a file cannot be read, or as `compare_reports`.
+        UsageError: the limits file cannot be used, or as `compare_reports`.
+    """
+    new = load_report(report_path(report))
+    gate = read_gate(baseline, limits, allow)
+    return compare_reports(new, gate.baseline, limits=gate.limits, allow=gate.allow)
 
 
 def compare_reports(

@@ -5,8 +5,7 @@ in both twins alike; a sparse product is an operator that it takes as it is.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ class CompiledModule:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run, compiled before where this shape has not been."""
         own = tuple(tensor.shape for tensor in inputs) in self._own
-        with _many_graphs():
+        with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
             outputs: tuple[Tensor, ...] = (self._static if own else self._dynamic)(*inputs)
         return outputs
 
@@ -72,7 +71,7 @@ def try_compiling(
         outputs = [module(*inputs) for inputs in runs]
     except Exception as error:
         # Whatever a compiler of graphs, of C++ and of kernels may run into.
-        outputs, reason = [], _first_line(error)
+        outputs, reason = [], reason_of(error)
     graphs, cached = (now - then for now, then in zip(_counts(), before, strict=True))
     return outputs, Compilation(
         seconds=time.perf_counter() - began, cached=cached, graphs=graphs, reason=reason
@@ -83,14 +82,3 @@ def _counts() -> tuple[int, int]:
     """Graphs that were made in this process, and how many of them came from Inductor's cache."""
     known: Any = counters
     return int(known["stats"]["unique_graphs"]), int(known["inductor"]["fxgraph_cache_hit"])
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in reason_of(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0].rstrip(".:")
-
-
-@contextmanager
-def _many_graphs() -> Iterator[None]:
-    with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
-        yield

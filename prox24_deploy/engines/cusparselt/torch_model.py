@@ -58,8 +58,10 @@ class TorchModel:
 
     def compiled(self, shapes: Sequence[tuple[int, int]]) -> CompiledModule:
         """The model for torch.compile, with a graph for each (batch, sequence)."""
-        runs = [self.inputs(self.feeds(shape)) for shape in shapes]
-        return CompiledModule(self.module, [tuple(t.shape for t in run) for run in runs])
+        names = [spec.name for spec in self.module.signature.inputs]
+        feeds = [self.feeds(shape) for shape in shapes]
+        sizes = [tuple(torch.Size(one[name].shape) for name in names) for one in feeds]
+        return CompiledModule(self.module, sizes)
 
     def session(self, source: str, run: Run | None = None) -> GraphSession:
         """The model, or what runs it, captured as CUDA graphs; `source` names it in messages."""

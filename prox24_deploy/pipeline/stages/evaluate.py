@@ -47,23 +47,32 @@ def run(
 
 
 def _evaluate(inputs: EvaluateInputs, _: Workspace, progress: Progress) -> EvaluateResult:
+    from prox24_deploy.model.directory import open_model_dir
+
+    sparse = open_model_dir(inputs.pruned.path)
+    return compare_models(
+        inputs.source, sparse, inputs.recipe, inputs.held_out, inputs.device, progress
+    )
+
+
+def compare_models(
+    source: "ModelDir",
+    sparse: "ModelDir",
+    recipe: Recipe,
+    held_out: "Samples",
+    device: str,
+    progress: Progress,
+) -> EvaluateResult:
+    """Load the models of two directories, which one recipe fits, and compare them."""
     import torch
 
     from prox24_deploy.evaluation.evaluate import evaluate_models
-    from prox24_deploy.model.directory import load_model, open_model_dir
+    from prox24_deploy.model.directory import load_model
 
     dense_model, sparse_model = (
-        load_model(directory, inputs.recipe, torch.device(inputs.device))
-        for directory in (inputs.source, open_model_dir(inputs.pruned.path))
+        load_model(directory, recipe, torch.device(device)) for directory in (source, sparse)
     )
-    return evaluate_models(
-        dense_model,
-        sparse_model,
-        inputs.recipe.task,
-        inputs.held_out,
-        inputs.source.path,
-        progress,
-    )
+    return evaluate_models(dense_model, sparse_model, recipe.task, held_out, source.path, progress)
 
 
 STAGE = Stage(name="evaluate", result=EvaluateResult, run=_evaluate)
