@@ -6,6 +6,9 @@ from typing import Literal, get_args
 DType = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[DType, ...] = get_args(DType)
 
+# What weights and activations are rounded to, besides a dtype.
+QuantizedFormat = Literal["fp8", "int8"]
+
 # The dense and the sparse model of one build, and everything that is made of both.
 Twin = Literal["dense", "sparse"]
 TWINS: tuple[Twin, ...] = ("dense", "sparse")

@@ -1,0 +1,132 @@
+"""The tensors of a quantised model: what every backend computes with, as one file of the bundle.
+
+Names are those that compressed-tensors and vLLM read: `LAYER.weight` in the 8-bit dtype and the
+layout of the layer, `LAYER.weight_scale` with one float32 for each output channel, `LAYER.
+input_scale` with one. A parameter that took up what was moved out of the inputs of a layer is there
+under its own name.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from prox24_deploy.core.types import QuantizedFormat
+from prox24_deploy.model.checkpoint import write_tensors
+from prox24_deploy.model.layers import from_matrix, layer_at, to_matrix
+from prox24_deploy.quantization.formats import FORMATS
+from prox24_deploy.sparsity.declaration import SPARSE_KEY
+
+# Metadata of the file: the format, so that the tensors need no other file to be read.
+FORMAT_KEY = "prox24.format"
+_SCALE, _INPUT = "weight_scale", "input_scale"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedLayer:
+    """One layer: Y = (weight_scale · input_scale) · Q(X) · weightᵀ, by output channel.
+
+    Attributes:
+        weight: numbers, in the layout of the layer.
+        weight_scale: (out,) float32.
+        input_scale: of all its inputs.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedModel:
+    """What of a model was quantised.
+
+    Attributes:
+        format: of all layers.
+        layers: by module path.
+        folded: new values of other parameters, by name, in the dtype of the checkpoint.
+        axes: by layer that is 2:4 the axis of the groups in its weight.
+    """
+
+    format: QuantizedFormat
+    layers: Mapping[str, QuantizedLayer]
+    folded: Mapping[str, Tensor] = field(default_factory=dict)
+    axes: Mapping[str, int] = field(default_factory=dict)
+
+
+def write_quantized(model: QuantizedModel, path: Path) -> None:
+    """Write the tensors; the header lists those that are 2:4, with their axes."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.folded.items()}
+    for name, layer in model.layers.items():
+        tensors[f"{name}.weight"] = layer.weight.contiguous().cpu()
+        tensors[f"{name}.{_SCALE}"] = layer.weight_scale.contiguous().cpu()
+        tensors[f"{name}.{_INPUT}"] = torch.tensor(layer.input_scale)
+    sparse = {f"{name}.weight": axis for name, axis in sorted(model.axes.items())}
+    metadata = {"format": "pt", FORMAT_KEY: model.format, SPARSE_KEY: json.dumps(sparse)}
+    write_tensors(path, tensors, metadata)
+
+
+def read_quantized(path: Path) -> QuantizedModel:
+    """Read what `write_quantized` wrote."""
+    with safe_open(path, framework="pt") as handle:
+        metadata = handle.metadata()
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    names = [n.removesuffix(f".{_SCALE}") for n in sorted(tensors) if n.endswith(f".{_SCALE}")]
+    layers = {
+        name: QuantizedLayer(
+            weight=tensors.pop(f"{name}.weight"),
+            weight_scale=tensors.pop(f"{name}.{_SCALE}"),
+            input_scale=float(tensors.pop(f"{name}.{_INPUT}")),
+        )
+        for name in names
+    }
+    axes = json.loads(metadata[SPARSE_KEY])
+    return QuantizedModel(
+        format=next(name for name in FORMATS if name == metadata[FORMAT_KEY]),
+        layers=layers,
+        folded=tensors,
+        axes={name.removesuffix(".weight"): axis for name, axis in axes.items()},
+    )
+
+
+@torch.no_grad()
+def apply_weights(model: nn.Module, quantized: QuantizedModel) -> None:
+    """Give a model the values that its quantised weights stand for, in place, in its own dtype."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in quantized.folded.items():
+        parameters[name].copy_(tensor)
+    for name, stored in quantized.layers.items():
+        layer = layer_at(model, name)
+        layer.weight.copy_(dequantized(layer, stored, quantized.format))
+
+
+def apply_inputs(model: nn.Module, quantized: QuantizedModel, names: Iterable[str] = ()) -> None:
+    """Let layers round what they read, in place: all of them, or the named ones."""
+    for name in names or quantized.layers:
+        layer_at(model, name).register_forward_pre_hook(
+            RoundedInput(quantized.format, quantized.layers[name].input_scale)
+        )
+
+
+def dequantized(layer: nn.Module, stored: QuantizedLayer, format: QuantizedFormat) -> Tensor:
+    """The weight that numbers stand for, float32, in the layout of the layer."""
+    matrix = to_matrix(layer, stored.weight)  # type: ignore[arg-type]
+    values = FORMATS[format].values(matrix, stored.weight_scale.to(matrix.device)[:, None])
+    return from_matrix(layer, values)  # type: ignore[arg-type]
+
+
+class RoundedInput:
+    """A hook that rounds the input of a layer to numbers of a format, and back."""
+
+    def __init__(self, format: QuantizedFormat, scale: float) -> None:
+        self.format, self.scale = FORMATS[format], scale
+
+    def __call__(self, _: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The same arguments, the first as the layer sees it."""
+        first = given[0]
+        rounded = self.format.values(self.format.numbers(first, self.scale), self.scale)
+        return (rounded.to(first.dtype), *given[1:])
