@@ -134,6 +134,8 @@ PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
 DTypeOpt = Annotated[
     DType | None,
     typer.Option(
+        # Named, for typer 0.27 takes what it parses for something without a name.
+        "--dtype",
         parser=parse_dtype,
         metavar="DTYPE",
         help=f"{_DTYPES}: precision of the exported models; default: the checkpoint's own. Nothing "
@@ -143,6 +145,8 @@ DTypeOpt = Annotated[
 PlanDTypeOpt = Annotated[
     DType | None,
     typer.Option(
+        # Named, for typer 0.27 takes what it parses for something without a name.
+        "--dtype",
         parser=parse_dtype,
         metavar="DTYPE",
         help=f"{_DTYPES}: precision to time; default: the checkpoint's own, float16 if that is "

@@ -1,6 +1,9 @@
 """Batches on their way through the blocks, in the dense and in the pruned model side by side."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from torch import Tensor, nn
 
@@ -8,14 +11,16 @@ from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import (
     BlockCall,
+    find_blocks,
     is_handed,
     layer_input,
+    layer_runs,
     real_rows,
     record_calls,
     require_one_run,
     run_block,
 )
-from prox24_deploy.model.layers import layer_at, matrix_shape
+from prox24_deploy.model.layers import Layer, layer_at, matrix_shape
 from prox24_deploy.pruning.second_moments import SecondMoments
 
 
@@ -104,10 +109,11 @@ def advance(twin: BlockPair, sets: list[Activations]) -> None:
             )
 
 
-def collect(twin: BlockPair, name: str, activations: Activations) -> SecondMoments:
-    """Gram matrices of one layer's input over all batches of one set."""
+def input_pairs(
+    twin: BlockPair, name: str, activations: Activations
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows (tokens, d) that a layer reads in the dense and in the pruned block, batch by batch."""
     dense_layer, pruned_layer = (layer_at(block, name) for block in (twin.dense, twin.pruned))
-    moments = SecondMoments.empty(matrix_shape(pruned_layer)[1], pruned_layer.weight.device)
     for i, batch in enumerate(activations.batches):
         call, pruned_call = (
             activations.calls[i][twin.index],
@@ -117,8 +123,68 @@ def collect(twin: BlockPair, name: str, activations: Activations) -> SecondMomen
         pruned = layer_input(twin.pruned, pruned_call, activations.pruned[i], pruned_layer)
         # A decoder's layer that is fed the states of the encoder sees the positions of that text.
         real = batch.real if is_handed(dense, call) else activations.real[i]
-        moments.add(real_rows(dense, real), real_rows(pruned, real))
+        yield real_rows(dense, real), real_rows(pruned, real)
+
+
+def collect(twin: BlockPair, name: str, activations: Activations) -> SecondMoments:
+    """Gram matrices of one layer's input over all batches of one set."""
+    layer = layer_at(twin.pruned, name)
+    moments = SecondMoments.empty(matrix_shape(layer)[1], layer.weight.device)
+    for dense, pruned in input_pairs(twin, name, activations):
+        moments.add(dense, pruned)
     return moments
+
+
+def not_run_once(
+    twin: BlockPair, layers: Mapping[str, Layer], activations: Activations
+) -> dict[str, str]:
+    """Reason against each layer that a forward pass of its block runs never or more than once."""
+    if not layers:
+        return {}
+    runs = layer_runs(
+        twin.pruned, layers, activations.pruned_calls[0][twin.index], activations.pruned[0]
+    )
+    return {
+        name: (
+            f"its block runs it on {runs[name]} inputs in one forward pass"
+            if runs[name]
+            else "no forward pass on calibration text reaches it"
+        )
+        for name in layers
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStep:
+    """One block, the part of the recipe that it belongs to, and the batches in front of it."""
+
+    recipe: Recipe
+    twin: BlockPair
+    sets: list[Activations]
+
+
+def block_steps(
+    model: nn.Module, recipe: Recipe, texts: Sequence[tuple[Batch, ...]]
+) -> Iterator[BlockStep]:
+    """Every block in order; what is done to it before the next is asked for reaches the next."""
+    parts = [(part, find_blocks(model, part)) for part in recipe.parts]
+    # All start in the dense model: a decoder's dense stream must have seen the dense encoder.
+    starts = [[record_activations(model, blocks, part, t) for t in texts] for part, blocks in parts]
+    for part, blocks in parts:
+        sets = starts.pop(0)
+        if part.is_decoder:
+            sets = [after_pruning(activations, model, blocks, part) for activations in sets]
+        for index, (block, following) in enumerate(zip_longest(blocks, list(blocks)[1:])):
+            twin = BlockPair(
+                index=index,
+                prefix=f"{part.blocks}.{index}",
+                dense=deepcopy(block),
+                pruned=block,
+                following=following,
+            )
+            yield BlockStep(part, twin, sets)
+            if following is not None:
+                advance(twin, sets)
 
 
 def _positions(batch: Batch, recipe: Recipe) -> Tensor:

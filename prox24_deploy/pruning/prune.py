@@ -3,10 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,7 +18,7 @@ from prox24_deploy.core.records import LayerRecord, PruneResult, Sensitivity
 from prox24_deploy.core.types import Preset, Progress
 from prox24_deploy.data.text import thin
 from prox24_deploy.model.batch import Batch, Samples
-from prox24_deploy.model.blocks import find_blocks, layer_runs, require_runs, shared_inputs
+from prox24_deploy.model.blocks import find_blocks, require_runs, shared_inputs
 from prox24_deploy.model.checkpoint import (
     BlockStore,
     renamed_tensors,
@@ -40,10 +38,9 @@ from prox24_deploy.model.notes import left_out
 from prox24_deploy.pruning.activations import (
     Activations,
     BlockPair,
-    advance,
-    after_pruning,
+    block_steps,
     collect,
-    record_activations,
+    not_run_once,
 )
 from prox24_deploy.pruning.doubts import doubt_about
 from prox24_deploy.pruning.layer_group import solve_group
@@ -113,7 +110,7 @@ def prune_model(
     count = sum(len(find_blocks(model, part)) for part in recipe.parts)
     weights: dict[str, Tensor] = {}
     records: list[LayerRecord] = []
-    for number, step in enumerate(_steps(model, recipe, (calibration, held_out))):
+    for number, step in enumerate(block_steps(model, recipe, (calibration, held_out))):
         progress("prune", number, count)
         done = store.load(number)
         if done is None:
@@ -282,37 +279,6 @@ def _sensitivity(
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One block, the part of the recipe that it belongs to, and the batches in front of it."""
-
-    recipe: Recipe
-    twin: BlockPair
-    sets: list[Activations]
-
-
-def _steps(model: nn.Module, recipe: Recipe, texts: Sequence[tuple[Batch, ...]]) -> Iterator[_Step]:
-    """Every block in order; what is done to it before the next is asked for reaches the next."""
-    parts = [(part, find_blocks(model, part)) for part in recipe.parts]
-    # All start in the dense model: a decoder's dense stream must have seen the dense encoder.
-    starts = [[record_activations(model, blocks, part, t) for t in texts] for part, blocks in parts]
-    for part, blocks in parts:
-        sets = starts.pop(0)
-        if part.is_decoder:
-            sets = [after_pruning(activations, model, blocks, part) for activations in sets]
-        for index, (block, following) in enumerate(zip_longest(blocks, list(blocks)[1:])):
-            twin = BlockPair(
-                index=index,
-                prefix=f"{part.blocks}.{index}",
-                dense=deepcopy(block),
-                pruned=block,
-                following=following,
-            )
-            yield _Step(part, twin, sets)
-            if following is not None:
-                advance(twin, sets)
-
-
 def _prune_block(
     twin: BlockPair,
     recipe: Recipe,
@@ -339,28 +305,9 @@ def _prune_block(
     if options.reconstructs:
         records = _reconstruct(twin, groups, solved, records, sets, options.preset)
     left = {name: layer for name, layer in layers.items() if name not in solved}
-    records += _unsolved(twin, left, first)
+    reasons = not_run_once(twin, left, first)
+    records += [_skipped(f"{twin.prefix}.{n}", left[n], reason) for n, reason in reasons.items()]
     return solved, tuple(records)
-
-
-def _unsolved(
-    twin: BlockPair, layers: Mapping[str, Layer], activations: Activations
-) -> list[LayerRecord]:
-    """Layers that are run by no forward pass of their block, or by one more than once."""
-    if not layers:
-        return []
-    runs = layer_runs(
-        twin.pruned, layers, activations.pruned_calls[0][twin.index], activations.pruned[0]
-    )
-    reasons = {
-        name: (
-            f"its block runs it on {runs[name]} inputs in one forward pass"
-            if runs[name]
-            else "no forward pass on calibration text reaches it"
-        )
-        for name in layers
-    }
-    return [_skipped(f"{twin.prefix}.{n}", layers[n], reason) for n, reason in reasons.items()]
 
 
 def _prune_group(

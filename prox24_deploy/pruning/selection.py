@@ -36,7 +36,7 @@ def left_dense(recipe: Recipe, model: nn.Module, options: PruneOptions) -> dict[
                     f"{option} {glob!r} matches no target layer of recipe {recipe.family}; they "
                     f"are named like {'.'.join(example)} or {example[1]}."
                 )
-    dense = planned | _sharing(recipe, model)
+    dense = planned | sharing(recipe, model)
     for prefix, name in paths:
         excluding = [glob for glob in options.exclude if concerns(glob, prefix, name)]
         if excluding:
@@ -99,7 +99,7 @@ def concerns(glob: str, prefix: str, name: str) -> bool:
     return any(fnmatch(path, glob) for path in (name, f"{prefix}.{name}"))
 
 
-def _sharing(recipe: Recipe, model: nn.Module) -> dict[str, str]:
+def sharing(recipe: Recipe, model: nn.Module) -> dict[str, str]:
     """Targets whose weight is that of another module too, which pruning for one would change."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

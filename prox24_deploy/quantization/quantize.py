@@ -1,0 +1,241 @@
+"""Stage: quantise a model, pruned or not, block by block, each fed by the quantised ones before.
+
+Ranges, scales and numbers are decided here, once; every backend and every evaluation takes them
+from the file that this writes.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.atomic import make_folder
+from prox24_deploy.core.errors import CalibrationError, RecipeError, SparsityLostError
+from prox24_deploy.core.quantized import LayerQuantization, QuantizeResult
+from prox24_deploy.core.types import Progress, QuantizedFormat
+from prox24_deploy.model.batch import Batch, Samples
+from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
+from prox24_deploy.model.directory import ModelDir, load_model
+from prox24_deploy.model.layers import Layer, layer_at, reduction_axis
+from prox24_deploy.pruning.activations import BlockPair, BlockStep, block_steps, not_run_once
+from prox24_deploy.pruning.selection import sharing
+from prox24_deploy.quantization.formats import FORMATS, NumberFormat, exact_scale
+from prox24_deploy.quantization.layer_group import Moved, left_record, quantize_group
+from prox24_deploy.quantization.tensors import (
+    QuantizedLayer,
+    QuantizedModel,
+    apply_inputs,
+    apply_weights,
+    dequantized,
+    read_quantized,
+    write_quantized,
+)
+from prox24_deploy.sparsity.pattern import first_violation
+
+log = logging.getLogger(__name__)
+
+# Every eighth batch chooses; the others are calibrated on.
+_WITHHELD = 8
+# Ranges of fewer say nothing.
+LEAST_SAMPLES = 8
+
+
+def require_samples(samples: Samples) -> None:
+    """Refuse too few calibration samples to find ranges on some and choose them by others.
+
+    Raises:
+        CalibrationError: says how many there are.
+    """
+    source = samples.source
+    if source.samples < LEAST_SAMPLES or len(samples.batches) < 2:
+        raise CalibrationError(
+            f"Quantisation needs at least {LEAST_SAMPLES} calibration samples in two batches for "
+            f"the ranges of activations, got {source.samples} in {len(samples.batches)}; pass more "
+            "with --calibration or --calibration-tokens."
+        )
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: Sequence[Batch],
+    form: QuantizedFormat,
+    *,
+    sparse: Collection[str],
+    progress: Progress,
+) -> tuple[QuantizedModel, tuple[LayerQuantization, ...], int]:
+    """Quantise all target layers of `model` in place; its layers then round what they read.
+
+    Args:
+        model: float32, evaluation mode.
+        recipe: says where blocks and targets are.
+        calibration: at least two batches; every eighth is withheld.
+        form: of weights and activations.
+        sparse: paths of the layers that are 2:4.
+        progress: called with (label, done, total) after each block.
+
+    Returns:
+        What was quantised, a record of every target, and the number of withheld batches.
+
+    Raises:
+        ModelDirError: activations are NaN or infinite.
+        RecipeError: no target can be quantised.
+    """
+    batches = tuple(calibration)
+    sets = (tuple(b for i, b in enumerate(batches) if i % _WITHHELD), batches[::_WITHHELD])
+    tied = sharing(recipe, model)
+    count = sum(len(find_blocks(model, part)) for part in recipe.parts)
+    layers: dict[str, QuantizedLayer] = {}
+    folded: dict[str, Tensor] = {}
+    records: list[LayerQuantization] = []
+    for number, step in enumerate(block_steps(model, recipe, sets)):
+        progress("quantize", number, count)
+        records += _quantize_block(step, FORMATS[form], tied, layers, folded)
+    progress("quantize", count, count)
+    if not layers:
+        raise RecipeError(
+            f"No target of recipe {recipe.family} can be quantised to {form}: {records[0].name} "
+            f"and the others are left, because {records[0].reason}."
+        )
+    axes = {n: reduction_axis(layer_at(model, n)) for n in sorted(layers.keys() & set(sparse))}
+    made = QuantizedModel(format=form, layers=layers, folded=folded, axes=axes)
+    return made, tuple(records), len(sets[1])
+
+
+def _quantize_block(
+    step: BlockStep,
+    form: NumberFormat,
+    tied: Mapping[str, str],
+    found: dict[str, QuantizedLayer],
+    folded: dict[str, Tensor],
+) -> list[LayerQuantization]:
+    """Quantise every target of one block; what was made goes into `found` and `folded`."""
+    twin, first = step.twin, step.sets[0]
+    layers, obstacles = _quantizable(step, tied)
+    records = [left_record(f"{twin.prefix}.{n}", *why) for n, why in obstacles.items()]
+    groups = shared_inputs(twin.pruned, layers, first.pruned_calls[0][twin.index], first.pruned[0])
+    for group in groups:
+        made = quantize_group(twin, group, step.sets, form)
+        records += made.records
+        if made.moved:
+            _note_moved(twin, made.moved, found, folded)
+        for name, stored in made.layers.items():
+            layer = layer_at(twin.pruned, name)
+            layer.weight.copy_(dequantized(layer, stored, form.name))
+            found[f"{twin.prefix}.{name}"] = stored
+        own = {name: found[f"{twin.prefix}.{name}"] for name in made.layers}
+        apply_inputs(twin.pruned, QuantizedModel(format=form.name, layers=own), own)
+        # Factors in a weight that stays in 16 bits are there to be read by every backend.
+        for name in set(group) - made.layers.keys() if made.moved else ():
+            folded[f"{twin.prefix}.{name}.weight"] = layer_at(twin.pruned, name).weight.clone()
+    done = {name for group in groups for name in group}
+    left = {name: layer for name, layer in layers.items() if name not in done}
+    reasons = not_run_once(twin, left, first)
+    records += [left_record(f"{twin.prefix}.{n}", left[n], why) for n, why in reasons.items()]
+    return records
+
+
+def _quantizable(
+    step: BlockStep, tied: Mapping[str, str]
+) -> tuple[dict[str, Layer], dict[str, tuple[Layer, str]]]:
+    """Targets of a block by path in it, and those that are left, with the reason."""
+    layers = target_layers(step.twin.pruned, step.recipe)
+    reasons = {name: tied.get(f"{step.twin.prefix}.{name}", "") for name in layers}
+    for name, layer in layers.items():
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            reasons[name] = f"its convolution runs in {layer.groups} groups of channels"
+    left = {name: (layers[name], reason) for name, reason in reasons.items() if reason}
+    return {name: layer for name, layer in layers.items() if name not in left}, left
+
+
+def _note_moved(
+    twin: BlockPair, moved: Moved, found: dict[str, QuantizedLayer], folded: dict[str, Tensor]
+) -> None:
+    """Keep what the place before a group has become; its rows may be numbers already."""
+    path = f"{twin.prefix}.{moved.place.path}"
+    parameters = dict(moved.place.parameters)
+    if path in found:
+        before = found[path]
+        scale = exact_scale(before.weight_scale / moved.factors)
+        found[path] = replace(before, weight_scale=scale)
+        del parameters["weight"]
+    folded |= {f"{path}.{name}": parameter.clone() for name, parameter in parameters.items()}
+
+
+def quantize_directory(
+    directory: ModelDir,
+    recipe: Recipe,
+    calibration: Samples,
+    form: QuantizedFormat,
+    *,
+    sparse: Collection[str],
+    device: torch.device,
+    out: Path,
+    progress: Progress,
+) -> QuantizeResult:
+    """Quantise a model directory, and write the tensors to the file `out`.
+
+    Args:
+        directory: the model, pruned or dense.
+        recipe: of its family.
+        calibration: samples to find ranges on.
+        form: of weights and activations.
+        sparse: paths of the layers that are 2:4.
+        device: where blocks run.
+        out: file to write.
+        progress: see `quantize_model`.
+
+    Raises:
+        CalibrationError: there are too few samples.
+        SparsityLostError: a weight read back from disk is not 2:4.
+        ModelDirError, RecipeError: what `quantize_model` raises.
+    """
+    began = time.perf_counter()
+    require_samples(calibration)
+    model = load_model(directory, recipe, device)
+    made, records, withheld = quantize_model(
+        model, recipe, calibration.batches, form, sparse=sparse, progress=progress
+    )
+    make_folder(out.parent)
+    write_quantized(made, out)
+    _require_sparse(out)
+    with out.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return QuantizeResult(
+        format=form,
+        layers=records,
+        calibration=calibration.source,
+        withheld=withheld,
+        state_sha256=digest,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _require_sparse(path: Path) -> None:
+    written = read_quantized(path)
+    for name, axis in written.axes.items():
+        # Comparing takes a dtype that has a comparison.
+        if (bad := first_violation(written.layers[name].weight.float(), axis)) is not None:
+            raise SparsityLostError(
+                f"Weight {name}.weight in {path} is not 2:4 along axis {axis}: the group at {bad} "
+                "has more than two non-zeros; this is a fault of the stage that quantises, report "
+                "it."
+            )
+
+
+def load_quantized(
+    directory: ModelDir, recipe: Recipe, device: torch.device, tensors: Path
+) -> nn.Module:
+    """As `load_model`, with the weights and the rounding of inputs that a file of tensors has."""
+    model = load_model(directory, recipe, device)
+    quantized = read_quantized(tensors)
+    apply_weights(model, quantized)
+    apply_inputs(model, quantized)
+    return model
