@@ -39,6 +39,8 @@ OutOpt = Annotated[
 NameOpt = Annotated[
     str | None,
     typer.Option(
+        # Named, as below.
+        "--name",
         metavar="NAME",
         help="What the model is called, such as owner/model; default: as its card says.",
     ),
@@ -134,7 +136,7 @@ PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
 DTypeOpt = Annotated[
     DType | None,
     typer.Option(
-        # Named, for typer 0.27 takes what it parses for something without a name.
+        # Named, for typer 0.27 takes the name from the metavar.
         "--dtype",
         parser=parse_dtype,
         metavar="DTYPE",
@@ -145,7 +147,7 @@ DTypeOpt = Annotated[
 PlanDTypeOpt = Annotated[
     DType | None,
     typer.Option(
-        # Named, for typer 0.27 takes what it parses for something without a name.
+        # Named, as above.
         "--dtype",
         parser=parse_dtype,
         metavar="DTYPE",

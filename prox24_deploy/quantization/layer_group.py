@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.quantized import LayerQuantization, Rounding
 from prox24_deploy.model.blocks import run_block
 from prox24_deploy.model.layers import Layer, from_matrix, layer_at, matrix_shape, to_matrix
@@ -15,6 +14,7 @@ from prox24_deploy.pruning.second_moments import SecondMoments
 from prox24_deploy.pruning.solvers.problem import LayerProblem, damping_for, layer_problem
 from prox24_deploy.pruning.solvers.refine import masked_conjugate_gradient
 from prox24_deploy.quantization.formats import NumberFormat
+from prox24_deploy.quantization.inputs import read_inputs
 from prox24_deploy.quantization.migration import (
     STRENGTHS,
     Place,
@@ -22,41 +22,18 @@ from prox24_deploy.quantization.migration import (
     multiply_columns,
     place_before,
 )
-from prox24_deploy.quantization.ranges import InputRange, input_ranges
+from prox24_deploy.quantization.ranges import InputRange
 from prox24_deploy.quantization.rounding import rounded_with_feedback, weight_scales
 from prox24_deploy.quantization.tensors import QuantizedLayer
+from prox24_deploy.quantization.trial import Candidate, Trial
 
-# Rows of each set by which ranges are found and chosen; the moments use all.
-_MOST_ROWS = 1024
 # A layer stays in 16 bits where quantisation adds more than this to its relative squared error.
 _MOST_ADDED = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """What some layers read, in the model as it was and in the one that is being quantised.
-
-    Attributes:
-        before: rows of a sample, (tokens, d), of the model as it was.
-        now: the same tokens in the model as it is.
-        channels: (d,), the largest magnitude of each channel over all tokens, now.
-        moments: mean squares of each channel over all tokens, now.
-    """
-
-    before: Tensor
-    now: Tensor
-    channels: Tensor
-    moments: Tensor
-
-    @property
-    def largest(self) -> float:
-        """Magnitude over everything."""
-        return float(self.channels.amax())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Moved:
-    """Factors of input channels that a place before the layers takes up."""
+    """Factors of input channels, (d,), that a place before the layers takes up."""
 
     place: Place
     factors: Tensor
@@ -68,261 +45,183 @@ class QuantizedGroup:
 
     layers: dict[str, QuantizedLayer]
     records: tuple[LayerQuantization, ...]
-    moved: Moved | None
+    moved: Moved | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Layers that share an input: where they are, and the batches in front of their block."""
+
+    twin: BlockPair
+    names: Sequence[str]
+    calibration: Activations
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer_at(self.twin.pruned, name) for name in self.names]
+
+    @property
+    def paths(self) -> list[str]:
+        return [f"{self.twin.prefix}.{name}" for name in self.names]
 
 
 def quantize_group(
-    twin: BlockPair, group: Sequence[str], sets: Sequence[Activations], form: NumberFormat
+    twin: BlockPair, names: Sequence[str], sets: Sequence[Activations], form: NumberFormat
 ) -> QuantizedGroup:
-    """Quantise layers of the block in place, but for rounding their inputs.
+    """Find range and numbers of some layers; what is moved before them is moved in the block.
 
     Args:
         twin: the block as it was and as it is.
-        group: paths of layers that share an input.
+        names: paths of layers that share an input.
         sets: batches to calibrate on, and batches to choose by.
         form: to round to.
 
     Raises:
         ModelDirError: inputs are NaN or infinite.
     """
-    layers = [layer_at(twin.pruned, name) for name in group]
-    seen, withheld = (_inputs(twin, group[0], each) for each in sets)
-    _require_finite(seen, f"{twin.prefix}.{group[0]}")
-    if seen.largest == 0:
-        return _left(twin, group, "its inputs are all zero on calibration samples")
-    trial = _Trial(twin, group, layers, withheld, form)
-    moved = _best_move(trial, seen, _place(twin, layers, sets[0], form))
-    if moved:
+    group = _Group(twin=twin, names=names, calibration=sets[0])
+    trial = _trial(group, sets[1], form)
+    if trial.seen.largest == 0:
+        reason = "its inputs are all zero on calibration samples"
+        pairs = zip(group.paths, group.layers, strict=True)
+        return QuantizedGroup(
+            layers={}, records=tuple(left_record(path, layer, reason) for path, layer in pairs)
+        )
+    if moved := _best_move(trial, _place(group, form)):
         moved.place.divide(moved.factors)
-        multiply_columns(layers, moved.factors)
-        seen, trial = _divided(seen, moved.factors), trial.divided(moved.factors)
-    span = trial.best_range(seen)
-    return _rounded(twin, group, sets[0], trial, seen, span, moved)
-
-
-def _inputs(twin: BlockPair, name: str, activations: Activations) -> Inputs:
-    """Go through all batches once; the sample takes as many rows of each."""
-    share = -(-_MOST_ROWS // len(activations.batches))
-    before, now = [], []
-    largest, squares, tokens = torch.zeros(()), torch.zeros(()), 0
-    for dense, pruned in input_pairs(twin, name, activations):
-        step = max(1, -(-len(pruned) // share))
-        before.append(dense[::step].float())
-        now.append(pruned[::step].float())
-        largest = torch.maximum(largest.to(pruned.device), pruned.abs().amax(0).float())
-        squares = squares.to(pruned.device) + pruned.double().square().sum(0)
-        tokens += len(pruned)
-    return Inputs(
-        before=torch.cat(before),
-        now=torch.cat(now),
-        channels=largest,
-        moments=(squares / max(tokens, 1)).float(),
-    )
-
-
-def _divided(inputs: Inputs, factors: Tensor) -> Inputs:
-    return replace(
-        inputs,
-        now=inputs.now / factors,
-        channels=inputs.channels / factors,
-        moments=inputs.moments / factors.square(),
-    )
-
-
-def _require_finite(inputs: Inputs, path: str) -> None:
-    if not bool(torch.isfinite(inputs.channels).all()):
-        raise ModelDirError(
-            f"Layer {path} reads NaN or infinity on calibration samples, which have no range; its "
-            "activations overflow or the checkpoint is damaged."
-        )
-
-
-class _Trial:
-    """The outputs of a group on withheld samples, and how far candidates are from them."""
-
-    def __init__(
-        self,
-        twin: BlockPair,
-        group: Sequence[str],
-        layers: Sequence[Layer],
-        withheld: Inputs,
-        form: NumberFormat,
-    ) -> None:
-        self.form, self.withheld = form, withheld
-        self.weight = torch.cat([to_matrix(layer, layer.weight).float() for layer in layers])
-        dense = [layer_at(twin.dense, name) for name in group]
-        before = torch.cat([to_matrix(layer, layer.weight).float() for layer in dense])
-        self._expected = withheld.before @ before.T
-        self._rows = [matrix_shape(layer)[0] for layer in layers]
-
-    def divided(self, factors: Tensor) -> "_Trial":
-        """The same with factors moved from the inputs into the weight."""
-        other = object.__new__(_Trial)
-        other.form, other._expected, other._rows = self.form, self._expected, self._rows
-        other.weight = self.weight * factors
-        other.withheld = _divided(self.withheld, factors)
-        return other
-
-    def errors(self, weight: Tensor, scale: float | None) -> list[float]:
-        """Relative squared error of each layer; inputs as they are where there is no scale."""
-        rows = self.withheld.now
-        if scale is not None:
-            rows = self.form.values(self.form.numbers(rows, scale), scale)
-        wrong = (rows @ weight.T - self._expected).square().double().sum(0).split(self._rows)
-        size = self._expected.square().double().sum(0).split(self._rows)
-        pairs = zip(wrong, size, strict=True)
-        return [float(w.sum()) / float(s.sum()) if float(s.sum()) else 0.0 for w, s in pairs]
-
-    def best_range(self, seen: Inputs) -> InputRange:
-        """The range by which the nearest weights do best."""
-        nearest = self.nearest(seen)[1]
-        found = input_ranges(seen.now, seen.largest, self.form)
-        return min(found, key=lambda span: sum(self.errors(nearest, span.scale)))
-
-    def nearest(self, seen: Inputs) -> tuple[Tensor, Tensor]:
-        """Scales, and the values of the nearest numbers."""
-        scales = weight_scales(self.weight, seen.moments, self.form)
-        numbers = self.form.weight_numbers(self.weight, scales)
-        return scales, self.form.values(numbers, scales[:, None])
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Rows of each layer."""
-        parts: tuple[Tensor, ...] = tensor.split(self._rows)
-        return parts
-
-
-def _place(
-    twin: BlockPair, layers: Sequence[Layer], activations: Activations, form: NumberFormat
-) -> Place | None:
-    """What makes the inputs of some layers; not asked for FP8, whose numbers are relative."""
-    if form.dtype.is_floating_point or any(isinstance(layer, nn.Conv2d) for layer in layers):
-        return None
-    call, hidden = activations.pruned_calls[0][twin.index], activations.pruned[0]
-    width = matrix_shape(layers[0])[1]
-    return place_before(twin.pruned, layers, width, lambda: run_block(twin.pruned, call, hidden))
-
-
-def _best_move(trial: _Trial, seen: Inputs, place: Place | None) -> Moved | None:
-    """The factors that help most on withheld samples; None where none does."""
-    if place is None:
-        return None
-    best, found = _trial_error(trial, seen), None
-    for strength in STRENGTHS:
-        factors = migration_factors(seen.channels, trial.weight, strength)
-        error = _trial_error(trial.divided(factors), _divided(seen, factors))
-        if error < best:
-            best, found = error, Moved(place=place, factors=factors)
-    return found
-
-
-def _trial_error(trial: _Trial, seen: Inputs) -> float:
-    return sum(trial.errors(trial.nearest(seen)[1], trial.best_range(seen).scale))
-
-
-def _rounded(
-    twin: BlockPair,
-    group: Sequence[str],
-    activations: Activations,
-    trial: _Trial,
-    seen: Inputs,
-    span: InputRange,
-    moved: Moved | None,
-) -> QuantizedGroup:
-    """Round the weights every way, and take for each layer what is best on withheld samples."""
-    form = trial.form
-    plain = trial.errors(trial.weight, None)
-    tried = [
-        (rounding, scales, numbers, trial.errors(form.values(numbers, scales[:, None]), span.scale))
-        for rounding, scales, numbers in _candidates(
-            twin, group, activations, trial, seen, span, moved
-        )
-    ]
-    nearest = tried[0][3]
-    layers: dict[str, QuantizedLayer] = {}
-    records = []
-    for i, name in enumerate(group):
-        rounding, scales, numbers, errors = min(tried, key=lambda each: each[3][i])
-        layer = layer_at(twin.pruned, name)
-        record = LayerQuantization(
-            name=f"{twin.prefix}.{name}",
-            shape=matrix_shape(layer),
-            largest=seen.largest,
-            limit=span.scale * form.largest,
-            chosen_by=span.chosen_by,
-            clipped=float((seen.now.abs() > span.scale * form.largest).float().mean()),
-            moved_into=f"{twin.prefix}.{moved.place.path}" if moved else "",
-            rounding=rounding,
-            error=errors[i],
-            nearest_error=nearest[i],
-        )
-        if errors[i] - plain[i] > _MOST_ADDED:
-            reason = (
-                f"quantised, its relative squared error would be {errors[i]:.3f} and not "
-                f"{plain[i]:.3f}"
-            )
-            records.append(replace(record, reason=reason))
-            continue
-        own = from_matrix(layer, trial.split(numbers)[i])
-        layers[name] = QuantizedLayer(
-            weight=own, weight_scale=trial.split(scales)[i].clone(), input_scale=span.scale
-        )
-        records.append(record)
-    return QuantizedGroup(layers=layers, records=tuple(records), moved=moved)
-
-
-def _candidates(
-    twin: BlockPair,
-    group: Sequence[str],
-    activations: Activations,
-    trial: _Trial,
-    seen: Inputs,
-    span: InputRange,
-    moved: Moved | None,
-) -> Iterator[tuple[Rounding, Tensor, Tensor]]:
-    """Rounding, scales by row and numbers of all layers; the nearest first."""
-    form, weight = trial.form, trial.weight
-    scales, _ = trial.nearest(seen)
-    yield "nearest", scales, form.weight_numbers(weight, scales)
-    problem = _problem(twin, group, activations, trial, span, moved)
-    kept = weight != 0
-    yield "corrected", scales, rounded_with_feedback(problem, weight, kept, scales, form)
-    fitted = problem.to_weight(masked_conjugate_gradient(problem, kept, problem.start))
-    fitted = torch.where(problem.dead, weight, fitted)
-    scales = weight_scales(fitted, seen.moments, form)
-    yield "refitted", scales, rounded_with_feedback(problem, fitted, kept, scales, form)
-
-
-def _problem(
-    twin: BlockPair,
-    group: Sequence[str],
-    activations: Activations,
-    trial: _Trial,
-    span: InputRange,
-    moved: Moved | None,
-) -> LayerProblem:
-    """The outputs of the layers as they were, from inputs as they will be read."""
-    form = trial.form
-    moments = SecondMoments.empty(trial.weight.shape[1], trial.weight.device)
-    # What was moved is in the inputs of now only.
-    factors = moved.factors if moved else torch.ones(())
-    for before, now in input_pairs(twin, group[0], activations):
-        read = form.values(form.numbers(now, span.scale), span.scale)
-        moments.add(before.float() / factors.to(before.device), read)
-    return layer_problem(
-        trial.weight,
-        moments.pruned / moments.tokens,
-        damping_for(trial.weight.shape[1], moments.tokens),
-        moments.cross / moments.tokens,
-    )
-
-
-def _left(twin: BlockPair, group: Sequence[str], reason: str) -> QuantizedGroup:
-    records = tuple(
-        left_record(f"{twin.prefix}.{name}", layer_at(twin.pruned, name), reason) for name in group
-    )
-    return QuantizedGroup(layers={}, records=records, moved=None)
+        multiply_columns(group.layers, moved.factors)
+        trial = trial.divided(moved.factors)
+    return _quantized(group, trial, moved)
 
 
 def left_record(path: str, layer: Layer, reason: str) -> LayerQuantization:
     """The record of a layer that stays in 16 bits."""
     return LayerQuantization(name=path, shape=matrix_shape(layer), reason=reason)
+
+
+def _trial(group: _Group, withheld: Activations, form: NumberFormat) -> Trial:
+    twin, first = group.twin, group.names[0]
+    dense = [layer_at(twin.dense, name) for name in group.names]
+    others = read_inputs(twin, first, withheld)
+    return Trial(
+        weight=_stacked(group.layers),
+        expected=others.before @ _stacked(dense).T,
+        seen=read_inputs(twin, first, group.calibration),
+        withheld=others,
+        rows=tuple(matrix_shape(layer)[0] for layer in dense),
+        form=form,
+    )
+
+
+def _stacked(layers: Sequence[Layer]) -> Tensor:
+    return torch.cat([to_matrix(layer, layer.weight).float() for layer in layers])
+
+
+def _place(group: _Group, form: NumberFormat) -> Place | None:
+    """What makes the inputs; not asked for FP8, the numbers of which are as dense around zero."""
+    layers, twin = group.layers, group.twin
+    if form.dtype.is_floating_point or any(isinstance(layer, nn.Conv2d) for layer in layers):
+        return None
+    call, hidden = group.calibration.pruned_calls[0][twin.index], group.calibration.pruned[0]
+    width = matrix_shape(layers[0])[1]
+    return place_before(twin.pruned, layers, width, lambda: run_block(twin.pruned, call, hidden))
+
+
+def _best_move(trial: Trial, place: Place | None) -> Moved | None:
+    """The factors that help most on withheld samples; None where none does."""
+    if place is None:
+        return None
+    best, found = trial.best_range()[1], None
+    for strength in STRENGTHS:
+        factors = migration_factors(trial.seen.channels, trial.weight, strength)
+        error = trial.divided(factors).best_range()[1]
+        if error < best:
+            best, found = error, Moved(place=place, factors=factors)
+    return found
+
+
+def _quantized(group: _Group, trial: Trial, moved: Moved | None) -> QuantizedGroup:
+    """Round the weights every way, and take for each layer what is best on withheld samples."""
+    span, _ = trial.best_range()
+    as_they_are = trial.errors(trial.weight, None)
+    tried = [
+        (rounding, made, trial.errors(made.values(trial.form), span.scale))
+        for rounding, made in _candidates(group, trial, span, moved)
+    ]
+    layers: dict[str, QuantizedLayer] = {}
+    records = []
+    for i, (name, layer) in enumerate(zip(group.names, group.layers, strict=True)):
+        rounding, made, errors = min(tried, key=lambda each: each[2][i])
+        reason = _too_wrong(errors[i], as_they_are[i])
+        records.append(
+            replace(
+                _record(trial, span, moved, group.twin.prefix),
+                name=group.paths[i],
+                shape=matrix_shape(layer),
+                reason=reason,
+                rounding=rounding,
+                error=errors[i],
+                nearest_error=tried[0][2][i],
+            )
+        )
+        if not reason:
+            layers[name] = QuantizedLayer(
+                weight=from_matrix(layer, trial.split(made.numbers)[i]).clone(),
+                weight_scale=trial.split(made.scales)[i].clone(),
+                input_scale=span.scale,
+            )
+    return QuantizedGroup(layers=layers, records=tuple(records), moved=moved)
+
+
+def _record(trial: Trial, span: InputRange, moved: Moved | None, prefix: str) -> LayerQuantization:
+    """What all layers of a group have in common."""
+    limit = span.scale * trial.form.largest
+    return LayerQuantization(
+        name="",
+        shape=(0, 0),
+        largest=trial.seen.largest,
+        limit=limit,
+        chosen_by=span.chosen_by,
+        clipped=float((trial.seen.now.abs() > limit).float().mean()),
+        moved_into=f"{prefix}.{moved.place.path}" if moved else "",
+    )
+
+
+def _too_wrong(error: float, before: float) -> str:
+    if error - before <= _MOST_ADDED:
+        return ""
+    return f"quantised, its relative squared error would be {error:.3f} instead of {before:.3f}"
+
+
+def _candidates(
+    group: _Group, trial: Trial, span: InputRange, moved: Moved | None
+) -> Iterator[tuple[Rounding, Candidate]]:
+    """Every rounding of the weights, the nearest first."""
+    form, weight = trial.form, trial.weight
+    nearest = trial.nearest()
+    yield "nearest", nearest
+    problem = _problem(group, trial, span, moved)
+    kept = weight != 0
+    numbers = rounded_with_feedback(problem, weight, kept, nearest.scales, form)
+    yield "corrected", replace(nearest, numbers=numbers)
+    fitted = problem.to_weight(masked_conjugate_gradient(problem, kept, problem.start))
+    fitted = torch.where(problem.dead, weight, fitted)
+    scales = weight_scales(fitted, trial.seen.mean_squares, form)
+    numbers = rounded_with_feedback(problem, fitted, kept, scales, form)
+    yield "refitted", Candidate(numbers=numbers, scales=scales)
+
+
+def _problem(group: _Group, trial: Trial, span: InputRange, moved: Moved | None) -> LayerProblem:
+    """The outputs of the layers as they were, from inputs as they will be read."""
+    width = trial.weight.shape[1]
+    moments = SecondMoments.empty(width, trial.weight.device)
+    for before, now in input_pairs(group.twin, group.names[0], group.calibration):
+        # What was moved is in the inputs of now only.
+        same = before.float() / moved.factors if moved else before
+        moments.add(same, trial.rounded(now, span.scale))
+    return layer_problem(
+        trial.weight,
+        moments.pruned / moments.tokens,
+        damping_for(width, moments.tokens),
+        moments.cross / moments.tokens,
+    )
