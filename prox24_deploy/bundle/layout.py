@@ -4,10 +4,14 @@ MANIFEST_FILE = "manifest.json"
 # Where stages work; it is gone once the bundle is sealed.
 PARTIAL = ".partial"
 STAGES = "stages"
-# Outputs of the stages that prune, export and compile.
+# Outputs of the stages that prune, quantise, export and compile.
 PRUNED = "pruned"
+QUANTIZED = "quantized"
 ONNX = "onnx"
 ENGINES = "engines"
+# What is quantised and how well, for readers, and the numbers and scales.
+QUANTIZATION_FILE = f"{QUANTIZED}/quantization.json"
+QUANTIZED_TENSORS = f"{QUANTIZED}/quantization.safetensors"
 # Written into the output of a stage once it has ended: the model card, and the recipe with its
 # limits and comments. That they are there, or other than before, says nothing of the stage.
 CARD = f"{PRUNED}/README.md"

@@ -41,6 +41,7 @@ def build(
     max_loss: arguments.MaxLossOpt = None,
     layers: arguments.LayersOpt = None,
     dtype: arguments.DTypeOpt = None,
+    quantize: arguments.QuantizeOpt = "none",
     backend: arguments.BackendOpt = None,
     shapes: arguments.ShapesOpt = None,
     engine_tokens: arguments.EngineTokensOpt = _BUILD.engine_tokens,
@@ -99,6 +100,7 @@ def build(
             layers=layers,
             plan=plan,
         ),
+        quantize=None if quantize == "none" else quantize,
         device=device,
         dtype=dtype,
         engine=arguments.engine_options(

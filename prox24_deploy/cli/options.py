@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -153,6 +153,12 @@ PlanDTypeOpt = Annotated[
         metavar="DTYPE",
         help=f"{_DTYPES}: precision to time; default: the checkpoint's own, float16 if that is "
         "float32, for which there are no sparse kernels.",
+    ),
+]
+QuantizeOpt = Annotated[
+    Literal["none", "fp8", "int8"],
+    typer.Option(
+        help="Round weights and activations of the target layers to 8 bits, zeros staying zeros."
     ),
 ]
 BackendOpt = Annotated[

@@ -8,7 +8,14 @@ from typing import Literal
 
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.fingerprint import unkeyed
-from prox24_deploy.core.types import DTYPES, DType, Method, Preset, Refinement
+from prox24_deploy.core.types import (
+    DTYPES,
+    DType,
+    Method,
+    Preset,
+    QuantizedFormat,
+    Refinement,
+)
 
 Target = Literal["asymmetric", "symmetric"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -138,7 +145,8 @@ class BuildOptions:
     """Everything that `build` can be told.
 
     `name` is what the model is called in all that is published; None leaves it to its card. `dtype`
-    is that of the exported files; None means the checkpoint's own.
+    is that of the exported files; None means the checkpoint's own. `quantize` is the format that
+    weights and activations of the target layers are rounded to.
     `device` is where pruning and evaluation run. `engine_tokens` bounds how much of the evaluation
     is run through the engines; an image counts as 64 tokens. The report is held against the dense
     model and against `baseline`, by `limits_file` before the limits of the recipe, and may differ
@@ -149,6 +157,7 @@ class BuildOptions:
     recipe: Path | None = None
     text: TextOptions = field(default_factory=TextOptions)
     prune: PruneOptions = field(default_factory=PruneOptions)
+    quantize: QuantizedFormat | None = None
     device: DeviceChoice = "auto"
     dtype: DType | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)

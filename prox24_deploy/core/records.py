@@ -215,12 +215,24 @@ Metric = PairedMetric | DirectMetric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyStep:
+    """The metrics of a model on its way, against the dense one on the same samples."""
+
+    name: Literal["pruned"]
+    metrics: tuple[Metric, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateResult:
-    """Result of the evaluation stage; `metrics[0]` is the headline."""
+    """Result of the evaluation stage; `metrics[0]` is the headline.
+
+    `steps` has what the model scored after each step before the last, in their order.
+    """
 
     metrics: tuple[Metric, ...]
     evaluation: TextSource
     seconds: float
+    steps: tuple[AccuracyStep, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

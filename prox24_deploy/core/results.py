@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 
 from prox24_deploy.core.accuracy import EngineAccuracyResult, TaskScores
+from prox24_deploy.core.quantized import QuantizeResult
 from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
@@ -16,10 +17,12 @@ from prox24_deploy.core.records import (
 class BuildResults:
     """What the stages gave, each under the name of its stage and in the order of their running.
 
-    `tasks` is None where no task of the lm-evaluation-harness was asked for.
+    `quantize` is None where the model stays in 16 bits, `tasks` where no task of the
+    lm-evaluation-harness was asked for.
     """
 
     prune: PruneResult
+    quantize: QuantizeResult | None = None
     export: ExportResult
     compile: CompileResult
     bench: BenchResult

@@ -47,18 +47,21 @@ def build(
     dtype = _settled_dtype(context.source, context.recipe, options.dtype)
     options = replace(options, dtype=dtype)
     stages.tasks.require_usable(options.harness, context.recipe)
+    stages.quantize.require_usable(options, context)
     backends = open_backends(options.engine, model)
     check_demands(demands, context, [backend.name for backend in backends], options)
     with open_bundle(out, fresh=fresh) as bundle:
         warn_of_few_samples(context)
         stages.tasks.verify(bundle, options.harness)
         pruned = stages.prune.run(bundle, context, options, progress)
+        quantized = stages.quantize.run(bundle, context, pruned, options, progress)
         exported = stages.export.run(
             bundle, context.source, context.recipe, pruned, dtype, progress
         )
         compiled = stages.compile.run(bundle, exported, context.recipe, backends, progress)
         results = BuildResults(
             prune=pruned,
+            quantize=quantized,
             export=exported,
             compile=compiled,
             bench=stages.bench.run(bundle, model, compiled, backends, options.engine, progress),

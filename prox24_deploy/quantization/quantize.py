@@ -231,10 +231,15 @@ def _require_sparse(path: Path) -> None:
 
 
 def load_quantized(
-    directory: ModelDir, recipe: Recipe, device: torch.device, tensors: Path
+    directory: ModelDir, recipe: Recipe, device: torch.device, tensors: Path | None
 ) -> nn.Module:
-    """As `load_model`, with the weights and the rounding of inputs that a file of tensors has."""
+    """As `load_model`, with the weights and the rounding of inputs that a file of tensors has.
+
+    Without a file, it is the model as it is.
+    """
     model = load_model(directory, recipe, device)
+    if tensors is None:
+        return model
     quantized = read_quantized(tensors)
     apply_weights(model, quantized)
     apply_inputs(model, quantized)

@@ -12,8 +12,19 @@ from prox24_deploy.pipeline.stages import (
     evaluate,
     export,
     prune,
+    quantize,
     report,
     tasks,
 )
 
-__all__ = ["accuracy", "bench", "compile", "evaluate", "export", "prune", "report", "tasks"]
+__all__ = [
+    "accuracy",
+    "bench",
+    "compile",
+    "evaluate",
+    "export",
+    "prune",
+    "quantize",
+    "report",
+    "tasks",
+]

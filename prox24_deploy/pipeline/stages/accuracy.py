@@ -17,6 +17,7 @@ from prox24_deploy.core.records import CompileResult, Engine, NotMeasured
 from prox24_deploy.core.types import Progress
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.pipeline.context import RunContext, fitted_shapes, torch_device
+from prox24_deploy.pipeline.stages.quantize import quantized_of, tensors_of
 
 if TYPE_CHECKING:
     from prox24_deploy.model.batch import Samples
@@ -30,6 +31,7 @@ class EngineAccuracyInputs:
 
     source: "ModelDir"
     pruned: Artifact
+    quantized: Artifact | None
     onnx: Artifact
     compiled: Artifact
     engines: tuple[Engine, ...]
@@ -61,6 +63,7 @@ def run(
     inputs = EngineAccuracyInputs(
         source=context.source,
         pruned=bundle.artifact(PRUNED),
+        quantized=quantized_of(bundle),
         onnx=bundle.artifact(ONNX),
         compiled=bundle.artifact(ENGINES),
         engines=compiled.engines,
@@ -110,14 +113,16 @@ def _request(inputs: EngineAccuracyInputs) -> "EvaluationRequest":
     import torch
 
     from prox24_deploy.evaluation.subset import EngineShapes
-    from prox24_deploy.model.directory import load_model, open_model_dir
+    from prox24_deploy.model.directory import open_model_dir
     from prox24_deploy.pipeline.stages.engine_metrics import EvaluationRequest
+    from prox24_deploy.quantization.quantize import load_quantized
 
+    tensors = {"dense": None, "sparse": tensors_of(inputs.quantized)}
     directories = {"dense": inputs.source, "sparse": open_model_dir(inputs.pruned.path)}
     device = torch.device(inputs.device)
     return EvaluationRequest(
         recipe=inputs.recipe,
-        load=lambda twin: load_model(directories[twin], inputs.recipe, device),
+        load=lambda twin: load_quantized(directories[twin], inputs.recipe, device, tensors[twin]),
         directory=inputs.source.path,
         held_out=inputs.held_out,
         tokens=inputs.tokens,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.bundle import Bundle
@@ -9,9 +10,10 @@ from prox24_deploy.bundle.layout import PRUNED
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import DeviceChoice
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.records import EvaluateResult
+from prox24_deploy.core.records import AccuracyStep, EvaluateResult
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import RunContext, torch_device
+from prox24_deploy.pipeline.stages.quantize import quantized_of, tensors_of
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ class EvaluateInputs:
 
     source: "ModelDir"
     pruned: Artifact
+    quantized: Artifact | None
     held_out: "Samples"
     recipe: Recipe
     device: str
@@ -38,6 +41,7 @@ def run(
     inputs = EvaluateInputs(
         source=context.source,
         pruned=bundle.artifact(PRUNED),
+        quantized=quantized_of(bundle),
         held_out=context.held_out,
         recipe=context.recipe,
         device=torch_device(device_choice).type,
@@ -50,8 +54,24 @@ def _evaluate(inputs: EvaluateInputs, _: Workspace, progress: Progress) -> Evalu
     from prox24_deploy.model.directory import open_model_dir
 
     sparse = open_model_dir(inputs.pruned.path)
-    return compare_models(
+    pruned = compare_models(
         inputs.source, sparse, inputs.recipe, inputs.held_out, inputs.device, progress
+    )
+    if inputs.quantized is None:
+        return pruned
+    last = compare_models(
+        inputs.source,
+        sparse,
+        inputs.recipe,
+        inputs.held_out,
+        inputs.device,
+        progress,
+        tensors=tensors_of(inputs.quantized),
+    )
+    return replace(
+        last,
+        seconds=pruned.seconds + last.seconds,
+        steps=(AccuracyStep(name="pruned", metrics=pruned.metrics),),
     )
 
 
@@ -62,16 +82,22 @@ def compare_models(
     held_out: "Samples",
     device: str,
     progress: Progress,
+    *,
+    tensors: Path | None = None,
 ) -> EvaluateResult:
-    """Load the models of two directories, which one recipe fits, and compare them."""
+    """Load the models of two directories, which one recipe fits, and compare them.
+
+    With `tensors`, the second is quantised as they say.
+    """
     import torch
 
     from prox24_deploy.evaluation.evaluate import evaluate_models
     from prox24_deploy.model.directory import load_model
+    from prox24_deploy.quantization.quantize import load_quantized
 
-    dense_model, sparse_model = (
-        load_model(directory, recipe, torch.device(device)) for directory in (source, sparse)
-    )
+    where = torch.device(device)
+    dense_model = load_model(source, recipe, where)
+    sparse_model = load_quantized(sparse, recipe, where, tensors)
     return evaluate_models(dense_model, sparse_model, recipe.task, held_out, source.path, progress)
 
 

@@ -19,6 +19,7 @@ from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.snapshot import Snapshot, take_snapshot
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import RunContext, torch_device
+from prox24_deploy.pipeline.stages.quantize import quantized_of, tensors_of
 
 if TYPE_CHECKING:
     from prox24_deploy.model.directory import ModelDir
@@ -53,6 +54,7 @@ class TaskInputs:
 
     source: "ModelDir"
     pruned: Artifact
+    quantized: Artifact | None
     tasks: tuple[str, ...]
     data: TaskData | None
     limit: int | None
@@ -119,6 +121,7 @@ def run(
     inputs = TaskInputs(
         source=context.source,
         pruned=bundle.artifact(PRUNED),
+        quantized=quantized_of(bundle),
         tasks=asked.tasks,
         data=TaskData(take_snapshot(asked.data, _files_below)) if asked.data else None,
         limit=asked.limit,
@@ -134,17 +137,22 @@ def _score(inputs: TaskInputs, work: Workspace, progress: Progress) -> TaskScore
     import torch
 
     from prox24_deploy.evaluation.harness import open_tasks, run_tasks, task_metrics
-    from prox24_deploy.model.directory import load_model, open_model_dir
+    from prox24_deploy.model.directory import open_model_dir
     from prox24_deploy.model.processors import load_tokenizer
+    from prox24_deploy.quantization.quantize import load_quantized
 
     began = time.perf_counter()
     tokenizer = load_tokenizer(inputs.source)
     device = torch.device(inputs.device)
     results: list[Mapping[str, Any]] = []
     with open_tasks(inputs.options, work.partial / "lm-eval") as load:
-        for directory in (inputs.source, open_model_dir(inputs.pruned.path)):
+        twins = (
+            (inputs.source, None),
+            (open_model_dir(inputs.pruned.path), tensors_of(inputs.quantized)),
+        )
+        for directory, tensors in twins:
             progress(STAGE.name, len(results), 2)
-            model = load_model(directory, inputs.recipe, device)
+            model = load_quantized(directory, inputs.recipe, device, tensors)
             results.append(run_tasks(model, tokenizer, load(), inputs.limit))
     progress(STAGE.name, 2, 2)
     metrics, left_out, documents = task_metrics(*results)

@@ -1,0 +1,109 @@
+"""The stage that quantises the pruned model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter
+
+from prox24_deploy.bundle.bundle import Bundle
+from prox24_deploy.bundle.layout import PRUNED, QUANTIZATION_FILE, QUANTIZED, QUANTIZED_TENSORS
+from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
+from prox24_deploy.config.options import BuildOptions
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.atomic import write_atomic
+from prox24_deploy.core.quantized import QuantizeResult
+from prox24_deploy.core.records import PruneResult
+from prox24_deploy.core.types import Progress, QuantizedFormat
+from prox24_deploy.pipeline.context import RunContext, torch_device
+from prox24_deploy.pipeline.stages.versions import numeric_versions
+
+if TYPE_CHECKING:
+    from prox24_deploy.model.batch import Samples
+
+_RECORD = TypeAdapter(QuantizeResult)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeInputs:
+    """What the quantised model depends on; `layers` are 2:4."""
+
+    pruned: Artifact
+    layers: tuple[str, ...]
+    recipe: Recipe
+    calibration: "Samples"
+    format: QuantizedFormat
+    device: str
+    versions: Mapping[str, str]
+
+
+def require_usable(options: BuildOptions, context: RunContext) -> None:
+    """Refuse what can be seen to be wrong before any work.
+
+    Raises:
+        CalibrationError: there are too few calibration samples for ranges.
+    """
+    if options.quantize is not None:
+        from prox24_deploy.quantization.quantize import require_samples
+
+        require_samples(context.calibration)
+
+
+def run(
+    bundle: Bundle,
+    context: RunContext,
+    pruned: PruneResult,
+    options: BuildOptions,
+    progress: Progress,
+) -> QuantizeResult | None:
+    """Quantise the pruned model into `quantized/`; None where that was not asked for."""
+    if options.quantize is None:
+        if STAGE.name in bundle.manifest.stages:
+            bundle.forget(STAGE.name)
+        return None
+    inputs = QuantizeInputs(
+        pruned=bundle.artifact(PRUNED),
+        layers=tuple(layer.name for layer in pruned.layers if layer.status == "pruned"),
+        recipe=context.recipe,
+        calibration=context.calibration,
+        format=options.quantize,
+        device=torch_device(options.device).type,
+        versions=numeric_versions(),
+    )
+    result = bundle.run(STAGE, inputs, progress)
+    # The same samples may come from another place than when ranges were found on them.
+    return replace(result, calibration=context.calibration.source)
+
+
+def quantized_of(bundle: Bundle) -> Artifact | None:
+    """What this stage left in a bundle; None where it has not been run there."""
+    return bundle.artifact(QUANTIZED) if STAGE.name in bundle.manifest.stages else None
+
+
+def tensors_of(quantized: Artifact | None) -> Path | None:
+    """The file with the numbers and scales."""
+    return None if quantized is None else quantized.snapshot.root / QUANTIZED_TENSORS
+
+
+def _quantize(inputs: QuantizeInputs, work: Workspace, progress: Progress) -> QuantizeResult:
+    import torch
+
+    from prox24_deploy.model.directory import open_model_dir
+    from prox24_deploy.quantization.quantize import quantize_directory
+
+    result = quantize_directory(
+        open_model_dir(inputs.pruned.path),
+        inputs.recipe,
+        inputs.calibration,
+        inputs.format,
+        sparse=inputs.layers,
+        device=torch.device(inputs.device),
+        out=work.partial / QUANTIZED_TENSORS,
+        progress=progress,
+    )
+    write_atomic(work.partial / QUANTIZATION_FILE, _RECORD.dump_json(result, indent=1) + b"\n")
+    return result
+
+
+STAGE = Stage(name="quantize", result=QuantizeResult, run=_quantize, outputs=(QUANTIZED,))
