@@ -55,6 +55,7 @@ UNKEYED = {
 OPTIONS = BuildOptions(
     text=TextOptions(calibration_tokens=2048, evaluation_tokens=1024),
     prune=PruneOptions(method="magnitude"),
+    quantize="int8",
     device="cpu",
     engine=EngineOptions(batches=(1,), sequences=(8,)),
 )
@@ -285,22 +286,30 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
         "prune": {
             "source", "recipe", "calibration", "held_out", "options", "device", "versions",
         },
-        "export": {"source", "pruned", "layers", "recipe", "dtype", "seed", "versions"},
+        "quantize": {
+            "pruned", "layers", "recipe", "calibration", "format", "device", "versions",
+        },
+        "export": {
+            "source", "pruned", "quantized", "layers", "recipe", "dtype", "seed", "versions",
+        },
         "compile": {
-            "dense", "sparse", "sparsity", "onnx", "pruned", "blocks", "backends", "devices",
-            "versions",
+            "dense", "sparse", "sparsity", "onnx", "pruned", "quantized", "blocks", "backends",
+            "devices", "versions",
         },
         "bench": {
-            "engines", "compiled", "onnx", "pruned", "backends", "batches", "sequences", "images",
-            "vocabulary", "max_slowdown", "machine", "versions",
+            "engines", "compiled", "onnx", "pruned", "quantized", "backends", "batches",
+            "sequences", "images", "vocabulary", "max_slowdown", "machine", "versions",
         },
-        "evaluate": {"source", "pruned", "held_out", "recipe", "device", "versions"},
+        "evaluate": {
+            "source", "pruned", "quantized", "held_out", "recipe", "device", "versions",
+        },
         "accuracy": {
-            "source", "pruned", "onnx", "compiled", "engines", "backends", "held_out", "recipe",
-            "tokens", "batches", "sequences", "device", "machine", "versions",
+            "source", "pruned", "quantized", "onnx", "compiled", "engines", "backends", "held_out",
+            "recipe", "tokens", "batches", "sequences", "device", "machine", "versions",
         },
         "tasks": {
-            "source", "pruned", "tasks", "data", "limit", "recipe", "device", "harness", "versions",
+            "source", "pruned", "quantized", "tasks", "data", "limit", "recipe", "device",
+            "harness", "versions",
         },
     }  # fmt: skip
     assert {stage.name for stage in all_stages()} == set(covered)
@@ -323,6 +332,7 @@ def tasks_of(evaluated: stages.evaluate.EvaluateInputs) -> stages.tasks.TaskInpu
     return stages.tasks.TaskInputs(
         source=evaluated.source,
         pruned=evaluated.pruned,
+        quantized=evaluated.quantized,
         tasks=("hellaswag",),
         data=TaskData(data),
         limit=None,
@@ -397,7 +407,7 @@ def test_a_value_that_tells_nothing_of_its_content_has_no_fingerprint() -> None:
 
 # Each option with another value, and the stages that see it first.
 OTHER_OPTIONS: dict[str, tuple[Any, set[str]]] = {
-    "text.calibration_tokens": (1536, {"prune"}),
+    "text.calibration_tokens": (1536, {"prune", "quantize"}),
     "text.evaluation_tokens": (1536, {"prune", "evaluate", "accuracy"}),
     # A seed orders images, recordings and the built-in text, and draws inputs of the export.
     "text.seed": (1, set()),
@@ -413,6 +423,7 @@ OTHER_OPTIONS: dict[str, tuple[Any, set[str]]] = {
     "prune.max_loss": (1.0, {"prune"}),
     "prune.max_layers": (3, {"prune"}),
     "prune.planned_dense": ((("encoder.layer.0.output.dense", "why"),), {"prune"}),
+    "quantize": ("fp8", {"quantize"}),
     "dtype": ("float16", {"export"}),
     "engine.batches": ((1, 2), {"bench", "accuracy"}),
     "engine.sequences": ((8, 16), {"bench", "accuracy"}),
@@ -424,7 +435,7 @@ OTHER_OPTIONS: dict[str, tuple[Any, set[str]]] = {
     "harness.limit": (None, set()),
 }
 # The stages that read the recipe as a whole.
-READERS = {"prune", "export", "evaluate", "accuracy"}
+READERS = {"prune", "quantize", "export", "evaluate", "accuracy"}
 # What is not there to be seen by a stage, and who sees it.
 READ_BEFORE = {
     "recipe": "its meaning counts, below",
@@ -533,6 +544,6 @@ def test_a_model_counts_by_its_files_and_not_by_its_place(
 def test_a_record_says_what_its_key_was_made_of(built: Path) -> None:
     entry = read_manifest(built).stages["evaluate"]
     assert entry.key == stage_key("evaluate", entry.inputs)
-    assert entry.reads == ["pruned"]
+    assert entry.reads == ["pruned", "quantized"]
     assert "pruned/model.safetensors" in entry.inputs["pruned"]
     assert not {"pruned/README.md", "pruned/recipe.toml"} & entry.inputs["pruned"].keys()

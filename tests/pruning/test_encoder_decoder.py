@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_family_pruning import batch, recipe_of
+from family_batches import batch, recipe_of
 from tiny_families import tiny_model
 from torch import nn
 

@@ -26,6 +26,7 @@ from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.latency.measure import conditions, latency_verdict, measure_latency
 from prox24_deploy.pipeline.context import ModelContext, fitted_shapes, vocabulary_of
+from prox24_deploy.pipeline.stages.quantize import quantized_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class BenchInputs:
     compiled: Artifact
     onnx: Artifact
     pruned: Artifact
+    quantized: Artifact | None
     backends: tuple[Backend, ...]
     batches: tuple[int, ...]
     sequences: tuple[int, ...]
@@ -68,6 +70,7 @@ def run(
         compiled=bundle.artifact(ENGINES),
         onnx=bundle.artifact(ONNX),
         pruned=bundle.artifact(PRUNED),
+        quantized=quantized_of(bundle),
         backends=tuple(backends),
         batches=fitted.batches,
         sequences=fitted.sequences,

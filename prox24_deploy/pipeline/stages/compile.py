@@ -20,6 +20,7 @@ from prox24_deploy.core.records import (
 )
 from prox24_deploy.core.types import TWINS, Progress, Twin
 from prox24_deploy.engines.base import Backend
+from prox24_deploy.pipeline.stages.quantize import quantized_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class CompileInputs:
     sparsity: tuple[TensorCheck, ...]
     onnx: Artifact
     pruned: Artifact
+    quantized: Artifact | None
     blocks: Mapping[str, str]
     backends: tuple[Backend, ...]
     devices: tuple[str, ...]
@@ -59,6 +61,7 @@ def run(
         sparsity=exported.sparsity,
         onnx=bundle.artifact(ONNX),
         pruned=bundle.artifact(PRUNED),
+        quantized=quantized_of(bundle),
         blocks={part.graph: f"{part.blocks}." if len(parts) > 1 else "" for part in parts},
         backends=tuple(backends),
         devices=tuple(backend.device() for backend in backends),

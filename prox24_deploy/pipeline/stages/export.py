@@ -19,6 +19,7 @@ from prox24_deploy.core.records import (
 )
 from prox24_deploy.core.types import TWINS, DType, Progress, Twin
 from prox24_deploy.pipeline.context import torch_device, vocabulary_of
+from prox24_deploy.pipeline.stages.quantize import quantized_of
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class ExportInputs:
 
     source: "ModelDir"
     pruned: Artifact
+    quantized: Artifact | None
     layers: tuple[str, ...]
     recipe: Recipe
     dtype: DType
@@ -50,6 +52,7 @@ def run(
     inputs = ExportInputs(
         source=source,
         pruned=bundle.artifact(PRUNED),
+        quantized=quantized_of(bundle),
         layers=tuple(layer.name for layer in pruned.layers if layer.status == "pruned"),
         recipe=recipe,
         dtype=dtype,
