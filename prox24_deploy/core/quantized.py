@@ -50,8 +50,8 @@ class LayerQuantization:
 class QuantizeResult:
     """Result of the stage that quantises.
 
-    `calibration` says what ranges were found on, `withheld` how many of its rows they were chosen
-    by; `state_sha256` hashes the tensors.
+    `calibration` says what ranges were found on, `withheld` how many of its samples they were
+    chosen by; `state_sha256` hashes the tensors.
     """
 
     format: QuantizedFormat

@@ -53,12 +53,28 @@ def require_samples(samples: Samples) -> None:
         CalibrationError: says how many there are.
     """
     source = samples.source
-    if source.samples < LEAST_SAMPLES or len(samples.batches) < 2:
+    if source.samples < LEAST_SAMPLES:
         raise CalibrationError(
-            f"Quantisation needs at least {LEAST_SAMPLES} calibration samples in two batches for "
-            f"the ranges of activations, got {source.samples} in {len(samples.batches)}; pass more "
-            "with --calibration or --calibration-tokens."
+            f"Quantisation needs at least {LEAST_SAMPLES} calibration samples for the ranges of "
+            f"activations, got {source.samples}; pass more with --calibration or "
+            "--calibration-tokens."
         )
+
+
+def split(batches: Sequence[Batch]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
+    """Batches to calibrate on, and every eighth to choose by; of a single one, its last samples."""
+    if len(batches) == 1:
+        kept = -(-len(batches[0].real) * (_WITHHELD - 1) // _WITHHELD) - 1
+        return (_part(batches[0], slice(kept)),), (_part(batches[0], slice(kept, None)),)
+    return tuple(b for i, b in enumerate(batches) if i % _WITHHELD), tuple(batches[::_WITHHELD])
+
+
+def _part(batch: Batch, rows: slice) -> Batch:
+    return Batch(
+        inputs={name: tensor[rows] for name, tensor in batch.inputs.items()},
+        real=batch.real[rows],
+        targets=None if batch.targets is None else batch.targets[rows],
+    )
 
 
 @torch.no_grad()
@@ -76,20 +92,19 @@ def quantize_model(
     Args:
         model: float32, evaluation mode.
         recipe: says where blocks and targets are.
-        calibration: at least two batches; every eighth is withheld.
+        calibration: batches, some of which are withheld, see `split`.
         form: of weights and activations.
         sparse: paths of the layers that are 2:4.
         progress: called with (label, done, total) after each block.
 
     Returns:
-        What was quantised, a record of every target, and the number of withheld batches.
+        What was quantised, a record of every target, and the number of withheld samples.
 
     Raises:
         ModelDirError: activations are NaN or infinite.
         RecipeError: no target can be quantised.
     """
-    batches = tuple(calibration)
-    sets = (tuple(b for i, b in enumerate(batches) if i % _WITHHELD), batches[::_WITHHELD])
+    sets = split(calibration)
     tied = sharing(recipe, model)
     count = sum(len(find_blocks(model, part)) for part in recipe.parts)
     layers: dict[str, QuantizedLayer] = {}
@@ -106,7 +121,7 @@ def quantize_model(
         )
     axes = {n: reduction_axis(layer_at(model, n)) for n in sorted(layers.keys() & set(sparse))}
     made = QuantizedModel(format=form, layers=layers, folded=folded, axes=axes)
-    return made, tuple(records), len(sets[1])
+    return made, tuple(records), sum(len(batch.real) for batch in sets[1])
 
 
 def _quantize_block(

@@ -538,7 +538,8 @@ def test_a_model_counts_by_its_files_and_not_by_its_place(
     (copy / "README.md").write_text("# A card", encoding="utf-8")
     assert moved(take(), take(model=copy)) == set()
     (copy / "LICENSE.md").write_text("Mine.", encoding="utf-8")
-    assert moved(take(), take(model=copy)) == READERS
+    # The quantiser sees the pruned model, which is not made anew here.
+    assert moved(take(), take(model=copy)) == READERS - {"quantize"}
 
 
 def test_a_record_says_what_its_key_was_made_of(built: Path) -> None:
