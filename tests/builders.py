@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prox24_deploy.config.limits import GivenLimits, Limits
+from prox24_deploy.core.quantized import LayerQuantization, QuantizeResult
 from prox24_deploy.core.records import (
+    AccuracyStep,
     BenchResult,
     CompileResult,
     CurvePoint,
@@ -59,12 +61,13 @@ class Records:
     export: ExportResult
     compile: CompileResult
     bench: BenchResult
+    quantize: QuantizeResult | None = None
 
     @property
     def results(self) -> BuildResults:
         return BuildResults(
             prune=self.prune, evaluate=self.evaluate, export=self.export, compile=self.compile,
-            bench=self.bench,
+            bench=self.bench, quantize=self.quantize,
         )  # fmt: skip
 
     def report(self, given: GivenLimits | None = None, limits: Limits | None = None) -> Report:
@@ -86,6 +89,30 @@ class Records:
             sizes={"pruned": 90_870_000, "onnx/dense": 45_600_000, "onnx/sparse": 45_600_000},
             timings={"prune": 93.2, "evaluate": 41.0, "export": 18.4, "compile": 0.6, "bench": 9.1},
         )
+
+
+def quantised(records: Records, reason: str = "") -> Records:
+    """The same model quantised, but for its last layer where there is a reason."""
+    pruned = [layer for layer in records.prune.layers if layer.status == "pruned"]
+    layers = [
+        LayerQuantization(
+            name=layer.name, shape=layer.shape, largest=12.5, limit=9.25,
+            chosen_by="99.99 percentile", clipped=1e-4, rounding="corrected",
+            error=0.0021, nearest_error=0.0034,
+        )
+        for layer in pruned
+    ]  # fmt: skip
+    if reason:
+        layers[-1] = replace(layers[-1], reason=reason)
+    before = AccuracyStep(name="pruned", metrics=records.evaluate.metrics)
+    return replace(
+        records,
+        quantize=QuantizeResult(
+            format="fp8", layers=tuple(layers), calibration=records.prune.calibration, withheld=64,
+            state_sha256="d" * 64, seconds=3.0,
+        ),
+        evaluate=replace(records.evaluate, steps=(before,)),
+    )  # fmt: skip
 
 
 def make_records(blocks: int = 6, *, gated: bool = False) -> Records:

@@ -53,11 +53,32 @@ def report_head(report: "Report") -> list[str]:
         ),
         f"Pruned: {totals.pruned} layers proven 2:4, {totals.skipped} left dense",
         *map(metric_line, report.accuracy.metrics),
+        *step_lines(report),
         *(
             f"Through {engine.backend}: {metric_line(engine.metrics[0])}"
             for engine in report.accuracy.engines
         ),
         *map(metric_line, report.accuracy.tasks.metrics if report.accuracy.tasks else ()),
+    ]
+
+
+def step_lines(report: "Report") -> list[str]:
+    """The headline after every step, and how much is quantised; nothing where nothing is."""
+    from prox24_deploy.report.steps import step_rows, step_titles
+
+    if report.quantization is None:
+        return []
+    layers = report.quantization.layers
+    done = sum(not layer.reason for layer in layers)
+    row = step_rows(report)[0]
+    steps = [
+        f"{title} {_shown(cell)}"
+        for title, cell in zip(step_titles(report), row.cells, strict=True)
+        if cell
+    ]
+    return [
+        f"Quantised: {done} of {len(layers)} layers to {report.quantization.format.upper()}; "
+        f"{row.name} {' → '.join(steps)}"
     ]
 
 

@@ -190,7 +190,7 @@ def _record(trial: Trial, span: InputRange, moved: Moved | None, prefix: str) ->
 def _too_wrong(error: float, before: float) -> str:
     if error - before <= _MOST_ADDED:
         return ""
-    return f"quantised, its relative squared error would be {error:.3f} instead of {before:.3f}"
+    return f"its output would be too wrong: error {error:.3f} instead of {before:.3f}"
 
 
 def _candidates(

@@ -11,8 +11,8 @@ from prox24_deploy.report.schema import Difference, Report
 
 # What must be alike for figures to mean the same, in the order in which a refusal names it.
 KEYS = (
-    "model", "recipe", "evaluation", "dtype", "shapes", "backend", "device", "gpu", "driver",
-    "processor",
+    "model", "recipe", "evaluation", "dtype", "quantization", "shapes", "backend", "device", "gpu",
+    "driver", "processor",
 )  # fmt: skip
 # Where one of these differs, milliseconds of both are of different machines.
 MACHINE_KEYS = frozenset({"backend", "device", "gpu", "driver", "processor"})
@@ -74,6 +74,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "recipe", _text(report.options.get("recipe_sha256"))
     yield "evaluation", report.accuracy.evaluation.sha256
     yield "dtype", _text(report.options.get("dtype"))
+    yield "quantization", report.quantization.format if report.quantization else "none"
     yield "shapes", " ".join(sorted(row_path(row) for row in report.latency)) or "none measured"
     yield "backend", ", ".join(_version(engine.backend, report) for engine in engines)
     yield "device", ", ".join(f"{engine.backend} on {engine.device}" for engine in engines)

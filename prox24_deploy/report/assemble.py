@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from prox24_deploy.config.limits import GivenLimits, Limits
 from prox24_deploy.core.atomic import write_atomic
+from prox24_deploy.core.quantized import QuantizeResult
 from prox24_deploy.core.records import (
     BenchResult,
     DirectMetric,
@@ -39,6 +40,7 @@ from prox24_deploy.report.schema import (
     Check,
     Pruning,
     PruningTotals,
+    Quantization,
     Report,
     Sizes,
     Sparsity,
@@ -105,6 +107,7 @@ def assemble_report(
         options={**options, "limits": applied.as_json()},
         environment={**environment, "conditions": {**results.bench.conditions}},
         pruning=_pruning(results.prune, results.export),
+        quantization=_quantization(results.quantize),
         accuracy=_accuracy(results),
         sparsity=Sparsity(tensors=results.export.sparsity, engines=results.compile.evidence),
         latency=results.bench.latency,
@@ -200,6 +203,21 @@ def _pruning(prune: PruneResult, export: ExportResult) -> Pruning:
     )
 
 
+def _quantization(found: QuantizeResult | None) -> Quantization | None:
+    if found is None:
+        return None
+    return Quantization(
+        format=found.format,
+        calibration=found.calibration,
+        withheld=found.withheld,
+        seconds=found.seconds,
+        layers=tuple(
+            replace(layer, error=_finite(layer.error), nearest_error=_finite(layer.nearest_error))
+            for layer in found.layers
+        ),
+    )
+
+
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
@@ -230,6 +248,10 @@ def _accuracy(results: BuildResults) -> Accuracy:
         engines_not_measured=through.not_measured,
         engines_failed=through.failed,
         tasks=tasks and replace(tasks, metrics=tuple(map(_finite_metric, tasks.metrics))),
+        steps=tuple(
+            replace(step, metrics=tuple(map(_finite_metric, step.metrics)))
+            for step in results.evaluate.steps
+        ),
     )
 
 

@@ -1,9 +1,10 @@
 """Turn the records of a build into warnings and checks."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from prox24_deploy.core.intervals import FEWEST, around
+from prox24_deploy.core.quantized import QuantizeResult
 from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
@@ -43,6 +44,7 @@ def find_warnings(results: BuildResults) -> tuple[str, ...]:
         *_token_warnings(prune),
         *_skipped_warnings(prune.layers),
         *_doubt_warnings(prune.layers),
+        *_unquantized_warnings(results.quantize),
         *_dtype_warnings(results.export),
         *_backend_warnings(results.compile, bench.latency),
         *_compilation_warnings(results.compile.engines),
@@ -121,13 +123,23 @@ def _token_warnings(prune: PruneResult) -> Iterator[str]:
 
 
 def _skipped_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
+    left = {layer.name: layer.reason for layer in layers if layer.status == "skipped"}
+    yield from _left_warnings(left, "dense")
+
+
+def _unquantized_warnings(found: QuantizeResult | None) -> Iterator[str]:
+    layers = found.layers if found else ()
+    left = {layer.name: layer.reason for layer in layers if layer.reason}
+    yield from _left_warnings(left, "in 16 bits")
+
+
+def _left_warnings(reasons: Mapping[str, str], how: str) -> Iterator[str]:
     by_reason: dict[str, list[str]] = {}
-    for layer in layers:
-        if layer.status == "skipped":
-            # What follows a colon is about one layer; the table of layers has it.
-            by_reason.setdefault(layer.reason.partition(":")[0], []).append(layer.name)
+    for name, reason in reasons.items():
+        # What follows a colon is about one layer; the table of layers has it.
+        by_reason.setdefault(reason.partition(":")[0], []).append(name)
     for reason, names in by_reason.items():
-        yield f"{_counted(len(names), 'layer')} left dense ({reason}): {_named(names)}."
+        yield f"{_counted(len(names), 'layer')} left {how} ({reason}): {_named(names)}."
 
 
 def _doubt_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:

@@ -32,6 +32,7 @@ from prox24_deploy.report.plots import (
     trend_plot,
 )
 from prox24_deploy.report.schema import KINDS, Check, Comparison, Headline, Part, Report, Sizes
+from prox24_deploy.report.steps import step_rows, step_titles
 
 WORST_LAYERS = 5
 # For dashboards on which less is better.
@@ -213,6 +214,8 @@ def _view(report: Report) -> dict[str, Any]:
         "worst": worst_layers(report),
         "speedups": _speedups(telling),
         "telling": telling,
+        "step_titles": step_titles(report),
+        "step_rows": step_rows(report),
         "trends": trends(report.baseline) if report.baseline else [],
         "row_name": row_name,
         "environment": _flat(report.environment),

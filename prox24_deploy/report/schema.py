@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_va
 from prox24_deploy.core.accuracy import EngineAccuracy, TaskScores
 from prox24_deploy.core.documents import Document, first_problem, parse_json, read_document
 from prox24_deploy.core.errors import BundleError
+from prox24_deploy.core.quantized import LayerQuantization
 from prox24_deploy.core.records import (
+    AccuracyStep,
     EngineEvidence,
     Estimate,
     Interval,
@@ -27,7 +29,7 @@ from prox24_deploy.core.records import (
     TensorCheck,
     TextSource,
 )
-from prox24_deploy.core.types import Judgement, Verdict
+from prox24_deploy.core.types import Judgement, QuantizedFormat, Verdict
 
 SCHEMA_VERSION: Final = 2
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
@@ -129,6 +131,16 @@ class Pruning(_Record):
     totals: PruningTotals
 
 
+class Quantization(_Record):
+    """What quantisation did, layer by layer; `withheld` samples chose, the others gave ranges."""
+
+    format: QuantizedFormat
+    calibration: TextSource
+    withheld: int
+    seconds: float
+    layers: tuple[LayerQuantization, ...]
+
+
 class Accuracy(_Record):
     """The headline metric spelled out, and all metrics.
 
@@ -137,6 +149,7 @@ class Accuracy(_Record):
     check of its own fails. `metrics` are of the PyTorch models; `engines` has the same through the
     engines, on some of the samples. Engines that cannot run here are `engines_not_measured`, those
     that gave no usable output `engines_failed`. `tasks` are those of the lm-evaluation-harness.
+    `steps` has the metrics after every step before the last.
     """
 
     metric: str
@@ -153,6 +166,7 @@ class Accuracy(_Record):
     engines_not_measured: tuple[NotMeasured, ...] = ()
     engines_failed: tuple[NotMeasured, ...] = ()
     tasks: TaskScores | None = None
+    steps: tuple[AccuracyStep, ...] = ()
 
 
 class Sparsity(_Record):
@@ -256,6 +270,7 @@ class Report(_Record):
     options: dict[str, JsonValue]
     environment: dict[str, JsonValue]
     pruning: Pruning
+    quantization: Quantization | None = None
     accuracy: Accuracy
     sparsity: Sparsity
     latency: tuple[LatencyRow, ...]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import make_metrics, make_records, make_row
+from builders import make_metrics, make_records, make_row, quantised
 from junitparser import JUnitXml
 from markdown_it import MarkdownIt
 from pydantic import JsonValue
@@ -284,6 +284,9 @@ DIFFERENT: dict[str, Callable[[Report], Report]] = {
         }
     ),
     "dtype": lambda r: r.model_copy(update={"options": {**r.options, "dtype": "float32"}}),
+    "quantization": lambda r: r.model_copy(
+        update={"quantization": quantised(make_records(2)).report().quantization}
+    ),
     "shapes": lambda r: r.model_copy(update={"latency": r.latency[:1]}),
     "backend": lambda r: r.model_copy(
         update={"environment": {**r.environment, "onnxruntime": "9.9"}}

@@ -1,0 +1,36 @@
+"""What a model scored after each step that was done to it, from the dense one to what ships."""
+
+from dataclasses import dataclass
+
+from prox24_deploy.core.records import DirectMetric, Estimate, Metric
+from prox24_deploy.report.schema import Report
+
+_PRUNED = "2:4"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRow:
+    """One metric, in the order of `step_titles`; None where a model has no figure of its own."""
+
+    name: str
+    higher_is_better: bool
+    cells: tuple[Estimate | None, ...]
+
+
+def step_titles(report: Report) -> tuple[str, ...]:
+    """The dense model, then every step; empty where there is but one step."""
+    if not report.accuracy.steps or report.quantization is None:
+        return ()
+    return ("dense", _PRUNED, f"{_PRUNED} + {report.quantization.format.upper()}")
+
+
+def step_rows(report: Report) -> tuple[StepRow, ...]:
+    """Every metric of the PyTorch models along the way."""
+    ways = [*(step.metrics for step in report.accuracy.steps), report.accuracy.metrics]
+    return tuple(_row(metrics) for metrics in zip(*ways, strict=True)) if len(ways) > 1 else ()
+
+
+def _row(metrics: tuple[Metric, ...]) -> StepRow:
+    last = metrics[-1]
+    own = [m.agreement if isinstance(m, DirectMetric) else m.sparse for m in metrics]
+    return StepRow(name=last.name, higher_is_better=last.higher_is_better, cells=(last.dense, *own))
