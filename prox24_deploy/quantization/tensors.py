@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.core.types import QuantizedFormat
 from prox24_deploy.model.checkpoint import write_tensors
-from prox24_deploy.model.layers import from_matrix, layer_at, to_matrix
+from prox24_deploy.model.layers import from_matrix, layer_at, reduction_axis, to_matrix
 from prox24_deploy.quantization.formats import FORMATS
 from prox24_deploy.sparsity.declaration import SPARSE_KEY
 
@@ -117,6 +117,11 @@ def dequantized(layer: nn.Module, stored: QuantizedLayer, format: QuantizedForma
     matrix = to_matrix(layer, stored.weight)  # type: ignore[arg-type]
     values = FORMATS[format].values(matrix, stored.weight_scale.to(matrix.device)[:, None])
     return from_matrix(layer, values)  # type: ignore[arg-type]
+
+
+def summed_axis(layer: nn.Module) -> int:
+    """The axis of the weight in the layout of a layer along which products are summed."""
+    return reduction_axis(layer)  # type: ignore[arg-type]
 
 
 class RoundedInput:

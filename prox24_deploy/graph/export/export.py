@@ -28,6 +28,8 @@ from prox24_deploy.graph.check.modules import MODULE_KEY
 from prox24_deploy.graph.export.annotate import annotate, settle_signature
 from prox24_deploy.graph.export.branches import AllFinite
 from prox24_deploy.graph.export.module import TORCH_DTYPES, RecipeModule, copy_with, to_dtype
+from prox24_deploy.graph.export.quantize import own_layers, quantise_graph
+from prox24_deploy.quantization.tensors import QuantizedModel
 
 _SUFFIX, _DATA_SUFFIX = ".onnx", ".onnx.data"
 
@@ -51,7 +53,13 @@ def export_onnx(
 
 
 def export_graphs(
-    model: nn.Module, recipe: Recipe, out: Path, *, dtype: DType, sparse: Sequence[str] = ()
+    model: nn.Module,
+    recipe: Recipe,
+    out: Path,
+    *,
+    dtype: DType,
+    sparse: Sequence[str] = (),
+    quantized: QuantizedModel | None = None,
 ) -> tuple[Path, ...]:
     """Write every graph of a recipe with its external data; the same input, same bytes.
 
@@ -69,6 +77,8 @@ def export_graphs(
         dtype: of weights and activations; float32 shares the weights of `model`, the other two
             hold one converted copy while exporting.
         sparse: module paths in `model` whose weights must be 2:4 along their reduction axis.
+        quantized: layers that are to compute in 8 bits; their weights in `model` are what the
+            numbers stand for, and nothing rounds what they read.
 
     Returns:
         The paths of the graphs, in the order of `recipe.parts`.
@@ -83,7 +93,10 @@ def export_graphs(
     _require_modules(model, recipe, sparse)
     _require_replaceable(out)
     converted = copy_with(model, to_dtype(dtype))
-    graphs = {part.graph: _graph_of(converted, model, part, dtype, sparse) for part in recipe.parts}
+    graphs = {
+        part.graph: _graph_of(converted, model, part, dtype, sparse, quantized)
+        for part in recipe.parts
+    }
     return _publish(graphs, out, prove=bool(sparse))
 
 
@@ -102,7 +115,12 @@ def hash_onnx(path: Path) -> tuple[str, int]:
 
 
 def _graph_of(
-    converted: nn.Module, model: nn.Module, recipe: Recipe, dtype: DType, sparse: Sequence[str]
+    converted: nn.Module,
+    model: nn.Module,
+    recipe: Recipe,
+    dtype: DType,
+    sparse: Sequence[str],
+    quantized: QuantizedModel | None,
 ) -> ir.Model:
     """The graph of a recipe, or of one part of it, with the 2:4 weights among its own blocks."""
     module = RecipeModule(converted, recipe).eval()
@@ -111,6 +129,9 @@ def _graph_of(
     # A half of which nothing is pruned says so: a file that says nothing must be 2:4 throughout.
     annotate(graph, model, own_modules(recipe, sparse) if sparse else None)
     _require_one_dtype(graph, dtype)
+    if quantized:
+        own = own_modules(recipe, list(quantized.layers))
+        quantise_graph(graph, model, own_layers(quantized, own))
     return graph
 
 
