@@ -46,8 +46,12 @@ def require_usable(options: BuildOptions, context: RunContext, backends: Sequenc
 
     Raises:
         CalibrationError: there are too few calibration samples for ranges.
-        UsageError: a backend does not run quantised models.
+        UsageError: a backend does not run quantised models, or there is nothing to do.
     """
+    if options.quantize is None and options.prune.method == "none":
+        raise UsageError(
+            "--method none leaves the model as it is; add --quantize fp8 or int8, or leave it out."
+        )
     if options.quantize is not None:
         from prox24_deploy.quantization.quantize import require_samples
 
