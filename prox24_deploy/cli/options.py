@@ -39,6 +39,7 @@ OutOpt = Annotated[
 NameOpt = Annotated[
     str | None,
     typer.Option(
+        "--name",
         metavar="NAME",
         help="What the model is called, such as owner/model; default: as its card says.",
     ),
@@ -134,6 +135,7 @@ PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
 DTypeOpt = Annotated[
     DType | None,
     typer.Option(
+        "--dtype",
         parser=parse_dtype,
         metavar="DTYPE",
         help=f"{_DTYPES}: precision of the exported models; default: the checkpoint's own. Nothing "
@@ -143,6 +145,7 @@ DTypeOpt = Annotated[
 PlanDTypeOpt = Annotated[
     DType | None,
     typer.Option(
+        "--dtype",
         parser=parse_dtype,
         metavar="DTYPE",
         help=f"{_DTYPES}: precision to time; default: the checkpoint's own, float16 if that is "
@@ -231,6 +234,7 @@ LimitsOpt = Annotated[
 AcceptLossOpt = Annotated[
     list[str] | None,
     typer.Option(
+        "--accept-loss",
         metavar="METRIC=AMOUNT",
         help="Loss to accept against the dense model, e.g. perplexity=25%; repeatable.",
     ),
