@@ -34,6 +34,8 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELIS
 # Where torch may write is the folder of temporary files of each process.
 os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# A forked process cannot use a GPU, and what is found must not depend on one.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from fuzz_seeds import ROOMS
 from fuzz_targets import TARGETS, Target, choose
@@ -153,9 +155,8 @@ def warm_up(modules: Iterable[str]) -> None:
         # Of what is there, some is none by its name, and some comes with another alone.
         with contextlib.suppress(Exception):
             import_module(name)
-    threads = len(list(Path("/proc/self/task").iterdir()))
-    if threads > 1:
-        raise RuntimeError(f"{threads} threads run in a process that is to be forked")
+        if len(list(Path("/proc/self/task").iterdir())) > 1:
+            raise RuntimeError(f"{name} starts a thread in a process that is to be forked")
 
 
 def save(

@@ -51,6 +51,8 @@ _RAW = (
     Raw('{"a": 1, "a": 2}'), Raw("[1, 2"), Raw("'a'"), Raw('"\\ud800"'), Raw('"\\u0000"'),
     Raw("undefined"), Raw("1979-05-27"), Raw("1979-05-27T07:32:00Z"), Raw("NaN"), Raw("-Infinity"),
 )  # fmt: skip
+# Twice what any reader takes, and little enough to be written in a moment.
+_MOST_REPEATED = 2**26
 _DEPTHS = (20, 200, 990, 3000, 100_000)
 
 
@@ -232,7 +234,8 @@ def _copy(container: Any, key: Any, draw: Random, whole: Any) -> str:
 def _repeat(container: Any, key: Any, draw: Random, _: Any) -> str:
     inner, times = container[key], draw.choice((2, 50, 2000))
     if isinstance(inner, list | str):
-        container[key] = inner * min(times, 100_000 // max(len(inner), 1) + 1)
+        most = min(100_000 // max(len(inner), 1), _MOST_REPEATED // len(to_json(inner)))
+        container[key] = inner * min(times, most + 1)
     else:
         container[key] = [inner] * 3
     return f"repeated {times} times"

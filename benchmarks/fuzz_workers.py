@@ -1,5 +1,6 @@
 """Run spoilt inputs in processes that are bound in time and memory, and tell what came of each."""
 
+import ctypes
 import faulthandler
 import gc
 import io
@@ -11,6 +12,7 @@ import shutil
 import signal
 import tempfile
 import time
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -32,6 +34,8 @@ MOST_WALL_S = 180
 _MOST_OF_A_PROCESS = 500
 _LEAST_OF_A_PROCESS = 50
 _SHARES = 8
+# A number of <malloc.h>.
+_M_ARENA_MAX = -8
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -245,6 +249,9 @@ def _bound(log: io.TextIOWrapper) -> None:
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MOST_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Of the C library, a thread gets room of its own that is never used: those of ONNX Runtime on a
+    # host of many cores would have none left, and it waits for a thread that did not start.
+    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
 
@@ -257,6 +264,8 @@ def _tried(target: Target, case: Case, story: tuple[str, ...], watch: Watch) -> 
     before = _peak()
     answer, where, detail = answered(target, case, watch)
     signal.setitimer(signal.ITIMER_REAL, 0)
+    # To make the next input is no work of a parser.
+    resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY,) * 2)
     return Outcome(
         case.number,
         answer,
@@ -286,10 +295,26 @@ def in_child(work: Callable[[], object]) -> None:
     """Run something in a process of its own, so that this one starts no threads and loads nothing.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: it failed; says how, for a watched process prints nothing that is seen.
     """
-    process = _FORK.Process(target=work)
+    inbox, outbox = _FORK.Pipe(duplex=False)
+    process = _FORK.Process(target=_told, args=(work, outbox))
     process.start()
+    outbox.close()
+    try:
+        failure = inbox.recv()
+    except EOFError:
+        process.join()
+        failure = f"it ended with {process.exitcode}"
     process.join()
-    if process.exitcode:
-        raise RuntimeError(f"a process ended with {process.exitcode}")
+    if failure:
+        raise RuntimeError(f"a process failed: {failure}")
+
+
+def _told(work: Callable[[], object], outbox: Connection) -> None:
+    try:
+        work()
+    except Exception:
+        outbox.send(traceback.format_exc())
+    else:
+        outbox.send("")

@@ -98,6 +98,15 @@ def test_a_number_gives_the_same_input_again_and_others_give_others(
     assert unchanged < 15, "inputs that are not spoilt show nothing"
 
 
+def test_what_is_repeated_stays_within_what_is_written_in_a_moment() -> None:
+    """Else the harness itself would run out of memory, or of the time of an input."""
+    value = json.dumps([[[["x" * 600_000]]]]).encode()
+    spoilt = (fuzz_documents.spoil_json(value, Random(number)) for number in range(400))
+    sizes = [len(data) for data, story in spoilt if "repeated 2000 times" in " ".join(story)]
+    assert max(sizes) > 2**25
+    assert max(sizes) < 2**28
+
+
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """A script of its own, because the harness forks and a test runner has threads."""
     path = os.pathsep.join((str(BENCHMARKS), os.environ.get("PYTHONPATH", "")))

@@ -12,7 +12,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from prox24_deploy import __version__
 from prox24_deploy.bundle.layout import MANIFEST_FILE
 from prox24_deploy.core.atomic import write_atomic
-from prox24_deploy.core.documents import Document, first_problem, is_file_name, read_json
+from prox24_deploy.core.documents import (
+    Document,
+    first_problem,
+    is_file_name,
+    read_json,
+    replace_infinite,
+)
 from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.records import ModelInfo
 from prox24_deploy.core.snapshot import sha256_of
@@ -37,7 +43,8 @@ InnerPath = Annotated[str, AfterValidator(_inside)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # Text such as "1e999" is taken for a number, and for an infinite one.
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class FileEntry(_Part):
@@ -89,7 +96,12 @@ class Manifest(_Part):
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one text of a JSON value: sorted keys, two spaces, UTF-8, final newline."""
+    """The one text of a JSON value: sorted keys, two spaces, UTF-8, final newline.
+
+    A number that is not finite, which JSON has none of, is its name, "nan", "inf" or "-inf", which
+    readers of records take for it.
+    """
+    value = replace_infinite(value, str)
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return text.encode() + b"\n"
 

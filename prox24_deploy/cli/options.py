@@ -39,7 +39,6 @@ OutOpt = Annotated[
 NameOpt = Annotated[
     str | None,
     typer.Option(
-        # Named, as below.
         "--name",
         metavar="NAME",
         help="What the model is called, such as owner/model; default: as its card says.",
@@ -139,7 +138,6 @@ PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
 DTypeOpt = Annotated[
     DType | None,
     typer.Option(
-        # Named, for typer 0.27 takes the name from the metavar.
         "--dtype",
         parser=parse_dtype,
         metavar="DTYPE",
@@ -150,7 +148,6 @@ DTypeOpt = Annotated[
 PlanDTypeOpt = Annotated[
     DType | None,
     typer.Option(
-        # Named, as above.
         "--dtype",
         parser=parse_dtype,
         metavar="DTYPE",
@@ -246,6 +243,7 @@ LimitsOpt = Annotated[
 AcceptLossOpt = Annotated[
     list[str] | None,
     typer.Option(
+        "--accept-loss",
         metavar="METRIC=AMOUNT",
         help="Loss to accept against the dense model, e.g. perplexity=25%; repeatable.",
     ),

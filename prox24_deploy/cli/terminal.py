@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
+from prox24_deploy.core.documents import replace_infinite
 from prox24_deploy.core.errors import Prox24Error, explained
 from prox24_deploy.core.printable import MOST_CHARACTERS, printable, shortened
 
@@ -71,5 +72,9 @@ def print_table(table: Table) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One object on stdout, in ASCII, so that it can be shown and sent anywhere."""
-    sys.stdout.write(json.dumps(value, default=str) + "\n")
+    """One object on stdout, in ASCII, so that it can be shown and sent anywhere.
+
+    A number that is not finite is null, for JSON has none.
+    """
+    shown = replace_infinite(value, lambda _: None)
+    sys.stdout.write(json.dumps(shown, default=str, allow_nan=False) + "\n")

@@ -3,7 +3,7 @@
 All of the package reads its documents here, so that what is refused is refused everywhere: files
 that are no regular files or too large, text that is not UTF-8, nesting that would exhaust the
 stack, keys given twice, half surrogate pairs and, but where a caller allows them, numbers that are
-not finite.
+not finite, or are larger than any float.
 """
 
 import errno
@@ -12,9 +12,10 @@ import math
 import os
 import re
 import stat
+import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 MOST_JSON_BYTES = 2**25
 MOST_TOML_BYTES = 2**18
 MOST_DEPTH = 100
+# What no float of eight bytes holds, and most readers of JSON take for infinite.
+_MOST_NUMBER = int(sys.float_info.max)
 _SPACE = re.compile(r"[ \t\r\n]*")
 # Of the file systems of Linux, in bytes.
 _LONGEST_NAME = 255
@@ -170,7 +173,8 @@ def parse_json(data: bytes | str, document: Document, *, finite: bool = True) ->
     Args:
         data: UTF-8, with or without a byte order mark.
         document: names it in errors.
-        finite: refuse NaN and infinity, which only some writers of JSON know.
+        finite: refuse NaN and infinity, which only some writers of JSON know, and whole numbers
+            beyond every float.
 
     Raises:
         Prox24Error: of the document's kind; it is not JSON, or is refused.
@@ -294,6 +298,17 @@ def first_problem(error: "ValidationError") -> tuple[str, str]:
     return ".".join(str(part) for part in problem["loc"]), problem["msg"]
 
 
+def replace_infinite(value: Any, made: Callable[[float], Any]) -> Any:
+    """A value with what `made` gives for each number in it that is not finite: JSON has none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return made(value)
+    if isinstance(value, dict):
+        return {key: replace_infinite(part, made) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_infinite(part, made) for part in value]
+    return value
+
+
 def is_file_name(name: str) -> bool:
     """Whether a name from a document can be that of a file, and leads into no other folder."""
     plain = name not in {"", ".", ".."} and not set(name) & {"/", "\0"}
@@ -316,6 +331,8 @@ def _refuse_infinite(value: Any) -> None:
     while level:
         if any(isinstance(item, float) and not math.isfinite(item) for item in level):
             raise ValueError("it holds a number that is not finite")
+        if any(isinstance(item, int) and abs(item) > _MOST_NUMBER for item in level):
+            raise ValueError("it holds a number that is larger than any float")
         level = [child for item in level for child in _children(item)]
 
 

@@ -4,6 +4,7 @@ A value counts with all its fields, so that a field added later counts by itself
 a result, such as where a file lies, is left out only where its field says so and why.
 """
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -39,6 +40,9 @@ def fingerprint(value: object) -> "JsonValue":
     Raises:
         TypeError: the value is of a kind that says nothing of its content, such as a path.
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        # JSON has no such number.
+        return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Fingerprinted):

@@ -1,10 +1,12 @@
 """Calibration and evaluation images: find them in folders, label them, turn them into batches."""
 
 import hashlib
+import io
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -23,6 +25,8 @@ MIN_IMAGES = 16
 _BATCH_IMAGES = 16
 # A photograph of the largest cameras; decoded, it takes four bytes a pixel, twice.
 MOST_PIXELS = 2**26
+# Of as many pixels of four channels, each of two bytes.
+_MOST_BYTES = 8 * MOST_PIXELS
 # What is scaled by its shorter side grows by this.
 MOST_ASPECT = 20
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -148,7 +152,7 @@ def _read(path: Path) -> Image.Image:
         with open_regular(path) as file, warnings.catch_warnings():
             # The bound here is lower.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file, formats=_FORMATS) as image:
+            with Image.open(_held(file), formats=_FORMATS) as image:
                 _require_size(*image.size)
                 return image.convert("RGB")
     except MemoryError:
@@ -158,6 +162,14 @@ def _read(path: Path) -> Image.Image:
         raise CalibrationError(
             f"Image {path} cannot be read ({reason_of(error)}); remove it or write it again."
         ) from error
+
+
+def _held(file: BinaryIO) -> io.BytesIO:
+    """All of a file: what is held gives no more than there is, whatever length a part claims."""
+    size = os.fstat(file.fileno()).st_size
+    if size > _MOST_BYTES:
+        raise ValueError(f"it has {size:,} bytes, more than the {_MOST_BYTES:,} that are read")
+    return io.BytesIO(file.read())
 
 
 def _require_size(width: int, height: int) -> None:

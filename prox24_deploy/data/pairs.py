@@ -24,6 +24,8 @@ from prox24_deploy.model.batch import IGNORED, Batch, Samples, pad_rows, padding
 from prox24_deploy.model.directory import ModelDir
 
 _START = "decoder_start_token_id"
+# Beyond every vocabulary, and within what a tensor of tokens holds.
+_MOST_ID = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ def start_token(directory: ModelDir) -> int:
     """The token that the decoder of a model starts from.
 
     Raises:
-        ModelDirError: neither config.json nor generation_config.json names it.
+        ModelDirError: neither config.json nor generation_config.json names it, or as no token.
     """
     file = directory.path / "generation_config.json"
     generation: dict[str, Any] = {}
@@ -52,7 +54,7 @@ def start_token(directory: ModelDir) -> int:
         generation = read_object(file, document, finite=False)
     found = directory.config.get(_START)
     found = generation.get(_START) if found is None else found
-    if not isinstance(found, int):
+    if not isinstance(found, int) or not 0 <= found < _MOST_ID:
         raise ModelDirError(
             f"Model directory {directory.path} names no {_START} ({found!r}), from which its "
             "decoder starts; add it to config.json."

@@ -88,12 +88,30 @@ def require_size(path: Path, config: Mapping[str, Any], sizes: Sizes, auto: Any)
     except _TooLargeError:
         pass
     except Exception:
-        # Opening the model in earnest says what is wrong.
+        # Opening the model in earnest says what is wrong, within the same bounds.
         return
+    raise _far_larger(path, config, sizes)
+
+
+@contextmanager
+def no_larger(path: Path, config: Mapping[str, Any], sizes: Sizes) -> Iterator[None]:
+    """Open a model in earnest, and end it before it takes memory for far more than `sizes` has.
+
+    Raises:
+        ModelDirError: as for `require_size`, whose arguments these are.
+    """
+    try:
+        with _counted(sizes):
+            yield
+    except _TooLargeError as error:
+        raise _far_larger(path, config, sizes) from error
+
+
+def _far_larger(path: Path, config: Mapping[str, Any], sizes: Sizes) -> ModelDirError:
     blocks = count_blocks(sizes)
     more = [f"{key} is {value}" for key, value in _parts(config) if value > blocks]
     hint = f"; {', '.join(more)}, but the checkpoint holds {blocks} blocks" if more else ""
-    raise ModelDirError(
+    return ModelDirError(
         f"Model directory {path} holds {sum(sizes.values()):,} weights in {len(sizes)} tensors, "
         f"but {CONFIG_FILE} describes a far larger model{hint}; restore the {CONFIG_FILE} that "
         "belongs to it."
@@ -107,6 +125,12 @@ def bounded(sizes: Sizes) -> Iterator[None]:
     Raises:
         Exception: there are.
     """
+    with _counted(sizes), torch.device("meta"):
+        yield
+
+
+@contextmanager
+def _counted(sizes: Sizes) -> Iterator[None]:
     most = _SHARED * len(sizes) + _SPARE
     most_weights = _SHARED * sum(sizes.values()) + _SPARE_WEIGHTS
     count = weights = 0
@@ -120,8 +144,7 @@ def bounded(sizes: Sizes) -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(note)
     try:
-        with torch.device("meta"):
-            yield
+        yield
     finally:
         handle.remove()
 

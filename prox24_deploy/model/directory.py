@@ -19,7 +19,7 @@ from prox24_deploy.core.errors import ModelDirError, RecipeError
 from prox24_deploy.core.records import ModelInfo
 from prox24_deploy.core.snapshot import Snapshot, take_snapshot
 from prox24_deploy.core.tasks import TASKS
-from prox24_deploy.model.capacity import require_counts, require_size
+from prox24_deploy.model.capacity import no_larger, require_counts, require_size
 from prox24_deploy.model.config_file import read_config
 from prox24_deploy.model.refusals import (
     require_fixed_rope,
@@ -198,18 +198,19 @@ def load_with_rest(
     sizes = {name: tensor.numel for name, tensor in directory.tensors.items()}
     require_size(directory.path, directory.config, sizes, auto)
     try:
-        model, info = auto.from_pretrained(
-            directory.path,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            # Reported below by name; the library's own message names nothing.
-            ignore_mismatched_sizes=True,
-            attn_implementation=None if recipe.attention == "default" else recipe.attention,
-            output_loading_info=True,
-        )
-    except MemoryError:
+        with no_larger(directory.path, directory.config, sizes):
+            model, info = auto.from_pretrained(
+                directory.path,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                # Reported below by name; the library's own message names nothing.
+                ignore_mismatched_sizes=True,
+                attn_implementation=None if recipe.attention == "default" else recipe.attention,
+                output_loading_info=True,
+            )
+    except (MemoryError, ModelDirError):
         raise
     except Exception as error:
         # A wrong value in config.json surfaces as whatever the model's own code runs into.

@@ -9,9 +9,10 @@ from prox24_deploy.core.errors import ModelDirError
 
 # Where processors are described; the first is of the processor of a model with several.
 FILES = ("processor_config.json", "preprocessor_config.json")
-# Least and most of what a processor allocates by, beyond every published model.
+# Least and most of what a processor allocates by, beyond every published model that has a spectrum
+# of each moment. With one feature, transformers pads a recording along both of its axes.
 _RANGES = {
-    "feature_size": (1, 1024),
+    "feature_size": (2, 1024),
     "sampling_rate": (1, 192_000),
     "chunk_length": (1, 60),
     "hop_length": (1, 65_536),
@@ -49,5 +50,6 @@ def _bounded(
             yield from _bounded(value, pixels=size)
         bounds = _PIXELS if size else _RANGES.get(key)
         for item in value if isinstance(value, list) else [value]:
-            if bounds and isinstance(item, int | float) and not isinstance(item, bool):
+            # A switch is a number too, and beside the sizes of images there may be one.
+            if bounds and isinstance(item, int | float) and not (size and isinstance(item, bool)):
                 yield key, item, bounds

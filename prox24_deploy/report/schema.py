@@ -48,7 +48,8 @@ ChangeKind = Literal[
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Text such as "1e999" is taken for a number, and for an infinite one.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Check(_Record):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -214,6 +215,35 @@ def test_the_first_run_returns_what_a_later_one_reads(tmp_path: Path) -> None:
         assert bundle.reused == ["t"]
         assert list(first.items()) == list(later.items()) == [("a", 2.0), ("b", 0.1)]
         assert bundle.load(stage) == later
+
+
+def test_a_result_may_hold_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    """A graph that overflows differs from PyTorch by NaN, which its check has to tell."""
+    stage: Stage[Words, tuple[float, ...]] = Stage(
+        name="t", result=tuple[float, ...], run=lambda *_: (math.nan, math.inf, -math.inf, 1.0)
+    )
+    with open_bundle(tmp_path) as bundle:
+        first, later = (bundle.run(stage, Words(text=""), silent) for _ in range(2))
+        assert bundle.reused == ["t"]
+        assert math.isnan(first[0])
+        assert first[1:] == later[1:] == (math.inf, -math.inf, 1.0)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    values: tuple[float, ...]
+
+
+def test_a_stage_may_be_given_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    stage: Stage[Numbers, int] = Stage(name="t", result=int, run=lambda *_: 1)
+    with open_bundle(tmp_path) as bundle:
+        for _ in range(2):
+            assert bundle.run(stage, Numbers((math.inf, math.nan)), silent) == 1
+        assert bundle.reused == ["t"]
+        assert bundle.run(stage, Numbers((-math.inf, math.nan)), silent) == 1
+        assert bundle.reused == ["t"]
+    with open_bundle(tmp_path) as bundle:
+        assert bundle.load(stage) == 1
 
 
 def damage_change(out: Path) -> None:
@@ -801,7 +831,7 @@ class Exported:
     models: tuple[OnnxModel, ...]
 
 
-def test_a_record_that_names_a_file_which_is_not_there_is_not_taken(tmp_path: Path) -> None:
+def test_a_record_that_names_no_file_or_one_twice_is_not_taken(tmp_path: Path) -> None:
     def export(_: Words, work: Workspace, __: Progress) -> Exported:
         (work.partial / "onnx").mkdir()
         (work.partial / "onnx" / "model.onnx").write_text("graph")
@@ -817,7 +847,11 @@ def test_a_record_that_names_a_file_which_is_not_there_is_not_taken(tmp_path: Pa
         bundle.run(stage, Words(text=""), silent)
         assert bundle.load(stage).models[0].path == "onnx/model.onnx"
         record = bundle.root / "stages" / "export.json"
-        record.write_text(record.read_text().replace("onnx/model.onnx", "onnx/model.onn"))
-        bundle.manifest.files["stages/export.json"] = hash_file(record)
-        with pytest.raises(BundleError, match=r"holds no finished stage 'export'; run it first"):
-            bundle.load(stage)
+        text = record.read_text()
+        twice = json.loads(text)
+        twice["models"] *= 2
+        for changed in (text.replace("onnx/model.onnx", "onnx/model.onn"), json.dumps(twice)):
+            record.write_text(changed)
+            bundle.manifest.files["stages/export.json"] = hash_file(record)
+            with pytest.raises(BundleError, match=r"no finished stage 'export'; run it first"):
+                bundle.load(stage)

@@ -2,19 +2,23 @@
 
 import errno
 import io
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from command_line import run_cli
 from rich.console import Console
+from typer.models import OptionInfo
 
 from prox24_deploy import __version__
 from prox24_deploy.cli import options, tables
 from prox24_deploy.cli.options import hoist_common, join_shapes
+from prox24_deploy.cli.terminal import print_json
 from prox24_deploy.config.options import parse_dtype, parse_shapes
 from prox24_deploy.core.errors import EngineError, UsageError
 from prox24_deploy.core.records import (
@@ -96,6 +100,21 @@ def test_a_traceback_is_shown_with_debug_only(monkeypatch: pytest.MonkeyPatch) -
 
 def test_common_options_may_stand_anywhere() -> None:
     assert hoist_common(["build", "x", "-v", "--json"]) == ["-v", "build", "x", "--json"]
+
+
+def test_what_a_value_is_called_is_not_the_name_of_its_option() -> None:
+    """Versions 0.27.0 to 0.27.2 of typer make an option of the metavar where it has no name."""
+    named = {name: get_args(kind)[1] for name, kind in vars(options).items() if name[-3:] == "Opt"}
+    assert len(named) > 40
+    for name, option in named.items():
+        assert isinstance(option, OptionInfo), name
+        # Until an annotation is read, its first name stands where a default would.
+        assert option.metavar is None or isinstance(option.default, str), name
+
+
+def test_json_has_null_where_a_number_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"seconds": math.inf, "rows": [{"error": math.nan}], "name": Path("a")})
+    assert capsys.readouterr().out == '{"seconds": null, "rows": [{"error": null}], "name": "a"}\n'
 
 
 def test_shapes_take_several_words() -> None:

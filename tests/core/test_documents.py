@@ -1,7 +1,9 @@
 """JSON and TOML of others: what is refused is refused in one sentence, whatever it is."""
 
 import json
+import math
 import os
+import sys
 import time
 import tomllib
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from prox24_deploy.core.documents import (
     parse_toml,
     read_json,
     read_toml_text,
+    replace_infinite,
 )
 from prox24_deploy.core.errors import UsageError
 
@@ -86,6 +89,8 @@ def as_text(data: bytes | str) -> str:
         (b'{"a": 1, "b": {"c": 2, "c": 2}}', "the key 'c' is given twice"),
         (b"1e999", "it holds a number that is not finite"),
         (b"[1, -Infinity]", "it holds a number that is not finite"),
+        (b"[" + b"9" * 309 + b"]", "it holds a number that is larger than any float"),
+        (b"-1" + b"0" * 400, "it holds a number that is larger than any float"),
         (b'{"\\uDFFF": 1}', r"a string holds \\udfff, half of a surrogate pair"),
         (b'["\\u005cud800", "\\ud83d\\ud83d"]', r"a string holds \\ud83d, half of"),
         (b"\xff", "not UTF-8, see byte 0"),
@@ -101,6 +106,19 @@ def test_what_is_wrong_with_json_is_said(data: bytes, reason: str) -> None:
         UsageError, match=rf"is not readable JSON \({reason}.*\); write it again\.$"
     ):
         parse_json(data, PAGE)
+
+
+def test_whole_numbers_that_a_float_holds_are_read() -> None:
+    largest = int(sys.float_info.max)
+    assert parse_json(str(largest), PAGE) == largest
+    assert parse_json("9" * 400, PAGE, finite=False) == int("9" * 400)
+
+
+def test_every_number_that_is_not_finite_is_replaced_and_nothing_else() -> None:
+    value = {"a": [1, math.inf, ("x", -math.inf)], "b": {"c": math.nan}, "d": True, "e": 10**400}
+    assert replace_infinite(value, str) == {
+        "a": [1, "inf", ["x", "-inf"]], "b": {"c": "nan"}, "d": True, "e": 10**400,
+    }  # fmt: skip
 
 
 def test_a_backslash_before_the_escape_makes_no_half_pair() -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -249,6 +250,31 @@ def test_an_image_that_would_fill_memory_is_not_decoded(
     path.write_bytes(b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + header)
     with pytest.raises(CalibrationError, match=rf"a\.bmp cannot be read \({message}"):
         make_image_samples(one(path), processor, {}, limit=1)
+
+
+def test_a_part_that_claims_a_length_takes_no_memory_for_it(
+    tmp_path: Path, processor: object
+) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (12, 10)).save(path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"IDAT") - 4
+    data[at : at + 4] = (2**32 - 1).to_bytes(4, "big")
+    path.write_bytes(data)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**31, before[1]))
+    try:
+        assert make_image_samples(one(path), processor, {}, limit=1).source.samples == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, processor: object) -> None:
+    with (tmp_path / "a.tif").open("wb") as file:
+        file.truncate(2**29 + 1)
+    with pytest.raises(CalibrationError, match=r"a\.tif cannot be read \(it has 536,870,913 bytes"):
+        make_image_samples(one(tmp_path / "a.tif"), processor, {}, limit=1)
 
 
 def test_one_image_is_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

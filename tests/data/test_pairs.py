@@ -125,6 +125,10 @@ def test_the_start_token_is_found_or_missed_by_name(bart: Path, tmp_path: Path) 
     generation.write_text("{}", encoding="utf-8")
     with pytest.raises(ModelDirError, match=r"names no decoder_start_token_id \(None\), from"):
         start_token(directory)
+    for number in (-1, -(10**300), 2**31):
+        generation.write_text(json.dumps({"decoder_start_token_id": number}), encoding="utf-8")
+        with pytest.raises(ModelDirError, match=rf"decoder_start_token_id \({number}\), from"):
+            start_token(directory)
     generation.write_text("{", encoding="utf-8")
     with pytest.raises(ModelDirError, match=r"generation_config.json is not readable JSON"):
         start_token(directory)

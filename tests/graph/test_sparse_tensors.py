@@ -88,12 +88,26 @@ def test_a_shape_without_bounds_is_refused(tmp_path: Path, monkeypatch: pytest.M
     tensor = sparse(array_24((8, 8), 0))
     tensor.dims[:] = [2**40, 2**40]
     path = write(tmp_path / "m.onnx", tensor)
-    message = r"'w' of .* has the shape \(1099511627776, .*\); the check makes one dense up to"
+    message = r"'w' of .* has the shape \(1099511627776, .*\); the check makes those of a"
     with pytest.raises(UsageError, match=message):
         check_onnx(path)
-    monkeypatch.setattr(sparse_tensors, "MOST_ELEMENTS", 63)
-    with pytest.raises(UsageError, match=r"makes one dense up to 63 elements; store it as a dense"):
+    monkeypatch.setattr(sparse_tensors, "MOST_BYTES", 255)
+    with pytest.raises(UsageError, match=r"those of a file dense up to 255 bytes; store it as a d"):
         check_onnx(write(path, sparse(array_24((8, 8), 0))))
+
+
+def test_sparse_tensors_of_a_file_share_one_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_tensors, "MOST_BYTES", 256)
+    path = write(tmp_path / "m.onnx", sparse(array_24((8, 8), 0)))
+    assert only(path).is_24
+    model = onnx.load(path)
+    model.graph.sparse_initializer.append(sparse(array_24((8, 8), 0)))
+    model.graph.sparse_initializer[1].values.name = "v"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UsageError, match=r"Sparse tensor 'v' of .* has the shape \(8, 8\); the c"):
+        check_onnx(path)
 
 
 def test_two_sparse_initializers_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ SIZES: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"n_layer": 700}, "n_layer is 700, but the checkpoint holds 2 blocks"),
     ("bart", {"decoder_layers": 900}, "decoder_layers is 900, but the checkpoint holds 2 blocks"),
     ("whisper", {"max_source_positions": 10**12}, "describes a far larger model"),
+    # A model of random weights is not even begun with such a dtype; one with weights is.
+    ("llama", {"dtype": -1, "vocab_size": 2**31 - 1}, "describes a far larger model; restore"),
 ]
 
 

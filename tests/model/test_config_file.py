@@ -79,7 +79,10 @@ def test_labels_of_another_form_are_refused(named: object) -> None:
         ({"size": {"shortest_edge": -1}}, "shortest_edge -1, expected"),
         ({"crop_size": [224, 9999]}, "crop_size 9999, expected"),
         ({"image_processor": {"size": {"longest_edge": 1e9}}}, "longest_edge 1000000000"),
-        ({"feature_size": 10**9}, "feature_size 1000000000, expected 1 to 1024"),
+        ({"feature_size": 10**9}, "feature_size 1000000000, expected 2 to 1024"),
+        ({"feature_size": 1}, "feature_size 1, expected 2 to 1024"),
+        ({"feature_size": True}, "feature_size True, expected 2 to 1024"),
+        ({"feature_size": False}, "feature_size False, expected 2 to 1024"),
         ({"chunk_length": 10**9}, "chunk_length 1000000000, expected 1 to 60"),
         ({"sampling_rate": 0}, "sampling_rate 0, expected 1 to 192000"),
         ({"n_fft": 10**9}, "n_fft 1000000000, expected 1 to 65536"),
@@ -97,7 +100,8 @@ def test_sizes_of_a_processor_are_bounded(
 def test_sizes_in_use_are_let_through(tmp_path: Path) -> None:
     require_usable_sizes(tmp_path)
     described = {
-        "size": {"shortest_edge": 384}, "crop_size": 224, "do_resize": True, "rescale_factor": 0.1,
+        "size": {"shortest_edge": 384, "default_to_square": False}, "crop_size": 224,
+        "do_resize": True, "rescale_factor": 0.1,
         "feature_size": 128, "n_samples": 480_000, "sampling_rate": 16_000, "chunk_length": 30,
     }  # fmt: skip
     require_usable_sizes(written(tmp_path, described, "preprocessor_config.json"))

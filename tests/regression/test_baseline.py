@@ -73,6 +73,10 @@ def test_a_report_is_never_overwritten_by_a_baseline(bundle: Path, tmp_path: Pat
         ({"baseline_version": 2}, "has baseline_version 2, expected 1; move it away and run"),
         ({"report": {"schema_version": 0}}, "has schema_version 0, expected 2; move it away"),
         ({"history": 3}, "is damaged at 'history'"),
+        (
+            {"history": [{"date": "", "reason": "", "verdict": "pass", "figures": {"a": "nan"}}]},
+            r"is damaged at 'history\.0\.figures\.a': Input should be a finite number",
+        ),
         ({"surprise": 3}, "is damaged at 'surprise'"),
     ],
 )
