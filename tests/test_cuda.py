@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run_cli, snapshot
+from opened import open_tiny
 from safetensors.torch import load_file
 
+from prox24_deploy.engines.cusparselt.compile_trial import try_elsewhere
 from prox24_deploy.engines.cusparselt.gemm import gpu_profile, measure_gemms
+from prox24_deploy.engines.cusparselt.inductor import try_compiling, with_another
 from prox24_deploy.engines.cusparselt.planning import read_plan, write_plan
 from prox24_deploy.engines.cusparselt.profile import GemmShape, GemmTiming, write_profile
+from prox24_deploy.engines.cusparselt.torch_model import open_torch_model
 from prox24_deploy.pruning.solvers.prox import objective_24, prox_24
 from prox24_deploy.sparsity.pattern import is_24
 
@@ -135,6 +139,21 @@ def test_a_plan_is_measured_on_the_gpu_at_hand(tiny_bert: Path, prose: Path) -> 
     assert plan["source"] == "measured"
     assert plan["profile"]["gpu"] == torch.cuda.get_device_name()
     assert plan["shapes"][0]["dense_ms"] > 0
+
+
+def test_a_twin_is_compiled_from_what_its_trial_left_in_the_cache(
+    tiny_llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    tiny, shapes = open_tiny(tiny_llama, prose), [(1, 8), (2, 16)]
+    opened = open_torch_model(tiny.directory, tiny.recipe, "float16")
+    trial = try_elsewhere(opened, shapes, {})
+    assert (trial.reason, trial.graphs, trial.cached) == ("", 3, 0)
+    compiled = opened.compiled(shapes)
+    runs = [opened.inputs(opened.feeds(shape)) for shape in with_another(shapes)]
+    _, here = try_compiling(compiled, runs)
+    compiled.close()
+    assert (here.reason, here.graphs, here.cached) == ("", 3, 3)
 
 
 def test_a_large_gemm_is_faster_sparse(planned: Path, tmp_path: Path) -> None:

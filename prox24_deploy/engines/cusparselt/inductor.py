@@ -78,6 +78,17 @@ def try_compiling(
     )
 
 
+def with_another(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Every (batch, sequence) to run: these, and last one for the graph of all other shapes.
+
+    Sizes of 1 would get a graph for that size alone.
+    """
+    batch, sequence = max(shapes)
+    tried = [(max(batch, 2), max(2, sequence // 2 + 1) if sequence else 0), (batch + 1, sequence)]
+    other = next((shape for shape in tried if shape not in shapes), (batch + 2, sequence))
+    return [*shapes, other]
+
+
 def _counts() -> tuple[int, int]:
     """Graphs that were made in this process, and how many of them came from Inductor's cache."""
     known: Any = counters

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +18,33 @@ from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession, Run, to_te
 from prox24_deploy.engines.cusparselt.inductor import CompiledModule
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.graph.export.module import RecipeModule, copy_with, to_dtype
-from prox24_deploy.model.directory import ModelDir, load_model
+from prox24_deploy.model.directory import ModelDir, build_untrained, load_model
 
 # Largest difference to the same weights multiplied dense, as a share of the largest output.
 OUTPUT_TOLERANCES: dict[DType, float] = {"float16": 2e-2, "bfloat16": 1e-1}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blueprint:
+    """All that another process needs to build the same module, with weights of its own."""
+
+    path: Path
+    recipe: Recipe
+    dtype: DType
+    vocabulary: int
+
+
 @dataclass(frozen=True, slots=True)
 class TorchModel:
-    """A module on the GPU that takes the inputs of its signature by position."""
+    """A module on the GPU that takes the inputs of its signature by position.
+
+    `blueprint` is None for a module that was not opened from a directory.
+    """
 
     module: RecipeModule
     dtype: DType
     vocabulary: int
+    blueprint: Blueprint | None = None
 
     @property
     def wrapped(self) -> nn.Module:
@@ -109,8 +124,21 @@ def open_torch_model(source: ModelDir, recipe: Recipe, dtype: DType) -> TorchMod
             f"cuSPARSELt has no {dtype} kernels; export with --dtype float16 or --dtype bfloat16."
         )
     model = load_model(source, recipe, torch.device(cuda_graph.DEVICE))
-    module = RecipeModule(copy_with(model, to_dtype(dtype)), recipe).eval()
-    return TorchModel(module, dtype, int(source.config.get("vocab_size", 1)))
+    vocabulary = int(source.config.get("vocab_size", 1))
+    blueprint = Blueprint(path=source.path, recipe=recipe, dtype=dtype, vocabulary=vocabulary)
+    return _in_half(model, blueprint)
+
+
+def build_torch_model(blueprint: Blueprint) -> TorchModel:
+    """The same module with random weights on the GPU: what is compiled of it is the same."""
+    device = torch.device(cuda_graph.DEVICE)
+    return _in_half(build_untrained(blueprint.path, blueprint.recipe, device), blueprint)
+
+
+def _in_half(model: nn.Module, blueprint: Blueprint) -> TorchModel:
+    half = copy_with(model, to_dtype(blueprint.dtype))
+    module = RecipeModule(half, blueprint.recipe).eval()
+    return TorchModel(module, blueprint.dtype, blueprint.vocabulary, blueprint)
 
 
 def compare_outputs(
