@@ -10,12 +10,13 @@ import torch
 from opened import open_tiny
 
 from prox24_deploy.core.records import Compilation
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.cusparselt import compile_trial, cuda_graph, inductor, prepare
 from prox24_deploy.engines.cusparselt.compile_trial import try_elsewhere
 from prox24_deploy.engines.cusparselt.inductor import try_compiling, with_another
 from prox24_deploy.engines.cusparselt.torch_model import TorchModel, open_torch_model
 
-SHAPES = [(1, 8), (2, 16)]
+SHAPES = [Shape(batch=1, sequence=8), Shape(batch=2, sequence=16)]
 # The job as it runs on a GPU, on the CPU, with a compiler that does as it is planted.
 JOB = """
 import os, sys, time

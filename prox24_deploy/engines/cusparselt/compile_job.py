@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.records import Compilation
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.child import end_on_termination
 from prox24_deploy.engines.cusparselt.inductor import try_compiling, with_another
 from prox24_deploy.engines.cusparselt.linear import replace_layers
@@ -23,13 +24,13 @@ from prox24_deploy.model.layers import layer_at
 class CompileJob:
     """What to compile, as JSON on the way from parent to child.
 
-    `layers` are held compressed, with the algorithm for each number of rows; each of `shapes`,
-    (batch, sequence), gets a graph of its own. How it went is written to `result`.
+    `layers` are held compressed, with the algorithm for each number of rows; each of `shapes` gets
+    a graph of its own. How it went is written to `result`.
     """
 
     blueprint: Blueprint
     layers: dict[str, dict[int, int]]
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[Shape, ...]
     result: Path
 
 

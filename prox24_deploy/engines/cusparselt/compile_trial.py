@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from prox24_deploy.core.records import Compilation
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.child import run_child
 from prox24_deploy.engines.cusparselt.compile_job import JOB, RESULT, CompileJob
+from prox24_deploy.engines.cusparselt.inductor import with_another
 from prox24_deploy.engines.cusparselt.torch_model import TorchModel
 
 _COMMAND = (sys.executable, "-m", "prox24_deploy.engines.cusparselt.compile_job")
@@ -27,7 +29,7 @@ _MOST_SHARE = 1 / 8
 
 def try_elsewhere(
     opened: TorchModel,
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[Shape],
     layers: Mapping[str, Mapping[int, int]],
     command: Sequence[str] = _COMMAND,
 ) -> Compilation:
@@ -35,7 +37,7 @@ def try_elsewhere(
 
     Args:
         opened: the model, its layers still dense.
-        shapes: (batch, sequence) that get a graph each.
+        shapes: those that get a graph each.
         layers: those to be held compressed, with the algorithm by rows.
         command: reads and answers as `compile_job` does.
 
@@ -58,7 +60,7 @@ def try_elsewhere(
 
 
 def _run(job: CompileJob, command: Sequence[str], log: Path) -> Compilation:
-    seconds = _START_SECONDS + _GRAPH_SECONDS * (len(job.shapes) + 1)
+    seconds = _START_SECONDS + _GRAPH_SECONDS * len(with_another(job.shapes))
     try:
         with log.open("wb") as file:
             code = run_child(command, JOB.dump_json(job), file, seconds)

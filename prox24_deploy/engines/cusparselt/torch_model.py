@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.config.recipe import Recipe, dynamic_names
 from prox24_deploy.core.errors import BackendMissingError, EngineError
 from prox24_deploy.core.records import NumericsCheck
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import DType
 from prox24_deploy.engines.base import Feeds
-from prox24_deploy.engines.cusparselt import cuda_graph
+from prox24_deploy.engines.cusparselt import cuda_graph, decode
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession, Run, to_tensor
 from prox24_deploy.engines.cusparselt.inductor import CompiledModule
 from prox24_deploy.engines.feeds import random_feeds
@@ -51,37 +52,65 @@ class TorchModel:
         """The model itself; its layers have the paths that the checkpoint gives them."""
         return self.module.wrapped
 
-    def feeds(self, shape: tuple[int, int], seed: int = 0) -> Feeds:
-        """Random inputs by name for (batch, sequence)."""
+    @property
+    def cached(self) -> bool:
+        """Whether it takes keys and values of the tokens before."""
+        return "past" in dynamic_names(self.module.signature.inputs)
+
+    @property
+    def runner(self) -> nn.Module:
+        """What an engine runs: takes `inputs`, and decodes with static buffers."""
+        return decode.DecoderModule(self.module).eval() if self.cached else self.module
+
+    def feeds(self, shape: Shape, seed: int = 0) -> Feeds:
+        """Random inputs by name."""
         inputs = self.module.signature.inputs
-        return random_feeds(inputs, self.dtype, self.vocabulary)(*shape, seed)
+        return random_feeds(inputs, self.dtype, self.vocabulary)(shape, seed)
 
     def inputs(self, feeds: Feeds) -> tuple[Tensor, ...]:
-        """Inputs on the GPU, in the order of the signature."""
-        return tuple(to_tensor(feeds[spec.name]) for spec in self.module.signature.inputs)
+        """Inputs of `runner` on the GPU."""
+        return self.fit(self._tensors(feeds))
+
+    def fit(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Inputs of `runner` from those of the signature."""
+        return decode.fit(self.module, given) if self.cached else given
+
+    def trim(self, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Outputs as the signature has them, from those of `runner`."""
+        return decode.trim(inputs, outputs) if self.cached else outputs
 
     @torch.inference_mode()
     def run(self, feeds: Feeds) -> tuple[Tensor, ...]:
-        """Outputs in the order of the signature, kernel by kernel."""
-        outputs: tuple[Tensor, ...] = self.module(*self.inputs(feeds))
+        """Outputs in the order of the signature, kernel by kernel, with a cache that grows."""
+        outputs: tuple[Tensor, ...] = self.module(*self._tensors(feeds))
         return outputs
+
+    @torch.inference_mode()
+    def run_as_engine(self, feeds: Feeds) -> tuple[Tensor, ...]:
+        """The same outputs from `runner`, kernel by kernel."""
+        inputs = self.inputs(feeds)
+        return self.trim(inputs, self.runner(*inputs))
+
+    def _tensors(self, feeds: Feeds) -> tuple[Tensor, ...]:
+        return tuple(to_tensor(feeds[spec.name]) for spec in self.module.signature.inputs)
 
     @property
     def output_names(self) -> list[str]:
         """Names of the outputs, in order."""
         return [spec.name for spec in self.module.signature.outputs]
 
-    def compiled(self, shapes: Sequence[tuple[int, int]]) -> CompiledModule:
-        """The model for torch.compile, with a graph for each (batch, sequence)."""
-        names = [spec.name for spec in self.module.signature.inputs]
-        feeds = [self.feeds(shape) for shape in shapes]
-        sizes = [tuple(torch.Size(one[name].shape) for name in names) for one in feeds]
-        return CompiledModule(self.module, sizes)
+    def compiled(self, shapes: Sequence[Shape]) -> CompiledModule:
+        """The model for torch.compile, with a graph for each of the shapes."""
+        runs = (self.inputs(self.feeds(shape)) for shape in shapes)
+        sizes = [tuple(tensor.shape for tensor in inputs) for inputs in runs]
+        return CompiledModule(self.runner, sizes)
 
     def session(self, source: str, run: Run | None = None) -> GraphSession:
         """The model, or what runs it, captured as CUDA graphs; `source` names it in messages."""
         inputs = [spec.name for spec in self.module.signature.inputs]
-        return GraphSession(run or self.module, inputs, self.output_names, source)
+        return GraphSession(
+            run or self.runner, inputs, self.output_names, source, fit=self.fit, trim=self.trim
+        )
 
     def held_bytes(self) -> int:
         """Bytes of all parameters and buffers on the GPU."""
@@ -137,8 +166,15 @@ def build_torch_model(blueprint: Blueprint) -> TorchModel:
 
 def _in_half(model: nn.Module, blueprint: Blueprint) -> TorchModel:
     half = copy_with(model, to_dtype(blueprint.dtype))
-    module = RecipeModule(half, blueprint.recipe).eval()
+    module = as_engine(half, blueprint.recipe)
     return TorchModel(module, blueprint.dtype, blueprint.vocabulary, blueprint)
+
+
+def as_engine(model: nn.Module, recipe: Recipe) -> RecipeModule:
+    """The graph of a recipe, of a model whose attention may be changed in place."""
+    if recipe.cache:
+        decode.group_queries(model)
+    return RecipeModule(model, recipe).eval()
 
 
 def compare_outputs(
