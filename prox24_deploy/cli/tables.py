@@ -96,18 +96,24 @@ def layers(records: Sequence[LayerRecord]) -> Table:
 
 
 def latency(rows: Sequence[LatencyRow]) -> Table:
-    """Median latency of both twins and their ratio with its interval."""
-    table = _table("backend", "batch", "seq", "dense ms", "sparse ms", "speed-up", "95 %")
+    """Median latency of both twins, their ratio with its interval, and the pace of the sparse."""
+    table = _table(
+        "backend", "batch", "seq", "past", "dense ms", "sparse ms", "speed-up", "95 %", "tokens/s",
+        "ms/token",
+    )  # fmt: skip
     for row in rows:
         _add_row(
             table,
             row.engine,
             str(row.batch),
             str(row.sequence or ""),
+            str(row.past or ""),
             f"{row.dense.median_ms:.2f}",
             f"{row.sparse.median_ms:.2f}",
             f"{row.speedup.value:.2f}×",
             f"{row.speedup.low:.2f}–{row.speedup.high:.2f}",
+            _figure(row.tokens_per_second(row.sparse), ",.0f"),
+            _figure(row.ms_per_token(row.sparse), ".4f"),
         )
     return table
 
@@ -188,7 +194,7 @@ def plan_layers(plan: "Plan") -> Table:
         kind = layer.choice.name.rpartition(".")[2]
         size = layer.choice.n, layer.choice.k
         kinds.setdefault((kind, *size, layer.prune, layer.choice.chosen), []).append(layer)
-    shapes = [f"{s.batch}×{s.sequence}" if s.sequence else str(s.batch) for s in plan.shapes]
+    shapes = [str(planned.shape) for planned in plan.shapes]
     table = _table("layers", "N×K", *shapes, *([plan.metric] if plan.metric else []), "plan")
     for (kind, n, k, prune, chosen), group in kinds.items():
         speedups = [f"{t.speedup:.2f}×" for t in group[0].choice.timings] or ["–"] * len(shapes)
@@ -210,7 +216,12 @@ def plan_shapes(plan: "Plan") -> Table:
     """Expected gain at each shape."""
     whole = plan.source == "measured"
     table = _table(
-        "batch", "seq", "dense ms", "expected ms", "speed-up" if whole else "speed-up at most"
+        "batch",
+        "seq",
+        "past",
+        "dense ms",
+        "expected ms",
+        "speed-up" if whole else "speed-up at most",
     )
     for shape in plan.shapes:
         base = shape.linear_ms if shape.dense_ms is None else shape.dense_ms
@@ -218,6 +229,7 @@ def plan_shapes(plan: "Plan") -> Table:
             table,
             str(shape.batch),
             str(shape.sequence or ""),
+            str(shape.past or ""),
             f"{base:.3f}",
             f"{base / shape.speedup:.3f}",
             f"{shape.speedup:.2f}×",
@@ -257,6 +269,10 @@ def _proof(tensor: TensorCheck) -> str:
     if not tensor.expected:
         return f"not read: {tensor.reason}" if tensor.unproven else "dense"
     return f"{'not proven' if tensor.unproven else 'no'}: {tensor.reason}"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _shown(estimate: Estimate) -> str:

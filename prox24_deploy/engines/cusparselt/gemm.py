@@ -15,11 +15,12 @@ import torch
 from torch.nn import functional
 
 from prox24_deploy.core.errors import EngineError
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import DType, Progress
 from prox24_deploy.engines.cusparselt import cuda_graph, trials
 from prox24_deploy.engines.cusparselt import matmul as cusparselt_plan
 from prox24_deploy.engines.cusparselt.choice import LayerChoice, choose, gemm_obstacle
-from prox24_deploy.engines.cusparselt.gemm_job import gemm_inputs, timer
+from prox24_deploy.engines.cusparselt.gemm_job import gemm_inputs, multiply_padded, timer
 from prox24_deploy.engines.cusparselt.linear import layer_uses
 from prox24_deploy.engines.cusparselt.profile import GemmShape, GemmTiming, GpuProfile
 from prox24_deploy.engines.cusparselt.torch_model import TorchModel
@@ -36,12 +37,12 @@ _REPLAYS = 15
 
 def choose_measured(
     opened: TorchModel,
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[Shape],
     pruned: Container[str],
     known: GpuProfile,
     progress: Progress,
 ) -> tuple[tuple[LayerChoice, ...], GpuProfile]:
-    """Time the GEMM of every layer in `pruned` at every (batch, sequence), and choose by that.
+    """Time the GEMM of every layer in `pruned` at every shape, and choose by that.
 
     Returns:
         A choice for every layer of the model, and `known` with what was measured.
@@ -69,7 +70,7 @@ def measure_gemms(
     everything = [
         Trial(shape, number)
         for shape in missing
-        for number in range(cusparselt_plan.count_algorithms(shape, kind))
+        for number in range(cusparselt_plan.count_algorithms(shape.padded, kind))
     ]
     times = trials.run_trials(everything, dtype, partial(progress, "algorithm"))
     found = []
@@ -93,9 +94,10 @@ def time_gemm(shape: GemmShape, dtype: torch.dtype, algorithms: Sequence[int]) -
         raise EngineError(f"cuSPARSELt has no algorithm that works for {shape}; leave it dense.")
     rows, weight, packed = gemm_inputs(shape, dtype)
     stopwatch = cuda_graph.Stopwatch()
-    plans = [cusparselt_plan.shared_plan(shape, dtype, number, None) for number in algorithms]
+    whole = shape.padded
+    plans = [cusparselt_plan.shared_plan(whole, dtype, number, None) for number in algorithms]
     runs = [partial(functional.linear, rows, weight)]
-    runs += [partial(plan.multiply, packed, rows) for plan in plans]
+    runs += [partial(multiply_padded, plan, packed, rows) for plan in plans]
     timers = [timer(run, stopwatch) for run in runs]
     samples = [[timed() for timed in timers] for _ in range(_REPLAYS)]
     dense_us, *sparse_us = (median(times) for times in zip(*samples, strict=True))

@@ -17,11 +17,12 @@ from typing import TextIO
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from prox24_deploy.core.errors import EngineError
 from prox24_deploy.engines.cusparselt import cuda_graph
 from prox24_deploy.engines.cusparselt.matmul import MatmulPlan
-from prox24_deploy.engines.cusparselt.profile import GemmShape
+from prox24_deploy.engines.cusparselt.profile import ROW_MULTIPLE, GemmShape
 
 READY = "ready"
 _REPLAYS = 3
@@ -44,6 +45,14 @@ def gemm_inputs(shape: GemmShape, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
     return rows, weight, torch._cslt_compress(cells.flatten(1))
 
 
+def multiply_padded(plan: MatmulPlan, packed: Tensor, rows: Tensor) -> Tensor:
+    """Multiply rows filled up to a number that cuSPARSELt takes, as a compressed layer does."""
+    # Padding by nothing would copy.
+    missing = -len(rows) % ROW_MULTIPLE
+    whole = functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+    return plan.multiply(packed, whole)[: len(rows)]
+
+
 def timer(run: Callable[[], Tensor], stopwatch: cuda_graph.Stopwatch) -> Timer:
     """Capture one call; each use of the result replays it and returns microseconds."""
     captured = cuda_graph.capture(lambda: (run(),))
@@ -56,14 +65,14 @@ def time_algorithm(
     """Least of a few times in microseconds; None where cuSPARSELt refuses the algorithm."""
     rows, _, packed = gemm_inputs(shape, dtype)
     try:
-        plan = MatmulPlan(shape, dtype, number, None)
-        plan.multiply(packed, rows)
+        plan = MatmulPlan(shape.padded, dtype, number, None)
+        multiply_padded(plan, packed, rows)
     except EngineError:
         return None
     torch.cuda.synchronize()
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        timed = timer(lambda: plan.multiply(packed, rows), stopwatch)
+        timed = timer(lambda: multiply_padded(plan, packed, rows), stopwatch)
         return min(timed() for _ in range(_REPLAYS))
     finally:
         fcntl.flock(lock, fcntl.LOCK_UN)

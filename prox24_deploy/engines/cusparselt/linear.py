@@ -17,14 +17,12 @@ from torch.profiler import record_function
 from prox24_deploy.core.errors import EngineError
 from prox24_deploy.engines.cusparselt import matmul
 from prox24_deploy.engines.cusparselt.matmul import MatmulPlan
-from prox24_deploy.engines.cusparselt.profile import GemmShape
+from prox24_deploy.engines.cusparselt.profile import ROW_MULTIPLE, GemmShape
 from prox24_deploy.model.layers import is_layer, layer_at, matrix_shape, obstacle, to_matrix
 from prox24_deploy.sparsity.pattern import is_24
 
 # torch.sparse checks the same: rows and columns of a compressed half-precision weight.
 WEIGHT_MULTIPLE = 16
-# Rows of activations; fewer are padded.
-ROW_MULTIPLE = 8
 # What the name of a layer stands behind where the profiler shows its product.
 PRODUCT_MARK = "sparse product of "
 OPERATOR = "prox24_deploy::linear_24"

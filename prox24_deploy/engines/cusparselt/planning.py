@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import Estimate
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import DType
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.plan_file import read_record
@@ -48,6 +49,12 @@ class ShapePlan:
     linear_ms: float
     expected_linear_ms: float
     speedup: float
+    past: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        """Batch, new tokens and those before them."""
+        return Shape(batch=self.batch, sequence=self.sequence, past=self.past)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +107,13 @@ def plan_layers(
 
 
 def plan_shapes(
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[Shape],
     layers: Sequence[LayerPlan],
     dense_ms: Sequence[float | None],
 ) -> tuple[ShapePlan, ...]:
     """Expected times: what pruned layers save is taken off the time of the dense model."""
     plans = []
-    for i, ((batch, sequence), whole) in enumerate(zip(shapes, dense_ms, strict=True)):
+    for i, (shape, whole) in enumerate(zip(shapes, dense_ms, strict=True)):
         timed = [(layer, layer.choice.timings[i]) for layer in layers if layer.choice.timings]
         before = sum(timing.dense_us for _, timing in timed) / 1e3
         after = sum(t.sparse_us if layer.prune else t.dense_us for layer, t in timed) / 1e3
@@ -114,8 +121,9 @@ def plan_shapes(
         speedup = base / (base - before + after) if base else 1.0
         plans.append(
             ShapePlan(
-                batch=batch,
-                sequence=sequence,
+                batch=shape.batch,
+                sequence=shape.sequence,
+                past=shape.past,
                 dense_ms=whole,
                 linear_ms=before,
                 expected_linear_ms=after,

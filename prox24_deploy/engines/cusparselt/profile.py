@@ -17,6 +17,8 @@ from prox24_deploy.engines.cusparselt.plan_file import read_record
 
 SCHEMA_VERSION = 2
 _NEIGHBOURS = 4
+# Rows of activations that cuSPARSELt takes; fewer are padded.
+ROW_MULTIPLE = 8
 
 
 @dataclass(frozen=True, slots=True, order=True, kw_only=True)
@@ -26,6 +28,11 @@ class GemmShape:
     n: PositiveInt
     k: PositiveInt
     m: PositiveInt
+
+    @property
+    def padded(self) -> "GemmShape":
+        """With as many rows as cuSPARSELt multiplies for these."""
+        return replace(self, m=self.m + -self.m % ROW_MULTIPLE)
 
 
 # Text such as "1e999" is taken for a number, and for an infinite one.
