@@ -10,7 +10,6 @@ that a model parses and compiles; its kernels are chosen on the GPU, so whether 
 unknown.
 """
 
-import importlib
 import json
 import logging
 import shutil
@@ -20,14 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import onnx
 
 from prox24_deploy.config.options import EngineOptions
 from prox24_deploy.config.recipe import TensorSpec, shape_of
 from prox24_deploy.core.atomic import make_folder, write_atomic, writing
-from prox24_deploy.core.backends import BACKENDS, BackendKind
+from prox24_deploy.core.backends import BackendKind
 from prox24_deploy.core.documents import Document, read_json
 from prox24_deploy.core.errors import BackendMissingError, EngineError, UsageError
 from prox24_deploy.core.host import gpu
@@ -36,22 +34,20 @@ from prox24_deploy.core.types import Twin
 from prox24_deploy.engines.base import Origin, Session
 from prox24_deploy.engines.child import run_child
 from prox24_deploy.engines.tensorrt.evidence import engine_evidence, parse_builder
-from prox24_deploy.engines.tensorrt.job import NO_ENGINE, Job, ShapeRange, open_engine
+from prox24_deploy.engines.tensorrt.job import Job, ShapeRange
+from prox24_deploy.engines.tensorrt.library import TITLES, Library, load_library
 
 logger = logging.getLogger(__name__)
-
-Library = Literal["tensorrt", "tensorrt_rtx"]
 
 PLAN_FILE = "engine.plan"
 RECORD_FILE = "engine.json"
 LOG_FILE = "build.log"
 LAYERS_FILE = "layers.json"
 DEFAULT_CAPABILITIES = ("SM86", "SM89", "SM120")
-TITLES: dict[Library, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 _JOB_MODULE = "prox24_deploy.engines.tensorrt.job"
 _AGAIN = "compile the model again"
-_OUR_ERROR = "prox24_deploy.core.errors.EngineError: "
+_REFUSAL = "polygraphy.exception.exception.PolygraphyException: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,15 +166,13 @@ class TensorRt:
                 f"{title} engines need buffers on the GPU, which this CPU build of torch cannot "
                 "make; install a CUDA build of torch."
             )
-        from prox24_deploy.engines.tensorrt.session import TensorRtSession, refit
+        from prox24_deploy.engines.tensorrt.session import opened
 
-        flags = read_build_record(bundle / engine.path, engine).flags
-        trt = load_library(self.library)
-        messages = trt.Logger(trt.Logger.WARNING)
-        opened = open_engine(trt, messages, (bundle / engine.path).read_bytes(), flags)
-        if "STRIP_PLAN" in flags:
-            refit(trt, messages, opened, bundle / engine.onnx)
-        yield TensorRtSession(trt, opened, engine.path)
+        plan = bundle / engine.path
+        stripped = "STRIP_PLAN" in read_build_record(plan, engine).flags
+        weights = bundle / engine.onnx if stripped else None
+        with opened(self.library, plan, weights, engine.path) as session:
+            yield session
 
     def _capabilities(self) -> tuple[str, ...]:
         """What TensorRT-RTX compiles for; TensorRT compiles for the GPU of this machine alone."""
@@ -195,8 +189,6 @@ class TensorRt:
             flags.append("STRIP_PLAN")
         if options.refit:
             flags.append("REFIT")
-        elif options.strip_weights:
-            flags.append("REFIT_IDENTICAL")
         return Job(
             library=self.library,
             onnx=str(model),
@@ -231,7 +223,10 @@ class TensorRt:
             file = log.open("wb")
         with file:
             code = run_child(
-                [sys.executable, "-m", _JOB_MODULE], json.dumps(asdict(job)).encode(), file
+                # Unbuffered, so that the last words before a crash are there.
+                [sys.executable, "-u", "-m", _JOB_MODULE],
+                json.dumps(asdict(job)).encode(),
+                file,
             )
         if code == 0 and Path(job.plan).is_file():
             return
@@ -279,21 +274,6 @@ def open_tensorrt(library: Library, options: EngineOptions) -> TensorRt:
     return TensorRt(library=library, version=str(trt.__version__), card=card, options=options)
 
 
-def load_library(library: Library) -> Any:
-    """Import `tensorrt` or `tensorrt_rtx`.
-
-    Raises:
-        BackendMissingError: it is not installed, or a library that it needs is not.
-    """
-    try:
-        return importlib.import_module(library)
-    except ImportError as error:
-        install = next(kind.install for kind in BACKENDS.values() if kind.library == library)
-        raise BackendMissingError(
-            f"{TITLES[library]} is not installed here ({error}); {install}."
-        ) from error
-
-
 def profile_of(model: Path, options: EngineOptions) -> dict[str, ShapeRange]:
     """Least, usual and largest shape of every input, over all shapes asked for.
 
@@ -324,16 +304,13 @@ def profile_of(model: Path, options: EngineOptions) -> dict[str, ShapeRange]:
 
 
 def _last_words(log: str, code: int) -> str:
-    """The reason that a log gives last: ours, else the builder's own, else whatever was said."""
+    """The reason that a log gives last: an error of the library, else whatever was said."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    last = lines[-1] if lines else "it said nothing"
-    ours = last.startswith(_OUR_ERROR) and not last.endswith(NO_ENGINE)
     errors = [line.partition("[E]")[2].strip() for line in lines if "[E]" in line]
-    if errors and not ours:
-        last = errors[-1]
+    last = (errors or lines or ["it said nothing"])[-1]
     if code < 0:
         return f"it was ended by a signal ({signal.strsignal(-code)}), its last message was: {last}"
-    return last.removeprefix(_OUR_ERROR).rstrip(".")
+    return last.removeprefix(_REFUSAL).rstrip(".")
 
 
 def _text(path: Path) -> str:

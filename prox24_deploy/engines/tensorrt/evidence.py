@@ -37,7 +37,7 @@ _CHOSE = re.compile(
     r"|TRT inference plan picked sparse implementation for layers):?"
 )
 # Where another thread's line begins in the middle of one.
-_NEXT_RECORD = re.compile(r"\[[0-9]{2}/[0-9]{2}/[0-9]{4}-|\[TRT\]|\[[IVWE]\]|\(Sparsity\)|\r?\n")
+_NEXT_RECORD = re.compile(r"\[[0-9]{2}/[0-9]{2}/[0-9]{4}-|\[TRT\]|\[[A-Z!]\] |\(Sparsity\)|\r?\n")
 # What separates the nodes that one layer was fused from.
 _BETWEEN_NODES = re.compile(r"[\s,\[\]{}\x1e]+|\|\||\+")
 _FUSION_SUFFIX = re.compile(r"_myl[0-9]+_[0-9]+$")
