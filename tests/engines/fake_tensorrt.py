@@ -241,8 +241,13 @@ class ParserError(Strict):
         return "In node 0 with name: node_linear and operator: Unheard: no operator of this name"
 
 
+class OnnxParserFlag(enum.IntEnum):
+    NATIVE_INSTANCENORM = 0
+
+
 class OnnxParser(Strict):
     num_errors: int
+    flags: int
 
     def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
         self._network = network
@@ -260,6 +265,13 @@ class OnnxParser(Strict):
         return ParserError()
 
 
+class IHostMemory(bytes):
+    def __enter__(self) -> "IHostMemory":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 class Builder(Strict):
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
@@ -273,14 +285,14 @@ class Builder(Strict):
     def create_optimization_profile(self) -> IOptimizationProfile:
         return IOptimizationProfile()
 
-    def build_serialized_network(self, network: Any, config: IBuilderConfig) -> bytes | None:
+    def build_serialized_network(self, network: Any, config: IBuilderConfig) -> IHostMemory | None:
         log = os.environ.get("FAKE_TENSORRT_LOG")
         for line in Path(log).read_text(encoding="utf-8").splitlines() if log else ():
             severity = Severity.ERROR if line.startswith("FATAL") else Severity.INFO
             self._logger.log(severity, line)
         if os.environ.get("FAKE_TENSORRT_END") == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
-        return None if os.environ.get("FAKE_TENSORRT_END") == "none" else b"plan"
+        return None if os.environ.get("FAKE_TENSORRT_END") == "none" else IHostMemory(b"plan")
 
 
 class RtxBuilder(Builder):
@@ -409,8 +421,8 @@ CLASSES: tuple[type, ...] = (
     ILogger, Logger, NetworkDefinitionCreationFlag, ProfilingVerbosity, MemoryPoolType, DeviceType,
     HardwareCompatibilityLevel, LayerInformationFormat, TensorIOMode, TensorFormat, DataType,
     ITimingCache, IOptimizationProfile, IBuilderConfig, ITensor, INetworkDefinition, ParserError,
-    OnnxParser, Builder, EngineInspector, IOutputAllocator, IExecutionContext, ICudaEngine, Runtime,
-    Refitter, OnnxParserRefitter,
+    OnnxParserFlag, OnnxParser, Builder, EngineInspector, IOutputAllocator, IExecutionContext,
+    ICudaEngine, Runtime, Refitter, OnnxParserRefitter,
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version as version_of
 from pathlib import Path
 from types import ModuleType
 
@@ -23,9 +24,10 @@ from prox24_deploy.config.options import Compatibility, EngineOptions, TensorRtO
 from prox24_deploy.core.errors import BackendMissingError, EngineError, UsageError
 from prox24_deploy.core.records import BuilderSparsity, Engine, Kernel, OnnxModel, TensorCheck
 from prox24_deploy.engines.tensorrt import backend as tensorrt
-from prox24_deploy.engines.tensorrt.backend import TensorRt, open_tensorrt, profile_of
+from prox24_deploy.engines.tensorrt.backend import TensorRt, open_tensorrt
 from prox24_deploy.engines.tensorrt.job import run_job
 from prox24_deploy.engines.tensorrt.library import SWITCH, polygraphy_for, refused_by
+from prox24_deploy.engines.tensorrt.shapes import profile_of
 
 H200 = {"gpu": "NVIDIA H200", "compute capability": "9.0", "driver": "580.1"}
 OUT = Path("engines/tensorrt/sparse")
@@ -272,7 +274,7 @@ def test_a_build_leaves_engine_log_layers_and_record(
         onnx_sha256="ab" * 32,
         device="NVIDIA H200",
         dtype="float16",
-        versions={"tensorrt": here.__version__},
+        versions={"tensorrt": here.__version__, "polygraphy": version_of("polygraphy")},
         size_bytes=4,
         said=BuilderSparsity(
             eligible=1,

@@ -8,6 +8,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fake_tensorrt
@@ -196,6 +197,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return TensorRt(
         library="tensorrt",
         version=fake_tensorrt.NUMBERS[version],
+        polygraphy="0.53.6",
         card=CARD,
         options=EngineOptions(),
     )
@@ -260,10 +262,10 @@ def test_an_engine_for_other_gpus_is_missing_its_device_here(
     backend: TensorRt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_bundle(tmp_path, "[]")
-    nowhere = TensorRt(library="tensorrt", version="11", card=(), options=EngineOptions())
+    nowhere = replace(backend, card=())
     with pytest.raises(BackendMissingError, match="this machine has no NVIDIA GPU; run prox24"):
         nowhere.open(tmp_path, engine).__enter__()
-    rtx = TensorRt(library="tensorrt_rtx", version="1.7", card=CARD, options=EngineOptions())
+    rtx = replace(backend, library="tensorrt_rtx")
     with pytest.raises(BackendMissingError, match="this machine has NVIDIA H200 SM90; run"):
         rtx.open(tmp_path, engine).__enter__()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

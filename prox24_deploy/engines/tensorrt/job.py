@@ -62,9 +62,11 @@ def run_job(job: Job) -> None:
     if job.timing_cache:
         # For the lock that Polygraphy puts beside it before it looks for the cache itself.
         Path(job.timing_cache).parent.mkdir(parents=True, exist_ok=True)
+    # No plugin is in an engine for other versions or GPUs: as Polygraphy's command line has it.
+    native = [trt.OnnxParserFlag.NATIVE_INSTANCENORM] if job.compatibility != "none" else None
     plan = polygraphy.EngineBytesFromNetwork(
         # The path, so that external data is found beside it.
-        polygraphy.NetworkFromOnnxPath(job.onnx, strongly_typed=True),
+        polygraphy.NetworkFromOnnxPath(job.onnx, strongly_typed=True, flags=native),
         config=_config(polygraphy, trt, job),
         save_timing_cache=job.timing_cache,
     )()
