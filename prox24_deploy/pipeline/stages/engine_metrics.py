@@ -9,20 +9,23 @@ from pathlib import Path
 from torch import nn
 
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.accuracy import EngineAccuracy, ParityCheck
+from prox24_deploy.core.accuracy import EngineAccuracy, ParityCheck, RowsCheck
 from prox24_deploy.core.errors import EngineError, ModelDirError
 from prox24_deploy.core.records import Engine, Metric
 from prox24_deploy.core.types import TWINS, DType, Progress, Twin
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
+from prox24_deploy.evaluation.equal_rows import equal_rows
 from prox24_deploy.evaluation.evaluate import evaluate_models
 from prox24_deploy.evaluation.language import evaluate_text_generation
 from prox24_deploy.evaluation.parity import parity_of
 from prox24_deploy.evaluation.subset import EngineShapes, take
 from prox24_deploy.graph.export.module import RecipeModule
 from prox24_deploy.graph.export.signature import read_inputs
-from prox24_deploy.model.batch import Samples
+from prox24_deploy.model.batch import Batch, Samples
 
+# Of equal ones, on an engine that takes any number.
+_EQUAL_ROWS = 4
 # From two models, and the number of the comparison for the bar, to the metrics between them.
 _Ask = Callable[[nn.Module, nn.Module, int], tuple[Metric, ...]]
 
@@ -42,6 +45,21 @@ class EvaluationRequest:
     held_out: Samples
     tokens: int
     shapes: EngineShapes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Again:
+    """A sample that fills a batch of so many rows, and the dtype of the engine that is asked."""
+
+    batch: Batch
+    rows: int
+    dtype: DType
+
+    def check(self, model: nn.Module, twin: Twin) -> list[RowsCheck]:
+        """Nothing, for an engine that takes one row."""
+        if self.rows < 2:
+            return []
+        return [equal_rows(model, self.batch, rows=self.rows, dtype=self.dtype, twin=twin)]
 
 
 def measure_accuracy(
@@ -69,18 +87,18 @@ def measure_accuracy(
         EngineError: an engine does not run, lacks an input, or gives what is not finite.
     """
     began = time.perf_counter()
-    samples, cut = take(
-        request.held_out, request.tokens, request.shapes if backend.on_gpu else None
-    )
+    shapes = request.shapes if backend.on_gpu else None
+    samples, cut = take(request.held_out, request.tokens, shapes)
     rows = least_rows if backend.on_gpu else 1
     ask = _evaluator(request, samples, progress)
+    again = _again(backend, request, samples, engines[0].dtype)
     with ExitStack() as until:
 
         def opened(twin: Twin) -> list[Graph]:
             own = (engine for engine in engines if engine.twin == twin)
             return [_opened(backend, bundle, engine, rows, until) for engine in own]
 
-        metrics, parity = _answers(request, opened, ask, engines[0].dtype)
+        metrics, parity, checked = _answers(request, opened, ask, again)
     return EngineAccuracy(
         backend=backend.name,
         device=engines[0].device,
@@ -92,25 +110,40 @@ def measure_accuracy(
         metrics=metrics,
         parity=parity,
         seconds=time.perf_counter() - began,
+        equal_rows=checked,
     )
 
 
+def _again(backend: Backend, request: EvaluationRequest, samples: Samples, dtype: DType) -> _Again:
+    rows = request.shapes.rows if backend.on_gpu else _EQUAL_ROWS
+    # The longest, which are nearest to what kernels were chosen for.
+    return _Again(batch=samples.batches[-1], rows=rows, dtype=dtype)
+
+
 def _answers(
-    request: EvaluationRequest, opened: Callable[[Twin], list[Graph]], ask: _Ask, dtype: DType
-) -> tuple[tuple[Metric, ...], tuple[ParityCheck, ...]]:
-    """The engines against each other, and each against PyTorch, which is open for one at a time."""
+    request: EvaluationRequest,
+    opened: Callable[[Twin], list[Graph]],
+    ask: _Ask,
+    again: _Again,
+) -> tuple[tuple[Metric, ...], tuple[ParityCheck, ...], tuple[RowsCheck, ...]]:
+    """The engines against each other, and each against PyTorch, which is open for one at a time.
+
+    And each against itself, asked the same `again` in one batch.
+    """
     models: dict[Twin, EngineModel] = {}
     parity: list[ParityCheck] = []
+    rows: list[RowsCheck] = []
     for i, twin in enumerate(TWINS):
         graphs = opened(twin)
         # After the engines, of which the first to be missing saves the loading.
         model = request.load(twin)
         models[twin] = EngineModel(graphs, model.config)
+        rows += again.check(models[twin], twin)
         reference = _reference(model, request.recipe, twin)
-        compared = ask(reference, models[twin], i)
-        parity += [parity_of(twin, metric, dtype) for metric in compared]
+        metrics = ask(reference, models[twin], i)
+        parity += [parity_of(twin, metric, again.dtype) for metric in metrics]
         del model, reference
-    return ask(models["dense"], models["sparse"], len(TWINS)), tuple(parity)
+    return ask(models["dense"], models["sparse"], len(TWINS)), tuple(parity), tuple(rows)
 
 
 def _opened(backend: Backend, bundle: Path, engine: Engine, rows: int, until: ExitStack) -> Graph:
