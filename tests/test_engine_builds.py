@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from command_line import ANY_EMBEDDING, run_cli
 
+from prox24_deploy.bundle.layout import reproduction_of
+from prox24_deploy.bundle.manifest import read_manifest
 from prox24_deploy.config.options import parse_capabilities
 from prox24_deploy.engines.tensorrt import backend as tensorrt
 from prox24_deploy.report.schema import load_report
@@ -48,8 +50,12 @@ def test_a_bundle_for_gpus_that_are_not_here_is_complete(bundle: Path) -> None:
         names = {path.name for path in (bundle / RTX / twin).iterdir()}
         assert names == {"engine.plan", "engine.json", "build.log"}
     log = (bundle / RTX / "sparse" / "build.log").read_text(encoding="utf-8")
-    assert "flags SPARSE_WEIGHTS\n" in log
-    assert "optimisation level 1, workspace 1073741824 bytes" in log
+    assert "| [TF32, SPARSE_WEIGHTS, STRONGLY_TYPED]\n" in log
+    assert "[WORKSPACE: 1024.00 MiB," in log
+    script = bundle / reproduction_of("tensorrt-rtx")
+    assert script.stat().st_mode & 0o111
+    assert script.read_text().count("--builder-optimization-level 1 ") == 2
+    assert reproduction_of("tensorrt-rtx") in read_manifest(bundle).files
     assert run_cli("verify", bundle).code == 0
     report = load_report(bundle / "report.json")
     assert report.verdict == "pass"

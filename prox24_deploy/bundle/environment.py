@@ -126,8 +126,10 @@ def _onnxruntime(kind: BackendKind, *, has_gpu: bool) -> Diagnosis:  # noqa: ARG
 
 
 def _library(kind: BackendKind, *, has_gpu: bool) -> Diagnosis:
-    """Whether the library of a backend can be imported, and there is a GPU if it builds on one."""
+    """Whether a backend's library and its driver are there, and a GPU if it builds on one."""
     found = replace(_module(kind.library, kind.install), name=kind.title)
+    if found.usable and kind.driver and importlib.util.find_spec(kind.driver) is None:
+        return replace(found, found=f"{found.found}, without {kind.driver}", usable=False)
     if found.usable and kind.needs_gpu and not has_gpu:
         return replace(found, usable=False, remedy=kind.needs_gpu)
     return found

@@ -21,6 +21,11 @@ REPORT_FILE = "report.json"
 REPORT_FILES = (REPORT_FILE, "report.html", "summary.md", "junit.xml", "benchmark.json")
 
 
+def reproduction_of(backend: str) -> str:
+    """The script that makes and times the engines of a backend by the tools of its vendor."""
+    return f"{ENGINES}/{backend}/reproduce.sh"
+
+
 def record_of(stage: str) -> str:
     """The file that holds the result of a stage."""
     return f"{STAGES}/{stage}.json"

@@ -54,13 +54,29 @@ class DecodeAccuracy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowsCheck:
+    """Whether an engine gives equal rows of one batch equal outputs.
+
+    `difference` is the largest between two of the `rows`, as a share of the largest magnitude of
+    that output; 0 where they are equal bit by bit.
+    """
+
+    twin: Twin
+    rows: int
+    difference: float
+    tolerance: float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAccuracy:
     """Accuracy of the engines of one backend, on evenly spaced samples of the evaluation.
 
     `samples` and `tokens` count what was run, of `available` samples; `longest` is the length that
     longer samples were cut to because no engine takes more, None where none was cut. `metrics`
     compare the sparse engine with the dense one as those of the models do, `parity` holds either
-    against PyTorch. `decode` is None where no past was asked for.
+    against PyTorch. `decode` is None where no past was asked for, and `equal_rows` is empty for
+    engines that take no batch of two.
     """
 
     backend: str
@@ -74,6 +90,7 @@ class EngineAccuracy:
     parity: tuple[ParityCheck, ...]
     seconds: float
     decode: DecodeAccuracy | None = None
+    equal_rows: tuple[RowsCheck, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ class BackendKind:
         title: what `doctor` calls what it needs.
         library: the module that it imports, as Python knows it.
         install: what installs that library.
+        driver: another module that drives the library and has to be there too, "" for none.
         versions: entries of an engine's versions without which two builds are not alike.
         needs_gpu: why it cannot be used on a machine without an NVIDIA GPU, "" if it can.
         options: groups of options that have an effect on it.
@@ -32,6 +33,7 @@ class BackendKind:
     library: str
     install: str
     versions: tuple[str, ...]
+    driver: str = ""
     needs_gpu: str = ""
     options: frozenset[BackendOptions] = frozenset()
 
@@ -53,8 +55,9 @@ BACKENDS = {
             module="prox24_deploy.engines.tensorrt.backend",
             title="tensorrt",
             library="tensorrt",
-            install="pip install tensorrt-cu13, or use the container of docker/README.md",
+            install="pip install tensorrt-cu13 polygraphy, or use docker/README.md",
             versions=("tensorrt",),
+            driver="polygraphy",
             needs_gpu="builds on an NVIDIA GPU, and there is none",
             options=frozenset({"tensorrt", "quantize"}),
         ),
@@ -63,8 +66,9 @@ BACKENDS = {
             module="prox24_deploy.engines.tensorrt.backend",
             title="tensorrt_rtx",
             library="tensorrt_rtx",
-            install="pip install tensorrt-rtx-cu13",
+            install="pip install tensorrt-rtx-cu13 polygraphy",
             versions=("tensorrt_rtx",),
+            driver="polygraphy",
             options=frozenset({"tensorrt", "capabilities", "quantize"}),
         ),
         BackendKind(

@@ -1,10 +1,10 @@
 """The seam between the pipeline and anything that compiles and runs an ONNX file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +78,21 @@ class Backend(Protocol):
 
     def open(self, bundle: Path, engine: Engine) -> AbstractContextManager[Session]:
         """Load an engine; releases it on exit."""
+        ...
+
+
+@runtime_checkable
+class Reproducible(Protocol):
+    """A backend whose builds can be made again by tools of those who made its library."""
+
+    def reproduction(self, bundle: Path, engines: Sequence[Engine], script: str) -> str:
+        """A shell script that builds and times engines of this backend, all that it built.
+
+        Args:
+            bundle: the folder that they lie in.
+            engines: of this backend.
+            script: path within the bundle that the script will have.
+        """
         ...
 
 

@@ -235,7 +235,7 @@ def _engine_files(
     bundle: Path, manifest: Manifest, twin: str, inputs: tuple[GraphTensor, ...]
 ) -> Served:
     """The plan of TensorRT; engines of TensorRT-RTX are of another library."""
-    from prox24_deploy.engines.tensorrt.backend import read_build_record
+    from prox24_deploy.engines.tensorrt.record import read_build_record
 
     engine = _engine(bundle, twin)
     record = read_build_record(bundle / engine.path, engine)

@@ -2,7 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from prox24_deploy.core.accuracy import EngineAccuracy, EngineAccuracyResult, ParityCheck
+from prox24_deploy.core.accuracy import (
+    EngineAccuracy,
+    EngineAccuracyResult,
+    ParityCheck,
+    RowsCheck,
+)
 from prox24_deploy.core.records import Metric, NotMeasured
 from prox24_deploy.core.types import Judgement
 from prox24_deploy.report.schema import Check
@@ -18,6 +23,7 @@ def engine_checks(result: EngineAccuracyResult) -> tuple[Check, ...]:
             for engine in result.engines
             for one in (engine.decode.parity if engine.decode else ())
         ),
+        *(_rows(engine, one) for engine in result.engines for one in engine.equal_rows),
         *(_unmeasured(failed, fails=True) for failed in result.failed),
         *(_unmeasured(missing, fails=False) for missing in result.not_measured),
     )
@@ -32,6 +38,12 @@ def engine_warnings(result: EngineAccuracyResult, metrics: Sequence[Metric]) -> 
             yield (
                 f"Not measured through the engines of backend {engine.backend}, which generate "
                 f"nothing here: {', '.join(lacking)}."
+            )
+        if not engine.equal_rows:
+            yield (
+                f"Whether engines of backend {engine.backend} give equal rows of one batch equal "
+                "outputs was not checked, they take one row; pass --shapes batch=1,2 to compile "
+                "for two."
             )
         if engine.longest is not None:
             yield (
@@ -55,6 +67,28 @@ def _check(engine: EngineAccuracy, found: ParityCheck, how: str = "") -> Check:
         limit=found.tolerance,
         verdict=verdict,
         message=f"{_figures(found)} over {found.samples} samples; {_judgement(engine, found)}",
+    )
+
+
+def _rows(engine: EngineAccuracy, found: RowsCheck) -> Check:
+    text = f"{found.rows} equal rows of one batch give outputs that "
+    if not found.difference:
+        text += "are equal bit by bit"
+    elif found.passed:
+        text += f"differ by {found.difference:.2g} of the largest, as rounding may explain"
+    else:
+        text += (
+            f"differ by {found.difference:.2g} of the largest, which rounding does not explain; do "
+            "not ship this engine, compile with another version of the backend or for batch=1"
+        )
+    return Check(
+        name=f"{engine.backend} {found.twin} equal rows",
+        part="export",
+        kind="parity",
+        value=found.difference,
+        limit=found.tolerance,
+        verdict="pass" if found.passed else "fail",
+        message=text,
     )
 
 

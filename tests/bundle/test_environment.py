@@ -233,6 +233,17 @@ def test_an_engine_library_that_is_missing_comes_with_the_line_that_installs_it(
     assert finding.remedy.startswith(f"pip install {name.replace('_', '-')}-cu13")
 
 
+def test_an_engine_library_without_what_drives_it_is_not_usable(
+    one_gpu: mock.Mock, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(site, "tensorrt-cu13", "10.16.1")
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    finding = found("tensorrt")
+    assert finding.found.endswith(", without polygraphy")
+    assert not finding.usable
+    assert finding.remedy.startswith("pip install tensorrt-cu13 polygraphy")
+
+
 def test_an_engine_library_from_another_distribution_is_usable(
     one_gpu: mock.Mock, site: Path
 ) -> None:

@@ -13,7 +13,12 @@ OPSET = 20
 
 
 def write_model(
-    bundle: Path, *, op_type: str = "MatMul", domain: str = "", dtype: DType = "float16"
+    bundle: Path,
+    *,
+    op_type: str = "MatMul",
+    domain: str = "",
+    dtype: DType = "float16",
+    name: str = "x",
 ) -> OnnxModel:
     """One 2:4 MatMul and a Relu, over (batch, sequence, 64), at onnx/sparse/model.onnx."""
     kind = TensorProto.FLOAT16 if dtype == "float16" else TensorProto.FLOAT
@@ -22,11 +27,11 @@ def write_model(
     axes: list[str | int | None] = ["batch", "sequence", 64]
     graph = helper.make_graph(
         [
-            helper.make_node(op_type, ["x", "w"], ["h"], name="node_linear", domain=domain),
+            helper.make_node(op_type, [name, "w"], ["h"], name="node_linear", domain=domain),
             helper.make_node("Relu", ["h"], ["y"], name="node_relu"),
         ],
         "tiny",
-        [helper.make_tensor_value_info("x", kind, axes)],
+        [helper.make_tensor_value_info(name, kind, axes)],
         [helper.make_tensor_value_info("y", kind, axes)],
         [numpy_helper.from_array(weight, "w")],
     )

@@ -1,7 +1,7 @@
 """What the builder says of sparse layers, in every wording that is documented.
 
-The logs are written here after the strings in TensorRT's developer guide (older wording) and in
-issues and examples of TensorRT 10 (today's wording); none was recorded by these tests.
+The logs have the shapes of those in public reports, of which `REPORTS` says where, and of the
+strings in TensorRT's developer guide, with names of layers made up; none was recorded here.
 """
 
 import json
@@ -24,7 +24,48 @@ FOUND, CHOSE = "layer(s) eligible to use sparse tactics", "layer(s) using sparse
 OLD_FOUND = "(Sparsity) Layers eligible for sparse math:"
 OLD_CHOSE = "(Sparsity) TRT inference plan picked sparse implementation for layers:"
 
+# Issues of github.com/NVIDIA/TensorRT where no other is named.
+REPORTS: dict[str, tuple[str, BuilderSparsity]] = {
+    "trtexec's prefix, lines of Windows padded to the width of a terminal: 1403, 2271": (
+        f"{I}{OLD_FOUND} Conv_0, Conv_5     \r\n{I}{OLD_CHOSE}                  \r\n{I}Done\r\n",
+        BuilderSparsity(eligible=2, chosen=0, eligible_layers=("Conv_0", "Conv_5")),
+    ),
+    "the prefix of the Python bindings: pytorch/TensorRT 1340": (
+        f"[TensorRT] INFO: {OLD_FOUND} Gemm_3\n[TensorRT] INFO: {OLD_CHOSE} Gemm_3\n",
+        BuilderSparsity(
+            eligible=1, chosen=1, eligible_layers=("Gemm_3",), chosen_layers=("Gemm_3",)
+        ),
+    ),
+    "no prefix and no names, twice, of which the last counts: Model-Optimizer 1664": (
+        f"(Sparsity) Found 39 {FOUND}\n(Sparsity) Chose 0 {CHOSE}\n"
+        f"(Sparsity) Found 196 {FOUND}\n(Sparsity) Chose 140 {CHOSE}\n",
+        BuilderSparsity(eligible=196, chosen=140),
+    ),
+    "fused names, with commas in brackets: 4056": (
+        f"{I}(Sparsity) Found 3 {FOUND}: /a/Conv + PWN(PWN(/a/Sigmoid), /a/Mul), Conv_3 + Relu_4, "
+        f"c\n{I}(Sparsity) Chose 1 {CHOSE}: /a/Conv + PWN(PWN(/a/Sigmoid), /a/Mul)\n",
+        BuilderSparsity(
+            eligible=3,
+            chosen=1,
+            eligible_layers=(
+                "/a/Conv + PWN(PWN(/a/Sigmoid), /a/Mul)", "Conv_3 + Relu_4", "c",
+            ),
+            chosen_layers=("/a/Conv + PWN(PWN(/a/Sigmoid), /a/Mul)",),
+        ),
+    ),
+    "wrapped within a name where it was pasted, so that the list is torn: 2169": (
+        f"{I}(Sparsity) Found 3 {FOUND}: Conv_1, Conv_25 + Re\nlu_26, Conv_30\n"
+        f"{I}(Sparsity) Chose 0 {CHOSE}\n",
+        BuilderSparsity(eligible=3, chosen=0, eligible_layers=("Conv_1", "Conv_25 + Re")),
+    ),
+    "through Polygraphy, another thread's line within the names": (
+        f"[V] (Sparsity) Found 3 {FOUND}: a, b[X] Tactic: 0x1\n\n[V] (Sparsity) Chose 1 "
+        f"{CHOSE}: a\n",
+        BuilderSparsity(eligible=3, chosen=1, eligible_layers=("a", "b"), chosen_layers=("a",)),
+    ),
+}  # fmt: skip
 LOGS: dict[str, tuple[str, BuilderSparsity]] = {
+    **REPORTS,
     "developer guide until 2024": (
         f"{I}{OLD_FOUND} conv1, conv2, conv3\n{I}{OLD_CHOSE} conv2, conv3\n",
         BuilderSparsity(
@@ -171,6 +212,14 @@ def test_an_inspector_that_tells_nothing_is_no_layer(text: str) -> None:
         ("sm80_xmma_sparse_conv_fprop_implicit_gemm_interleaved", True),
         ("sm90_xmma_gemm_spmma_f16", True),
         ("ampere_h16816gemm_sptensor", True),
+        # Of public reports; the INT8 families have names of their own.
+        ("sm80_xmma_fprop_sparse_conv_f16f16_f16f16_f16_nhwckrsc_sptensor16x8x32_simple", True),
+        ("sm80_xmma_fprop_sparse_conv_interleaved_i8i8_i8i32_f32_sptensor16x8x64_t1r1s1", True),
+        ("sm80_xmma_sparse_gemm_f16f16_f16f32_f32_nt_n_tilesize64x64x64_cusparselt", True),
+        ("cutlass_80_tensorop_f16_s16832spgemm_f16_64x128_64x6_tn_align8", True),
+        ("cutlass3x_sm90_sptensorop_s64x128x32spgemm_f16_f16_f32_f16_f16_128x128x128", True),
+        # `HasSparseWeights` was 1 there: issue 4020.
+        ("sm80_xmma_fprop_implicit_gemm_i8f32_i8i32_f32_nhwckrsc_simt", False),
         ("sm80_xmma_gemm_f16f16_f16f32_f32_tn_n", False),
         ("__myelin_CASK_STUB", False),
         ("", False),

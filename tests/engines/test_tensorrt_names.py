@@ -31,16 +31,13 @@ FUNCTIONS = (
     "initLibNvInferPlugins",
 )  # fmt: skip
 # In modules that import no TensorRT these names hold its objects.
-HOLDERS = {
-    "trt", "builder", "network", "parser", "config", "profile", "runtime", "engine", "opened",
-    "inspector", "refitter", "messages", "_context",
-}  # fmt: skip
+HOLDERS = {"trt", "engine", "parser", "inspector", "refitter", "context"}
 PROBE = """
 import importlib, json, sys
 library = importlib.import_module(sys.argv[1])
 print(json.dumps([library.__version__, [
     f"{kind}.{name}" for kind, names in json.load(sys.stdin).items() for name in names
-    if not hasattr(getattr(library, kind, None), name)
+    if not hasattr(getattr(library, kind, None) if kind else library, name)
 ]]))
 """
 

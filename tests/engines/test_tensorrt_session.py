@@ -1,9 +1,14 @@
-"""Opening and running TensorRT engines, on a stand-in: these calls have met no GPU.
+"""Opening and running TensorRT engines: these calls have met no GPU.
 
-torch's streams and events are stood in for as well; its tensors lie on the CPU.
+Polygraphy is real; TensorRT, the CUDA runtime under Polygraphy, and torch's streams and events are
+stood in for. Everything lies on the CPU.
 """
 
+import importlib
+import logging
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fake_tensorrt
@@ -11,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from fake_tensorrt import Version, library, said
+from fake_tensorrt import Version, forget_polygraphy, library, said, stand_in_for_cuda
 from tensorrt_models import write_model
 
 from prox24_deploy.config.options import EngineOptions
@@ -20,18 +25,21 @@ from prox24_deploy.core.records import Engine
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.engines.tensorrt import session as tensorrt_session
 from prox24_deploy.engines.tensorrt.backend import TensorRt
-from prox24_deploy.engines.tensorrt.session import TensorRtSession
+from prox24_deploy.engines.tensorrt.library import SWITCH
+from prox24_deploy.engines.tensorrt.session import TensorRtSession, opened
 
 FOLDER = Path("engines/tensorrt/sparse")
 ROWS = np.ones((2, 4), ml_dtypes.bfloat16)
 FEEDS: Feeds = {"x": ROWS, "past": np.zeros((2, 0), ml_dtypes.bfloat16)}
+STREAM = 7
 CARD = ("NVIDIA H200", "SM90", "580.1")
 
 
 class Stream:
-    """What is used of a CUDA stream."""
+    """What is used of a CUDA stream of another library."""
 
-    cuda_stream = 7
+    def __init__(self, stream_ptr: int) -> None:
+        assert stream_ptr == STREAM
 
     def synchronize(self) -> None: ...
 
@@ -53,50 +61,101 @@ class Event:
 
 
 @pytest.fixture(autouse=True)
-def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fake_tensorrt.calls.clear()
     Event.made = 0
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "")
+    monkeypatch.setattr(torch.cuda, "ExternalStream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    forget_polygraphy()
+    yield
+    forget_polygraphy()
 
 
-def session() -> TensorRtSession:
-    trt = library("11")
-    return TensorRtSession(trt, trt.ICudaEngine(), "engine.plan", device="cpu")
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[TensorRtSession]:
+    """An engine opened on the CPU."""
+    monkeypatch.setitem(sys.modules, "tensorrt", library("11"))
+    (tmp_path / "engine.plan").write_bytes(b"plan")
+    stand_in_for_cuda()
+    with opened("tensorrt", tmp_path / "engine.plan", None, "engine.plan", "cpu") as found:
+        yield found
 
 
-def test_every_tensor_gets_an_address_even_an_empty_one() -> None:
-    outputs = session().infer(FEEDS)
+def test_inputs_outputs_and_an_empty_past_go_through_polygraphy(session: TensorRtSession) -> None:
+    first = session.infer(FEEDS)
     addresses = dict(said("IExecutionContext.set_tensor_address"))
-    assert addresses.keys() == {"x", "past", "y"}
+    # Also that of the empty one, which TensorRT wants to have one.
+    assert addresses.keys() == {"x", "past"}
     assert all(addresses.values())
-    assert len(set(addresses.values())) == 3
-    assert said("IExecutionContext.execute_async_v3") == [(Stream.cuda_stream,)]
-    assert list(outputs) == ["y"]
-    assert (outputs["y"].shape, outputs["y"].dtype) == ((2, 4), ml_dtypes.bfloat16)
+    assert said("IExecutionContext.execute_async_v3") == [(STREAM,)]
+    assert list(first) == ["y"]
+    assert first["y"].dtype == ml_dtypes.bfloat16
+    session.infer({**FEEDS, "x": 4 * ROWS})
+    # Not written over, though Polygraphy uses its memory again.
+    assert np.array_equal(first["y"], 2 * ROWS)
 
 
-def test_each_timed_run_has_a_time_and_warm_up_has_none() -> None:
-    elapsed = session().latencies_ms(FEEDS, runs=3, warmup=2)
-    assert elapsed.tolist() == [2.0, 4.0, 6.0]
-    assert len(said("IExecutionContext.execute_async_v3")) == 5
+def test_each_timed_run_has_a_time_and_warm_up_has_none(session: TensorRtSession) -> None:
+    assert session.latencies_ms(FEEDS, runs=3, warmup=2).tolist() == [2.0, 4.0, 6.0]
+    # One more before them, in which Polygraphy finds room for the outputs.
+    assert len(said("IExecutionContext.execute_async_v3")) == 6
+    assert said("IExecutionContext.set_tensor_address")[-1][0] == "y"
+    # And asked for outputs again, it gives them.
+    assert np.array_equal(session.infer(FEEDS)["y"], 2 * ROWS)
 
 
-def test_inputs_are_checked_by_name_and_shape() -> None:
-    with pytest.raises(EngineError, match=r"do not fit engine\.plan: got x; feed exactly past, x"):
-        session().infer({"x": ROWS})
+def test_polygraphy_and_tensorrt_speak_to_logging_alone(
+    session: TensorRtSession, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is printed belongs to the command line, which may be printing JSON."""
+    messages = importlib.import_module("polygraphy.backend.trt").get_trt_logger()
+    with caplog.at_level(logging.INFO):
+        messages.log(fake_tensorrt.Severity.INFO, "in passing")
+        messages.log(fake_tensorrt.Severity.ERROR, "out of memory")
+    assert [record.getMessage() for record in caplog.records] == ["[E] out of memory"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_polygraphy_finds_the_cuda_runtime_that_torch_brings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "nvidia" / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    (folder / "libcudart.so.13").touch()
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/own")
+    tensorrt_session._show_cuda()
+    tensorrt_session._show_cuda()
+    where = importlib.import_module("polygraphy.cuda.cuda")._find_cuda_lib_dirs()
+    assert where[:2] == ["/opt/own", str(folder)]
+    assert where.count(str(folder)) == 1
+
+
+def test_inputs_are_checked_by_name_and_shape(session: TensorRtSession) -> None:
+    with pytest.raises(EngineError, match=r"^engine\.plan does not run: .*not found.*'past'"):
+        session.infer({"x": ROWS})
     large = np.ones((9, 4), ml_dtypes.bfloat16)
-    with pytest.raises(EngineError, match=r"does not take shape \(9, 4\) for x.*--shapes"):
-        session().infer({**FEEDS, "x": large})
+    with pytest.raises(EngineError, match=r"For input: x, failed to set shape.*9, 4.*--shapes\.$"):
+        session.infer({**FEEDS, "x": large})
 
 
-@pytest.mark.parametrize(("end", "message"), [("no run", "did not run"), ("no room", "no room")])
-def test_a_refusal_is_an_error(end: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_TENSORRT_END", end)
-    with pytest.raises(EngineError, match=message):
-        session().infer(FEEDS)
+def test_a_refusal_is_an_error(
+    session: TensorRtSession, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    session.latencies_ms(FEEDS, runs=1, warmup=0)
+    monkeypatch.setenv("FAKE_TENSORRT_END", "no run")
+    with pytest.raises(EngineError, match=r"engine\.plan does not run: .*execute_async_v3"):
+        session.infer(FEEDS)
+    with pytest.raises(EngineError, match=r"engine\.plan did not run"):
+        session._enqueue()
+    monkeypatch.setenv("FAKE_TENSORRT_END", "no room")
+    with (
+        pytest.raises(EngineError, match=r"p has no room on the GPU: .*; free memory of it\.$"),
+        opened("tensorrt", tmp_path / "engine.plan", None, "p"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.int64, ml_dtypes.bfloat16])
@@ -133,9 +192,12 @@ def make_bundle(root: Path, flags: str) -> Engine:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> TensorRt:
     version: Version = request.param
     monkeypatch.setitem(sys.modules, "tensorrt", library(version))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    stand_in_for_cuda()
     return TensorRt(
         library="tensorrt",
         version=fake_tensorrt.NUMBERS[version],
+        polygraphy="0.53.6",
         card=CARD,
         options=EngineOptions(),
     )
@@ -145,7 +207,6 @@ def test_an_engine_is_opened_as_its_record_says(backend: TensorRt, tmp_path: Pat
     engine = make_bundle(tmp_path, '["SPARSE_WEIGHTS"]')
     with backend.open(tmp_path, engine) as found:
         assert isinstance(found, TensorRtSession)
-    assert said("Runtime.engine_host_code_allowed") == [(False,)]
     assert said("Refitter.refit_cuda_engine") == []
 
 
@@ -155,7 +216,6 @@ def test_an_engine_without_weights_takes_those_of_its_onnx_file(
     engine = make_bundle(tmp_path, '["STRIP_PLAN", "VERSION_COMPATIBLE"]')
     with backend.open(tmp_path, engine):
         pass
-    assert said("Runtime.engine_host_code_allowed") == [(True,)]
     assert said("OnnxParserRefitter.refit_from_file") == [(str(tmp_path / engine.onnx),)]
     assert said("Refitter.refit_cuda_engine") == [()]
     (tmp_path / engine.onnx).unlink()
@@ -191,7 +251,10 @@ def test_a_record_of_another_model_and_a_plan_of_another_version_are_refused(
         pass
     path.write_text(sound)
     (tmp_path / FOLDER / "engine.plan").write_bytes(b"of another version")
-    with pytest.raises(EngineError, match="does not load here"), backend.open(tmp_path, engine):
+    with (
+        pytest.raises(EngineError, match="does not load here: Could not deserialize engine"),
+        backend.open(tmp_path, engine),
+    ):
         pass
 
 
@@ -199,10 +262,10 @@ def test_an_engine_for_other_gpus_is_missing_its_device_here(
     backend: TensorRt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_bundle(tmp_path, "[]")
-    nowhere = TensorRt(library="tensorrt", version="11", card=(), options=EngineOptions())
+    nowhere = replace(backend, card=())
     with pytest.raises(BackendMissingError, match="this machine has no NVIDIA GPU; run prox24"):
         nowhere.open(tmp_path, engine).__enter__()
-    rtx = TensorRt(library="tensorrt_rtx", version="1.7", card=CARD, options=EngineOptions())
+    rtx = replace(backend, library="tensorrt_rtx")
     with pytest.raises(BackendMissingError, match="this machine has NVIDIA H200 SM90; run"):
         rtx.open(tmp_path, engine).__enter__()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

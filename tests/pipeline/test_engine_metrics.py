@@ -234,6 +234,9 @@ def test_the_engine_is_asked_in_shapes_it_was_compiled_for_and_agrees(
     assert found.longest == 40
     assert found.tokens <= 40 * found.samples
     assert found.metrics[0].name == "embedding cosine"
+    assert [(one.twin, one.rows, one.passed) for one in found.equal_rows] == [
+        ("dense", 4, True), ("sparse", 4, True),
+    ]  # fmt: skip
     assert {metric.samples for metric in found.metrics} == {found.samples}
     assert all(one.passed is not False for one in found.parity)
     assert {(one.twin, one.metric) for one in found.parity if one.tolerance} == {
@@ -241,6 +244,13 @@ def test_the_engine_is_asked_in_shapes_it_was_compiled_for_and_agrees(
     }  # fmt: skip
     cosines = [one.agreement for one in found.parity if one.metric == "embedding cosine"]
     assert all(cosine == pytest.approx(1, abs=1e-6) for cosine in [c.value for c in cosines if c])
+
+
+def test_an_engine_that_takes_one_row_is_not_asked_for_equal_ones(
+    tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    shapes = EngineShapes(rows=1, least=32, longest=40)
+    assert measured(tiny_bert, prose, tmp_path, 0.0, shapes)[0].equal_rows == ()
 
 
 @pytest.mark.parametrize("kind", ["classifier", "decoder", "encoder"])
@@ -251,6 +261,8 @@ def test_an_engine_that_says_something_else_is_found(
         tmp_path / "model"
     )
     found, _ = measured(path, prose, tmp_path, 3.0, EngineShapes(rows=8, least=1, longest=48))
+    # Its noise is of its own in each row.
+    assert [one.passed for one in found.equal_rows] == [True, False]
     wrong = {(one.twin, one.metric) for one in found.parity if one.passed is False}
     assert {twin for twin, _ in wrong} == {"sparse"}
     telling = {"classifier": "KL divergence", "decoder": "KL divergence"}

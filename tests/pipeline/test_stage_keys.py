@@ -146,7 +146,13 @@ def backends(recipe: Recipe) -> tuple[Any, ...]:
         gpu="card", driver="driver", dtype="float16", versions={"torch": "2"}, gemms=(timing,)
     )
     return (
-        TensorRt(library="tensorrt", version="10", card=("card",), options=options),
+        TensorRt(
+            library="tensorrt",
+            version="10",
+            polygraphy="0.53.6",
+            card=("card",),
+            options=options,
+        ),
         CuSparseLt(
             dense=Path("dense"),
             dense_sha256="hash",

@@ -12,6 +12,7 @@ from prox24_deploy.core.accuracy import (
     EngineAccuracy,
     EngineAccuracyResult,
     ParityCheck,
+    RowsCheck,
 )
 from prox24_deploy.core.records import DirectMetric, Estimate, NotMeasured, PairedMetric
 from prox24_deploy.regression.baseline import Baseline
@@ -84,7 +85,14 @@ LOST = ParityCheck(
 )
 
 
-def engine(*parity: ParityCheck, longest: int | None = None) -> EngineAccuracy:
+EQUAL = RowsCheck(twin="dense", rows=4, difference=0.0, tolerance=0.01, passed=True)
+ROUNDED = replace(EQUAL, twin="sparse", difference=0.0025)
+TORN = replace(EQUAL, twin="sparse", difference=0.75, passed=False)
+
+
+def engine(
+    *parity: ParityCheck, longest: int | None = None, rows: tuple[RowsCheck, ...] = (EQUAL,)
+) -> EngineAccuracy:
     return EngineAccuracy(
         backend="onnxruntime",
         device="CPU <x>",
@@ -96,6 +104,7 @@ def engine(*parity: ParityCheck, longest: int | None = None) -> EngineAccuracy:
         metrics=METRICS,
         parity=parity,
         seconds=1.5,
+        equal_rows=rows,
     )
 
 
@@ -116,6 +125,7 @@ def test_a_departure_fails_and_what_informs_does_not_gate() -> None:
         ("onnxruntime sparse log-perplexity", True, "fail"),
         ("onnxruntime dense top-1 agreement", False, "not gated"),
         ("onnxruntime dense KL divergence", True, "fail"),
+        ("onnxruntime dense equal rows", True, "pass"),
     ]
     assert "Engine 3.5, PyTorch 3, difference 0.5 ± 0.1 over 4 samples" in checks[1].message
     assert "do not ship it, export with another --dtype" in checks[1].message
@@ -123,6 +133,30 @@ def test_a_departure_fails_and_what_informs_does_not_gate() -> None:
     report = report_of(EngineAccuracyResult(engines=(engine(FAR),)))
     assert report.verdict == "fail"
     assert [check.name for check in report.regressions] == ["onnxruntime sparse log-perplexity"]
+
+
+def test_equal_rows_with_unequal_outputs_fail() -> None:
+    result = EngineAccuracyResult(engines=(engine(rows=(EQUAL, ROUNDED, TORN)),))
+    checks = engine_checks(result)
+    assert [(c.value, c.limit, c.verdict) for c in checks] == [
+        (0.0, 0.01, "pass"), (0.0025, 0.01, "pass"), (0.75, 0.01, "fail"),
+    ]  # fmt: skip
+    assert "4 equal rows of one batch give outputs that are equal bit by bit" in checks[0].message
+    assert checks[1].message.endswith("differ by 0.0025 of the largest, as rounding may explain")
+    assert "which rounding does not explain; do not ship this engine" in checks[2].message
+    report = report_of(result)
+    assert (report.verdict, [check.name for check in report.regressions]) == (
+        "fail", ["onnxruntime sparse equal rows"],
+    )  # fmt: skip
+    page = render_html(report)
+    assert "through the dense engine: equal outputs, bit by bit." in page
+    assert "outputs differ by 0.75 of the largest, at most 0.01: fail." in page
+
+
+def test_engines_of_one_row_are_not_checked_and_that_is_said() -> None:
+    result = EngineAccuracyResult(engines=(engine(CLOSE, rows=()),))
+    (warning,) = engine_warnings(result, METRICS)
+    assert "was not checked, they take one row; pass --shapes batch=1,2" in warning
 
 
 def test_what_cannot_run_is_told_and_what_breaks_fails() -> None:

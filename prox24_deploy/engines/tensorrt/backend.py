@@ -10,25 +10,20 @@ that a model parses and compiles; its kernels are chosen on the GPU, so whether 
 unknown.
 """
 
-import importlib
+import importlib.metadata
 import json
 import logging
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import onnx
 
 from prox24_deploy.config.options import EngineOptions
-from prox24_deploy.config.recipe import TensorSpec, shape_of
-from prox24_deploy.core.atomic import make_folder, write_atomic, writing
-from prox24_deploy.core.backends import BACKENDS, BackendKind
-from prox24_deploy.core.documents import Document, read_json
+from prox24_deploy.core.atomic import make_folder, writing
+from prox24_deploy.core.backends import BackendKind
 from prox24_deploy.core.errors import BackendMissingError, EngineError, UsageError
 from prox24_deploy.core.host import gpu
 from prox24_deploy.core.records import Engine, EngineEvidence, OnnxModel, TensorCheck
@@ -36,41 +31,34 @@ from prox24_deploy.core.types import Twin
 from prox24_deploy.engines.base import Origin, Session
 from prox24_deploy.engines.child import run_child
 from prox24_deploy.engines.tensorrt.evidence import engine_evidence, parse_builder
-from prox24_deploy.engines.tensorrt.job import NO_ENGINE, Job, ShapeRange, open_engine
+from prox24_deploy.engines.tensorrt.job import Job
+from prox24_deploy.engines.tensorrt.library import TITLES, Library, load_library
+from prox24_deploy.engines.tensorrt.record import read_build_record, write_build_record
+from prox24_deploy.engines.tensorrt.reproduce import Build, reproduction
+from prox24_deploy.engines.tensorrt.shapes import profile_of, timed_shapes
 
 logger = logging.getLogger(__name__)
 
-Library = Literal["tensorrt", "tensorrt_rtx"]
-
 PLAN_FILE = "engine.plan"
-RECORD_FILE = "engine.json"
 LOG_FILE = "build.log"
 LAYERS_FILE = "layers.json"
 DEFAULT_CAPABILITIES = ("SM86", "SM89", "SM120")
-TITLES: dict[Library, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 _JOB_MODULE = "prox24_deploy.engines.tensorrt.job"
-_AGAIN = "compile the model again"
-_OUR_ERROR = "prox24_deploy.core.errors.EngineError: "
-
-
-@dataclass(frozen=True, slots=True)
-class BuildRecord:
-    """Flags that an engine was built with, and per input the least and the largest batch."""
-
-    flags: list[str]
-    batches: dict[str, tuple[int, int]]
+_REFUSAL = "polygraphy.exception.exception.PolygraphyException: "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRt:
     """One of the two libraries, in the version that is installed, and what to build with it.
 
-    `card` is the GPU of this machine with its compute capability and driver, empty without one.
+    `polygraphy` is the version of what drives it. `card` is the GPU of this machine with its
+    compute capability and driver, empty without one.
     """
 
     library: Library
     version: str
+    polygraphy: str
     card: tuple[str, ...]
     options: EngineOptions
 
@@ -117,7 +105,7 @@ class TensorRt:
         try:
             job = self._job(bundle / model.path, work, twin)
             self._run(job, work / LOG_FILE, target / LOG_FILE)
-            _write_record(work / RECORD_FILE, self, model, job)
+            self._write_record(work / PLAN_FILE, model, job)
             with writing(target):
                 work.rename(target)
         finally:
@@ -130,7 +118,7 @@ class TensorRt:
             onnx_sha256=model.sha256,
             device=self.device(),
             dtype=model.dtype,
-            versions={self.library: self.version},
+            versions={self.library: self.version, "polygraphy": self.polygraphy},
             size_bytes=(target / PLAN_FILE).stat().st_size,
             said=parse_builder(_text(target / LOG_FILE), _text(target / LAYERS_FILE)),
         )
@@ -170,15 +158,30 @@ class TensorRt:
                 f"{title} engines need buffers on the GPU, which this CPU build of torch cannot "
                 "make; install a CUDA build of torch."
             )
-        from prox24_deploy.engines.tensorrt.session import TensorRtSession, refit
+        from prox24_deploy.engines.tensorrt.session import opened
 
-        flags = read_build_record(bundle / engine.path, engine).flags
-        trt = load_library(self.library)
-        messages = trt.Logger(trt.Logger.WARNING)
-        opened = open_engine(trt, messages, (bundle / engine.path).read_bytes(), flags)
-        if "STRIP_PLAN" in flags:
-            refit(trt, messages, opened, bundle / engine.onnx)
-        yield TensorRtSession(trt, opened, engine.path)
+        plan = bundle / engine.path
+        stripped = "STRIP_PLAN" in read_build_record(plan, engine).flags
+        weights = bundle / engine.onnx if stripped else None
+        with opened(self.library, plan, weights, engine.path) as session:
+            yield session
+
+    def reproduction(self, bundle: Path, engines: Sequence[Engine], script: str) -> str:
+        """A shell script of the same builds and timings by NVIDIA's own tools."""
+        builds = []
+        for engine in engines:
+            model = bundle / engine.onnx
+            job = self._job(model, bundle, engine.twin)
+            name = engine.twin if engine.graph == "model" else f"{engine.twin}.{engine.graph}"
+            timed = timed_shapes(model, self.options)
+            builds.append(Build(name=name, job=replace(job, onnx=engine.onnx), timed=timed))
+        return reproduction(
+            builds,
+            script=script,
+            version=self.version,
+            polygraphy=self.polygraphy,
+            device=self.device(),
+        )
 
     def _capabilities(self) -> tuple[str, ...]:
         """What TensorRT-RTX compiles for; TensorRT compiles for the GPU of this machine alone."""
@@ -195,8 +198,6 @@ class TensorRt:
             flags.append("STRIP_PLAN")
         if options.refit:
             flags.append("REFIT")
-        elif options.strip_weights:
-            flags.append("REFIT_IDENTICAL")
         return Job(
             library=self.library,
             onnx=str(model),
@@ -216,6 +217,10 @@ class TensorRt:
         capabilities = self._capabilities()
         return bool(self.card) and (not capabilities or self.card[1] in capabilities)
 
+    def _write_record(self, plan: Path, model: OnnxModel, job: Job) -> None:
+        made = {"backend": self.name, "version": self.version, "device": self.device()}
+        write_build_record(plan, made, model, job)
+
     def _timing_cache(self, twin: str) -> str | None:
         """One file for whatever changes a timing, so that no dense choice is replayed as sparse."""
         folder = self.options.tensorrt.timing_cache
@@ -231,7 +236,10 @@ class TensorRt:
             file = log.open("wb")
         with file:
             code = run_child(
-                [sys.executable, "-m", _JOB_MODULE], json.dumps(asdict(job)).encode(), file
+                # Unbuffered, so that the last words before a crash are there.
+                [sys.executable, "-u", "-m", _JOB_MODULE],
+                json.dumps(asdict(job)).encode(),
+                file,
             )
         if code == 0 and Path(job.plan).is_file():
             return
@@ -276,106 +284,24 @@ def open_tensorrt(library: Library, options: EngineOptions) -> TensorRt:
                     f"TensorRT-RTX {trt.__version__} does not compile for {name}; pass "
                     f"--compute-capability as one of {', '.join(known)}."
                 )
-    return TensorRt(library=library, version=str(trt.__version__), card=card, options=options)
-
-
-def load_library(library: Library) -> Any:
-    """Import `tensorrt` or `tensorrt_rtx`.
-
-    Raises:
-        BackendMissingError: it is not installed, or a library that it needs is not.
-    """
-    try:
-        return importlib.import_module(library)
-    except ImportError as error:
-        install = next(kind.install for kind in BACKENDS.values() if kind.library == library)
-        raise BackendMissingError(
-            f"{TITLES[library]} is not installed here ({error}); {install}."
-        ) from error
-
-
-def profile_of(model: Path, options: EngineOptions) -> dict[str, ShapeRange]:
-    """Least, usual and largest shape of every input, over all shapes asked for.
-
-    Kernels are timed at the usual shape, which is the largest asked for. A graph with a cache also
-    decodes: its sequences begin at 1 and its past at 0.
-    """
-    longest = max(options.sequences)
-    inputs = [
-        TensorSpec(
-            name=value.name,
-            dtype="float",
-            axes=[dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
-        )
-        for value in onnx.load(model, load_external_data=False).graph.input
-    ]
-    cached = any("past" in spec.axes for spec in inputs)
-    least = {
-        "batch": min(options.batches),
-        "sequence": 1 if cached else min(options.sequences),
-        "past": 0,
-        "source": min(options.sequences),
-    }
-    most = {"batch": max(options.batches), **dict.fromkeys(("sequence", "past", "source"), longest)}
-    return {
-        spec.name: (shape_of(spec, least), shape_of(spec, most), shape_of(spec, most))
-        for spec in inputs
-    }
+    return TensorRt(
+        library=library,
+        version=str(trt.__version__),
+        polygraphy=importlib.metadata.version("polygraphy"),
+        card=card,
+        options=options,
+    )
 
 
 def _last_words(log: str, code: int) -> str:
-    """The reason that a log gives last: ours, else the builder's own, else whatever was said."""
+    """The reason that a log gives last: an error of the library, else whatever was said."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    last = lines[-1] if lines else "it said nothing"
-    ours = last.startswith(_OUR_ERROR) and not last.endswith(NO_ENGINE)
     errors = [line.partition("[E]")[2].strip() for line in lines if "[E]" in line]
-    if errors and not ours:
-        last = errors[-1]
+    last = (errors or lines or ["it said nothing"])[-1]
     if code < 0:
         return f"it was ended by a signal ({signal.strsignal(-code)}), its last message was: {last}"
-    return last.removeprefix(_OUR_ERROR).rstrip(".")
+    return last.removeprefix(_REFUSAL).rstrip(".")
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _write_record(path: Path, backend: TensorRt, model: OnnxModel, job: Job) -> None:
-    record = {
-        "backend": backend.name,
-        "version": backend.version,
-        "device": backend.device(),
-        "onnx": model.path,
-        "onnx_sha256": model.sha256,
-        "flags": job.flags,
-        "profile": job.ranges,
-        "compatibility": job.compatibility,
-        "workspace_gib": job.workspace_gib,
-        "builder_level": job.builder_level,
-    }
-    write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
-
-
-def read_build_record(plan: Path, engine: Engine) -> BuildRecord:
-    """How an engine was built, from the record beside it.
-
-    Raises:
-        EngineError: the record is damaged or of another model.
-    """
-    path = plan.with_name(RECORD_FILE)
-    try:
-        record = read_json(path, Document(f"Engine record {path}", EngineError, _AGAIN))
-        flags, sha256 = list(record["flags"]), record["onnx_sha256"]
-        batches = {
-            name: (int(least[0]), int(most[0]))
-            for name, (least, _, most) in record.get("profile", {}).items()
-            if least
-        }
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise EngineError(f"Engine record {path} cannot be read ({error}); {_AGAIN}.") from error
-    if sha256 != engine.onnx_sha256:
-        raise EngineError(
-            f"Engine record {path} is of an ONNX file with hash {sha256}, expected "
-            f"{engine.onnx_sha256}; {_AGAIN}."
-        )
-    return BuildRecord(flags, batches)

@@ -22,7 +22,7 @@ from prox24_deploy.core.records import (
 # Below this many channels sparse kernels seldom win (issue 3849).
 SMALL = 256
 
-_SPARSE_KERNEL = re.compile(r"sparse_gemm|sparse_conv|spmma|sptensor")
+_SPARSE_KERNEL = re.compile(r"sparse_gemm|sparse_conv|spmma|spgemm|sptensor")
 # How graph/eligibility.py words the rule for types.
 _TYPE_RULE = re.compile(r"(?:^|; )\w+ has no sparse kernels(?:;|$)")
 # Kernels that multiply matrices at all. Of what was fused around one, and of the stub that stands
@@ -37,7 +37,7 @@ _CHOSE = re.compile(
     r"|TRT inference plan picked sparse implementation for layers):?"
 )
 # Where another thread's line begins in the middle of one.
-_NEXT_RECORD = re.compile(r"\[[0-9]{2}/[0-9]{2}/[0-9]{4}-|\[TRT\]|\[[IVWE]\]|\(Sparsity\)|\r?\n")
+_NEXT_RECORD = re.compile(r"\[[0-9]{2}/[0-9]{2}/[0-9]{4}-|\[TRT\]|\[[A-Z!]\] |\(Sparsity\)|\r?\n")
 # What separates the nodes that one layer was fused from.
 _BETWEEN_NODES = re.compile(r"[\s,\[\]{}\x1e]+|\|\||\+")
 _FUSION_SUFFIX = re.compile(r"_myl[0-9]+_[0-9]+$")
@@ -138,12 +138,25 @@ def _list_after(log: str, match: re.Match[str]) -> tuple[int | None, Names]:
     """The number that a line gives and the names behind it."""
     end = _NEXT_RECORD.search(log, match.end())
     text = log[match.end() : end.start() if end else len(log)]
-    names = tuple(name.strip() for name in text.split(", ") if name.strip())
+    names = tuple(name.strip() for name in _split(text) if name.strip())
     if match[1] is not None:
         return int(match[1]), names
     # The older wording gives no number: only a line with its end tells all names.
     whole = end is not None and end[0] in ("\n", "\r\n")
     return (len(names) if whole else None), names
+
+
+def _split(text: str) -> list[str]:
+    """The names of a list; a fused one may have commas within brackets, as `PWN(a, b)`."""
+    names: list[str] = []
+    open_brackets = 0
+    for part in text.split(", "):
+        if open_brackets > 0:
+            names[-1] += f", {part}"
+        else:
+            names.append(part)
+        open_brackets += part.count("(") - part.count(")")
+    return names
 
 
 def _names(check: TensorCheck) -> set[str]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.environment import versions
-from prox24_deploy.bundle.layout import ENGINES, ONNX, PRUNED
+from prox24_deploy.bundle.layout import ENGINES, ONNX, PRUNED, reproduction_of
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.records import (
     CompileResult,
     Engine,
@@ -19,7 +20,7 @@ from prox24_deploy.core.records import (
     TensorCheck,
 )
 from prox24_deploy.core.types import TWINS, Progress, Twin
-from prox24_deploy.engines.base import Backend
+from prox24_deploy.engines.base import Backend, Reproducible
 from prox24_deploy.pipeline.stages.quantize import quantized_of
 
 
@@ -82,6 +83,7 @@ def _compile(inputs: CompileInputs, work: Workspace, progress: Progress) -> Comp
                 out = _engine_folder(backend, twin, model)
                 engines.append(backend.build(work.root, model, out, twin=twin))
         evidence += _evidence(inputs, work.root, backend, engines)
+        _write_reproduction(work.root, backend, engines)
     progress("compile", total, total)
     return CompileResult(
         engines=tuple(engines), evidence=tuple(evidence), seconds=time.perf_counter() - began
@@ -89,6 +91,16 @@ def _compile(inputs: CompileInputs, work: Workspace, progress: Progress) -> Comp
 
 
 STAGE = Stage(name="compile", result=CompileResult, run=_compile, outputs=(ENGINES,))
+
+
+def _write_reproduction(root: Path, backend: Backend, engines: Sequence[Engine]) -> None:
+    if isinstance(backend, Reproducible):
+        own = [engine for engine in engines if engine.backend == backend.name]
+        script = root / reproduction_of(backend.name)
+        text = backend.reproduction(root, own, reproduction_of(backend.name))
+        write_atomic(script, text.encode())
+        # Whoever may read it may run it.
+        script.chmod(script.stat().st_mode | 0o111)
 
 
 def _engine_folder(backend: Backend, twin: Twin, model: OnnxModel) -> Path:

@@ -9,20 +9,23 @@ from pathlib import Path
 from torch import nn
 
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.accuracy import DecodeAccuracy, EngineAccuracy, ParityCheck
+from prox24_deploy.core.accuracy import DecodeAccuracy, EngineAccuracy, ParityCheck, RowsCheck
 from prox24_deploy.core.errors import EngineError, ModelDirError
 from prox24_deploy.core.records import Engine, Metric
 from prox24_deploy.core.types import TWINS, DType, Progress, Twin, silent
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
+from prox24_deploy.evaluation.equal_rows import equal_rows
 from prox24_deploy.evaluation.evaluate import evaluate_models
 from prox24_deploy.evaluation.language import evaluate_text_generation
 from prox24_deploy.evaluation.parity import parity_of
 from prox24_deploy.evaluation.subset import EngineShapes, behind_a_past, take
 from prox24_deploy.graph.export.module import RecipeModule
 from prox24_deploy.graph.export.signature import read_inputs
-from prox24_deploy.model.batch import Samples
+from prox24_deploy.model.batch import Batch, Samples
 
+# Of equal ones, on an engine that takes any number.
+_EQUAL_ROWS = 4
 # Of the samples' tokens, the share that is read again to decode, and tokens decoded of each sample.
 _DECODED_SHARE, _DECODED_TOKENS = 4, 16
 
@@ -64,6 +67,21 @@ class _Answer:
     parity: tuple[ParityCheck, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Again:
+    """A sample that fills a batch of so many rows, and the dtype of the engine that is asked."""
+
+    batch: Batch
+    rows: int
+    dtype: DType
+
+    def check(self, model: nn.Module, twin: Twin) -> list[RowsCheck]:
+        """Nothing, for an engine that takes one row."""
+        if self.rows < 2:
+            return []
+        return [equal_rows(model, self.batch, rows=self.rows, dtype=self.dtype, twin=twin)]
+
+
 def measure_accuracy(
     backend: Backend,
     bundle: Path,
@@ -95,13 +113,14 @@ def measure_accuracy(
     questions = [_Question(samples=samples, ask=_evaluator(request, samples, progress))]
     if request.decodes:
         questions.append(_decoding(request, shapes))
+    again = _again(backend, request, samples, engines[0].dtype)
     with ExitStack() as until:
 
         def opened(twin: Twin) -> list[Graph]:
             own = (engine for engine in engines if engine.twin == twin)
             return [_opened(backend, bundle, engine, rows, until) for engine in own]
 
-        whole, *decoded = _answers(request, opened, questions, engines[0].dtype)
+        (whole, *decoded), checked = _answers(request, opened, questions, again)
     return EngineAccuracy(
         backend=backend.name,
         device=engines[0].device,
@@ -114,33 +133,46 @@ def measure_accuracy(
         parity=whole.parity,
         seconds=time.perf_counter() - began,
         decode=_decode_accuracy(questions[1], decoded[0]) if decoded else None,
+        equal_rows=checked,
     )
+
+
+def _again(backend: Backend, request: EvaluationRequest, samples: Samples, dtype: DType) -> _Again:
+    rows = request.shapes.rows if backend.on_gpu else _EQUAL_ROWS
+    # The longest, which are nearest to what kernels were chosen for.
+    return _Again(batch=samples.batches[-1], rows=rows, dtype=dtype)
 
 
 def _answers(
     request: EvaluationRequest,
     opened: Callable[[Twin], list[Graph]],
     questions: Sequence[_Question],
-    dtype: DType,
-) -> list[_Answer]:
-    """The engines against each other, and each against PyTorch, which is open for one at a time."""
+    again: _Again,
+) -> tuple[list[_Answer], tuple[RowsCheck, ...]]:
+    """The engines against each other, and each against PyTorch, which is open for one at a time.
+
+    And each against itself, asked the same `again` in one batch.
+    """
     models: dict[Twin, list[EngineModel]] = {}
     parity: list[list[ParityCheck]] = [[] for _ in questions]
+    rows: list[RowsCheck] = []
     for i, twin in enumerate(TWINS):
         graphs = opened(twin)
         # After the engines, of which the first to be missing saves the loading.
         model = request.load(twin)
         models[twin] = [EngineModel(graphs, model.config, one.steps) for one in questions]
+        rows += again.check(models[twin][0], twin)
         reference = _reference(model, request.recipe, twin)
         for question, engine, found in zip(questions, models[twin], parity, strict=True):
             compared = question.ask(reference, engine, i)
-            found += [parity_of(twin, metric, dtype) for metric in compared]
+            found += [parity_of(twin, metric, again.dtype) for metric in compared]
         del model, reference
     pairs = zip(questions, models["dense"], models["sparse"], parity, strict=True)
-    return [
+    answers = [
         _Answer(metrics=one.ask(dense, sparse, len(TWINS)), parity=tuple(found))
         for one, dense, sparse, found in pairs
     ]
+    return answers, tuple(rows)
 
 
 def _decoding(request: EvaluationRequest, shapes: EngineShapes | None) -> _Question:
