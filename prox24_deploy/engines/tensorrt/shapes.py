@@ -28,9 +28,9 @@ def profile_of(model: Path, options: EngineOptions) -> dict[str, ShapeRange]:
     most = {
         "batch": max(options.batches),
         "sequence": longest,
-        "past": max(longest, *options.pasts),
+        "past": max((longest, *options.pasts)),
         # What a decoder reads of an encoder is as long as what it has written.
-        "source": max(longest, *(past + 1 for past in options.pasts)),
+        "source": max((longest, *(past + 1 for past in options.pasts))),
     }
     return {
         spec.name: (shape_of(spec, least), shape_of(spec, most), shape_of(spec, most))
