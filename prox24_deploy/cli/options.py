@@ -20,7 +20,7 @@ from prox24_deploy.config.options import (
 )
 from prox24_deploy.core.backends import BACKENDS, backends_with
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.types import DTYPES, DType, Method, Preset, Refinement
+from prox24_deploy.core.types import DTYPES, DType, Preset, Pruning, Refinement
 
 _DTYPES = ", ".join(DTYPES)
 _COMMON = {"-v", "--verbose", "-q", "--quiet", "--debug"}
@@ -103,7 +103,10 @@ HarnessLimitOpt = Annotated[
     typer.Option("--lm-eval-limit", min=2, help="Documents of each task; default: all."),
 ]
 MethodOpt = Annotated[
-    Method, typer.Option(help="Pruning method; ista is the literal one of the paper.")
+    Pruning,
+    typer.Option(
+        help="Pruning method; ista is the literal one of the paper, none leaves all layers dense."
+    ),
 ]
 RefinementOpt = Annotated[
     Refinement,
@@ -287,7 +290,7 @@ def text_options(
 
 def prune_options(
     *,
-    method: Method,
+    method: Pruning,
     preset: Preset,
     refinement: Refinement,
     reconstruct: bool | None,

@@ -11,8 +11,8 @@ from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.types import (
     DTYPES,
     DType,
-    Method,
     Preset,
+    Pruning,
     QuantizedFormat,
     Refinement,
 )
@@ -40,7 +40,7 @@ class TextOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneOptions:
-    """How to prune.
+    """How to prune; `method` "none" leaves every layer as it is.
 
     `target` "asymmetric" matches the dense model's outputs from the pruned model's inputs,
     "symmetric" matches the dense layer on the pruned model's inputs. `refinement` is how the kept
@@ -54,7 +54,7 @@ class PruneOptions:
     `max_layers` the number of layers; the least harmful layers are then pruned, as many as fit.
     """
 
-    method: Method = "prox"
+    method: Pruning = "prox"
     preset: Preset = "default"
     target: Target = "asymmetric"
     refinement: Refinement = "auto"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # Groups of options that only some backends read.
-BackendOptions = Literal["tensorrt", "capabilities", "eager"]
+BackendOptions = Literal["tensorrt", "capabilities", "eager", "quantize"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,7 @@ BACKENDS = {
             library="onnxruntime",
             install="pip install onnxruntime",
             versions=("onnxruntime",),
+            options=frozenset({"quantize"}),
         ),
         BackendKind(
             name="tensorrt",
@@ -55,7 +56,7 @@ BACKENDS = {
             install="pip install tensorrt-cu13, or use the container of docker/README.md",
             versions=("tensorrt",),
             needs_gpu="builds on an NVIDIA GPU, and there is none",
-            options=frozenset({"tensorrt"}),
+            options=frozenset({"tensorrt", "quantize"}),
         ),
         BackendKind(
             name="tensorrt-rtx",
@@ -64,7 +65,7 @@ BACKENDS = {
             library="tensorrt_rtx",
             install="pip install tensorrt-rtx-cu13",
             versions=("tensorrt_rtx",),
-            options=frozenset({"tensorrt", "capabilities"}),
+            options=frozenset({"tensorrt", "capabilities", "quantize"}),
         ),
         BackendKind(
             name="cusparselt",

@@ -14,6 +14,8 @@ Twin = Literal["dense", "sparse"]
 TWINS: tuple[Twin, ...] = ("dense", "sparse")
 
 Method = Literal["prox", "ista", "sparsegpt", "wanda", "magnitude"]
+# How layers are pruned, if at all.
+Pruning = Literal["prox", "ista", "sparsegpt", "wanda", "magnitude", "none"]
 Refinement = Literal["auto", "conjugate-gradient", "gradient", "none"]
 Preset = Literal["fast", "default", "best"]
 

@@ -47,8 +47,8 @@ def build(
     dtype = _settled_dtype(context.source, context.recipe, options.dtype)
     options = replace(options, dtype=dtype)
     stages.tasks.require_usable(options.harness, context.recipe)
-    stages.quantize.require_usable(options, context)
     backends = open_backends(options.engine, model)
+    stages.quantize.require_usable(options, context, backends)
     check_demands(demands, context, [backend.name for backend in backends], options)
     with open_bundle(out, fresh=fresh) as bundle:
         warn_of_few_samples(context)

@@ -71,6 +71,8 @@ def solve_group(
 def _solve(
     weight: Tensor, moments: SecondMoments, options: PruneOptions, path: str
 ) -> LayerSolution:
+    if options.method == "none":
+        raise ValueError(f"layer {path} is not to be pruned")
     try:
         problem = layer_problem(
             weight,

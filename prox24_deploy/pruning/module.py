@@ -116,6 +116,8 @@ def _require_fit(module: nn.Module, options: PruneOptions) -> None:
             f"Parameter {other} is {module.get_parameter(other).dtype}, expected torch.float32; "
             "call module.float() before and convert it back afterwards."
         )
+    if options.method == "none":
+        raise UsageError("Method none prunes nothing; name another, or leave the module as it is.")
     if options.has_budget:
         raise UsageError(
             "max_loss and max_layers need the loss of a task, which a module alone has not; leave "

@@ -46,7 +46,13 @@ from prox24_deploy.pruning.doubts import doubt_about
 from prox24_deploy.pruning.layer_group import solve_group
 from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches
 from prox24_deploy.pruning.second_moments import SecondMoments
-from prox24_deploy.pruning.selection import by_options, left_dense, prunable, require_matches
+from prox24_deploy.pruning.selection import (
+    by_options,
+    left_dense,
+    prunable,
+    require_matches,
+    target_paths,
+)
 from prox24_deploy.pruning.sensitivity import SensitivityStore, measure_sensitivity, over_budget
 from prox24_deploy.pruning.solvers.problem import damping_for
 
@@ -214,6 +220,8 @@ def _pruned(
     progress: Progress,
 ) -> tuple[PrunedState, Sensitivity | None]:
     """Prune the model of a directory in place, but for what is to stay dense or breaks a budget."""
+    if options.method == "none":
+        return PrunedState({}, {}, _all_dense(model, recipe)), None
     dense = left_dense(recipe, model, options)
     sensitivity: Sensitivity | None = None
     if options.has_budget:
@@ -248,7 +256,7 @@ def _require_pruned(state: PrunedState, recipe: Recipe, path: Path) -> None:
 def _damping(layers: Sequence[LayerRecord]) -> tuple[float, float]:
     """The least and the most that was used."""
     used = [damping_for(layer.shape[1], layer.rows) for layer in layers if layer.rows]
-    return min(used), max(used)
+    return min(used, default=0.0), max(used, default=0.0)
 
 
 def _sensitivity(
@@ -390,6 +398,14 @@ def _error(moments: SecondMoments, before: Tensor, after: Tensor, path: str) -> 
 def _apply(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         layer_at(block, name).weight.copy_(weight)
+
+
+def _all_dense(model: nn.Module, recipe: Recipe) -> tuple[LayerRecord, ...]:
+    reason = "nothing is pruned with --method none"
+    targets = [
+        _skipped(name, layer_at(model, name), reason) for name in target_paths(recipe, model)
+    ]
+    return (*targets, *_layers_outside(model, recipe, {record.name for record in targets}))
 
 
 def _layers_outside(model: nn.Module, recipe: Recipe, known: set[str]) -> list[LayerRecord]:

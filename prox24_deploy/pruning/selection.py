@@ -94,6 +94,11 @@ def by_options(
     return [(names, own) for own, names in parts.items()]
 
 
+def target_paths(recipe: Recipe, model: nn.Module) -> list[str]:
+    """The full path of every target, in the order of the blocks."""
+    return [".".join(path) for path in _paths(recipe, model)]
+
+
 def concerns(glob: str, prefix: str, name: str) -> bool:
     """Whether a glob matches a layer by its path in the block or in the model."""
     return any(fnmatch(path, glob) for path in (name, f"{prefix}.{name}"))

@@ -10,7 +10,6 @@ from prox24_deploy.core.quantized import LayerQuantization, Rounding
 from prox24_deploy.model.blocks import run_block
 from prox24_deploy.model.layers import Layer, from_matrix, layer_at, matrix_shape, to_matrix
 from prox24_deploy.pruning.activations import Activations, BlockPair, input_pairs
-from prox24_deploy.pruning.second_moments import SecondMoments
 from prox24_deploy.pruning.solvers.problem import LayerProblem, damping_for, layer_problem
 from prox24_deploy.pruning.solvers.refine import masked_conjugate_gradient
 from prox24_deploy.quantization.formats import NumberFormat
@@ -214,14 +213,14 @@ def _candidates(
 def _problem(group: _Group, trial: Trial, span: InputRange, moved: Moved | None) -> LayerProblem:
     """The outputs of the layers as they were, from inputs as they will be read."""
     width = trial.weight.shape[1]
-    moments = SecondMoments.empty(width, trial.weight.device)
+    gram = torch.zeros(width, width, dtype=torch.float64, device=trial.weight.device)
+    cross, tokens = torch.zeros_like(gram), 0
     for before, now in input_pairs(group.twin, group.names[0], group.calibration):
+        read = trial.rounded(now, span.scale)
         # What was moved is in the inputs of now only.
-        same = before.float() / moved.factors if moved else before
-        moments.add(same, trial.rounded(now, span.scale))
-    return layer_problem(
-        trial.weight,
-        moments.pruned / moments.tokens,
-        damping_for(width, moments.tokens),
-        moments.cross / moments.tokens,
-    )
+        same = before.float() / moved.factors if moved else before.float()
+        gram += read.T @ read
+        cross += same.T @ read
+        tokens += len(read)
+    damping = damping_for(width, tokens)
+    return layer_problem(trial.weight, gram / tokens, damping, cross / tokens)

@@ -21,13 +21,20 @@ def step_titles(report: Report) -> tuple[str, ...]:
     """The dense model, then every step; empty where there is but one step."""
     if not report.accuracy.steps or report.quantization is None:
         return ()
-    return ("dense", _PRUNED, f"{_PRUNED} + {report.quantization.format.upper()}")
+    form = report.quantization.format.upper()
+    if not report.pruning.totals.pruned:
+        return ("dense", form)
+    return ("dense", _PRUNED, f"{_PRUNED} + {form}")
 
 
 def step_rows(report: Report) -> tuple[StepRow, ...]:
     """Every metric of the PyTorch models along the way."""
-    ways = [*(step.metrics for step in report.accuracy.steps), report.accuracy.metrics]
-    return tuple(_row(metrics) for metrics in zip(*ways, strict=True)) if len(ways) > 1 else ()
+    if not report.accuracy.steps:
+        return ()
+    # Where nothing was pruned, that step is the dense model.
+    pruned = report.accuracy.steps if report.pruning.totals.pruned else ()
+    ways = [*(step.metrics for step in pruned), report.accuracy.metrics]
+    return tuple(_row(metrics) for metrics in zip(*ways, strict=True))
 
 
 def _row(metrics: tuple[Metric, ...]) -> StepRow:

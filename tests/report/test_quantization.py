@@ -63,6 +63,16 @@ def test_the_report_is_read_back_with_what_is_not_finite_as_none(
     assert read.accuracy.steps[0].name == "pruned"
 
 
+def test_a_step_that_was_not_taken_is_not_shown(records: Records) -> None:
+    layers = tuple(
+        replace(layer, status="skipped", reason="nothing is pruned with --method none")
+        for layer in records.prune.layers
+    )
+    report = replace(records, prune=replace(records.prune, layers=layers)).report()
+    assert step_titles(report) == ("dense", "FP8")
+    assert {len(row.cells) for row in step_rows(report)} == {2}
+
+
 def test_nothing_is_said_where_nothing_was_quantised() -> None:
     report = make_records(2).report()
     assert report.quantization is None

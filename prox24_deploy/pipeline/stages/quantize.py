@@ -1,6 +1,6 @@
 """The stage that quantises the pruned model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +13,12 @@ from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import write_atomic
+from prox24_deploy.core.backends import BACKENDS, backends_with
+from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.quantized import QuantizeResult
 from prox24_deploy.core.records import PruneResult
 from prox24_deploy.core.types import Progress, QuantizedFormat
+from prox24_deploy.engines.base import Backend
 from prox24_deploy.pipeline.context import RunContext, torch_device
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
@@ -38,16 +41,37 @@ class QuantizeInputs:
     versions: Mapping[str, str]
 
 
-def require_usable(options: BuildOptions, context: RunContext) -> None:
+def require_usable(options: BuildOptions, context: RunContext, backends: Sequence[Backend]) -> None:
     """Refuse what can be seen to be wrong before any work.
 
     Raises:
         CalibrationError: there are too few calibration samples for ranges.
+        UsageError: a backend does not run quantised models, or there is nothing to do.
     """
+    if options.quantize is None and options.prune.method == "none":
+        raise UsageError(
+            "--method none leaves the model as it is; add --quantize fp8 or int8, or leave it out."
+        )
     if options.quantize is not None:
         from prox24_deploy.quantization.quantize import require_samples
 
+        require_backends(options, backends)
         require_samples(context.calibration)
+
+
+def require_backends(options: BuildOptions, backends: Sequence[Backend]) -> None:
+    """Refuse a backend that would run something else than what is quantised.
+
+    Raises:
+        UsageError: names it, and those that can.
+    """
+    for backend in backends:
+        if "quantize" not in BACKENDS[backend.name].options:
+            raise UsageError(
+                f"Backend {backend.name} runs the model in 16 bits and not what --quantize "
+                f"{options.quantize} makes of it; pass --backend "
+                f"{' or '.join(backends_with('quantize'))}."
+            )
 
 
 def run(
