@@ -1,10 +1,11 @@
 """Every model family in every dtype, from a model directory to ONNX and TensorRT-RTX, in one table.
 
-    python benchmarks/families.py [ROW ...] [--dtype DTYPE] [--jobs N]
+    python benchmarks/families.py [ROW ...] [--dtype DTYPE | --quantize FORMAT] [--jobs N]
 
 The models are tiny and random, their weights projected to 2:4 by magnitude. The command fails
 unless every row is exported, agrees with PyTorch, is proven 2:4, carries the bits of the checkpoint
-and, where TensorRT-RTX is installed, builds for SM86 and SM120.
+and, where TensorRT-RTX is installed, builds for SM86 and SM120. With a format every row is
+quantised instead (`quantized_families.py`).
 """
 
 import argparse
@@ -56,6 +57,7 @@ from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.model.layers import layer_at, reduction_axis
 from prox24_deploy.model.recipe_template import advise
 from prox24_deploy.model.sentence import fitted_to_sentences
+from prox24_deploy.quantization.formats import FORMATS
 from prox24_deploy.sparsity.pattern import mask_24
 
 DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16")
@@ -204,14 +206,16 @@ def _bytes(directory: ModelDir, name: str, *, transposed: bool) -> bytes:
     return tensor.view(torch.uint8).numpy().tobytes()
 
 
-def build_plans(paths: Sequence[Path], dtype: DType) -> dict[str, str]:
+def build_plans(
+    paths: Sequence[Path], dtype: DType, capabilities: tuple[str, ...] = CAPABILITIES
+) -> dict[str, str]:
     """Compile every graph into one plan for all capabilities; the bytes of all plans."""
-    tensorrt = TensorRtOptions(capabilities=CAPABILITIES)
+    tensorrt = TensorRtOptions(capabilities=capabilities)
     options = EngineOptions(batches=BATCHES, sequences=SEQUENCES, tensorrt=tensorrt)
     try:
         backend = open_tensorrt("tensorrt_rtx", options)
     except BackendMissingError:
-        return dict.fromkeys(CAPABILITIES, NOT_INSTALLED)
+        return dict.fromkeys(capabilities, NOT_INSTALLED)
     size = 0
     for path in paths:
         model = OnnxModel(
@@ -219,7 +223,7 @@ def build_plans(paths: Sequence[Path], dtype: DType) -> dict[str, str]:
         )
         out = Path("plans") / path.stem
         size += backend.build(path.parent, model, out, twin="sparse").size_bytes
-    return dict.fromkeys(CAPABILITIES, f"{size} B")
+    return dict.fromkeys(capabilities, f"{size} B")
 
 
 def require(row: Row) -> None:
@@ -246,6 +250,11 @@ def table(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
+    return aligned(head, cells)
+
+
+def aligned(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A head and rows of cells as text."""
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     lines = [head, ["-" * width for width in widths], *cells]
     return "\n".join(
@@ -254,7 +263,8 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def _prepare() -> None:
+def prepare() -> None:
+    """Set up a process of the table."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -264,13 +274,20 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", default=list(FAMILIES), metavar="ROW")
     parser.add_argument("--dtype", choices=DTYPES, help="one dtype in place of all three")
+    parser.add_argument("--quantize", choices=FORMATS, help="quantise the models, in float16")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options: Any = parser.parse_args(arguments)
+    if options.quantize:
+        # It imports this module, which runs as the main one.
+        from quantized_families import main as quantized
+
+        quantized(options.rows, options.quantize, options.jobs)
+        return
     began = time.perf_counter()
     dtypes = (options.dtype,) if options.dtype else DTYPES
     refused_dtypes = {pair: why for pair, why in REFUSED_DTYPES.items() if pair[1] in dtypes}
     pairs = [(f, d) for f in options.rows for d in dtypes if (f, d) not in refused_dtypes]
-    with ProcessPoolExecutor(options.jobs, get_context("spawn"), _prepare) as pool:
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), prepare) as pool:
         rows = list(pool.map(measure, *zip(*pairs, strict=True)))
     seconds = time.perf_counter() - began
     refused = {family: refusal(family) for family in REFUSED}

@@ -6,7 +6,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,8 @@ from prox24_deploy.graph.export.annotate import annotate, settle_signature
 from prox24_deploy.graph.export.branches import AllFinite
 from prox24_deploy.graph.export.module import TORCH_DTYPES, RecipeModule, copy_with, to_dtype
 from prox24_deploy.graph.export.quantize import own_layers, quantise_graph
-from prox24_deploy.quantization.tensors import QuantizedModel
+from prox24_deploy.graph.export.stored import require_stored
+from prox24_deploy.quantization.tensors import QuantizedModel, RoundedInput
 
 _SUFFIX, _DATA_SUFFIX = ".onnx", ".onnx.data"
 
@@ -45,10 +46,16 @@ _HASH_CHUNK = 1 << 24
 
 
 def export_onnx(
-    model: nn.Module, recipe: Recipe, out: Path, *, dtype: DType, sparse: Sequence[str] = ()
+    model: nn.Module,
+    recipe: Recipe,
+    out: Path,
+    *,
+    dtype: DType,
+    sparse: Sequence[str] = (),
+    quantized: QuantizedModel | None = None,
 ) -> Path:
     """Write the one graph of a recipe as `out/model.onnx`; see `export_graphs`."""
-    (path,) = export_graphs(model, recipe, out, dtype=dtype, sparse=sparse)
+    (path,) = export_graphs(model, recipe, out, dtype=dtype, sparse=sparse, quantized=quantized)
     return path
 
 
@@ -68,7 +75,8 @@ def export_graphs(
 
     Inputs, outputs and dynamic axes are those of the recipe. Nodes carry their module path under
     the metadata key `prox24.module`; `sparse` is written to the file as its 2:4 declaration and
-    proven on the file before `out` appears, all at once, by a rename.
+    proven on the file before `out` appears, all at once, by a rename. So are the numbers and scales
+    of quantised layers (`graph.export.quantize`).
 
     Args:
         model: float32 module in eval mode, as opened for `recipe.task`; it is not changed.
@@ -84,20 +92,32 @@ def export_graphs(
         The paths of the graphs, in the order of `recipe.parts`.
 
     Raises:
-        ExportError: the model cannot be exported, does not fit the recipe, or overflows `dtype`.
+        ExportError: the model cannot be exported, does not fit the recipe, overflows `dtype`, or
+            the graph has not all of the quantised layers.
         SparsityLostError: a weight named in `sparse` is not 2:4 in the file.
         SparsityUnprovenError: a weight named in `sparse` is not there, or cannot be followed.
         BundleError: `out` holds something other than an earlier export.
         OSError: the file cannot be written, for example because the disk is full.
     """
-    _require_modules(model, recipe, sparse)
+    _require_modules(model, recipe, sparse, "2:4")
+    _require_modules(model, recipe, list(quantized.layers) if quantized else (), "quantised")
+    _require_unrounded(model)
     _require_replaceable(out)
     converted = copy_with(model, to_dtype(dtype))
     graphs = {
         part.graph: _graph_of(converted, model, part, dtype, sparse, quantized)
         for part in recipe.parts
     }
-    return _publish(graphs, out, prove=bool(sparse))
+    parts = {part.graph: part for part in recipe.parts}
+
+    def prove(file: Path) -> None:
+        if sparse:
+            require_expected(replace(check_path(file), path=str(out / file.name)))
+        if quantized:
+            names = own_modules(parts[file.stem], list(quantized.layers))
+            require_stored(file, model, quantized, names)
+
+    return _publish(graphs, out, prove)
 
 
 def hash_onnx(path: Path) -> tuple[str, int]:
@@ -141,20 +161,30 @@ def own_modules(recipe: Recipe, names: Sequence[str]) -> list[str]:
     return [name for name in names if whole or name.startswith(f"{recipe.blocks}.")]
 
 
-def _require_modules(model: nn.Module, recipe: Recipe, sparse: Sequence[str]) -> None:
+def _require_modules(model: nn.Module, recipe: Recipe, names: Sequence[str], what: str) -> None:
     parts = recipe.parts
     known = {name for name, _ in model.named_modules()}
-    for name in sparse:
+    for name in names:
         if name not in known:
             raise ExportError(
-                f"The model has no module {name!r}, whose weight should be 2:4; pass module paths "
-                "of the model as it was pruned."
+                f"The model has no module {name!r}, whose weight should be {what}; pass module "
+                "paths of the model as it was pruned."
             )
         if not any(own_modules(part, [name]) for part in parts):
             raise ExportError(
-                f"Module {name!r}, whose weight should be 2:4, lies in no graph of recipe "
+                f"Module {name!r}, whose weight should be {what}, lies in no graph of recipe "
                 f"{recipe.family}, whose blocks are {' and '.join(p.blocks for p in parts)}; "
                 "correct the recipe."
+            )
+
+
+def _require_unrounded(model: nn.Module) -> None:
+    """Refuse a model that rounds inputs itself, which the graph would do a second time."""
+    for name, module in model.named_modules():
+        if any(isinstance(hook, RoundedInput) for hook in module._forward_pre_hooks.values()):
+            raise ExportError(
+                f"Module {name!r} rounds its inputs already; export the model with the values of "
+                "its quantised weights alone, and pass what was quantised."
             )
 
 
@@ -290,7 +320,9 @@ def _failure(error: BaseException, recipe: Recipe) -> str:
     )
 
 
-def _publish(graphs: Mapping[str, ir.Model], out: Path, *, prove: bool) -> tuple[Path, ...]:
+def _publish(
+    graphs: Mapping[str, ir.Model], out: Path, prove: Callable[[Path], None]
+) -> tuple[Path, ...]:
     """Write beside `out`, prove what was written, then rename."""
     partial = out.with_name(f".{out.name}.partial")
     replaced = out.with_name(f".{out.name}.replaced")
@@ -302,8 +334,7 @@ def _publish(graphs: Mapping[str, ir.Model], out: Path, *, prove: bool) -> tuple
             file = partial / f"{name}{_SUFFIX}"
             with writing(file):
                 ir.save(graph, file, external_data=f"{name}{_DATA_SUFFIX}")
-            if prove:
-                require_expected(replace(check_path(file), path=str(out / file.name)))
+            prove(file)
         with writing(out):
             if out.exists():
                 out.rename(replaced)

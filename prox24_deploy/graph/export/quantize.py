@@ -4,10 +4,15 @@ A weight becomes its numbers with a DequantizeLinear behind them, one scale for 
 what a layer reads goes through QuantizeLinear and DequantizeLinear, once for all that read it with
 one scale. That is the form in which runtimes look for layers to run in 8 bits, and where one such
 layer reads what another gives, its QuantizeLinear is the other's INT8 output. Zero points are 0.
+TensorRT's documentation asks for these places ("Q/DQ Layer-Placement Recommendations": all inputs
+of weighted operations, outputs only where the next operation reads them in 8 bits), and moves a
+QuantizeLinear back itself, over activation functions and whatever only renumbers elements. Opset 19
+and later have both operators with scales in float16 and bfloat16.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,8 +25,8 @@ from prox24_deploy.quantization.formats import FORMATS
 from prox24_deploy.quantization.tensors import QuantizedLayer, QuantizedModel, summed_axis
 from prox24_deploy.sparsity.groups import Array
 
-# How far the weight in the graph may be from numbers times scales, relative to its largest value:
-# the rounding of a float16 or bfloat16 number.
+# How far a weight into which a norm was folded may be from numbers times scales, relative to the
+# largest value of its channel: weight, factor and scale are rounded to float16 or bfloat16.
 _ROUNDING = 2.0**-7
 
 
@@ -33,9 +38,12 @@ def quantise_graph(model: ir.Model, source: nn.Module, quantized: QuantizedModel
         source: the module that was exported, which says how its layers store weights.
         quantized: layers by module path; of an encoder-decoder only those of this graph.
 
+    A constant that is read by others too, since it is tied or has the values of another, stays for
+    them as it is.
+
     Raises:
-        ExportError: the weight of a layer is not in the graph, is shared, or is not its numbers
-            times one scale for each output channel.
+        ExportError: the weight of a layer is not in the graph, or is not its numbers times one
+            scale for each output channel.
     """
     weights = _weights_by_module(model)
     writer = _Writer(model.graph, quantized)
@@ -82,7 +90,8 @@ class _Writer:
         numbers, scales = self._numbers(name, layer, module, weight)
         self._replace_weight(name, weight, numbers, scales)
         for node in weight.nodes:
-            self._round_input(name, node, weight, layer.input_scale)
+            if node.metadata_props.get(MODULE_KEY, "") == name:
+                self._round_input(name, node, weight, layer.input_scale)
 
     def _numbers(
         self, name: str, layer: QuantizedLayer, module: nn.Module, weight: ConstantWeight
@@ -100,23 +109,20 @@ class _Writer:
                 f"Layer {name} was quantised as {numbers.shape}, but the graph has its weight as "
                 f"{stored.shape}; quantise and export the same model."
             )
-        return _as_multiplied(name, stored, numbers, scales, channels)
+        dtype = weight.tensor.dtype.numpy()
+        return _as_multiplied(name, stored, numbers, scales, channels, dtype)
 
     def _replace_weight(
         self, name: str, weight: ConstantWeight, numbers: Array, scales: Array
     ) -> None:
-        """Let every reader of a constant read its dequantised numbers."""
+        """Let the readers of a constant in one layer read its dequantised numbers."""
         value, dtype = weight.value, weight.tensor.dtype
-        readers = list(value.uses())
-        if strangers := [
-            use.node for use in readers if use.node.metadata_props.get(MODULE_KEY, name) != name
-        ]:
-            raise ExportError(
-                f"Layer {name} was quantised, but the weight that the graph has for it is read by "
-                f"{strangers[0].op_type} {strangers[0].name} too, which was not."
-            )
-        label = value.name or name
-        del self._graph.initializers[label]
+        uses = list(value.uses())
+        readers = [use for use in uses if use.node.metadata_props.get(MODULE_KEY, name) == name]
+        label = f"{name}.quantized_weight"
+        if len(readers) == len(uses):
+            label = value.name or label
+            del self._graph.initializers[label]
         kept = self._constant(f"{label}.numbers", numbers, self._type)
         scale = self._constant(f"{label}.scale", scales, dtype)
         node = ir.node(
@@ -193,7 +199,8 @@ class _Writer:
     def _constant(self, label: str, array: Array, dtype: ir.DataType) -> ir.Value:
         if label in self._graph.initializers:
             raise ExportError(f"The graph has a constant {label!r} already; rename that module.")
-        tensor = ir.Tensor(np.ascontiguousarray(array.astype(dtype.numpy())), name=label)
+        # Not ascontiguousarray, which would make a vector of the scale of a tensor.
+        tensor = ir.Tensor(array.astype(dtype.numpy(), order="C"), name=label)
         value = ir.Value(
             name=label, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor
         )
@@ -212,33 +219,36 @@ def _channels(weight: ConstantWeight) -> int:
 
 
 def _as_multiplied(
-    name: str, stored: Array, numbers: Array, scales: Array, channels: int
+    name: str,
+    stored: Array,
+    numbers: Array,
+    scales: Array,
+    channels: int,
+    dtype: np.dtype[Any],
 ) -> tuple[Array, Array]:
-    """The numbers and scales by which the graph has a weight.
+    """The numbers and scales by which the graph has a weight, scales as `dtype` holds them.
 
     These are those of the layer, unless the exporter has multiplied output channels by something,
     as it does where it folds a batch norm into a convolution.
     """
     rows = np.moveaxis(stored, channels, 0).reshape(len(scales), -1)
     codes = np.moveaxis(numbers, channels, 0).reshape(len(scales), -1)
-    allowed = _ROUNDING * np.abs(rows).max(1, keepdims=True)
-
-    def agrees(tried: Array) -> bool:
-        return bool((np.abs(codes * tried[:, None] - rows) <= allowed).all())
-
-    if agrees(scales):
+    if np.array_equal((codes * scales[:, None]).astype(dtype), rows.astype(dtype)):
         return numbers, scales
     sizes = (codes**2).sum(1)
-    fitted = (rows * codes).sum(1) / np.where(sizes > 0, sizes, 1)
-    if not agrees(fitted):
+    fitted = ((rows * codes).sum(1) / np.where(sizes > 0, sizes, 1)).astype(dtype)
+    fitted = fitted.astype(np.float32)
+    gap = np.abs(codes * fitted[:, None] - rows).max(1)
+    if stored.ndim == 2 or not (gap <= _ROUNDING * np.abs(rows).max(1)).all():
         raise ExportError(
             f"Layer {name} was quantised, but the weight that the graph has for it is not its "
-            "numbers times one factor for each output channel; export without --quantize, or "
-            "report it."
+            f"numbers times one factor for each output channel that {dtype.name} holds; export "
+            "without --quantize, or report it."
         )
     # A scale is positive, so the sign of a factor goes into the numbers, which are symmetric.
     signs = np.sign(fitted).reshape([-1 if i == channels else 1 for i in range(numbers.ndim)])
-    return numbers * signs, np.where(fitted == 0, 1, np.abs(fitted)).astype(np.float32)
+    # Adding zero makes +0 of -0.
+    return numbers * signs + 0.0, np.where(fitted == 0, 1, np.abs(fitted)).astype(np.float32)
 
 
 def own_layers(quantized: QuantizedModel, names: Sequence[str]) -> QuantizedModel:

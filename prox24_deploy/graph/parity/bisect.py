@@ -87,15 +87,32 @@ def run_for(
         values: of the graph, in the order of the result; one may stand twice.
         feeds: one value per graph input, in the dtype of the file.
     """
+    session = session_for(model, path, values)
+    found: list[Array] = session.run([value.name or "" for value in values], dict(feeds))
+    return found
+
+
+def session_for(model: ir.Model, path: Path, values: Sequence[ir.Value]) -> ort.InferenceSession:
+    """Open a graph in ONNX Runtime whose `values` are outputs too; see `run_for`."""
     given = {value.name for value in model.graph.outputs}
     for value in {value.name: value for value in values}.values():
         if value.name not in given:
             model.graph.outputs.append(value)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options()
     options.add_session_config_entry(_FOLDER, str(path.parent))
-    session = ort.InferenceSession(
+    return ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    found: list[Array] = session.run([value.name or "" for value in values], dict(feeds))
-    return found
+
+
+def session_options() -> ort.SessionOptions:
+    """Options under which ONNX Runtime computes what the nodes of a file say.
+
+    Left to itself it turns products between QuantizeLinear and DequantizeLinear into products of
+    integers, on x86 of unsigned by signed ones, whose sums of two saturate at 16 bits where the
+    processor has AVX2 or AVX512 without VNNI.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options

@@ -1,7 +1,8 @@
 """Compare an exported file in ONNX Runtime with the module it was exported from."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from prox24_deploy.config.recipe import Recipe, TensorSpec, dynamic_names, shape
 from prox24_deploy.core.errors import ExportError
 from prox24_deploy.core.records import NumericsCheck
 from prox24_deploy.core.types import DType, Twin
+from prox24_deploy.graph.check.model_file import load_onnx
 from prox24_deploy.graph.export.module import RecipeModule, copy_with, rounded_to
 from prox24_deploy.graph.export.signature import Signature
 from prox24_deploy.graph.parity.activations import range_guard, watched
-from prox24_deploy.graph.parity.bisect import first_difference
+from prox24_deploy.graph.parity.bisect import first_difference, session_for, session_options
 from prox24_deploy.graph.parity.overflow import require_finite
+from prox24_deploy.graph.parity.rounded import Rounding, following, rounded_values
+from prox24_deploy.quantization.tensors import QuantizedModel
 from prox24_deploy.sparsity.groups import Array
 
 # Sizes of the first dynamic axes: batch and sequence of text models.
@@ -43,6 +47,7 @@ def compare_with_torch(
     twin: Twin,
     vocabulary: int,
     seed: int = 0,
+    quantized: QuantizedModel | None = None,
 ) -> tuple[NumericsCheck, ...]:
     """Run the file in ONNX Runtime on CPU and the module in PyTorch on the same random inputs.
 
@@ -53,6 +58,10 @@ def compare_with_torch(
     batch index of 1 and above are padded on the right, with a cache on the left, and positions
     that the attention mask excludes are not compared.
 
+    Where layers are quantised, PyTorch follows the file in how it rounds what they read, after each
+    rounding was compared, on inputs without padding (`graph.parity.rounded`); so these tolerances
+    hold for quantised files too.
+
     Args:
         model: the float32 module that was exported; it is not changed.
         path: the exported `model.onnx`.
@@ -62,14 +71,17 @@ def compare_with_torch(
         twin: which of the two files this is.
         vocabulary: token ids are drawn from [0, vocabulary).
         seed: of the random inputs.
+        quantized: what of the model is quantised; its weights then have the values of
+            `apply_weights`, and it does not round inputs itself.
 
     Returns:
         One passed check per output, or nothing for bfloat16.
 
     Raises:
         ExportError: the file does not load, an activation or a tensor inside the graph does not
-            fit `dtype`, or an output differs by more than the tolerance; names the tensor, or the
-            module where the difference begins.
+            fit `dtype`, a quantised layer reads what is no rounding of its input, or an output
+            differs by more than the tolerance; names the tensor, or the module where the
+            difference begins.
     """
     if dtype == "bfloat16":
         return ()
@@ -77,23 +89,26 @@ def compare_with_torch(
     generator = np.random.default_rng(seed)
     sizes = _sizes(reference.signature)
     feeds = [_feeds(reference.signature, each, vocabulary, generator) for each in sizes]
-    return _compared(path, reference, feeds, dtype, twin)
+    opened = _opened(path, reference.signature, dtype, quantized)
+    return _compared(opened, reference, feeds, twin)
 
 
 def _compared(
-    path: Path,
+    opened: "_Opened",
     reference: RecipeModule,
     feeds: Sequence[dict[str, Array]],
-    dtype: DType,
     twin: Twin,
 ) -> tuple[NumericsCheck, ...]:
     """Hold the file against the module on all of the inputs, output by output."""
-    session, signature = _open(path), reference.signature
-    runs = [_differences(session, reference, dtype, each) for each in feeds]
+    path, dtype, signature = opened.path, opened.dtype, reference.signature
+    for each in feeds if opened.quantized else ():
+        opened.require_rounding(reference, _unpadded(signature, each, dtype))
+    runs = [_differences(opened, reference, each) for each in feeds]
 
     def culprit(run: int) -> str:
         row = _unpadded(signature, feeds[run], dtype)
-        return first_difference(reference, path, row, _RELATIVE[dtype])
+        with opened.followed(reference, opened.run(row)[1]):
+            return first_difference(reference, path, row, _RELATIVE[dtype])
 
     if dtype == "float16":
         require_finite(path, _unpadded(signature, feeds[0], dtype))
@@ -113,11 +128,67 @@ class _Difference:
     scale: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    """A file in ONNX Runtime; `read` names what its quantised layers read, by module path."""
+
+    path: Path
+    dtype: DType
+    session: ort.InferenceSession
+    outputs: tuple[str, ...]
+    quantized: QuantizedModel | None
+    read: Mapping[str, Sequence[str]]
+
+    def run(self, given: Mapping[str, Array]) -> tuple[list[Array], dict[str, list[Array]]]:
+        """The outputs, and what the quantised layers read."""
+        inner = list(dict.fromkeys(name for names in self.read.values() for name in names))
+        found = self.session.run([*self.outputs, *inner], dict(given))
+        values = dict(zip(inner, found[len(self.outputs) :], strict=True))
+        read = {module: [values[name] for name in names] for module, names in self.read.items()}
+        return found[: len(self.outputs)], read
+
+    def followed(
+        self,
+        reference: RecipeModule,
+        read: Mapping[str, Sequence[Array]],
+        relative: float | None = None,
+    ) -> AbstractContextManager[None]:
+        """Within it, `reference` rounds as the file did; `relative` as in `Rounding`."""
+        if self.quantized is None:
+            return nullcontext()
+        rounding = Rounding(
+            path=self.path, quantized=self.quantized, dtype=self.dtype, relative=relative
+        )
+        return following(reference.wrapped, read, rounding)
+
+    def require_rounding(self, reference: RecipeModule, given: Mapping[str, Array]) -> None:
+        """Hold every rounding of the file on inputs without padding against PyTorch."""
+        with self.followed(reference, self.run(given)[1], _RELATIVE[self.dtype]):
+            _torch_outputs(reference, [_reference_input(feed) for feed in given.values()])
+
+
+def _opened(
+    path: Path, signature: Signature, dtype: DType, quantized: QuantizedModel | None
+) -> _Opened:
+    session, read = _open(path), {}
+    if quantized is not None:
+        model = load_onnx(path)
+        values = rounded_values(model)
+        read = {module: [value.name or "" for value in each] for module, each in values.items()}
+        session = session_for(model, path, [value for each in values.values() for value in each])
+    return _Opened(
+        path=path,
+        dtype=dtype,
+        session=session,
+        outputs=tuple(spec.name for spec in signature.outputs),
+        quantized=quantized,
+        read=read,
+    )
+
+
 def _open(path: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
     try:
-        session = ort.InferenceSession(path, options, providers=[_PROVIDER])
+        session = ort.InferenceSession(path, session_options(), providers=[_PROVIDER])
     except Exception as error:  # ONNX Runtime's own types derive from nothing in common
         lines = str(error).splitlines() or [type(error).__name__]
         raise ExportError(
@@ -174,17 +245,17 @@ def _padded(shape: tuple[int, ...], *, left: bool) -> npt.NDArray[np.int64]:
 
 
 def _differences(
-    session: ort.InferenceSession,
-    reference: RecipeModule,
-    dtype: DType,
-    feeds: dict[str, Array],
+    opened: _Opened, reference: RecipeModule, feeds: dict[str, Array]
 ) -> list[_Difference]:
-    signature = reference.signature
+    signature, dtype = reference.signature, opened.dtype
     given = _as_given(feeds, dtype)
-    found = session.run([spec.name for spec in signature.outputs], given)
+    found, read = opened.run(given)
     # The reference sees the inputs as rounded for the file.
     inputs = [_reference_input(feed) for feed in given.values()]
-    with watched(reference.wrapped, range_guard(dtype)):
+    with (
+        opened.followed(reference, read),
+        watched(reference.wrapped, range_guard(dtype)),
+    ):
         expected = _torch_outputs(reference, inputs)
     return [
         _difference(spec, mine, theirs, signature, feeds)
