@@ -111,8 +111,7 @@ def measure_accuracy(
     samples, cut = take(request.held_out, request.tokens, shapes)
     rows = least_rows if backend.on_gpu else 1
     questions = [_Question(samples=samples, ask=_evaluator(request, samples, progress))]
-    if request.decodes:
-        questions.append(_decoding(request, shapes))
+    questions += [_decoding(request, shapes)] if request.decodes else []
     again = _again(backend, request, samples, engines[0].dtype)
     with ExitStack() as until:
 
