@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -149,6 +149,14 @@ PlanDTypeOpt = Annotated[
         "float32, for which there are no sparse kernels.",
     ),
 ]
+PlanQuantizeOpt = Annotated[
+    Literal["none", "fp8", "int8"],
+    typer.Option(
+        "--quantize",
+        help="8-bit format that layers may use besides the dtype; on the GPU at hand only what is "
+        "asked for is timed, of a saved profile all that it holds is shown.",
+    ),
+]
 BackendOpt = Annotated[
     list[str] | None,
     typer.Option(help=f"{', '.join(BACKENDS)} or auto; repeatable."),
@@ -204,7 +212,8 @@ ProfileOpt = Annotated[
     Path | None,
     typer.Option(
         "--gpu-profile",
-        help="Plan for the GPU of this file, measured elsewhere; h100.json is shipped.",
+        help="Plan for the GPU of this file, measured elsewhere. Shipped: "
+        "h100, h200, h100-pcie, a100, b200, rtx4090, rtx5080 and gb10, each with .json.",
         readable=False,
     ),
 ]
