@@ -92,8 +92,7 @@ def apply(
     for layer in layers:
         name = layer.choice.name
         if ways[name].sparse:
-            timings = layer.timings[ways[name].format]
-            sparse[name] = {t.shape.m: t.algorithm for t in timings}
+            sparse[name] = layer.algorithms(ways[name])
     eight = [name for name, way in ways.items() if way.format in EIGHT_BITS]
     replace_layers(model, {name: a for name, a in sparse.items() if name not in eight})
     stored = {name: rounded(layer_at(model, name).weight, limits[name], quantize) for name in eight}

@@ -109,6 +109,7 @@ def test_the_plan_of_a_quantised_model_says_how_each_layer_is_fastest() -> None:
     assert {quantize: str(way) for quantize, way in first.ways.items()} == {
         "none": "float16 2:4", "fp8": "fp8 2:4", "int8": "int8 2:4",
     }  # fmt: skip
+    assert first.algorithms(first.ways["fp8"]) == {16: 0, 4096: 0}
     # A layer over the budget is not pruned, and may be quantised all the same.
     assert not second.prune
     assert second.reason == "over the budget of --max-loss 0.1"

@@ -55,6 +55,10 @@ class LayerPlan:
             if sparse or format in self.eight_bit
         )
 
+    def algorithms(self, way: Way) -> dict[int, int]:
+        """Number of the fastest algorithm of a 2:4 way by rows of activations."""
+        return {timing.shape.m: timing.algorithm for timing in self.timings[way.format]}
+
     def gains(self, way: Way) -> tuple[float, ...]:
         """Speed-up of a way over dense 16 bit in each input shape."""
         taken = times_us(self.timings, way)
@@ -141,7 +145,7 @@ def plan_layers(
     Args:
         choices: of the layers in 16 bit.
         losses: what pruning a layer costs, where known.
-        over_budget: layers that may not be pruned, and why.
+        over_budget: layers that may not be 2:4, or are not, and why.
         eight_bit: timings of the layers in 8 bit.
         quantize: the format that layers may use.
     """
