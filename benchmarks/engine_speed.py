@@ -220,7 +220,7 @@ def main() -> None:
     half = TORCH_DTYPES[arguments.dtype]
     recipes = {name: parse_recipe(text, name) for name, text in shipped_recipes().items()}
     known = read_profile(arguments.profile) if arguments.profile else None
-    here = gpu_profile(arguments.dtype)
+    here = gpu_profile()
     profile = known if known is not None and known.fits(here) else here
     result: dict[str, object] = {"benchmark": "engine_speed", "gpu": profile.gpu}
     missed: list[str] = []

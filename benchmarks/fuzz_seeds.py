@@ -190,7 +190,6 @@ def _plans(room: Path) -> None:
     profile = GpuProfile(
         gpu="NVIDIA H100",
         driver="570.1",
-        dtype="float16",
         versions={"torch": "2.13.0"},
         gemms=timings,
     )
@@ -201,6 +200,7 @@ def _plans(room: Path) -> None:
     ]
     layers = plan_layers(choices, {}, {})
     plan = Plan(
+        dtype="float16",
         model_sha256="a" * 64,
         source="profile",
         metric="",

@@ -1,8 +1,11 @@
 """Time dense against 2:4 GEMMs of the layer sizes that people ship, on the GPU at hand.
 
-    python benchmarks/gemm_profile.py OUT [--dtype float16] [--layers 15]
+    python benchmarks/gemm_profile.py OUT [--formats float16,bfloat16,fp8,int8] [--layers 15]
+        [--rows 16,128,512,1024,4096,16384] [--algorithms 5,6,22]
 
-Writes a profile for `plan --gpu-profile OUT` and prints it as a table of speed-ups.
+Writes a profile for `plan --gpu-profile OUT`, after each layer what is known by then, and prints a
+table of speed-ups for each format. What OUT holds already, of the same GPU and versions, is not
+timed again. `--algorithms` times these alone, where all are known to be worse.
 """
 
 import argparse
@@ -14,34 +17,64 @@ from rich.console import Console
 from rich.table import Table
 
 from prox24_deploy.engines.cusparselt.gemm import gpu_profile, measure_gemms
-from prox24_deploy.engines.cusparselt.profile import GemmShape, write_profile
+from prox24_deploy.engines.cusparselt.profile import (
+    GEMM_FORMATS,
+    GemmFormat,
+    GemmShape,
+    GpuProfile,
+    read_profile,
+    write_profile,
+)
 
 ROWS = (16, 128, 512, 1024, 4096, 16384)
 # (N, K) of the layers of encoders of width 768 and 1024, and of decoders from 1 to 70 billion.
 LAYERS = (
-    (4096, 4096), (14336, 4096), (4096, 14336), (768, 768), (3072, 768), (768, 3072), (1024, 4096),
+    (4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (768, 768), (3072, 768), (768, 3072),
     (8192, 8192), (2048, 2048), (8192, 2048), (2048, 8192), (1024, 1024), (4096, 1024),
     (28672, 8192), (8192, 28672),
 )  # fmt: skip
 
 
+def known_at(path: Path) -> GpuProfile:
+    """What a file holds of this GPU; an empty profile where it holds nothing."""
+    here = gpu_profile()
+    if not path.exists():
+        return here
+    known = read_profile(path)
+    return known if known.fits(here) else here
+
+
+def show(console: Console, profile: GpuProfile, format: GemmFormat, rows: list[int]) -> None:
+    table = Table("N×K", *(f"M {m}" for m in rows), box=None, title=format)
+    for n, k in LAYERS:
+        found = [profile.known(GemmShape(n=n, k=k, m=m), format) for m in rows]
+        if any(found):
+            table.add_row(f"{n}×{k}", *(f"{t.speedup:.2f}×" if t else "–" for t in found))
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--formats", default=",".join(GEMM_FORMATS))
     parser.add_argument("--layers", type=int, default=len(LAYERS), help="the first of the list")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+    parser.add_argument("--algorithms", help="numbers of those to time; default: all")
     arguments = parser.parse_args()
     began = time.perf_counter()
-    layers = LAYERS[: arguments.layers]
-    shapes = [GemmShape(n=n, k=k, m=m) for n, k in layers for m in ROWS]
-    empty = gpu_profile(arguments.dtype)
-    profile = measure_gemms(empty, shapes, arguments.dtype, lambda *_: None)
-    write_profile(profile, arguments.out)
-    table = Table("N×K", *(f"M {m}" for m in ROWS), box=None)
-    for n, k in layers:
-        speedups = [profile.timing(GemmShape(n=n, k=k, m=m)).speedup for m in ROWS]
-        table.add_row(f"{n}×{k}", *(f"{speedup:.2f}×" for speedup in speedups))
-    Console(width=100).print(table)
+    tried = arguments.algorithms and {int(number) for number in arguments.algorithms.split(",")}
+    asked = arguments.formats.split(",")
+    formats = [format for format in GEMM_FORMATS if format in asked]
+    rows = [int(m) for m in arguments.rows.split(",")]
+    profile = known_at(arguments.out)
+    console = Console(width=100)
+    for n, k in LAYERS[: arguments.layers]:
+        for format in formats:
+            shapes = [GemmShape(n=n, k=k, m=m) for m in rows]
+            profile = measure_gemms(profile, shapes, format, lambda *_: None, tried)
+            write_profile(profile, arguments.out)
+    for format in formats:
+        show(console, profile, format, rows)
     seconds = time.perf_counter() - began
     found = {"gpu": profile.gpu, "gemms": len(profile.gemms), "seconds": seconds}
     print(json.dumps({"benchmark": "gemm_profile", **found}))

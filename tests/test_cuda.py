@@ -71,7 +71,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, prose: Pa
         for n, k in ((32, 32), (64, 32), (32, 64))
         for m in (16, 32)
     ]
-    write_profile(gpu_profile("float16").with_timings(timings), folder / "gpu.json")
+    write_profile(gpu_profile().with_timings(timings), folder / "gpu.json")
     run = run_cli(
         "plan", tiny_bert, "-o", folder / "plan.json", "--calibration", prose, "--no-sensitivity",
         "--gpu-profile", folder / "gpu.json", "--shapes", "batch=1,2", "sequence=16",
@@ -207,7 +207,7 @@ def test_a_step_in_static_buffers_gives_what_a_growing_cache_gives(
 
 def test_a_large_gemm_is_faster_sparse(planned: Path, tmp_path: Path) -> None:
     shape = GemmShape(n=8192, k=8192, m=4096)
-    timing = measure_gemms(gpu_profile("float16"), [shape], "float16", lambda *_: None).known(shape)
+    timing = measure_gemms(gpu_profile(), [shape], "float16", lambda *_: None).known(shape)
     assert timing is not None
     assert timing.speedup > 1.1
     plan = read_plan(planned)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from prox24_deploy import __version__
-from prox24_deploy.core.backends import BACKENDS, BackendKind
+from prox24_deploy.core.backends import BACKENDS, NVFP4, BackendKind
 from prox24_deploy.core.host import cpu_model, gpu
 
 _PACKAGES = (
@@ -74,6 +74,7 @@ def diagnose() -> list[Diagnosis]:
             _PROBES.get(kind.name, _library)(kind, has_gpu=has_gpu)
             for kind in sorted(BACKENDS.values(), key=lambda kind: kind.title.casefold())
         ),
+        Diagnosis(name="2:4 in NVFP4", found="on no GPU", usable=False, remedy=NVFP4),
     ]
     return findings
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from prox24_deploy.cli.progress import progress as shown
 from prox24_deploy.cli.terminal import print_json, print_table, say, stderr
 from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
 from prox24_deploy.core.errors import BundleError
+
+if TYPE_CHECKING:
+    from prox24_deploy.engines.cusparselt.planning import Plan
 
 _TEXT = TextOptions()
 
@@ -26,6 +29,7 @@ def plan(
     shapes: arguments.ShapesOpt = None,
     eager: arguments.EagerOpt = False,
     dtype: arguments.PlanDTypeOpt = None,
+    quantize: arguments.PlanQuantizeOpt = "none",
     max_loss: arguments.MaxLossOpt = None,
     layers: arguments.LayersOpt = None,
     sensitivity: arguments.SensitivityOpt = True,
@@ -35,7 +39,7 @@ def plan(
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Time dense against sparse GEMMs on this GPU and say which layers are worth pruning."""
-    from prox24_deploy.engines.cusparselt.planning import plan_json, write_plan
+    from prox24_deploy.engines.cusparselt.planning import write_plan
     from prox24_deploy.engines.cusparselt.profile import read_profile, write_profile
     from prox24_deploy.pipeline import plan as planner
 
@@ -52,16 +56,30 @@ def plan(
     saved = read_profile(gpu_profile) if gpu_profile else None
     with shown(stderr) as progress:
         found = planner.plan(
-            model_dir, options, saved=saved, sensitivity=sensitivity, progress=progress
+            model_dir,
+            options,
+            saved=saved,
+            sensitivity=sensitivity,
+            progress=progress,
+            quantize=quantize,
         )
     if out:
         write_plan(found, out)
     if save_profile:
         write_profile(found.profile, save_profile)
+    _show_plan(found, as_json=as_json)
+
+
+def _show_plan(found: "Plan", *, as_json: bool) -> None:
+    # Loads torch, as what made the plan did.
+    from prox24_deploy.engines.cusparselt.planning import plan_json
+
     if as_json:
         print_json(plan_json(found))
         return
     print_table(tables.plan_layers(found))
+    if len(found.profile.formats) > 1:
+        print_table(tables.plan_ways(found))
     print_table(tables.plan_shapes(found))
     for sentence in tables.plan_sentences(found):
         say(sentence)

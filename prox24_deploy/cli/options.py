@@ -161,6 +161,14 @@ QuantizeOpt = Annotated[
         help="Round weights and activations of the target layers to 8 bits, zeros staying zeros."
     ),
 ]
+PlanQuantizeOpt = Annotated[
+    Literal["none", "fp8", "int8"],
+    typer.Option(
+        "--quantize",
+        help="8-bit format that layers may use besides the dtype; on the GPU at hand only what is "
+        "asked for is timed, of a saved profile all that it holds is shown.",
+    ),
+]
 BackendOpt = Annotated[
     list[str] | None,
     typer.Option(help=f"{', '.join(BACKENDS)} or auto; repeatable."),
@@ -217,7 +225,8 @@ ProfileOpt = Annotated[
     Path | None,
     typer.Option(
         "--gpu-profile",
-        help="Plan for the GPU of this file, measured elsewhere; h100.json is shipped.",
+        help="Plan for the GPU of this file, measured elsewhere. Shipped: "
+        "h100, h200, h100-pcie, a100, b200, rtx4090, rtx5080 and gb10, each with .json.",
         readable=False,
     ),
 ]

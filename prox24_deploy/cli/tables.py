@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prox24_deploy.cli.terminal import plain
+from prox24_deploy.core.backends import NVFP4
 from prox24_deploy.core.records import (
     Estimate,
     LatencyRow,
@@ -16,12 +17,14 @@ from prox24_deploy.core.records import (
     TensorCheck,
 )
 
+# Ratio of sizes from which an estimate of a GEMM is far from what was measured.
+_FAR = 4
 # Of a name or a reason; a table of many rows has little room for one.
 _MOST_OF_A_CELL = 600
 
 if TYPE_CHECKING:
     from prox24_deploy.bundle.environment import Diagnosis
-    from prox24_deploy.engines.cusparselt.planning import LayerPlan, Plan
+    from prox24_deploy.engines.cusparselt.planning import LayerPlan, ModelTime, Plan
     from prox24_deploy.graph.check.judgement import CheckReport
     from prox24_deploy.regression.baseline import BaselineFile
     from prox24_deploy.report.assemble import Report
@@ -212,29 +215,57 @@ def plan_layers(plan: "Plan") -> Table:
     return table
 
 
-def plan_shapes(plan: "Plan") -> Table:
-    """Expected gain at each shape."""
-    whole = plan.source == "measured"
-    table = _table(
-        "batch",
-        "seq",
-        "past",
-        "dense ms",
-        "expected ms",
-        "speed-up" if whole else "speed-up at most",
-    )
-    for shape in plan.shapes:
-        base = shape.linear_ms if shape.dense_ms is None else shape.dense_ms
-        _add_row(
-            table,
-            str(shape.batch),
-            str(shape.sequence or ""),
-            str(shape.past or ""),
-            f"{base:.3f}",
-            f"{base / shape.speedup:.3f}",
-            f"{shape.speedup:.2f}×",
-        )
+def plan_ways(plan: "Plan") -> Table:
+    """Speed-up of every way over dense 16 bit, for layers of one kind in one row."""
+    shapes = [str(shape.shape) for shape in plan.shapes]
+    table = _table("layers", "N×K", "way", *shapes, "chosen for")
+    for (kind, n, k), group in _kinds(plan).items():
+        first = group[0]
+        title = [f"{len(group)} × {kind}", f"{n}×{k}"]
+        for way in first.known_ways:
+            gains = [f"{gain:.2f}×" for gain in first.gains(way)]
+            chosen = [quantize for quantize, best in first.ways.items() if best == way]
+            _add_row(table, *title, str(way), *gains, ", ".join(chosen))
+            title = ["", ""]
     return table
+
+
+def _kinds(plan: "Plan") -> "dict[tuple[str, int, int], list[LayerPlan]]":
+    """Layers that have times, by name in their block and size."""
+    kinds: dict[tuple[str, int, int], list[LayerPlan]] = {}
+    for layer in plan.layers:
+        choice = layer.choice
+        if choice.timings:
+            key = choice.name.rpartition(".")[2], choice.n, choice.k
+            kinds.setdefault(key, []).append(layer)
+    return kinds
+
+
+def plan_shapes(plan: "Plan") -> Table:
+    """Expected gain of every model at each shape."""
+    whole = plan.source == "measured"
+    most = "" if whole else " at most"
+    rival = [f"over dense fp8{most}"] if "fp8" in plan.profile.formats else []
+    table = _table("batch", "seq", "model", "expected ms", f"over dense {plan.dtype}{most}", *rival)
+    for shape in plan.shapes:
+        title = [str(shape.batch), str(shape.sequence or "")]
+        base = shape.linear_ms if shape.dense_ms is None else shape.dense_ms
+        for model in shape.models:
+            gains = [model.speedup, shape.over(model, "fp8")][: 1 + len(rival)]
+            _add_row(
+                table,
+                *title,
+                _model(plan, model),
+                f"{base / model.speedup:.3f}",
+                *("–" if gain is None else f"{gain:.2f}×" for gain in gains),
+            )
+            title = ["", ""]
+    return table
+
+
+def _model(plan: "Plan", model: "ModelTime") -> str:
+    format = plan.dtype if model.quantize == "none" else model.quantize
+    return f"{format}, 2:4 where it pays" if model.sparse else f"{format}, dense"
 
 
 def plan_sentences(plan: "Plan") -> list[str]:
@@ -246,20 +277,38 @@ def plan_sentences(plan: "Plan") -> list[str]:
             f"Times come from a saved profile of {plan.profile.gpu}, nothing was measured here; "
             "they cover the layers above alone, so the whole model gains less."
         )
-    estimated = {
-        timing.shape
-        for layer in plan.layers
-        for timing in layer.choice.timings
-        if not timing.measured
-    }
-    if estimated:
-        found.append(f"{len(estimated)} GEMM shapes are estimated from the nearest measured ones.")
-    where = f"on {plan.profile.gpu} in {plan.dtype}"
+    if plan.profile.published:
+        found.append(plan.profile.published)
+    found += _estimates(plan)
+    found.append(NVFP4)
+    also = "" if plan.quantize == "none" else f" and {plan.quantize}"
+    where = f"on {plan.profile.gpu} in {plan.dtype}{also}"
     found.append(
         f"Prune {pruned} of {len(plan.layers)} layers {where}."
         if pruned
         else f"Prune nothing: 2:4 does not pay at these shapes {where}."
     )
+    return found
+
+
+def _estimates(plan: "Plan") -> list[str]:
+    """How many of the times were not measured, and which of them are little more than a guess."""
+    estimated = {
+        (timing.format, timing.shape)
+        for layer in plan.layers
+        for timings in layer.timings.values()
+        for timing in timings
+        if not timing.measured
+    }
+    if not estimated:
+        return []
+    found = [f"{len(estimated)} GEMM shapes are estimated from the nearest measured ones."]
+    far = [shape for format, shape in estimated if plan.profile.stretch(shape, format) >= _FAR]
+    if far:
+        found.append(
+            f"{len(far)} of them are {_FAR} times or more larger or smaller in one size than the "
+            "nearest: measure them with plan on that GPU before you rely on them."
+        )
     return found
 
 

@@ -7,6 +7,12 @@ it without loading its library.
 from dataclasses import dataclass
 from typing import Literal
 
+# https://docs.nvidia.com/cuda/cusparselt/types.html, cusparseLtSparsity_t: "paired 4:8 for e2m1".
+NVFP4 = (
+    "The sparse kernels for NVFP4 want pairs of weights (4:8), so no file that is 2:4 weight by "
+    "weight runs sparse in NVFP4; fp8 and int8 take 2:4."
+)
+
 # Groups of options that only some backends read.
 BackendOptions = Literal["tensorrt", "capabilities", "eager", "quantize"]
 

@@ -31,6 +31,7 @@ from prox24_deploy.report.schema import Comparison, Report
 
 if TYPE_CHECKING:
     from prox24_deploy.engines.cusparselt.planning import Plan
+    from prox24_deploy.engines.cusparselt.ways import Quantize
     from prox24_deploy.graph.check.judgement import CheckReport
 
 StrPath = str | os.PathLike[str]
@@ -169,6 +170,7 @@ def plan(
     *,
     gpu_profile: StrPath | None = None,
     sensitivity: bool = True,
+    quantize: "Quantize" = "none",
     progress: Progress = silent,
 ) -> "Plan":
     """Say which layers are worth pruning for a GPU.
@@ -178,6 +180,7 @@ def plan(
         options: shapes, dtype and budget; the text for the sensitivity.
         gpu_profile: saved timings of another GPU; None times the one at hand.
         sensitivity: whether to measure what each layer that pays would cost.
+        quantize: the 8-bit format that layers may use besides the dtype.
         progress: called with (label, done, total).
 
     Raises:
@@ -194,6 +197,7 @@ def plan(
         saved=saved,
         sensitivity=sensitivity,
         progress=progress,
+        quantize=quantize,
     )
 
 

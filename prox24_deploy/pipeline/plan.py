@@ -1,7 +1,7 @@
 """`plan`: time the GEMMs of a model, dense and sparse, and say which layers are worth pruning."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -9,18 +9,31 @@ import torch
 from torch import nn
 
 from prox24_deploy.config.options import BuildOptions
+from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import Sensitivity
 from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import DType, Progress
 from prox24_deploy.engines import require_one_graph
-from prox24_deploy.engines.cusparselt.choice import LayerChoice, choose
-from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
+from prox24_deploy.engines.cusparselt.choice import LayerChoice, choose, gemm_obstacle
+from prox24_deploy.engines.cusparselt.formats import gpu_obstacle
+from prox24_deploy.engines.cusparselt.gemm import gpu_profile, measure_layers, uses_at
 from prox24_deploy.engines.cusparselt.linear import LayerUse, layer_uses
 from prox24_deploy.engines.cusparselt.planning import Plan, plan_layers, plan_shapes
 from prox24_deploy.engines.cusparselt.prepare import prepare
-from prox24_deploy.engines.cusparselt.profile import GpuProfile
+from prox24_deploy.engines.cusparselt.profile import (
+    GemmFormat,
+    GemmTiming,
+    GpuProfile,
+    half_format,
+)
 from prox24_deploy.engines.cusparselt.timings import remember
-from prox24_deploy.engines.cusparselt.torch_model import median_ms, open_torch_model, require_gpu
+from prox24_deploy.engines.cusparselt.torch_model import (
+    TorchModel,
+    median_ms,
+    open_torch_model,
+    require_gpu,
+)
+from prox24_deploy.engines.cusparselt.ways import EIGHT_BITS, Quantize
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.graph.export.module import RecipeModule
 from prox24_deploy.model.blocks import find_blocks, target_layers
@@ -45,6 +58,16 @@ _PROBE = Shape(batch=2, sequence=3)
 _SECONDS_PER_SHAPE = 2.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Timed:
+    """What is known of the times of a model: of its layers at every shape, and of the whole."""
+
+    uses: Sequence[LayerUse]
+    targets: set[str]
+    profile: GpuProfile
+    dense_ms: list[float | None]
+
+
 def plan(
     model_dir: Path,
     options: BuildOptions,
@@ -52,6 +75,7 @@ def plan(
     saved: GpuProfile | None,
     sensitivity: bool,
     progress: Progress,
+    quantize: Quantize = "none",
 ) -> Plan:
     """Decide which layers to prune for the GPU at hand, or for that of a saved profile.
 
@@ -61,6 +85,7 @@ def plan(
         saved: timings of another GPU; None measures the one at hand.
         sensitivity: whether to measure what each paying layer costs.
         progress: called with (label, done, total).
+        quantize: the 8-bit format that layers may use besides the dtype.
 
     Raises:
         BackendMissingError: there is no GPU and no saved profile.
@@ -71,46 +96,97 @@ def plan(
     fitted = fitted_shapes(options.engine, context.source.config, context.recipe)
     recipe = context.recipe
     shapes = fitted.shapes(images=not recipe.modality.has_length, cached=recipe.cache)
+    dtype = _planned_dtype(context, options, saved)
     if saved is None:
-        choices, profile, dense_ms = _measured(context, options, shapes, progress)
+        timed = _measured(context, options, shapes, dtype, quantize, progress)
     else:
-        choices, profile = _estimated(context, shapes, saved), saved
-        dense_ms = [None] * len(shapes)
+        timed = _estimated(context, shapes, saved, half_format(dtype), quantize)
+    choices = _choices(timed, dtype)
+    layers = plan_layers(choices, {}, {}, _eight_bit(timed), quantize)
     found = None
-    if sensitivity and any(choice.chosen for choice in choices):
-        found = _sensitivity(context, options, choices, progress)
+    if sensitivity and (paying := {layer.choice.name for layer in layers if layer.prune}):
+        found = _sensitivity(context, options, choices, paying, progress)
+        losses = {layer.name: layer.loss for layer in found.layers}
+        layers = plan_layers(choices, losses, over_budget(found), _eight_bit(timed), quantize)
     context.source.require_unchanged()
-    losses = {layer.name: layer.loss for layer in found.layers} if found else {}
-    layers = plan_layers(choices, losses, over_budget(found) if found else {})
     return Plan(
         model_sha256=context.source.sha256,
+        dtype=dtype,
+        quantize=quantize,
         source="measured" if saved is None else "profile",
         metric=found.metric if found else "",
-        shapes=plan_shapes(shapes, layers, dense_ms),
+        shapes=plan_shapes(shapes, layers, timed.dense_ms, quantize),
         layers=layers,
-        profile=profile,
+        profile=timed.profile,
     )
 
 
+def _choices(timed: _Timed, dtype: DType) -> tuple[LayerChoice, ...]:
+    """What 2:4 would gain in 16 bit, for each layer that the recipe prunes."""
+    choices = choose(timed.uses, timed.profile, timed.targets, half_format(dtype))
+    return tuple(choice for choice in choices if choice.name in timed.targets)
+
+
 def _measured(
-    context: RunContext, options: BuildOptions, shapes: Shapes, progress: Progress
-) -> tuple[tuple[LayerChoice, ...], GpuProfile, list[float | None]]:
+    context: RunContext,
+    options: BuildOptions,
+    shapes: Shapes,
+    dtype: DType,
+    quantize: Quantize,
+    progress: Progress,
+) -> _Timed:
     """Time the dense model and each of its GEMMs on the GPU at hand."""
     require_gpu("plan", "--gpu-profile FILE, measured elsewhere")
-    dtype = _timed_dtype(context, options)
+    if quantize != "none" and (why := gpu_obstacle(quantize, torch.cuda.get_device_capability())):
+        raise UsageError(f"plan --quantize {quantize} cannot be timed here: {why}; leave it out.")
     opened = open_torch_model(context.source, context.recipe, dtype)
     targets = _targets(opened.wrapped, context)
-    known = gpu_profile(dtype)
-    choices, profile = choose_measured(opened, shapes, targets, known, progress)
+    uses = uses_at(opened, shapes)
+    profile = gpu_profile()
+    formats: list[GemmFormat] = [half_format(dtype)]
+    formats += [] if quantize == "none" else [quantize]
+    for format in formats:
+        profile = measure_layers(profile, uses, targets, format, progress)
     remember(profile)
-    dense_ms: list[float | None] = []
-    with prepare(opened, shapes, (), eager=options.engine.eager) as ready:
+    dense_ms = _dense_ms(context, opened, shapes, eager=options.engine.eager)
+    return _Timed(uses=uses, targets=targets, profile=profile, dense_ms=dense_ms)
+
+
+def _dense_ms(
+    context: RunContext, opened: TorchModel, shapes: Shapes, *, eager: bool
+) -> list[float | None]:
+    """Time of the whole dense model at every shape."""
+    times: list[float | None] = []
+    with prepare(opened, shapes, (), eager=eager) as ready:
         session = opened.session(f"the model in {context.source.path}", ready.compiled)
         for shape in shapes:
             sets = [opened.feeds(shape, seed) for seed in range(4)]
-            dense_ms.append(median_ms(session, sets, _SECONDS_PER_SHAPE))
+            times.append(median_ms(session, sets, _SECONDS_PER_SHAPE))
         session.close()
-    return tuple(c for c in choices if c.name in targets), profile, dense_ms
+    return times
+
+
+def _eight_bit(timed: _Timed) -> Mapping[str, Mapping[GemmFormat, tuple[GemmTiming, ...]]]:
+    """By layer and 8-bit format the times at every shape, of the formats in the profile."""
+    formats = [format for format in EIGHT_BITS if format in timed.profile.formats]
+    return {
+        use.name: {
+            format: tuple(timed.profile.timing(gemm, format) for gemm in use.gemms)
+            for format in formats
+            if not gemm_obstacle(use, format)
+        }
+        for use in timed.uses
+        if use.name in timed.targets
+    }
+
+
+def _planned_dtype(context: RunContext, options: BuildOptions, saved: GpuProfile | None) -> DType:
+    """The dtype to plan for; one that was not asked for gives way to what a saved profile has."""
+    own = _timed_dtype(context, options)
+    if saved is None or options.dtype is not None or own in saved.formats:
+        return own
+    held: tuple[DType, ...] = ("float16", "bfloat16")
+    return next((dtype for dtype in held if dtype in saved.formats), own)
 
 
 def _timed_dtype(context: RunContext, options: BuildOptions) -> DType:
@@ -119,18 +195,28 @@ def _timed_dtype(context: RunContext, options: BuildOptions) -> DType:
     return "float16" if options.dtype is None and own == "float32" else own
 
 
-def _estimated(context: RunContext, shapes: Shapes, saved: GpuProfile) -> tuple[LayerChoice, ...]:
+def _estimated(
+    context: RunContext, shapes: Shapes, saved: GpuProfile, half: GemmFormat, quantize: Quantize
+) -> _Timed:
     """Look the GEMMs up in a saved profile; the model runs once, small, on the CPU."""
+    if wanting := [f for f in (half, quantize) if f not in (*saved.formats, "none")]:
+        raise UsageError(
+            f"The profile of {saved.gpu} holds no times in {wanting[0]}, only in "
+            f"{', '.join(saved.formats) or 'no format at all'}; plan for one of them, or for "
+            "another profile."
+        )
     model = load_model(context.source, context.recipe, torch.device("cpu"))
     targets = _targets(model, context)
-    uses = [_scaled(use, context, shapes) for use in layer_uses(model, [_probe(model, context)])]
-    return choose([use for use in uses if use and use.name in targets], saved, targets)
+    probed = [_scaled(use, context, shapes) for use in layer_uses(model, [_probe(model, context)])]
+    uses = [use for use in probed if use]
+    return _Timed(uses=uses, targets=targets, profile=saved, dense_ms=[None] * len(shapes))
 
 
 def _sensitivity(
     context: RunContext,
     options: BuildOptions,
     choices: Sequence[LayerChoice],
+    paying: set[str],
     progress: Progress,
 ) -> Sensitivity:
     """What each layer that pays costs when it alone is pruned, and what a budget makes of it."""
@@ -141,7 +227,7 @@ def _sensitivity(
         context.recipe,
         context.calibration.batches,
         options.prune,
-        dense={**{c.name: c.reason for c in choices if not c.chosen}, **dense},
+        dense={**{c.name: c.reason for c in choices if c.name not in paying}, **dense},
         stored_dtype=lambda name: stored_dtype(context.source, name),
         progress=progress,
     )

@@ -122,7 +122,7 @@ def test_whatever_is_missing_has_a_remedy(no_gpu: mock.Mock) -> None:
     assert set(versions()) <= set(names)
     assert set(names) - set(versions()) == {
         "processor", "GPU", "torch CUDA", "cuSPARSELt", "ONNX Runtime providers", "tensorrt",
-        "tensorrt_rtx",
+        "tensorrt_rtx", "2:4 in NVFP4",
     }  # fmt: skip
     for finding in findings:
         assert finding.found

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from prox24_deploy.core.records import Compilation
-from prox24_deploy.core.types import DType
 from prox24_deploy.engines.cusparselt import backend as cusparselt
 from prox24_deploy.engines.cusparselt import (
     cuda_graph,
@@ -27,8 +26,9 @@ from prox24_deploy.engines.cusparselt import (
     trials,
 )
 from prox24_deploy.engines.cusparselt import matmul as cusparselt_plan
+from prox24_deploy.engines.cusparselt.formats import OPERANDS, format_of, result_dtype
 from prox24_deploy.engines.cusparselt.linear import PRODUCT_MARK
-from prox24_deploy.engines.cusparselt.profile import GemmShape, GpuProfile
+from prox24_deploy.engines.cusparselt.profile import GemmFormat, GemmShape, GpuProfile
 from prox24_deploy.engines.cusparselt.trials import Trial
 from prox24_deploy.pipeline import plan as planner
 from prox24_deploy.sparsity.pattern import is_24
@@ -74,14 +74,14 @@ class Machine:
     def plan(
         self, shape: GemmShape, dtype: torch.dtype, algorithm: int, bias: Tensor | None
     ) -> "Plan":
-        assert dtype in {torch.float16, torch.bfloat16}
-        assert shape.m % 8 == 0, "rows come in eights"
+        multiple = OPERANDS[format_of(dtype)].row_multiple
+        assert shape.m % multiple == 0, f"rows come in {multiple}s"
         gain = GAINS[algorithm]
         assert gain is not None, "this algorithm crashes"
         return Plan(self, shape, gain, bias)
 
     def run_trials(
-        self, asked: Sequence[Trial], dtype: DType, answered: Callable[[int, int], None]
+        self, asked: Sequence[Trial], format: GemmFormat, answered: Callable[[int, int], None]
     ) -> dict[Trial, float]:
         gains = {trial: GAINS[trial.algorithm] for trial in asked}
         answered(len(gains), len(gains))
@@ -104,9 +104,8 @@ class Plan:
         self.machine.gains.append(self.gain)
         self.machine.products += 1
         product = rows.float() @ self.machine.weights[packed.data_ptr()].T.float()
-        return self.machine.error * (product if self.bias is None else product + self.bias).to(
-            rows.dtype
-        )
+        biased = product if self.bias is None else product + self.bias
+        return self.machine.error * biased.to(result_dtype(rows.dtype))
 
 
 @dataclass
@@ -146,10 +145,8 @@ def kernels_by_layer(run: Callable[[], object]) -> Mapping[str, tuple[str, ...]]
     }
 
 
-def gpu_profile(dtype: DType) -> GpuProfile:
-    return GpuProfile(
-        gpu=CARD, driver="0.0", dtype=dtype, versions={"torch": torch.__version__}, gemms=()
-    )
+def gpu_profile() -> GpuProfile:
+    return GpuProfile(gpu=CARD, driver="0.0", versions={"torch": torch.__version__}, gemms=())
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Machine:

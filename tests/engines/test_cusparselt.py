@@ -23,7 +23,7 @@ from prox24_deploy.engines.cusparselt.backend import CuSparseLt
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
 from prox24_deploy.engines.cusparselt.gemm import measure_gemms, time_gemm
 from prox24_deploy.engines.cusparselt.linear import SparseLinear
-from prox24_deploy.engines.cusparselt.profile import GemmShape, GpuProfile
+from prox24_deploy.engines.cusparselt.profile import GEMM_FORMATS, GemmShape, GpuProfile
 from prox24_deploy.engines.cusparselt.torch_model import compare_outputs, open_torch_model
 from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.pipeline.stages.compile import STAGE as COMPILE
@@ -288,20 +288,62 @@ def test_a_plan_is_measured_on_the_gpu(
     assert machine.products > before
 
 
+def test_a_plan_times_the_8_bit_format_that_is_asked_for(
+    tiny_bert: Path, prose: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (
+        "plan", tiny_bert, "--calibration", prose, "--device", "cpu", "--no-sensitivity", "--json",
+        "--calibration-tokens", "4096", *SHAPES, "--quantize",
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    run = run_cli(*arguments, "fp8")
+    assert run.code == 2
+    assert "fp8 cannot be timed here: fp8 needs compute capability 8.9" in run.err
+    run = run_cli(*arguments, "int8")
+    assert run.code == 0, run.err
+    plan = json.loads(run.out)
+    assert plan["quantize"] == "int8"
+    assert {gemm["format"] for gemm in plan["profile"]["gemms"]} == {"float16", "int8"}
+    # Every product takes as long on the stand-in, so that none is worth 8 bits.
+    for layer in plan["layers"]:
+        way = {"format": "float16", "sparse": True}
+        assert layer["ways"] == {"none": way, "int8": way}
+        assert layer["reason"].startswith("fastest as float16 2:4")
+
+
+def test_a_product_of_few_rows_is_timed_with_its_padding(machine: Machine) -> None:
+    empty = GpuProfile(gpu="a card", driver="1", versions={}, gemms=())
+    shape = GemmShape(n=32, k=64, m=3)
+    for format in GEMM_FORMATS:
+        if format == "fp8":
+            continue  # The dense product of the stand-in would be that of a CPU.
+        timing = measure_gemms(empty, [shape], format, lambda *_: None).known(shape, format)
+        assert timing is not None
+        assert timing.shape.m == 3
+
+
+def test_only_the_algorithms_asked_for_are_tried(machine: Machine) -> None:
+    empty = GpuProfile(gpu="a card", driver="1", versions={}, gemms=())
+    shape = GemmShape(n=32, k=64, m=16)
+    found = measure_gemms(empty, [shape], "float16", lambda *_: None, {2}).known(shape)
+    assert found is not None
+    assert found.algorithm == 2
+
+
 def test_the_fastest_algorithm_that_works_is_taken(machine: Machine) -> None:
     shape = GemmShape(n=32, k=64, m=16)
-    empty = GpuProfile(gpu="a card", driver="1", dtype="bfloat16", versions={}, gemms=())
-    timing = measure_gemms(empty, [shape], "bfloat16", lambda *_: None).known(shape)
+    empty = GpuProfile(gpu="a card", driver="1", versions={}, gemms=())
+    timing = measure_gemms(empty, [shape], "bfloat16", lambda *_: None).known(shape, "bfloat16")
     assert timing is not None
     assert timing.algorithm == 1
     assert timing.dense_us == 10000.0
     assert timing.sparse_us == pytest.approx(9400.0)
     with pytest.raises(EngineError, match="has no algorithm that works for GemmShape"):
-        time_gemm(shape, torch.float16, [])
+        time_gemm(shape, "float16", [])
 
 
 def test_known_shapes_are_not_measured_again(machine: Machine) -> None:
-    empty = GpuProfile(gpu="a card", driver="1", dtype="float16", versions={}, gemms=())
+    empty = GpuProfile(gpu="a card", driver="1", versions={}, gemms=())
     shape = GemmShape(n=32, k=64, m=16)
     seen: list[tuple[str, int, int]] = []
     once = measure_gemms(empty, [shape, shape], "float16", lambda *step: seen.append(step))

@@ -46,9 +46,7 @@ def profile() -> GpuProfile:
         for name, pairs in TIMES.items()
         for m, pair in zip((128, 1024), pairs, strict=True)
     ]
-    return GpuProfile(
-        gpu="a card", driver="1.0", dtype="float16", versions={}, gemms=tuple(timings)
-    )
+    return GpuProfile(gpu="a card", driver="1.0", versions={}, gemms=tuple(timings))
 
 
 def uses() -> list[LayerUse]:
@@ -64,7 +62,7 @@ def uses() -> list[LayerUse]:
 
 
 def test_a_layer_is_chosen_where_it_wins_at_every_shape() -> None:
-    wide, narrow, mixed = choose(uses(), profile(), set(SIZES))
+    wide, narrow, mixed = choose(uses(), profile(), set(SIZES), "float16")
     assert wide.chosen
     assert wide.reason == "timed faster: 1.67× at 128 rows, 1.60× at 1024 rows"
     assert not narrow.chosen
@@ -78,7 +76,7 @@ def test_what_cannot_run_sparse_has_a_reason_and_no_timings() -> None:
     odd = LayerUse(name="odd", n=4096, k=40, gemms=(GemmShape(n=4096, k=40, m=128),))
     convolution = LayerUse(name="convolution", n=64, k=64, gemms=())
     dense = replace(uses()[0], name="dense")
-    found = choose([odd, convolution, dense], profile(), {"odd", "convolution"})
+    found = choose([odd, convolution, dense], profile(), {"odd", "convolution"}, "float16")
     assert [choice.reason for choice in found] == [
         "shape rule: K = 40 is not a multiple of 16",
         "a convolution, and cuSPARSELt multiplies matrices only",
@@ -89,12 +87,12 @@ def test_what_cannot_run_sparse_has_a_reason_and_no_timings() -> None:
 
 def test_an_estimate_is_said_to_be_one() -> None:
     other = LayerUse(name="other", n=4096, k=4096, gemms=(GemmShape(n=4096, k=4096, m=256),))
-    (found,) = choose([other], profile(), {"other"})
+    (found,) = choose([other], profile(), {"other"}, "float16")
     assert found.reason.startswith("estimated faster: 1.")
 
 
 def test_what_pays_is_pruned_within_the_budget() -> None:
-    choices = choose(uses(), profile(), set(SIZES))
+    choices = choose(uses(), profile(), set(SIZES), "float16")
     losses = {"wide": Estimate(value=0.1, standard_error=0.01)}
     wide, narrow, _ = plan_layers(choices, losses, {})
     assert wide.prune
@@ -107,7 +105,7 @@ def test_what_pays_is_pruned_within_the_budget() -> None:
 
 
 def test_the_expected_time_is_that_of_the_dense_model_less_what_pruned_layers_save() -> None:
-    layers = plan_layers(choose(uses(), profile(), set(SIZES)), {}, {})
+    layers = plan_layers(choose(uses(), profile(), set(SIZES), "float16"), {}, {})
     small, large = plan_shapes(SHAPES, layers, [1.0, None])
     assert small.linear_ms == pytest.approx(0.115)
     assert small.expected_linear_ms == pytest.approx(0.075)
@@ -117,11 +115,12 @@ def test_the_expected_time_is_that_of_the_dense_model_less_what_pruned_layers_sa
 
 
 def plan(*, prune: bool = True) -> Plan:
-    layers = plan_layers(choose(uses(), profile(), set(SIZES)), {}, {})
+    layers = plan_layers(choose(uses(), profile(), set(SIZES), "float16"), {}, {})
     kept = tuple(replace(layer, prune=layer.prune and prune) for layer in layers)
     shapes = plan_shapes(SHAPES, layers, [1.0, 2.0])
     return Plan(
         model_sha256="0" * 64,
+        dtype="float16",
         source="measured",
         metric="log-perplexity",
         shapes=shapes,
@@ -155,7 +154,7 @@ def test_a_plan_that_prunes_nothing_or_is_of_another_version_is_refused(tmp_path
     with pytest.raises(UsageError, match="prunes no layer, because 2:4 does not pay on a card"):
         read_plan(tmp_path / "plan.json")
     write_plan(replace(plan(), schema_version=9), tmp_path / "plan.json")
-    with pytest.raises(UsageError, match="has schema version 9, expected 2"):
+    with pytest.raises(UsageError, match="has schema version 9, expected 3"):
         read_plan(tmp_path / "plan.json")
 
 
@@ -201,7 +200,7 @@ def test_a_dense_weight_is_not_compressed() -> None:
 
 
 def test_evidence_says_what_the_profiler_saw_and_where_that_is_not_what_was_chosen() -> None:
-    choices = choose(uses(), profile(), set(SIZES))
+    choices = choose(uses(), profile(), set(SIZES), "float16")
     sparse, dense = "sm90_xmma_sparse_gemm_f16f16", "nvjet_hsh_128x256"
     wide, narrow, mixed = explain(choices, {"wide": [sparse], "narrow": [dense], "mixed": [dense]})
     assert (wide.eligible, wide.chosen) == (True, True)

@@ -8,7 +8,7 @@ import pytest
 from prox24_deploy.engines.cusparselt.profile import GemmShape, GemmTiming, GpuProfile
 from prox24_deploy.engines.cusparselt.timings import remember, remembered
 
-HERE = GpuProfile(gpu="a card", driver="1.0", dtype="float16", versions={"torch": "2.13"}, gemms=())
+HERE = GpuProfile(gpu="a card", driver="1.0", versions={"torch": "2.13"}, gemms=())
 FIRST = GemmTiming(shape=GemmShape(n=64, k=64, m=8), dense_us=10.0, sparse_us=8.0, algorithm=3)
 SECOND = GemmTiming(shape=GemmShape(n=64, k=128, m=8), dense_us=20.0, sparse_us=12.0, algorithm=1)
 
@@ -31,7 +31,6 @@ def test_timings_add_up_over_builds() -> None:
     [
         replace(HERE, gpu="another card"),
         replace(HERE, driver="2.0"),
-        replace(HERE, dtype="bfloat16"),
         replace(HERE, versions={"torch": "2.14"}),
     ],
 )

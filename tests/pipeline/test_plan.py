@@ -8,6 +8,7 @@ import torch
 from command_line import ANY_EMBEDDING, run_cli
 
 from prox24_deploy.engines.cusparselt.profile import (
+    GemmFormat,
     GemmShape,
     GemmTiming,
     GpuProfile,
@@ -30,9 +31,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path = tmp_path_factory.mktemp("profile") / "gpu.json"
     write_profile(
-        GpuProfile(
-            gpu="an imagined card", driver="1", dtype="float16", versions={}, gemms=tuple(timings)
-        ),
+        GpuProfile(gpu="an imagined card", driver="1", versions={}, gemms=tuple(timings)),
         path,
     )
     return path
@@ -120,7 +119,7 @@ def test_where_nothing_pays_the_advice_is_to_prune_nothing(
 ) -> None:
     slow = GemmTiming(shape=GemmShape(n=32, k=32, m=16), dense_us=10.0, sparse_us=12.0)
     write_profile(
-        GpuProfile(gpu="a card", driver="1", dtype="float16", versions={}, gemms=(slow,)),
+        GpuProfile(gpu="a card", driver="1", versions={}, gemms=(slow,)),
         tmp_path / "slow.json",
     )
     run = run_cli(
@@ -163,6 +162,65 @@ def test_the_shipped_profile_plans_without_a_gpu_and_says_whose_times_they_are(
     out = " ".join(run.out.split())
     assert "Times come from a saved profile of NVIDIA H100 80GB HBM3" in out
     assert "Prune nothing: 2:4 does not pay at these shapes" in out
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPU whose 8-bit GEMMs take half as long, and 2:4 ones in fp8 a third of that."""
+    times: dict[GemmFormat, tuple[float, float]] = {
+        "float16": (12.0, 12.0), "fp8": (6.0, 2.0), "int8": (6.0, 6.0),
+    }  # fmt: skip
+    timings = [
+        GemmTiming(shape=GemmShape(n=n, k=k, m=m), format=format, dense_us=dense, sparse_us=sparse)
+        for format, (dense, sparse) in times.items()
+        for n, k in ((32, 32), (64, 32), (32, 64))
+        for m in (16, 32)
+    ]
+    path = tmp_path_factory.mktemp("several") / "gpu.json"
+    published = "Times of somebody else."
+    write_profile(
+        GpuProfile(
+            gpu="a card", driver="1", versions={}, gemms=tuple(timings), published=published
+        ),
+        path,
+    )
+    return path
+
+
+def test_all_formats_of_a_profile_are_compared_and_the_one_asked_for_is_planned(
+    tiny_bert: Path, prose: Path, several: Path, tmp_path: Path
+) -> None:
+    arguments = (
+        "plan", tiny_bert, "-o", tmp_path / "plan.json", "--calibration", prose, "--gpu-profile",
+        several, "--quantize", "fp8", "--no-sensitivity", *SMALL,
+    )  # fmt: skip
+    run = run_cli(*arguments)
+    assert run.code == 0, run.err
+    out = " ".join(run.out.split())
+    assert "fp8 2:4 6.00× 6.00× fp8" in out
+    assert "int8 dense 2.00× 2.00× int8" in out
+    assert "fp8, 2:4 where it pays 0.024 6.00× 3.00×" in out
+    assert "int8, dense 0.072 2.00× 1.00×" in out
+    assert "Times of somebody else." in out
+    assert "no file that is 2:4 weight by weight runs sparse in NVFP4" in out
+    assert "Prune 12 of 12 layers on a card in float16 and fp8." in out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert (plan["dtype"], plan["quantize"]) == ("float16", "fp8")
+    for layer in plan["layers"]:
+        assert layer["prune"]
+        assert layer["reason"].startswith("fastest as fp8 2:4: 6.00× at 16 rows")
+
+
+def test_a_format_that_a_profile_lacks_is_refused_before_any_work(
+    tiny_bert: Path, prose: Path, several: Path, profile: Path
+) -> None:
+    arguments = ("plan", tiny_bert, "--calibration", prose, "--gpu-profile")
+    run = run_cli(*arguments, profile, "--quantize", "fp8", *SMALL)
+    assert run.code == 2
+    assert "profile of an imagined card holds no times in fp8, only in float16" in run.err
+    run = run_cli(*arguments, several, "--dtype", "bfloat16", *SMALL)
+    assert run.code == 2
+    assert "holds no times in bfloat16, only in float16, fp8, int8" in run.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

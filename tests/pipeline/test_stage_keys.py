@@ -147,9 +147,7 @@ def backends(recipe: Recipe) -> tuple[Any, ...]:
         tensorrt=tensorrt,
     )
     timing = GemmTiming(shape=GemmShape(n=4, k=8, m=16), dense_us=1.0, sparse_us=2.0)
-    profile = GpuProfile(
-        gpu="card", driver="driver", dtype="float16", versions={"torch": "2"}, gemms=(timing,)
-    )
+    profile = GpuProfile(gpu="card", driver="driver", versions={"torch": "2"}, gemms=(timing,))
     return (
         TensorRt(
             library="tensorrt",

@@ -158,7 +158,7 @@ class CuSparseLt:
             onnx_sha256=model.sha256,
             device=self.device(),
             dtype=model.dtype,
-            versions=gpu_profile(model.dtype).versions,
+            versions=gpu_profile().versions,
             size_bytes=opened.held_bytes(),
             compilation=ready.compilation,
         )
@@ -212,15 +212,15 @@ class CuSparseLt:
         Returns:
             The choices, and the timings of the GEMMs of this model.
         """
-        here = gpu_profile(opened.dtype)
+        here = gpu_profile()
         known = remembered(here)
         if self.known is not None and self.known.fits(here):
             known = known.with_timings(self.known.gemms)
         pruned = two_four_layers(opened.wrapped)
         choices, profile = choose_measured(opened, self.shapes, pruned, known, silent)
         remember(profile)
-        own = {timing.shape: timing for choice in choices for timing in choice.timings}
-        return choices, here.with_timings(own.values())
+        own = [timing for choice in choices for timing in choice.timings]
+        return choices, here.with_timings(own)
 
 
 def collect_evidence(ready: Prepared, choices: Sequence[LayerChoice]) -> EngineEvidence:

@@ -5,7 +5,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from prox24_deploy.engines.cusparselt.linear import LayerUse, shape_obstacle
-from prox24_deploy.engines.cusparselt.profile import GemmTiming, GpuProfile
+from prox24_deploy.engines.cusparselt.profile import GemmFormat, GemmTiming, GpuProfile
 
 NOT_24 = "not 2:4"
 # Over all shapes asked for, a layer must win by 2 % in the mean and lose no more than 2 % in any.
@@ -37,24 +37,24 @@ class LayerChoice:
         return {timing.shape.m: timing.algorithm for timing in self.timings}
 
 
-def gemm_obstacle(use: LayerUse) -> str:
-    """Why cuSPARSELt cannot run a layer, whatever its weight; "" where it can."""
+def gemm_obstacle(use: LayerUse, format: GemmFormat) -> str:
+    """Why cuSPARSELt cannot run a layer in a format, whatever its weight; "" where it can."""
     if not use.gemms:
         return "a convolution, and cuSPARSELt multiplies matrices only"
-    return shape_obstacle(use.n, use.k)
+    return shape_obstacle(use.n, use.k, format)
 
 
 def choose(
-    uses: Iterable[LayerUse], profile: GpuProfile, pruned: Container[str]
+    uses: Iterable[LayerUse], profile: GpuProfile, pruned: Container[str], format: GemmFormat
 ) -> tuple[LayerChoice, ...]:
-    """Decide for each layer from the times in `profile`, measured or estimated.
+    """Decide for each layer from the times in `profile`, measured or estimated, in a format.
 
     A layer that is not in `pruned` is not 2:4, or not meant to be, and stays dense.
     """
     choices = []
     for use in uses:
-        obstacle = gemm_obstacle(use) if use.name in pruned else NOT_24
-        timings = () if obstacle else tuple(profile.timing(shape) for shape in use.gemms)
+        obstacle = gemm_obstacle(use, format) if use.name in pruned else NOT_24
+        timings = () if obstacle else tuple(profile.timing(shape, format) for shape in use.gemms)
         chosen = bool(timings) and _pays(timings)
         reason = obstacle or _said(timings, chosen=chosen)
         choices.append(

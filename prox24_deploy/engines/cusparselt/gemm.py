@@ -6,26 +6,34 @@ timed in the same way, for its own search was seen to end in an illegal instruct
 """
 
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from statistics import median
 
 import pynvml
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from prox24_deploy.core.errors import EngineError
 from prox24_deploy.core.shapes import Shape
-from prox24_deploy.core.types import DType, Progress
+from prox24_deploy.core.types import Progress
 from prox24_deploy.engines.cusparselt import cuda_graph, trials
 from prox24_deploy.engines.cusparselt import matmul as cusparselt_plan
 from prox24_deploy.engines.cusparselt.choice import LayerChoice, choose, gemm_obstacle
-from prox24_deploy.engines.cusparselt.gemm_job import gemm_inputs, multiply_padded, timer
-from prox24_deploy.engines.cusparselt.linear import layer_uses
-from prox24_deploy.engines.cusparselt.profile import GemmShape, GemmTiming, GpuProfile
+from prox24_deploy.engines.cusparselt.formats import OPERANDS, sparse_shape
+from prox24_deploy.engines.cusparselt.gemm_job import gemm_inputs, sparse_run, timer
+from prox24_deploy.engines.cusparselt.linear import LayerUse, layer_uses
+from prox24_deploy.engines.cusparselt.profile import (
+    GemmFormat,
+    GemmShape,
+    GemmTiming,
+    GpuProfile,
+    half_format,
+)
+from prox24_deploy.engines.cusparselt.quantized import linear_8
 from prox24_deploy.engines.cusparselt.torch_model import TorchModel
 from prox24_deploy.engines.cusparselt.trials import Trial
-from prox24_deploy.graph.export.module import TORCH_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -47,44 +55,74 @@ def choose_measured(
     Returns:
         A choice for every layer of the model, and `known` with what was measured.
     """
+    uses = uses_at(opened, shapes)
+    format = half_format(opened.dtype)
+    profile = measure_layers(known, uses, pruned, format, progress)
+    return choose(uses, profile, pruned, format), profile
+
+
+def uses_at(opened: TorchModel, shapes: Sequence[Shape]) -> tuple[LayerUse, ...]:
+    """The GEMMs of every layer of a model at every shape."""
     feeds = [opened.feeds(shape) for shape in shapes]
-    uses = layer_uses(opened.wrapped, [partial(opened.run, one) for one in feeds])
-    timed = [use for use in uses if use.name in pruned and not gemm_obstacle(use)]
+    return layer_uses(opened.wrapped, [partial(opened.run, one) for one in feeds])
+
+
+def measure_layers(
+    profile: GpuProfile,
+    uses: Sequence[LayerUse],
+    names: Container[str],
+    format: GemmFormat,
+    progress: Progress,
+    algorithms: Container[int] | None = None,
+) -> GpuProfile:
+    """Add to `profile` the GEMMs of the named layers in a format, where it has kernels for them."""
+    timed = [use for use in uses if use.name in names and not gemm_obstacle(use, format)]
     gemms = [gemm for use in timed for gemm in use.gemms]
-    profile = measure_gemms(known, gemms, opened.dtype, progress)
-    return choose(uses, profile, pruned), profile
+    return measure_gemms(profile, gemms, format, progress, algorithms)
 
 
 def measure_gemms(
-    profile: GpuProfile, shapes: Sequence[GemmShape], dtype: DType, progress: Progress
+    profile: GpuProfile,
+    shapes: Sequence[GemmShape],
+    format: GemmFormat,
+    progress: Progress,
+    algorithms: Container[int] | None = None,
 ) -> GpuProfile:
-    """Add to `profile` the shapes that it does not know yet.
+    """Add to `profile` the shapes that it does not know yet in a format.
+
+    Args:
+        profile: of the GPU at hand.
+        shapes: of the GEMMs; some may be the same.
+        format: of their operands.
+        progress: called with (label, done, total).
+        algorithms: numbers of those of cuSPARSELt to try; None tries all.
 
     Raises:
         EngineError: cuSPARSELt cannot multiply one of them, or does not run at all.
     """
-    missing = sorted({shape for shape in shapes if profile.known(shape) is None})
+    missing = sorted({shape for shape in shapes if profile.known(shape, format) is None})
     if not missing:
         return profile
-    kind = TORCH_DTYPES[dtype]
+    kind = OPERANDS[format].dtype
     everything = [
         Trial(shape, number)
         for shape in missing
-        for number in range(cusparselt_plan.count_algorithms(shape.padded, kind))
+        for number in range(cusparselt_plan.count_algorithms(sparse_shape(shape, format), kind))
+        if algorithms is None or number in algorithms
     ]
-    times = trials.run_trials(everything, dtype, partial(progress, "algorithm"))
+    times = trials.run_trials(everything, format, partial(progress, "algorithm"))
     found = []
     for done, shape in enumerate(missing):
         progress("gemm", done, len(missing))
         mine = sorted((us, trial.algorithm) for trial, us in times.items() if trial.shape == shape)
-        found.append(time_gemm(shape, kind, [number for _, number in mine[:_FINALISTS]]))
-        logger.info("%s: speed-up %.2f", shape, found[-1].speedup)
+        found.append(time_gemm(shape, format, [number for _, number in mine[:_FINALISTS]]))
+        logger.info("%s in %s: speed-up %.2f", shape, format, found[-1].speedup)
     progress("gemm", len(missing), len(missing))
     return profile.with_timings(found)
 
 
 @torch.inference_mode()
-def time_gemm(shape: GemmShape, dtype: torch.dtype, algorithms: Sequence[int]) -> GemmTiming:
+def time_gemm(shape: GemmShape, format: GemmFormat, algorithms: Sequence[int]) -> GemmTiming:
     """Time one GEMM dense and with each of `algorithms`, in turns; the fastest of them counts.
 
     Raises:
@@ -92,20 +130,29 @@ def time_gemm(shape: GemmShape, dtype: torch.dtype, algorithms: Sequence[int]) -
     """
     if not algorithms:
         raise EngineError(f"cuSPARSELt has no algorithm that works for {shape}; leave it dense.")
-    rows, weight, packed = gemm_inputs(shape, dtype)
+    rows, weight, packed = gemm_inputs(shape, format)
     stopwatch = cuda_graph.Stopwatch()
-    whole = shape.padded
-    plans = [cusparselt_plan.shared_plan(whole, dtype, number, None) for number in algorithms]
-    runs = [partial(functional.linear, rows, weight)]
-    runs += [partial(multiply_padded, plan, packed, rows) for plan in plans]
+    asked, kind = sparse_shape(shape, format), rows.dtype
+    plans = [cusparselt_plan.shared_plan(asked, kind, number, None) for number in algorithms]
+    runs = [_dense(rows, weight)]
+    runs += [sparse_run(plan, packed, rows, format) for plan in plans]
     timers = [timer(run, stopwatch) for run in runs]
     samples = [[timed() for timed in timers] for _ in range(_REPLAYS)]
     dense_us, *sparse_us = (median(times) for times in zip(*samples, strict=True))
     fastest, number = min(zip(sparse_us, algorithms, strict=True))
-    return GemmTiming(shape=shape, dense_us=dense_us, sparse_us=fastest, algorithm=number)
+    return GemmTiming(
+        shape=shape, format=format, dense_us=dense_us, sparse_us=fastest, algorithm=number
+    )
 
 
-def gpu_profile(dtype: DType) -> GpuProfile:
+def _dense(rows: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """The dense product, without the scales of 8-bit numbers, which other kernels take along."""
+    if rows.dtype.itemsize == 2:
+        return partial(functional.linear, rows, weight)
+    return partial(linear_8, rows, weight, torch.ones((), device=rows.device))
+
+
+def gpu_profile() -> GpuProfile:
     """The empty profile of the GPU at hand."""
     pynvml.nvmlInit()
     try:
@@ -117,6 +164,4 @@ def gpu_profile(dtype: DType) -> GpuProfile:
         "cuda": str(torch.version.cuda),
         "cusparselt": str(torch.backends.cusparselt.version()),
     }
-    return GpuProfile(
-        gpu=torch.cuda.get_device_name(), driver=driver, dtype=dtype, versions=versions, gemms=()
-    )
+    return GpuProfile(gpu=torch.cuda.get_device_name(), driver=driver, versions=versions, gemms=())

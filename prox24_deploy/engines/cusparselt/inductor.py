@@ -9,17 +9,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from prox24_deploy.core.documents import reason_of
 from prox24_deploy.core.records import Compilation
 from prox24_deploy.core.shapes import Shape
+from prox24_deploy.engines.cusparselt.sharing import ShareEqual
 
 Inputs = tuple[Tensor, ...]
 
 # What torch.compile is to use.
 BACKEND = "inductor"
+_SHARING = ShareEqual()
 # Graphs of one module: one for each shape that it is timed at, and for each of both twins.
 _MOST_GRAPHS = 256
 
@@ -44,7 +47,11 @@ class CompiledModule:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run, compiled before where this shape has not been."""
         own = tuple(tensor.shape for tensor in inputs) in self._own
-        with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
+        with (
+            # A scale of a quantised layer is a constant of the graph and no input of it.
+            torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, specialize_float=True),
+            torch._inductor.config.patch(post_grad_custom_pre_pass=_SHARING),
+        ):
             outputs: tuple[Tensor, ...] = (self._static if own else self._dynamic)(*inputs)
         return outputs
 

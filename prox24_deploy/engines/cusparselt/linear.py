@@ -11,25 +11,29 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.profiler import record_function
 
 from prox24_deploy.core.errors import EngineError
 from prox24_deploy.engines.cusparselt import matmul
+from prox24_deploy.engines.cusparselt.formats import (
+    OPERANDS,
+    format_of,
+    padded,
+    result_dtype,
+    sparse_shape,
+)
 from prox24_deploy.engines.cusparselt.matmul import MatmulPlan
-from prox24_deploy.engines.cusparselt.profile import ROW_MULTIPLE, GemmShape
+from prox24_deploy.engines.cusparselt.profile import GemmFormat, GemmShape
 from prox24_deploy.model.layers import is_layer, layer_at, matrix_shape, obstacle, to_matrix
 from prox24_deploy.sparsity.pattern import is_24
 
-# torch.sparse checks the same: rows and columns of a compressed half-precision weight.
-WEIGHT_MULTIPLE = 16
 # What the name of a layer stands behind where the profiler shows its product.
 PRODUCT_MARK = "sparse product of "
 OPERATOR = "prox24_deploy::linear_24"
 
 
 class SparseLinear(nn.Module):
-    """A linear layer whose 2:4 weight is held compressed; half precision, on a GPU."""
+    """A linear layer whose 2:4 weight is held compressed; float16 or bfloat16, on a GPU."""
 
     packed: Tensor
     bias: Tensor | None
@@ -59,19 +63,17 @@ class SparseLinear(nn.Module):
     def multiply(self, rows: Tensor) -> Tensor:
         """Multiply (m, k) to (m, n)."""
         count = len(rows)
-        # Padding by nothing would copy.
-        if missing := -count % ROW_MULTIPLE:
-            rows = functional.pad(rows, (0, 0, 0, missing))
+        rows = padded(rows, OPERANDS[format_of(rows.dtype)].row_multiple)
         with record_function(f"{PRODUCT_MARK}{self._name}"):
             return self._plan(count).multiply(self.packed, rows.contiguous())[:count]
 
     def _plan(self, count: int) -> MatmulPlan:
         """The plan for `count` rows, made where there is none yet."""
         if count not in self._plans:
-            padded = count + -count % ROW_MULTIPLE
-            shape = GemmShape(n=self.out_features, k=self.in_features, m=padded)
-            algorithm = self._algorithm(count)
             dtype = self.packed.dtype
+            asked = GemmShape(n=self.out_features, k=self.in_features, m=count)
+            shape = sparse_shape(asked, format_of(dtype))
+            algorithm = self._algorithm(count)
             self._plans[count] = matmul.shared_plan(shape, dtype, algorithm, self.bias)
         return self._plans[count]
 
@@ -101,14 +103,15 @@ def _linear_24(rows: Tensor, packed: Tensor) -> Tensor:
 
 @_linear_24.register_fake
 def _(rows: Tensor, packed: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape[0], packed.shape[0])
+    return rows.new_empty(rows.shape[0], packed.shape[0], dtype=result_dtype(rows.dtype))
 
 
-def shape_obstacle(n: int, k: int) -> str:
-    """Why cuSPARSELt cannot hold a weight (n, k) in half precision; "" where it can."""
+def shape_obstacle(n: int, k: int, format: GemmFormat = "float16") -> str:
+    """Why cuSPARSELt cannot hold a weight (n, k) of a format; "" where it can."""
+    multiple = OPERANDS[format].weight_multiple
     for name, size in (("N", n), ("K", k)):
-        if size % WEIGHT_MULTIPLE:
-            return f"shape rule: {name} = {size} is not a multiple of {WEIGHT_MULTIPLE}"
+        if size % multiple:
+            return f"shape rule: {name} = {size} is not a multiple of {multiple}"
     return ""
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prox24_deploy.core.errors import EngineError
+from prox24_deploy.engines.cusparselt.formats import result_dtype
 from prox24_deploy.engines.cusparselt.profile import GemmShape
 
 _LIBRARY = "libcusparseLt.so.0"
@@ -25,8 +26,8 @@ _OPAQUE_BYTES, _ALIGNMENT = 16384, 64
 _MATRIX_ALIGNMENT = 16
 _AS_IS, _TRANSPOSED = 0, 1
 _BY_COLUMNS, _BY_ROWS = 1, 2
-_DATA_TYPES = {torch.float16: 2, torch.bfloat16: 14}
-_COMPUTE_FLOAT32 = 2
+_DATA_TYPES = {torch.float16: 2, torch.int8: 3, torch.bfloat16: 14, torch.float8_e4m3fn: 28}
+_SUM_INT32, _SUM_FLOAT32 = 0, 2
 _HALF_OF_THE_WEIGHTS = 0
 _DEFAULT_SELECTION = 0
 _ALGORITHM, _ALGORITHM_COUNT = 0, 1
@@ -36,12 +37,13 @@ _BIAS = 8
 class MatmulPlan:
     """How cuSPARSELt computes Y = X Wᵀ + b for one GEMM: descriptors, algorithm and workspace.
 
-    Not for use by several streams at once: they would share the workspace.
+    Sums are float32, of integers int32, and Y is of `result_dtype`. Not for use by several streams
+    at once: they would share the workspace.
 
     Args:
         shape: of the GEMM.
-        dtype: float16 or bfloat16.
-        algorithm: its number; how many there are depends on the GEMM.
+        dtype: of X and W: float16, bfloat16, float8_e4m3fn or int8.
+        algorithm: its number; how many there are depends on the GEMM and on the dtype.
         bias: (n,) or None; the plan keeps it.
 
     Raises:
@@ -51,7 +53,7 @@ class MatmulPlan:
     def __init__(
         self, shape: GemmShape, dtype: torch.dtype, algorithm: int, bias: Tensor | None
     ) -> None:
-        self._shape, self._bias = shape, bias
+        self._shape, self._bias, self._result = shape, bias, result_dtype(dtype)
         self._gemm = _Gemm(shape, dtype, bias)
         _set_int(self._gemm, _ALGORITHM, algorithm)
         self._plan = _Opaque()
@@ -68,7 +70,7 @@ class MatmulPlan:
         Raises:
             EngineError: the kernel could not be launched.
         """
-        result = rows.new_empty(self._shape.m, self._shape.n)
+        result = rows.new_empty(self._shape.m, self._shape.n, dtype=self._result)
         one, zero = ctypes.c_float(1), ctypes.c_float(0)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         _call("Matmul", self._gemm.handle.at, self._plan.at, ctypes.byref(one), _data(packed),
@@ -124,7 +126,8 @@ class _Gemm:
     """Descriptors of W (n, k), Xᵀ (k, m) and Yᵀ (n, m), in the layouts that PyTorch's rows have."""
 
     def __init__(self, shape: GemmShape, dtype: torch.dtype, bias: Tensor | None) -> None:
-        kind = _DATA_TYPES[dtype]
+        kind, made = _DATA_TYPES[dtype], _DATA_TYPES[result_dtype(dtype)]
+        summed = _SUM_INT32 if dtype == torch.int8 else _SUM_FLOAT32
         n, k, m = (ctypes.c_int64(size) for size in (shape.n, shape.k, shape.m))
         alignment = ctypes.c_uint32(_MATRIX_ALIGNMENT)
         self.handle, self.matmul, self.selection = _Opaque(), _Opaque(), _Opaque()
@@ -134,9 +137,9 @@ class _Gemm:
         _call("StructuredDescriptorInit", handle, self._weight.at, n, k, k, alignment, kind,
               _BY_ROWS, _HALF_OF_THE_WEIGHTS)  # fmt: skip
         _call("DenseDescriptorInit", handle, self._rows.at, m, k, k, alignment, kind, _BY_ROWS)
-        _call("DenseDescriptorInit", handle, self._result.at, n, m, n, alignment, kind, _BY_COLUMNS)
+        _call("DenseDescriptorInit", handle, self._result.at, n, m, n, alignment, made, _BY_COLUMNS)
         _call("MatmulDescriptorInit", handle, self.matmul.at, _AS_IS, _TRANSPOSED, self._weight.at,
-              self._rows.at, self._result.at, self._result.at, _COMPUTE_FLOAT32)  # fmt: skip
+              self._rows.at, self._result.at, self._result.at, summed)  # fmt: skip
         if bias is not None:
             address = ctypes.c_void_p(bias.data_ptr())
             _call("MatmulDescSetAttribute", handle, self.matmul.at, _BIAS, ctypes.byref(address),

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveInt, TypeAdapter
 
@@ -15,10 +15,27 @@ from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.types import DType
 from prox24_deploy.engines.cusparselt.plan_file import read_record
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _NEIGHBOURS = 4
 # Rows of activations that cuSPARSELt takes; fewer are padded.
 ROW_MULTIPLE = 8
+
+# In what the operands of a GEMM are held.
+GemmFormat = Literal["float16", "bfloat16", "fp8", "int8"]
+GEMM_FORMATS: tuple[GemmFormat, ...] = get_args(GemmFormat)
+
+
+def half_format(dtype: DType) -> GemmFormat:
+    """The format of the GEMMs of a model as it is.
+
+    Raises:
+        UsageError: the model is float32, for which there are no sparse kernels.
+    """
+    if dtype == "float32":
+        raise UsageError(
+            "cuSPARSELt has no float32 kernels; plan for --dtype float16 or --dtype bfloat16."
+        )
+    return dtype
 
 
 @dataclass(frozen=True, slots=True, order=True, kw_only=True)
@@ -43,11 +60,13 @@ _Microseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class GemmTiming:
     """Microseconds of one GEMM: cuBLAS on the dense weight, cuSPARSELt on the 2:4 one.
 
-    `sparse_us` is that of the fastest `algorithm`, by its number in cuSPARSELt. `measured` is False
-    for an estimate from measurements of other shapes.
+    `format` is that of both operands; 8-bit ones give a 16-bit result. `sparse_us` is that of the
+    fastest `algorithm`, by its number in cuSPARSELt. `measured` is False for an estimate from
+    measurements of other shapes.
     """
 
     shape: GemmShape
+    format: GemmFormat = "float16"
     dense_us: _Microseconds
     sparse_us: _Microseconds
     algorithm: int = 0
@@ -61,27 +80,42 @@ class GemmTiming:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuProfile:
-    """GEMM timings of one GPU, driver, dtype and set of library versions."""
+    """GEMM timings of one GPU, driver and set of library versions, in some formats.
+
+    `published` says whose measurements these are, where they are not of this tool, and how they
+    differ from its own; "" where they are.
+    """
 
     gpu: str
     driver: str
-    dtype: DType
     versions: dict[str, str]
     gemms: tuple[GemmTiming, ...]
+    published: str = ""
     schema_version: int = SCHEMA_VERSION
 
-    def timing(self, shape: GemmShape) -> GemmTiming:
-        """What was measured for a shape, else an estimate from the nearest shapes.
+    @property
+    def formats(self) -> tuple[GemmFormat, ...]:
+        """Those in which something was measured."""
+        known = {timing.format for timing in self.gemms}
+        return tuple(format for format in GEMM_FORMATS if format in known)
+
+    def timing(self, shape: GemmShape, format: GemmFormat = "float16") -> GemmTiming:
+        """What was measured for a shape in a format, else an estimate from the nearest shapes.
 
         Estimated are the rates, dense and sparse, as means over the four nearest shapes in
         log-coordinates, each weighted by one over its squared distance.
 
         Raises:
-            UsageError: the profile is empty.
+            UsageError: the profile has nothing in that format.
         """
-        if not self.gemms:
-            raise UsageError(f"The profile of {self.gpu} holds no measurement; measure one first.")
-        known = [(_distance(shape, timing.shape), timing) for timing in self.gemms]
+        alike = [timing for timing in self.gemms if timing.format == format]
+        if not alike:
+            raise UsageError(
+                f"The profile of {self.gpu} holds no measurement in {format}, only in "
+                f"{', '.join(self.formats) or 'no format at all'}; plan for another --dtype, or "
+                "measure one on that GPU with plan --save-profile."
+            )
+        known = [(_distance(shape, timing.shape), timing) for timing in alike]
         nearest = sorted(known, key=lambda pair: (pair[0], pair[1].shape))[:_NEIGHBOURS]
         if nearest[0][0] == 0:
             return nearest[0][1]
@@ -94,22 +128,31 @@ class GpuProfile:
 
         return GemmTiming(
             shape=shape,
+            format=format,
             dense_us=time_us((timing.shape, timing.dense_us) for _, timing in nearest),
             sparse_us=time_us((timing.shape, timing.sparse_us) for _, timing in nearest),
             measured=False,
         )
 
-    def known(self, shape: GemmShape) -> GemmTiming | None:
-        """What was measured for exactly this shape."""
-        return next((timing for timing in self.gemms if timing.shape == shape), None)
+    def stretch(self, shape: GemmShape, format: GemmFormat) -> float:
+        """How many times larger or smaller in a size the nearest measured shape is, at least 1."""
+        alike = [timing.shape for timing in self.gemms if timing.format == format]
+        nearest = min(alike, key=lambda other: (_distance(shape, other), other))
+        pairs = ((shape.n, nearest.n), (shape.k, nearest.k), (shape.m, nearest.m))
+        return max(max(a / b, b / a) for a, b in pairs)
+
+    def known(self, shape: GemmShape, format: GemmFormat = "float16") -> GemmTiming | None:
+        """What was measured for exactly this shape in this format."""
+        alike = (t for t in self.gemms if (t.shape, t.format) == (shape, format))
+        return next(alike, None)
 
     def with_timings(self, found: Iterable[GemmTiming]) -> "GpuProfile":
         """The same profile with further measurements; a shape known already is replaced."""
-        merged = {timing.shape: timing for timing in (*self.gemms, *found)}
-        return replace(self, gemms=tuple(merged[shape] for shape in sorted(merged)))
+        merged = {(timing.format, timing.shape): timing for timing in (*self.gemms, *found)}
+        return replace(self, gemms=tuple(merged[key] for key in sorted(merged)))
 
     def fits(self, other: "GpuProfile") -> bool:
-        """Whether timings of both can be mixed: same GPU, driver, dtype and versions."""
+        """Whether timings of both can be mixed: same GPU, driver and versions."""
         return replace(self, gemms=()) == replace(other, gemms=())
 
 

@@ -1,6 +1,6 @@
 """GEMM timings of earlier builds on this machine, so that no build tunes again what one has tuned.
 
-They lie in the user's cache folder, one file for each GPU, driver, dtype and set of versions.
+They lie in the user's cache folder, one file for each GPU, driver and set of versions.
 """
 
 import fcntl
@@ -53,7 +53,7 @@ def _read(path: Path, here: GpuProfile) -> GpuProfile:
 
 
 def _file_of(profile: GpuProfile) -> Path:
-    kind = [profile.gpu, profile.driver, profile.dtype, sorted(profile.versions.items())]
+    kind = [profile.gpu, profile.driver, sorted(profile.versions.items())]
     digest = hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:16]
     # https://specifications.freedesktop.org/basedir-spec: where caches of a user lie; a path that
     # is not absolute is to be ignored.

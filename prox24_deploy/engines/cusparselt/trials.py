@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from prox24_deploy.core.errors import EngineError
-from prox24_deploy.core.types import DType
 from prox24_deploy.engines.cusparselt.gemm_job import READY
-from prox24_deploy.engines.cusparselt.profile import GemmShape
+from prox24_deploy.engines.cusparselt.profile import GemmFormat, GemmShape
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class Trial:
 
 
 def run_trials(
-    trials: Sequence[Trial], dtype: DType, answered: Callable[[int, int], None]
+    trials: Sequence[Trial], format: GemmFormat, answered: Callable[[int, int], None]
 ) -> dict[Trial, float]:
     """Time every trial on the GPU at hand.
 
@@ -43,7 +42,7 @@ def run_trials(
 
     Args:
         trials: what to time.
-        dtype: of all of them.
+        format: of all of them.
         answered: called with the number of trials done and of all.
 
     Returns:
@@ -55,7 +54,7 @@ def run_trials(
     workers = max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // 2, len(trials)))
     with tempfile.NamedTemporaryFile() as lock:
         module = "prox24_deploy.engines.cusparselt.gemm_job"
-        command = [sys.executable, "-m", module, lock.name, dtype]
+        command = [sys.executable, "-m", module, lock.name, format]
         return run_workers(command, trials, workers, answered)
 
 

@@ -1,0 +1,189 @@
+"""Speed of a Llama in 16 and in 8 bits, dense and 2:4, against what `plan` expects of it.
+
+    python benchmarks/quantized_speed.py [--blocks 4] [--dtype float16] [--shape 2x2048]
+        [--models none,fp8+,fp8,int8+] [--algorithms 1,2,5,6,22,26,27]
+
+The model is that of `engine_speed.py`: 4096 wide, random weights, pruned by magnitude, rounded to
+8 bits by its largest weights and activations. Every model is compiled and runs as a CUDA graph;
+all are timed in turns. A name with a plus is the 2:4 model, in which every layer is multiplied in
+the way that pays most. `--algorithms` bounds what is tried in 16 bits. Prints a table and one JSON
+line; fails if the profiler sees sparse kernels in other layers than the chosen ones.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+from engine_speed import llama, opened, prune
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.core.shapes import Shape
+from prox24_deploy.engines.cusparselt.choice import choose
+from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
+from prox24_deploy.engines.cusparselt.formats import OPERANDS
+from prox24_deploy.engines.cusparselt.gemm import gpu_profile, measure_layers, uses_at
+from prox24_deploy.engines.cusparselt.kernels import kernels_by_layer, sparse_kernels
+from prox24_deploy.engines.cusparselt.linear import replace_layers
+from prox24_deploy.engines.cusparselt.planning import LayerPlan, plan_layers, plan_shapes
+from prox24_deploy.engines.cusparselt.profile import GemmFormat, GemmTiming, half_format
+from prox24_deploy.engines.cusparselt.quantized import replace_quantized, to_numbers
+from prox24_deploy.engines.cusparselt.torch_model import TorchModel
+from prox24_deploy.engines.cusparselt.ways import EIGHT_BITS, Quantize, Way, cheapest
+from prox24_deploy.graph.export.module import TORCH_DTYPES
+from prox24_deploy.model.layers import layer_at
+
+ROUNDS = 40
+LIMITS = {"fp8": 448.0, "int8": 127.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: float
+
+
+def input_limits(model: TorchModel, names: Sequence[str], shape: Shape) -> dict[str, float]:
+    """Largest magnitude of the inputs of each layer in one run."""
+    found: dict[str, float] = {}
+
+    def note(name: str, hidden: Tensor) -> None:
+        found[name] = float(hidden.abs().max())
+
+    hooks = [
+        model.wrapped.get_submodule(name).register_forward_pre_hook(
+            lambda _, given, name=name: note(name, given[0])
+        )
+        for name in names
+    ]
+    model.run(model.feeds(shape))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def rounded(weight: Tensor, limit: float, quantize: Quantize) -> Rounded:
+    """To the nearest number; the largest weight of a row and the largest input are the greatest."""
+    greatest, kind = LIMITS[quantize], OPERANDS[quantize].dtype  # type: ignore[index]
+    scale = weight.float().abs().amax(1).clamp(min=1e-12) / greatest
+    return Rounded(to_numbers(weight / scale[:, None], 1.0, kind), scale, limit / greatest)
+
+
+def apply(
+    model: nn.Module,
+    layers: Sequence[LayerPlan],
+    ways: Mapping[str, Way],
+    limits: Mapping[str, float],
+    quantize: Quantize,
+) -> set[str]:
+    """Let every layer be multiplied in its way, in place; the paths of those that run sparse."""
+    sparse: dict[str, dict[int, int]] = {}
+    for layer in layers:
+        name = layer.choice.name
+        if ways[name].sparse:
+            sparse[name] = layer.algorithms(ways[name])
+    eight = [name for name, way in ways.items() if way.format in EIGHT_BITS]
+    replace_layers(model, {name: a for name, a in sparse.items() if name not in eight})
+    stored = {name: rounded(layer_at(model, name).weight, limits[name], quantize) for name in eight}
+    replace_quantized(model, stored, {name: a for name, a in sparse.items() if name in eight})
+    return set(sparse)
+
+
+def ready(model: TorchModel, shape: Shape, name: str) -> GraphSession:
+    """Compiled and captured."""
+    session = model.session(name, model.compiled([shape]))
+    session.latencies_ms(model.feeds(shape), runs=1, warmup=2)
+    return session
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--shape", default="2x2048")
+    parser.add_argument("--models", default="none,fp8+,fp8,int8+")
+    parser.add_argument("--algorithms", default="1,2,5,6,22,26,27", help="tried in 16 bits")
+    arguments = parser.parse_args()
+    batch, sequence = map(int, arguments.shape.split("x"))
+    shape = Shape(batch=batch, sequence=sequence)
+    half = half_format(arguments.dtype)
+    recipes = {name: parse_recipe(text, name) for name, text in shipped_recipes().items()}
+    recipe = recipes["llama"]
+    dense = opened(llama(arguments.blocks, TORCH_DTYPES[arguments.dtype]), recipe, arguments.dtype)
+    pruned = opened(deepcopy(dense.wrapped), recipe, arguments.dtype)
+    names = prune(pruned.wrapped, recipe)
+    tried = {int(number) for number in arguments.algorithms.split(",")}
+    profile, uses = gpu_profile(), uses_at(dense, [shape])
+    for format in (half, *EIGHT_BITS):
+        only = tried if format == half else None
+        profile = measure_layers(profile, uses, names, format, lambda *_: None, only)
+    limits = input_limits(dense, sorted(names), shape)
+    choices = [c for c in choose(uses, profile, names, half) if c.name in names]
+    eight: dict[str, dict[GemmFormat, tuple[GemmTiming, ...]]] = {
+        use.name: {f: tuple(profile.timing(g, f) for g in use.gemms) for f in EIGHT_BITS}
+        for use in uses
+        if use.name in names
+    }
+    layers = plan_layers(choices, {}, {}, eight)
+    for timing in profile.gemms:
+        size = f"{timing.shape.n:6} {timing.shape.k:6} {timing.shape.m:6}"
+        times_of = f"dense {timing.dense_us:8.1f} 2:4 {timing.sparse_us:8.1f} us"
+        print(f"{timing.format:9} {size} {times_of}, algorithm {timing.algorithm}")
+
+    sessions: dict[str, GraphSession] = {}
+    wrong: list[str] = []
+    for model_name in arguments.models.split(","):
+        quantize: Quantize = next((q for q in EIGHT_BITS if q == model_name.rstrip("+")), "none")
+        ways = {
+            layer.choice.name: cheapest(
+                layer.timings, half, quantize, sparse=model_name.endswith("+")
+            )
+            for layer in layers
+        }
+        source = pruned if model_name.endswith("+") else dense
+        twin = opened(deepcopy(source.wrapped), recipe, arguments.dtype)
+        sparse = apply(twin.wrapped, layers, ways, limits, quantize)
+        print(f"{model_name}: {len(sparse)} layers sparse, {sorted(set(map(str, ways.values())))}")
+        sessions[model_name] = ready(twin, shape, model_name)
+        if sparse:
+            seen = kernels_by_layer(partial(twin.run, twin.feeds(shape)))
+            running = {name for name, kernels in seen.items() if sparse_kernels(kernels)}
+            if running != sparse:
+                wrong.append(f"{model_name}: chosen {sorted(sparse)}, running {sorted(running)}")
+        gc.collect()
+
+    feeds = [dense.feeds(shape, seed) for seed in (0, 1)]
+    samples: dict[str, list[float]] = {name: [] for name in sessions}
+    for number in range(ROUNDS):
+        for name, session in sessions.items():
+            samples[name] += session.latencies_ms(feeds[number % 2], runs=1, warmup=1).tolist()
+    times = {name: median(values) for name, values in samples.items()}
+    (plan,) = plan_shapes([shape], layers, [times["none"]])
+    expected = {m.quantize + "+" * m.sparse: m.speedup for m in plan.models}
+    table = Table("model", "ms", "over dense", "planned", "off", box=None)
+    for name, ms in times.items():
+        gain = times["none"] / ms
+        table.add_row(
+            name, f"{ms:.3f}", f"{gain:.3f}", f"{expected[name]:.3f}",
+            f"{expected[name] / gain - 1:+.1%}",
+        )  # fmt: skip
+    Console(width=100).print(table)
+    result = {"gpu": profile.gpu, "shape": arguments.shape, "ms": times, "planned": expected}
+    print(json.dumps({"benchmark": "quantized_speed", **result, "wrong": wrong}))
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
