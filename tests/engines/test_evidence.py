@@ -200,6 +200,46 @@ def test_the_inspectors_of_both_versions_are_read(names: tuple[str, object]) -> 
     )
 
 
+def test_an_inspector_file_as_published_is_read() -> None:
+    """In the shape of those of trt-engine-explorer (TensorRT 8 and 10), names of layers made up.
+
+    A reformat and a depthwise convolution have no name of a kernel; a fused convolution has its
+    weight, its Q/DQ nodes and its activation in its own name.
+    """
+    ends = {"Location": "Device", "Dimensions": [1, 32, 8, 8], "Format/Datatype": "Row major FP16"}
+    layers = [
+        {
+            "Name": "QuantizeLinear_2", "LayerType": "Reformat", "Origin": "QDQ",
+            "Inputs": [{"Name": "in", **ends}], "Outputs": [{"Name": "317", **ends}],
+            "TacticValue": "0x0000000000000000",
+        },
+        {
+            "Name": "block.0.weight + QuantizeLinear_8 + Conv_12 + PWN(Clip_16)",
+            "LayerType": "CaskConvolution", "ParameterType": "Convolution", "Groups": 1,
+            "Weights": {"Type": "Int8", "Count": 864}, "HasSparseWeights": 1, "HasBias": 1,
+            "TacticName": "sm80_xmma_fprop_sparse_conv_interleaved_i8i8_i8i32_f32_sptensor16x8x64",
+            "TacticValue": "0x10d7116a3fad9b7a",
+            "Metadata": "[ONNX Layer: QuantizeLinear_8]\x1e[ONNX Layer: Conv_12]",
+        },
+        {
+            "Name": "block.1.weight + QuantizeLinear_25 + Conv_29 + PWN(Clip_33)",
+            "LayerType": "CudaDepthwiseConvolution", "HasSparseWeights": 0,
+            "TacticValue": "0x0000000000000001",
+        },
+    ]  # fmt: skip
+    document = {"Layers": layers, "Bindings": ["in", "out"]}
+    found = parse_layers(json.dumps(document))
+    assert [(kernel.layer.split(" ")[0], kernel.tactic != "") for kernel in found] == [
+        ("QuantizeLinear_2", False), ("block.0.weight", True), ("block.1.weight", False),
+    ]  # fmt: skip
+    said = BuilderSparsity(eligible=None, chosen=None, kernels=found)
+    proof = (check("block.0", "Conv_12"), check("block.1", "Conv_29"))
+    layer, depthwise = engine_evidence("tensorrt", "a card", said, proof, "not said").layers
+    assert (layer.eligible, layer.chosen) == (True, True)
+    assert layer.reason.startswith("kernel sm80_xmma_fprop_sparse_conv")
+    assert depthwise.chosen is None
+
+
 @pytest.mark.parametrize("text", ["", "null", "[]", "7", '{"Layers": 7}', '{"Layers": ["a"]}', "{"])
 def test_an_inspector_that_tells_nothing_is_no_layer(text: str) -> None:
     assert parse_layers(text) == ()
