@@ -3,9 +3,10 @@
 Everything is drawn from a `random.Random`, so that a seed and a number give the same input again.
 """
 
+import itertools
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf, nan
 from random import Random
@@ -51,8 +52,9 @@ _RAW = (
     Raw('{"a": 1, "a": 2}'), Raw("[1, 2"), Raw("'a'"), Raw('"\\ud800"'), Raw('"\\u0000"'),
     Raw("undefined"), Raw("1979-05-27"), Raw("1979-05-27T07:32:00Z"), Raw("NaN"), Raw("-Infinity"),
 )  # fmt: skip
-# Twice what any reader takes, and little enough to be written in a moment.
-_MOST_REPEATED = 2**26
+# Twice what a reader takes, and little enough to be written in a moment; what is repeated is one
+# value in many places, which a later change may make large in all of them.
+_MOST_WRITTEN = 2**26
 _DEPTHS = (20, 200, 990, 3000, 100_000)
 
 
@@ -115,32 +117,53 @@ def spoil_value(value: Any, draw: Random) -> tuple[Any, list[str]]:
 
 
 def to_json(value: Any) -> str:
-    """As `json.dumps`, but for `Raw` parts."""
-    if isinstance(value, Raw):
-        return value.text
-    if isinstance(value, dict):
-        parts = (f"{json.dumps(str(key))}: {to_json(part)}" for key, part in value.items())
-        return "{" + ", ".join(parts) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(to_json, value)) + "]"
-    return _scalar(value)
+    """As `json.dumps`, but for `Raw` parts, and cut where it grows beyond all measure."""
+    return _joined(_written(value, ": ", json.dumps, _scalar))
 
 
 def to_toml(value: Any) -> str:
     """A document of one line a key, all below it inline; what TOML cannot say is left as it is."""
     if not isinstance(value, dict):
-        return _inline(value)
-    return "".join(f"{_toml_text(str(key))} = {_inline(part)}\n" for key, part in value.items())
+        return _joined(_inline(value))
+    lines = ((f"{_toml_text(str(key))} = ", *_inline(part), "\n") for key, part in value.items())
+    return _joined(itertools.chain.from_iterable(lines))
 
 
-def _inline(value: Any) -> str:
-    if isinstance(value, Raw):
-        return value.text
+def _joined(parts: Iterable[str]) -> str:
+    kept, left = [], _MOST_WRITTEN
+    for part in parts:
+        kept.append(part[:left])
+        left -= len(part)
+        if left <= 0:
+            break
+    return "".join(kept)
+
+
+def _written(
+    value: Any, between: str, text: Callable[[str], str], scalar: Callable[[Any], str]
+) -> Iterator[str]:
+    """The parts of a text in order, by what writes keys and what writes all that holds nothing."""
     if isinstance(value, dict):
-        parts = (f"{_toml_text(str(key))} = {_inline(part)}" for key, part in value.items())
-        return "{" + ", ".join(parts) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_inline, value)) + "]"
+        yield "{"
+        for number, (key, part) in enumerate(value.items()):
+            yield (", " if number else "") + text(str(key)) + between
+            yield from _written(part, between, text, scalar)
+        yield "}"
+    elif isinstance(value, list):
+        yield "["
+        for number, part in enumerate(value):
+            yield ", " if number else ""
+            yield from _written(part, between, text, scalar)
+        yield "]"
+    else:
+        yield value.text if isinstance(value, Raw) else scalar(value)
+
+
+def _inline(value: Any) -> Iterator[str]:
+    return _written(value, " = ", _toml_text, _toml_scalar)
+
+
+def _toml_scalar(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)
     return _toml_text(value) if isinstance(value, str) else _scalar(value)
@@ -234,8 +257,7 @@ def _copy(container: Any, key: Any, draw: Random, whole: Any) -> str:
 def _repeat(container: Any, key: Any, draw: Random, _: Any) -> str:
     inner, times = container[key], draw.choice((2, 50, 2000))
     if isinstance(inner, list | str):
-        most = min(100_000 // max(len(inner), 1), _MOST_REPEATED // len(to_json(inner)))
-        container[key] = inner * min(times, most + 1)
+        container[key] = inner * min(times, 100_000 // max(len(inner), 1) + 1)
     else:
         container[key] = [inner] * 3
     return f"repeated {times} times"
