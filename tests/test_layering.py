@@ -91,7 +91,10 @@ MAY_IMPORT = {
     "bundle": {"__version__"},
     "report": {"config", "latency"},
     "regression": {"config", "bundle", "report"},
-    "packaging": {"__version__", "config", "graph", "engines", "bundle", "report", "regression"},
+    # Which weights of a file are 2:4 is declared in what is handed over, too.
+    "packaging": {
+        "__version__", "config", "sparsity", "graph", "engines", "bundle", "report", "regression",
+    },
     "pipeline": {
         "config", "model", "evaluation", "data", "pruning", "quantization", "graph", "engines",
         "latency", "bundle", "report", "regression", "packaging",

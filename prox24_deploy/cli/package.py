@@ -32,6 +32,19 @@ def package(
     instances: Annotated[
         int | None, typer.Option(min=1, help="Triton: copies of the model on every device.")
     ] = None,
+    vllm: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a model directory for vLLM, which must not exist.", readable=False
+        ),
+    ] = None,
+    vllm_sparse: Annotated[
+        bool,
+        typer.Option(
+            "--vllm-sparse",
+            help="vLLM: declare 2:4 for its sparse kernels, which 0.18.1 has and 0.19.0 refuses.",
+        ),
+    ] = False,
     sbom: Annotated[
         Path | None,
         typer.Option(
@@ -47,7 +60,7 @@ def package(
     ] = False,
     as_json: arguments.JsonOpt = False,
 ) -> None:
-    """Prepare a bundle that passed for serving: Triton, bill of materials, hashes to sign."""
+    """Prepare a bundle that passed: for Triton or vLLM, a bill of materials, hashes to sign."""
     from prox24_deploy.packaging.package import package as write
     from prox24_deploy.packaging.triton import TritonOptions
 
@@ -57,6 +70,8 @@ def package(
         options=TritonOptions(
             name=name, twin=twin, backend=backend, max_batch=max_batch, instances=instances
         ),
+        vllm=vllm,
+        vllm_sparse=vllm_sparse,
         sbom=sbom,
         checksums=checksums,
         force=force,

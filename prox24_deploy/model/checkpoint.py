@@ -19,6 +19,7 @@ from prox24_deploy.config.recipe import RECIPE_FILE, SENTENCE_MODULES
 from prox24_deploy.core.atomic import copy_file, make_folder, writing
 from prox24_deploy.core.errors import ModelDirError, RecipeError, SparsityLostError
 from prox24_deploy.core.records import LayerRecord
+from prox24_deploy.core.tensor_names import names_like
 from prox24_deploy.model.directory import CARD_FILE, ModelDir, companion_files
 from prox24_deploy.model.layers import is_layer
 from prox24_deploy.model.shards import INDEX_FILE, is_single
@@ -169,11 +170,7 @@ def _digest(tensor: Tensor) -> str:
 def _same_names(directory: ModelDir, parameter: str) -> list[str]:
     if parameter in directory.renamed:
         return [directory.renamed[parameter]]
-    if parameter in directory.tensors:
-        return [parameter]
-    suffix = f".{parameter}"
-    found = [name for name in directory.tensors if name.endswith(suffix)]
-    return found + [n for n in directory.tensors if parameter.endswith(f".{n}") and n not in found]
+    return names_like(parameter, directory.tensors)
 
 
 def stored_dtype(directory: ModelDir, parameter: str) -> torch.dtype:

@@ -1,1 +1,1 @@
-"""Hand a finished bundle over: Triton, bill of materials, checksums, model card."""
+"""Hand a finished bundle over: Triton, vLLM, bill of materials, checksums, model card."""

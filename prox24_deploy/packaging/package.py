@@ -1,4 +1,4 @@
-"""Hand a finished bundle over: as a model repository of Triton, a list of hashes or an SBOM.
+"""Hand a finished bundle over: to Triton or vLLM, as a list of hashes or an SBOM.
 
 Nothing is handed over that does not verify. The bundle itself is only read.
 """
@@ -6,22 +6,18 @@ Nothing is handed over that does not verify. The bundle itself is only read.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from prox24_deploy.bundle.layout import ONNX, REPORT_FILE, record_of
+from prox24_deploy.bundle.layout import ONNX, REPORT_FILE
 from prox24_deploy.bundle.manifest import FileEntry, Manifest, checksum_list, read_manifest, verify
 from prox24_deploy.config.recipe import GraphTensor
 from prox24_deploy.core.atomic import write_atomic
-from prox24_deploy.core.documents import first_problem
 from prox24_deploy.core.errors import BundleError, UsageError
 from prox24_deploy.core.records import CompileResult, Engine, PruneResult
 from prox24_deploy.packaging import triton as serving
+from prox24_deploy.packaging.source import entry_of, read_record, require_file, require_outside
 from prox24_deploy.packaging.triton import TritonOptions
 from prox24_deploy.report.schema import load_report
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +42,8 @@ def package(
     *,
     triton: Path | None = None,
     options: TritonOptions | None = None,
+    vllm: Path | None = None,
+    vllm_sparse: bool = False,
     sbom: Path | None = None,
     checksums: Path | None = None,
     force: bool = False,
@@ -56,6 +54,8 @@ def package(
         bundle: OUT of a build.
         triton: model repository to write the model into.
         options: what is served there, and how.
+        vllm: model directory to write for vLLM.
+        vllm_sparse: declare 2:4 there, as old versions read it and new ones refuse it.
         sbom: file for the bill of materials.
         checksums: file for the list of hashes.
         force: take a release that did not pass; one that does not verify is never taken.
@@ -65,30 +65,58 @@ def package(
         UsageError: there is nothing to write, or an option would have no effect.
         BackendMissingError: the extra `sbom` is not installed.
     """
-    if triton is sbom is checksums is None:
-        raise UsageError("Nothing to write: pass --triton OUT, --sbom FILE or --checksums FILE.")
+    if triton is vllm is sbom is checksums is None:
+        raise UsageError(
+            "Nothing to write: pass --triton OUT, --vllm OUT, --sbom FILE or --checksums FILE."
+        )
+    _require_effect(triton, options, vllm, vllm_sparse=vllm_sparse)
+    manifest = open_finished(bundle, force=force)
+    written = _write_files(bundle, manifest, sbom, checksums)
+    notes = _verdict_notes(bundle, manifest)
+    # Last, because they alone are not written again where they are there.
+    if vllm is not None:
+        # It reads and proves weight files, for which it imports ONNX.
+        from prox24_deploy.packaging.vllm import vllm_directory
+
+        written["vllm"], said = vllm_directory(bundle, manifest, vllm, sparse=vllm_sparse)
+        notes += said
+    if triton is not None:
+        path, said = triton_repository(bundle, manifest, triton, options or TritonOptions())
+        notes += said
+        written["triton"] = path
+    return Packaged(written=written, notes=notes)
+
+
+def _require_effect(
+    triton: Path | None, options: TritonOptions | None, vllm: Path | None, *, vllm_sparse: bool
+) -> None:
+    """Refuse options of what is not written."""
     if triton is None and options not in (None, TritonOptions()):
         raise UsageError(
             "--name, --twin, --backend, --max-batch and --instances have no effect without "
             "--triton; add it, or leave them out."
         )
-    manifest = open_finished(bundle, force=force)
+    if vllm is None and vllm_sparse:
+        raise UsageError("--vllm-sparse has no effect without --vllm; add it, or leave it out.")
+
+
+def _write_files(
+    bundle: Path, manifest: Manifest, sbom: Path | None, checksums: Path | None
+) -> dict[str, Path]:
     written: dict[str, Path] = {}
-    notes: tuple[str, ...] = ()
-    if manifest.verdict != "pass":
-        notes = (f"Handed over although it did not pass. {said_of(bundle)}.",)
     if sbom is not None:
         write_sbom(bundle, manifest, sbom)
         written["sbom"] = sbom
     if checksums is not None:
         write_checksums(bundle, manifest, checksums)
         written["checksums"] = checksums
-    # Last, because it alone is not written again where it is there.
-    if triton is not None:
-        path, served = triton_repository(bundle, manifest, triton, options or TritonOptions())
-        notes += served
-        written["triton"] = path
-    return Packaged(written=written, notes=notes)
+    return written
+
+
+def _verdict_notes(bundle: Path, manifest: Manifest) -> tuple[str, ...]:
+    if manifest.verdict == "pass":
+        return ()
+    return (f"Handed over although it did not pass. {said_of(bundle)}.",)
 
 
 def open_finished(bundle: Path, *, force: bool) -> Manifest:
@@ -174,8 +202,8 @@ def write_sbom(bundle: Path, manifest: Manifest, file: Path) -> None:
     from prox24_deploy.packaging.sbom import render_sbom
 
     require_file(bundle, file)
-    pruned = _record(bundle, "prune", PruneResult)
-    engines = _record(bundle, "compile", CompileResult).engines
+    pruned = read_record(bundle, "prune", PruneResult)
+    engines = read_record(bundle, "compile", CompileResult).engines
     built_with = {name: text for engine in engines for name, text in engine.versions.items()}
     write_atomic(file, render_sbom(manifest, pruned, built_with).encode())
 
@@ -184,27 +212,6 @@ def write_checksums(bundle: Path, manifest: Manifest, file: Path) -> None:
     """Write the hashes of a bundle that `open_finished` gave, for `sha256sum -c` within it."""
     require_file(bundle, file)
     write_atomic(file, checksum_list(bundle, manifest).encode())
-
-
-def require_outside(bundle: Path, out: Path) -> None:
-    """Refuse to write into a bundle, which would then no longer verify.
-
-    Raises:
-        UsageError: `out` lies in it.
-    """
-    if out.resolve().is_relative_to(bundle.resolve()):
-        raise UsageError(f"Output {out} lies in the bundle {bundle}; pass another.")
-
-
-def require_file(bundle: Path, file: Path) -> None:
-    """Refuse a folder, and as `require_outside` does.
-
-    Raises:
-        UsageError: `file` is a folder, or lies in the bundle.
-    """
-    require_outside(bundle, file)
-    if file.is_dir():
-        raise UsageError(f"Output {file} is a folder, expected a file; pass another.")
 
 
 def _origin(manifest: Manifest, twin: str) -> tuple[str, ...]:
@@ -219,14 +226,14 @@ def _onnx_files(bundle: Path, manifest: Manifest, onnx: str, twin: str) -> Serve
     from prox24_deploy.graph.check.interface import external_files
 
     folder = Path(onnx).parent
-    files = {serving.MODEL_FILES["onnxruntime"]: _entry(bundle, manifest, onnx)}
+    files = {serving.MODEL_FILES["onnxruntime"]: entry_of(bundle, manifest, onnx)}
     for name in external_files(bundle / onnx):
         if Path(name).name != name:
             raise BundleError(
                 f"File {bundle / onnx} keeps weights in {name!r}, expected a file beside it; "
                 "export it again."
             )
-        files[name] = _entry(bundle, manifest, (folder / name).as_posix())
+        files[name] = entry_of(bundle, manifest, (folder / name).as_posix())
     notes = ("ONNX Runtime has no sparse kernels: the 2:4 weights run as dense ones.",)
     return Served(files, notes if twin == "sparse" else (), _largest_batch(manifest.options))
 
@@ -262,11 +269,11 @@ def _engine_files(
     if least > 1:
         notes.append(f"The engine takes no batch below {least}.")
     plan = serving.MODEL_FILES["tensorrt"]
-    return Served({plan: _entry(bundle, manifest, engine.path)}, tuple(notes), largest)
+    return Served({plan: entry_of(bundle, manifest, engine.path)}, tuple(notes), largest)
 
 
 def _engine(bundle: Path, twin: str) -> Engine:
-    engines = _record(bundle, "compile", CompileResult).engines
+    engines = read_record(bundle, "compile", CompileResult).engines
     for engine in engines:
         if (engine.backend, engine.twin) == ("tensorrt", twin):
             return engine
@@ -275,25 +282,6 @@ def _engine(bundle: Path, twin: str) -> Engine:
         f"Bundle {bundle} has no TensorRT engine, it was built for {found}; build it with "
         "--backend tensorrt, or pass --backend onnxruntime."
     )
-
-
-def _record(bundle: Path, stage: str, kind: type[T]) -> T:
-    """The result of a stage; a bundle that verifies may still be of another version."""
-    path = bundle / record_of(stage)
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except ValidationError as error:
-        where, what = first_problem(error)
-        raise BundleError(
-            f"Record {path} is damaged or of another version at {where!r}: {what}; build the "
-            "bundle again."
-        ) from error
-
-
-def _entry(bundle: Path, manifest: Manifest, name: str) -> tuple[Path, FileEntry]:
-    if name not in manifest.files:
-        raise BundleError(f"Bundle {bundle} has no file {name}; build it again.")
-    return bundle / name, manifest.files[name]
 
 
 def _largest_batch(options: dict[str, Any]) -> int:

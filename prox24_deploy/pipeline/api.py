@@ -260,6 +260,8 @@ def package(
     *,
     triton: StrPath | None = None,
     triton_options: TritonOptions | None = None,
+    vllm: StrPath | None = None,
+    vllm_sparse: bool = False,
     sbom: StrPath | None = None,
     checksums: StrPath | None = None,
     force: bool = False,
@@ -270,6 +272,8 @@ def package(
         bundle: what `build` made.
         triton: a Triton model repository to write the model into.
         triton_options: what is served there, and how.
+        vllm: a model directory to write for vLLM.
+        vllm_sparse: whether to declare 2:4 there for vLLM 0.18.1, which later versions refuse.
         sbom: a file for the bill of materials, CycloneDX JSON.
         checksums: a file for the list of hashes, for `sha256sum -c`.
         force: whether to take a bundle that did not pass.
@@ -282,6 +286,8 @@ def package(
         Path(bundle),
         triton=_path(triton),
         options=triton_options,
+        vllm=_path(vllm),
+        vllm_sparse=vllm_sparse,
         sbom=_path(sbom),
         checksums=_path(checksums),
         force=force,
