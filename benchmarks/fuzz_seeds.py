@@ -24,6 +24,7 @@ from tiny_directories import (
 )
 
 from prox24_deploy import cli
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.planning import Plan, plan_layers, plan_shapes, write_plan
 from prox24_deploy.engines.cusparselt.profile import (
@@ -203,7 +204,7 @@ def _plans(room: Path) -> None:
         model_sha256="a" * 64,
         source="profile",
         metric="",
-        shapes=plan_shapes([(1, 8)], layers, [None]),
+        shapes=plan_shapes([Shape(batch=1, sequence=8)], layers, [None]),
         layers=layers,
         profile=profile,
     )

@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.cusparselt.choice import choose
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
 from prox24_deploy.engines.cusparselt.formats import OPERANDS
@@ -52,9 +53,7 @@ class Rounded:
     input_scale: float
 
 
-def input_limits(
-    model: TorchModel, names: Sequence[str], shape: tuple[int, int]
-) -> dict[str, float]:
+def input_limits(model: TorchModel, names: Sequence[str], shape: Shape) -> dict[str, float]:
     """Largest magnitude of the inputs of each layer in one run."""
     found: dict[str, float] = {}
 
@@ -100,7 +99,7 @@ def apply(
     return set(sparse)
 
 
-def ready(model: TorchModel, shape: tuple[int, int], name: str) -> GraphSession:
+def ready(model: TorchModel, shape: Shape, name: str) -> GraphSession:
     """Compiled and captured."""
     session = model.session(name, model.compiled([shape]))
     session.latencies_ms(model.feeds(shape), runs=1, warmup=2)
@@ -117,7 +116,7 @@ def main() -> None:
     parser.add_argument("--algorithms", default="1,2,5,6,22,26,27", help="tried in 16 bits")
     arguments = parser.parse_args()
     batch, sequence = map(int, arguments.shape.split("x"))
-    shape = (batch, sequence)
+    shape = Shape(batch=batch, sequence=sequence)
     half = half_format(arguments.dtype)
     recipes = {name: parse_recipe(text, name) for name, text in shipped_recipes().items()}
     recipe = recipes["llama"]

@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run_cli, snapshot
+from opened import open_tiny
 from safetensors.torch import load_file
 
+from prox24_deploy.core.shapes import Shape
+from prox24_deploy.engines.cusparselt.compile_trial import try_elsewhere
 from prox24_deploy.engines.cusparselt.gemm import gpu_profile, measure_gemms
+from prox24_deploy.engines.cusparselt.inductor import try_compiling, with_another
 from prox24_deploy.engines.cusparselt.planning import read_plan, write_plan
+from prox24_deploy.engines.cusparselt.prepare import prepare
 from prox24_deploy.engines.cusparselt.profile import GemmShape, GemmTiming, write_profile
+from prox24_deploy.engines.cusparselt.torch_model import open_torch_model
 from prox24_deploy.pruning.solvers.prox import objective_24, prox_24
 from prox24_deploy.sparsity.pattern import is_24
 
@@ -135,6 +141,68 @@ def test_a_plan_is_measured_on_the_gpu_at_hand(tiny_bert: Path, prose: Path) -> 
     assert plan["source"] == "measured"
     assert plan["profile"]["gpu"] == torch.cuda.get_device_name()
     assert plan["shapes"][0]["dense_ms"] > 0
+
+
+def test_a_twin_is_compiled_from_what_its_trial_left_in_the_cache(
+    tiny_llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    tiny = open_tiny(tiny_llama, prose)
+    shapes = [Shape(batch=1, sequence=8), Shape(batch=2, sequence=16)]
+    opened = open_torch_model(tiny.directory, tiny.recipe, "float16")
+    trial = try_elsewhere(opened, shapes, {})
+    assert (trial.reason, trial.graphs, trial.cached) == ("", 3, 0)
+    compiled = opened.compiled(shapes)
+    runs = [opened.inputs(opened.feeds(shape)) for shape in with_another(shapes)]
+    _, here = try_compiling(compiled, runs)
+    compiled.close()
+    assert (here.reason, here.graphs, here.cached) == ("", 3, 3)
+
+
+def test_a_decoder_is_timed_and_scored_in_steps(
+    tiny_llama: Path, prose: Path, tmp_path: Path
+) -> None:
+    run = run_cli(
+        "build", tiny_llama, "-o", tmp_path / "out", "--calibration", prose, "--dtype", "bfloat16",
+        "--backend", "cusparselt", "--shapes", "batch=1,2", "sequence=32", "past=40", "--json",
+        *SMALL,
+    )  # fmt: skip
+    assert run.code in {0, 3, 5}, run.err
+    report = json.loads(run.out)
+    rows = [(row["batch"], row["sequence"], row["past"]) for row in report["latency"]]
+    assert rows == [(1, 32, 0), (2, 32, 0), (1, 1, 40), (2, 1, 40)]
+    (engine,) = report["accuracy"]["engines"]
+    figures = {(one["twin"], one["metric"]): one for one in engine["decode"]["parity"]}
+    for twin in ("dense", "sparse"):
+        assert figures[twin, "KL divergence"]["passed"]
+        assert figures[twin, "log-perplexity"]["passed"]
+    (evidence,) = report["sparsity"]["engines"]
+    assert all(check["passed"] for check in evidence["numerics"])
+    assert "compiled by torch.compile" in evidence["summary"]
+
+
+def test_a_step_in_static_buffers_gives_what_a_growing_cache_gives(
+    tiny_llama: Path, prose: Path
+) -> None:
+    """Compiled, as a CUDA graph, and again at another past in the same buffers."""
+    tiny = open_tiny(tiny_llama, prose)
+    opened = open_torch_model(tiny.directory, tiny.recipe, "float16")
+    shapes = [Shape(batch=2, sequence=16), Shape(batch=2, sequence=1, past=40)]
+    with prepare(opened, shapes, (), eager=False) as ready:
+        assert ready.compilation.reason == ""
+        session = opened.session("a decoder", ready.compiled)
+        feeds = opened.feeds(shapes[1])
+        for past in (40, 44, 33):
+            feeds = opened.feeds(Shape(batch=2, sequence=1, past=past), seed=past)
+            expected = dict(zip(opened.output_names, opened.run(feeds), strict=True))
+            found = session.infer(feeds)
+            assert found.keys() == expected.keys()
+            for name, array in found.items():
+                own = torch.from_numpy(array).float()
+                other = expected[name].cpu().float()
+                torch.testing.assert_close(own, other, atol=2e-2, rtol=2e-2)
+        assert session.latencies_ms(feeds, runs=3, warmup=1).min() > 0
+        session.close()
 
 
 def test_a_large_gemm_is_faster_sparse(planned: Path, tmp_path: Path) -> None:

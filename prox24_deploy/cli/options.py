@@ -200,7 +200,8 @@ CapabilityOpt = Annotated[
     typer.Option(help="TensorRT-RTX: GPUs to compile for; default 8.6, 8.9, 12.0; repeatable."),
 ]
 ShapesOpt = Annotated[
-    list[str] | None, typer.Option(help="Shapes to measure, e.g. batch=1,8 sequence=128.")
+    list[str] | None,
+    typer.Option(help="Shapes to measure, e.g. batch=1,8 sequence=128 past=1024."),
 ]
 SensitivityOpt = Annotated[
     bool,
@@ -382,6 +383,7 @@ def engine_options(
         backends=chosen,
         batches=parsed.get("batch", default.batches),
         sequences=parsed.get("sequence", default.sequences),
+        pasts=parsed.get("past", default.pasts),
         plan=plan,
         tensorrt=tensorrt,
         eager=eager,

@@ -78,18 +78,24 @@ def layers(records: Sequence[LayerRecord]) -> Table:
 
 
 def latency(rows: Sequence[LatencyRow]) -> Table:
-    """Median latency of both twins and their ratio with its interval."""
-    table = _table("backend", "batch", "seq", "dense ms", "sparse ms", "speed-up", "95 %")
+    """Median latency of both twins, their ratio with its interval, and the pace of the sparse."""
+    table = _table(
+        "backend", "batch", "seq", "past", "dense ms", "sparse ms", "speed-up", "95 %", "tokens/s",
+        "ms/token",
+    )  # fmt: skip
     for row in rows:
         _add_row(
             table,
             row.engine,
             str(row.batch),
             str(row.sequence or ""),
+            str(row.past or ""),
             f"{row.dense.median_ms:.2f}",
             f"{row.sparse.median_ms:.2f}",
             f"{row.speedup.value:.2f}×",
             f"{row.speedup.low:.2f}–{row.speedup.high:.2f}",
+            _figure(row.tokens_per_second(row.sparse), ",.0f"),
+            _figure(row.ms_per_token(row.sparse), ".4f"),
         )
     return table
 
@@ -170,7 +176,7 @@ def plan_layers(plan: "Plan") -> Table:
         kind = layer.choice.name.rpartition(".")[2]
         size = layer.choice.n, layer.choice.k
         kinds.setdefault((kind, *size, layer.prune, layer.choice.chosen), []).append(layer)
-    shapes = [f"{s.batch}×{s.sequence}" if s.sequence else str(s.batch) for s in plan.shapes]
+    shapes = [str(planned.shape) for planned in plan.shapes]
     table = _table("layers", "N×K", *shapes, *([plan.metric] if plan.metric else []), "plan")
     for (kind, n, k, prune, chosen), group in kinds.items():
         speedups = [f"{t.speedup:.2f}×" for t in group[0].choice.timings] or ["–"] * len(shapes)
@@ -190,7 +196,7 @@ def plan_layers(plan: "Plan") -> Table:
 
 def plan_ways(plan: "Plan") -> Table:
     """Speed-up of every way over dense 16 bit, for layers of one kind in one row."""
-    shapes = [f"{s.batch}×{s.sequence}" if s.sequence else str(s.batch) for s in plan.shapes]
+    shapes = [str(planned.shape) for planned in plan.shapes]
     table = _table("layers", "N×K", "way", *shapes, "chosen for")
     for (kind, n, k), group in _kinds(plan).items():
         first = group[0]
@@ -219,9 +225,11 @@ def plan_shapes(plan: "Plan") -> Table:
     whole = plan.source == "measured"
     most = "" if whole else " at most"
     rival = [f"over dense fp8{most}"] if "fp8" in plan.profile.formats else []
-    table = _table("batch", "seq", "model", "expected ms", f"over dense {plan.dtype}{most}", *rival)
+    table = _table(
+        "batch", "seq", "past", "model", "expected ms", f"over dense {plan.dtype}{most}", *rival
+    )
     for shape in plan.shapes:
-        title = [str(shape.batch), str(shape.sequence or "")]
+        title = [str(shape.batch), str(shape.sequence or ""), str(shape.past or "")]
         base = shape.linear_ms if shape.dense_ms is None else shape.dense_ms
         for model in shape.models:
             gains = [model.speedup, shape.over(model, "fp8")][: 1 + len(rival)]
@@ -232,7 +240,7 @@ def plan_shapes(plan: "Plan") -> Table:
                 f"{base / model.speedup:.3f}",
                 *("–" if gain is None else f"{gain:.2f}×" for gain in gains),
             )
-            title = ["", ""]
+            title = ["", "", ""]
     return table
 
 
@@ -291,6 +299,10 @@ def _proof(tensor: TensorCheck) -> str:
     if not tensor.expected:
         return f"not read: {tensor.reason}" if tensor.unproven else "dense"
     return f"{'not proven' if tensor.unproven else 'no'}: {tensor.reason}"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _shown(estimate: Estimate) -> str:

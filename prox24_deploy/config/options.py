@@ -8,6 +8,7 @@ from typing import Literal
 
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.fingerprint import unkeyed
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import DTYPES, DType, Method, Preset, Refinement
 
 Target = Literal["asymmetric", "symmetric"]
@@ -99,6 +100,7 @@ class TensorRtOptions:
 class EngineOptions:
     """Which backends to compile for, for which shapes, and how.
 
+    Of a model with a cache, one new token behind each of `pasts` is run, too, in every batch.
     `plan` is the file of a plan whose GEMM timings need not be measured again. `eager` runs the
     engines of backend cusparselt without torch.compile.
     """
@@ -106,6 +108,7 @@ class EngineOptions:
     backends: tuple[str, ...] = ("auto",)
     batches: tuple[int, ...] = (1, 8)
     sequences: tuple[int, ...] = (128,)
+    pasts: tuple[int, ...] = ()
     plan: Path | None = field(
         default=None, metadata=unkeyed("what is read there counts where it is used")
     )
@@ -115,10 +118,18 @@ class EngineOptions:
     def __post_init__(self) -> None:
         _make_paths(self, "plan")
 
-    def shapes(self, *, images: bool) -> list[tuple[int, int]]:
-        """Every (batch, sequence), each once; sequence 0 for a graph that has no such axis."""
-        lengths = {0} if images else set(self.sequences)
-        return sorted((batch, length) for batch in set(self.batches) for length in lengths)
+    def shapes(self, *, images: bool, cached: bool) -> list[Shape]:
+        """Every shape, each once; sequence 0 for a graph without such an axis, as of images.
+
+        Steps of decoding come last, and only where the graph is `cached`.
+        """
+        batches = sorted(set(self.batches))
+        lengths = [0] if images else sorted(set(self.sequences))
+        pasts = sorted(set(self.pasts)) if cached else []
+        return [
+            *(Shape(batch=batch, sequence=length) for batch in batches for length in lengths),
+            *(Shape(batch=batch, sequence=1, past=past) for batch in batches for past in pasts),
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,19 +240,19 @@ def parse_capabilities(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def parse_shapes(words: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Parse `batch=1,8 sequence=128`, in one word or several.
+    """Parse `batch=1,8 sequence=128 past=1024`, in one word or several.
 
     Raises:
-        UsageError: a word is not NAME=N[,N...] with NAME batch or sequence and N positive.
+        UsageError: a word is not NAME=N[,N...] with NAME batch, sequence or past and N positive.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for word in (part for entry in words for part in entry.split()):
         name, _, values = word.partition("=")
         numbers = [int(v) for v in values.split(",") if v.isdigit() and int(v) > 0]
-        if name not in {"batch", "sequence"} or len(numbers) != len(values.split(",")):
+        if name not in {"batch", "sequence", "past"} or len(numbers) != len(values.split(",")):
             raise UsageError(
-                f"Shape {word!r} is not understood, expected batch=N[,N] or sequence=N[,N] with "
-                "positive numbers, for example --shapes batch=1,8 sequence=128."
+                f"Shape {word!r} is not understood, expected batch=N[,N], sequence=N[,N] or "
+                "past=N[,N] with positive numbers, for example --shapes batch=1,8 sequence=128."
             )
         shapes[name] = tuple(numbers)
     return shapes

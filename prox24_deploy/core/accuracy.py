@@ -38,13 +38,29 @@ class ParityCheck:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeAccuracy:
+    """Accuracy of engines that decode: a text is read up to its last tokens, and those one by one.
+
+    Each is fed behind keys and values that the engine gave itself, and only what is predicted from
+    them counts. `tokens` are those of all `samples` that were decoded, `past` is the least number
+    before them. `metrics` and `parity` are as in `EngineAccuracy`; PyTorch reads a text at once.
+    """
+
+    samples: int
+    tokens: int
+    past: int
+    metrics: tuple[Metric, ...]
+    parity: tuple[ParityCheck, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAccuracy:
     """Accuracy of the engines of one backend, on evenly spaced samples of the evaluation.
 
     `samples` and `tokens` count what was run, of `available` samples; `longest` is the length that
     longer samples were cut to because no engine takes more, None where none was cut. `metrics`
     compare the sparse engine with the dense one as those of the models do, `parity` holds either
-    against PyTorch.
+    against PyTorch. `decode` is None where no past was asked for.
     """
 
     backend: str
@@ -57,6 +73,7 @@ class EngineAccuracy:
     metrics: tuple[Metric, ...]
     parity: tuple[ParityCheck, ...]
     seconds: float
+    decode: DecodeAccuracy | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -428,7 +428,8 @@ class LatencyRow:
     `gated` is False where the backend has no sparse kernels: the row informs and is "not gated".
     `sequence` is 0 for a graph that has no such axis. `clocks` is None where nothing ran on a GPU.
     `graph` is "model", or "encoder" or "decoder" where there are both; what the decoder reads is
-    as long as what it writes, `sequence` tokens.
+    as long as what it writes, `sequence` tokens. `past` counts the tokens before them, of which the
+    cache holds keys and values.
     """
 
     backend: str
@@ -444,11 +445,20 @@ class LatencyRow:
     verdict: Judgement
     clocks: Clocks | None = None
     graph: str = "model"
+    past: int = 0
 
     @property
     def engine(self) -> str:
         """The backend, and the graph where there are two."""
         return self.backend if self.graph == "model" else f"{self.backend}, {self.graph}"
+
+    def tokens_per_second(self, twin: Timing) -> float | None:
+        """New tokens of all rows by the median time; None for a graph that has none."""
+        return 1e3 * self.batch * self.sequence / twin.median_ms if self.sequence else None
+
+    def ms_per_token(self, twin: Timing) -> float | None:
+        """Median time by new tokens of one row: when decoding, what a reader waits for each."""
+        return twin.median_ms / self.sequence if self.sequence else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,16 +9,21 @@ from typing import IO, Any
 _GRACE_SECONDS = 3.0
 
 
-def run_child(command: Sequence[str], text: bytes, log: IO[bytes]) -> int:
+def run_child(
+    command: Sequence[str], text: bytes, log: IO[bytes], seconds: float | None = None
+) -> int:
     """Run a command with `text` on its stdin and all that it says in `log`; its exit code.
 
     Where this process is interrupted or told to end, the child is told to end first.
+
+    Raises:
+        subprocess.TimeoutExpired: the child took longer than `seconds`, and was ended.
     """
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
     ) as child:
         try:
-            child.communicate(text)
+            child.communicate(text, seconds)
         except BaseException:
             end_child(child)
             raise

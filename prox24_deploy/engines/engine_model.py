@@ -69,13 +69,15 @@ class TorchGraph:
 class EngineModel(nn.Module):
     """One graph, or encoder and decoder, behind the calling convention of transformers.
 
-    A decoder is fed an empty past: a whole text at once, as when a prompt is read. `config` is
-    that of the model. Outputs are float32 on the CPU.
+    A decoder is fed an empty past: a whole text at once, as when a prompt is read. With `steps` it
+    so reads all but that many tokens of a text, and then those one at a time, each behind the keys
+    and values that the graph itself gave. `config` is that of the model. Outputs are float32 on the
+    CPU.
     """
 
-    def __init__(self, graphs: Sequence[Graph], config: Any) -> None:
+    def __init__(self, graphs: Sequence[Graph], config: Any, steps: int = 0) -> None:
         super().__init__()
-        self._graphs = tuple(graphs)
+        self._graphs, self._steps = tuple(graphs), steps
         self.config = config
         # Whoever runs a model asks its parameters where to send the inputs: to the CPU.
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -88,7 +90,7 @@ class EngineModel(nn.Module):
         """
         given = {name: value.numpy() for name, value in inputs.items() if name != "use_cache"}
         if len(self._graphs) == 1:
-            return SimpleNamespace(**_run(self._graphs[0], given))
+            return SimpleNamespace(**_run(self._graphs[0], given, self._steps))
         encoder, decoder = self._graphs
         read = {name: value for name, value in given.items() if not name.startswith(_DECODER)}
         states = _run(encoder, read)["last_hidden_state"]
@@ -96,15 +98,14 @@ class EngineModel(nn.Module):
         written[STATES] = states.numpy()
         if "attention_mask" in read:
             written["encoder_attention_mask"] = read["attention_mask"]
-        return SimpleNamespace(**_run(decoder, written))
+        return SimpleNamespace(**_run(decoder, written, self._steps))
 
 
-def _run(graph: Graph, given: Mapping[str, Array]) -> dict[str, Tensor]:
+def _run(graph: Graph, given: Mapping[str, Array], steps: int = 0) -> dict[str, Tensor]:
     batch = len(next(iter(given.values())))
     missing = max(0, graph.rows - batch)
     filled = {name: np.concatenate([v, v[:1].repeat(missing, 0)]) for name, v in given.items()}
-    feeds = {spec.name: _feed(graph, spec, filled) for spec in graph.inputs}
-    outputs = graph.runs.infer(feeds)
+    outputs = _in_pieces(graph, filled, steps) if steps else _infer(graph, filled, 0)
     return {
         name: _checked(graph, name, array[:batch])
         for name, array in outputs.items()
@@ -112,10 +113,39 @@ def _run(graph: Graph, given: Mapping[str, Array]) -> dict[str, Tensor]:
     }
 
 
-def _feed(graph: Graph, spec: TensorSpec, given: Mapping[str, Array]) -> Array:
+def _in_pieces(graph: Graph, given: Mapping[str, Array], steps: int) -> dict[str, Array]:
+    """Outputs of a prefill with those of a step for each of the last tokens behind them."""
+    length = given["input_ids"].shape[1]
+    first = max(1, length - steps)
+    found = [_infer(graph, _columns(given, 0, first), 0)]
+    for position in range(first, length):
+        own = _columns(given, position, position + 1)
+        # Of the outputs before, the last alone is needed as a past.
+        past = {name: found[-1].pop(name) for name in list(found[-1]) if name.startswith(_PRESENT)}
+        own |= {name.replace(_PRESENT, _PAST): array for name, array in past.items()}
+        found.append(_infer(graph, own, position))
+    names = [name for name in found[0] if not name.startswith(_PRESENT)]
+    return {name: np.concatenate([one[name] for one in found], axis=1) for name in names}
+
+
+def _columns(given: Mapping[str, Array], first: int, end: int) -> dict[str, Array]:
+    """What is given of some tokens: their ids and positions, and the mask up to them."""
+    spans = {"input_ids": first, "position_ids": first, "attention_mask": 0}
+    return {
+        name: array[:, spans[name] : end] if name in spans else array
+        for name, array in given.items()
+    }
+
+
+def _infer(graph: Graph, given: Mapping[str, Array], past: int) -> dict[str, Array]:
+    feeds = {spec.name: _feed(graph, spec, given, past) for spec in graph.inputs}
+    return dict(graph.runs.infer(feeds))
+
+
+def _feed(graph: Graph, spec: TensorSpec, given: Mapping[str, Array], past: int) -> Array:
     """The array for one input: what was given, or what follows from the shape of that."""
-    first = next(iter(given.values()))
-    sizes = {"batch": len(first), "sequence": first.shape[1], "past": 0}
+    first = given.get("input_ids", next(iter(given.values())))
+    sizes = {"batch": len(first), "sequence": first.shape[1], "past": past}
     if spec.name in given:
         found = given[spec.name]
         return found.astype(np.dtype(graph.dtype)) if spec.dtype == "float" else found
@@ -124,9 +154,9 @@ def _feed(graph: Graph, spec: TensorSpec, given: Mapping[str, Array]) -> Array:
     shape = (sizes["batch"], sizes["sequence"])
     match spec.name:
         case "attention_mask":
-            return np.ones(shape, np.int64)
+            return np.ones((shape[0], past + shape[1]), np.int64)
         case "position_ids":
-            return np.broadcast_to(np.arange(shape[1]), shape).copy()
+            return np.broadcast_to(past + np.arange(shape[1]), shape).copy()
         case _:
             raise EngineError(
                 f"{graph.source} takes the input {spec.name!r}, which evaluation samples do not "

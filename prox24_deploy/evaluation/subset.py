@@ -54,6 +54,27 @@ def take(samples: Samples, tokens: int, shapes: EngineShapes | None) -> tuple[Sa
     ), cut
 
 
+def behind_a_past(samples: Samples, steps: int) -> Samples:
+    """Texts of which only what follows from their last `steps` tokens is to be predicted.
+
+    All that a decoder beside an encoder writes counts, since its texts are of many lengths.
+    """
+    batches = tuple(_with_targets(batch, steps) for batch in samples.batches)
+    targets = (batch.targets for batch in batches if batch.targets is not None)
+    counted = sum(int((one != IGNORED).sum()) for one in targets)
+    return replace(samples, batches=batches, source=replace(samples.source, tokens=counted))
+
+
+def _with_targets(batch: Batch, steps: int) -> Batch:
+    if batch.targets is not None:
+        return batch
+    ids = batch.inputs["input_ids"]
+    targets = torch.full_like(ids, IGNORED)
+    first = max(0, ids.shape[1] - 1 - steps)
+    targets[:, first:-1] = ids[:, first + 1 :]
+    return replace(batch, targets=targets)
+
+
 def _rows(batch: Batch, rows: Tensor) -> Batch:
     inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
     targets = None if batch.targets is None else batch.targets[rows]

@@ -18,6 +18,7 @@ import pynvml
 from prox24_deploy.core.errors import EngineError
 from prox24_deploy.core.host import cpu_model
 from prox24_deploy.core.records import Clocks, Engine, Interval, LatencyRow, Timing
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.engines.base import Backend, Feeds, Session
 from prox24_deploy.latency.clocks import ClockWatch, throttle_reasons
@@ -25,7 +26,7 @@ from prox24_deploy.latency.clocks import ClockWatch, throttle_reasons
 logger = logging.getLogger(__name__)
 
 Samples = npt.NDArray[np.float64]
-MakeFeeds = Callable[[int, int, int], Feeds]
+MakeFeeds = Callable[[Shape, int], Feeds]
 
 KEPT_SAMPLES = 200
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -97,16 +98,16 @@ def measure_latency(
     bundle: Path,
     dense_engine: Engine,
     sparse_engine: Engine,
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[Shape],
     make_feeds: MakeFeeds,
     limit: float,
     *,
     options: MeasureOptions = DEFAULT_OPTIONS,
     after_shape: Callable[[int], None] = lambda _: None,
 ) -> tuple[LatencyRow, ...]:
-    """Measure both engines at every (batch, sequence) and judge each row against `limit`.
+    """Measure both engines at every shape and judge each row against `limit`.
 
-    `make_feeds(batch, sequence, seed)` makes the inputs of one run; `limit` is the largest
+    `make_feeds(shape, seed)` makes the inputs of one run; `limit` is the largest
     tolerated slow-down of the sparse engine, as a fraction. `after_shape` is told how many shapes
     are done.
 
@@ -121,20 +122,14 @@ def measure_latency(
         backend.open(bundle, sparse_engine) as sparse,
         ClockWatch() as watch,
     ):
-        for batch, sequence in shapes:
-            feeds_sets = [make_feeds(batch, sequence, i) for i in range(options.input_sets)]
+        for shape in shapes:
+            feeds_sets = [make_feeds(shape, i) for i in range(options.input_sets)]
             pair = measure_pair(
                 dense, sparse, feeds_sets, options=options, after_round=watch.sample
             )
             clocks = watch.take() if backend.on_gpu else None
-            row = _row(backend, sparse_engine, (batch, sequence), pair, limit, options, clocks)
-            logger.info(
-                "%s batch %d sequence %d: speed-up %.3f",
-                backend.name,
-                batch,
-                sequence,
-                row.speedup.value,
-            )
+            row = _row(backend, sparse_engine, shape, pair, limit, options, clocks)
+            logger.info("%s %s: speed-up %.3f", backend.name, shape, row.speedup.value)
             rows.append(row)
             after_shape(len(rows))
     return tuple(rows)
@@ -218,7 +213,7 @@ def _check_twins(backend: Backend, dense: Engine, sparse: Engine) -> None:
 def _row(
     backend: Backend,
     engine: Engine,
-    shape: tuple[int, int],
+    shape: Shape,
     pair: PairSamples,
     limit: float,
     options: MeasureOptions,
@@ -229,8 +224,9 @@ def _row(
         backend=backend.name,
         device=engine.device,
         dtype=engine.dtype,
-        batch=shape[0],
-        sequence=shape[1],
+        batch=shape.batch,
+        sequence=shape.sequence,
+        past=shape.past,
         dense=timing(pair.dense),
         sparse=timing(pair.sparse),
         speedup=speedup,

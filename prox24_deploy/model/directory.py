@@ -223,6 +223,24 @@ def load_with_rest(
     return built, sorted(directory.tensors.keys() & info["unexpected_keys"])
 
 
+def build_untrained(path: Path, recipe: Recipe, device: torch.device) -> nn.Module:
+    """The module that `load_model` gives for the directory, with random weights on `device`.
+
+    For whoever needs no more than its structure; nothing is checked that `open_model_dir` checks.
+    """
+    auto = _class_of(recipe)
+    configured = getattr(auto, "config_class", None) or quiet_transformers().AutoConfig
+    config = configured.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    asked = None if recipe.attention == "default" else recipe.attention
+    # A class that chooses among models names it otherwise than the models themselves.
+    build = getattr(auto, "from_config", None) or auto._from_config
+    with device:
+        model = build(config, dtype=torch.float32, attn_implementation=asked)
+    attach_sentence_modules(model, path, recipe)
+    built: nn.Module = model.eval().requires_grad_(requires_grad=False).to(device)
+    return built
+
+
 def auto_class(task: str) -> Any:
     """The class of transformers that opens a model for a task."""
     return getattr(quiet_transformers(), TASKS[task].auto_class)

@@ -8,7 +8,7 @@ from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.layout import PRUNED
 from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptions
 from prox24_deploy.config.recipe import Recipe, parse_recipe, select_recipe
-from prox24_deploy.core.errors import BackendMissingError, BundleError
+from prox24_deploy.core.errors import BackendMissingError, BundleError, UsageError
 from prox24_deploy.core.records import ModelInfo
 from prox24_deploy.core.types import Progress, silent
 from prox24_deploy.model.config_file import longest_of, read_config, whole_number
@@ -111,9 +111,31 @@ def _read_samples(
 
 
 def fitted_shapes(options: EngineOptions, config: dict[str, Any], recipe: Recipe) -> EngineOptions:
-    """The options with no sequence longer than the model accepts; engines are built for these."""
+    """The options with no sequence longer than the model accepts; engines are built for these.
+
+    Raises:
+        UsageError: the model has no cache for a past, or no position for a token behind it.
+    """
+    _require_past(options, config, recipe)
     longest = longest_of(config, recipe.sequence_length)
     return replace(options, sequences=tuple(min(length, longest) for length in options.sequences))
+
+
+def _require_past(options: EngineOptions, config: dict[str, Any], recipe: Recipe) -> None:
+    if not options.pasts:
+        return
+    past = max(options.pasts)
+    if not any(part.cache for part in recipe.parts):
+        raise UsageError(
+            f"--shapes past={past} asks for decoding with a cache, and models of recipe "
+            f"{recipe.family} for {recipe.task} keep none; leave past out."
+        )
+    positions = longest_of(config, 0)
+    if 0 < positions <= past:
+        raise UsageError(
+            f"--shapes past={past} leaves no position for a new token, the model has {positions}; "
+            f"pass past={positions - 1} or less."
+        )
 
 
 def model_of(bundle: Bundle) -> ModelInfo:

@@ -11,6 +11,7 @@ from torch import nn
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import Sensitivity
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import DType, Progress
 from prox24_deploy.engines import require_one_graph
 from prox24_deploy.engines.cusparselt.choice import LayerChoice, choose, gemm_obstacle
@@ -50,10 +51,10 @@ from prox24_deploy.pipeline.context import (
 from prox24_deploy.pruning.selection import left_dense
 from prox24_deploy.pruning.sensitivity import measure_sensitivity, over_budget
 
-Shapes = Sequence[tuple[int, int]]
+Shapes = Sequence[Shape]
 
 # A run on this many samples and tokens tells which layers see a row per token.
-_PROBE = (2, 3)
+_PROBE = Shape(batch=2, sequence=3)
 _SECONDS_PER_SHAPE = 2.0
 
 
@@ -93,7 +94,8 @@ def plan(
     context = read_context(model_dir, None, options, progress)
     require_one_graph(context.recipe, "plan")
     fitted = fitted_shapes(options.engine, context.source.config, context.recipe)
-    shapes = fitted.shapes(images=not context.recipe.modality.has_length)
+    recipe = context.recipe
+    shapes = fitted.shapes(images=not recipe.modality.has_length, cached=recipe.cache)
     dtype = _planned_dtype(context, options, saved)
     if saved is None:
         timed = _measured(context, options, shapes, dtype, quantize, progress)
@@ -248,7 +250,7 @@ def _probe(model: nn.Module, context: RunContext) -> Callable[[], object]:
     vocabulary = vocabulary_of(context.source.config)
     # The signature of a decoder comes from a run of its own.
     inputs = module.signature.inputs
-    feeds = random_feeds(inputs, "float32", vocabulary)(*_PROBE, 0)
+    feeds = random_feeds(inputs, "float32", vocabulary)(_PROBE, 0)
     return partial(module, *(torch.from_numpy(feeds[spec.name]) for spec in inputs))
 
 
@@ -256,14 +258,14 @@ def _scaled(use: LayerUse, context: RunContext, shapes: Shapes) -> LayerUse | No
     """The GEMMs at the shapes asked for, from that of the probe; None if its rows tell nothing."""
     if not use.gemms:
         return use
-    batch, tokens = _PROBE
+    batch, tokens = _PROBE.batch, _PROBE.sequence
     rows = use.gemms[0].m
     if not context.recipe.modality.has_length and rows % batch == 0:
-        counts = [rows // batch * b for b, _ in shapes]
+        counts = [rows // batch * shape.batch for shape in shapes]
     elif rows == batch * tokens:
-        counts = [b * s for b, s in shapes]
+        counts = [shape.batch * shape.sequence for shape in shapes]
     elif rows == batch:
-        counts = [b for b, _ in shapes]
+        counts = [shape.batch for shape in shapes]
     else:
         return None
     return replace(use, gemms=tuple(replace(use.gemms[0], m=count) for count in counts))

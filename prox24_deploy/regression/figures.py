@@ -67,7 +67,8 @@ def row_path(row: LatencyRow) -> str:
     """Backend, graph of two, and shape of a latency row, as in names of figures."""
     graph = "" if row.graph == "model" else f"{row.graph}/"
     sequence = f",sequence={row.sequence}" if row.sequence else ""
-    return f"{row.backend}/{graph}batch={row.batch}{sequence}"
+    past = f",past={row.past}" if row.past else ""
+    return f"{row.backend}/{graph}batch={row.batch}{sequence}{past}"
 
 
 def worsening(new: Figure, old: Figure, *, paired: bool) -> Interval:

@@ -73,7 +73,8 @@ def find_checks(results: BuildResults) -> tuple[Check, ...]:
 def row_name(row: LatencyRow) -> str:
     """Name of a latency row: engine and shape."""
     sequence = f", sequence {row.sequence}" if row.sequence else ""
-    return f"{row.engine}, batch {row.batch}{sequence}"
+    past = f", past {row.past}" if row.past else ""
+    return f"{row.engine}, batch {row.batch}{sequence}{past}"
 
 
 def _text_warnings(prune: PruneResult, evaluate: EvaluateResult) -> Iterator[str]:

@@ -13,6 +13,11 @@ def engine_checks(result: EngineAccuracyResult) -> tuple[Check, ...]:
     """Whether each engine does what PyTorch does with the same weights; that gates the release."""
     return (
         *(_check(engine, one) for engine in result.engines for one in engine.parity),
+        *(
+            _check(engine, one, ", decoding")
+            for engine in result.engines
+            for one in (engine.decode.parity if engine.decode else ())
+        ),
         *(_unmeasured(failed, fails=True) for failed in result.failed),
         *(_unmeasured(missing, fails=False) for missing in result.not_measured),
     )
@@ -38,12 +43,12 @@ def engine_warnings(result: EngineAccuracyResult, metrics: Sequence[Metric]) -> 
         yield f"Accuracy through backend {missing.backend} was not measured: {missing.reason}"
 
 
-def _check(engine: EngineAccuracy, found: ParityCheck) -> Check:
+def _check(engine: EngineAccuracy, found: ParityCheck, how: str = "") -> Check:
     verdict: Judgement = "not gated"
     if found.passed is not None:
         verdict = "pass" if found.passed else "fail"
     return Check(
-        name=f"{engine.backend} {found.twin} {found.metric}",
+        name=f"{engine.backend} {found.twin} {found.metric}{how}",
         part="export",
         kind="parity",
         value=found.deviation,

@@ -152,6 +152,11 @@ def count(value: float) -> str:
     return f"{value:,}"
 
 
+def pace(value: float | None) -> str:
+    """Tokens by the second; a dash for a graph that reads none."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
 def seconds(value: float) -> str:
     """A duration in the unit that suits it."""
     if value < 120:
@@ -176,8 +181,8 @@ def known(value: object) -> str:
 
 
 _FILTERS: tuple[Callable[..., str], ...] = (
-    number, estimate, ratio, size, amount, count, seconds, percent, shape, known, markdown, code,
-    plain_name, class_name,
+    number, estimate, ratio, size, amount, count, pace, seconds, percent, shape, known, markdown,
+    code, plain_name, class_name,
 )  # fmt: skip
 
 
@@ -310,13 +315,18 @@ def _judged_case(name: str, kind: str, verdict: Judgement, message: str) -> Test
 
 
 def _latency_entries(report: Report) -> list[dict[str, Any]]:
-    return [
-        _entry(
-            f"{row_name(row)}, {twin} median", "ms", timing.median_ms, f"p90 {timing.p90_ms:.4g}"
-        )
-        for row in report.latency
-        for twin, timing in (("dense", row.dense), ("sparse", row.sparse))
-    ]
+    """Medians, and time per token with the pace beside it, of which more is better."""
+    entries = []
+    for row in report.latency:
+        for twin, timing in (("dense", row.dense), ("sparse", row.sparse)):
+            name = f"{row_name(row)}, {twin}"
+            spread = f"p90 {timing.p90_ms:.4g}"
+            entries.append(_entry(f"{name} median", "ms", timing.median_ms, spread))
+            each = row.ms_per_token(timing)
+            if each is not None:
+                tokens = f"{pace(row.tokens_per_second(timing))} tokens/s"
+                entries.append(_entry(f"{name} per token", "ms", each, tokens))
+    return entries
 
 
 def _error_entries(report: Report) -> list[dict[str, Any]]:

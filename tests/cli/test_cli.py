@@ -104,6 +104,7 @@ def test_shapes_take_several_words() -> None:
         "build", "m", "--shapes", "batch=1,8", "--shapes", "sequence=128", "-o", "x=1",
     ]  # fmt: skip
     assert parse_shapes(["batch=1,8", "sequence=128"]) == {"batch": (1, 8), "sequence": (128,)}
+    assert parse_shapes(["batch=2", "past=8,16"]) == {"batch": (2,), "past": (8, 16)}
     assert parse_shapes(["batch=2 sequence=16"]) == {"batch": (2,), "sequence": (16,)}
     for wrong in ("batch", "batch=", "batch=-1", "depth=1", "batch=1;2"):
         with pytest.raises(UsageError, match=r"is not understood, expected batch=N"):

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from prox24_deploy.core.records import Compilation
 from prox24_deploy.engines.cusparselt import backend as cusparselt
 from prox24_deploy.engines.cusparselt import (
     cuda_graph,
     gemm,
     gemm_job,
+    prepare,
     torch_model,
     trials,
 )
@@ -161,6 +163,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(planner, "gpu_profile", gpu_profile)
     monkeypatch.setattr(cuda_graph, "DEVICE", "cpu")
     monkeypatch.setattr(torch, "compile", machine.compile)
+    # A child would look for the GPU itself.
+    monkeypatch.setattr(prepare, "try_elsewhere", lambda opened, shapes, layers: Compilation())
     monkeypatch.setattr(cuda_graph, "capture", capture)
     monkeypatch.setattr(cuda_graph, "Stopwatch", machine.stopwatch)
     monkeypatch.setattr(gemm, "gpu_profile", gpu_profile)

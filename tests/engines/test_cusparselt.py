@@ -17,6 +17,7 @@ from prox24_deploy.config.options import EngineOptions
 from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
 from prox24_deploy.core.errors import EngineError, ModelDirError
 from prox24_deploy.core.records import Compilation, Engine, OnnxModel
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.cusparselt import cuda_graph, inductor, kernels
 from prox24_deploy.engines.cusparselt.backend import CuSparseLt
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
@@ -108,7 +109,7 @@ def test_engines_hold_less_and_compute_what_the_pruned_model_computes(
     assert engines["sparse"].size_bytes < engines["dense"].size_bytes
     backend = backend_of(tiny_bert)
     pruned = open_torch_model(open_model_dir(bundle / "pruned"), backend.recipe, "float16")
-    feeds = pruned.feeds((2, 16), seed=3)
+    feeds = pruned.feeds(Shape(batch=2, sequence=16), seed=3)
     expected = pruned.run(feeds)[0].float().numpy()
     before = machine.products
     with backend.open(bundle, engines["sparse"]) as session:
@@ -163,7 +164,7 @@ def test_a_model_that_does_not_compile_runs_all_the_same_and_says_why(
     assert json.loads((tmp_path / "engines" / "engine.json").read_text())["compiled"] is False
     with backend.open(tmp_path, engine) as session:
         feeds = open_torch_model(open_model_dir(tiny_bert), backend.recipe, "float16").feeds(
-            (2, 16)
+            Shape(batch=2, sequence=16)
         )
         assert set(session.infer(feeds)) == {"last_hidden_state"}
 
@@ -388,6 +389,28 @@ def test_a_session_is_fed_by_name_at_any_shape(machine: Machine) -> None:
     session.close()
     with pytest.raises(EngineError, match="session of the doubling model is closed"):
         session.infer({"first": first, "second": second})
+
+
+def test_what_is_timed_again_is_not_sent_again(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A past has gigabytes; what is inferred is sent, for it may have been written to."""
+    sent: list[float] = []
+    to_tensor = cuda_graph.to_tensor
+
+    def note(array: np.ndarray) -> torch.Tensor:
+        sent.append(float(array[0]))
+        return to_tensor(array)
+
+    monkeypatch.setattr(cuda_graph, "to_tensor", note)
+    session = GraphSession(Doubling(), ["first", "second"], ["sum"], "the doubling model")
+    past, one, two = (np.full(4, value, np.float32) for value in (7, 1, 2))
+    for token in (one, one, two):
+        session.latencies_ms({"first": past, "second": token}, runs=1, warmup=0)
+    assert sent == [7.0, 1.0, 2.0]
+    past[:] = 8
+    assert session.infer({"first": past, "second": two})["sum"].tolist() == [18.0] * 4
+    session.close()
 
 
 def test_bfloat16_keeps_its_bits_on_the_way_in_and_out(machine: Machine) -> None:

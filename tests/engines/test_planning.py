@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prox24_deploy.core.errors import EngineError, UsageError
 from prox24_deploy.core.records import Estimate
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.cusparselt.backend import explain
 from prox24_deploy.engines.cusparselt.choice import choose
 from prox24_deploy.engines.cusparselt.linear import (
@@ -33,6 +34,7 @@ TIMES = {
     "narrow": [(5.0, 6.0), (20.0, 22.0)],
     "mixed": [(10.0, 11.0), (80.0, 40.0)],
 }
+SHAPES = [Shape(batch=1, sequence=128), Shape(batch=8, sequence=128)]
 SIZES = {"wide": 4096, "narrow": 768, "mixed": 2048}
 
 
@@ -104,7 +106,7 @@ def test_what_pays_is_pruned_within_the_budget() -> None:
 
 def test_the_expected_time_is_that_of_the_dense_model_less_what_pruned_layers_save() -> None:
     layers = plan_layers(choose(uses(), profile(), set(SIZES), "float16"), {}, {})
-    small, large = plan_shapes([(1, 128), (8, 128)], layers, [1.0, None])
+    small, large = plan_shapes(SHAPES, layers, [1.0, None])
     assert small.linear_ms == pytest.approx(0.115)
     assert small.expected_linear_ms == pytest.approx(0.075)
     assert small.speedup == pytest.approx(1.0 / (1.0 - 0.04))
@@ -115,7 +117,7 @@ def test_the_expected_time_is_that_of_the_dense_model_less_what_pruned_layers_sa
 def plan(*, prune: bool = True) -> Plan:
     layers = plan_layers(choose(uses(), profile(), set(SIZES), "float16"), {}, {})
     kept = tuple(replace(layer, prune=layer.prune and prune) for layer in layers)
-    shapes = plan_shapes([(1, 128), (8, 128)], layers, [1.0, 2.0])
+    shapes = plan_shapes(SHAPES, layers, [1.0, 2.0])
     return Plan(
         model_sha256="0" * 64,
         dtype="float16",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.cusparselt.choice import choose
 from prox24_deploy.engines.cusparselt.linear import LayerUse
 from prox24_deploy.engines.cusparselt.planning import (
@@ -22,6 +23,7 @@ from prox24_deploy.engines.cusparselt.profile import (
 from prox24_deploy.engines.cusparselt.ways import Quantize, Way, cheapest, times_us, ways_of
 
 ROWS = (16, 4096)
+SHAPES = [Shape(batch=16, sequence=1, past=1024), Shape(batch=2, sequence=2048)]
 # Microseconds dense and 2:4 at 16 and at 4096 rows.
 Times = Mapping[GemmFormat, tuple[tuple[float, float], tuple[float, float]]]
 WIDE: Times = {
@@ -126,7 +128,7 @@ def model(shape: ShapePlan, quantize: Quantize, *, sparse: bool) -> ModelTime:
 
 def test_every_model_is_held_against_dense_16_bit_and_dense_fp8() -> None:
     planned = layers("fp8")
-    few, many = plan_shapes([(16, 1), (2, 2048)], planned, [1.0, None], "fp8")
+    few, many = plan_shapes(SHAPES, planned, [1.0, None], "fp8")
     # 45 us of 1 ms are spent in the layers, of which 2:4 fp8 leaves 29.
     assert few.linear_ms == pytest.approx(0.045)
     assert few.expected_linear_ms == pytest.approx(0.029)
@@ -145,6 +147,6 @@ def test_every_model_is_held_against_dense_16_bit_and_dense_fp8() -> None:
 
 def test_what_was_not_timed_is_not_compared() -> None:
     known = [layer for layer in layers("none") if layer.choice.name == "narrow"]
-    (shape, _) = plan_shapes([(16, 1), (2, 2048)], known, [None, None])
+    (shape, _) = plan_shapes(SHAPES, known, [None, None])
     assert [m.quantize for m in shape.models] == ["none", "none"]
     assert shape.over(shape.models[0], "fp8") is None

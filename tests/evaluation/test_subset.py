@@ -5,7 +5,7 @@ import torch
 
 from prox24_deploy.core.modalities import IMAGES
 from prox24_deploy.core.records import TextSource
-from prox24_deploy.evaluation.subset import EngineShapes, take
+from prox24_deploy.evaluation.subset import EngineShapes, behind_a_past, take
 from prox24_deploy.model.batch import IGNORED, Batch, Samples, pad_rows
 
 NAMES = ["input_ids", "attention_mask"]
@@ -127,3 +127,26 @@ def test_targets_of_what_is_no_text_are_cut_too() -> None:
     assert only.targets is not None
     assert only.targets.tolist() == [[IGNORED, 5], [IGNORED, 5]]
     assert cut == 1
+
+
+def test_behind_a_past_only_the_last_tokens_are_to_be_predicted() -> None:
+    ids = torch.arange(1, 11).view(1, 10)
+    batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids > 0)
+    short = Batch({"input_ids": ids[:, :3]}, ids[:, :3] > 0)
+    source = TextSource(kind="file", paths=("x",), sha256="0", samples=2, tokens=13)
+    found = behind_a_past(Samples(batches=(batch, short), source=source), 4)
+    first, second = (one.targets for one in found.batches)
+    assert first is not None
+    assert second is not None
+    assert first.tolist() == [[IGNORED] * 5 + [7, 8, 9, 10, IGNORED]]
+    assert second.tolist() == [[2, 3, IGNORED]]
+    assert (found.source.samples, found.source.tokens) == (2, 6)
+
+
+def test_all_that_a_decoder_beside_an_encoder_writes_is_to_be_predicted() -> None:
+    targets = torch.tensor([[5, 6, IGNORED], [7, 8, 9]])
+    batch = Batch({"input_ids": torch.ones(2, 4)}, torch.ones(2, 4) > 0, targets)
+    source = TextSource(kind="file", paths=("x",), sha256="0", samples=2, tokens=8)
+    found = behind_a_past(Samples(batches=(batch,), source=source), 1)
+    assert found.batches == (batch,)
+    assert found.source.tokens == 5

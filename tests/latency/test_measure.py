@@ -11,6 +11,7 @@ import pytest
 
 from prox24_deploy.core.errors import EngineError
 from prox24_deploy.core.records import Engine, EngineEvidence, Interval, OnnxModel, TensorCheck
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.base import Array, Feeds, Session
 from prox24_deploy.latency import measure
 from prox24_deploy.latency.measure import (
@@ -195,18 +196,19 @@ def engine(twin: Literal["dense", "sparse"]) -> Engine:
     )
 
 
-def make_feeds(batch: int, sequence: int, seed: int) -> Mapping[str, Array]:
-    return {"ids": np.full((batch * sequence,), seed)}
+def make_feeds(shape: Shape, seed: int) -> Mapping[str, Array]:
+    return {"ids": np.full((shape.batch * shape.sequence,), seed)}
 
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_rows_carry_shape_limit_and_gate(tmp_path: Path, *, gated: bool) -> None:
     backend = FakeBackend(0.5, sparse_kernels=gated)
+    shapes = [Shape(batch=1, sequence=128), Shape(batch=8, sequence=1, past=64)]
     rows = measure_latency(
-        backend, tmp_path, engine("dense"), engine("sparse"), [(1, 128), (8, 64)], make_feeds,
-        0.02, options=QUICK,
+        backend, tmp_path, engine("dense"), engine("sparse"), shapes, make_feeds, 0.02,
+        options=QUICK,
     )  # fmt: skip
-    assert [(row.batch, row.sequence) for row in rows] == [(1, 128), (8, 64)]
+    assert [(row.batch, row.sequence, row.past) for row in rows] == [(1, 128, 0), (8, 1, 64)]
     for row in rows:
         assert (row.backend, row.device, row.dtype) == ("fake", "fake device", "float16")
         verdict = "fail" if gated else "not gated"

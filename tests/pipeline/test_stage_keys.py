@@ -138,7 +138,12 @@ def backends(recipe: Recipe) -> tuple[Any, ...]:
         capabilities=("SM86",),
     )
     options = EngineOptions(
-        backends=("x",), batches=(1, 2), sequences=(8,), plan=Path("plan.json"), tensorrt=tensorrt
+        backends=("x",),
+        batches=(1, 2),
+        sequences=(8,),
+        pasts=(4,),
+        plan=Path("plan.json"),
+        tensorrt=tensorrt,
     )
     timing = GemmTiming(shape=GemmShape(n=4, k=8, m=16), dense_us=1.0, sparse_us=2.0)
     profile = GpuProfile(gpu="card", driver="driver", versions={"torch": "2"}, gemms=(timing,))
@@ -289,13 +294,13 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
             "versions",
         },
         "bench": {
-            "engines", "compiled", "onnx", "pruned", "backends", "batches", "sequences", "images",
-            "vocabulary", "max_slowdown", "machine", "versions",
+            "engines", "compiled", "onnx", "pruned", "backends", "batches", "sequences", "pasts",
+            "images", "cached", "vocabulary", "max_slowdown", "machine", "versions",
         },
         "evaluate": {"source", "pruned", "held_out", "recipe", "device", "versions"},
         "accuracy": {
             "source", "pruned", "onnx", "compiled", "engines", "backends", "held_out", "recipe",
-            "tokens", "batches", "sequences", "device", "machine", "versions",
+            "tokens", "batches", "sequences", "decodes", "device", "machine", "versions",
         },
         "tasks": {
             "source", "pruned", "tasks", "data", "limit", "recipe", "device", "harness", "versions",
@@ -436,6 +441,7 @@ READ_BEFORE = {
     "limits_file": "the same",
     "accept_loss": "the same",
     "allow": "the same",
+    "engine.pasts": "this model keeps no cache: BenchInputs.pasts, EngineAccuracyInputs.decodes",
 }
 
 

@@ -7,7 +7,12 @@ import pytest
 from builders import make_records
 
 from prox24_deploy.config.limits import DEFAULT_METRICS, Limits, limits_of
-from prox24_deploy.core.accuracy import EngineAccuracy, EngineAccuracyResult, ParityCheck
+from prox24_deploy.core.accuracy import (
+    DecodeAccuracy,
+    EngineAccuracy,
+    EngineAccuracyResult,
+    ParityCheck,
+)
 from prox24_deploy.core.records import DirectMetric, Estimate, NotMeasured, PairedMetric
 from prox24_deploy.regression.baseline import Baseline
 from prox24_deploy.regression.compare import compare_reports
@@ -165,6 +170,25 @@ def test_every_view_shows_the_engine() -> None:
     )
     entries = {entry["name"]: entry["value"] for entry in json.loads(render_benchmark(report))}
     assert entries["sparse perplexity, onnxruntime"] == 21.0
+
+
+def test_decoding_is_judged_and_shown_beside_reading_at_once() -> None:
+    decode = DecodeAccuracy(samples=4, tokens=64, past=47, metrics=METRICS, parity=(CLOSE, FAR))
+    found = replace(engine(CLOSE), decode=decode)
+    checks = engine_checks(EngineAccuracyResult(engines=(found,)))
+    assert [(check.name, check.verdict) for check in checks] == [
+        ("onnxruntime sparse log-perplexity", "pass"),
+        ("onnxruntime sparse log-perplexity, decoding", "pass"),
+        ("onnxruntime sparse log-perplexity, decoding", "fail"),
+    ]
+    report = report_of(EngineAccuracyResult(engines=(found,)))
+    assert report.verdict == "fail"
+    html = render_html(report)
+    assert "the last 64 tokens in all, decoded one at a time" in html
+    assert "keys and values of at least 47 before" in html
+    assert "through onnxruntime, decoding (64 tokens of 4 samples; deviates from PyTorch)" in (
+        render_summary(report)
+    )
 
 
 @pytest.mark.parametrize(("worse", "verdict"), [(0.0, "pass"), (0.01, "pass"), (0.5, "fail")])

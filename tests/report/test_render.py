@@ -183,7 +183,7 @@ def test_benchmark_entries_are_figures_of_which_less_is_better(
     entries = json.loads(written(report, tmp_path, "benchmark.json"))
     assert all(set(entry) == {"name", "unit", "value", "range"} for entry in entries)
     by_name = {entry["name"]: entry for entry in entries}
-    assert len(by_name) == len(entries) == 2 * 2 + 2 + 2 + 1 + 4
+    assert len(by_name) == len(entries) == 2 * 4 + 2 + 2 + 1 + 4
     assert (by_name["verdict, speed"]["value"], by_name["verdict, speed"]["range"]) == (
         1,
         "not gated",

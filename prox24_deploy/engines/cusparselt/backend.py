@@ -30,6 +30,7 @@ from prox24_deploy.core.records import (
     OnnxModel,
     TensorCheck,
 )
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import DType, Twin, silent
 from prox24_deploy.engines.base import Origin, require_one_graph
 from prox24_deploy.engines.cusparselt import torch_model
@@ -92,9 +93,10 @@ class CuSparseLt:
     known: GpuProfile | None = None
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(batch, sequence) that layers are chosen for."""
-        return self.options.shapes(images=not self.recipe.modality.has_length)
+    def shapes(self) -> list[Shape]:
+        """Those that layers are chosen for."""
+        recipe = self.recipe
+        return self.options.shapes(images=not recipe.modality.has_length, cached=recipe.cache)
 
     @property
     def name(self) -> str:

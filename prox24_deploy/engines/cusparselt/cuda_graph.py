@@ -12,7 +12,8 @@ from torch import Tensor
 from prox24_deploy.core.errors import EngineError
 from prox24_deploy.engines.base import Array, Feeds
 
-Run = Callable[..., tuple[Tensor, ...]]
+Tensors = tuple[Tensor, ...]
+Run = Callable[..., Tensors]
 
 # Where modules and buffers live.
 DEVICE = "cuda"
@@ -81,14 +82,25 @@ class GraphSession:
         inputs: names of the inputs, in order.
         outputs: names of the outputs, in order.
         source: what the module is, for messages.
+        fit: from inputs by those names to inputs of the module; as they are by default.
+        trim: from inputs and outputs of the module to outputs by those names.
     """
 
     def __init__(
-        self, run: Run, inputs: Sequence[str], outputs: Sequence[str], source: str
+        self,
+        run: Run,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        source: str,
+        *,
+        fit: Callable[[Tensors], Tensors] = lambda given: given,
+        trim: Callable[[Tensors, Tensors], Tensors] = lambda _, outputs: outputs,
     ) -> None:
         self._run: Run | None = run
+        self._fit, self._trim = fit, trim
         self._inputs, self._outputs, self._source = tuple(inputs), tuple(outputs), source
         self._captured: _Kept | None = None
+        self._sent: dict[str, tuple[Array, Tensor]] = {}
         self._stopwatch = Stopwatch()
 
     def infer(self, feeds: Feeds) -> dict[str, Array]:
@@ -97,20 +109,22 @@ class GraphSession:
         Raises:
             EngineError: an input is missing or unknown, or the module does not run on it.
         """
-        captured = self._graph_of(feeds)
-        captured.replay()
-        arrays = (to_array(output) for output in captured.outputs)
+        kept = self._graph_of(feeds, lambda _, array: to_tensor(array))
+        kept.graph.replay()
+        outputs = self._trim(kept.inputs, kept.graph.outputs)
+        arrays = (to_array(output) for output in outputs)
         return dict(zip(self._outputs, arrays, strict=True))
 
     def latencies_ms(self, feeds: Feeds, *, runs: int, warmup: int) -> npt.NDArray[np.float64]:
         """GPU time of each of `runs` replays after `warmup` untimed ones; shape (runs,), ms.
 
-        The L2 cache is overwritten before each run. Copies between host and GPU are not timed.
+        The L2 cache is overwritten before each run. Copies between host and GPU are not timed, and
+        an array that was fed before is not sent again: it must not have been written to since.
 
         Raises:
             EngineError: an input is missing or unknown, or the module does not run on it.
         """
-        replay = self._graph_of(feeds).replay
+        replay = self._graph_of(feeds, self._send).graph.replay
         for _ in range(warmup):
             replay()
         return self._stopwatch.milliseconds(replay, runs)
@@ -118,11 +132,12 @@ class GraphSession:
     def close(self) -> None:
         """Release the memory of the module and its graph; running afterwards is an error."""
         self._run = self._captured = None
+        self._sent.clear()
 
     @torch.inference_mode()
-    def _graph_of(self, feeds: Feeds) -> Captured:
+    def _graph_of(self, feeds: Feeds, send: Callable[[str, Array], Tensor]) -> _Kept:
         """The graph for the shapes of `feeds`, its inputs filled with them."""
-        given = self._tensors(feeds)
+        given = self._fit(self._tensors(feeds, send))
         shapes = tuple(tensor.shape for tensor in given)
         if self._captured is None or self._captured.shapes != shapes:
             # The memory of the old graph is needed for the new one.
@@ -130,9 +145,17 @@ class GraphSession:
             self._captured = self._capture(given)
         for static, tensor in zip(self._captured.inputs, given, strict=True):
             static.copy_(tensor)
-        return self._captured.graph
+        return self._captured
 
-    def _tensors(self, feeds: Feeds) -> tuple[Tensor, ...]:
+    def _send(self, name: str, array: Array) -> Tensor:
+        """A copy on the GPU, kept for as long as the same array is fed by this name."""
+        known, tensor = self._sent.get(name, (None, None))
+        if tensor is None or known is not array:
+            tensor = to_tensor(array)
+            self._sent[name] = array, tensor
+        return tensor
+
+    def _tensors(self, feeds: Feeds, send: Callable[[str, Array], Tensor]) -> Tensors:
         missing = sorted(set(self._inputs) - feeds.keys())
         extra = sorted(feeds.keys() - set(self._inputs))
         if missing or extra:
@@ -140,7 +163,7 @@ class GraphSession:
                 f"Inputs do not fit {self._source}: missing {', '.join(missing) or 'none'}, not "
                 f"known {', '.join(extra) or 'none'}; feed exactly {', '.join(self._inputs)}."
             )
-        return tuple(to_tensor(feeds[name]) for name in self._inputs)
+        return tuple(send(name, feeds[name]) for name in self._inputs)
 
     def _capture(self, given: tuple[Tensor, ...]) -> _Kept:
         run = self._run
@@ -168,7 +191,8 @@ def to_tensor(array: Array) -> Tensor:
 
 def to_array(tensor: Tensor) -> Array:
     """Copy a tensor to NumPy; bfloat16 keeps its bits."""
-    host = tensor.detach().cpu()
+    # The next replay writes to the tensor, wherever it lies.
+    host = tensor.detach().to("cpu", copy=True)
     if host.dtype == torch.bfloat16:
         return host.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     found: Array = host.numpy()

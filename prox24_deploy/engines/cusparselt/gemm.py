@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from prox24_deploy.core.errors import EngineError
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import Progress
 from prox24_deploy.engines.cusparselt import cuda_graph, trials
 from prox24_deploy.engines.cusparselt import matmul as cusparselt_plan
@@ -44,12 +45,12 @@ _REPLAYS = 15
 
 def choose_measured(
     opened: TorchModel,
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[Shape],
     pruned: Container[str],
     known: GpuProfile,
     progress: Progress,
 ) -> tuple[tuple[LayerChoice, ...], GpuProfile]:
-    """Time the GEMM of every layer in `pruned` at every (batch, sequence), and choose by that.
+    """Time the GEMM of every layer in `pruned` at every shape, and choose by that.
 
     Returns:
         A choice for every layer of the model, and `known` with what was measured.
@@ -60,8 +61,8 @@ def choose_measured(
     return choose(uses, profile, pruned, format), profile
 
 
-def uses_at(opened: TorchModel, shapes: Sequence[tuple[int, int]]) -> tuple[LayerUse, ...]:
-    """The GEMMs of every layer of a model at every (batch, sequence)."""
+def uses_at(opened: TorchModel, shapes: Sequence[Shape]) -> tuple[LayerUse, ...]:
+    """The GEMMs of every layer of a model at every shape."""
     feeds = [opened.feeds(shape) for shape in shapes]
     return layer_uses(opened.wrapped, [partial(opened.run, one) for one in feeds])
 

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 from prox24_deploy.core.documents import reason_of
 from prox24_deploy.core.records import Compilation
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.cusparselt.sharing import ShareEqual
 
 Inputs = tuple[Tensor, ...]
@@ -83,6 +84,25 @@ def try_compiling(
     return outputs, Compilation(
         seconds=time.perf_counter() - began, cached=cached, graphs=graphs, reason=reason
     )
+
+
+def with_another(shapes: Sequence[Shape]) -> list[Shape]:
+    """Every shape to run: these, and last one of each kind for the graph of all other shapes.
+
+    Kinds are steps of decoding and all else. Sizes of 1 would get a graph for that size alone.
+    """
+    most = max(shape for shape in shapes if not shape.past)
+    halved = max(2, most.sequence // 2 + 1) if most.sequence else 0
+    tried = [
+        Shape(batch=max(most.batch, 2), sequence=halved),
+        Shape(batch=most.batch + 1, sequence=most.sequence),
+        Shape(batch=most.batch + 2, sequence=most.sequence),
+    ]
+    found = [*shapes, next(shape for shape in tried if shape not in shapes)]
+    if steps := [shape for shape in shapes if shape.past]:
+        last = max(steps)
+        found.append(Shape(batch=last.batch + 1, sequence=1, past=last.past // 2 + 1))
+    return found
 
 
 def _counts() -> tuple[int, int]:

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import Estimate
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import DType
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.plan_file import read_record
@@ -96,6 +97,12 @@ class ShapePlan:
     expected_linear_ms: float
     speedup: float
     models: tuple[ModelTime, ...] = ()
+    past: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        """Batch, new tokens and those before them."""
+        return Shape(batch=self.batch, sequence=self.sequence, past=self.past)
 
     def over(self, model: ModelTime, quantize: Quantize) -> float | None:
         """Speed-up of a model over the dense one of a quantisation; None if that was not timed."""
@@ -193,20 +200,21 @@ def _plan_layer(
 
 
 def plan_shapes(
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[Shape],
     layers: Sequence[LayerPlan],
     dense_ms: Sequence[float | None],
     quantize: Quantize = "none",
 ) -> tuple[ShapePlan, ...]:
     """Expected times: what layers save is taken off the time of the dense model."""
     plans = []
-    for i, ((batch, sequence), whole) in enumerate(zip(shapes, dense_ms, strict=True)):
+    for i, (shape, whole) in enumerate(zip(shapes, dense_ms, strict=True)):
         models = _models(layers, i, whole)
         own = next(model for model in models if model.quantize == quantize and model.sparse)
         plans.append(
             ShapePlan(
-                batch=batch,
-                sequence=sequence,
+                batch=shape.batch,
+                sequence=shape.sequence,
+                past=shape.past,
                 dense_ms=whole,
                 linear_ms=models[0].linear_ms,
                 expected_linear_ms=own.linear_ms,

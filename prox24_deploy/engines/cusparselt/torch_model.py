@@ -3,70 +3,114 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.config.recipe import Recipe, dynamic_names
 from prox24_deploy.core.errors import BackendMissingError, EngineError
 from prox24_deploy.core.records import NumericsCheck
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import DType
 from prox24_deploy.engines.base import Feeds
-from prox24_deploy.engines.cusparselt import cuda_graph
+from prox24_deploy.engines.cusparselt import cuda_graph, decode
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession, Run, to_tensor
 from prox24_deploy.engines.cusparselt.inductor import CompiledModule
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.graph.export.module import RecipeModule, copy_with, to_dtype
-from prox24_deploy.model.directory import ModelDir, load_model
+from prox24_deploy.model.directory import ModelDir, build_untrained, load_model
 
 # Largest difference to the same weights multiplied dense, as a share of the largest output.
 OUTPUT_TOLERANCES: dict[DType, float] = {"float16": 2e-2, "bfloat16": 1e-1}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blueprint:
+    """All that another process needs to build the same module, with weights of its own."""
+
+    path: Path
+    recipe: Recipe
+    dtype: DType
+    vocabulary: int
+
+
 @dataclass(frozen=True, slots=True)
 class TorchModel:
-    """A module on the GPU that takes the inputs of its signature by position."""
+    """A module on the GPU that takes the inputs of its signature by position.
+
+    `blueprint` is None for a module that was not opened from a directory.
+    """
 
     module: RecipeModule
     dtype: DType
     vocabulary: int
+    blueprint: Blueprint | None = None
 
     @property
     def wrapped(self) -> nn.Module:
         """The model itself; its layers have the paths that the checkpoint gives them."""
         return self.module.wrapped
 
-    def feeds(self, shape: tuple[int, int], seed: int = 0) -> Feeds:
-        """Random inputs by name for (batch, sequence)."""
+    @property
+    def cached(self) -> bool:
+        """Whether it takes keys and values of the tokens before."""
+        return "past" in dynamic_names(self.module.signature.inputs)
+
+    @property
+    def runner(self) -> nn.Module:
+        """What an engine runs: takes `inputs`, and decodes with static buffers."""
+        return decode.DecoderModule(self.module).eval() if self.cached else self.module
+
+    def feeds(self, shape: Shape, seed: int = 0) -> Feeds:
+        """Random inputs by name."""
         inputs = self.module.signature.inputs
-        return random_feeds(inputs, self.dtype, self.vocabulary)(*shape, seed)
+        return random_feeds(inputs, self.dtype, self.vocabulary)(shape, seed)
 
     def inputs(self, feeds: Feeds) -> tuple[Tensor, ...]:
-        """Inputs on the GPU, in the order of the signature."""
-        return tuple(to_tensor(feeds[spec.name]) for spec in self.module.signature.inputs)
+        """Inputs of `runner` on the GPU."""
+        return self.fit(self._tensors(feeds))
+
+    def fit(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Inputs of `runner` from those of the signature."""
+        return decode.fit(self.module, given) if self.cached else given
+
+    def trim(self, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Outputs as the signature has them, from those of `runner`."""
+        return decode.trim(inputs, outputs) if self.cached else outputs
 
     @torch.inference_mode()
     def run(self, feeds: Feeds) -> tuple[Tensor, ...]:
-        """Outputs in the order of the signature, kernel by kernel."""
-        outputs: tuple[Tensor, ...] = self.module(*self.inputs(feeds))
+        """Outputs in the order of the signature, kernel by kernel, with a cache that grows."""
+        outputs: tuple[Tensor, ...] = self.module(*self._tensors(feeds))
         return outputs
+
+    @torch.inference_mode()
+    def run_as_engine(self, feeds: Feeds) -> tuple[Tensor, ...]:
+        """The same outputs from `runner`, kernel by kernel."""
+        inputs = self.inputs(feeds)
+        return self.trim(inputs, self.runner(*inputs))
+
+    def _tensors(self, feeds: Feeds) -> tuple[Tensor, ...]:
+        return tuple(to_tensor(feeds[spec.name]) for spec in self.module.signature.inputs)
 
     @property
     def output_names(self) -> list[str]:
         """Names of the outputs, in order."""
         return [spec.name for spec in self.module.signature.outputs]
 
-    def compiled(self, shapes: Sequence[tuple[int, int]]) -> CompiledModule:
-        """The model for torch.compile, with a graph for each (batch, sequence)."""
-        names = [spec.name for spec in self.module.signature.inputs]
-        feeds = [self.feeds(shape) for shape in shapes]
-        sizes = [tuple(torch.Size(one[name].shape) for name in names) for one in feeds]
-        return CompiledModule(self.module, sizes)
+    def compiled(self, shapes: Sequence[Shape]) -> CompiledModule:
+        """The model for torch.compile, with a graph for each of the shapes."""
+        runs = (self.inputs(self.feeds(shape)) for shape in shapes)
+        sizes = [tuple(tensor.shape for tensor in inputs) for inputs in runs]
+        return CompiledModule(self.runner, sizes)
 
     def session(self, source: str, run: Run | None = None) -> GraphSession:
         """The model, or what runs it, captured as CUDA graphs; `source` names it in messages."""
         inputs = [spec.name for spec in self.module.signature.inputs]
-        return GraphSession(run or self.module, inputs, self.output_names, source)
+        return GraphSession(
+            run or self.runner, inputs, self.output_names, source, fit=self.fit, trim=self.trim
+        )
 
     def held_bytes(self) -> int:
         """Bytes of all parameters and buffers on the GPU."""
@@ -109,8 +153,28 @@ def open_torch_model(source: ModelDir, recipe: Recipe, dtype: DType) -> TorchMod
             f"cuSPARSELt has no {dtype} kernels; export with --dtype float16 or --dtype bfloat16."
         )
     model = load_model(source, recipe, torch.device(cuda_graph.DEVICE))
-    module = RecipeModule(copy_with(model, to_dtype(dtype)), recipe).eval()
-    return TorchModel(module, dtype, int(source.config.get("vocab_size", 1)))
+    vocabulary = int(source.config.get("vocab_size", 1))
+    blueprint = Blueprint(path=source.path, recipe=recipe, dtype=dtype, vocabulary=vocabulary)
+    return _in_half(model, blueprint)
+
+
+def build_torch_model(blueprint: Blueprint) -> TorchModel:
+    """The same module with random weights on the GPU: what is compiled of it is the same."""
+    device = torch.device(cuda_graph.DEVICE)
+    return _in_half(build_untrained(blueprint.path, blueprint.recipe, device), blueprint)
+
+
+def _in_half(model: nn.Module, blueprint: Blueprint) -> TorchModel:
+    half = copy_with(model, to_dtype(blueprint.dtype))
+    module = as_engine(half, blueprint.recipe)
+    return TorchModel(module, blueprint.dtype, blueprint.vocabulary, blueprint)
+
+
+def as_engine(model: nn.Module, recipe: Recipe) -> RecipeModule:
+    """The graph of a recipe, of a model whose attention may be changed in place."""
+    if recipe.cache:
+        decode.group_queries(model)
+    return RecipeModule(model, recipe).eval()
 
 
 def compare_outputs(

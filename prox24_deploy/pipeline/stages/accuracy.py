@@ -39,6 +39,7 @@ class EngineAccuracyInputs:
     tokens: int
     batches: tuple[int, ...]
     sequences: tuple[int, ...]
+    decodes: bool
     device: str
     machine: Mapping[str, str]
     versions: Mapping[str, str]
@@ -70,6 +71,7 @@ def run(
         tokens=options.engine_tokens,
         batches=fitted.batches,
         sequences=fitted.sequences,
+        decodes=bool(fitted.pasts),
         device=torch_device(options.device).type,
         machine=machine(),
         versions=versions(),
@@ -127,4 +129,5 @@ def _request(inputs: EngineAccuracyInputs) -> "EvaluationRequest":
             least=1 if inputs.recipe.cache else min(inputs.sequences),
             longest=max(inputs.sequences),
         ),
+        decodes=inputs.decodes,
     )

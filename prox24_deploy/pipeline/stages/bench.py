@@ -21,6 +21,7 @@ from prox24_deploy.core.records import (
     LatencyRow,
     NotMeasured,
 )
+from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import Progress
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.feeds import random_feeds
@@ -39,16 +40,18 @@ class BenchInputs:
     backends: tuple[Backend, ...]
     batches: tuple[int, ...]
     sequences: tuple[int, ...]
+    pasts: tuple[int, ...]
     images: bool
+    cached: bool
     vocabulary: int
     max_slowdown: float = field(metadata=unkeyed("rows are judged again whenever they are read"))
     machine: Mapping[str, str]
     versions: Mapping[str, str]
 
-    def shapes(self, *, images: bool) -> list[tuple[int, int]]:
-        """Every (batch, sequence) to measure; sequence 0 for a graph that has no such axis."""
-        options = EngineOptions(batches=self.batches, sequences=self.sequences)
-        return options.shapes(images=images)
+    def shapes(self, *, images: bool, cached: bool) -> list[Shape]:
+        """Every shape to measure; sequence 0 for a graph that has no such axis."""
+        options = EngineOptions(batches=self.batches, sequences=self.sequences, pasts=self.pasts)
+        return options.shapes(images=images, cached=cached)
 
 
 def run(
@@ -71,7 +74,9 @@ def run(
         backends=tuple(backends),
         batches=fitted.batches,
         sequences=fitted.sequences,
+        pasts=fitted.pasts,
         images=not model.recipe.modality.has_length,
+        cached=any(part.cache for part in model.recipe.parts),
         vocabulary=vocabulary_of(model.config),
         max_slowdown=model.recipe.limits.max_slowdown,
         machine=machine(),
@@ -90,7 +95,7 @@ def _bench(inputs: BenchInputs, work: Workspace, progress: Progress) -> BenchRes
     began = time.perf_counter()
     rows: list[LatencyRow] = []
     missing: list[NotMeasured] = []
-    shapes = len(inputs.shapes(images=inputs.images))
+    shapes = len(inputs.shapes(images=inputs.images, cached=inputs.cached))
     graphs = list(dict.fromkeys(engine.graph for engine in inputs.engines))
     runs = [(backend, graph) for backend in inputs.backends for graph in graphs]
     for i, (backend, graph) in enumerate(runs):
@@ -124,13 +129,14 @@ def _time_graph(
     own = [e for e in inputs.engines if (e.backend, e.graph) == (backend.name, graph)]
     pair = {engine.twin: engine for engine in own}
     graph_inputs = read_inputs(root / pair["dense"].onnx)
+    axes = dynamic_names(graph_inputs)
     return measure_latency(
         backend,
         root,
         pair["dense"],
         pair["sparse"],
         # The encoder of two may hear recordings, which have no sequence.
-        inputs.shapes(images="sequence" not in dynamic_names(graph_inputs)),
+        inputs.shapes(images="sequence" not in axes, cached="past" in axes),
         random_feeds(graph_inputs, pair["dense"].dtype, inputs.vocabulary),
         inputs.max_slowdown,
         after_shape=advance,

@@ -1,27 +1,30 @@
 """The metrics of the models, from the outputs of their engines."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.accuracy import EngineAccuracy, ParityCheck
+from prox24_deploy.core.accuracy import DecodeAccuracy, EngineAccuracy, ParityCheck
 from prox24_deploy.core.errors import EngineError, ModelDirError
 from prox24_deploy.core.records import Engine, Metric
-from prox24_deploy.core.types import TWINS, DType, Progress, Twin
+from prox24_deploy.core.types import TWINS, DType, Progress, Twin, silent
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
 from prox24_deploy.evaluation.evaluate import evaluate_models
 from prox24_deploy.evaluation.language import evaluate_text_generation
 from prox24_deploy.evaluation.parity import parity_of
-from prox24_deploy.evaluation.subset import EngineShapes, take
+from prox24_deploy.evaluation.subset import EngineShapes, behind_a_past, take
 from prox24_deploy.graph.export.module import RecipeModule
 from prox24_deploy.graph.export.signature import read_inputs
 from prox24_deploy.model.batch import Samples
+
+# Of the samples' tokens, the share that is read again to decode, and tokens decoded of each sample.
+_DECODED_SHARE, _DECODED_TOKENS = 4, 16
 
 # From two models, and the number of the comparison for the bar, to the metrics between them.
 _Ask = Callable[[nn.Module, nn.Module, int], tuple[Metric, ...]]
@@ -34,6 +37,7 @@ class EvaluationRequest:
     `load` opens a PyTorch twin in float32, one at a time to spare memory, and `directory` says how
     embeddings are pooled.
     `tokens` bounds how much is run, and `shapes` are those that engines on a GPU were compiled for.
+    With `decodes` the engines are asked to decode, too.
     """
 
     recipe: Recipe
@@ -42,6 +46,22 @@ class EvaluationRequest:
     held_out: Samples
     tokens: int
     shapes: EngineShapes
+    decodes: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """Samples to ask engines about, which decode the last `steps` tokens of each."""
+
+    samples: Samples
+    ask: _Ask
+    steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    metrics: tuple[Metric, ...]
+    parity: tuple[ParityCheck, ...]
 
 
 def measure_accuracy(
@@ -69,18 +89,18 @@ def measure_accuracy(
         EngineError: an engine does not run, lacks an input, or gives what is not finite.
     """
     began = time.perf_counter()
-    samples, cut = take(
-        request.held_out, request.tokens, request.shapes if backend.on_gpu else None
-    )
+    shapes = request.shapes if backend.on_gpu else None
+    samples, cut = take(request.held_out, request.tokens, shapes)
     rows = least_rows if backend.on_gpu else 1
-    ask = _evaluator(request, samples, progress)
+    questions = [_Question(samples=samples, ask=_evaluator(request, samples, progress))]
+    questions += [_decoding(request, shapes)] if request.decodes else []
     with ExitStack() as until:
 
         def opened(twin: Twin) -> list[Graph]:
             own = (engine for engine in engines if engine.twin == twin)
             return [_opened(backend, bundle, engine, rows, until) for engine in own]
 
-        metrics, parity = _answers(request, opened, ask, engines[0].dtype)
+        whole, *decoded = _answers(request, opened, questions, engines[0].dtype)
     return EngineAccuracy(
         backend=backend.name,
         device=engines[0].device,
@@ -89,28 +109,79 @@ def measure_accuracy(
         tokens=samples.source.tokens,
         available=request.held_out.source.samples,
         longest=request.shapes.longest if cut else None,
-        metrics=metrics,
-        parity=parity,
+        metrics=whole.metrics,
+        parity=whole.parity,
         seconds=time.perf_counter() - began,
+        decode=_decode_accuracy(questions[1], decoded[0]) if decoded else None,
     )
 
 
 def _answers(
-    request: EvaluationRequest, opened: Callable[[Twin], list[Graph]], ask: _Ask, dtype: DType
-) -> tuple[tuple[Metric, ...], tuple[ParityCheck, ...]]:
+    request: EvaluationRequest,
+    opened: Callable[[Twin], list[Graph]],
+    questions: Sequence[_Question],
+    dtype: DType,
+) -> list[_Answer]:
     """The engines against each other, and each against PyTorch, which is open for one at a time."""
-    models: dict[Twin, EngineModel] = {}
-    parity: list[ParityCheck] = []
+    models: dict[Twin, list[EngineModel]] = {}
+    parity: list[list[ParityCheck]] = [[] for _ in questions]
     for i, twin in enumerate(TWINS):
         graphs = opened(twin)
         # After the engines, of which the first to be missing saves the loading.
         model = request.load(twin)
-        models[twin] = EngineModel(graphs, model.config)
+        models[twin] = [EngineModel(graphs, model.config, one.steps) for one in questions]
         reference = _reference(model, request.recipe, twin)
-        compared = ask(reference, models[twin], i)
-        parity += [parity_of(twin, metric, dtype) for metric in compared]
+        for question, engine, found in zip(questions, models[twin], parity, strict=True):
+            compared = question.ask(reference, engine, i)
+            found += [parity_of(twin, metric, dtype) for metric in compared]
         del model, reference
-    return ask(models["dense"], models["sparse"], len(TWINS)), tuple(parity)
+    pairs = zip(questions, models["dense"], models["sparse"], parity, strict=True)
+    return [
+        _Answer(metrics=one.ask(dense, sparse, len(TWINS)), parity=tuple(found))
+        for one, dense, sparse, found in pairs
+    ]
+
+
+def _decoding(request: EvaluationRequest, shapes: EngineShapes | None) -> _Question:
+    """To decode the last tokens of fewer samples, since every token is a run of its own."""
+    few, _ = take(request.held_out, max(1, request.tokens // _DECODED_SHARE), shapes)
+    whole = request.recipe.decoder is not None
+    longest = max(
+        (one.targets.shape[1] for one in few.batches if one.targets is not None), default=0
+    )
+    # Its last token is read and predicts nothing, unless targets say what.
+    steps = longest if whole else _DECODED_TOKENS + 1
+    samples = behind_a_past(few, _DECODED_TOKENS)
+
+    def ask(dense: nn.Module, sparse: nn.Module, _: int) -> tuple[Metric, ...]:
+        with _usable():
+            return evaluate_text_generation(dense, sparse, samples.batches, silent)
+
+    return _Question(samples=samples, ask=ask, steps=steps)
+
+
+def _decode_accuracy(question: _Question, answer: _Answer) -> DecodeAccuracy:
+    source = question.samples.source
+    lengths = [
+        batch.inputs.get("decoder_input_ids", batch.inputs.get("input_ids", batch.real)).shape[1]
+        for batch in question.samples.batches
+    ]
+    return DecodeAccuracy(
+        samples=source.samples,
+        tokens=source.tokens,
+        past=max(1, min(lengths) - question.steps),
+        metrics=answer.metrics,
+        parity=answer.parity,
+    )
+
+
+@contextmanager
+def _usable() -> Iterator[None]:
+    """Blame an engine for what is refused: PyTorch has been through the same samples before."""
+    try:
+        yield
+    except ModelDirError as error:
+        raise EngineError(f"Its engines give no usable output: {error}") from error
 
 
 def _opened(backend: Backend, bundle: Path, engine: Engine, rows: int, until: ExitStack) -> Graph:
@@ -149,14 +220,11 @@ def _evaluator(request: EvaluationRequest, samples: Samples, progress: Progress)
         def advance(_: str, done: int, total: int) -> None:
             progress("accuracy", number * steps + done, 3 * total)
 
-        try:
+        with _usable():
             if recipe.decoder is not None:
                 # Forced along its targets whatever its task is, for engines write nothing freely.
                 return evaluate_text_generation(dense, sparse, samples.batches, advance)
-            found = evaluate_models(dense, sparse, recipe.task, samples, request.directory, advance)
-        except ModelDirError as error:
-            # PyTorch has been through the same samples before, so an engine is what differs.
-            raise EngineError(f"Its engines give no usable output: {error}") from error
-        return found.metrics
+            directory = request.directory
+            return evaluate_models(dense, sparse, recipe.task, samples, directory, advance).metrics
 
     return ask

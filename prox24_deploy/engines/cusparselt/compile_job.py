@@ -1,0 +1,54 @@
+"""Compile a twin in a process of its own: `python -m` this module, a job on stdin.
+
+A compiler may end the process, or never end. What it makes stays in Inductor's cache, from which
+the parent takes it. Structure alone is compiled, so the weights are random: none is read.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from prox24_deploy.core.atomic import write_atomic
+from prox24_deploy.core.records import Compilation
+from prox24_deploy.core.shapes import Shape
+from prox24_deploy.engines.child import end_on_termination
+from prox24_deploy.engines.cusparselt.inductor import try_compiling, with_another
+from prox24_deploy.engines.cusparselt.linear import replace_layers
+from prox24_deploy.engines.cusparselt.torch_model import Blueprint, build_torch_model
+from prox24_deploy.model.layers import layer_at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileJob:
+    """What to compile, as JSON on the way from parent to child.
+
+    `layers` are held compressed, with the algorithm for each number of rows; each of `shapes` gets
+    a graph of its own. How it went is written to `result`.
+    """
+
+    blueprint: Blueprint
+    layers: dict[str, dict[int, int]]
+    shapes: tuple[Shape, ...]
+    result: Path
+
+
+JOB, RESULT = TypeAdapter(CompileJob), TypeAdapter(Compilation)
+
+
+def run_job(job: CompileJob) -> None:
+    """Compile as the job says, run what was compiled, and write how it went."""
+    opened = build_torch_model(job.blueprint)
+    for name in job.layers:
+        # Zeros are 2:4 too.
+        layer_at(opened.wrapped, name).weight.zero_()
+    replace_layers(opened.wrapped, job.layers)
+    runs = [opened.inputs(opened.feeds(shape)) for shape in with_another(job.shapes)]
+    _, compilation = try_compiling(opened.compiled(job.shapes), runs)
+    write_atomic(job.result, RESULT.dump_json(compilation))
+
+
+if __name__ == "__main__":
+    end_on_termination()
+    run_job(JOB.validate_json(sys.stdin.buffer.read()))
