@@ -217,7 +217,7 @@ def plan_layers(plan: "Plan") -> Table:
 
 def plan_ways(plan: "Plan") -> Table:
     """Speed-up of every way over dense 16 bit, for layers of one kind in one row."""
-    shapes = [str(shape.shape) for shape in plan.shapes]
+    shapes = [str(planned.shape) for planned in plan.shapes]
     table = _table("layers", "N×K", "way", *shapes, "chosen for")
     for (kind, n, k), group in _kinds(plan).items():
         first = group[0]
@@ -246,9 +246,11 @@ def plan_shapes(plan: "Plan") -> Table:
     whole = plan.source == "measured"
     most = "" if whole else " at most"
     rival = [f"over dense fp8{most}"] if "fp8" in plan.profile.formats else []
-    table = _table("batch", "seq", "model", "expected ms", f"over dense {plan.dtype}{most}", *rival)
+    table = _table(
+        "batch", "seq", "past", "model", "expected ms", f"over dense {plan.dtype}{most}", *rival
+    )
     for shape in plan.shapes:
-        title = [str(shape.batch), str(shape.sequence or "")]
+        title = [str(shape.batch), str(shape.sequence or ""), str(shape.past or "")]
         base = shape.linear_ms if shape.dense_ms is None else shape.dense_ms
         for model in shape.models:
             gains = [model.speedup, shape.over(model, "fp8")][: 1 + len(rival)]
@@ -259,7 +261,7 @@ def plan_shapes(plan: "Plan") -> Table:
                 f"{base / model.speedup:.3f}",
                 *("–" if gain is None else f"{gain:.2f}×" for gain in gains),
             )
-            title = ["", ""]
+            title = ["", "", ""]
     return table
 
 

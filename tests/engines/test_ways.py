@@ -23,6 +23,7 @@ from prox24_deploy.engines.cusparselt.profile import (
 from prox24_deploy.engines.cusparselt.ways import Quantize, Way, cheapest, times_us, ways_of
 
 ROWS = (16, 4096)
+SHAPES = [Shape(batch=16, sequence=1, past=1024), Shape(batch=2, sequence=2048)]
 # Microseconds dense and 2:4 at 16 and at 4096 rows.
 Times = Mapping[GemmFormat, tuple[tuple[float, float], tuple[float, float]]]
 WIDE: Times = {

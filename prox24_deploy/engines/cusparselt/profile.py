@@ -17,8 +17,6 @@ from prox24_deploy.engines.cusparselt.plan_file import read_record
 
 SCHEMA_VERSION = 3
 _NEIGHBOURS = 4
-# Rows of activations that cuSPARSELt takes; fewer are padded.
-ROW_MULTIPLE = 8
 
 # In what the operands of a GEMM are held.
 GemmFormat = Literal["float16", "bfloat16", "fp8", "int8"]
@@ -45,11 +43,6 @@ class GemmShape:
     n: PositiveInt
     k: PositiveInt
     m: PositiveInt
-
-    @property
-    def padded(self) -> "GemmShape":
-        """With as many rows as cuSPARSELt multiplies for these."""
-        return replace(self, m=self.m + -self.m % ROW_MULTIPLE)
 
 
 # Text such as "1e999" is taken for a number, and for an infinite one.
