@@ -22,7 +22,7 @@ from prox24_deploy.graph.export.signature import Signature
 from prox24_deploy.graph.parity.activations import range_guard, watched
 from prox24_deploy.graph.parity.bisect import first_difference, session_for, session_options
 from prox24_deploy.graph.parity.overflow import require_finite
-from prox24_deploy.graph.parity.rounded import Rounding, following, rounded_values
+from prox24_deploy.graph.parity.rounded import Read, Rounding, following, rounded_values
 from prox24_deploy.quantization.tensors import QuantizedModel
 from prox24_deploy.sparsity.groups import Array
 
@@ -130,27 +130,34 @@ class _Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
-    """A file in ONNX Runtime; `read` names what its quantised layers read, by module path."""
+    """A file in ONNX Runtime.
+
+    `read` names, by module path, what quantised layers are given and what they read, rounded.
+    """
 
     path: Path
     dtype: DType
     session: ort.InferenceSession
     outputs: tuple[str, ...]
     quantized: QuantizedModel | None
-    read: Mapping[str, Sequence[str]]
+    read: Mapping[str, Sequence[tuple[str, str]]]
 
-    def run(self, given: Mapping[str, Array]) -> tuple[list[Array], dict[str, list[Array]]]:
-        """The outputs, and what the quantised layers read."""
-        inner = list(dict.fromkeys(name for names in self.read.values() for name in names))
+    def run(self, given: Mapping[str, Array]) -> tuple[list[Array], dict[str, list[Read]]]:
+        """The outputs, and what the quantised layers are given and read."""
+        pairs = [pair for each in self.read.values() for pair in each]
+        inner = list(dict.fromkeys(name for pair in pairs for name in pair))
         found = self.session.run([*self.outputs, *inner], dict(given))
-        values = dict(zip(inner, found[len(self.outputs) :], strict=True))
-        read = {module: [values[name] for name in names] for module, names in self.read.items()}
+        known = dict(zip(inner, found[len(self.outputs) :], strict=True))
+        read = {
+            module: [(known[raw], known[rounded]) for raw, rounded in each]
+            for module, each in self.read.items()
+        }
         return found[: len(self.outputs)], read
 
     def followed(
         self,
         reference: RecipeModule,
-        read: Mapping[str, Sequence[Array]],
+        read: Mapping[str, Sequence[Read]],
         relative: float | None = None,
     ) -> AbstractContextManager[None]:
         """Within it, `reference` rounds as the file did; `relative` as in `Rounding`."""
@@ -174,8 +181,12 @@ def _opened(
     if quantized is not None:
         model = load_onnx(path)
         values = rounded_values(model)
-        read = {module: [value.name or "" for value in each] for module, each in values.items()}
-        session = session_for(model, path, [value for each in values.values() for value in each])
+        read = {
+            module: [(raw.name or "", rounded.name or "") for raw, rounded in each]
+            for module, each in values.items()
+        }
+        pairs = [pair for each in values.values() for pair in each]
+        session = session_for(model, path, [value for pair in pairs for value in pair])
     return _Opened(
         path=path,
         dtype=dtype,
