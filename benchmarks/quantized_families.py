@@ -15,8 +15,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from families import VOCABULARY, aligned, build_plans, prepare, write_pruned
+from families import aligned, build_plans, prepare, write_pruned
 from family_batches import batch
+from tiny_families import VOCABULARY
 
 from prox24_deploy.core.errors import EngineError, RecipeError
 from prox24_deploy.core.types import DType, QuantizedFormat
@@ -134,9 +135,9 @@ def show(rows: dict[str, QuantizedRow | str], form: QuantizedFormat, seconds: fl
     for row in known:
         for reason, count in row.left.items():
             print(f"{row.family}, {row.format}: {count}, because {reason}")
-    for family, row in rows.items():
-        if isinstance(row, str):
-            print(f"{family}, {form}: {row}")
+    for family, found in rows.items():
+        if isinstance(found, str):
+            print(f"{family}, {form}: {found}")
     print(json.dumps({"quantized": [asdict(row) for row in known], "seconds": round(seconds, 1)}))
 
 

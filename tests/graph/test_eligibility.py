@@ -227,7 +227,7 @@ def between(path: Path, op: str, given: list[str]) -> Path:
     ],
 )
 def test_an_int8_product_is_eligible_where_its_kernel_can_write_int8(
-    tmp_path: Path, op: str, given: list[str], eligible: bool
+    tmp_path: Path, op: str, given: list[str], *, eligible: bool
 ) -> None:
     (check,) = check_onnx(between(tmp_path / "m.onnx", op, given))
     assert check.eligible == eligible

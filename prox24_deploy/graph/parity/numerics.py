@@ -56,11 +56,8 @@ def compare_with_torch(
     the largest magnitude of the output. A graph with a cache is run over prefill from an empty
     past, over a second chunk and over one decoded token, on random keys and values. Rows with a
     batch index of 1 and above are padded on the right, with a cache on the left, and positions
-    that the attention mask excludes are not compared.
-
-    Where layers are quantised, PyTorch follows the file in how it rounds what they read, after each
-    rounding was compared, on inputs without padding (`graph.parity.rounded`); so these tolerances
-    hold for quantised files too.
+    that the attention mask excludes are not compared. Where layers are quantised, each rounding is
+    compared, on inputs without padding, and then followed (`graph.parity.rounded`).
 
     Args:
         model: the float32 module that was exported; it is not changed.
@@ -71,17 +68,15 @@ def compare_with_torch(
         twin: which of the two files this is.
         vocabulary: token ids are drawn from [0, vocabulary).
         seed: of the random inputs.
-        quantized: what of the model is quantised; its weights then have the values of
-            `apply_weights`, and it does not round inputs itself.
+        quantized: what of `model` is quantised, as for `export_graphs`.
 
     Returns:
         One passed check per output, or nothing for bfloat16.
 
     Raises:
         ExportError: the file does not load, an activation or a tensor inside the graph does not
-            fit `dtype`, a quantised layer reads what is no rounding of its input, or an output
-            differs by more than the tolerance; names the tensor, or the module where the
-            difference begins.
+            fit `dtype`, or a rounding or an output differs by more than the tolerance; names the
+            tensor, or the module where the difference begins.
     """
     if dtype == "bfloat16":
         return ()
