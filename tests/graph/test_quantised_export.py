@@ -9,10 +9,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from families import build_plans
 from family_batches import batch, recipe_of
 from graph_models import Array, toy_recipe
 from onnx import numpy_helper
 from quantised_models import MIXED_RECIPE, Mixed, images, quantised
+from quantized_families import CAPABILITIES
 from tiny_families import tiny_model
 from torch import nn
 
@@ -266,3 +268,15 @@ def test_the_file_of_a_quantised_model_is_proven_too(tmp_path: Path, form: Quant
     broken = replace(made.layers["flat"], weight=numbers.to(kind))
     write_quantized(replace(made, layers={**made.layers, "flat": broken}, axes=axes), path)
     assert [check.tensor for check in check_path(path).violations] == ["flat.weight"]
+
+
+@pytest.mark.tensorrt_rtx
+@pytest.mark.parametrize("form", STORED)
+def test_tensorrt_rtx_builds_it_for_gpus_that_have_the_format(
+    tmp_path: Path, form: QuantizedFormat
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    made = exported(tmp_path / "onnx", form, "float16")
+    plans = build_plans([made.path], "float16", CAPABILITIES[form])
+    assert list(plans) == (["SM86"] if form == "int8" else ["SM89", "SM120"])
+    assert all(int(plan.removesuffix(" B")) > 0 for plan in plans.values())
