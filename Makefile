@@ -30,6 +30,8 @@ types: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/prox_speed.py
 	$(BIN)/python benchmarks/families.py
+	$(BIN)/python benchmarks/families.py --quantize int8
+	$(BIN)/python benchmarks/families.py --quantize fp8
 	$(BIN)/pytest -m large
 
 $(STAMP): pyproject.toml constraints.txt

@@ -135,9 +135,9 @@ def show(rows: dict[str, QuantizedRow | str], form: QuantizedFormat, seconds: fl
     for row in known:
         for reason, count in row.left.items():
             print(f"{row.family}, {row.format}: {count}, because {reason}")
-    for family, refusal in rows.items():
-        if isinstance(refusal, str):
-            print(f"{family}, {form}: {refusal}")
+    for family, found in rows.items():
+        if isinstance(found, str):
+            print(f"{family}, {form}: {found}")
     print(json.dumps({"quantized": [asdict(row) for row in known], "seconds": round(seconds, 1)}))
 
 

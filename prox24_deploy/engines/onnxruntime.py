@@ -211,6 +211,9 @@ def _load(path: Path, options: dict[str, int]) -> ort.InferenceSession:
     settings.log_severity_level = _SEVERITY_ERROR
     # Dense and sparse are timed in turns: the idle one must not keep its threads spinning.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
+    # Else products of quantised models become products of integers, which saturate on some
+    # processors (`graph.parity.bisect.session_options`); this backend is there for its numbers.
+    settings.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         session = ort.InferenceSession(path, settings, providers=[PROVIDER])
     except Exception as error:  # its exceptions share no base class below Exception

@@ -92,9 +92,8 @@ def plan(
         Prox24Error: what `build` raises for the same model and options.
     """
     context = read_context(model_dir, None, options, progress)
-    require_one_graph(context.recipe, "plan")
-    fitted = fitted_shapes(options.engine, context.source.config, context.recipe)
-    recipe = context.recipe
+    require_one_graph(recipe := context.recipe, "plan")
+    fitted = fitted_shapes(options.engine, context.source.config, recipe)
     shapes = fitted.shapes(images=not recipe.modality.has_length, cached=recipe.cache)
     dtype = _planned_dtype(context, options, saved)
     if saved is None:

@@ -100,12 +100,14 @@ def test_stored_weights_are_judged_as_the_layers_they_will_be(tmp_path: Path) ->
 def quantised(
     path: Path, point: dict[str, int], *, computed: str = "", kind: type[np.integer[Any]] = np.int8
 ) -> Path:
-    """A product of two 8-bit operands with a zero point each."""
+    """A product of two 8-bit operands with a zero point each, whose output is rounded too."""
     nodes = [
         node("QuantizeLinear", ["x", "s", "px"], "qx"),
         node("DequantizeLinear", ["qx", "s", "px"], "dx"),
         node("DequantizeLinear", ["w", "s", "pw"], "dw"),
-        node("MatMul", ["dx", "dw"], "y", "fc"),
+        node("MatMul", ["dx", "dw"], "m", "fc"),
+        node("QuantizeLinear", ["m", "s", "px"], "qm"),
+        node("DequantizeLinear", ["qm", "s", "px"], "y"),
     ]
     if computed:
         nodes[:0] = [node(computed, ["z"], "px")]
@@ -201,3 +203,36 @@ def test_the_parser_of_tensorrt_takes_what_is_said_to_be_taken(
     )
     parser = trt.OnnxParser(network, logger)
     assert parser.parse(path.read_bytes()) == check_onnx(path)[0].eligible
+
+
+def between(path: Path, op: str, given: list[str]) -> Path:
+    """An INT8 product with one node between it and the rounding of its output."""
+    model = onnx.load(quantised(path, {"x": 0, "w": 0}))
+    product = next(each for each in model.graph.node if each.op_type == "MatMul")
+    product.output[0] = "product"
+    model.graph.node.insert(len(model.graph.node) - 2, node(op, given, "m"))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(16, np.float32), "bias"))
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "eligible"),
+    [
+        ("Add", ["product", "bias"], True),
+        ("Gelu", ["product"], True),
+        ("Transpose", ["product"], True),
+        ("Add", ["product", "dx"], False),
+        ("Softmax", ["product"], False),
+    ],
+)
+def test_an_int8_product_is_eligible_where_its_kernel_can_write_int8(
+    tmp_path: Path, op: str, given: list[str], *, eligible: bool
+) -> None:
+    (check,) = check_onnx(between(tmp_path / "m.onnx", op, given))
+    assert check.eligible == eligible
+    said = (
+        f"TensorRT has sparse INT8 kernels for INT8 outputs only, and node 'node_m' ({op}) reads "
+        "it as it is"
+    )
+    assert check.ineligible_reason == ("" if eligible else said)

@@ -214,6 +214,7 @@ def test_decoding_is_judged_and_shown_beside_reading_at_once() -> None:
         ("onnxruntime sparse log-perplexity", "pass"),
         ("onnxruntime sparse log-perplexity, decoding", "pass"),
         ("onnxruntime sparse log-perplexity, decoding", "fail"),
+        ("onnxruntime dense equal rows", "pass"),
     ]
     report = report_of(EngineAccuracyResult(engines=(found,)))
     assert report.verdict == "fail"

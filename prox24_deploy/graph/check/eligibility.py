@@ -4,6 +4,9 @@ For an eligible weight TensorRT times sparse kernels too; it takes one only wher
 which channels below about 256 seldom are (github.com/NVIDIA/TensorRT, issue 3849). MatMul and Gemm
 are eligible besides Conv (issues 2169 and 2271), convolutions of several groups are not (4054).
 Sizes that are no multiple of 8 and 16, and types without sparse tensor-core instructions, are not.
+Sparse INT8 kernels are taken only where the output is INT8 as the input is (issue 4694, and pull
+request 1664 of github.com/NVIDIA/Model-Optimizer): all that reads it must be QuantizeLinear, behind
+at most a bias, an activation function that TensorRT fuses, and nodes that only renumber elements.
 Batches of matrices follow the rules of one matrix here; what TensorRT does with them is not known.
 Its parser refuses a whole file in which a zero point of QuantizeLinear or DequantizeLinear is not
 zero ("Non-zero zero point is not supported", issue 2774), has no sign ("Found unsupported input
@@ -23,6 +26,9 @@ from prox24_deploy.graph.check.quantisers import is_quantiser, is_quantising, qu
 
 _SPARSE_OPS = ("MatMul", "Gemm", "Conv", "")
 _SPARSE_TYPES = ("float16", "bfloat16", "int8", "float8_e4m3fn")
+# Through these an output stays what the kernel of a product writes.
+_FUSED = ("Relu", "Gelu", "Clip", "LeakyRelu")
+_RENUMBERED = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 _N_MULTIPLE = 8
 _K_MULTIPLE = 16
 
@@ -66,6 +72,34 @@ def obstacles(op_type: str, domain: str, dtype: str, gemm: WeightShape | None) -
     if gemm.k % _K_MULTIPLE:
         found.append(f"{inputs} = {gemm.k} is not a multiple of {_K_MULTIPLE}")
     return found
+
+
+def wide_output(node: ir.Node) -> str:
+    """Why the output of an INT8 product is not INT8 too, "" where it is."""
+    left, seen = [node.outputs[0]], set()
+    while left:
+        value = left.pop()
+        if value.is_graph_output():
+            return _wide("it is an output of the graph")
+        for reader in value.consumers():
+            if is_quantiser(reader) or reader in seen:
+                continue
+            if not _passes(reader, value):
+                return _wide(f"{described(reader)} reads it as it is")
+            seen.add(reader)
+            left += reader.outputs
+    return ""
+
+
+def _wide(why: str) -> str:
+    return f"TensorRT has sparse INT8 kernels for INT8 outputs only, and {why}"
+
+
+def _passes(reader: ir.Node, value: ir.Value) -> bool:
+    if reader.op_type == "Add":
+        others = [given for given in reader.inputs if given is not value]
+        return bool(others) and all(constant_of(given) is not None for given in others)
+    return reader.op_type in (*_FUSED, *_RENUMBERED) and reader.inputs[0] is value
 
 
 def refusal(nodes: Iterable[ir.Node], path: Path, sparse: str) -> str:

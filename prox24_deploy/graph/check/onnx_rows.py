@@ -8,7 +8,7 @@ import onnx_ir as ir
 from prox24_deploy.core.errors import Prox24Error, UsageError
 from prox24_deploy.core.records import TensorCheck
 from prox24_deploy.graph.check.constants import constant_of, read_tensor, release, sizes_of
-from prox24_deploy.graph.check.eligibility import obstacles, refusal
+from prox24_deploy.graph.check.eligibility import obstacles, refusal, wide_output
 from prox24_deploy.graph.check.evaluation import Budget, NotComputedError
 from prox24_deploy.graph.check.folding import nodes_of, stored_elements
 from prox24_deploy.graph.check.inspection import Finding, inspect_groups, unread
@@ -69,6 +69,8 @@ def _candidate(weight: ConstantWeight, path: Path, budget: Budget, refused: str)
     multiplied = weight.exact or weight
     dtype = "" if multiplied.dtype is None else _type_name(multiplied.dtype)
     rules = obstacles(node.op_type, node.domain, dtype, multiplied.gemm)
+    if dtype == "int8" and (wide := next(filter(None, map(wide_output, weight.nodes)), "")):
+        rules.append(wide)
     problems = ["it is not proven 2:4"] if finding.reason else []
     problems += [refused] if refused else []
     problems += rules

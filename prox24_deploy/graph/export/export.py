@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -85,8 +85,7 @@ def export_graphs(
         dtype: of weights and activations; float32 shares the weights of `model`, the other two
             hold one converted copy while exporting.
         sparse: module paths in `model` whose weights must be 2:4 along their reduction axis.
-        quantized: layers that are to compute in 8 bits; their weights in `model` are what the
-            numbers stand for, and nothing rounds what they read.
+        quantized: layers that are to compute in 8 bits; `model` has the values of `apply_weights`.
 
     Returns:
         The paths of the graphs, in the order of `recipe.parts`.
@@ -108,16 +107,8 @@ def export_graphs(
         part.graph: _graph_of(converted, model, part, dtype, sparse, quantized)
         for part in recipe.parts
     }
-    parts = {part.graph: part for part in recipe.parts}
-
-    def prove(file: Path) -> None:
-        if sparse:
-            require_expected(replace(check_path(file), path=str(out / file.name)))
-        if quantized:
-            names = own_modules(parts[file.stem], list(quantized.layers))
-            require_stored(file, model, quantized, names)
-
-    return _publish(graphs, out, prove)
+    proof = _Proof(out=out, model=model, recipe=recipe, sparse=sparse, quantized=quantized)
+    return _publish(graphs, out, proof)
 
 
 def hash_onnx(path: Path) -> tuple[str, int]:
@@ -147,7 +138,7 @@ def _graph_of(
     graph = _to_onnx(module, recipe, dtype)
     settle_signature(graph.graph, module.signature)
     # A half of which nothing is pruned says so: a file that says nothing must be 2:4 throughout.
-    annotate(graph, model, own_modules(recipe, sparse) if sparse else None)
+    annotate(graph, model, own_modules(recipe, sparse) if sparse or quantized else None)
     _require_one_dtype(graph, dtype)
     if quantized:
         own = own_modules(recipe, list(quantized.layers))
@@ -318,6 +309,26 @@ def _failure(error: BaseException, recipe: Recipe) -> str:
         f"torch.onnx.export failed for family {recipe.family!r} at opset {recipe.opset} "
         f"({detail}); check the inputs and axes of the recipe, or try another opset."
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Proof:
+    """What is proven on every file of an export before it appears in `out`."""
+
+    out: Path
+    model: nn.Module
+    recipe: Recipe
+    sparse: Sequence[str]
+    quantized: QuantizedModel | None
+
+    def __call__(self, file: Path) -> None:
+        """Read one file back; raises what `export_graphs` says."""
+        if self.sparse:
+            require_expected(replace(check_path(file), path=str(self.out / file.name)))
+        if self.quantized:
+            (part,) = (part for part in self.recipe.parts if part.graph == file.stem)
+            names = own_modules(part, list(self.quantized.layers))
+            require_stored(file, self.model, self.quantized, names)
 
 
 def _publish(

@@ -22,7 +22,7 @@ from prox24_deploy.graph.export.signature import Signature
 from prox24_deploy.graph.parity.activations import range_guard, watched
 from prox24_deploy.graph.parity.bisect import first_difference, session_for, session_options
 from prox24_deploy.graph.parity.overflow import require_finite
-from prox24_deploy.graph.parity.rounded import Rounding, following, rounded_values
+from prox24_deploy.graph.parity.rounded import Read, Rounding, following, rounded_values
 from prox24_deploy.quantization.tensors import QuantizedModel
 from prox24_deploy.sparsity.groups import Array
 
@@ -56,11 +56,8 @@ def compare_with_torch(
     the largest magnitude of the output. A graph with a cache is run over prefill from an empty
     past, over a second chunk and over one decoded token, on random keys and values. Rows with a
     batch index of 1 and above are padded on the right, with a cache on the left, and positions
-    that the attention mask excludes are not compared.
-
-    Where layers are quantised, PyTorch follows the file in how it rounds what they read, after each
-    rounding was compared, on inputs without padding (`graph.parity.rounded`); so these tolerances
-    hold for quantised files too.
+    that the attention mask excludes are not compared. Where layers are quantised, each rounding is
+    compared, on inputs without padding, and then followed (`graph.parity.rounded`).
 
     Args:
         model: the float32 module that was exported; it is not changed.
@@ -71,17 +68,15 @@ def compare_with_torch(
         twin: which of the two files this is.
         vocabulary: token ids are drawn from [0, vocabulary).
         seed: of the random inputs.
-        quantized: what of the model is quantised; its weights then have the values of
-            `apply_weights`, and it does not round inputs itself.
+        quantized: what of `model` is quantised, as for `export_graphs`.
 
     Returns:
         One passed check per output, or nothing for bfloat16.
 
     Raises:
         ExportError: the file does not load, an activation or a tensor inside the graph does not
-            fit `dtype`, a quantised layer reads what is no rounding of its input, or an output
-            differs by more than the tolerance; names the tensor, or the module where the
-            difference begins.
+            fit `dtype`, or a rounding or an output differs by more than the tolerance; names the
+            tensor, or the module where the difference begins.
     """
     if dtype == "bfloat16":
         return ()
@@ -130,27 +125,34 @@ class _Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
-    """A file in ONNX Runtime; `read` names what its quantised layers read, by module path."""
+    """A file in ONNX Runtime.
+
+    `read` names, by module path, what quantised layers are given and what they read, rounded.
+    """
 
     path: Path
     dtype: DType
     session: ort.InferenceSession
     outputs: tuple[str, ...]
     quantized: QuantizedModel | None
-    read: Mapping[str, Sequence[str]]
+    read: Mapping[str, Sequence[tuple[str, str]]]
 
-    def run(self, given: Mapping[str, Array]) -> tuple[list[Array], dict[str, list[Array]]]:
-        """The outputs, and what the quantised layers read."""
-        inner = list(dict.fromkeys(name for names in self.read.values() for name in names))
+    def run(self, given: Mapping[str, Array]) -> tuple[list[Array], dict[str, list[Read]]]:
+        """The outputs, and what the quantised layers are given and read."""
+        pairs = [pair for each in self.read.values() for pair in each]
+        inner = list(dict.fromkeys(name for pair in pairs for name in pair))
         found = self.session.run([*self.outputs, *inner], dict(given))
-        values = dict(zip(inner, found[len(self.outputs) :], strict=True))
-        read = {module: [values[name] for name in names] for module, names in self.read.items()}
+        known = dict(zip(inner, found[len(self.outputs) :], strict=True))
+        read = {
+            module: [(known[raw], known[rounded]) for raw, rounded in each]
+            for module, each in self.read.items()
+        }
         return found[: len(self.outputs)], read
 
     def followed(
         self,
         reference: RecipeModule,
-        read: Mapping[str, Sequence[Array]],
+        read: Mapping[str, Sequence[Read]],
         relative: float | None = None,
     ) -> AbstractContextManager[None]:
         """Within it, `reference` rounds as the file did; `relative` as in `Rounding`."""
@@ -174,8 +176,12 @@ def _opened(
     if quantized is not None:
         model = load_onnx(path)
         values = rounded_values(model)
-        read = {module: [value.name or "" for value in each] for module, each in values.items()}
-        session = session_for(model, path, [value for each in values.values() for value in each])
+        read = {
+            module: [(raw.name or "", rounded.name or "") for raw, rounded in each]
+            for module, each in values.items()
+        }
+        pairs = [pair for each in values.values() for pair in each]
+        session = session_for(model, path, [value for pair in pairs for value in pair])
     return _Opened(
         path=path,
         dtype=dtype,

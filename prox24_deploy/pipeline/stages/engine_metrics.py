@@ -90,33 +90,31 @@ def measure_accuracy(
     least_rows: int,
     progress: Progress,
 ) -> EngineAccuracy:
-    """Run the sparse and the dense engine of one backend, and PyTorch, on the same samples.
+    """Run both engines of one backend, and PyTorch, on the same samples.
 
-    An engine that is not on a GPU takes any shape, so its samples are as long as the model's own.
-
+    Without a GPU they take any shape, so samples are as long as the model's own.
     Args:
         backend: opens the engines.
-        bundle: the folder that they lie in.
-        engines: of this backend; a twin is one graph, or encoder and decoder.
+        bundle: where they lie.
+        engines: a twin is one graph, or encoder and decoder.
         request: what to ask.
         least_rows: of a batch, that an engine on a GPU takes.
-        progress: told of each of the three comparisons.
+        progress: told of each comparison.
 
     Raises:
-        BackendMissingError: an engine cannot run on this machine.
-        EngineError: an engine does not run, lacks an input, or gives what is not finite.
+        BackendMissingError: one cannot run on this machine.
+        EngineError: one does not run, lacks an input, or gives what is not finite.
     """
     began = time.perf_counter()
-    shapes = request.shapes if backend.on_gpu else None
+    shapes, rows = (request.shapes, least_rows) if backend.on_gpu else (None, 1)
     samples, cut = take(request.held_out, request.tokens, shapes)
-    rows = least_rows if backend.on_gpu else 1
-    questions = [_Question(samples=samples, ask=_evaluator(request, samples, progress))]
-    questions += [_decoding(request, shapes)] if request.decodes else []
+    reading = _Question(samples=samples, ask=_evaluator(request, samples, progress))
+    questions = [reading, *([_decoding(request, shapes)] if request.decodes else ())]
     again = _again(backend, request, samples, engines[0].dtype)
     with ExitStack() as until:
 
         def opened(twin: Twin) -> list[Graph]:
-            own = (engine for engine in engines if engine.twin == twin)
+            own = [engine for engine in engines if engine.twin == twin]
             return [_opened(backend, bundle, engine, rows, until) for engine in own]
 
         (whole, *decoded), checked = _answers(request, opened, questions, again)

@@ -19,7 +19,7 @@ from prox24_deploy.core.records import (
 )
 from prox24_deploy.core.types import TWINS, DType, Progress, Twin
 from prox24_deploy.pipeline.context import torch_device, vocabulary_of
-from prox24_deploy.pipeline.stages.quantize import quantized_of
+from prox24_deploy.pipeline.stages.quantize import quantized_of, tensors_of
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
@@ -90,13 +90,21 @@ def _export(inputs: ExportInputs, work: Workspace, progress: Progress) -> Export
 def _export_twin(
     inputs: ExportInputs, twin: Twin, directory: "ModelDir", partial: Path
 ) -> tuple[tuple[OnnxModel, ...], list[NumericsCheck]]:
-    """Export one twin below `partial`, and compare each graph with PyTorch."""
-    from prox24_deploy.graph.export.export import export_graphs, hash_onnx
+    """Export one twin below `partial`, and compare each graph with PyTorch.
+
+    The sparse twin is quantised where that was asked for; the dense one is what it is held against.
+    """
+    from prox24_deploy.graph.export.export import export_graphs
     from prox24_deploy.graph.parity.numerics import compare_with_torch
     from prox24_deploy.model.directory import load_model
+    from prox24_deploy.quantization.tensors import apply_weights, read_quantized
 
     recipe = inputs.recipe
     module = load_model(directory, recipe, torch_device("cpu"))
+    tensors = tensors_of(inputs.quantized) if twin == "sparse" else None
+    quantized = read_quantized(tensors) if tensors else None
+    if quantized:
+        apply_weights(module, quantized)
     folder = partial / ONNX / twin
     make_folder(folder.parent)
     paths = export_graphs(
@@ -105,6 +113,7 @@ def _export_twin(
         folder,
         dtype=inputs.dtype,
         sparse=inputs.layers if twin == "sparse" else (),
+        quantized=quantized,
     )
     numerics: list[NumericsCheck] = []
     for part, path in zip(recipe.parts, paths, strict=True):
@@ -116,20 +125,22 @@ def _export_twin(
             twin=twin,
             vocabulary=vocabulary_of(inputs.source.config),
             seed=inputs.seed,
+            quantized=quantized,
         )
-    files = []
-    for path in paths:
-        sha256, size = hash_onnx(path)
-        files.append(
-            OnnxModel(
-                path=f"{ONNX}/{twin}/{path.name}",
-                dtype=inputs.dtype,
-                opset=recipe.opset,
-                sha256=sha256,
-                size_bytes=size,
-            )
-        )
-    return tuple(files), numerics
+    return tuple(_described(path, twin, inputs) for path in paths), numerics
+
+
+def _described(path: Path, twin: Twin, inputs: ExportInputs) -> OnnxModel:
+    from prox24_deploy.graph.export.export import hash_onnx
+
+    sha256, size = hash_onnx(path)
+    return OnnxModel(
+        path=f"{ONNX}/{twin}/{path.name}",
+        dtype=inputs.dtype,
+        opset=inputs.recipe.opset,
+        sha256=sha256,
+        size_bytes=size,
+    )
 
 
 STAGE = Stage(name="export", result=ExportResult, run=_export, outputs=(ONNX,))
