@@ -93,6 +93,7 @@ def measure_accuracy(
     """Run both engines of one backend, and PyTorch, on the same samples.
 
     Without a GPU they take any shape, so samples are as long as the model's own.
+
     Args:
         backend: opens the engines.
         bundle: where they lie.
