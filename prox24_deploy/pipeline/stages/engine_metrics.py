@@ -115,8 +115,7 @@ def measure_accuracy(
     with ExitStack() as until:
 
         def opened(twin: Twin) -> list[Graph]:
-            own = [engine for engine in engines if engine.twin == twin]
-            return [_opened(backend, bundle, engine, rows, until) for engine in own]
+            return [_opened(backend, bundle, e, rows, until) for e in engines if e.twin == twin]
 
         (whole, *decoded), checked = _answers(request, opened, questions, again)
     return EngineAccuracy(
