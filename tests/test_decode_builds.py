@@ -104,6 +104,7 @@ def test_the_decoder_of_two_graphs_decodes_and_its_encoder_does_not(
     assert all(one["passed"] is not False for one in decode["parity"])
 
 
+@pytest.mark.large
 def test_cusparselt_decodes_with_layers_chosen_for_it(
     tmp_path: Path, tiny_llama: Path, prose: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

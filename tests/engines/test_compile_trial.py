@@ -46,6 +46,7 @@ def opened(
     torch.compiler.reset()
 
 
+@pytest.mark.large
 def test_what_a_child_compiled_is_taken_from_the_cache(opened: TorchModel) -> None:
     """One graph for each shape and one for all others, and no weight read twice."""
     trial = try_elsewhere(opened, SHAPES, {}, job())
@@ -89,12 +90,14 @@ def test_a_child_that_gives_no_answer_is_a_reason(
     assert 0 < found.seconds < 60
 
 
+@pytest.mark.large
 def test_a_compiler_that_runs_out_of_memory_is_a_reason(opened: TorchModel) -> None:
     planted = "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB.')"
     reason = try_elsewhere(opened, SHAPES, {}, job(planted)).reason
     assert reason.endswith("OutOfMemoryError: CUDA out of memory. Tried 2 GiB")
 
 
+@pytest.mark.large
 def test_a_twin_whose_compiler_crashes_runs_without(
     opened: TorchModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +111,7 @@ def test_a_twin_whose_compiler_crashes_runs_without(
         assert ready.run_last()[0].shape[:2] == (2, 16)
 
 
+@pytest.mark.large
 def test_layers_are_compressed_in_the_child_too(
     opened: TorchModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,6 +136,7 @@ def test_every_kind_of_shape_has_one_more_for_all_others() -> None:
     assert with_another(images) == [*images, Shape(batch=3, sequence=0)]
 
 
+@pytest.mark.large
 def test_a_step_compiles_without_a_break_for_one_shape_and_for_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -336,7 +336,8 @@ def test_product_of_two_quantised_operands_is_eligible_in_their_type(
 ) -> None:
     weight = (array_24((16, 32), 1) != 0).astype(kind)
     check = quantised(tmp_path / "m.onnx", weight, both=True)
-    assert (check.is_24, check.eligible, check.ineligible_reason) == (True, True, "")
+    # INT8 kernels that are sparse put out INT8 too, which nothing asks for here.
+    assert (check.is_24, check.eligible) == (True, kind != np.dtype(np.int8))
     check = quantised(tmp_path / "m.onnx", weight, both=False)
     assert (check.is_24, check.eligible) == (True, False)
     assert check.ineligible_reason == "float32 has no sparse kernels"

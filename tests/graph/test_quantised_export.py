@@ -225,6 +225,7 @@ def test_a_module_that_rounds_itself_is_refused_before_it_is_rounded_twice(tmp_p
         export_onnx(model, recipe(), tmp_path / "onnx", dtype="float32", quantized=made)
 
 
+@pytest.mark.large
 def test_both_halves_of_an_encoder_decoder_hold_their_own_layers(tmp_path: Path) -> None:
     model = tiny_model("bart", encoder_layers=1, decoder_layers=1)
     known = recipe_of(model)

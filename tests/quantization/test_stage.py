@@ -22,6 +22,7 @@ def build(model: Path, prose: Path, out: Path, *more: str) -> int:
     ).code  # fmt: skip
 
 
+@pytest.mark.large
 def test_a_quantised_build_is_whole_and_one_without_takes_it_back(
     tiny_bert: Path, prose: Path, tmp_path: Path
 ) -> None:
