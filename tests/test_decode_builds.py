@@ -88,6 +88,7 @@ def test_another_past_is_another_figure(bundle: Path, tmp_path: Path) -> None:
     assert "onnxruntime/batch=2,sequence=1,past=25" in " ".join(run.err.split())
 
 
+@pytest.mark.large
 def test_the_decoder_of_two_graphs_decodes_and_its_encoder_does_not(
     tmp_path: Path, prose: Path
 ) -> None:
