@@ -93,7 +93,7 @@ def build(name: str, images: Path, tmp_path: Path, *more: str) -> Report:
 
 
 # One of each kind, for a whole build takes long; benchmarks/families.py exports all of them.
-@pytest.mark.parametrize("name", ["vit", "swin", "resnet"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.large), "resnet"])
 def test_an_image_model_is_built_and_proven(name: str, images: Path, tmp_path: Path) -> None:
     report = build(name, images, tmp_path)
     proven = [tensor for tensor in report.sparsity.tensors if tensor.expected and tensor.is_24]

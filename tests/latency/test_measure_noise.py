@@ -10,6 +10,7 @@ from prox24_deploy.latency.measure import MeasureOptions
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.large
 def test_an_engine_against_itself_is_never_found_to_differ() -> None:
     """A hundred short measurements of one model, on whatever else this machine is doing."""
     with bench() as made:
