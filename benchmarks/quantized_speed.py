@@ -16,7 +16,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
@@ -28,29 +27,23 @@ from torch import Tensor, nn
 
 from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
 from prox24_deploy.core.shapes import Shape
+from prox24_deploy.core.types import Quantize
 from prox24_deploy.engines.cusparselt.choice import choose
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
-from prox24_deploy.engines.cusparselt.formats import OPERANDS
 from prox24_deploy.engines.cusparselt.gemm import gpu_profile, measure_layers, uses_at
 from prox24_deploy.engines.cusparselt.kernels import kernels_by_layer, sparse_kernels
 from prox24_deploy.engines.cusparselt.linear import replace_layers
 from prox24_deploy.engines.cusparselt.planning import LayerPlan, plan_layers, plan_shapes
 from prox24_deploy.engines.cusparselt.profile import GemmFormat, GemmTiming, half_format
-from prox24_deploy.engines.cusparselt.quantized import replace_quantized, to_numbers
+from prox24_deploy.engines.cusparselt.quantized import replace_quantized
 from prox24_deploy.engines.cusparselt.torch_model import TorchModel
-from prox24_deploy.engines.cusparselt.ways import EIGHT_BITS, Quantize, Way, cheapest
+from prox24_deploy.engines.cusparselt.ways import EIGHT_BITS, Way, cheapest
 from prox24_deploy.graph.export.module import TORCH_DTYPES
 from prox24_deploy.model.layers import layer_at
+from prox24_deploy.quantization.formats import FORMATS
+from prox24_deploy.quantization.tensors import QuantizedLayer
 
 ROUNDS = 40
-LIMITS = {"fp8": 448.0, "int8": 127.0}
-
-
-@dataclass(frozen=True, slots=True)
-class Rounded:
-    weight: Tensor
-    weight_scale: Tensor
-    input_scale: float
 
 
 def input_limits(model: TorchModel, names: Sequence[str], shape: Shape) -> dict[str, float]:
@@ -72,11 +65,15 @@ def input_limits(model: TorchModel, names: Sequence[str], shape: Shape) -> dict[
     return found
 
 
-def rounded(weight: Tensor, limit: float, quantize: Quantize) -> Rounded:
+def rounded(weight: Tensor, limit: float, quantize: Quantize) -> QuantizedLayer:
     """To the nearest number; the largest weight of a row and the largest input are the greatest."""
-    greatest, kind = LIMITS[quantize], OPERANDS[quantize].dtype  # type: ignore[index]
-    scale = weight.float().abs().amax(1).clamp(min=1e-12) / greatest
-    return Rounded(to_numbers(weight / scale[:, None], 1.0, kind), scale, limit / greatest)
+    form = FORMATS[quantize]  # type: ignore[index]
+    scale = weight.float().abs().amax(1).clamp(min=1e-12) / form.largest
+    return QuantizedLayer(
+        weight=form.weight_numbers(weight, scale),
+        weight_scale=scale,
+        input_scale=limit / form.largest,
+    )
 
 
 def apply(

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -20,7 +20,7 @@ from prox24_deploy.config.options import (
 )
 from prox24_deploy.core.backends import BACKENDS, backends_with
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.types import DTYPES, DType, Preset, Pruning, Refinement
+from prox24_deploy.core.types import DTYPES, DType, Preset, Pruning, Quantize, Refinement
 
 _DTYPES = ", ".join(DTYPES)
 _COMMON = {"-v", "--verbose", "-q", "--quiet", "--debug"}
@@ -156,13 +156,13 @@ PlanDTypeOpt = Annotated[
     ),
 ]
 QuantizeOpt = Annotated[
-    Literal["none", "fp8", "int8"],
+    Quantize,
     typer.Option(
         help="Round weights and activations of the target layers to 8 bits, zeros staying zeros."
     ),
 ]
 PlanQuantizeOpt = Annotated[
-    Literal["none", "fp8", "int8"],
+    Quantize,
     typer.Option(
         "--quantize",
         help="8-bit format that layers may use besides the dtype; on the GPU at hand only what is "

@@ -28,8 +28,8 @@ class LayerQuantization:
         clipped: share of the inputs that are.
         moved_into: the parameter that took up the scales of the input channels, "" for none.
         rounding: of the weight.
-        error: ‖Y - Y'‖² / ‖Y‖², Y the output for the same inputs before, bias excluded; None for a
-            layer that was not tried.
+        error: ‖Y - Y'‖² / ‖Y‖², Y the output of the layer in the model as it was and Y' in the
+            quantised one, bias excluded; None for a layer that was not tried.
         nearest_error: the same with the weight rounded to the nearest numbers.
     """
 
@@ -60,8 +60,3 @@ class QuantizeResult:
     withheld: int
     state_sha256: str
     seconds: float
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Paths of the layers that are quantised."""
-        return tuple(layer.name for layer in self.layers if not layer.reason)

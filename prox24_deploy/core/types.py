@@ -8,6 +8,8 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 
 # What weights and activations are rounded to, besides a dtype.
 QuantizedFormat = Literal["fp8", "int8"]
+# The same as an option.
+Quantize = Literal["none", "fp8", "int8"]
 
 # The dense and the sparse model of one build, and everything that is made of both.
 Twin = Literal["dense", "sparse"]

@@ -19,7 +19,7 @@ from prox24_deploy.core.records import (
     ExportResult,
     PruneResult,
 )
-from prox24_deploy.core.types import DType, Progress, silent
+from prox24_deploy.core.types import DType, Progress, Quantize, silent
 from prox24_deploy.engines.cusparselt.profile import read_profile
 from prox24_deploy.packaging import package as packaging
 from prox24_deploy.packaging.naming import default_out
@@ -31,7 +31,6 @@ from prox24_deploy.report.schema import Comparison, Report
 
 if TYPE_CHECKING:
     from prox24_deploy.engines.cusparselt.planning import Plan
-    from prox24_deploy.engines.cusparselt.ways import Quantize
     from prox24_deploy.graph.check.judgement import CheckReport
 
 StrPath = str | os.PathLike[str]
@@ -170,7 +169,7 @@ def plan(
     *,
     gpu_profile: StrPath | None = None,
     sensitivity: bool = True,
-    quantize: "Quantize" = "none",
+    quantize: Quantize = "none",
     progress: Progress = silent,
 ) -> "Plan":
     """Say which layers are worth pruning for a GPU.

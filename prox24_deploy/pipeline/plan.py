@@ -12,7 +12,7 @@ from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import Sensitivity
 from prox24_deploy.core.shapes import Shape
-from prox24_deploy.core.types import DType, Progress
+from prox24_deploy.core.types import DType, Progress, Quantize
 from prox24_deploy.engines import require_one_graph
 from prox24_deploy.engines.cusparselt.choice import LayerChoice, choose, gemm_obstacle
 from prox24_deploy.engines.cusparselt.formats import gpu_obstacle
@@ -33,7 +33,7 @@ from prox24_deploy.engines.cusparselt.torch_model import (
     open_torch_model,
     require_gpu,
 )
-from prox24_deploy.engines.cusparselt.ways import EIGHT_BITS, Quantize
+from prox24_deploy.engines.cusparselt.ways import EIGHT_BITS
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.graph.export.module import RecipeModule
 from prox24_deploy.model.blocks import find_blocks, target_layers

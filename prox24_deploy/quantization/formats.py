@@ -12,6 +12,20 @@ from torch import Tensor
 
 from prox24_deploy.core.types import QuantizedFormat
 
+# The smallest and the greatest number of an activation.
+_RANGES = {torch.float8_e4m3fn: (-448.0, 448.0), torch.int8: (-128.0, 127.0)}
+
+
+def to_numbers(values: Tensor, scale: Tensor | float, kind: torch.dtype) -> Tensor:
+    """Numbers of `values`, of any shape: the nearest to values / scale, saturating.
+
+    `scale` broadcasts. A NaN stays one in FP8; int8 has none.
+    """
+    least, greatest = _RANGES[kind]
+    scaled = (values.float() / scale).clamp(least, greatest)
+    # A cast to integers would round towards zero.
+    return (scaled if kind.is_floating_point else scaled.round()).to(kind)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NumberFormat:
@@ -20,36 +34,33 @@ class NumberFormat:
     Attributes:
         name: on the command line and in files.
         dtype: in which numbers are stored.
-        least: the smallest number of an activation.
-        largest: the greatest number, and the greatest magnitude of a weight.
     """
 
     name: QuantizedFormat
     dtype: torch.dtype
-    least: float
-    largest: float
+
+    @property
+    def largest(self) -> float:
+        """The greatest number, and the greatest magnitude of a weight."""
+        return _RANGES[self.dtype][1]
 
     def numbers(self, values: Tensor, scale: Tensor | float) -> Tensor:
         """Numbers of activations, of any shape, in `dtype`; `scale` broadcasts."""
-        return self._rounded((values.float() / scale).clamp(self.least, self.largest))
+        return to_numbers(values, scale, self.dtype)
 
     def weight_numbers(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Numbers of a matrix (n, k) with one scale for each row, (n,)."""
         scaled = weight.float() / scale[:, None]
-        return self._rounded(scaled.clamp(-self.largest, self.largest))
+        return to_numbers(scaled.clamp(-self.largest, self.largest), 1.0, self.dtype)
 
     def values(self, numbers: Tensor, scale: Tensor | float) -> Tensor:
         """What numbers stand for, float32; `scale` broadcasts."""
         return numbers.float() * scale
 
-    def _rounded(self, scaled: Tensor) -> Tensor:
-        # A cast to integers would round towards zero.
-        return (scaled if self.dtype.is_floating_point else scaled.round()).to(self.dtype)
-
 
 FORMATS: dict[QuantizedFormat, NumberFormat] = {
-    "fp8": NumberFormat(name="fp8", dtype=torch.float8_e4m3fn, least=-448, largest=448),
-    "int8": NumberFormat(name="int8", dtype=torch.int8, least=-128, largest=127),
+    "fp8": NumberFormat(name="fp8", dtype=torch.float8_e4m3fn),
+    "int8": NumberFormat(name="int8", dtype=torch.int8),
 }
 
 

@@ -86,11 +86,11 @@ def quantize_group(
         return QuantizedGroup(
             layers={}, records=tuple(left_record(path, layer, reason) for path, layer in pairs)
         )
-    if moved := _best_move(trial, _place(group, form)):
+    trial, span, moved = _best_move(trial, _place(group, form))
+    if moved:
         moved.place.divide(moved.factors)
         multiply_columns(group.layers, moved.factors)
-        trial = trial.divided(moved.factors)
-    return _quantized(group, trial, moved)
+    return _quantized(group, trial, span, moved)
 
 
 def left_record(path: str, layer: Layer, reason: str) -> LayerQuantization:
@@ -126,22 +126,23 @@ def _place(group: _Group, form: NumberFormat) -> Place | None:
     return place_before(twin.pruned, layers, width, lambda: run_block(twin.pruned, call, hidden))
 
 
-def _best_move(trial: Trial, place: Place | None) -> Moved | None:
-    """The factors that help most on withheld samples; None where none does."""
-    if place is None:
-        return None
-    best, found = trial.best_range()[1], None
-    for strength in STRENGTHS:
+def _best_move(trial: Trial, place: Place | None) -> tuple[Trial, InputRange, Moved | None]:
+    """With the factors that help most on withheld samples; as it is where none does."""
+    span, best = trial.best_range()
+    found: tuple[Trial, InputRange, Moved | None] = trial, span, None
+    for strength in STRENGTHS if place else ():
         factors = migration_factors(trial.seen.channels, trial.weight, strength)
-        error = trial.divided(factors).best_range()[1]
-        if error < best:
-            best, found = error, Moved(place=place, factors=factors)
+        other = trial.divided(factors)
+        span, error = other.best_range()
+        if place and error < best:
+            best, found = error, (other, span, Moved(place=place, factors=factors))
     return found
 
 
-def _quantized(group: _Group, trial: Trial, moved: Moved | None) -> QuantizedGroup:
+def _quantized(
+    group: _Group, trial: Trial, span: InputRange, moved: Moved | None
+) -> QuantizedGroup:
     """Round the weights every way, and take for each layer what is best on withheld samples."""
-    span, _ = trial.best_range()
     as_they_are = trial.errors(trial.weight, None)
     tried = [
         (rounding, made, trial.errors(made.values(trial.form), span.scale))

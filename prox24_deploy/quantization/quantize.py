@@ -146,7 +146,7 @@ def _quantize_block(
             layer.weight.copy_(dequantized(layer, stored, form.name))
             found[f"{twin.prefix}.{name}"] = stored
         own = {name: found[f"{twin.prefix}.{name}"] for name in made.layers}
-        apply_inputs(twin.pruned, QuantizedModel(format=form.name, layers=own), own)
+        apply_inputs(twin.pruned, QuantizedModel(format=form.name, layers=own))
         # Factors in a weight that stays in 16 bits are there to be read by every backend.
         for name in set(group) - made.layers.keys() if made.moved else ():
             folded[f"{twin.prefix}.{name}.weight"] = layer_at(twin.pruned, name).weight.clone()
@@ -253,9 +253,13 @@ def load_quantized(
     Without a file, it is the model as it is.
     """
     model = load_model(directory, recipe, device)
-    if tensors is None:
-        return model
+    if tensors is not None:
+        apply_quantized(model, tensors)
+    return model
+
+
+def apply_quantized(model: nn.Module, tensors: Path) -> None:
+    """Give a model the weights and the rounding of inputs that a file of tensors has, in place."""
     quantized = read_quantized(tensors)
     apply_weights(model, quantized)
     apply_inputs(model, quantized)
-    return model

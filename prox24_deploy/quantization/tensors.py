@@ -7,7 +7,7 @@ under its own name.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,11 +104,11 @@ def apply_weights(model: nn.Module, quantized: QuantizedModel) -> None:
         layer.weight.copy_(dequantized(layer, stored, quantized.format))
 
 
-def apply_inputs(model: nn.Module, quantized: QuantizedModel, names: Iterable[str] = ()) -> None:
-    """Let layers round what they read, in place: all of them, or the named ones."""
-    for name in names or quantized.layers:
+def apply_inputs(model: nn.Module, quantized: QuantizedModel) -> None:
+    """Let layers round what they read, in place."""
+    for name, stored in quantized.layers.items():
         layer_at(model, name).register_forward_pre_hook(
-            RoundedInput(quantized.format, quantized.layers[name].input_scale)
+            RoundedInput(quantized.format, stored.input_scale)
         )
 
 

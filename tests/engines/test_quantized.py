@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantized_layers import Stored, formula, stored_weight
+from quantized_layers import formula, stored_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -30,8 +30,9 @@ from prox24_deploy.engines.cusparselt.quantized import (
     dense_obstacle,
     linear_8,
     replace_quantized,
-    to_numbers,
 )
+from prox24_deploy.quantization.formats import to_numbers
+from prox24_deploy.quantization.tensors import QuantizedLayer
 
 EIGHT: tuple[GemmFormat, ...] = ("fp8", "int8")
 
@@ -188,7 +189,11 @@ def test_compiled_code_computes_the_same_and_knows_the_scale(model: Model) -> No
 def test_what_cannot_be_is_told_by_name(
     model: Model, name: str, shape: tuple[int, ...], message: str, *, sparse: bool
 ) -> None:
-    stored = Stored(torch.ones(shape, dtype=torch.int8), torch.ones(shape[0]), 1.0)
+    stored = QuantizedLayer(
+        weight=torch.ones(shape, dtype=torch.int8),
+        weight_scale=torch.ones(shape[0]),
+        input_scale=1.0,
+    )
     with pytest.raises(EngineError, match=message):
         replace_quantized(model, {name: stored}, {name: {}} if sparse else {})
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from quantized_layers import Stored, formula, stored_weight
+from quantized_layers import formula, stored_weight
 from torch import Tensor, nn
 
 from prox24_deploy.engines.cusparselt.cuda_graph import capture
@@ -18,8 +18,9 @@ from prox24_deploy.engines.cusparselt.quantized import (
     QuantizedLinear,
     SparseQuantizedLinear,
     replace_quantized,
-    to_numbers,
 )
+from prox24_deploy.quantization.formats import to_numbers
+from prox24_deploy.quantization.tensors import QuantizedLayer
 
 pytestmark = pytest.mark.gpu
 FORMATS: tuple[GemmFormat, ...] = ("fp8", "int8")
@@ -35,11 +36,11 @@ def able(request: pytest.FixtureRequest) -> None:
 @dataclass(frozen=True)
 class Case:
     layer: QuantizedLinear | SparseQuantizedLinear
-    stored: Stored
+    stored: QuantizedLayer
     bias: Tensor | None
 
 
-def made(stored: Stored, dtype: torch.dtype, *, sparse: bool) -> Case:
+def made(stored: QuantizedLayer, dtype: torch.dtype, *, sparse: bool) -> Case:
     n, k = stored.weight.shape
     linear = nn.Linear(k, n, device="cuda", dtype=dtype)
     model = nn.Sequential(linear).requires_grad_(requires_grad=False)

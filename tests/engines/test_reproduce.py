@@ -17,7 +17,8 @@ from pathlib import Path
 
 import fake_tensorrt
 import pytest
-from fake_tensorrt import Version, forget_polygraphy, library
+from afresh import afresh_each_time
+from fake_tensorrt import Version, library
 from tensorrt_models import write_model
 
 from prox24_deploy.config.options import EngineOptions, TensorRtOptions
@@ -26,7 +27,6 @@ from prox24_deploy.engines.base import Reproducible
 from prox24_deploy.engines.tensorrt import backend as tensorrt
 from prox24_deploy.engines.tensorrt.backend import TensorRt, open_tensorrt
 from prox24_deploy.engines.tensorrt.job import Job, run_job
-from prox24_deploy.engines.tensorrt.library import SWITCH
 from prox24_deploy.engines.tensorrt.reproduce import Build, reproduction
 
 SCRIPT = "engines/tensorrt/reproduce.sh"
@@ -54,11 +54,7 @@ TENSORRT_RTX = {
 
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    fake_tensorrt.calls.clear()
-    monkeypatch.delenv(SWITCH, raising=False)
-    forget_polygraphy()
-    yield
-    forget_polygraphy()
+    yield from afresh_each_time(monkeypatch)
 
 
 def job_of(**changes: object) -> Job:

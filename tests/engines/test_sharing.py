@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from prox24_deploy.engines.cusparselt.quantized import to_numbers
 from prox24_deploy.engines.cusparselt.sharing import ShareEqual
+from prox24_deploy.quantization.formats import to_numbers
 
 
 def traced(function: Callable[..., object], *inputs: Tensor) -> fx.GraphModule:

@@ -17,7 +17,8 @@ from types import ModuleType
 
 import fake_tensorrt
 import pytest
-from fake_tensorrt import Version, forget_polygraphy, library, said
+from afresh import afresh_each_time
+from fake_tensorrt import Version, library, said
 from tensorrt_models import write_decoder, write_model
 
 from prox24_deploy.config.options import Compatibility, EngineOptions, TensorRtOptions
@@ -42,12 +43,7 @@ LAYERS = json.dumps({"Layers": [{"Name": "node_linear", "TacticName": TACTIC}]})
 
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No calls yet, and a Polygraphy that has met no library."""
-    fake_tensorrt.calls.clear()
-    monkeypatch.delenv(SWITCH, raising=False)
-    forget_polygraphy()
-    yield
-    forget_polygraphy()
+    yield from afresh_each_time(monkeypatch)
 
 
 def install(version: Version, monkeypatch: pytest.MonkeyPatch, folder: Path) -> ModuleType:

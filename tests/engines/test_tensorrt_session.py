@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from fake_tensorrt import Version, forget_polygraphy, library, said, stand_in_for_cuda
+from afresh import afresh_each_time
+from fake_tensorrt import Version, library, said, stand_in_for_cuda
 from tensorrt_models import write_model
 
 from prox24_deploy.config.options import EngineOptions
@@ -25,7 +26,6 @@ from prox24_deploy.core.records import Engine
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.engines.tensorrt import session as tensorrt_session
 from prox24_deploy.engines.tensorrt.backend import TensorRt
-from prox24_deploy.engines.tensorrt.library import SWITCH
 from prox24_deploy.engines.tensorrt.session import TensorRtSession, opened
 
 FOLDER = Path("engines/tensorrt/sparse")
@@ -62,15 +62,11 @@ class Event:
 
 @pytest.fixture(autouse=True)
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    fake_tensorrt.calls.clear()
     Event.made = 0
-    monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setenv("LD_LIBRARY_PATH", "")
     monkeypatch.setattr(torch.cuda, "ExternalStream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    forget_polygraphy()
-    yield
-    forget_polygraphy()
+    yield from afresh_each_time(monkeypatch)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import pytest
 
 from prox24_deploy.core.shapes import Shape
+from prox24_deploy.core.types import Quantize
 from prox24_deploy.engines.cusparselt.choice import choose
 from prox24_deploy.engines.cusparselt.linear import LayerUse
 from prox24_deploy.engines.cusparselt.planning import (
@@ -20,7 +21,7 @@ from prox24_deploy.engines.cusparselt.profile import (
     GemmTiming,
     GpuProfile,
 )
-from prox24_deploy.engines.cusparselt.ways import Quantize, Way, cheapest, times_us, ways_of
+from prox24_deploy.engines.cusparselt.ways import Way, cheapest, times_us, ways_of
 
 ROWS = (16, 4096)
 SHAPES = [Shape(batch=16, sequence=1, past=1024), Shape(batch=2, sequence=2048)]

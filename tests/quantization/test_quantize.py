@@ -122,7 +122,8 @@ def test_the_file_gives_back_the_model_that_was_measured_bit_for_bit(
     moved = {layer.moved_into for layer in result.layers} - {""}
     assert bool(moved) == (form == "int8")
     assert {f"{place}.weight" for place in moved} <= (
-        read_quantized(out).folded.keys() | {f"{name}.weight" for name in result.names}
+        read_quantized(out).folded.keys()
+        | {f"{name}.weight" for name in read_quantized(out).layers}
     )
 
 

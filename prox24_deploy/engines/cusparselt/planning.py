@@ -11,11 +11,11 @@ from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import Estimate
 from prox24_deploy.core.shapes import Shape
-from prox24_deploy.core.types import DType
+from prox24_deploy.core.types import DType, Quantize
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.plan_file import read_record
 from prox24_deploy.engines.cusparselt.profile import GemmFormat, GemmTiming, GpuProfile
-from prox24_deploy.engines.cusparselt.ways import EIGHT_BITS, Quantize, Way, cheapest, times_us
+from prox24_deploy.engines.cusparselt.ways import EIGHT_BITS, Way, cheapest, times_us
 
 SCHEMA_VERSION = 3
 

@@ -9,7 +9,6 @@ could scale by output channel itself for int8, but refuses to for FP8 (H200).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,45 +17,15 @@ from prox24_deploy.core.errors import EngineError
 from prox24_deploy.engines.cusparselt.formats import WIDE, format_of, padded
 from prox24_deploy.engines.cusparselt.linear import SparseLinear, shape_obstacle
 from prox24_deploy.model.layers import Layer, layer_at, to_matrix
+from prox24_deploy.quantization.formats import to_numbers
+from prox24_deploy.quantization.tensors import QuantizedLayer
 from prox24_deploy.sparsity.pattern import is_24
 
 DENSE_OPERATOR = "prox24_deploy::linear_8"
-# The least and the greatest number of an activation.
-_RANGES = {torch.int8: (-128.0, 127.0), torch.float8_e4m3fn: (-448.0, 448.0)}
 # Rows and columns of a dense weight, by the rule of cuBLAS on bytes.
 _DENSE_MULTIPLE = 16
 # cuBLAS multiplies integers from 17 rows on, and rows of its result come in multiples of 8.
 _LEAST_ROWS, _ROW_MULTIPLE = 32, 8
-
-
-class QuantizedWeight(Protocol):
-    """A layer's numbers and scales.
-
-    `weight` has the layout of the layer, in int8 or float8_e4m3fn; `weight_scale` is (n,) float32.
-    """
-
-    @property
-    def weight(self) -> Tensor:
-        """Numbers."""
-
-    @property
-    def weight_scale(self) -> Tensor:
-        """What 1 stands for, by output channel."""
-
-    @property
-    def input_scale(self) -> float:
-        """What 1 stands for in the inputs."""
-
-
-def to_numbers(values: Tensor, scale: float, kind: torch.dtype) -> Tensor:
-    """Numbers of `values`: the nearest to values / scale, ties to even, saturating.
-
-    A NaN stays one in FP8; int8 has none.
-    """
-    least, greatest = _RANGES[kind]
-    scaled = (values.float() / scale).clamp(least, greatest)
-    # A cast to integers would round towards zero.
-    return (scaled if kind.is_floating_point else scaled.round()).to(kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +143,7 @@ def dense_obstacle(n: int, k: int) -> str:
 
 def replace_quantized(
     model: nn.Module,
-    layers: Mapping[str, QuantizedWeight],
+    layers: Mapping[str, QuantizedLayer],
     sparse: Mapping[str, Mapping[int, int]],
 ) -> None:
     """Let the named layers of `model` multiply 8-bit numbers, in place.
@@ -197,7 +166,7 @@ def replace_quantized(
 
 
 def _quantized(
-    layer: Layer, name: str, stored: QuantizedWeight, algorithms: Mapping[int, int] | None
+    layer: Layer, name: str, stored: QuantizedLayer, algorithms: Mapping[int, int] | None
 ) -> nn.Module:
     """One layer in its new form, dense where there are no `algorithms`."""
     if isinstance(layer, nn.Conv2d):

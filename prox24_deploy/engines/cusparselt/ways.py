@@ -3,14 +3,14 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
+from prox24_deploy.core.types import Quantize, QuantizedFormat
 from prox24_deploy.engines.cusparselt.choice import LEAST_SPEEDUP, MEAN_SPEEDUP
 from prox24_deploy.engines.cusparselt.profile import GemmFormat, GemmTiming
 
-# What a model is rounded to besides its own dtype. One model has one 8-bit format at most.
-Quantize = Literal["none", "fp8", "int8"]
-EIGHT_BITS: tuple[Literal["fp8", "int8"], ...] = ("fp8", "int8")
+# One model has one of these at most.
+EIGHT_BITS: tuple[QuantizedFormat, ...] = get_args(QuantizedFormat)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,25 +53,14 @@ def run(
 def _evaluate(inputs: EvaluateInputs, _: Workspace, progress: Progress) -> EvaluateResult:
     from prox24_deploy.model.directory import open_model_dir
 
-    sparse = open_model_dir(inputs.pruned.path)
-    pruned = compare_models(
-        inputs.source, sparse, inputs.recipe, inputs.held_out, inputs.device, progress
-    )
-    if inputs.quantized is None:
-        return pruned
-    last = compare_models(
+    return compare_models(
         inputs.source,
-        sparse,
+        open_model_dir(inputs.pruned.path),
         inputs.recipe,
         inputs.held_out,
         inputs.device,
         progress,
         tensors=tensors_of(inputs.quantized),
-    )
-    return replace(
-        last,
-        seconds=pruned.seconds + last.seconds,
-        steps=(AccuracyStep(name="pruned", metrics=pruned.metrics),),
     )
 
 
@@ -87,18 +76,31 @@ def compare_models(
 ) -> EvaluateResult:
     """Load the models of two directories, which one recipe fits, and compare them.
 
-    With `tensors`, the second is quantised as they say.
+    With `tensors`, the second is compared once more, quantised as they say.
     """
     import torch
 
     from prox24_deploy.evaluation.evaluate import evaluate_models
     from prox24_deploy.model.directory import load_model
-    from prox24_deploy.quantization.quantize import load_quantized
+    from prox24_deploy.quantization.quantize import apply_quantized
 
-    where = torch.device(device)
-    dense_model = load_model(source, recipe, where)
-    sparse_model = load_quantized(sparse, recipe, where, tensors)
-    return evaluate_models(dense_model, sparse_model, recipe.task, held_out, source.path, progress)
+    dense_model, model = (
+        load_model(each, recipe, torch.device(device)) for each in (source, sparse)
+    )
+
+    def compared() -> EvaluateResult:
+        return evaluate_models(dense_model, model, recipe.task, held_out, source.path, progress)
+
+    pruned = compared()
+    if tensors is None:
+        return pruned
+    apply_quantized(model, tensors)
+    last = compared()
+    return replace(
+        last,
+        seconds=pruned.seconds + last.seconds,
+        steps=(AccuracyStep(name="pruned", metrics=pruned.metrics),),
+    )
 
 
 STAGE = Stage(name="evaluate", result=EvaluateResult, run=_evaluate)
