@@ -1,7 +1,7 @@
 """Find the products of 8-bit numbers in a graph: which numbers, with which scales, and their input.
 
 Such a node reads its first operand behind a pair of QuantizeLinear and DequantizeLinear, and its
-second behind a DequantizeLinear of stored numbers, as `graph.export.quantise` writes them.
+second behind a DequantizeLinear of stored numbers, as `graph.export.quantize` writes them.
 """
 
 from collections.abc import Iterator
