@@ -14,7 +14,7 @@ from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.records import Compilation
 from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.child import end_on_termination
-from prox24_deploy.engines.cusparselt.inductor import try_compiling, with_another
+from prox24_deploy.engines.cusparselt.inductor import try_compiling
 from prox24_deploy.engines.cusparselt.linear import replace_layers
 from prox24_deploy.engines.cusparselt.torch_model import Blueprint, build_torch_model
 from prox24_deploy.model.layers import layer_at
@@ -44,7 +44,7 @@ def run_job(job: CompileJob) -> None:
         # Zeros are 2:4 too.
         layer_at(opened.wrapped, name).weight.zero_()
     replace_layers(opened.wrapped, job.layers)
-    runs = [opened.inputs(opened.feeds(shape)) for shape in with_another(job.shapes)]
+    runs = [opened.inputs(one) for one in opened.trial_feeds(job.shapes)]
     _, compilation = try_compiling(opened.compiled(job.shapes), runs)
     write_atomic(job.result, RESULT.dump_json(compilation))
 

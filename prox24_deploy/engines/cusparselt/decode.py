@@ -5,23 +5,19 @@ one: tensors that grow, and are copied in every step. Here they have slots to sp
 is written into its slot in place, and attention is masked behind it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache, StaticLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from prox24_deploy.core.errors import EngineError
 from prox24_deploy.graph.export.module import RecipeModule
 
 # Rows of keys that kernels of attention read at once.
 _SLOT_MULTIPLE = 16
-_ATTENTION = "prox24_grouped_sdpa"
 
 
 class Slots(StaticLayer):
@@ -51,37 +47,26 @@ class Slots(StaticLayer):
         return self._position[0]
 
 
-class DecoderModule(nn.Module):
-    """A decoder whose step is run with static buffers, and all else as its recipe says.
+def run_step(whole: RecipeModule, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Outputs of the recipe for one new token, with all slots of keys and values.
 
-    Takes what `fit` makes of the inputs of the recipe, and returns its outputs, of a step with all
-    slots of keys and values.
+    Args:
+        whole: the decoder.
+        inputs: what `fit_step` made.
     """
-
-    def __init__(self, whole: RecipeModule) -> None:
-        super().__init__()
-        self.whole = whole
-        self._outputs = [
-            spec.name for spec in whole.signature.outputs if not spec.name.startswith("present.")
-        ]
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run a step if the second input is the position of the one new token."""
-        if not is_step(inputs):
-            outputs: tuple[Tensor, ...] = self.whole(*inputs)
-            return outputs
-        ids, position, *slots = inputs
-        pairs = zip(slots[::2], slots[1::2], strict=True)
-        cache = Cache(layers=[Slots(keys, values, position) for keys, values in pairs])
-        filled = torch.arange(slots[0].shape[2], device=ids.device) <= position
-        result = self.whole.wrapped(
-            input_ids=ids,
-            attention_mask=filled.long().expand(len(ids), -1),
-            position_ids=position.expand(len(ids), 1),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return (*(getattr(result, name) for name in self._outputs), *slots)
+    ids, position, *slots = inputs
+    pairs = zip(slots[::2], slots[1::2], strict=True)
+    cache = Cache(layers=[Slots(keys, values, position) for keys, values in pairs])
+    filled = torch.arange(slots[0].shape[2], device=ids.device) <= position
+    result = whole.wrapped(
+        input_ids=ids,
+        attention_mask=filled.long().expand(len(ids), -1),
+        position_ids=position.expand(len(ids), 1),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    own = [spec.name for spec in whole.signature.outputs if not spec.name.startswith("present.")]
+    return (*(getattr(result, name) for name in own), *slots)
 
 
 def is_step(inputs: Sequence[Tensor]) -> bool:
@@ -89,18 +74,17 @@ def is_step(inputs: Sequence[Tensor]) -> bool:
     return inputs[1].dim() == 1
 
 
-def fit(module: RecipeModule, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Inputs of `DecoderModule` from those of the recipe; those that are no step stay as they are.
+def fit_step(named: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
+    """Inputs of `run_step` from those of the recipe; None for what is no step.
 
     Raises:
         EngineError: the rows of a step are padded, or its position is not behind its past.
     """
-    named = {spec.name: one for spec, one in zip(module.signature.inputs, given, strict=True)}
     past = [one for name, one in named.items() if name.startswith("past_key_values.")]
     ids = named["input_ids"]
     count = past[0].shape[2]
     if ids.shape[1] != 1 or not count:
-        return given
+        return None
     padded = not bool(named["attention_mask"].all())
     elsewhere = "position_ids" in named and bool((named["position_ids"] != count).any())
     if padded or elsewhere:
@@ -113,50 +97,8 @@ def fit(module: RecipeModule, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return ids, torch.tensor([count], device=ids.device), *slots
 
 
-def trim(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Outputs as the recipe has them: without the slots that hold no token yet."""
-    if not is_step(inputs):
-        return outputs
+def trim_step(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Outputs of a step as the recipe has them: without the slots that hold no token yet."""
     filled, buffers = int(inputs[1]) + 1, len(inputs) - 2
     own, slots = outputs[: len(outputs) - buffers], outputs[len(outputs) - buffers :]
     return (*own, *(one[:, :, :filled] for one in slots))
-
-
-def group_queries(model: nn.Module) -> None:
-    """Let one new token attend without a copy of its keys and values for every query head.
-
-    Where heads of keys serve several heads of queries and there is a mask, transformers repeats
-    them under torch.compile, which takes more time than the attention. Models with another
-    attention than that of torch stay as they are.
-    """
-    config: Any = model.config
-    if config._attn_implementation == "sdpa":
-        config._attn_implementation = _ATTENTION
-
-
-def _grouped_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attention of torch; query heads of one token that share keys become rows of one product."""
-    groups = int(getattr(module, "num_key_value_groups", 1))
-    batch, heads, tokens, size = query.shape
-    if tokens != 1 or groups == 1 or options.get("position_bias") is not None:
-        found: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **options
-        )
-        return found
-    rows = query.reshape(batch, heads // groups, groups, size)
-    mixed = functional.scaled_dot_product_attention(
-        rows, key, value, attn_mask=attention_mask, scale=scaling
-    )
-    return mixed.reshape(batch, 1, heads, -1), None
-
-
-AttentionInterface.register(_ATTENTION, _grouped_attention)
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)

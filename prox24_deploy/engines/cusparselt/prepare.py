@@ -14,7 +14,7 @@ from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.base import Feeds
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.compile_trial import try_elsewhere
-from prox24_deploy.engines.cusparselt.inductor import CompiledModule, try_compiling, with_another
+from prox24_deploy.engines.cusparselt.inductor import CompiledModule, try_compiling
 from prox24_deploy.engines.cusparselt.linear import replace_layers
 from prox24_deploy.engines.cusparselt.torch_model import TorchModel, compare_outputs
 
@@ -85,7 +85,7 @@ def prepare(
     chosen = {c.name: c.algorithms for c in choices if c.chosen}
     # While the layers are dense still: compressed ones are known by where they lie.
     trial = Compilation(reason=ASKED) if eager else try_elsewhere(opened, shapes, chosen)
-    feeds = [opened.feeds(shape) for shape in with_another(shapes)]
+    feeds = opened.trial_feeds(shapes)
     expected = [opened.run(one) for one in feeds]
     replace_layers(opened.wrapped, chosen)
     numerics = _checked(opened, expected, feeds) if chosen or _decodes(shapes) else ()

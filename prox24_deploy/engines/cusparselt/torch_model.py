@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from prox24_deploy.config.recipe import Recipe, dynamic_names
+from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import BackendMissingError, EngineError
 from prox24_deploy.core.records import NumericsCheck
 from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import DType
 from prox24_deploy.engines.base import Feeds
-from prox24_deploy.engines.cusparselt import cuda_graph, decode
+from prox24_deploy.engines.cusparselt import cuda_graph
+from prox24_deploy.engines.cusparselt.attention import use_fast_attention
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession, Run, to_tensor
-from prox24_deploy.engines.cusparselt.inductor import CompiledModule
+from prox24_deploy.engines.cusparselt.inductor import CompiledModule, with_another
+from prox24_deploy.engines.cusparselt.runner import EngineModule, padded
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.graph.export.module import RecipeModule, copy_with, to_dtype
 from prox24_deploy.model.directory import ModelDir, build_untrained, load_model
@@ -53,31 +55,30 @@ class TorchModel:
         return self.module.wrapped
 
     @property
-    def cached(self) -> bool:
-        """Whether it takes keys and values of the tokens before."""
-        return "past" in dynamic_names(self.module.signature.inputs)
-
-    @property
-    def runner(self) -> nn.Module:
-        """What an engine runs: takes `inputs`, and decodes with static buffers."""
-        return decode.DecoderModule(self.module).eval() if self.cached else self.module
+    def runner(self) -> EngineModule:
+        """What an engine runs: takes `inputs`, without a mask or in static buffers where it can."""
+        return EngineModule(self.module).eval()
 
     def feeds(self, shape: Shape, seed: int = 0) -> Feeds:
         """Random inputs by name."""
         inputs = self.module.signature.inputs
         return random_feeds(inputs, self.dtype, self.vocabulary)(shape, seed)
 
+    def trial_feeds(self, shapes: Sequence[Shape]) -> list[Feeds]:
+        """Inputs for a graph of every kind: `with_another` of the shapes, then padded rows."""
+        asked = with_another(shapes)
+        feeds = [self.feeds(shape) for shape in asked]
+        other = next(i for i in range(len(shapes), len(asked)) if not asked[i].past)
+        rows = padded(feeds[other])
+        return feeds if rows is None else [*feeds, rows]
+
     def inputs(self, feeds: Feeds) -> tuple[Tensor, ...]:
         """Inputs of `runner` on the GPU."""
-        return self.fit(self._tensors(feeds))
-
-    def fit(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Inputs of `runner` from those of the signature."""
-        return decode.fit(self.module, given) if self.cached else given
+        return self.runner.fit(self._tensors(feeds))
 
     def trim(self, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Outputs as the signature has them, from those of `runner`."""
-        return decode.trim(inputs, outputs) if self.cached else outputs
+        return self.runner.trim(inputs, outputs)
 
     @torch.inference_mode()
     def run(self, feeds: Feeds) -> tuple[Tensor, ...]:
@@ -107,9 +108,9 @@ class TorchModel:
 
     def session(self, source: str, run: Run | None = None) -> GraphSession:
         """The model, or what runs it, captured as CUDA graphs; `source` names it in messages."""
-        inputs = [spec.name for spec in self.module.signature.inputs]
+        inputs, runner = [spec.name for spec in self.module.signature.inputs], self.runner
         return GraphSession(
-            run or self.runner, inputs, self.output_names, source, fit=self.fit, trim=self.trim
+            run or runner, inputs, self.output_names, source, fit=runner.fit, trim=runner.trim
         )
 
     def held_bytes(self) -> int:
@@ -172,8 +173,7 @@ def _in_half(model: nn.Module, blueprint: Blueprint) -> TorchModel:
 
 def as_engine(model: nn.Module, recipe: Recipe) -> RecipeModule:
     """The graph of a recipe, of a model whose attention may be changed in place."""
-    if recipe.cache:
-        decode.group_queries(model)
+    use_fast_attention(model)
     return RecipeModule(model, recipe).eval()
 
 

@@ -49,8 +49,12 @@ class RecipeModule(nn.Module):
         generates = recipe.cache or recipe.kind.decoder_alone
         self._options = {"use_cache": recipe.cache} if generates else {}
 
-    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, *inputs: torch.Tensor, unpadded: bool = False) -> tuple[torch.Tensor, ...]:
         """Return the outputs of the recipe in its order, then keys and values of each layer.
+
+        Args:
+            inputs: those of the signature, in order.
+            unpadded: run without an attention mask; whatever is given for it is not looked at.
 
         Raises:
             ExportError: the model has no output of that name.
@@ -60,9 +64,11 @@ class RecipeModule(nn.Module):
         if self._cache:
             past = inputs[count:]
             feeds["past_key_values"] = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-            if "attention_mask" in feeds:
+            if "attention_mask" in feeds and not unpadded:
                 _tie_lengths(feeds["attention_mask"], feeds["input_ids"], past[0])
-        result = self._run(feeds)
+        if unpadded:
+            feeds["attention_mask"] = torch.ones_like(feeds["input_ids"])
+        result = self._run({**feeds, "attention_mask": None} if unpadded else feeds)
         outputs = [self._output(result, name, feeds) for name in self._outputs]
         for layer in cached_layers(result) if self._cache else ():
             outputs += [layer.keys, layer.values]
