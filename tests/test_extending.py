@@ -98,7 +98,13 @@ def added_backend(monkeypatch: pytest.MonkeyPatch) -> BackendKind:
 def test_a_backend_is_one_row_and_its_module(added_backend: BackendKind) -> None:
     options, origin = (
         EngineOptions(),
-        Origin(dense=Path("x"), dense_sha256="", pruned="pruned", recipe=BERT),
+        Origin(
+            dense=Path("x"),
+            dense_sha256="",
+            pruned="pruned",
+            quantized="quantized.safetensors",
+            recipe=BERT,
+        ),
     )
     backend = backend_by_name(added_backend.name, options, origin)
     assert backend.name == added_backend.name

@@ -14,7 +14,7 @@ NVFP4 = (
 )
 
 # Groups of options that only some backends read.
-BackendOptions = Literal["tensorrt", "capabilities", "eager", "quantize"]
+BackendOptions = Literal["tensorrt", "capabilities", "eager"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,6 @@ BACKENDS = {
             library="onnxruntime",
             install="pip install onnxruntime",
             versions=("onnxruntime",),
-            options=frozenset({"quantize"}),
         ),
         BackendKind(
             name="tensorrt",
@@ -65,7 +64,7 @@ BACKENDS = {
             versions=("tensorrt",),
             driver="polygraphy",
             needs_gpu="builds on an NVIDIA GPU, and there is none",
-            options=frozenset({"tensorrt", "quantize"}),
+            options=frozenset({"tensorrt"}),
         ),
         BackendKind(
             name="tensorrt-rtx",
@@ -75,7 +74,7 @@ BACKENDS = {
             install="pip install tensorrt-rtx-cu13 polygraphy",
             versions=("tensorrt_rtx",),
             driver="polygraphy",
-            options=frozenset({"tensorrt", "capabilities", "quantize"}),
+            options=frozenset({"tensorrt", "capabilities"}),
         ),
         BackendKind(
             name="cusparselt",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import Engine, EngineEvidence, OnnxModel, TensorCheck
-from prox24_deploy.core.types import Twin
+from prox24_deploy.core.types import QuantizedFormat, Twin
 
 if TYPE_CHECKING:
     from prox24_deploy.engines.cusparselt.profile import GpuProfile
@@ -96,17 +96,28 @@ class Reproducible(Protocol):
         ...
 
 
+@runtime_checkable
+class Quantizing(Protocol):
+    """A backend that runs quantised models on some GPUs and not on others."""
+
+    def quantize_obstacle(self, format: QuantizedFormat) -> str:
+        """Why the GPUs that it builds for cannot run a format, "" where they can."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
     """Where the twins come from, for a backend that runs the model itself and not its ONNX file.
 
     `dense` is the dense model directory with its hash, `pruned` the folder of the pruned one within
-    a bundle, `recipe` fits both, `gemms` are timings known already.
+    a bundle, `quantized` the file there with its numbers if it is quantised, `recipe` fits both,
+    `gemms` are timings known already.
     """
 
     dense: Path
     dense_sha256: str
     pruned: str
+    quantized: str
     recipe: Recipe
     gemms: "GpuProfile | None" = None
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prox24_deploy.bundle.layout import PRUNED
+from prox24_deploy.bundle.layout import PRUNED, QUANTIZED_TENSORS
 from prox24_deploy.config.options import EngineOptions
 from prox24_deploy.engines import Origin, backend_by_name
 from prox24_deploy.engines.base import Backend
@@ -24,6 +24,7 @@ def open_backends(options: EngineOptions, model: ModelContext) -> tuple[Backend,
         dense=model.path,
         dense_sha256=model.sha256,
         pruned=PRUNED,
+        quantized=QUANTIZED_TENSORS,
         recipe=model.recipe,
         gemms=planned_gemms(options.plan),
     )

@@ -17,6 +17,7 @@ ORIGIN = Origin(
     dense=Path("model"),
     dense_sha256="",
     pruned="pruned",
+    quantized="quantized.safetensors",
     recipe=parse_recipe(shipped_recipes()["bert"], "bert"),
 )
 

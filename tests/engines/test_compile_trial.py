@@ -49,7 +49,7 @@ def opened(
 @pytest.mark.large
 def test_what_a_child_compiled_is_taken_from_the_cache(opened: TorchModel) -> None:
     """One graph for each shape and two for all others, padded or not, and no weight read twice."""
-    trial = try_elsewhere(opened, SHAPES, {}, job())
+    trial = try_elsewhere(opened, SHAPES, {}, None, job())
     assert (trial.reason, trial.graphs, trial.cached) == ("", 4, 0)
     assert trial.seconds > 0
     runs = [opened.inputs(one) for one in opened.trial_feeds(SHAPES)]
@@ -85,7 +85,7 @@ def test_a_child_that_gives_no_answer_is_a_reason(
     hangs = "sleep" in script
     monkeypatch.setattr(compile_trial, "_START_SECONDS", 1.0 if hangs else 120.0)
     monkeypatch.setattr(compile_trial, "_GRAPH_SECONDS", 0.0)
-    found = try_elsewhere(opened, SHAPES, {}, [sys.executable, "-c", script])
+    found = try_elsewhere(opened, SHAPES, {}, None, [sys.executable, "-c", script])
     assert found.reason == reason
     assert 0 < found.seconds < 60
 
@@ -93,7 +93,7 @@ def test_a_child_that_gives_no_answer_is_a_reason(
 @pytest.mark.large
 def test_a_compiler_that_runs_out_of_memory_is_a_reason(opened: TorchModel) -> None:
     planted = "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB.')"
-    reason = try_elsewhere(opened, SHAPES, {}, job(planted)).reason
+    reason = try_elsewhere(opened, SHAPES, {}, None, job(planted)).reason
     assert reason.endswith("OutOfMemoryError: CUDA out of memory. Tried 2 GiB")
 
 
@@ -121,13 +121,13 @@ def test_layers_are_compressed_in_the_child_too(
 import json, sys
 from prox24_deploy.engines.cusparselt import compile_job, cuda_graph
 cuda_graph.DEVICE = "cpu"
-def replaced(model, layers):
+def replaced(model, layers, quantized):
     weight = model.get_submodule(*layers).weight
     raise SystemExit(f"{weight.dtype} {bool(weight.any())} {json.dumps(layers)}")
-compile_job.replace_layers = replaced
+compile_job.multiply_as = replaced
 compile_job.run_job(compile_job.JOB.validate_json(sys.stdin.buffer.read()))
 """
-    found = try_elsewhere(opened, SHAPES, names, [sys.executable, "-c", said])
+    found = try_elsewhere(opened, SHAPES, names, None, [sys.executable, "-c", said])
     assert found.reason == (
         'its compiler ended with code 1: torch.bfloat16 False {"model.layers.0.mlp.up_proj": '
         '{"8": 1}}'
@@ -136,7 +136,7 @@ compile_job.run_job(compile_job.JOB.validate_json(sys.stdin.buffer.read()))
 
 def test_a_model_without_a_directory_is_not_tried(opened: TorchModel) -> None:
     nameless = TorchModel(opened.module, opened.dtype, opened.vocabulary)
-    assert try_elsewhere(nameless, SHAPES, {}, ["no such command"]) == Compilation()
+    assert try_elsewhere(nameless, SHAPES, {}, None, ["no such command"]) == Compilation()
 
 
 def test_a_large_model_makes_room_for_the_child(
@@ -146,8 +146,8 @@ def test_a_large_model_makes_room_for_the_child(
     places: list[str] = []
     monkeypatch.setattr(compile_trial, "_move", lambda module, place: places.append(str(place)))
     answers = [sys.executable, "-c", "pass"]
-    assert try_elsewhere(opened, SHAPES, {}, answers).reason
+    assert try_elsewhere(opened, SHAPES, {}, None, answers).reason
     assert places == []
     monkeypatch.setattr(compile_trial, "_crowds", lambda model, place: True)
-    assert try_elsewhere(opened, SHAPES, {}, answers).reason
+    assert try_elsewhere(opened, SHAPES, {}, None, answers).reason
     assert places == ["cpu", "cpu"]

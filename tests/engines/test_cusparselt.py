@@ -22,11 +22,14 @@ from prox24_deploy.engines.cusparselt import cuda_graph, inductor, kernels
 from prox24_deploy.engines.cusparselt.backend import CuSparseLt
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
 from prox24_deploy.engines.cusparselt.gemm import measure_gemms, time_gemm
-from prox24_deploy.engines.cusparselt.linear import SparseLinear
+from prox24_deploy.engines.cusparselt.linear import SparseLinear, two_four_layers
 from prox24_deploy.engines.cusparselt.profile import GEMM_FORMATS, GemmShape, GpuProfile
 from prox24_deploy.engines.cusparselt.torch_model import compare_outputs, open_torch_model
-from prox24_deploy.model.directory import open_model_dir
+from prox24_deploy.model.directory import load_model, open_model_dir
+from prox24_deploy.model.layers import layer_at
 from prox24_deploy.pipeline.stages.compile import STAGE as COMPILE
+from prox24_deploy.quantization.formats import to_numbers
+from prox24_deploy.quantization.tensors import QuantizedLayer, QuantizedModel, write_quantized
 
 SHAPES = ("--shapes", "batch=1,2", "sequence=16")
 SMALL = (
@@ -62,6 +65,7 @@ def backend_of(tiny_bert: Path) -> CuSparseLt:
         dense=tiny_bert,
         dense_sha256=sha256,
         pruned="pruned",
+        quantized="quantized/quantization.safetensors",
         recipe=recipe,
         options=EngineOptions(batches=(1, 2), sequences=(16,)),
     )
@@ -117,6 +121,70 @@ def test_engines_hold_less_and_compute_what_the_pruned_model_computes(
     assert machine.products - before >= LAYERS
     (name,) = found
     np.testing.assert_allclose(found[name], expected, atol=0.02 * np.abs(expected).max())
+
+
+def quantised_bundle(bundle: Path, out: Path, backend: CuSparseLt) -> None:
+    """A pruned model with all of its 2:4 layers but one in int8, and one more that is dense."""
+    (out / "quantized").mkdir(parents=True)
+    (out / "pruned").symlink_to(bundle / "pruned")
+    model = load_model(open_model_dir(out / "pruned"), backend.recipe, torch.device("cpu"))
+    names = [*sorted(two_four_layers(model))[1:], "pooler.dense"]
+    layers = {}
+    for name in names:
+        weight = layer_at(model, name).weight
+        scale = weight.abs().amax(1) / 127
+        layers[name] = QuantizedLayer(
+            weight=to_numbers(weight / scale[:, None], 1.0, torch.int8),
+            weight_scale=scale,
+            input_scale=0.05,
+        )
+    write_quantized(QuantizedModel(format="int8", layers=layers), out / backend.quantized)
+
+
+def test_a_quantised_twin_multiplies_in_eight_bits_what_was_decided(
+    bundle: Path, tiny_bert: Path, tmp_path: Path, machine: Machine
+) -> None:
+    """Held against the same numbers multiplied in 16 bits, and layers against dense int8."""
+    backend = backend_of(tiny_bert)
+    quantised_bundle(bundle, tmp_path, backend)
+    model = OnnxModel(
+        path="onnx/sparse/model.onnx", dtype="float16", opset=20, sha256="0" * 64, size_bytes=1
+    )
+    engine = backend.build(tmp_path, model, Path("engines"), twin="sparse")
+    evidence = backend.evidence(tmp_path, engine, ())
+    assert f"{LAYERS} of {LAYERS + 1} layers in int8" in evidence.summary
+    reasons = {layer.module: layer.reason for layer in evidence.layers if layer.chosen}
+    assert len(reasons) == LAYERS
+    first = min(reasons)
+    assert reasons.pop(first).startswith("timed faster: 1.06× at 16 rows")
+    assert all(r.startswith("timed faster than dense int8: ") for r in reasons.values())
+    assert evidence.numerics
+    assert all(check.passed for check in evidence.numerics)
+    with backend.open(tmp_path, engine) as session:
+        feeds = open_torch_model(open_model_dir(tiny_bert), backend.recipe, "float16").feeds(
+            Shape(batch=2, sequence=16)
+        )
+        assert np.isfinite(session.infer(feeds)["last_hidden_state"].astype(float)).all()
+    tensors = tmp_path / backend.quantized
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"\x01")
+    with (
+        pytest.raises(EngineError, match=r"quantization.safetensors has changed since .*; comp"),
+        backend.open(tmp_path, engine),
+    ):
+        pass
+
+
+def test_a_quantised_twin_that_computes_something_else_is_refused(
+    bundle: Path, tiny_bert: Path, tmp_path: Path, machine: Machine
+) -> None:
+    backend = backend_of(tiny_bert)
+    quantised_bundle(bundle, tmp_path, backend)
+    machine.error = 1.5
+    model = OnnxModel(
+        path="onnx/sparse/model.onnx", dtype="float16", opset=20, sha256="0" * 64, size_bytes=1
+    )
+    with pytest.raises(EngineError, match="differs from the same weights multiplied dense by"):
+        backend.build(tmp_path, model, Path("engines"), twin="sparse")
 
 
 def test_the_same_build_again_runs_nothing(

@@ -160,6 +160,7 @@ def backends(recipe: Recipe) -> tuple[Any, ...]:
             dense=Path("dense"),
             dense_sha256="hash",
             pruned="pruned",
+            quantized="quantized.safetensors",
             recipe=recipe,
             options=options,
             known=profile,

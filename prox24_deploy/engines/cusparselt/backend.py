@@ -31,22 +31,26 @@ from prox24_deploy.core.records import (
     TensorCheck,
 )
 from prox24_deploy.core.shapes import Shape
-from prox24_deploy.core.types import DType, Twin, silent
+from prox24_deploy.core.snapshot import sha256_of
+from prox24_deploy.core.types import DType, QuantizedFormat, Twin, silent
 from prox24_deploy.engines.base import Origin, require_one_graph
 from prox24_deploy.engines.cusparselt import torch_model
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
+from prox24_deploy.engines.cusparselt.formats import gpu_obstacle
 from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
 from prox24_deploy.engines.cusparselt.kernels import kernels_by_layer, sparse_kernels
-from prox24_deploy.engines.cusparselt.linear import replace_layers, two_four_layers
+from prox24_deploy.engines.cusparselt.linear import two_four_layers
 from prox24_deploy.engines.cusparselt.prepare import Prepared, prepare
-from prox24_deploy.engines.cusparselt.profile import GpuProfile, write_profile
+from prox24_deploy.engines.cusparselt.profile import GemmFormat, GpuProfile, write_profile
+from prox24_deploy.engines.cusparselt.quantized import multiplied, multiply_as, round_as
 from prox24_deploy.engines.cusparselt.timings import remember, remembered
 from prox24_deploy.engines.cusparselt.torch_model import (
     TorchModel,
     open_torch_model,
 )
 from prox24_deploy.model.directory import ModelDir, open_model_dir
+from prox24_deploy.quantization.tensors import QuantizedModel, read_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +62,8 @@ ENGINE_FILE, EVIDENCE_FILE, GEMMS_FILE = "engine.json", "evidence.json", "gemms.
 class EngineFile:
     """How to open an engine: hash of the model and, by layer, the algorithm for each m.
 
-    `compiled` says whether it is run by torch.compile.
+    `compiled` says whether it is run by torch.compile, `quantized_sha256` what its layers multiply
+    in 8 bits, "" for none.
     """
 
     model_sha256: str
@@ -66,6 +71,7 @@ class EngineFile:
     dtype: DType
     layers: dict[str, dict[int, int]]
     compiled: bool
+    quantized_sha256: str = ""
 
 
 T = TypeVar("T")
@@ -82,12 +88,14 @@ class CuSparseLt:
         pruned: the folder of the pruned model within a bundle.
         recipe: of both twins, fitted to the model.
         options: layers are chosen for its shapes.
+        quantized: the file of a bundle with the numbers of a quantised model, if there is one.
         known: GEMM timings of an earlier run, used if they fit this GPU and these versions.
     """
 
     dense: Path = field(metadata=unkeyed("its hash says what is read there"))
     dense_sha256: str
     pruned: str = field(metadata=unkeyed("the stage hashes what lies there"))
+    quantized: str = field(metadata=unkeyed("the stage hashes what lies there"))
     recipe: Recipe
     options: EngineOptions
     known: GpuProfile | None = None
@@ -117,6 +125,10 @@ class CuSparseLt:
         """The GPU by name."""
         return str(torch.cuda.get_device_name())
 
+    def quantize_obstacle(self, format: QuantizedFormat) -> str:
+        """Why this GPU cannot multiply in a format, "" where it can."""
+        return gpu_obstacle(format, torch.cuda.get_device_capability())
+
     def build(self, bundle: Path, model: OnnxModel, out: Path, *, twin: Twin) -> Engine:
         """Write `engine.json`; for the sparse twin choose layers, prove outputs and kernels first.
 
@@ -133,12 +145,14 @@ class CuSparseLt:
         folder = bundle / out
         make_folder(folder)
         choices: Sequence[LayerChoice] = ()
+        quantized = self._quantized(bundle, twin)
         if twin == "sparse":
-            choices, profile = self._choose(opened)
+            choices, profile = self._choose(opened, quantized)
             write_profile(profile, folder / GEMMS_FILE)
-        with prepare(opened, self.shapes, choices, eager=self.options.eager) as ready:
+        eager = self.options.eager
+        with prepare(opened, self.shapes, choices, eager=eager, quantized=quantized) as ready:
             if twin == "sparse":
-                evidence = collect_evidence(ready, choices)
+                evidence = collect_evidence(ready, choices, quantized)
                 data = _EVIDENCE.dump_json(evidence, indent=1) + b"\n"
                 write_atomic(folder / EVIDENCE_FILE, data)
         source.require_unchanged()
@@ -148,6 +162,7 @@ class CuSparseLt:
             dtype=model.dtype,
             layers={choice.name: choice.algorithms for choice in choices if choice.chosen},
             compiled=not ready.compilation.reason,
+            quantized_sha256=sha256_of(bundle / self.quantized) if quantized else "",
         )
         write_atomic(folder / ENGINE_FILE, _ENGINE.dump_json(record, indent=1) + b"\n")
         return Engine(
@@ -186,8 +201,16 @@ class CuSparseLt:
                 f"Model directory {source.path} has changed since {bundle / engine.path} was "
                 "compiled; compile again."
             )
+        quantized = self._quantized(bundle, engine.twin)
+        if (sha256_of(bundle / self.quantized) if quantized else "") != record.quantized_sha256:
+            raise EngineError(
+                f"File {bundle / self.quantized} has changed since {bundle / engine.path} was "
+                "compiled; compile again."
+            )
         opened = open_torch_model(source, self.recipe, record.dtype)
-        replace_layers(opened.wrapped, record.layers)
+        if quantized:
+            round_as(opened.wrapped, quantized)
+        multiply_as(opened.wrapped, record.layers, quantized)
         with ExitStack() as until:
             compiled = opened.compiled(self.shapes) if record.compiled else None
             if compiled:
@@ -206,8 +229,17 @@ class CuSparseLt:
             )
         return source
 
-    def _choose(self, opened: TorchModel) -> tuple[tuple[LayerChoice, ...], GpuProfile]:
+    def _quantized(self, bundle: Path, twin: Twin) -> QuantizedModel | None:
+        """What a twin multiplies in 8 bits; the dense one stays in 16."""
+        path = bundle / self.quantized
+        return read_quantized(path) if twin == "sparse" and path.is_file() else None
+
+    def _choose(
+        self, opened: TorchModel, quantized: QuantizedModel | None
+    ) -> tuple[tuple[LayerChoice, ...], GpuProfile]:
         """Time the GEMMs of every layer at every shape, dense and sparse, and decide.
+
+        A layer that multiplies 8-bit numbers is held against itself dense in 8 bits.
 
         Returns:
             The choices, and the timings of the GEMMs of this model.
@@ -217,13 +249,18 @@ class CuSparseLt:
         if self.known is not None and self.known.fits(here):
             known = known.with_timings(self.known.gemms)
         pruned = two_four_layers(opened.wrapped)
-        choices, profile = choose_measured(opened, self.shapes, pruned, known, silent)
+        eight: dict[str, GemmFormat] = {}
+        if quantized:
+            eight = dict.fromkeys(multiplied(opened.wrapped, quantized), quantized.format)
+        choices, profile = choose_measured(opened, self.shapes, pruned, known, silent, eight)
         remember(profile)
         own = [timing for choice in choices for timing in choice.timings]
         return choices, here.with_timings(own)
 
 
-def collect_evidence(ready: Prepared, choices: Sequence[LayerChoice]) -> EngineEvidence:
+def collect_evidence(
+    ready: Prepared, choices: Sequence[LayerChoice], quantized: QuantizedModel | None = None
+) -> EngineEvidence:
     """Look at what a sparse twin that is ready does.
 
     Returns:
@@ -233,16 +270,22 @@ def collect_evidence(ready: Prepared, choices: Sequence[LayerChoice]) -> EngineE
     evidence = explain(choices, kernels_by_layer(ready.run_last))
     eligible = sum(layer.eligible is True for layer in evidence)
     running = sum(layer.chosen is True for layer in evidence)
+    eight = f"; {_in_eight_bits(quantized, choices)}" if quantized else ""
     return EngineEvidence(
         backend=NAME,
         device=str(torch.cuda.get_device_name()),
         eligible=eligible,
         chosen=running,
         summary=f"the profiler saw sparse kernels in {running} of {len(evidence)} layers, "
-        f"{eligible} of them eligible; {in_words(ready.compilation)}",
+        f"{eligible} of them eligible{eight}; {in_words(ready.compilation)}",
         layers=evidence,
         numerics=ready.numerics,
     )
+
+
+def _in_eight_bits(quantized: QuantizedModel, choices: Sequence[LayerChoice]) -> str:
+    """How many layers are quantised, as part of a sentence."""
+    return f"{len(quantized.layers)} of {len(choices)} layers in {quantized.format}"
 
 
 def in_words(compilation: Compilation) -> str:
@@ -303,6 +346,7 @@ def open_backend(_: BackendKind, options: EngineOptions, origin: Origin) -> CuSp
         dense=origin.dense,
         dense_sha256=origin.dense_sha256,
         pruned=origin.pruned,
+        quantized=origin.quantized,
         recipe=origin.recipe,
         options=options,
         known=origin.gemms,

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from typing import get_args
 
+from prox24_deploy.core.types import QuantizedFormat
 from prox24_deploy.engines.cusparselt.linear import LayerUse, shape_obstacle
 from prox24_deploy.engines.cusparselt.profile import GemmFormat, GemmTiming, GpuProfile
 
@@ -56,7 +58,7 @@ def choose(
         obstacle = gemm_obstacle(use, format) if use.name in pruned else NOT_24
         timings = () if obstacle else tuple(profile.timing(shape, format) for shape in use.gemms)
         chosen = bool(timings) and _pays(timings)
-        reason = obstacle or _said(timings, chosen=chosen)
+        reason = obstacle or _said(timings, format, chosen=chosen)
         choices.append(
             LayerChoice(
                 name=use.name, n=use.n, k=use.k, timings=timings, chosen=chosen, reason=reason
@@ -70,7 +72,9 @@ def _pays(timings: tuple[GemmTiming, ...]) -> bool:
     return mean >= MEAN_SPEEDUP and min(t.speedup for t in timings) >= LEAST_SPEEDUP
 
 
-def _said(timings: tuple[GemmTiming, ...], *, chosen: bool) -> str:
+def _said(timings: tuple[GemmTiming, ...], format: GemmFormat, *, chosen: bool) -> str:
     shown = ", ".join(f"{t.speedup:.2f}× at {t.shape.m} rows" for t in timings)
     how = "timed" if all(t.measured for t in timings) else "estimated"
-    return f"{how} faster: {shown}" if chosen else f"{how} slower: {shown}"
+    what = "faster" if chosen else "slower"
+    than = f" than dense {format}" if format in get_args(QuantizedFormat) else ""
+    return f"{how} {what}{than}: {shown}"

@@ -13,9 +13,10 @@ from pydantic import TypeAdapter
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.records import Compilation
 from prox24_deploy.core.shapes import Shape
+from prox24_deploy.core.types import Quantize
 from prox24_deploy.engines.child import end_on_termination
 from prox24_deploy.engines.cusparselt.inductor import try_compiling
-from prox24_deploy.engines.cusparselt.linear import replace_layers
+from prox24_deploy.engines.cusparselt.quantized import multiply_as, round_as, untrained
 from prox24_deploy.engines.cusparselt.torch_model import Blueprint, build_torch_model
 from prox24_deploy.model.layers import layer_at
 
@@ -25,11 +26,14 @@ class CompileJob:
     """What to compile, as JSON on the way from parent to child.
 
     `layers` are held compressed, with the algorithm for each number of rows; each of `shapes` gets
-    a graph of its own. How it went is written to `result`.
+    a graph of its own. Layers in `input_scales` are quantised to `quantize`. How it went is written
+    to `result`.
     """
 
     blueprint: Blueprint
     layers: dict[str, dict[int, int]]
+    quantize: Quantize
+    input_scales: dict[str, float]
     shapes: tuple[Shape, ...]
     result: Path
 
@@ -43,7 +47,11 @@ def run_job(job: CompileJob) -> None:
     for name in job.layers:
         # Zeros are 2:4 too.
         layer_at(opened.wrapped, name).weight.zero_()
-    replace_layers(opened.wrapped, job.layers)
+    quantized = None
+    if job.quantize != "none":
+        quantized = untrained(opened.wrapped, job.quantize, job.input_scales)
+        round_as(opened.wrapped, quantized)
+    multiply_as(opened.wrapped, job.layers, quantized)
     runs = [opened.inputs(one) for one in opened.trial_feeds(job.shapes)]
     _, compilation = try_compiling(opened.compiled(job.shapes), runs)
     write_atomic(job.result, RESULT.dump_json(compilation))

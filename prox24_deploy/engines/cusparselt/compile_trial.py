@@ -19,6 +19,7 @@ from prox24_deploy.engines.child import run_child
 from prox24_deploy.engines.cusparselt.compile_job import JOB, RESULT, CompileJob
 from prox24_deploy.engines.cusparselt.inductor import with_another
 from prox24_deploy.engines.cusparselt.torch_model import TorchModel
+from prox24_deploy.quantization.tensors import QuantizedModel
 
 _COMMAND = (sys.executable, "-m", "prox24_deploy.engines.cusparselt.compile_job")
 # After which a compiler is taken to hang: until the model is built, and for each graph.
@@ -31,6 +32,7 @@ def try_elsewhere(
     opened: TorchModel,
     shapes: Sequence[Shape],
     layers: Mapping[str, Mapping[int, int]],
+    quantized: QuantizedModel | None = None,
     command: Sequence[str] = _COMMAND,
 ) -> Compilation:
     """Compile a twin in a child, for Inductor's cache.
@@ -39,6 +41,7 @@ def try_elsewhere(
         opened: the model, its layers still dense.
         shapes: those that get a graph each.
         layers: those to be held compressed, with the algorithm by rows.
+        quantized: what some layers multiply in 8 bits.
         command: reads and answers as `compile_job` does.
 
     Returns:
@@ -52,6 +55,10 @@ def try_elsewhere(
         job = CompileJob(
             blueprint=opened.blueprint,
             layers={name: dict(algorithms) for name, algorithms in layers.items()},
+            quantize=quantized.format if quantized else "none",
+            input_scales={name: q.input_scale for name, q in quantized.layers.items()}
+            if quantized
+            else {},
             shapes=tuple(shapes),
             result=Path(folder) / "result.json",
         )

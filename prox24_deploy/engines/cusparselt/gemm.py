@@ -6,7 +6,7 @@ timed in the same way, for its own search was seen to end in an illegal instruct
 """
 
 import logging
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from functools import partial
 from statistics import median
 
@@ -46,19 +46,32 @@ _REPLAYS = 15
 def choose_measured(
     opened: TorchModel,
     shapes: Sequence[Shape],
-    pruned: Container[str],
+    pruned: Collection[str],
     known: GpuProfile,
     progress: Progress,
+    eight_bit: Mapping[str, GemmFormat] | None = None,
 ) -> tuple[tuple[LayerChoice, ...], GpuProfile]:
     """Time the GEMM of every layer in `pruned` at every shape, and choose by that.
+
+    Args:
+        opened: the model.
+        shapes: to time at.
+        pruned: layers that are 2:4.
+        known: what was measured before.
+        progress: called with (label, done, total).
+        eight_bit: format of each layer that multiplies 8-bit numbers, dense or 2:4.
 
     Returns:
         A choice for every layer of the model, and `known` with what was measured.
     """
-    uses = uses_at(opened, shapes)
-    format = half_format(opened.dtype)
-    profile = measure_layers(known, uses, pruned, format, progress)
-    return choose(uses, profile, pruned, format), profile
+    uses, profile, eight = uses_at(opened, shapes), known, eight_bit or {}
+    choices: list[LayerChoice] = []
+    for format in (half_format(opened.dtype), *sorted(set(eight.values()))):
+        own = [use for use in uses if eight.get(use.name, half_format(opened.dtype)) == format]
+        profile = measure_layers(profile, own, pruned, format, progress)
+        choices += choose(own, profile, pruned, format)
+    order = {use.name: number for number, use in enumerate(uses)}
+    return tuple(sorted(choices, key=lambda choice: order[choice.name])), profile
 
 
 def uses_at(opened: TorchModel, shapes: Sequence[Shape]) -> tuple[LayerUse, ...]:

@@ -11,12 +11,14 @@ from torch import Tensor
 from prox24_deploy.core.errors import EngineError
 from prox24_deploy.core.records import Compilation, NumericsCheck
 from prox24_deploy.core.shapes import Shape
+from prox24_deploy.core.types import DType
 from prox24_deploy.engines.base import Feeds
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.compile_trial import try_elsewhere
 from prox24_deploy.engines.cusparselt.inductor import CompiledModule, try_compiling
-from prox24_deploy.engines.cusparselt.linear import replace_layers
+from prox24_deploy.engines.cusparselt.quantized import multiply_as, round_as
 from prox24_deploy.engines.cusparselt.torch_model import TorchModel, compare_outputs
+from prox24_deploy.quantization.tensors import QuantizedModel
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +62,30 @@ class Prepared:
         self.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What a twin must compute: inputs, outputs, and the dtype that these may be rounded to."""
+
+    feeds: Sequence[Feeds]
+    outputs: Sequence[tuple[Tensor, ...]]
+    dtype: DType
+
+    def compare(
+        self, names: Sequence[str], found: Sequence[tuple[Tensor, ...]]
+    ) -> tuple[NumericsCheck, ...]:
+        """One check for each output."""
+        return compare_outputs(names, self.outputs, found, self.dtype)
+
+
 def prepare(
     opened: TorchModel,
     shapes: Sequence[Shape],
     choices: Sequence[LayerChoice],
     *,
     eager: bool,
+    quantized: QuantizedModel | None = None,
 ) -> Prepared:
-    """Compress the chosen layers of a model in place, and compile it.
+    """Compress the chosen layers of a model in place, let quantised ones multiply, and compile it.
 
     It is compiled in a process of its own first. A model that does not compile, or whose compiler
     crashes or hangs, or that computes something else once it is compiled, runs as it is, with the
@@ -78,20 +96,27 @@ def prepare(
         shapes: those to compile for.
         choices: the layers to compress are marked as chosen; none for the dense twin.
         eager: do not compile.
+        quantized: what layers are to multiply in 8 bits; outputs are then held against those of
+            the same numbers multiplied in 16 bits.
 
     Raises:
         EngineError: sparse outputs differ by more than the tolerance of the dtype, by name.
     """
     chosen = {c.name: c.algorithms for c in choices if c.chosen}
     # While the layers are dense still: compressed ones are known by where they lie.
-    trial = Compilation(reason=ASKED) if eager else try_elsewhere(opened, shapes, chosen)
+    trial = Compilation(reason=ASKED) if eager else try_elsewhere(opened, shapes, chosen, quantized)
+    if quantized:
+        round_as(opened.wrapped, quantized)
     feeds = opened.trial_feeds(shapes)
-    expected = [opened.run(one) for one in feeds]
-    replace_layers(opened.wrapped, chosen)
-    numerics = _checked(opened, expected, feeds) if chosen or _decodes(shapes) else ()
+    # Products of 8-bit numbers are rounded to that.
+    rounded_to: DType = "bfloat16" if quantized else opened.dtype
+    reference = _Reference(feeds, [opened.run(one) for one in feeds], rounded_to)
+    multiply_as(opened.wrapped, chosen, quantized)
+    changed = bool(chosen or quantized) or _decodes(shapes)
+    numerics = _checked(opened, reference) if changed else ()
     compiled, compilation = None, trial
     if not trial.reason:
-        compiled, compilation, checks = _compile(opened, shapes, feeds, expected)
+        compiled, compilation, checks = _compile(opened, shapes, reference)
         compilation = _together(trial, compilation)
         numerics = checks or numerics
     if compilation.reason and not eager:
@@ -106,17 +131,14 @@ def prepare(
 
 
 def _compile(
-    opened: TorchModel,
-    shapes: Sequence[Shape],
-    feeds: Sequence[Feeds],
-    expected: Sequence[tuple[Tensor, ...]],
+    opened: TorchModel, shapes: Sequence[Shape], reference: _Reference
 ) -> tuple[CompiledModule | None, Compilation, tuple[NumericsCheck, ...]]:
     """Compile a model and compare what it then computes; where it is no use, only the reason."""
     compiled = opened.compiled(shapes)
-    runs = [opened.inputs(one) for one in feeds]
+    runs = [opened.inputs(one) for one in reference.feeds]
     outputs, compilation = try_compiling(compiled, runs)
     found = [opened.trim(*pair) for pair in zip(runs, outputs, strict=False)]
-    checks = _compare(opened, expected, found) if found else ()
+    checks = reference.compare(opened.output_names, found) if found else ()
     if wrong := _wrong(checks):
         compilation = replace(
             compilation,
@@ -136,19 +158,10 @@ def _together(trial: Compilation, compilation: Compilation) -> Compilation:
     return replace(counted, seconds=seconds, reason=compilation.reason)
 
 
-def _compare(
-    opened: TorchModel,
-    expected: Sequence[tuple[Tensor, ...]],
-    found: Sequence[tuple[Tensor, ...]],
-) -> tuple[NumericsCheck, ...]:
-    return compare_outputs(opened.output_names, expected, found, opened.dtype)
-
-
-def _checked(
-    opened: TorchModel, expected: Sequence[tuple[Tensor, ...]], feeds: Sequence[Feeds]
-) -> tuple[NumericsCheck, ...]:
+def _checked(opened: TorchModel, reference: _Reference) -> tuple[NumericsCheck, ...]:
     """Outputs of an engine kernel by kernel against those expected; they must be the same."""
-    numerics = _compare(opened, expected, [opened.run_as_engine(one) for one in feeds])
+    found = [opened.run_as_engine(one) for one in reference.feeds]
+    numerics = reference.compare(opened.output_names, found)
     if wrong := _wrong(numerics):
         raise EngineError(
             f"Output {wrong.output} of the compressed model differs from the same weights "

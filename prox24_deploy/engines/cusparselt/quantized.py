@@ -14,11 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.errors import EngineError
-from prox24_deploy.engines.cusparselt.formats import WIDE, format_of, padded
-from prox24_deploy.engines.cusparselt.linear import SparseLinear, shape_obstacle
-from prox24_deploy.model.layers import Layer, layer_at, to_matrix
+from prox24_deploy.core.types import QuantizedFormat
+from prox24_deploy.engines.cusparselt.formats import OPERANDS, WIDE, format_of, padded
+from prox24_deploy.engines.cusparselt.linear import (
+    SparseLinear,
+    replace_layers,
+    shape_obstacle,
+)
+from prox24_deploy.model.layers import Layer, layer_at, matrix_shape, to_matrix
 from prox24_deploy.quantization.formats import to_numbers
-from prox24_deploy.quantization.tensors import QuantizedLayer
+from prox24_deploy.quantization.tensors import (
+    QuantizedLayer,
+    QuantizedModel,
+    apply_inputs,
+    apply_weights,
+)
 from prox24_deploy.sparsity.pattern import is_24
 
 DENSE_OPERATOR = "prox24_deploy::linear_8"
@@ -139,6 +149,63 @@ def dense_obstacle(n: int, k: int) -> str:
         if size % _DENSE_MULTIPLE:
             return f"shape rule: {name} = {size} is not a multiple of {_DENSE_MULTIPLE}"
     return ""
+
+
+def multiplied(model: nn.Module, quantized: QuantizedModel) -> list[str]:
+    """Paths of the quantised layers that can multiply 8-bit numbers on a GPU.
+
+    Convolutions and layers of odd sizes round what they read, and are multiplied in 16 bits.
+    """
+    layers = {name: layer_at(model, name) for name in quantized.layers}
+    return [
+        name
+        for name, layer in layers.items()
+        if not isinstance(layer, nn.Conv2d) and not dense_obstacle(*matrix_shape(layer))
+    ]
+
+
+def untrained(
+    model: nn.Module, format: QuantizedFormat, input_scales: Mapping[str, float]
+) -> QuantizedModel:
+    """A quantised model of the same structure, all of its weights zero."""
+    layers = {}
+    for name, scale in input_scales.items():
+        weight = layer_at(model, name).weight
+        layers[name] = QuantizedLayer(
+            weight=torch.zeros_like(weight, dtype=OPERANDS[format].dtype),
+            weight_scale=weight.new_ones(matrix_shape(layer_at(model, name))[0]).float(),
+            input_scale=scale,
+        )
+    return QuantizedModel(format=format, layers=layers)
+
+
+def round_as(model: nn.Module, quantized: QuantizedModel) -> None:
+    """Let a model compute in 16 bits what its numbers stand for, in place."""
+    apply_weights(model, quantized)
+    apply_inputs(model, quantized)
+
+
+def multiply_as(
+    model: nn.Module,
+    algorithms: Mapping[str, Mapping[int, int]],
+    quantized: QuantizedModel | None = None,
+) -> None:
+    """Hold the named layers compressed, and let quantised ones multiply their numbers, in place.
+
+    Args:
+        model: in half precision on a GPU; a quantised one as `round_as` leaves it.
+        algorithms: by layer to compress, in 16 or 8 bits, their numbers by rows of activations.
+        quantized: what its layers multiply.
+
+    Raises:
+        EngineError: a layer is not what it would have to be, by name.
+    """
+    eight = multiplied(model, quantized) if quantized else []
+    replace_layers(model, {n: own for n, own in algorithms.items() if n not in eight})
+    if quantized:
+        stored = {name: quantized.layers[name] for name in eight}
+        sparse = {name: algorithms[name] for name in eight if name in algorithms}
+        replace_quantized(model, stored, sparse)
 
 
 def replace_quantized(

@@ -27,7 +27,7 @@ from prox24_deploy.core.backends import BackendKind
 from prox24_deploy.core.errors import BackendMissingError, EngineError, UsageError
 from prox24_deploy.core.host import gpu
 from prox24_deploy.core.records import Engine, EngineEvidence, OnnxModel, TensorCheck
-from prox24_deploy.core.types import Twin
+from prox24_deploy.core.types import QuantizedFormat, Twin
 from prox24_deploy.engines.base import Origin, Session
 from prox24_deploy.engines.child import run_child
 from prox24_deploy.engines.tensorrt.evidence import engine_evidence, parse_builder
@@ -43,6 +43,8 @@ PLAN_FILE = "engine.plan"
 LOG_FILE = "build.log"
 LAYERS_FILE = "layers.json"
 DEFAULT_CAPABILITIES = ("SM86", "SM89", "SM120")
+# Compute capability from which GPUs multiply FP8.
+_LEAST_FP8 = 89
 
 _JOB_MODULE = "prox24_deploy.engines.tensorrt.job"
 _REFUSAL = "polygraphy.exception.exception.PolygraphyException: "
@@ -182,6 +184,16 @@ class TensorRt:
             polygraphy=self.polygraphy,
             device=self.device(),
         )
+
+    def quantize_obstacle(self, format: QuantizedFormat) -> str:
+        """Which GPU among those that are built for has no kernels for a format; "" for none."""
+        built_for = self._capabilities() or self.card[1:2]
+        lacking = [name for name in built_for if format == "fp8" and int(name[2:]) < _LEAST_FP8]
+        if not lacking:
+            return ""
+        able = [name for name in DEFAULT_CAPABILITIES if int(name[2:]) >= _LEAST_FP8]
+        remedy = f"--compute-capability {' or '.join(able)}" if self._capabilities() else "int8"
+        return f"{lacking[0]} has no FP8 kernels, pass {remedy}"
 
     def _capabilities(self) -> tuple[str, ...]:
         """What TensorRT-RTX compiles for; TensorRT compiles for the GPU of this machine alone."""

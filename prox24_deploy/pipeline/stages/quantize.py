@@ -13,12 +13,11 @@ from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import write_atomic
-from prox24_deploy.core.backends import BACKENDS, backends_with
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.quantized import QuantizeResult
 from prox24_deploy.core.records import PruneResult
 from prox24_deploy.core.types import Progress, QuantizedFormat
-from prox24_deploy.engines.base import Backend
+from prox24_deploy.engines.base import Backend, Quantizing
 from prox24_deploy.pipeline.context import RunContext, torch_device
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
@@ -46,7 +45,7 @@ def require_usable(options: BuildOptions, context: RunContext, backends: Sequenc
 
     Raises:
         CalibrationError: there are too few calibration samples for ranges.
-        UsageError: a backend does not run quantised models, or there is nothing to do.
+        UsageError: a backend cannot run quantised models, or there is nothing to do.
     """
     if options.quantize is None and options.prune.method == "none":
         raise UsageError(
@@ -60,17 +59,17 @@ def require_usable(options: BuildOptions, context: RunContext, backends: Sequenc
 
 
 def require_backends(options: BuildOptions, backends: Sequence[Backend]) -> None:
-    """Refuse a backend that would run something else than what is quantised.
+    """Refuse a backend whose GPU has no kernels for the format.
 
     Raises:
-        UsageError: names it, and those that can.
+        UsageError: names it, and what its GPU lacks.
     """
     for backend in backends:
-        if "quantize" not in BACKENDS[backend.name].options:
+        if not isinstance(backend, Quantizing) or options.quantize is None:
+            continue
+        if why := backend.quantize_obstacle(options.quantize):
             raise UsageError(
-                f"Backend {backend.name} runs the model in 16 bits and not what --quantize "
-                f"{options.quantize} makes of it; pass --backend "
-                f"{' or '.join(backends_with('quantize'))}."
+                f"Backend {backend.name} cannot run --quantize {options.quantize}: {why}."
             )
 
 
