@@ -21,7 +21,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -89,22 +89,30 @@ class Row:
 
 def llama(blocks: int, dtype: torch.dtype) -> nn.Module:
     """The layers of an 8 B Llama 3, a few of its blocks and a small vocabulary."""
+    return random_llama(blocks, dtype, hidden=4096, inner=14336, heads=32, vocabulary=32000)
+
+
+def random_llama(
+    blocks: int, dtype: torch.dtype, *, hidden: int, inner: int, heads: int, vocabulary: int
+) -> nn.Module:
+    """A Llama 3 of a given width, with eight heads of keys."""
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=blocks,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=4096,
-        tie_word_embeddings=False,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner,
+        num_hidden_layers=blocks, num_attention_heads=heads, num_key_value_heads=8,
+        max_position_embeddings=4096, tie_word_embeddings=False,
     )  # fmt: skip
-    return _random(lambda: LlamaForCausalLM(config), dtype)
+    return random_model(lambda: LlamaForCausalLM(config), dtype)
 
 
 def bert(dtype: torch.dtype) -> nn.Module:
-    return _random(lambda: BertModel(BertConfig()), dtype)
+    return random_model(lambda: BertModel(BertConfig()), dtype)
 
 
-def _random(make: object, dtype: torch.dtype) -> nn.Module:
+def random_model(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """A model with random weights on the GPU."""
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model: nn.Module = make()  # type: ignore[operator]
+        model = make()
     return model.eval().requires_grad_(requires_grad=False).to(dtype)
 
 
