@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # The largest index of a published model has 10 MB, and what is parsed takes up to 30 times as much.
 MOST_JSON_BYTES = 2**25
 MOST_TOML_BYTES = 2**18
+# Of a file, read at once.
+_PIECE = 2**20
 MOST_DEPTH = 100
 # What no float of eight bytes holds, and most readers of JSON take for infinite.
 _MOST_NUMBER = int(sys.float_info.max)
@@ -119,6 +121,18 @@ def require_readable(path: Path, document: Document) -> None:
         raise document.refused(f"cannot be read ({error.strerror})") from error
 
 
+def read_at_most(file: BinaryIO, most: int) -> bytes:
+    """The bytes of a file up to a number, in memory for what is there.
+
+    Python reserves as many bytes as it is asked to read.
+    """
+    pieces = []
+    while most and (piece := file.read(min(most, _PIECE))):
+        pieces.append(piece)
+        most -= len(piece)
+    return b"".join(pieces)
+
+
 def read_document(path: Path, document: Document, *, most: int = MOST_JSON_BYTES) -> bytes:
     """All bytes of a file of at most `most` bytes.
 
@@ -127,7 +141,7 @@ def read_document(path: Path, document: Document, *, most: int = MOST_JSON_BYTES
     """
     try:
         with open_regular(path) as file:
-            data = file.read(most + 1)
+            data = read_at_most(file, most + 1)
     except OSError as error:
         raise document.refused(f"cannot be read ({error.strerror})") from error
     except ValueError as error:

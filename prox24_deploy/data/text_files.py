@@ -13,6 +13,7 @@ from prox24_deploy.core.documents import (
     decode_json,
     decode_json_at,
     open_regular,
+    read_at_most,
 )
 from prox24_deploy.core.errors import CalibrationError
 
@@ -64,7 +65,7 @@ def read_text(path: Path) -> str:
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            data = file.read(MOST_TEXT_BYTES + 1) if size <= MOST_TEXT_BYTES else b""
+            data = read_at_most(file, MOST_TEXT_BYTES + 1) if size <= MOST_TEXT_BYTES else b""
     except OSError as error:
         raise CalibrationError(f"Text {path} cannot be read ({error.strerror}).") from error
     if max(size, len(data)) > MOST_TEXT_BYTES:

@@ -16,7 +16,7 @@ from prox24_deploy.model.config_file import blame_config
 from prox24_deploy.model.directory import ModelDir, quiet_transformers
 from prox24_deploy.model.processor_file import require_usable_sizes
 from prox24_deploy.model.sentence import read_pipeline
-from prox24_deploy.model.token_files import TOKENIZER_FILE, require_known_options
+from prox24_deploy.model.token_files import TOKENIZER_FILE, require_readable
 
 _TOKENIZER_FILES = f"{TOKENIZER_FILE} and tokenizer_config.json"
 
@@ -56,7 +56,7 @@ def open_tokenizer(path: Path) -> Any:
         ModelDirError: there is none, or it cannot be opened without remote code.
     """
     transformers = quiet_transformers()
-    require_known_options(path)
+    require_readable(path)
     with blamed(partial(_does_not_open, path, "tokenizer", _TOKENIZER_FILES)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False

@@ -1,11 +1,13 @@
 """Token ids that a model has no row in its embedding for, found before it is run on them."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.core.foreign import blamed
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.directory import ModelDir
 
@@ -29,7 +31,17 @@ def require_special_tokens(directory: ModelDir, tokenizer: Any) -> None:
                     f"{directory.path / 'config.json'} names {key} {number}, which lies outside "
                     f"the embedding of vocab_size {size}; correct it."
                 )
-    _require(directory, tokenizer, tokenizer.all_special_ids)
+    # One that is its own substitute is looked for without an end.
+    with blamed(partial(_no_special_ids, directory)):
+        special = tokenizer.all_special_ids
+    _require(directory, tokenizer, special)
+
+
+def _no_special_ids(directory: ModelDir, reason: str) -> ModelDirError:
+    return ModelDirError(
+        f"The special tokens of {directory.path} cannot be looked up ({reason}); correct "
+        "tokenizer_config.json."
+    )
 
 
 def require_embedded(directory: ModelDir, tokenizer: Any, batches: Iterable[Batch]) -> None:

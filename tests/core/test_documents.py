@@ -1,5 +1,6 @@
 """JSON and TOML of others: what is refused is refused in one sentence, whatever it is."""
 
+import io
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from prox24_deploy.core.documents import (
     open_regular,
     parse_json,
     parse_toml,
+    read_at_most,
     read_json,
     read_toml_text,
     replace_infinite,
@@ -269,3 +271,20 @@ def test_files_below_a_folder_are_all_found_or_an_error(
     monkeypatch.setattr("os.scandir", closed)
     with pytest.raises(PermissionError, match="Permission denied"):
         files_below(tmp_path)
+
+
+def test_no_more_memory_is_taken_than_a_file_has() -> None:
+    """Python reserves as much as it is asked to read."""
+    asked: list[int] = []
+
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            asked.append(size or 0)
+            return super().read(size)
+
+    assert read_at_most(Counted(b"abc"), 2**40) == b"abc"
+    assert max(asked) == 2**20
+    data = bytes(2**20 + 5)
+    assert read_at_most(Counted(data), 2**40) == data
+    assert read_at_most(Counted(data), 2**20 + 2) == data[:-3]
+    assert read_at_most(Counted(data), 0) == b""

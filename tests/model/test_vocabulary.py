@@ -90,6 +90,15 @@ def test_an_id_of_the_configuration_without_a_row_is_named(
     assert f"vocab_size {VOCABULARY}" in found
 
 
+def test_a_token_that_is_its_own_substitute_is_refused(decoder: Path) -> None:
+    """transformers looks for it without an end."""
+    file = decoder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"unk_token": ""}))
+    directory = open_model_dir(decoder)
+    with pytest.raises(ModelDirError, match=r"The special tokens of .* cannot be looked up"):
+        require_special_tokens(directory, load_tokenizer(directory))
+
+
 @pytest.mark.parametrize("changes", [{"pad_token_id": -1}, {"eos_token_id": None}])
 def test_an_id_that_stands_for_none_is_no_obstacle(decoder: Path, changes: dict[str, Any]) -> None:
     configure(decoder, **changes)
