@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,6 +40,8 @@ from prox24_deploy.core.types import DType
 from prox24_deploy.engines.cusparselt.backend import collect_evidence
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
+from prox24_deploy.engines.cusparselt.linear import two_four_layers
+from prox24_deploy.engines.cusparselt.merge import members
 from prox24_deploy.engines.cusparselt.planning import ShapePlan, plan_layers, plan_shapes
 from prox24_deploy.engines.cusparselt.prepare import Prepared, prepare
 from prox24_deploy.engines.cusparselt.profile import GpuProfile, read_profile, write_profile
@@ -117,7 +120,8 @@ def random_model(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module
 
 
 def opened(model: nn.Module, recipe: Recipe, dtype: DType) -> TorchModel:
-    return TorchModel(as_engine(model, recipe), dtype, 30000)
+    config: Any = model.config
+    return TorchModel(as_engine(model, recipe), dtype, config.vocab_size)
 
 
 def prune(model: nn.Module, recipe: Recipe) -> set[str]:
@@ -128,6 +132,16 @@ def prune(model: nn.Module, recipe: Recipe) -> set[str]:
             layer.weight.mul_(mask_24(layer.weight.abs(), 1))
             names.add(f"{recipe.blocks}.{index}.{name}")
     return names
+
+
+def pair(model: nn.Module, recipe: Recipe, dtype: DType) -> tuple[TorchModel, TorchModel, set[str]]:
+    """Dense and sparse twin with layers merged, and the layers and products that are 2:4."""
+    dense, sparse = opened(deepcopy(model), recipe, dtype), opened(model, recipe, dtype)
+    prune(sparse.wrapped, recipe)
+    dense, sparse = (
+        twin.merge(twin.groups(Shape(batch=1, sequence=2))) for twin in (dense, sparse)
+    )
+    return dense, sparse, two_four_layers(sparse.wrapped)
 
 
 def planned(
@@ -159,10 +173,11 @@ def measured(
     return rows
 
 
-def plain_ms(blocks: int, dtype: DType) -> dict[str, float]:
+def plain_ms(blocks: int, dtype: DType, shapes: Shapes) -> dict[str, float]:
     """Latencies of the dense model by `plain_compile.py`, in a process that knows nothing of us."""
     script = str(Path(__file__).with_name("plain_compile.py"))
-    command = [sys.executable, script, "--blocks", str(blocks), "--dtype", dtype]
+    asked = ",".join(f"{shape.batch}x{shape.sequence}" for shape in shapes if not shape.past)
+    command = [sys.executable, script, "--blocks", str(blocks), "--dtype", dtype, "--shapes", asked]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])["ms"]
     return found
@@ -196,7 +211,7 @@ def faults(
     choices: Sequence[LayerChoice], evidence: EngineEvidence, rows: Sequence[Row]
 ) -> list[str]:
     """What misses its bar."""
-    chosen = {choice.name for choice in choices if choice.chosen}
+    chosen = {name for choice in choices if choice.chosen for name in members(choice.name)}
     running = {layer.module for layer in evidence.layers if layer.chosen}
     found = []
     if chosen != running:
@@ -235,10 +250,8 @@ def main() -> None:
 
     recipe = recipes["llama"]
     model = llama(arguments.blocks, half)
-    dense = opened(deepcopy(model), recipe, arguments.dtype)
-    sparse = opened(model, recipe, arguments.dtype)
-    names = prune(sparse.wrapped, recipe)
     shapes = DECODE_SHAPES if arguments.decode else LLAMA_SHAPES
+    dense, sparse, names = pair(model, recipe, arguments.dtype)
     choices, plans, profile = planned(dense, names, shapes, profile)
     show_gemms(console, profile)
     twins = [
@@ -258,7 +271,7 @@ def main() -> None:
         twin.close()
     del dense, sparse, model, twins
     torch.cuda.empty_cache()
-    result["plain"] = plain = plain_ms(arguments.blocks, arguments.dtype)
+    result["plain"] = plain = plain_ms(arguments.blocks, arguments.dtype, shapes)
     for row in rows:
         if row.shape.past:
             continue
@@ -287,9 +300,7 @@ def narrow(
 ) -> GpuProfile:
     """BERT-base, where 2:4 does not pay: what the plan says, and what happens all the same."""
     model = bert(TORCH_DTYPES[dtype])
-    dense = opened(deepcopy(model), recipe, dtype)
-    sparse = opened(model, recipe, dtype)
-    names = prune(sparse.wrapped, recipe)
+    dense, sparse, names = pair(model, recipe, dtype)
     choices, _, profile = planned(dense, names, BERT_SHAPES, profile)
     advised = [choice.name for choice in choices if choice.chosen]
     console.print(f"BERT-base: plan prunes {len(advised)} of {len(choices)} layers")

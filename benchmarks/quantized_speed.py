@@ -21,7 +21,7 @@ from functools import partial
 from statistics import median
 
 import torch
-from engine_speed import llama, opened, prune, random_llama, random_model
+from engine_speed import llama, opened, pair, random_llama, random_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -173,18 +173,18 @@ def main() -> None:
     recipes = {name: parse_recipe(text, name) for name, text in shipped_recipes().items()}
     make, family = LAYOUTS[arguments.layout]
     recipe = recipes[family]
-    dense = opened(make(arguments.blocks, TORCH_DTYPES[arguments.dtype]), recipe, arguments.dtype)
-    pruned = opened(deepcopy(dense.wrapped), recipe, arguments.dtype)
-    names = prune(pruned.wrapped, recipe)
+    model = make(arguments.blocks, TORCH_DTYPES[arguments.dtype])
+    dense, pruned, names = pair(model, recipe, arguments.dtype)
     tried = {int(number) for number in arguments.algorithms.split(",")}
     profile, uses = gpu_profile(), uses_at(dense, [shape])
-    for format in (half, *EIGHT_BITS):
+    formats = [q for q in EIGHT_BITS if q in arguments.models.replace("+", "").split(",")]
+    for format in (half, *formats):
         only = tried if format == half else None
         profile = measure_layers(profile, uses, names, format, lambda *_: None, only)
     limits = input_limits(dense, sorted(names), shape)
     choices = [c for c in choose(uses, profile, names, half) if c.name in names]
     eight: dict[str, dict[GemmFormat, tuple[GemmTiming, ...]]] = {
-        use.name: {f: tuple(profile.timing(g, f) for g in use.gemms) for f in EIGHT_BITS}
+        use.name: {f: tuple(profile.timing(g, f) for g in use.gemms) for f in formats}
         for use in uses
         if use.name in names
     }

@@ -18,6 +18,13 @@ from prox24_deploy.engines.cusparselt.choice import LayerChoice, choose, gemm_ob
 from prox24_deploy.engines.cusparselt.formats import gpu_obstacle
 from prox24_deploy.engines.cusparselt.gemm import gpu_profile, measure_layers, uses_at
 from prox24_deploy.engines.cusparselt.linear import LayerUse, layer_uses
+from prox24_deploy.engines.cusparselt.merge import (
+    Groups,
+    by_member,
+    members,
+    merged_uses,
+    shared_layers,
+)
 from prox24_deploy.engines.cusparselt.planning import Plan, plan_layers, plan_shapes
 from prox24_deploy.engines.cusparselt.prepare import prepare
 from prox24_deploy.engines.cusparselt.profile import (
@@ -60,10 +67,15 @@ _SECONDS_PER_SHAPE = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Timed:
-    """What is known of the times of a model: of its layers at every shape, and of the whole."""
+    """What is known of the times of a model: of its layers at every shape, and of the whole.
+
+    `uses` and `targets` have products where an engine computes several layers as one; `outputs` has
+    the number of outputs of every layer.
+    """
 
     uses: Sequence[LayerUse]
     targets: set[str]
+    outputs: Mapping[str, int]
     profile: GpuProfile
     dense_ms: list[float | None]
 
@@ -123,7 +135,12 @@ def plan(
 def _choices(timed: _Timed, dtype: DType) -> tuple[LayerChoice, ...]:
     """What 2:4 would gain in 16 bit, for each layer that the recipe prunes."""
     choices = choose(timed.uses, timed.profile, timed.targets, half_format(dtype))
-    return tuple(choice for choice in choices if choice.name in timed.targets)
+    return tuple(
+        replace(choice, name=name, n=timed.outputs[name], timings=timings)
+        for choice in choices
+        if choice.name in timed.targets
+        for name, timings in by_member(choice.name, choice.timings, timed.outputs).items()
+    )
 
 
 def _measured(
@@ -139,16 +156,27 @@ def _measured(
     if quantize != "none" and (why := gpu_obstacle(quantize, torch.cuda.get_device_capability())):
         raise UsageError(f"plan --quantize {quantize} cannot be timed here: {why}; leave it out.")
     opened = open_torch_model(context.source, context.recipe, dtype)
-    targets = _targets(opened.wrapped, context)
-    uses = uses_at(opened, shapes)
+    single = uses_at(opened, shapes)
+    groups = opened.groups(shapes[0])
+    uses, targets = _products(single, groups, _targets(opened.wrapped, context))
     profile = gpu_profile()
     formats: list[GemmFormat] = [half_format(dtype)]
     formats += [] if quantize == "none" else [quantize]
     for format in formats:
         profile = measure_layers(profile, uses, targets, format, progress)
     remember(profile)
-    dense_ms = _dense_ms(context, opened, shapes, eager=options.engine.eager)
-    return _Timed(uses=uses, targets=targets, profile=profile, dense_ms=dense_ms)
+    dense_ms = _dense_ms(context, opened.merge(groups), shapes, eager=options.engine.eager)
+    outputs = {use.name: use.n for use in single}
+    return _Timed(uses=uses, targets=targets, outputs=outputs, profile=profile, dense_ms=dense_ms)
+
+
+def _products(
+    uses: Sequence[LayerUse], groups: Groups, targets: set[str]
+) -> tuple[list[LayerUse], set[str]]:
+    """The GEMMs with layers merged that are all targets or none, and those of targets."""
+    halves = [[n for n in g if (n in targets) is own] for g in groups for own in (True, False)]
+    merged = merged_uses(uses, tuple(tuple(half) for half in halves if len(half) > 1))
+    return merged, {use.name for use in merged if targets.issuperset(members(use.name))}
 
 
 def _dense_ms(
@@ -168,15 +196,15 @@ def _dense_ms(
 def _eight_bit(timed: _Timed) -> Mapping[str, Mapping[GemmFormat, tuple[GemmTiming, ...]]]:
     """By layer and 8-bit format the times at every shape, of the formats in the profile."""
     formats = [format for format in EIGHT_BITS if format in timed.profile.formats]
-    return {
-        use.name: {
-            format: tuple(timed.profile.timing(gemm, format) for gemm in use.gemms)
-            for format in formats
-            if not gemm_obstacle(use, format)
-        }
-        for use in timed.uses
-        if use.name in timed.targets
-    }
+    found: dict[str, dict[GemmFormat, tuple[GemmTiming, ...]]] = {}
+    for use in timed.uses:
+        for format in formats if use.name in timed.targets else ():
+            if gemm_obstacle(use, format):
+                continue
+            whole = [timed.profile.timing(gemm, format) for gemm in use.gemms]
+            for name, timings in by_member(use.name, whole, timed.outputs).items():
+                found.setdefault(name, {})[format] = timings
+    return found
 
 
 def _planned_dtype(context: RunContext, options: BuildOptions, saved: GpuProfile | None) -> DType:
@@ -205,10 +233,18 @@ def _estimated(
             "another profile."
         )
     model = load_model(context.source, context.recipe, torch.device("cpu"))
-    targets = _targets(model, context)
-    probed = [_scaled(use, context, shapes) for use in layer_uses(model, [_probe(model, context)])]
-    uses = [use for use in probed if use]
-    return _Timed(uses=uses, targets=targets, profile=saved, dense_ms=[None] * len(shapes))
+    probe = _probe(model, context)
+    probed = [_scaled(use, context, shapes) for use in layer_uses(model, [probe])]
+    single = [use for use in probed if use]
+    groups = shared_layers(model, probe)
+    uses, targets = _products(single, groups, _targets(model, context))
+    return _Timed(
+        uses=uses,
+        targets=targets,
+        outputs={use.name: use.n for use in single},
+        profile=saved,
+        dense_ms=[None] * len(shapes),
+    )
 
 
 def _sensitivity(

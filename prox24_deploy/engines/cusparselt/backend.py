@@ -41,16 +41,22 @@ from prox24_deploy.engines.cusparselt.formats import gpu_obstacle
 from prox24_deploy.engines.cusparselt.gemm import choose_measured, gpu_profile
 from prox24_deploy.engines.cusparselt.kernels import kernels_by_layer, sparse_kernels
 from prox24_deploy.engines.cusparselt.linear import two_four_layers
+from prox24_deploy.engines.cusparselt.merge import Groups, members, merged_numbers
 from prox24_deploy.engines.cusparselt.prepare import Prepared, prepare
 from prox24_deploy.engines.cusparselt.profile import GemmFormat, GpuProfile, write_profile
-from prox24_deploy.engines.cusparselt.quantized import multiplied, multiply_as, round_as
+from prox24_deploy.engines.cusparselt.quantized import multiplied, multiply_as
 from prox24_deploy.engines.cusparselt.timings import remember, remembered
 from prox24_deploy.engines.cusparselt.torch_model import (
     TorchModel,
     open_torch_model,
 )
 from prox24_deploy.model.directory import ModelDir, open_model_dir
-from prox24_deploy.quantization.tensors import QuantizedModel, read_quantized
+from prox24_deploy.quantization.tensors import (
+    QuantizedModel,
+    apply_inputs,
+    apply_weights,
+    read_quantized,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +69,7 @@ class EngineFile:
     """How to open an engine: hash of the model and, by layer, the algorithm for each m.
 
     `compiled` says whether it is run by torch.compile, `quantized_sha256` what its layers multiply
-    in 8 bits, "" for none.
+    in 8 bits, "" for none. Layers in `merged` are one product for each group.
     """
 
     model_sha256: str
@@ -72,6 +78,7 @@ class EngineFile:
     layers: dict[str, dict[int, int]]
     compiled: bool
     quantized_sha256: str = ""
+    merged: Groups = ()
 
 
 T = TypeVar("T")
@@ -141,11 +148,10 @@ class CuSparseLt:
             ModelDirError: the dense model is not the one that the bundle was made from.
         """
         source = self._source(bundle, twin)
-        opened = open_torch_model(source, self.recipe, model.dtype)
+        opened, quantized = self._open(bundle, source, twin, model.dtype)
         folder = bundle / out
         make_folder(folder)
         choices: Sequence[LayerChoice] = ()
-        quantized = self._quantized(bundle, twin)
         if twin == "sparse":
             choices, profile = self._choose(opened, quantized)
             write_profile(profile, folder / GEMMS_FILE)
@@ -163,6 +169,7 @@ class CuSparseLt:
             layers={choice.name: choice.algorithms for choice in choices if choice.chosen},
             compiled=not ready.compilation.reason,
             quantized_sha256=sha256_of(bundle / self.quantized) if quantized else "",
+            merged=opened.merged,
         )
         write_atomic(folder / ENGINE_FILE, _ENGINE.dump_json(record, indent=1) + b"\n")
         return Engine(
@@ -201,15 +208,14 @@ class CuSparseLt:
                 f"Model directory {source.path} has changed since {bundle / engine.path} was "
                 "compiled; compile again."
             )
-        quantized = self._quantized(bundle, engine.twin)
+        opened, quantized = self._open(bundle, source, engine.twin, record.dtype, record.merged)
         if (sha256_of(bundle / self.quantized) if quantized else "") != record.quantized_sha256:
             raise EngineError(
                 f"File {bundle / self.quantized} has changed since {bundle / engine.path} was "
                 "compiled; compile again."
             )
-        opened = open_torch_model(source, self.recipe, record.dtype)
         if quantized:
-            round_as(opened.wrapped, quantized)
+            apply_inputs(opened.wrapped, quantized)
         multiply_as(opened.wrapped, record.layers, quantized)
         with ExitStack() as until:
             compiled = opened.compiled(self.shapes) if record.compiled else None
@@ -229,10 +235,19 @@ class CuSparseLt:
             )
         return source
 
-    def _quantized(self, bundle: Path, twin: Twin) -> QuantizedModel | None:
-        """What a twin multiplies in 8 bits; the dense one stays in 16."""
-        path = bundle / self.quantized
-        return read_quantized(path) if twin == "sparse" and path.is_file() else None
+    def _open(
+        self, bundle: Path, source: ModelDir, twin: Twin, dtype: DType, merged: Groups | None = None
+    ) -> tuple[TorchModel, QuantizedModel | None]:
+        """A twin, and what its layers multiply in 8 bits; the dense one stays in 16.
+
+        Layers are merged as they were when the engine was built, or else where they can be.
+        """
+        opened, path = open_torch_model(source, self.recipe, dtype), bundle / self.quantized
+        quantized = read_quantized(path) if twin == "sparse" and path.is_file() else None
+        if quantized:
+            apply_weights(opened.wrapped, quantized)
+        groups = opened.groups(self.shapes[0], quantized) if merged is None else merged
+        return opened.merge(groups), merged_numbers(quantized, groups) if quantized else None
 
     def _choose(
         self, opened: TorchModel, quantized: QuantizedModel | None
@@ -285,7 +300,11 @@ def collect_evidence(
 
 def _in_eight_bits(quantized: QuantizedModel, choices: Sequence[LayerChoice]) -> str:
     """How many layers are quantised, as part of a sentence."""
-    return f"{len(quantized.layers)} of {len(choices)} layers in {quantized.format}"
+    own, every = (
+        sum(len(members(name)) for name in names)
+        for names in (quantized.layers, [choice.name for choice in choices])
+    )
+    return f"{own} of {every} layers in {quantized.format}"
 
 
 def in_words(compilation: Compilation) -> str:
@@ -311,18 +330,27 @@ def explain(
     for choice in choices:
         seen = kernels.get(choice.name, ())
         sparse = sparse_kernels(seen)
-        reason = choice.reason
-        if sparse:
-            reason = f"{reason}; kernel {sparse[0]}"
-        if bool(sparse) != choice.chosen:
-            what = "a sparse kernel" if sparse else f"only {', '.join(seen) or 'dense kernels'}"
-            reason = f"unexpected: {reason}, but the profiler saw {what}"
-        layers.append(
-            LayerEvidence(
-                module=choice.name, eligible=choice.eligible, chosen=bool(sparse), reason=reason
+        for name, others in _members(choice.name):
+            reason = f"{choice.reason}{others}"
+            if sparse:
+                reason = f"{reason}; kernel {sparse[0]}"
+            if bool(sparse) != choice.chosen:
+                what = "a sparse kernel" if sparse else f"only {', '.join(seen) or 'dense kernels'}"
+                reason = f"unexpected: {reason}, but the profiler saw {what}"
+            layers.append(
+                LayerEvidence(
+                    module=name, eligible=choice.eligible, chosen=bool(sparse), reason=reason
+                )
             )
-        )
     return tuple(layers)
+
+
+def _members(name: str) -> list[tuple[str, str]]:
+    """Paths of the layers of a product, and what else is to be said of each."""
+    parts = members(name)
+    own = [part.rpartition(".")[2] for part in parts]
+    others = (", ".join(one for one in own if one != each) for each in own)
+    return [(p, f"; one product with {o}" if o else "") for p, o in zip(parts, others, strict=True)]
 
 
 def _read(adapter: TypeAdapter[T], path: Path) -> T:

@@ -16,21 +16,24 @@ from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import Quantize
 from prox24_deploy.engines.child import end_on_termination
 from prox24_deploy.engines.cusparselt.inductor import try_compiling
-from prox24_deploy.engines.cusparselt.quantized import multiply_as, round_as, untrained
+from prox24_deploy.engines.cusparselt.merge import Groups
+from prox24_deploy.engines.cusparselt.quantized import multiply_as, untrained
 from prox24_deploy.engines.cusparselt.torch_model import Blueprint, build_torch_model
 from prox24_deploy.model.layers import layer_at
+from prox24_deploy.quantization.tensors import apply_inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompileJob:
     """What to compile, as JSON on the way from parent to child.
 
-    `layers` are held compressed, with the algorithm for each number of rows; each of `shapes` gets
-    a graph of its own. Layers in `input_scales` are quantised to `quantize`. How it went is written
-    to `result`.
+    Groups of `merged` are one product each. `layers` are held compressed, with the algorithm for
+    each number of rows; each of `shapes` gets a graph of its own. Layers in `input_scales` are
+    quantised to `quantize`. How it went is written to `result`.
     """
 
     blueprint: Blueprint
+    merged: Groups
     layers: dict[str, dict[int, int]]
     quantize: Quantize
     input_scales: dict[str, float]
@@ -44,13 +47,14 @@ JOB, RESULT = TypeAdapter(CompileJob), TypeAdapter(Compilation)
 def run_job(job: CompileJob) -> None:
     """Compile as the job says, run what was compiled, and write how it went."""
     opened = build_torch_model(job.blueprint)
+    opened = opened.merge(job.merged)
     for name in job.layers:
         # Zeros are 2:4 too.
         layer_at(opened.wrapped, name).weight.zero_()
     quantized = None
     if job.quantize != "none":
         quantized = untrained(opened.wrapped, job.quantize, job.input_scales)
-        round_as(opened.wrapped, quantized)
+        apply_inputs(opened.wrapped, quantized)
     multiply_as(opened.wrapped, job.layers, quantized)
     runs = [opened.inputs(one) for one in opened.trial_feeds(job.shapes)]
     _, compilation = try_compiling(opened.compiled(job.shapes), runs)

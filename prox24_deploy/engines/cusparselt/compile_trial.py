@@ -54,6 +54,7 @@ def try_elsewhere(
     with tempfile.TemporaryDirectory() as folder, _room_for_another(opened):
         job = CompileJob(
             blueprint=opened.blueprint,
+            merged=opened.merged,
             layers={name: dict(algorithms) for name, algorithms in layers.items()},
             quantize=quantized.format if quantized else "none",
             input_scales={name: q.input_scale for name, q in quantized.layers.items()}

@@ -16,9 +16,9 @@ from prox24_deploy.engines.base import Feeds
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.compile_trial import try_elsewhere
 from prox24_deploy.engines.cusparselt.inductor import CompiledModule, try_compiling
-from prox24_deploy.engines.cusparselt.quantized import multiply_as, round_as
+from prox24_deploy.engines.cusparselt.quantized import multiply_as
 from prox24_deploy.engines.cusparselt.torch_model import TorchModel, compare_outputs
-from prox24_deploy.quantization.tensors import QuantizedModel
+from prox24_deploy.quantization.tensors import QuantizedModel, apply_inputs
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +96,8 @@ def prepare(
         shapes: those to compile for.
         choices: the layers to compress are marked as chosen; none for the dense twin.
         eager: do not compile.
-        quantized: what layers are to multiply in 8 bits; outputs are then held against those of
-            the same numbers multiplied in 16 bits.
+        quantized: what layers are to multiply in 8 bits, whose values the model has; outputs are
+            then held against those of the same numbers multiplied in 16 bits.
 
     Raises:
         EngineError: sparse outputs differ by more than the tolerance of the dtype, by name.
@@ -106,7 +106,7 @@ def prepare(
     # While the layers are dense still: compressed ones are known by where they lie.
     trial = Compilation(reason=ASKED) if eager else try_elsewhere(opened, shapes, chosen, quantized)
     if quantized:
-        round_as(opened.wrapped, quantized)
+        apply_inputs(opened.wrapped, quantized)
     feeds = opened.trial_feeds(shapes)
     # Products of 8-bit numbers are rounded to that.
     rounded_to: DType = "bfloat16" if quantized else opened.dtype

@@ -26,8 +26,6 @@ from prox24_deploy.quantization.formats import to_numbers
 from prox24_deploy.quantization.tensors import (
     QuantizedLayer,
     QuantizedModel,
-    apply_inputs,
-    apply_weights,
 )
 from prox24_deploy.sparsity.pattern import is_24
 
@@ -179,12 +177,6 @@ def untrained(
     return QuantizedModel(format=format, layers=layers)
 
 
-def round_as(model: nn.Module, quantized: QuantizedModel) -> None:
-    """Let a model compute in 16 bits what its numbers stand for, in place."""
-    apply_weights(model, quantized)
-    apply_inputs(model, quantized)
-
-
 def multiply_as(
     model: nn.Module,
     algorithms: Mapping[str, Mapping[int, int]],
@@ -193,7 +185,8 @@ def multiply_as(
     """Hold the named layers compressed, and let quantised ones multiply their numbers, in place.
 
     Args:
-        model: in half precision on a GPU; a quantised one as `round_as` leaves it.
+        model: in half precision on a GPU; a quantised one as `apply_weights` and
+            `apply_inputs` leave it.
         algorithms: by layer to compress, in 16 or 8 bits, their numbers by rows of activations.
         quantized: what its layers multiply.
 

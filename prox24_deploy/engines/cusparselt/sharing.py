@@ -1,7 +1,8 @@
 """Let Inductor compute once what several layers compute alike.
 
-Layers that share an input and its scale quantise it by equal expressions. Inductor fuses these into
-one kernel, but without this pass that kernel writes a copy for each layer.
+Layers that are parts of one product each ask for it. Layers that share an input and its scale
+quantise it by equal expressions; Inductor fuses these into one kernel, but without this pass that
+kernel writes a copy for each layer.
 """
 
 import torch
@@ -9,8 +10,13 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._ops import OpOverload
 
+# The namespace of our operators, all of which are products.
+OPERATORS = "prox24_deploy"
 # Functions of their arguments and of nothing else, besides all pointwise operators.
 _PURE = {
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.permute.default,
     torch.ops.aten.reshape.default,
     torch.ops.aten.view.default,
     torch.ops.prims.convert_element_type.default,
@@ -46,4 +52,5 @@ def _is_pure(node: fx.Node) -> bool:
     if not isinstance(target, OpOverload):
         return False
     drawn = torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable
-    return not drawn and (target in _PURE or torch.Tag.pointwise in target.tags)
+    own = target.namespace == OPERATORS
+    return not drawn and (own or target in _PURE or torch.Tag.pointwise in target.tags)

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,12 @@ from prox24_deploy.engines.cusparselt import cuda_graph
 from prox24_deploy.engines.cusparselt.attention import use_fast_attention
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession, Run, to_tensor
 from prox24_deploy.engines.cusparselt.inductor import CompiledModule, with_another
+from prox24_deploy.engines.cusparselt.merge import Groups, alike, merge_layers, shared_layers
 from prox24_deploy.engines.cusparselt.runner import EngineModule, padded
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.graph.export.module import RecipeModule, copy_with, to_dtype
 from prox24_deploy.model.directory import ModelDir, build_untrained, load_model
+from prox24_deploy.quantization.tensors import QuantizedModel
 
 # Largest difference to the same weights multiplied dense, as a share of the largest output.
 OUTPUT_TOLERANCES: dict[DType, float] = {"float16": 2e-2, "bfloat16": 1e-1}
@@ -41,13 +45,15 @@ class Blueprint:
 class TorchModel:
     """A module on the GPU that takes the inputs of its signature by position.
 
-    `blueprint` is None for a module that was not opened from a directory.
+    `blueprint` is None for a module that was not opened from a directory. Layers in `merged` are
+    computed as one product for each group.
     """
 
     module: RecipeModule
     dtype: DType
     vocabulary: int
     blueprint: Blueprint | None = None
+    merged: Groups = ()
 
     @property
     def wrapped(self) -> nn.Module:
@@ -58,6 +64,16 @@ class TorchModel:
     def runner(self) -> EngineModule:
         """What an engine runs: takes `inputs`, without a mask or in static buffers where it can."""
         return EngineModule(self.module).eval()
+
+    def groups(self, shape: Shape, quantized: QuantizedModel | None = None) -> Groups:
+        """Layers that can be computed as one product, by a run at a shape."""
+        shared = shared_layers(self.wrapped, partial(self.run, self.feeds(shape)))
+        return alike(shared, self.wrapped, quantized)
+
+    def merge(self, groups: Groups) -> Self:
+        """The same with each group computed as one product; its model is changed in place."""
+        merge_layers(self.wrapped, groups)
+        return replace(self, merged=groups)
 
     def feeds(self, shape: Shape, seed: int = 0) -> Feeds:
         """Random inputs by name."""
