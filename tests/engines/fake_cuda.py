@@ -45,6 +45,7 @@ class Machine:
     """Weights behind compressed tensors, and the sparse products of the current run."""
 
     weights: dict[int, Tensor] = field(default_factory=dict)
+    last: Tensor = field(default_factory=lambda: torch.zeros(0))
     gains: list[float] = field(default_factory=list)
     products: int = 0
     # What every sparse product is multiplied by.
@@ -55,7 +56,7 @@ class Machine:
     def compress(self, weight: Tensor) -> Tensor:
         assert is_24(weight), "cuSPARSELt compresses 2:4 weights only"
         packed = weight.new_zeros(weight.shape[0], weight.shape[1] * 9 // 16)
-        self.weights[packed.data_ptr()] = weight.clone()
+        self.weights[packed.data_ptr()] = self.last = weight.clone()
         return packed
 
     def compile(
@@ -103,7 +104,9 @@ class Plan:
         assert rows.shape == (self.shape.m, self.shape.k)
         self.machine.gains.append(self.gain)
         self.machine.products += 1
-        product = rows.float() @ self.machine.weights[packed.data_ptr()].T.float()
+        # A copy is of what was compressed last.
+        weight = self.machine.weights.get(packed.data_ptr(), self.machine.last)
+        product = rows.float() @ weight.T.float()
         biased = product if self.bias is None else product + self.bias
         return self.machine.error * biased.to(result_dtype(rows.dtype))
 
