@@ -104,8 +104,10 @@ class Plan:
         assert rows.shape == (self.shape.m, self.shape.k)
         self.machine.gains.append(self.gain)
         self.machine.products += 1
-        # A copy is of what was compressed last.
         weight = self.machine.weights.get(packed.data_ptr(), self.machine.last)
+        if weight.shape != (self.shape.n, self.shape.k):
+            # A copy, where another tensor lay; it is of what was compressed last.
+            weight = self.machine.last
         product = rows.float() @ weight.T.float()
         biased = product if self.bias is None else product + self.bias
         return self.machine.error * biased.to(result_dtype(rows.dtype))
