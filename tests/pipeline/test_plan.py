@@ -24,9 +24,12 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPU on which only the layers with 64 inputs, the last of each block, gain from 2:4."""
     timings = [
         GemmTiming(
-            shape=GemmShape(n=n, k=k, m=m), dense_us=10.0, sparse_us=5.0 if k == 64 else 11.0
+            shape=GemmShape(n=n, k=k, m=m),
+            dense_us=parts * 10.0,
+            sparse_us=5.0 if k == 64 else parts * 11.0,
         )
-        for n, k in ((32, 32), (64, 32), (32, 64))
+        # The last is the product of queries, keys and values.
+        for n, k, parts in ((32, 32, 1), (64, 32, 1), (32, 64, 1), (96, 32, 3))
         for m in (16, 32)
     ]
     path = tmp_path_factory.mktemp("profile") / "gpu.json"
@@ -171,9 +174,14 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "float16": (12.0, 12.0), "fp8": (6.0, 2.0), "int8": (6.0, 6.0),
     }  # fmt: skip
     timings = [
-        GemmTiming(shape=GemmShape(n=n, k=k, m=m), format=format, dense_us=dense, sparse_us=sparse)
+        GemmTiming(
+            shape=GemmShape(n=n, k=k, m=m),
+            format=format,
+            dense_us=parts * dense,
+            sparse_us=parts * sparse,
+        )
         for format, (dense, sparse) in times.items()
-        for n, k in ((32, 32), (64, 32), (32, 64))
+        for n, k, parts in ((32, 32, 1), (64, 32, 1), (32, 64, 1), (96, 32, 3))
         for m in (16, 32)
     ]
     path = tmp_path_factory.mktemp("several") / "gpu.json"

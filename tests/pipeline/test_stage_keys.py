@@ -50,6 +50,7 @@ UNKEYED = {
     ("TensorRtOptions", "timing_cache"): "where timings are kept",
     ("CuSparseLt", "dense"): "hash says",
     ("CuSparseLt", "pruned"): "the stage hashes what lies there",
+    ("CuSparseLt", "quantized"): "the stage hashes what lies there",
     ("BenchInputs", "max_slowdown"): "judged again",
 }
 OPTIONS = BuildOptions(
