@@ -26,7 +26,7 @@ from prox24_deploy.graph.check.check import check_path, require_24
 from prox24_deploy.graph.export.export import export_graphs, export_onnx
 from prox24_deploy.graph.export.stored import require_stored
 from prox24_deploy.graph.parity.numerics import compare_with_torch
-from prox24_deploy.quantization.tensors import QuantizedModel, apply_inputs, write_quantized
+from prox24_deploy.quantization.tensors import QuantizedModel, apply_rounding, write_quantized
 
 STORED = {"int8": "int8", "fp8": "float8_e4m3fn"}
 
@@ -110,7 +110,7 @@ def test_a_weight_that_another_layer_shares_stays_for_it_as_it_is(int8: Export) 
 def test_what_the_file_computes_is_what_the_fake_quantised_module_does(int8: Export) -> None:
     # Not following the file: a step that falls the other way may show, by no more than that.
     module = copy.deepcopy(int8.model)
-    apply_inputs(module, int8.made)
+    apply_rounding(module, int8.made)
     opened = onnx.reference.ReferenceEvaluator(str(int8.path))
     (found,) = opened.run(None, {"x": images().numpy()})
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_weights_that_are_not_what_the_numbers_stand_for_are_refused(tmp_path: P
 def test_a_module_that_rounds_itself_is_refused_before_it_is_rounded_twice(tmp_path: Path) -> None:
     model = Mixed()
     made = quantised(model, Mixed.LAYERS, "int8", lambda: model(images()))
-    apply_inputs(model, made)
+    apply_rounding(model, made)
     with pytest.raises(ExportError, match=r"Module 'conv' rounds its inputs already"):
         export_onnx(model, recipe(), tmp_path / "onnx", dtype="float32", quantized=made)
 

@@ -26,7 +26,7 @@ from prox24_deploy.packaging.package import package
 from prox24_deploy.packaging.tensor_copy import write_copies
 from prox24_deploy.packaging.vllm_reading import DECODERS, joined
 from prox24_deploy.quantization.tensors import (
-    apply_inputs,
+    apply_rounding,
     apply_weights,
     read_quantized,
     write_quantized,
@@ -192,7 +192,7 @@ def test_compressed_tensors_computes_what_was_measured(
     with torch.no_grad():
         plain = ours(tokens).logits
         apply_weights(ours, model)
-        apply_inputs(ours, model)
+        apply_rounding(ours, model)
         expected, found = ours(tokens).logits, theirs(tokens).logits
     assert not torch.equal(expected, plain)
     assert torch.equal(found, expected)

@@ -14,7 +14,7 @@ from prox24_deploy.quantization.formats import FORMATS, exact_scale
 from prox24_deploy.quantization.tensors import (
     QuantizedLayer,
     QuantizedModel,
-    apply_inputs,
+    apply_rounding,
     apply_weights,
     read_quantized,
     write_quantized,
@@ -76,7 +76,7 @@ def test_what_was_written_is_read_and_applied(tmp_path: Path) -> None:
     assert found.axes == {"1": 1}
     assert found.format == "int8"
     apply_weights(model, found)
-    apply_inputs(model, found)
+    apply_rounding(model, found)
     assert linear.weight.tolist() == [[0.5, 0, 0, -1], [0, 0.75, 0, 1]]
     assert norm.weight.tolist() == [3, 3, 3, 3]
     given_rows = torch.tensor([[0.9, 1.1, 3.2, -999.0]])
