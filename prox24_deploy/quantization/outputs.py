@@ -31,11 +31,9 @@ MOST_ADDED = 0.5
 _MOST_ROWS = 1024
 # Functions through which the output of a kernel stays its output: TensorRT fuses the first, and the
 # others only renumber elements, as in `graph.check.eligibility`.
-_PASSED = frozenset(
-    ("relu", "relu_", "gelu", "leaky_relu", "leaky_relu_", "clamp", "hardtanh", "hardtanh_")
-    + ("view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze")
-    + ("contiguous", "dropout")
-)
+_FUSED = ("relu", "relu_", "gelu", "leaky_relu", "leaky_relu_", "clamp", "hardtanh", "hardtanh_")
+_RENUMBERED = ("view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze")
+_PASSED = (*_FUSED, *_RENUMBERED, "unsqueeze", "contiguous", "dropout")
 
 BLOCK_OUTPUT = "the block"
 
@@ -261,15 +259,13 @@ def _bounded(
             choices[name] = _rounded(spans[name], form)
         else:
             times = with_it / plain if plain else float("inf")
-            reason = f"rounding it would make the error of its block {times:.2f} times as large"
+            reason = f"rounding it besides would make the error of its block {times:.2f} times as large"
             choices[name] = OutputChoice(reason=reason)
     return choices
 
 
 def _rounded(span: InputRange, form: NumberFormat) -> OutputChoice:
-    return OutputChoice(
-        scale=span.scale, limit=span.scale * form.largest, chosen_by=span.chosen_by
-    )
+    return OutputChoice(scale=span.scale, limit=span.scale * form.largest, chosen_by=span.chosen_by)
 
 
 def _block_outputs(twin: BlockPair, block: nn.Module, activations: Activations) -> list[Tensor]:

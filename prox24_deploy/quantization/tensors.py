@@ -2,8 +2,8 @@
 
 Names are those that compressed-tensors and vLLM read: `LAYER.weight` in the 8-bit dtype and the
 layout of the layer, `LAYER.weight_scale` with one float32 for each output channel, `LAYER.
-input_scale` with one, and `LAYER.output_scale` with one where the output is rounded too. A parameter that took up what was moved out of the inputs of a layer is there
-under its own name.
+input_scale` with one, and `LAYER.output_scale` with one where the output is rounded too. A
+parameter that took up what was moved out of the inputs of a layer is there under its own name.
 """
 
 import json
