@@ -259,7 +259,9 @@ def _bounded(
             choices[name] = _rounded(spans[name], form)
         else:
             times = with_it / plain if plain else float("inf")
-            reason = f"rounding it besides would make the error of its block {times:.2f} times as large"
+            reason = (
+                f"rounding it besides would make the error of its block {times:.2f} times as large"
+            )
             choices[name] = OutputChoice(reason=reason)
     return choices
 

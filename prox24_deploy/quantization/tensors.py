@@ -127,7 +127,8 @@ def apply_outputs(model: nn.Module, quantized: QuantizedModel) -> None:
     """Let layers round what they give, where that was decided, in place."""
     for name, stored in quantized.layers.items():
         if stored.output_scale is not None:
-            layer_at(model, name).register_forward_hook(
+            # Whatever computes that layer now.
+            model.get_submodule(name).register_forward_hook(
                 RoundedOutput(quantized.format, stored.output_scale)
             )
 
