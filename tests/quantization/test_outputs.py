@@ -21,6 +21,7 @@ from prox24_deploy.quantization.outputs import BLOCK_OUTPUT, OutputChoice, choos
 from prox24_deploy.quantization.tensors import (
     QuantizedLayer,
     QuantizedModel,
+    RoundedOutput,
     apply_rounding,
     dequantized,
 )
@@ -116,7 +117,7 @@ def test_the_error_of_a_block_stays_within_the_bound(monkeypatch: pytest.MonkeyP
     assert error() == plain
     for name, choice in found.items():
         if choice.scale:
-            hook = outputs.RoundedOutput("int8", choice.scale)
+            hook = RoundedOutput("int8", choice.scale)
             layer_at(twin.pruned, name).register_forward_hook(hook)
     assert plain < error() <= (1 + outputs.MOST_ADDED) * plain
     twin, layers, sets = made("int8")
