@@ -103,7 +103,7 @@ def from_directory(name: str, path: Path, text: TextOptions) -> Subject:
 
 def digits(steps: int = 300) -> Subject:
     """A vision transformer that tells digits apart, trained on two thirds of 1797 images."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)

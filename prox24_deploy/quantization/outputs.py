@@ -3,8 +3,8 @@
 TensorRT has sparse INT8 kernels for INT8 outputs only. What reads an output is followed through one
 forward pass of the block: where that are quantised layers alone, their rounding is the output's
 own. Elsewhere an output may get a scale. All outputs of a block together may make the error of the
-block, quantised beside not, on equal inputs that chose no scale of a weight or an input, larger by
-a bounded share; those that cost least come first.
+block, quantised beside not, on equal inputs and on samples that nothing was calibrated on, larger
+by a bounded share; those that cost least come first.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
