@@ -31,6 +31,10 @@ class LayerQuantization:
         error: ‖Y - Y'‖² / ‖Y‖², Y the output of the layer in the model as it was and Y' in the
             quantised one, bias excluded; None for a layer that was not tried.
         nearest_error: the same with the weight rounded to the nearest numbers.
+        output_limit: magnitude from which its outputs are clipped, 0 where they are not rounded.
+        output_chosen_by: how that limit was found.
+        output_reason: why outputs are not rounded for their own sake; "" where they are, and for a
+            layer that stays in 16 bits.
     """
 
     name: str
@@ -44,6 +48,9 @@ class LayerQuantization:
     rounding: Rounding = "nearest"
     error: float | None = None
     nearest_error: float | None = None
+    output_limit: float = 0.0
+    output_chosen_by: str = ""
+    output_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

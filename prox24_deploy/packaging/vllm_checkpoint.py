@@ -21,6 +21,7 @@ from prox24_deploy.packaging.vllm_reading import Joined
 
 _STAGE = "quantize"
 _WEIGHT, _SCALE, _INPUT = ".weight", ".weight_scale", ".input_scale"
+_OUTPUT = ".output_scale"
 _HEAD = "lm_head"
 
 
@@ -143,7 +144,8 @@ def _placed(
     replaced: dict[str, Copied] = {}
     added: dict[str, tuple[Copied, ...]] = {}
     for name, entry in given.items():
-        if name.endswith((_SCALE, _INPUT)):
+        # vLLM rounds no outputs.
+        if name.endswith((_SCALE, _INPUT, _OUTPUT)):
             continue
         place = _place(name, entry, stored)
         replaced[place] = Copied(name=place, file=numbers, entry=entry, shape=entry.shape)

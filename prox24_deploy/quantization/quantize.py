@@ -27,10 +27,12 @@ from prox24_deploy.pruning.activations import BlockPair, BlockStep, block_steps,
 from prox24_deploy.pruning.selection import sharing
 from prox24_deploy.quantization.formats import FORMATS, NumberFormat, exact_scale
 from prox24_deploy.quantization.layer_group import Moved, left_record, quantize_group
+from prox24_deploy.quantization.outputs import OutputChoice, choose_outputs, with_output
 from prox24_deploy.quantization.tensors import (
     QuantizedLayer,
     QuantizedModel,
-    apply_inputs,
+    apply_outputs,
+    apply_rounding,
     apply_weights,
     dequantized,
     read_quantized,
@@ -146,15 +148,43 @@ def _quantize_block(
             layer.weight.copy_(dequantized(layer, stored, form.name))
             found[f"{twin.prefix}.{name}"] = stored
         own = {name: found[f"{twin.prefix}.{name}"] for name in made.layers}
-        apply_inputs(twin.pruned, QuantizedModel(format=form.name, layers=own))
+        apply_rounding(twin.pruned, QuantizedModel(format=form.name, layers=own))
         # Factors in a weight that stays in 16 bits are there to be read by every backend.
         for name in set(group) - made.layers.keys() if made.moved else ():
             folded[f"{twin.prefix}.{name}.weight"] = layer_at(twin.pruned, name).weight.clone()
+    choices = _round_outputs(step, form, found)
+    records = [_with_output(record, choices) for record in records]
     done = {name for group in groups for name in group}
     left = {name: layer for name, layer in layers.items() if name not in done}
     reasons = not_run_once(twin, left, first)
     records += [left_record(f"{twin.prefix}.{n}", left[n], why) for n, why in reasons.items()]
     return records
+
+
+def _round_outputs(
+    step: BlockStep, form: NumberFormat, found: dict[str, QuantizedLayer]
+) -> dict[str, OutputChoice]:
+    """Let layers of a block round what they give, where that helps and is harmless."""
+    start = f"{step.twin.prefix}."
+    own = {n.removeprefix(start): found[n] for n in found if n.startswith(start)}
+    choices = choose_outputs(step.twin, own, step.sets, form)
+    rounding = {name: with_output(own[name], choices[name]) for name in own}
+    apply_outputs(step.twin.pruned, QuantizedModel(format=form.name, layers=rounding))
+    found |= {start + name: layer for name, layer in rounding.items()}
+    return {start + name: choice for name, choice in choices.items()}
+
+
+def _with_output(
+    record: LayerQuantization, choices: Mapping[str, OutputChoice]
+) -> LayerQuantization:
+    if (choice := choices.get(record.name)) is None:
+        return record
+    return replace(
+        record,
+        output_limit=choice.limit,
+        output_chosen_by=choice.chosen_by,
+        output_reason=choice.reason,
+    )
 
 
 def _quantizable(
@@ -248,7 +278,7 @@ def _require_sparse(path: Path) -> None:
 def load_quantized(
     directory: ModelDir, recipe: Recipe, device: torch.device, tensors: Path | None
 ) -> nn.Module:
-    """As `load_model`, with the weights and the rounding of inputs that a file of tensors has.
+    """As `load_model`, with the weights and the rounding that a file of tensors has.
 
     Without a file, it is the model as it is.
     """
@@ -259,7 +289,7 @@ def load_quantized(
 
 
 def apply_quantized(model: nn.Module, tensors: Path) -> None:
-    """Give a model the weights and the rounding of inputs that a file of tensors has, in place."""
+    """Give a model the weights and the rounding that a file of tensors has, in place."""
     quantized = read_quantized(tensors)
     apply_weights(model, quantized)
-    apply_inputs(model, quantized)
+    apply_rounding(model, quantized)

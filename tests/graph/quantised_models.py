@@ -1,6 +1,7 @@
 """A small module with every kind of quantised layer, and the plainest way to quantise a module."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -74,25 +75,41 @@ def images() -> Tensor:
 
 
 def quantised(
-    model: nn.Module, names: Sequence[str], form: QuantizedFormat, run: Callable[[], object]
+    model: nn.Module,
+    names: Sequence[str],
+    form: QuantizedFormat,
+    run: Callable[[], object],
+    outputs: Sequence[str] = (),
 ) -> QuantizedModel:
-    """Scales by the largest magnitudes that `run` shows; `model` gets the values of the numbers."""
+    """Scales by the largest magnitudes that `run` shows; `model` gets the values of the numbers.
+
+    The layers in `outputs` round what they give, too.
+    """
     largest: dict[str, float] = {}
+    given: dict[str, float] = {}
 
     def see(name: str, tensor: Tensor) -> None:
         largest[name] = max(largest.get(name, 0.0), float(tensor.abs().max()))
+
+    def see_output(name: str, tensor: Tensor) -> None:
+        given[name] = max(given.get(name, 0.0), float(tensor.abs().max()))
 
     handles = [
         layer_at(model, name).register_forward_pre_hook(lambda _, given, n=name: see(n, given[0]))
         for name in names
     ]
+    handles += [
+        layer_at(model, name).register_forward_hook(lambda _, __, y, n=name: see_output(n, y))
+        for name in outputs
+    ]
     with torch.no_grad():
         run()
     for handle in handles:
         handle.remove()
-    made = QuantizedModel(
-        format=form, layers={name: _layer(model, name, form, largest[name]) for name in names}
-    )
+    layers = {name: _layer(model, name, form, largest[name]) for name in names}
+    for name, size in given.items():
+        layers[name] = replace(layers[name], output_scale=_scale(size, form))
+    made = QuantizedModel(format=form, layers=layers)
     apply_weights(model, made)
     return made
 
@@ -104,5 +121,9 @@ def _layer(model: nn.Module, name: str, form: QuantizedFormat, largest: float) -
     return QuantizedLayer(
         weight=from_matrix(layer, known.weight_numbers(matrix, scales)).clone(),
         weight_scale=scales,
-        input_scale=float(exact_scale(torch.tensor(largest / known.largest))),
+        input_scale=_scale(largest, form),
     )
+
+
+def _scale(largest: float, form: QuantizedFormat) -> float:
+    return float(exact_scale(torch.tensor(largest / FORMATS[form].largest)))

@@ -1,7 +1,7 @@
 """Quantised layers in ONNX: what the file holds, what ONNX Runtime makes of it, planted faults."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from prox24_deploy.graph.check.check import check_path, require_24
 from prox24_deploy.graph.export.export import export_graphs, export_onnx
 from prox24_deploy.graph.export.stored import require_stored
 from prox24_deploy.graph.parity.numerics import compare_with_torch
-from prox24_deploy.quantization.tensors import QuantizedModel, apply_inputs, write_quantized
+from prox24_deploy.quantization.tensors import QuantizedModel, apply_rounding, write_quantized
 
 STORED = {"int8": "int8", "fp8": "float8_e4m3fn"}
 
@@ -53,9 +53,9 @@ def recipe() -> Recipe:
     return toy_recipe(MIXED_RECIPE)
 
 
-def exported(out: Path, form: QuantizedFormat, dtype: DType) -> Export:
+def exported(out: Path, form: QuantizedFormat, dtype: DType, outputs: Sequence[str] = ()) -> Export:
     model = Mixed()
-    made = quantised(model, Mixed.LAYERS, form, lambda: model(images()))
+    made = quantised(model, Mixed.LAYERS, form, lambda: model(images()), outputs)
     path = export_onnx(model, recipe(), out, dtype=dtype, sparse=Mixed.LAYERS, quantized=made)
     return Export(model, made, dtype, path)
 
@@ -110,7 +110,7 @@ def test_a_weight_that_another_layer_shares_stays_for_it_as_it_is(int8: Export) 
 def test_what_the_file_computes_is_what_the_fake_quantised_module_does(int8: Export) -> None:
     # Not following the file: a step that falls the other way may show, by no more than that.
     module = copy.deepcopy(int8.model)
-    apply_inputs(module, int8.made)
+    apply_rounding(module, int8.made)
     opened = onnx.reference.ReferenceEvaluator(str(int8.path))
     (found,) = opened.run(None, {"x": images().numpy()})
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_weights_that_are_not_what_the_numbers_stand_for_are_refused(tmp_path: P
 def test_a_module_that_rounds_itself_is_refused_before_it_is_rounded_twice(tmp_path: Path) -> None:
     model = Mixed()
     made = quantised(model, Mixed.LAYERS, "int8", lambda: model(images()))
-    apply_inputs(model, made)
+    apply_rounding(model, made)
     with pytest.raises(ExportError, match=r"Module 'conv' rounds its inputs already"):
         export_onnx(model, recipe(), tmp_path / "onnx", dtype="float32", quantized=made)
 
@@ -253,6 +253,65 @@ def test_int8_is_eligible_where_its_output_is_int8_too(int8: Export) -> None:
     assert "(Mul) reads it as it is" in rows["left"].ineligible_reason
 
 
+# Of these the first adds a bias of its own and is multiplied, the second is what the graph gives,
+# and what reads the third rounds it again.
+ROUNDED = ("left", "turned", "flat")
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    return exported(tmp_path_factory.mktemp("narrow") / "onnx", "int8", "float32", ROUNDED)
+
+
+def test_a_rounded_output_is_int8_to_all_that_reads_it_and_makes_its_layer_eligible(
+    narrow: Export,
+) -> None:
+    rows = {check.module: check for check in check_path(narrow.path).tensors}
+    assert all(rows[name].eligible for name in ROUNDED)
+    assert not rows["right"].eligible
+    graph = onnx.load(narrow.path).graph
+    made = {node.output[0]: node for node in graph.node}
+    assert made[graph.output[0].name].op_type == "DequantizeLinear"
+    sums = [node for node in graph.node if node.op_type == "Add"]
+    (bias,) = (n for n in sums if made[n.input[0]].op_type == "MatMul" and "left" in str(n))
+    (reader,) = (node for node in graph.node if bias.output[0] in node.input)
+    assert reader.op_type == "QuantizeLinear"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_module_that_rounds_its_outputs_is_what_the_file_computes(
+    narrow: Export, tmp_path: Path, dtype: DType
+) -> None:
+    made = narrow if dtype == "float32" else exported(tmp_path, "int8", dtype, ROUNDED)
+    made.prove(made.path)
+    assert made.compare().passed
+    module = copy.deepcopy(made.model)
+    apply_rounding(module, made.made)
+    found = module(images()).last_hidden_state / (made.made.layers["turned"].output_scale or 0)
+    assert torch.allclose(found, found.round(), atol=1e-3)
+
+
+def test_an_output_that_was_rounded_otherwise_is_found(narrow: Export) -> None:
+    layers = dict(narrow.made.layers)
+    layer = layers["left"]
+    layers["left"] = replace(layer, output_scale=1.1 * (layer.output_scale or 0))
+    other = replace(narrow, made=replace(narrow.made, layers=layers))
+    with pytest.raises(ExportError, match=r"layer left in .* has an output scale of "):
+        other.prove(narrow.path)
+    with pytest.raises(ExportError, match=r"layer left of .* has outputs such as .*no number of i"):
+        other.compare()
+    layers["left"] = replace(layer, output_scale=None)
+    other = replace(narrow, made=replace(narrow.made, layers=layers))
+    with pytest.raises(ExportError, match=r"layer left in .* has an output that is rounded"):
+        other.prove(narrow.path)
+    with pytest.raises(ExportError, match=r"layer left of .* rounded without a scale"):
+        other.compare()
+    layers["left"], layers["right"] = layer, replace(layers["right"], output_scale=0.5)
+    other = replace(narrow, made=replace(narrow.made, layers=layers))
+    with pytest.raises(ExportError, match=r"layer right in .* has an output that is not rounded"):
+        other.prove(narrow.path)
+
+
 @pytest.mark.parametrize("form", STORED)
 def test_the_file_of_a_quantised_model_is_proven_too(tmp_path: Path, form: QuantizedFormat) -> None:
     model = Mixed()
@@ -277,7 +336,7 @@ def test_tensorrt_rtx_builds_it_for_gpus_that_have_the_format(
     tmp_path: Path, form: QuantizedFormat
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
-    made = exported(tmp_path / "onnx", form, "float16")
+    made = exported(tmp_path / "onnx", form, "float16", ROUNDED if form == "int8" else ())
     plans = build_plans([made.path], "float16", CAPABILITIES[form])
     assert list(plans) == (["SM86"] if form == "int8" else ["SM89", "SM120"])
     assert all(int(plan.removesuffix(" B")) > 0 for plan in plans.values())

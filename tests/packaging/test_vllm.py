@@ -26,7 +26,7 @@ from prox24_deploy.packaging.package import package
 from prox24_deploy.packaging.tensor_copy import write_copies
 from prox24_deploy.packaging.vllm_reading import DECODERS, joined
 from prox24_deploy.quantization.tensors import (
-    apply_inputs,
+    apply_rounding,
     apply_weights,
     read_quantized,
     write_quantized,
@@ -112,6 +112,7 @@ def test_quantised_tensors_have_the_names_types_and_shapes_that_vllm_reads(
         assert torch.equal(scale[:, 0], layer.weight_scale)
         assert found.pop(f"{name}.input_scale").tolist() == [layer.input_scale]
         del plain[f"{name}.weight"]
+    assert any(layer.output_scale for layer in model.layers.values()) == (form == "int8")
     assert found.keys() == plain.keys()
     for name, tensor in found.items():
         assert torch.equal(tensor, model.folded.get(name, plain[name])), name
@@ -192,7 +193,9 @@ def test_compressed_tensors_computes_what_was_measured(
     with torch.no_grad():
         plain = ours(tokens).logits
         apply_weights(ours, model)
-        apply_inputs(ours, model)
+        # vLLM rounds no outputs.
+        plainer = {name: replace(each, output_scale=None) for name, each in model.layers.items()}
+        apply_rounding(ours, replace(model, layers=plainer))
         expected, found = ours(tokens).logits, theirs(tokens).logits
     assert not torch.equal(expected, plain)
     assert torch.equal(found, expected)

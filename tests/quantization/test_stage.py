@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from command_line import ANY_EMBEDDING, run_cli, snapshot
 
 from prox24_deploy.config.options import BuildOptions
-from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.errors import CalibrationError, UsageError
+from prox24_deploy.core.records import TextSource
+from prox24_deploy.model.batch import Samples
 from prox24_deploy.pipeline import stages
 from prox24_deploy.quantization.tensors import read_quantized
 
@@ -19,6 +23,14 @@ def build(model: Path, prose: Path, out: Path, *more: str) -> int:
         "build", model, "-o", out, "--calibration", prose, "--shapes", "batch=1", "sequence=8",
         *SMALL, *ANY_EMBEDDING, *more,
     ).code  # fmt: skip
+
+
+def test_too_few_samples_for_ranges_are_refused_before_any_work() -> None:
+    source = TextSource(kind="file", paths=(), sha256="", samples=7, tokens=7168)
+    context: Any = SimpleNamespace(calibration=Samples(batches=(), source=source))
+    with pytest.raises(CalibrationError, match=r"needs at least 8 calibration samples .* got 7"):
+        stages.quantize.require_usable(BuildOptions(quantize="int8"), context, [])
+    stages.quantize.require_usable(BuildOptions(), context, [])
 
 
 @pytest.mark.large

@@ -14,7 +14,7 @@ from prox24_deploy.quantization.formats import FORMATS, exact_scale
 from prox24_deploy.quantization.tensors import (
     QuantizedLayer,
     QuantizedModel,
-    apply_inputs,
+    apply_rounding,
     apply_weights,
     read_quantized,
     write_quantized,
@@ -56,13 +56,15 @@ def test_an_exact_scale_is_the_same_in_either_half_precision(scale: float) -> No
     assert float(exact) > 0
 
 
-def test_what_was_written_is_read_and_applied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("output_scale", [None, 3.0])
+def test_what_was_written_is_read_and_applied(tmp_path: Path, output_scale: float | None) -> None:
     norm, linear = nn.LayerNorm(4), nn.Linear(4, 2)
     model = nn.Sequential(norm, linear)
     stored = QuantizedLayer(
         weight=torch.tensor([[1, 0, 0, -2], [0, 3, 0, 4]], dtype=torch.int8),
         weight_scale=torch.tensor([0.5, 0.25]),
         input_scale=2.0,
+        output_scale=output_scale,
     )
     made = QuantizedModel(
         format="int8",
@@ -76,9 +78,11 @@ def test_what_was_written_is_read_and_applied(tmp_path: Path) -> None:
     assert found.axes == {"1": 1}
     assert found.format == "int8"
     apply_weights(model, found)
-    apply_inputs(model, found)
+    apply_rounding(model, found)
     assert linear.weight.tolist() == [[0.5, 0, 0, -1], [0, 0.75, 0, 1]]
     assert norm.weight.tolist() == [3, 3, 3, 3]
     given_rows = torch.tensor([[0.9, 1.1, 3.2, -999.0]])
     expected = torch.tensor([[0.0, 2.0, 4.0, -256.0]]) @ linear.weight.T + linear.bias
+    if output_scale:
+        expected = 3 * (expected / 3).round()
     assert torch.equal(linear(given_rows), expected)

@@ -54,6 +54,7 @@ from prox24_deploy.model.directory import ModelDir, open_model_dir
 from prox24_deploy.quantization.tensors import (
     QuantizedModel,
     apply_inputs,
+    apply_outputs,
     apply_weights,
     read_quantized,
 )
@@ -247,7 +248,12 @@ class CuSparseLt:
         if quantized:
             apply_weights(opened.wrapped, quantized)
         groups = opened.groups(self.shapes[0], quantized) if merged is None else merged
-        return opened.merge(groups), merged_numbers(quantized, groups) if quantized else None
+        opened = opened.merge(groups)
+        if not quantized:
+            return opened, None
+        # Of a product each layer has outputs of its own.
+        apply_outputs(opened.wrapped, quantized)
+        return opened, merged_numbers(quantized, groups)
 
     def _choose(
         self, opened: TorchModel, quantized: QuantizedModel | None

@@ -20,7 +20,7 @@ from prox24_deploy.engines.cusparselt.merge import Groups
 from prox24_deploy.engines.cusparselt.quantized import multiply_as, untrained
 from prox24_deploy.engines.cusparselt.torch_model import Blueprint, build_torch_model
 from prox24_deploy.model.layers import layer_at
-from prox24_deploy.quantization.tensors import apply_inputs
+from prox24_deploy.quantization.tensors import RoundedOutput, apply_inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,8 @@ class CompileJob:
 
     Groups of `merged` are one product each. `layers` are held compressed, with the algorithm for
     each number of rows; each of `shapes` gets a graph of its own. Layers in `input_scales` are
-    quantised to `quantize`. How it went is written to `result`.
+    quantised to `quantize`, and those in `output_scales` round what they give. How it went is
+    written to `result`.
     """
 
     blueprint: Blueprint
@@ -37,6 +38,7 @@ class CompileJob:
     layers: dict[str, dict[int, int]]
     quantize: Quantize
     input_scales: dict[str, float]
+    output_scales: dict[str, float]
     shapes: tuple[Shape, ...]
     result: Path
 
@@ -55,6 +57,9 @@ def run_job(job: CompileJob) -> None:
     if job.quantize != "none":
         quantized = untrained(opened.wrapped, job.quantize, job.input_scales)
         apply_inputs(opened.wrapped, quantized)
+        for name, scale in job.output_scales.items():
+            hook = RoundedOutput(job.quantize, scale)
+            opened.wrapped.get_submodule(name).register_forward_hook(hook)
     multiply_as(opened.wrapped, job.layers, quantized)
     runs = [opened.inputs(one) for one in opened.trial_feeds(job.shapes)]
     _, compilation = try_compiling(opened.compiled(job.shapes), runs)

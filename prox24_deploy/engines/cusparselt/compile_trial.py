@@ -19,7 +19,7 @@ from prox24_deploy.engines.child import run_child
 from prox24_deploy.engines.cusparselt.compile_job import JOB, RESULT, CompileJob
 from prox24_deploy.engines.cusparselt.inductor import with_another
 from prox24_deploy.engines.cusparselt.torch_model import TorchModel
-from prox24_deploy.quantization.tensors import QuantizedModel
+from prox24_deploy.quantization.tensors import QuantizedModel, rounded_outputs
 
 _COMMAND = (sys.executable, "-m", "prox24_deploy.engines.cusparselt.compile_job")
 # After which a compiler is taken to hang: until the model is built, and for each graph.
@@ -60,6 +60,7 @@ def try_elsewhere(
             input_scales={name: q.input_scale for name, q in quantized.layers.items()}
             if quantized
             else {},
+            output_scales=rounded_outputs(opened.wrapped),
             shapes=tuple(shapes),
             result=Path(folder) / "result.json",
         )

@@ -221,7 +221,11 @@ def replace_quantized(
         raise EngineError(f"Layer {unknown[0]} is to multiply sparse, but is not quantised.")
     for name, stored in layers.items():
         parent, _, own = name.rpartition(".")
-        made = _quantized(layer_at(model, name), name, stored, sparse.get(name))
+        layer = layer_at(model, name)
+        made = _quantized(layer, name, stored, sparse.get(name))
+        for hook in layer._forward_hooks.values():
+            # That which rounds what the layer gives.
+            made.register_forward_hook(hook)
         setattr(model.get_submodule(parent), own, made)
 
 

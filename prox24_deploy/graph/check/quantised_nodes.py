@@ -1,7 +1,8 @@
 """Find the products of 8-bit numbers in a graph: which numbers, with which scales, and their input.
 
 Such a node reads its first operand behind a pair of QuantizeLinear and DequantizeLinear, and its
-second behind a DequantizeLinear of stored numbers, as `graph.export.quantize` writes them.
+second behind a DequantizeLinear of stored numbers, as `graph.export.quantize` writes them. What it
+gives, a constant bias added, may go through a pair of its own.
 """
 
 from collections.abc import Iterator
@@ -29,12 +30,15 @@ class QuantisedNode:
         weight: the DequantizeLinear behind its stored numbers.
         quantiser: the QuantizeLinear of its input.
         dequantiser: the DequantizeLinear behind that.
+        rounded: QuantizeLinear and DequantizeLinear of what it gives, None where there are none
+            of its own module.
     """
 
     node: ir.Node
     weight: ir.Node
     quantiser: ir.Node
     dequantiser: ir.Node
+    rounded: tuple[ir.Node, ir.Node] | None = None
 
     @property
     def module(self) -> str:
@@ -66,8 +70,40 @@ def quantised_nodes(model: ir.Model) -> Iterator[QuantisedNode]:
             continue
         if is_dequantiser(weight) and is_dequantiser(dequantiser) and is_quantiser(quantiser):
             yield QuantisedNode(
-                node=node, weight=weight, quantiser=quantiser, dequantiser=dequantiser
+                node=node,
+                weight=weight,
+                quantiser=quantiser,
+                dequantiser=dequantiser,
+                rounded=_rounded(node),
             )
+
+
+def layer_output(node: ir.Node) -> ir.Value:
+    """What the layer of a product gives: its output, with the constant that the layer adds."""
+    made = node.outputs[0]
+    if len(added := made.consumers()) != 1 or added[0].op_type != "Add":
+        return made
+    others = [given for given in added[0].inputs if given is not made]
+    mine = module_of(added[0]) == module_of(node)
+    biased = mine and bool(others) and all(constant_of(given) is not None for given in others)
+    return added[0].outputs[0] if biased else made
+
+
+def _rounded(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+    """The pair behind a layer that belongs to it, and that all its readers are behind."""
+    pair: list[ir.Node] = []
+    value = layer_output(node)
+    for is_wanted in (is_quantiser, is_dequantiser):
+        readers = value.consumers()
+        if (
+            len(readers) != 1
+            or not is_wanted(readers[0])
+            or module_of(readers[0]) != module_of(node)
+        ):
+            return None
+        pair.append(readers[0])
+        value = readers[0].outputs[0]
+    return pair[0], pair[1]
 
 
 def stored_input(node: ir.Node, place: int, path: Path) -> Array | None:

@@ -6,7 +6,9 @@ one scale. That is the form in which runtimes look for layers to run in 8 bits, 
 layer reads what another gives, its QuantizeLinear is the other's INT8 output. Zero points are 0.
 TensorRT's documentation asks for these places ("Q/DQ Layer-Placement Recommendations": all inputs
 of weighted operations, outputs only where the next operation reads them in 8 bits), and moves a
-QuantizeLinear back itself, over activation functions and whatever only renumbers elements. Opset 19
+QuantizeLinear back itself, over activation functions and whatever only renumbers elements. But it
+has sparse INT8 kernels for INT8 outputs only, so a layer that was given a scale for what it gives
+has a pair of quantisers behind it too, its bias included, in front of all that reads it. Opset 19
 and later have both operators with scales in float16 and bfloat16.
 """
 
@@ -20,6 +22,7 @@ from torch import nn
 
 from prox24_deploy.core.errors import ExportError
 from prox24_deploy.graph.check.modules import MODULE_KEY
+from prox24_deploy.graph.check.quantised_nodes import layer_output
 from prox24_deploy.graph.check.weights import ConstantWeight, find_weights
 from prox24_deploy.quantization.formats import FORMATS
 from prox24_deploy.quantization.tensors import QuantizedLayer, QuantizedModel, summed_axis
@@ -55,6 +58,10 @@ def quantise_graph(model: ir.Model, source: nn.Module, quantized: QuantizedModel
                 "its weight, expected it as one; export without --quantize, or report it."
             )
         writer.quantise(name, layer, source.get_submodule(name), found[0])
+    # Once all inputs are rounded, so that layers that share one still do.
+    for name, layer in quantized.layers.items():
+        if layer.output_scale is not None:
+            writer.round_output(name, weights[name][0], layer.output_scale)
 
 
 def _weights_by_module(model: ir.Model) -> dict[str, list[ConstantWeight]]:
@@ -144,8 +151,23 @@ class _Writer:
         assert given is not None
         key = _Key(id(given), scale)
         if key not in self._rounded:
-            self._rounded[key] = self._quantisers(name, given, scale)
+            self._rounded[key] = self._quantisers(name, "input", given, scale)
         node.replace_input_with(index, self._rounded[key])
+
+    def round_output(self, name: str, weight: ConstantWeight, scale: float) -> None:
+        """Put quantisers behind a layer, in front of all that reads it, the graph's outputs too."""
+        for node in weight.nodes:
+            if node.metadata_props.get(MODULE_KEY, "") != name:
+                continue
+            made = layer_output(node)
+            readers = list(made.uses())
+            rounded = self._quantisers(name, "output", made, scale)
+            for reader in readers:
+                reader.node.replace_input_with(reader.idx, rounded)
+            for i, output in enumerate(self._graph.outputs):
+                if output is made:
+                    made.name, rounded.name = f"{name}.output", made.name
+                    self._graph.outputs[i] = rounded
 
     def _is_weight(self, value: ir.Value | None, weight: ConstantWeight) -> bool:
         """Whether a constant, perhaps transposed on its way, is what a product takes here."""
@@ -157,15 +179,15 @@ class _Writer:
             value = producer.inputs[0]
         return False
 
-    def _quantisers(self, name: str, given: ir.Value, scale: float) -> ir.Value:
+    def _quantisers(self, name: str, side: str, given: ir.Value, scale: float) -> ir.Value:
         """QuantizeLinear and DequantizeLinear behind a value, right after it is made."""
         dtype = given.dtype
         if dtype is None:
             raise ExportError(
-                f"The graph does not tell the type of what layer {name} reads; export without "
+                f"The graph does not tell the type of the {side} of layer {name}; export without "
                 "--quantize, or report it."
             )
-        label = f"{name}.input"
+        label = f"{name}.{side}"
         factor = self._constant(f"{label}_scale", np.array(scale, np.float32), dtype)
         zero = self._zero_of(None)
         kinds = {"numbers": self._type, "rounded": dtype}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 from torch import nn
 
 from prox24_deploy.core.errors import ExportError
@@ -44,8 +45,8 @@ def require_stored(
     for name in names:
         layer = source.get_submodule(name)
         for each in found[name]:
-            wrong = _wrong_input(each, quantized, quantized.layers[name], path)
             kind = _type_name(quantized)
+            wrong = _wrong_rounding(each, kind, quantized.layers[name], path)
             wrong = wrong or _wrong_weight(each, layer, kind, quantized.layers[name], path)
             if wrong:
                 raise ExportError(
@@ -54,19 +55,29 @@ def require_stored(
                 )
 
 
-def _wrong_input(
-    each: QuantisedNode, quantized: QuantizedModel, expected: QuantizedLayer, path: Path
+def _wrong_rounding(each: QuantisedNode, kind: str, expected: QuantizedLayer, path: Path) -> str:
+    pair = (each.quantiser, each.dequantiser)
+    if wrong := _wrong_pair(pair, "input", kind, expected.input_scale, path):
+        return wrong
+    if (each.rounded is None) != (expected.output_scale is None):
+        return f"an output that is {'not rounded' if each.rounded is None else 'rounded'}"
+    if each.rounded is None or expected.output_scale is None:
+        return ""
+    return _wrong_pair(each.rounded, "output", kind, expected.output_scale, path)
+
+
+def _wrong_pair(
+    pair: tuple[ir.Node, ir.Node], side: str, kind: str, expected: float, path: Path
 ) -> str:
-    kind = _type_name(quantized)
-    for node in (each.quantiser, each.dequantiser):
+    for node in pair:
         scale = stored_input(node, 1, path)
-        if scale is None or scale.shape or float(scale) != expected.input_scale:
+        if scale is None or scale.shape or float(scale) != expected:
             found = "none" if scale is None else scale.tolist()
-            return f"an input scale of {found} in place of {expected.input_scale!r}"
+            return f"an {side} scale of {found} in place of {expected!r}"
         zero = stored_input(node, 2, path)
         if zero is None or zero.any() or zero.dtype.name != kind:
             found = "none" if zero is None else f"{zero.tolist()} ({zero.dtype.name})"
-            return f"a zero point of its input of {found} in place of 0 ({kind})"
+            return f"a zero point of its {side} of {found} in place of 0 ({kind})"
     return ""
 
 

@@ -22,7 +22,7 @@ from prox24_deploy.graph.export.signature import Signature
 from prox24_deploy.graph.parity.activations import range_guard, watched
 from prox24_deploy.graph.parity.bisect import first_difference, session_for, session_options
 from prox24_deploy.graph.parity.overflow import require_finite
-from prox24_deploy.graph.parity.rounded import Read, Rounding, following, rounded_values
+from prox24_deploy.graph.parity.rounded import Place, Read, Rounding, following, rounded_values
 from prox24_deploy.quantization.tensors import QuantizedModel
 from prox24_deploy.sparsity.groups import Array
 
@@ -127,7 +127,7 @@ class _Difference:
 class _Opened:
     """A file in ONNX Runtime.
 
-    `read` names, by module path, what quantised layers are given and what they read, rounded.
+    `read` names what is rounded at quantised layers, and what becomes of it.
     """
 
     path: Path
@@ -135,24 +135,24 @@ class _Opened:
     session: ort.InferenceSession
     outputs: tuple[str, ...]
     quantized: QuantizedModel | None
-    read: Mapping[str, Sequence[tuple[str, str]]]
+    read: Mapping[Place, Sequence[tuple[str, str]]]
 
-    def run(self, given: Mapping[str, Array]) -> tuple[list[Array], dict[str, list[Read]]]:
-        """The outputs, and what the quantised layers are given and read."""
+    def run(self, given: Mapping[str, Array]) -> tuple[list[Array], dict[Place, list[Read]]]:
+        """The outputs, and what is rounded at quantised layers."""
         pairs = [pair for each in self.read.values() for pair in each]
         inner = list(dict.fromkeys(name for pair in pairs for name in pair))
         found = self.session.run([*self.outputs, *inner], dict(given))
         known = dict(zip(inner, found[len(self.outputs) :], strict=True))
         read = {
-            module: [(known[raw], known[rounded]) for raw, rounded in each]
-            for module, each in self.read.items()
+            place: [(known[raw], known[rounded]) for raw, rounded in each]
+            for place, each in self.read.items()
         }
         return found[: len(self.outputs)], read
 
     def followed(
         self,
         reference: RecipeModule,
-        read: Mapping[str, Sequence[Read]],
+        read: Mapping[Place, Sequence[Read]],
         relative: float | None = None,
     ) -> AbstractContextManager[None]:
         """Within it, `reference` rounds as the file did; `relative` as in `Rounding`."""
@@ -177,8 +177,8 @@ def _opened(
         model = load_onnx(path)
         values = rounded_values(model)
         read = {
-            module: [(raw.name or "", rounded.name or "") for raw, rounded in each]
-            for module, each in values.items()
+            place: [(raw.name or "", rounded.name or "") for raw, rounded in each]
+            for place, each in values.items()
         }
         pairs = [pair for each in values.values() for pair in each]
         session = session_for(model, path, [value for pair in pairs for value in pair])

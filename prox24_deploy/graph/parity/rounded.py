@@ -2,9 +2,10 @@
 
 An activation that lies between two numbers of an 8-bit format may fall on either side in two
 runtimes, and everything behind is different then by far more than the rounding of floats. So here
-PyTorch follows the file: each quantised layer reads what it read there, once the value in front of
-the rounding was seen to be that of PyTorch, within the tolerance for a model that is not quantised,
-and its number a rounding of it. Behind it both compute with equal numbers, so the same tolerance
+PyTorch follows the file: each quantised layer reads what it read there, and gives what it gave
+where that is rounded too, once the value in front of the rounding was seen to be that of PyTorch,
+within the tolerance for a model that is not quantised, and its number a rounding of it. Behind it
+both compute with equal numbers, so the same tolerance
 holds at the next layer and at the outputs. A wrong scale, axis, zero point or weight shows at once.
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -26,7 +28,10 @@ from prox24_deploy.quantization.formats import FORMATS
 from prox24_deploy.quantization.tensors import QuantizedModel
 from prox24_deploy.sparsity.groups import Array
 
-# What a quantised layer is given in a file, and what it reads, rounded.
+# A module path, and which end of that layer is rounded.
+Side = Literal["input", "output"]
+Place = tuple[str, Side]
+# What is rounded there in a file, and what becomes of it.
 Read = tuple[Array, Array]
 
 
@@ -48,29 +53,38 @@ class Rounding:
     relative: float | None
 
 
-def rounded_values(model: ir.Model) -> dict[str, list[tuple[ir.Value, ir.Value]]]:
-    """What quantised layers are given and what they read, by module path, a pair for each call."""
-    found: dict[str, list[tuple[ir.Value, ir.Value]]] = {}
+def rounded_values(model: ir.Model) -> dict[Place, list[tuple[ir.Value, ir.Value]]]:
+    """What is rounded at quantised layers, and what becomes of it, a pair for each call."""
+    found: dict[Place, list[tuple[ir.Value, ir.Value]]] = {}
     for each in quantised_nodes(model):
-        if (given := each.quantiser.inputs[0]) is not None:
-            found.setdefault(each.module, []).append((given, each.input))
+        pairs: dict[Side, tuple[ir.Node, ir.Node]] = {"input": (each.quantiser, each.dequantiser)}
+        if each.rounded:
+            pairs["output"] = each.rounded
+        for side, (quantiser, dequantiser) in pairs.items():
+            if (given := quantiser.inputs[0]) is not None:
+                pair = (given, dequantiser.outputs[0])
+                found.setdefault((each.module, side), []).append(pair)
     return found
 
 
 @contextmanager
 def following(
-    model: nn.Module, read: Mapping[str, Sequence[Read]], rounding: Rounding
+    model: nn.Module, read: Mapping[Place, Sequence[Read]], rounding: Rounding
 ) -> Iterator[None]:
-    """Within it, layers of `model` read `read`, by module path, in the order of their calls.
+    """Within it, layers of `model` read and give `read`, in the order of their calls.
 
     Raises:
-        ExportError: while the model runs, names the layer that was given something else in the file
-            than in PyTorch, or read what is no rounding of it by its scale.
+        ExportError: while the model runs, names the layer at which something else is rounded in the
+            file than in PyTorch, or to what is no rounding of it by its scale.
     """
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(_Followed(name, values, rounding))
-        for name, values in read.items()
-    ]
+    handles = []
+    for (name, side), values in read.items():
+        followed = _Followed(name, side, values, rounding)
+        module = model.get_submodule(name)
+        if side == "input":
+            handles.append(module.register_forward_pre_hook(followed.read))
+        else:
+            handles.append(module.register_forward_hook(followed.give))
     try:
         yield
     finally:
@@ -79,29 +93,38 @@ def following(
 
 
 class _Followed:
-    """A hook that replaces the input of a layer by what it was in the file."""
+    """Hooks that replace the input or the output of a layer by what it was in the file."""
 
-    def __init__(self, name: str, values: Sequence[Read], rounding: Rounding) -> None:
+    def __init__(self, name: str, side: Side, values: Sequence[Read], rounding: Rounding) -> None:
         self._name = name
+        self._side = side
         self._rounding = rounding
         self._left = list(values)
         self._form = FORMATS[rounding.quantized.format]
-        self._scale = rounding.quantized.layers[name].input_scale
+        layer = rounding.quantized.layers[name]
+        self._scale = (layer.input_scale if side == "input" else layer.output_scale) or 0.0
         self._held = TORCH_DTYPES[rounding.dtype]
 
-    def __call__(self, _: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def read(self, _: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The arguments with the first as the file has it."""
-        if not self._left or self._left[0][1].size != given[0].numel():
-            raise self._wrong(f"other calls than the file, or one of shape {tuple(given[0].shape)}")
+        return (self._followed(given[0]), *given[1:])
+
+    def give(self, _: nn.Module, __: object, made: Tensor) -> Tensor:
+        """The output as the file has it."""
+        return self._followed(made)
+
+    def _followed(self, own: Tensor) -> Tensor:
+        if not self._left or self._left[0][1].size != own.numel():
+            raise self._wrong(f"other calls than the file, or one of shape {tuple(own.shape)}")
         pair = self._left.pop(0)
-        raw, found = (
-            torch.from_numpy(each.astype(np.float32)).reshape(given[0].shape) for each in pair
-        )
+        raw, found = (torch.from_numpy(each.astype(np.float32)).reshape(own.shape) for each in pair)
+        if self._scale == 0:
+            raise self._wrong(f"an {self._side} that is rounded without a scale for it")
         self._require_steps(found)
         if self._rounding.relative is not None:
-            self._require_near(raw, given[0].cpu().float(), self._rounding.relative)
+            self._require_near(raw, own.cpu().float(), self._rounding.relative)
             self._require_nearest(raw, found)
-        return (found.to(given[0]), *given[1:])
+        return found.to(own)
 
     def _require_steps(self, found: Tensor) -> None:
         """Every value is a number of the format times the scale, in the dtype of the file."""
@@ -111,7 +134,7 @@ class _Followed:
         wrong = (expected != found) & ~found.isnan()
         if bool(wrong.any()):
             raise self._wrong(
-                f"inputs such as {float(found[wrong][0]):g}, which is no number of "
+                f"{self._side}s such as {float(found[wrong][0]):g}, which is no number of "
                 f"{self._form.name} times its scale {self._scale:g}"
             )
 
@@ -122,8 +145,8 @@ class _Followed:
         wrong = ~((raw - own).abs() <= slack)
         if bool(wrong.any()):
             raise self._wrong(
-                f"the input {float(raw[wrong][0]):g} where PyTorch has {float(own[wrong][0]):g}, "
-                f"more than the tolerance {slack:.3g} apart"
+                f"the {self._side} {float(raw[wrong][0]):g} where PyTorch has "
+                f"{float(own[wrong][0]):g}, more than the tolerance {slack:.3g} apart"
             )
 
     def _require_nearest(self, raw: Tensor, found: Tensor) -> None:
@@ -136,8 +159,9 @@ class _Followed:
         wrong = ~((least <= numbers) & (numbers <= most))
         if bool(wrong.any()):
             raise self._wrong(
-                f"the input {float(raw[wrong][0]):g} rounded to {float(found[wrong][0]):g}, which "
-                f"is not its number in {self._form.name} by the scale {self._scale:g}"
+                f"the {self._side} {float(raw[wrong][0]):g} rounded to "
+                f"{float(found[wrong][0]):g}, which is not its number in {self._form.name} by the "
+                f"scale {self._scale:g}"
             )
 
     def _wrong(self, what: str) -> ExportError:
