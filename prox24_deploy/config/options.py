@@ -192,8 +192,8 @@ class BuildOptions:
     """Everything that `build` can be told.
 
     `name` is what the model is called in all that is published; None leaves it to its card. `dtype`
-    is that of the exported files; None means the checkpoint's own. `recover` says how the kept weights
-    are trained once the masks stand; None leaves them. `quantize` is the format that
+    is that of the exported files; None means the checkpoint's own. `recover` says how kept
+    weights are trained once the masks stand; None leaves them. `quantize` is the format that
     weights and activations of the target layers are rounded to.
     `device` is where pruning and evaluation run. `engine_tokens` bounds how much of the evaluation
     is run through the engines; an image counts as 64 tokens. The report is held against the dense

@@ -42,8 +42,8 @@ class RecoverResult:
         steps: planned ones, of about `step_tokens` tokens each.
         taken: steps that were taken.
         kept: the step whose weights are kept; 0 where those that were given are.
-        before: loss of the model that was given, on withheld samples; None where it was not reached.
-        after: of the model that is kept, as it is stored.
+        before: loss of the model that was given, on withheld samples; None if not measured.
+        after: of the model that is kept, as it is stored; None likewise.
         curve: measurements along the way, the first before any step.
         learning_rate: of the largest step, relative to the root mean square of kept weights.
         layers: 2:4 layers that were trained.

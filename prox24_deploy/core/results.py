@@ -18,8 +18,8 @@ from prox24_deploy.core.recovery import RecoverResult
 class BuildResults:
     """What the stages gave, each under the name of its stage and in the order of their running.
 
-    `recover` is None where the kept weights stay as pruning left them, `quantize` where the model stays
-    in 16 bits, `tasks` where no task of the lm-evaluation-harness was asked for.
+    `recover` is None where kept weights stay as pruning left them, `quantize` where the model
+    stays in 16 bits, `tasks` where no task of the lm-evaluation-harness was asked for.
     """
 
     prune: PruneResult

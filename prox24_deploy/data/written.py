@@ -186,7 +186,8 @@ def _load(path: Path) -> Tensor | None:
         return None
     try:
         with safe_open(path, framework="pt") as handle:
-            return handle.get_tensor("rows")
+            rows: Tensor = handle.get_tensor("rows")
+            return rows
     except SafetensorError:
         # Damaged: writing it again loses only time.
         return None

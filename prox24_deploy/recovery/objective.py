@@ -95,9 +95,7 @@ def _grouped(logs: Tensor, chosen: Tensor) -> Tensor:
     return torch.cat([picked, others], dim=-1)
 
 
-def _compare_states(
-    dense: Any, sparse: Any, batch: Batch, model: nn.Module
-) -> tuple[Tensor, int]:
+def _compare_states(dense: Any, sparse: Any, batch: Batch, model: nn.Module) -> tuple[Tensor, int]:
     samples = len(batch.real)
     pooled = [_pooled(part, batch, model).float() for part in (dense, sparse)]
     away = 1 - functional.cosine_similarity(pooled[1], pooled[0], dim=-1)

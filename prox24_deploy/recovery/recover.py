@@ -188,6 +188,7 @@ def _session(
                     "%s names no token that a text starts with, so that the model writes no text "
                     "to be trained on.", directory.path,
                 )  # fmt: skip
+    vocabulary = whole_number(directory.config, "vocab_size", 1)
     return Session(
         dense=dense,
         sparse=sparse,
@@ -195,7 +196,7 @@ def _session(
         recipe=recipe,
         calibration=asked.calibration,
         options=asked.options,
-        vocabulary=whole_number(directory.config, "vocab_size", 1) if recipe.kind.writes_text else 1,
+        vocabulary=vocabulary if recipe.kind.writes_text else 1,
         author=author,
         padding=padding,
         seed=asked.seed,

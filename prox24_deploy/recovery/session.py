@@ -1,4 +1,4 @@
-"""One recovery of two loaded models: what is trained on, for how many steps, and what came of it."""
+"""One recovery of two loaded models: on what, for how many steps, and what came of it."""
 
 import logging
 import time
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -200,7 +199,7 @@ def _checkpointed(session: Session) -> Iterator[None]:
     parts = [find_blocks(session.sparse, part) for part in session.recipe.parts]
     blocks = [block for part in parts for block in part]
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:

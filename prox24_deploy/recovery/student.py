@@ -1,7 +1,7 @@
 """What of a pruned model is trained: kept weights of its 2:4 layers, norms and biases.
 
-Every zero of a 2:4 layer stays a zero, also where a group has more than two; so the pattern that was
-proven before training holds after it, whatever the optimiser does.
+Every zero of a 2:4 layer stays a zero, also where a group has more than two; so the pattern that
+was proven before training holds after it, whatever the optimiser does.
 """
 
 import statistics
@@ -34,7 +34,7 @@ class Trained:
     """
 
     names: tuple[str, ...]
-    parameter: nn.Parameter
+    parameter: Tensor
     zeros: Tensor | None
     axis: int | None
     dtype: torch.dtype
@@ -112,9 +112,9 @@ def _sparse_layers(model: nn.Module, directory: ModelDir, recipe: Recipe) -> lis
         layer = layer_at(model, path)
         if (bad := first_violation(layer.weight, reduction_axis(layer))) is not None:
             raise SparsityLostError(
-                f"Layer {path} of {directory.path} is not 2:4: the group at {bad} of its weight has "
-                "more than two non-zeros; pass a model that prune made, or whose targets are all "
-                "2:4."
+                f"Layer {path} of {directory.path} is not 2:4: the group at {bad} of its weight "
+                "has more than two non-zeros; pass a model that prune made, or whose targets "
+                "are all 2:4."
             )
     if not paths:
         raise UsageError(

@@ -1,9 +1,9 @@
 """Train the free values of a pruned model against the dense one, masks fixed.
 
 AdamW without decay (Loshchilov and Hutter, arXiv 1711.05101) on the mean loss of each step, its
-gradient clipped to norm 1. Gradients are masked before the optimiser sees them and weights after it
-moved them, so that its state is zero, too, wherever a weight is. Withheld samples are looked at with
-the weights as the checkpoint stores them; the best of these, or the first, are what remains.
+gradient clipped to norm 1. Gradients are masked before the optimiser sees them and weights after
+it moved them, so that its state is zero, too, wherever a weight is. Withheld samples are looked at
+with the weights as the checkpoint stores them; the best of these, or the first, are what remains.
 """
 
 import logging
@@ -85,7 +85,7 @@ class Lesson:
                 loss, number = self.objective(self.dense, self.sparse, batch)
             # Batches count by what is real in them.
             part = loss / number * (int(batch.real.sum()) / total)
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             loss_of_all += float(part.detach())
         return loss_of_all
 

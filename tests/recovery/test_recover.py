@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from opened import open_tiny
-from safetensors.torch import load_file, save_file
-from tiny_models import configure, write_tiny_gpt2
+from safetensors.torch import load_file
 
 from prox24_deploy.config.options import PruneOptions, RecoverOptions
 from prox24_deploy.core.errors import (
@@ -96,7 +95,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_it_comes_nearer_and_only_kept_weights_norms_and_biases_move(
     asked: Recovery, tmp_path: Path
 ) -> None:
-    options = replace(FAST, steps=40, learning_rate=0.01)
+    # What a model of random weights writes is like no text.
+    options = replace(FAST, steps=40, learning_rate=0.01, write=False)
     result = recover(replace(asked, options=options), tmp_path)
     assert result.before is not None
     assert result.after is not None
@@ -225,14 +225,16 @@ def test_minutes_become_steps_once(llama: Recovery, tmp_path: Path) -> None:
 def test_a_teacher_of_another_kind_is_refused(
     llama: Recovery, tmp_path: Path, tiny_gpt2: Path, tiny_llama: Path
 ) -> None:
-    with pytest.raises(ModelDirError, match="is a GPT2LMHeadModel, and .* a LlamaForCausalLM; pas"):
+    with pytest.raises(ModelDirError, match=r"is a GPT2LMHeadModel, and .* a LlamaForCausalLM; pas"):
         recover(replace(llama, dense=open_model_dir(tiny_gpt2)), tmp_path)
     pruned = llama.pruned
     other = replace(pruned, config={**pruned.config, "vocab_size": 7})
-    with pytest.raises(ModelDirError, match="a vocabulary of 260 tokens, and .* of 7; pass the "):
+    with pytest.raises(ModelDirError, match=r"a vocabulary of 260 tokens, and .* of 7; pass the "):
         recover(replace(llama, pruned=other), tmp_path)
     less = replace(pruned, tensors=dict(list(pruned.tensors.items())[1:]))
-    with pytest.raises(ModelDirError, match=r"Tensor \S+ has \d+ values in .* and 0 in .*; pass the mod"):
+    with pytest.raises(
+        ModelDirError, match=r"Tensor \S+ has \d+ values in .* and 0 in .*; pass the mod"
+    ):
         recover(replace(llama, pruned=less), tmp_path)
 
 
@@ -255,7 +257,7 @@ def test_a_student_that_is_not_sparse_is_refused(llama: Recovery, tmp_path: Path
 def test_too_little_text_to_withhold_some_is_refused(llama: Recovery, tmp_path: Path) -> None:
     source = replace(llama.calibration.source, samples=7)
     few = replace(llama.calibration, source=source)
-    with pytest.raises(CalibrationError, match="at least 8 calibration samples, .* got 7; pass"):
+    with pytest.raises(CalibrationError, match=r"at least 8 calibration samples, .* got 7; pass"):
         recover(replace(llama, calibration=few), tmp_path)
 
 
