@@ -99,7 +99,12 @@ class RecoverOptions:
     write: bool = True
     checkpointing: bool = False
 
-    def __post_init__(self) -> None:
+    def require_usable(self) -> None:
+        """Refuse a budget that is none, and a rate or temperature that is not above 0.
+
+        Raises:
+            UsageError: says what was given.
+        """
         given = [each for each in (self.steps, self.minutes) if each is not None]
         if len(given) != 1 or not 0 < given[0] < math.inf:
             raise UsageError(

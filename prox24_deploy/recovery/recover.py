@@ -125,9 +125,10 @@ def recover_directory(
         CalibrationError: there are too few samples.
         ModelDirError: one model was not pruned from the other, or was written meanwhile.
         SparsityLostError: the pruned model is not 2:4, or a weight read back from disk is not.
-        UsageError: the model has no 2:4 layer.
+        UsageError: the model has no 2:4 layer, or an option means nothing.
     """
     began = time.perf_counter()
+    asked.options.require_usable()
     require_samples(asked.calibration)
     require_pair(asked.dense, asked.pruned, asked.recipe)
     sparse = load_model(asked.pruned, asked.recipe, asked.device)

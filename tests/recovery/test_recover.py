@@ -225,7 +225,7 @@ def test_minutes_become_steps_once(llama: Recovery, tmp_path: Path) -> None:
 def test_a_teacher_of_another_kind_is_refused(
     llama: Recovery, tmp_path: Path, tiny_gpt2: Path, tiny_llama: Path
 ) -> None:
-    with pytest.raises(ModelDirError, match=r"is a GPT2LMHeadModel, and .* a LlamaForCausalLM; pas"):
+    with pytest.raises(ModelDirError, match=r"is a GPT2LMHeadModel, and .* a LlamaForCausalLM; pa"):
         recover(replace(llama, dense=open_model_dir(tiny_gpt2)), tmp_path)
     pruned = llama.pruned
     other = replace(pruned, config={**pruned.config, "vocab_size": 7})
@@ -272,4 +272,4 @@ def test_too_little_text_to_withhold_some_is_refused(llama: Recovery, tmp_path: 
 )
 def test_options_that_mean_nothing_are_refused(options: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        RecoverOptions(**options)
+        RecoverOptions(**options).require_usable()

@@ -39,10 +39,11 @@ def require_usable(options: BuildOptions, context: RunContext) -> None:
 
     Raises:
         CalibrationError: there are too few calibration samples to withhold some.
-        UsageError: nothing is pruned that could be recovered.
+        UsageError: an option means nothing, or nothing is pruned that could be recovered.
     """
     if options.recover is None:
         return
+    options.recover.require_usable()
     if options.prune.method == "none":
         raise UsageError(
             "--method none prunes nothing that --recover could recover; leave one of them out."
