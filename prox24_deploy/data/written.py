@@ -35,8 +35,8 @@ LEAST_DIFFERENT = 0.5
 _CACHE_BYTES = 4 * 2**30
 _MOST_ROWS = {"cuda": 512, "cpu": 32}
 _TIMED = 32
-# More batches than anybody writes, so that no two seeds share any.
-_SPREAD = 2**32
+# Between seeds; a generator on a CPU looks at the lower 32 bits alone.
+_SPREAD, _SEEDS = 1_000_003, 2**32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,9 @@ class Author:
     @torch.no_grad()
     def _sample(self, index: int, length: int) -> Tensor:
         """(rows, length) tokens; what follows an end means nothing."""
-        generator = torch.Generator(self._device).manual_seed(_SPREAD * self.seed + index)
+        generator = torch.Generator(self._device).manual_seed(
+            (_SPREAD * self.seed + index) % _SEEDS
+        )
         token = torch.full((self.rows, 1), self.start, device=self._device)
         rows, cache = [token], None
         for _ in range(length - 1):

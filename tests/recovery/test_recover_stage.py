@@ -16,6 +16,7 @@ from prox24_deploy.config.options import parse_budget
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import AccuracyStep
 from prox24_deploy.core.recovery import RecoverResult, RecoveryPoint, WrittenText
+from prox24_deploy.pipeline import run as pipeline
 from prox24_deploy.report.assemble import load_report, write_report
 from prox24_deploy.report.render import render_html, render_summary
 from prox24_deploy.report.steps import step_rows, step_titles
@@ -111,10 +112,8 @@ def test_what_makes_no_sense_is_refused_before_any_work(
 
 
 def test_a_budget_without_options_is_five_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prox24_deploy.pipeline import api
-
     seen: list[Any] = []
-    monkeypatch.setattr(api.run, "recover", lambda *rest, **_: seen.append(rest))
+    monkeypatch.setattr(pipeline, "recover", lambda *rest, **_: seen.append(rest))
     p24.recover("pruned", "dense")
     assert seen[0][:3] == (Path("pruned"), Path("dense"), None)
     assert seen[0][3].recover == p24.RecoverOptions(minutes=5)
