@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ def is_degenerate(row: Sequence[int]) -> bool:
     """Whether a row is too short, or repeats itself, too much to learn from."""
     if len(row) < SHORTEST:
         return True
-    most = max(row.count(token) for token in set(row))
+    (_, most), *_ = Counter(row).most_common(1)
     fours = [tuple(row[i : i + 4]) for i in range(len(row) - 3)]
     return most > MOST_OF_ONE * len(row) or len(set(fours)) < LEAST_DIFFERENT * len(fours)
 

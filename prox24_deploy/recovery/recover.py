@@ -151,7 +151,7 @@ def _recovered(
     progress: Progress,
 ) -> Recovered:
     """Train; a model that memory does not suffice for is as it was."""
-    first = [value.cpu() for value in values_of(trained)]
+    first = values_of(trained)
     try:
         session = _session(asked, sparse, trained, kept, began)
         return recover_model(session, progress)

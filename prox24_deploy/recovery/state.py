@@ -1,7 +1,7 @@
 """The state of a training run in one file, so that a killed run goes on where it was."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -60,8 +60,8 @@ class StateFile:
         known = {"taken": state.taken, "kept": state.kept, "curve": points}
         write_tensors(self.path, tensors, {"state": json.dumps(known)})
 
-    def load(self, like: Sequence[Tensor]) -> TrainingState | None:
-        """The state, with its tensors where those of `like` are; None if there is none."""
+    def load(self, count: int) -> TrainingState | None:
+        """The state of so many parameters, on the CPU; None if there is none."""
         if not self.path.is_file():
             return None
         try:
@@ -69,8 +69,7 @@ class StateFile:
                 known = json.loads(handle.metadata()["state"])
 
                 def read(name: str) -> list[Tensor]:
-                    found = (handle.get_tensor(f"{name}.{i}") for i in range(len(like)))
-                    return [t.to(other.device) for t, other in zip(found, like, strict=True)]
+                    return [handle.get_tensor(f"{name}.{i}") for i in range(count)]
 
                 return TrainingState(
                     taken=int(known["taken"]),

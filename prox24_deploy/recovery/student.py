@@ -151,8 +151,8 @@ def _dtype(directory: ModelDir, names: Sequence[str]) -> torch.dtype:
 
 @torch.no_grad()
 def values_of(trained: Sequence[Trained]) -> list[Tensor]:
-    """Copies of all values, float32."""
-    return [each.parameter.detach().clone() for each in trained]
+    """Copies of all values, float32, on the CPU, whose memory a large model leaves."""
+    return [each.parameter.detach().to("cpu", copy=True) for each in trained]
 
 
 @torch.no_grad()

@@ -151,7 +151,7 @@ class Training:
         above the first, the weights in the model are those that it had, as after any error.
         """
         first = values_of(self.lesson.trained)
-        state = self.file.load(first)
+        state = self.file.load(len(first))
         try:
             state = state or self._begin(first)
             with trainable(self.lesson):
@@ -178,17 +178,15 @@ class Training:
         loss = self.lesson.withheld_loss()
         if not math.isfinite(loss):
             raise _DivergedError("the loss of the model that was given is not finite")
-        state = TrainingState(
+        return TrainingState(
             taken=0,
             kept=0,
-            best=[value.clone() for value in first],
-            now=[value.clone() for value in first],
-            means=[torch.zeros_like(value) for value in first],
-            squares=[torch.zeros_like(value) for value in first],
+            best=first,
+            now=first,
+            means=[],
+            squares=[],
             curve=[RecoveryPoint(step=0, trained=None, withheld=loss)],
         )
-        self.file.save(state)
-        return state
 
     def _resume(self, state: TrainingState) -> None:
         """Put weights and optimiser where they were."""
@@ -204,8 +202,8 @@ class Training:
         for each, mean, square in pairs:
             self._adam.state[each.parameter] = {
                 "step": torch.tensor(float(state.taken)),
-                "exp_avg": mean.clone(),
-                "exp_avg_sq": square.clone(),
+                "exp_avg": mean.to(each.parameter.device),
+                "exp_avg_sq": square.to(each.parameter.device),
             }
 
     def _train(self, state: TrainingState, progress: Progress) -> None:
