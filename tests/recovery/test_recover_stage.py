@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from builders import make_records, quantised
-from command_line import ANY_EMBEDDING, run_cli, snapshot
+from command_line import ANY_TEXT, run_cli, snapshot
 
 import prox24_deploy as p24
 from prox24_deploy.cli.tables import report_head
@@ -28,18 +28,18 @@ RECOVER = ("--recover", "6steps", "--recover-tokens", "256")
 def build(model: Path, prose: Path, out: Path, *more: str) -> int:
     return run_cli(
         "build", model, "-o", out, "--calibration", prose, "--shapes", "batch=1", "sequence=8",
-        *SMALL, *ANY_EMBEDDING, *more,
+        *SMALL, *ANY_TEXT, *more,
     ).code  # fmt: skip
 
 
 @pytest.mark.large
 def test_a_recovered_build_is_whole_and_one_without_takes_it_back(
-    tiny_bert: Path, prose: Path, tmp_path: Path
+    tiny_llama: Path, prose: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert build(tiny_bert, prose, out) in {0, 5}
+    assert build(tiny_llama, prose, out) in {0, 5}
     assert (out / "pruned" / "README.md").is_file()
-    assert build(tiny_bert, prose, out, *RECOVER) in {0, 5}
+    assert build(tiny_llama, prose, out, *RECOVER) in {0, 5}
     assert run_cli("verify", out).code == 0
     assert run_cli("check", out / "recovered").code == 0
     # Its figures are of the model that ships.
@@ -52,9 +52,13 @@ def test_a_recovered_build_is_whole_and_one_without_takes_it_back(
     for name in ("export", "bench", "accuracy", "compile"):
         assert "recovered" in manifest["stages"][name]["reads"], name
     before = snapshot(out)
-    assert build(tiny_bert, prose, out, *RECOVER) in {0, 5}
+    assert build(tiny_llama, prose, out, *RECOVER) in {0, 5}
     assert snapshot(out) == before
-    assert build(tiny_bert, prose, out) in {0, 5}
+    assert run_cli("package", out, "--vllm", tmp_path / "vllm", "--force").code == 0
+    for file in (out / "recovered").glob("*.safetensors"):
+        assert (tmp_path / "vllm" / file.name).read_bytes() == file.read_bytes()
+    assert not (tmp_path / "vllm" / "recipe.toml").exists()
+    assert build(tiny_llama, prose, out) in {0, 5}
     assert not (out / "recovered").exists()
     assert json.loads((out / "report.json").read_bytes())["recovery"] is None
     assert run_cli("verify", out).code == 0
