@@ -165,6 +165,7 @@ PlanDTypeOpt = Annotated[
 RecoverOpt = Annotated[
     str | None,
     typer.Option(
+        "--recover",
         metavar="BUDGET",
         help="Train the kept weights against the dense model, masks fixed: 200steps or 5min.",
     ),
