@@ -39,7 +39,16 @@ def test_a_recovered_build_is_whole_and_one_without_takes_it_back(
     out = tmp_path / "out"
     assert build(tiny_llama, prose, out) in {0, 5}
     assert (out / "pruned" / "README.md").is_file()
+    text = ("--calibration", prose, "--calibration-tokens", "2048")
+    alone = run_cli("recover", out, "--teacher", tiny_llama, *text, *RECOVER)
+    assert alone.code == 0, alone.err
+    # Nothing is left that was made of another model than the one that now ships.
+    stages = json.loads((out / "manifest.json").read_bytes())["stages"]
+    assert stages.keys() == {"prune", "recover"}
+    assert not (out / "onnx").exists()
+    weights = snapshot(out / "recovered")
     assert build(tiny_llama, prose, out, *RECOVER) in {0, 5}
+    assert weights.items() <= snapshot(out / "recovered").items()
     assert run_cli("verify", out).code == 0
     assert run_cli("check", out / "recovered").code == 0
     # Its figures are of the model that ships.

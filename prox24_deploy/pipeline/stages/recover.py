@@ -84,9 +84,19 @@ def run_on(
         versions=numeric_versions(),
     )
     result = bundle.run(STAGE, inputs, progress)
+    _forget_stale(bundle)
     bundle.write_late(RECOVERED_RECIPE, context.recipe_text.encode())
     # The same samples may come from another place than when they were trained on.
     return replace(result, calibration=context.calibration.source)
+
+
+def _forget_stale(bundle: Bundle) -> None:
+    """Remove what was made of the pruned model while that was the one to ship."""
+    stages = dict(bundle.manifest.stages)
+    for name, entry in stages.items():
+        stale = PRUNED in entry.reads and RECOVERED not in entry.reads and name != STAGE.name
+        if stale and name in bundle.manifest.stages:
+            bundle.forget(name)
 
 
 def shipped_of(bundle: Bundle) -> Artifact:
