@@ -131,22 +131,31 @@ def schedule(steps: int, step_tokens: int, withheld: int) -> Schedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """Seconds that a step takes with its share of checks, and that a written token takes."""
+    """Seconds that a step takes, that a look at the withheld samples and a written token take."""
 
     step: float
+    check: float
     token: float
 
 
+def check_seconds(step: float, step_tokens: int, withheld: int) -> float:
+    """What a look at so many withheld tokens takes, from what a step takes."""
+    return step * _CHECK_COST * withheld / (_STEP_COST * step_tokens)
+
+
 def steps_within(seconds: float, pace: Pace, step_tokens: int, given: int) -> int:
-    """How many steps fit in a time, with the text that must be written for them; at least one.
+    """How many steps fit in a time, with checks and the text to be written; at least one.
 
     `given` tokens are there to begin with; `wanted_text` says how many are written.
     """
-    plain = seconds / pace.step
-    if plain * step_tokens <= READS * given:
-        return max(1, int(plain))
-    both = (seconds + given * pace.token) / (pace.step + step_tokens * pace.token / READS)
-    return max(1, int(both))
+    # One look comes before all steps, and the checks are two or take a fifth of the steps.
+    few = seconds - (1 + _FEWEST_CHECKS) * pace.check
+    many = (seconds - pace.check) / (1 + CHECK_SHARE)
+    left = min(few, many)
+    if left / pace.step * step_tokens > READS * given:
+        wanted = left + given * pace.token
+        return max(1, int(wanted / (pace.step + step_tokens * pace.token / READS)))
+    return max(1, int(left / pace.step))
 
 
 def wanted_text(steps: int, step_tokens: int, given: int) -> int:

@@ -22,10 +22,10 @@ from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.blocks import find_blocks
 from prox24_deploy.recovery.objective import objective_for
 from prox24_deploy.recovery.schedule import (
-    CHECK_SHARE,
     READS,
     Pace,
     Schedule,
+    check_seconds,
     regroup,
     schedule,
     steps_within,
@@ -169,17 +169,20 @@ def _timed_steps(session: Session, lesson: Lesson) -> int:
     """How many steps the minutes allow, from the times of one step and of some written tokens."""
     given = tokens_of(lesson.batches, session.unit)
     step = _step_seconds(session, lesson)
+    withheld = tokens_of(lesson.withheld, session.unit)
+    check = check_seconds(step, session.step_tokens, withheld)
     minutes = session.options.minutes or 0.0
     left = max(0.0, 60 * minutes - (time.perf_counter() - session.began))
     token = 0.0
     if session.author is not None and left / step * session.step_tokens > READS * given:
         token = session.author.seconds_per_token()
-    return steps_within(left, Pace(step=step, token=token), session.step_tokens, given)
+    return steps_within(left, Pace(step=step, check=check, token=token), session.step_tokens, given)
 
 
 def _step_seconds(session: Session, lesson: Lesson) -> float:
-    """Seconds of a step with its share of checks; the first of two warms up and is not counted."""
-    plan = Schedule(steps=2, step_tokens=session.step_tokens, check_every=1)
+    """Seconds of a step; on a GPU the first of two loads its kernels and is not counted."""
+    tries = 2 if lesson.device.type == "cuda" else 1
+    plan = Schedule(steps=tries, step_tokens=session.step_tokens, check_every=1)
     sizes = [tokens_of([batch], session.unit) for batch in lesson.batches]
     seconds = 0.0
     with trainable(lesson):
@@ -187,7 +190,7 @@ def _step_seconds(session: Session, lesson: Lesson) -> float:
             began = time.perf_counter()
             lesson.gradient(chosen)
             seconds = time.perf_counter() - began
-    return seconds * (1 + CHECK_SHARE)
+    return seconds
 
 
 @contextmanager

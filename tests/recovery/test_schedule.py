@@ -10,6 +10,7 @@ from prox24_deploy.model.batch import Batch
 from prox24_deploy.recovery.schedule import (
     Pace,
     Schedule,
+    check_seconds,
     regroup,
     rows_of,
     schedule,
@@ -82,12 +83,19 @@ def test_batches_of_one_shape_are_joined_and_cut_anew() -> None:
 
 
 def test_minutes_pay_for_steps_and_for_the_text_that_they_need() -> None:
-    pace = Pace(step=2.0, token=0.01)
+    pace = Pace(step=2.0, check=0.0, token=0.01)
     # Ten steps read 1000 tokens, no more than thrice what is given.
-    assert steps_within(20.0, pace, 100, given=400) == 10
+    assert steps_within(24.0, pace, 100, given=400) == 10
     steps = steps_within(200.0, pace, 100, given=400)
     written = wanted_text(steps, 100, 400)
     assert written > 0
-    assert 190 < steps * pace.step + written * pace.token <= 200
+    assert 190 < 1.2 * steps * pace.step + written * pace.token <= 202
     assert 3 * (400 + written) >= steps * 100
     assert steps_within(0.0, pace, 100, given=0) == 1
+
+
+def test_minutes_pay_for_the_checks_of_a_short_run() -> None:
+    """A look before all steps and two on the way, each of five seconds."""
+    pace = Pace(step=2.0, check=check_seconds(2.0, 100, 500), token=0.0)
+    assert pace.check == 5
+    assert steps_within(25.0, pace, 100, given=10**6) == 5
