@@ -45,12 +45,15 @@ def progress(label: str, done: int, total: int) -> None:
         print(f"{time.strftime('%H:%M:%S')} {label} {done}/{total}", file=sys.stderr)
 
 
-def pruned_model(context: RunContext, method: str, folder: Path, device: torch.device) -> ModelDir:
-    """The model pruned here, with the default preset."""
+def pruned_model(
+    context: RunContext, method: str, tokens: int, folder: Path, device: torch.device
+) -> ModelDir:
+    """The model pruned here, with the default preset, on some of the calibration text."""
+    calibration = replace(context.calibration, batches=thin(context.calibration, tokens))
     prune_directory(
         context.source,
         context.recipe,
-        context.calibration,
+        calibration,
         context.held_out,
         PruneOptions(method=method),  # type: ignore[arg-type]
         device=device,
@@ -96,6 +99,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--evaluation-tokens", type=int, default=131072)
     parser.add_argument("--pruned", type=Path, help="a pruned model directory; else prune here")
     parser.add_argument("--method", default="prox")
+    parser.add_argument("--prune-tokens", type=int, default=65536)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--step-tokens", type=int)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01])
@@ -119,7 +123,7 @@ def main() -> None:
         student = (
             open_model_dir(asked.pruned)
             if asked.pruned
-            else pruned_model(context, asked.method, folder, device)
+            else pruned_model(context, asked.method, asked.prune_tokens, folder, device)
         )
         dense = load_model(context.source, context.recipe, device)
         held_out = thin(context.held_out, asked.evaluation_tokens)
