@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         EngineOptions,
         HarnessOptions,
         PruneOptions,
+        RecoverOptions,
         TensorRtOptions,
         TextOptions,
     )
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         package,
         plan,
         prune,
+        recover,
         verify,
     )
     from prox24_deploy.pruning.module import prune_module
@@ -66,6 +68,7 @@ __all__ = [
     "Prox24Error",
     "PruneOptions",
     "RecipeError",
+    "RecoverOptions",
     "Report",
     "SparsityLostError",
     "SparsityUnprovenError",
@@ -85,6 +88,7 @@ __all__ = [
     "plan",
     "prune",
     "prune_module",
+    "recover",
     "verify",
 ]
 
@@ -94,6 +98,7 @@ _HOMES = {
         "EngineOptions",
         "HarnessOptions",
         "PruneOptions",
+        "RecoverOptions",
         "TensorRtOptions",
         "TextOptions",
     ],
@@ -109,6 +114,7 @@ _HOMES = {
         "package",
         "plan",
         "prune",
+        "recover",
         "verify",
     ],
     "pruning.module": ["prune_module"],

@@ -36,6 +36,7 @@ from prox24_deploy.core.records import (
     TensorCheck,
     TextSource,
 )
+from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.latency.measure import PairSamples, latency_verdict, speedup_interval, timing
@@ -62,12 +63,13 @@ class Records:
     compile: CompileResult
     bench: BenchResult
     quantize: QuantizeResult | None = None
+    recover: RecoverResult | None = None
 
     @property
     def results(self) -> BuildResults:
         return BuildResults(
             prune=self.prune, evaluate=self.evaluate, export=self.export, compile=self.compile,
-            bench=self.bench, quantize=self.quantize,
+            bench=self.bench, quantize=self.quantize, recover=self.recover,
         )  # fmt: skip
 
     def report(self, given: GivenLimits | None = None, limits: Limits | None = None) -> Report:

@@ -40,6 +40,7 @@ _OPTIONS = "each option of the command is a parameter, and is handed on by its n
 LONG = {
     ("cli/build.py", "build"): _OPTIONS,
     ("cli/build.py", "prune"): _OPTIONS,
+    ("cli/build.py", "recover"): _OPTIONS,
     ("cli/package.py", "package"): _OPTIONS,
 }
 
@@ -84,6 +85,7 @@ MAY_IMPORT = {
     "evaluation": {"config", "model"},
     "data": {"config", "model", "evaluation"},
     "pruning": {"config", "sparsity", "solvers", "model", "evaluation", "data"},
+    "recovery": {"config", "sparsity", "model", "evaluation", "data", "pruning"},
     "quantization": {"config", "sparsity", "solvers", "model", "pruning"},
     "graph": {"config", "sparsity", "quantization"},
     "engines": {"config", "sparsity", "model", "quantization", "graph"},
@@ -96,8 +98,8 @@ MAY_IMPORT = {
         "__version__", "config", "sparsity", "graph", "engines", "bundle", "report", "regression",
     },
     "pipeline": {
-        "config", "model", "evaluation", "data", "pruning", "quantization", "graph", "engines",
-        "latency", "bundle", "report", "regression", "packaging",
+        "config", "model", "evaluation", "data", "pruning", "recovery", "quantization", "graph",
+        "engines", "latency", "bundle", "report", "regression", "packaging",
     },
     "cli": {
         "__version__", "config", "graph", "engines", "bundle", "report", "regression", "packaging",

@@ -164,6 +164,13 @@ class Bundle:
         self.manifest.files[name] = hash_file(path)
         self.save()
 
+    def drop_late(self, name: str) -> None:
+        """Remove one of `LATE_FILES`, if it is there."""
+        if self.manifest.files.pop(name, None) is not None:
+            self.promise([name])
+            remove(self.root / name)
+            self.promise([])
+
     def save(self) -> None:
         """Write the manifest, in the name of this version of the tool."""
         self.manifest.tool_version = __version__

@@ -1,11 +1,14 @@
 """The paths in a bundle, relative to it."""
 
+from collections.abc import Collection
+
 MANIFEST_FILE = "manifest.json"
 # Where stages work; it is gone once the bundle is sealed.
 PARTIAL = ".partial"
 STAGES = "stages"
-# Outputs of the stages that prune, quantise, export and compile.
+# Outputs of the stages that prune, recover, quantise, export and compile.
 PRUNED = "pruned"
+RECOVERED = "recovered"
 QUANTIZED = "quantized"
 ONNX = "onnx"
 ENGINES = "engines"
@@ -16,7 +19,10 @@ QUANTIZED_TENSORS = f"{QUANTIZED}/quantization.safetensors"
 # limits and comments. That they are there, or other than before, says nothing of the stage.
 CARD = f"{PRUNED}/README.md"
 RECIPE = f"{PRUNED}/recipe.toml"
-LATE_FILES = (CARD, RECIPE)
+RECOVERED_CARD = f"{RECOVERED}/README.md"
+RECOVERED_RECIPE = f"{RECOVERED}/recipe.toml"
+RECIPES = (RECIPE, RECOVERED_RECIPE)
+LATE_FILES = (CARD, RECOVERED_CARD, *RECIPES)
 REPORT_FILE = "report.json"
 REPORT_FILES = (REPORT_FILE, "report.html", "summary.md", "junit.xml", "benchmark.json")
 
@@ -24,6 +30,11 @@ REPORT_FILES = (REPORT_FILE, "report.html", "summary.md", "junit.xml", "benchmar
 def reproduction_of(backend: str) -> str:
     """The script that makes and times the engines of a backend by the tools of its vendor."""
     return f"{ENGINES}/{backend}/reproduce.sh"
+
+
+def shipped_folder(files: Collection[str]) -> str:
+    """Which of the folders of a bundle with these files holds the sparse model that is shipped."""
+    return RECOVERED if record_of("recover") in files else PRUNED
 
 
 def record_of(stage: str) -> str:

@@ -10,13 +10,19 @@ from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
 from prox24_deploy.cli.progress import progress as shown
 from prox24_deploy.cli.terminal import print_json, print_table, say, stderr
-from prox24_deploy.config.options import BuildOptions, HarnessOptions, TextOptions, parse_losses
+from prox24_deploy.config.options import (
+    BuildOptions,
+    HarnessOptions,
+    RecoverOptions,
+    TextOptions,
+    parse_losses,
+)
 
 if TYPE_CHECKING:
     from prox24_deploy.report.assemble import Report
 
 EXIT_REGRESSION, EXIT_SPARSITY, EXIT_INCONCLUSIVE = 3, 4, 5
-_TEXT, _BUILD = TextOptions(), BuildOptions()
+_TEXT, _BUILD, _RECOVER = TextOptions(), BuildOptions(), RecoverOptions(steps=1)
 VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCLUSIVE}
 
 
@@ -40,6 +46,13 @@ def build(
     exclude: arguments.ExcludeOpt = None,
     max_loss: arguments.MaxLossOpt = None,
     layers: arguments.LayersOpt = None,
+    recover: arguments.RecoverOpt = None,
+    recover_rate: arguments.RecoverRateOpt = _RECOVER.learning_rate,
+    recover_tokens: arguments.RecoverTokensOpt = None,
+    recover_temperature: arguments.RecoverTemperatureOpt = 1.0,
+    recover_top_k: arguments.RecoverTopKOpt = None,
+    recover_write: arguments.RecoverWriteOpt = True,
+    recover_checkpointing: arguments.RecoverCheckpointingOpt = False,
     dtype: arguments.DTypeOpt = None,
     quantize: arguments.QuantizeOpt = "none",
     backend: arguments.BackendOpt = None,
@@ -99,6 +112,15 @@ def build(
             max_loss=max_loss,
             layers=layers,
             plan=plan,
+        ),
+        recover=arguments.recover_options(
+            budget=recover,
+            rate=recover_rate,
+            tokens=recover_tokens,
+            temperature=recover_temperature,
+            top_k=recover_top_k,
+            write=recover_write,
+            checkpointing=recover_checkpointing,
         ),
         quantize=None if quantize == "none" else quantize,
         device=device,
@@ -189,6 +211,60 @@ def prune(
     for note in result.notes:
         say(f"Note: {note}")
     say(f"{len(pruned)} layers are 2:4 in {root / 'pruned'}.")
+
+
+def recover(
+    pruned: arguments.PrunedArg,
+    *,
+    teacher: arguments.TeacherOpt,
+    out: arguments.RecoverOutOpt = None,
+    recover: arguments.BudgetOpt = "5min",
+    recover_rate: arguments.RecoverRateOpt = _RECOVER.learning_rate,
+    recover_tokens: arguments.RecoverTokensOpt = None,
+    recover_temperature: arguments.RecoverTemperatureOpt = 1.0,
+    recover_top_k: arguments.RecoverTopKOpt = None,
+    recover_write: arguments.RecoverWriteOpt = True,
+    recover_checkpointing: arguments.RecoverCheckpointingOpt = False,
+    recipe: arguments.RecipeOpt = None,
+    calibration: arguments.CalibrationOpt = None,
+    calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
+    images: arguments.ImagesOpt = _TEXT.images,
+    recordings: arguments.RecordingsOpt = _TEXT.recordings,
+    device: arguments.DeviceOpt = "auto",
+    seed: arguments.SeedOpt = 0,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Recover only: train the kept weights of a pruned model against the dense one."""
+    from prox24_deploy.pipeline import run as pipeline
+
+    options = BuildOptions(
+        recipe=recipe,
+        text=TextOptions(
+            calibration=tuple(calibration or ()),
+            calibration_tokens=calibration_tokens,
+            images=images,
+            recordings=recordings,
+            seed=seed,
+        ),
+        recover=arguments.recover_options(
+            budget=recover,
+            rate=recover_rate,
+            tokens=recover_tokens,
+            temperature=recover_temperature,
+            top_k=recover_top_k,
+            write=recover_write,
+            checkpointing=recover_checkpointing,
+        ),
+        device=device,
+    )
+    with shown(stderr) as progress:
+        result = pipeline.recover(pruned, teacher, out, options, progress=progress)
+    if as_json:
+        print_json(asdict(result))
+        return
+    for line in tables.recovery_lines(result):
+        say(line)
+    say(f"The model is in {(out or pruned) / 'recovered'}.")
 
 
 def export(

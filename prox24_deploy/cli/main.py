@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 app.command()(build.build)
 app.command()(build.prune)
+app.command()(build.recover)
 app.command()(build.export)
 app.command("compile")(build.compile_engines)
 app.command()(build.bench)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,10 @@ from prox24_deploy.config.options import (
     DeviceChoice,
     EngineOptions,
     PruneOptions,
+    RecoverOptions,
     TensorRtOptions,
     TextOptions,
+    parse_budget,
     parse_capabilities,
     parse_dtype,
     parse_shapes,
@@ -28,6 +31,10 @@ _TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
 
 ModelArg = Annotated[
     Path, typer.Argument(help="Hugging Face model directory with safetensors.", readable=False)
+]
+PrunedArg = Annotated[
+    Path,
+    typer.Argument(help="A bundle, or a model directory that is 2:4 already.", readable=False),
 ]
 BundleArg = Annotated[
     Path, typer.Argument(help="A bundle: the OUT of an earlier command.", readable=False)
@@ -153,6 +160,56 @@ PlanDTypeOpt = Annotated[
         metavar="DTYPE",
         help=f"{_DTYPES}: precision to time; default: the checkpoint's own, float16 if that is "
         "float32, for which there are no sparse kernels.",
+    ),
+]
+RecoverOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--recover",
+        metavar="BUDGET",
+        help="Train the kept weights against the dense model, masks fixed: 200steps or 5min.",
+    ),
+]
+BudgetOpt = Annotated[
+    str, typer.Option("--recover", metavar="BUDGET", help="How long to train: 200steps or 5min.")
+]
+TeacherOpt = Annotated[
+    Path,
+    typer.Option("--teacher", help="The dense model that it was pruned from.", readable=False),
+]
+RecoverOutOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--out", help="Bundle to write; default: the one that is recovered.", readable=False
+    ),
+]
+RecoverRateOpt = Annotated[
+    float, typer.Option(min=0, help="Recovery: learning rate, relative to the size of weights.")
+]
+RecoverTokensOpt = Annotated[
+    int | None,
+    typer.Option(min=64, help="Recovery: tokens of a step; default 8192, on a CPU 2048."),
+]
+RecoverTemperatureOpt = Annotated[
+    float, typer.Option(min=0, help="Recovery: divides the logits of both models.")
+]
+RecoverTopKOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--recover-top-k", min=1, help="Recovery: compare the likeliest tokens, the rest in sum."
+    ),
+]
+RecoverWriteOpt = Annotated[
+    bool,
+    typer.Option(
+        "--recover-write/--no-recover-write",
+        help="Recovery: also train on text that the dense model writes itself.",
+    ),
+]
+RecoverCheckpointingOpt = Annotated[
+    bool,
+    typer.Option(
+        "--recover-checkpointing", help="Recovery: compute activations twice to save memory."
     ),
 ]
 QuantizeOpt = Annotated[
@@ -324,6 +381,38 @@ def prune_options(
         max_layers=layers,
         planned_dense=_planned_dense(plan),
     )
+
+
+def recover_options(
+    *,
+    budget: str | None,
+    rate: float,
+    tokens: int | None,
+    temperature: float,
+    top_k: int | None,
+    write: bool,
+    checkpointing: bool,
+) -> RecoverOptions | None:
+    """The options about recovery as one record; None without a budget.
+
+    Raises:
+        UsageError: the budget is not understood, or an option has no effect without one.
+    """
+    settings = RecoverOptions(
+        steps=1,
+        learning_rate=rate,
+        step_tokens=tokens,
+        temperature=temperature,
+        top_k=top_k,
+        write=write,
+        checkpointing=checkpointing,
+    )
+    if budget is not None:
+        steps, minutes = parse_budget(budget)
+        return replace(settings, steps=steps, minutes=minutes)
+    if settings != RecoverOptions(steps=1):
+        raise UsageError("--recover-... has no effect without --recover; add --recover 5min.")
+    return None
 
 
 def _planned_dense(plan: Path | None) -> tuple[tuple[str, str], ...]:

@@ -24,6 +24,7 @@ _MOST_OF_A_CELL = 600
 
 if TYPE_CHECKING:
     from prox24_deploy.bundle.environment import Diagnosis
+    from prox24_deploy.core.recovery import RecoverResult
     from prox24_deploy.engines.cusparselt.planning import LayerPlan, ModelTime, Plan
     from prox24_deploy.graph.check.judgement import CheckReport
     from prox24_deploy.regression.baseline import BaselineFile
@@ -66,23 +67,39 @@ def report_head(report: "Report") -> list[str]:
 
 
 def step_lines(report: "Report") -> list[str]:
-    """The headline after every step, and how much is quantised; nothing where nothing is."""
+    """The headline after every step, and how much is quantised; nothing of a single step."""
     from prox24_deploy.report.steps import step_rows, step_titles
 
-    if report.quantization is None:
+    rows = step_rows(report)
+    if not rows:
         return []
-    layers = report.quantization.layers
-    done = sum(not layer.reason for layer in layers)
-    row = step_rows(report)[0]
     steps = [
         f"{title} {_shown(cell)}"
-        for title, cell in zip(step_titles(report), row.cells, strict=True)
+        for title, cell in zip(step_titles(report), rows[0].cells, strict=True)
         if cell
     ]
-    return [
-        f"Quantised: {done} of {len(layers)} layers to {report.quantization.format.upper()}; "
-        f"{row.name} {' → '.join(steps)}"
+    found = f"{rows[0].name} {' → '.join(steps)}"
+    if report.quantization is None:
+        return [f"Step by step: {found}"]
+    layers = report.quantization.layers
+    done = sum(not layer.reason for layer in layers)
+    form = report.quantization.format.upper()
+    return [f"Quantised: {done} of {len(layers)} layers to {form}; {found}"]
+
+
+def recovery_lines(found: "RecoverResult") -> list[str]:
+    """How far a recovery came, on what, and what went wrong."""
+    losses = [_figure(loss, ".4g") or "not known" for loss in (found.before, found.after)]
+    lines = [
+        f"Recovered: {found.loss} on withheld samples {' → '.join(losses)}, step {found.kept} of "
+        f"{found.steps} kept, {found.seconds:.0f} s on {found.device}"
     ]
+    if found.written:
+        lines.append(
+            f"Trained also on {found.written.tokens:,} tokens that the dense model wrote, "
+            f"{found.written.samples} of {found.written.written} rows of which were usable"
+        )
+    return lines
 
 
 def layers(records: Sequence[LayerRecord]) -> Table:

@@ -1,5 +1,6 @@
 """What a build can be told: small frozen dataclasses with real defaults, light to import."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,46 @@ class PruneOptions:
     def reconstructs(self) -> bool:
         """Whether to tune each block as a whole once its layers are solved."""
         return self.preset == "best" if self.reconstruct is None else self.reconstruct
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoverOptions:
+    """How to train the kept weights of a pruned model to do what the dense one does.
+
+    Either `steps` or `minutes` is the budget; minutes are turned into steps once, by timing the
+    first. `learning_rate` is relative to the root mean square of the kept weights of each layer.
+    `step_tokens` None means 8192 on a GPU and 2048 on a CPU. `temperature` divides the logits of
+    both models; `top_k` compares only the likeliest tokens of the dense model one by one, and the
+    others in sum. `write` lets a language model write text to train on besides the calibration
+    text. `checkpointing` computes activations twice to hold fewer of them.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    learning_rate: float = 0.01
+    step_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int | None = None
+    write: bool = True
+    checkpointing: bool = False
+
+    def require_usable(self) -> None:
+        """Refuse a budget that is none, and a rate or temperature that is not above 0.
+
+        Raises:
+            UsageError: says what was given.
+        """
+        given = [each for each in (self.steps, self.minutes) if each is not None]
+        if len(given) != 1 or not 0 < given[0] < math.inf:
+            raise UsageError(
+                f"Recovery takes a number of steps or of minutes above 0, got {self.steps} steps "
+                f"and {self.minutes} minutes; pass one, for example 200steps or 5min."
+            )
+        if not (0 < self.learning_rate < math.inf and 0 < self.temperature < math.inf):
+            raise UsageError(
+                f"Recovery takes a learning rate and a temperature above 0, got "
+                f"{self.learning_rate} and {self.temperature}."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +197,8 @@ class BuildOptions:
     """Everything that `build` can be told.
 
     `name` is what the model is called in all that is published; None leaves it to its card. `dtype`
-    is that of the exported files; None means the checkpoint's own. `quantize` is the format that
+    is that of the exported files; None means the checkpoint's own. `recover` says how kept
+    weights are trained once the masks stand; None leaves them. `quantize` is the format that
     weights and activations of the target layers are rounded to.
     `device` is where pruning and evaluation run. `engine_tokens` bounds how much of the evaluation
     is run through the engines; an image counts as 64 tokens. The report is held against the dense
@@ -168,6 +210,7 @@ class BuildOptions:
     recipe: Path | None = None
     text: TextOptions = field(default_factory=TextOptions)
     prune: PruneOptions = field(default_factory=PruneOptions)
+    recover: RecoverOptions | None = None
     quantize: QuantizedFormat | None = None
     device: DeviceChoice = "auto"
     dtype: DType | None = None
@@ -213,6 +256,21 @@ def parse_dtype(word: str) -> DType:
     if word.lower() not in known:
         raise UsageError(f"Precision {word!r} is not known, expected one of {', '.join(known)}.")
     return known[word.lower()]
+
+
+def parse_budget(word: str) -> tuple[int | None, float | None]:
+    """`200steps` or `5min` as steps and minutes, of which one is None.
+
+    Raises:
+        UsageError: the word is neither.
+    """
+    match = re.fullmatch(r"([0-9]{1,9}) ?steps?|([0-9]{1,6}(?:\.[0-9]{1,6})?) ?min", word.strip())
+    if match is None or not float(match[1] or match[2]):
+        raise UsageError(
+            f"--recover {word} is not understood, expected a number of steps or of minutes such as "
+            "200steps or 5min."
+        )
+    return (int(match[1]), None) if match[1] else (None, float(match[2]))
 
 
 def parse_losses(words: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -214,11 +214,15 @@ class DirectMetric:
 Metric = PairedMetric | DirectMetric
 
 
+# What was last done to a model.
+StepName = Literal["pruned", "recovered", "quantized"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccuracyStep:
     """The metrics of a model on its way, against the dense one on the same samples."""
 
-    name: Literal["pruned"]
+    name: StepName
     metrics: tuple[Metric, ...]
 
 

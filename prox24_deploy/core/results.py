@@ -11,17 +11,19 @@ from prox24_deploy.core.records import (
     ExportResult,
     PruneResult,
 )
+from prox24_deploy.core.recovery import RecoverResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildResults:
     """What the stages gave, each under the name of its stage and in the order of their running.
 
-    `quantize` is None where the model stays in 16 bits, `tasks` where no task of the
-    lm-evaluation-harness was asked for.
+    `recover` is None where kept weights stay as pruning left them, `quantize` where the model
+    stays in 16 bits, `tasks` where no task of the lm-evaluation-harness was asked for.
     """
 
     prune: PruneResult
+    recover: RecoverResult | None = None
     quantize: QuantizeResult | None = None
     export: ExportResult
     compile: CompileResult

@@ -48,11 +48,11 @@ def embed(model: nn.Module, batch: Batch) -> Tensor:
     """Embeddings of unit length, (samples, width), float64."""
     result = run_model(model, batch, FEATURE_EXTRACTION.name)
     if not batch.has_padding:
-        return nn.functional.normalize(_image_states(result).double(), dim=-1)
+        return nn.functional.normalize(image_states(result).double(), dim=-1)
     return nn.functional.normalize(embedding_of(model, result, batch.real).double(), dim=-1)
 
 
-def _image_states(result: Any) -> Tensor:
+def image_states(result: Any) -> Tensor:
     """What the model itself pools, else the mean over positions: (images, hidden)."""
     for name in ("image_embeds", "pooler_output"):
         if (pooled := getattr(result, name, None)) is not None:

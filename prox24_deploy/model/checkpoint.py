@@ -121,7 +121,7 @@ def checkpoint_name(directory: ModelDir, parameter: str) -> str:
     Raises:
         RecipeError: no tensor, or more than one, can be meant.
     """
-    found = _same_names(directory, parameter)
+    found = stored_names(directory, parameter)
     if len(found) != 1:
         raise RecipeError(
             f"Weight {parameter} of the built model matches {len(found)} tensors of "
@@ -148,7 +148,7 @@ def renamed_tensors(directory: ModelDir, model: nn.Module) -> dict[str, str]:
         if is_layer(layer)
         # Modules behind the model have files of their own.
         and not name.startswith(f"{SENTENCE_MODULES}.")
-        and not _same_names(directory, f"{name}.weight")
+        and not stored_names(directory, f"{name}.weight")
     }
     if not missing:
         return {}
@@ -167,7 +167,8 @@ def _digest(tensor: Tensor) -> str:
     return content.hexdigest()
 
 
-def _same_names(directory: ModelDir, parameter: str) -> list[str]:
+def stored_names(directory: ModelDir, parameter: str) -> list[str]:
+    """Every tensor of the checkpoint that a parameter of the built model can be meant by."""
     if parameter in directory.renamed:
         return [directory.renamed[parameter]]
     return names_like(parameter, directory.tensors)
@@ -178,12 +179,33 @@ def stored_dtype(directory: ModelDir, parameter: str) -> torch.dtype:
     return directory.tensors[checkpoint_name(directory, parameter)].dtype
 
 
+def declared_sparse(directory: ModelDir) -> frozenset[str]:
+    """The tensors that the weight files of a directory declare to be 2:4.
+
+    Raises:
+        ModelDirError: a declaration is no table of names.
+    """
+    names: set[str] = set()
+    for shard in directory.shards:
+        with safe_open(shard, framework="pt") as handle:
+            text = (handle.metadata() or {}).get(SPARSE_KEY, "{}")
+        try:
+            names |= dict(json.loads(text)).keys()
+        except (TypeError, ValueError) as error:
+            raise ModelDirError(
+                f"{shard} declares its 2:4 tensors by {text[:60]!r}, expected a table of names; "
+                "prune the model again."
+            ) from error
+    return frozenset(names)
+
+
 def write_pruned(
     directory: ModelDir,
     weights: Mapping[str, Tensor],
     out: Path,
     *,
     axes: Mapping[str, int] = MappingProxyType({}),
+    dense: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> str:
     """Copy a model directory with some weights replaced by 2:4 ones, and prove it.
 
@@ -196,6 +218,7 @@ def write_pruned(
         weights: parameter name in the built model to its new value, in the stored dtype.
         out: a folder that does not exist yet.
         axes: parameter name to the axis of its groups, where that is not 1.
+        dense: as `weights`, of parameters that are not 2:4.
 
     Returns:
         sha256 over all weight files.
@@ -203,10 +226,11 @@ def write_pruned(
     Raises:
         SparsityLostError: a weight read back from disk is not 2:4.
     """
-    replaced = {
+    replaced: dict[str, tuple[Tensor, int | None]] = {
         checkpoint_name(directory, name): (tensor, axes.get(name, 1))
         for name, tensor in weights.items()
     }
+    replaced |= {checkpoint_name(directory, name): (tensor, None) for name, tensor in dense.items()}
     with writing(out):
         out.mkdir(parents=True)
     late = {directory.path / CARD_FILE, directory.path / RECIPE_FILE}
@@ -224,13 +248,14 @@ def write_pruned(
     return digest.hexdigest()
 
 
-def _rewrite_shard(shard: Path, replaced: Mapping[str, tuple[Tensor, int]], target: Path) -> None:
+def _rewrite_shard(
+    shard: Path, replaced: Mapping[str, tuple[Tensor, int | None]], target: Path
+) -> None:
     """Write one weight file; `replaced` has the new value and the axis of its groups by name."""
     with safe_open(shard, framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         metadata = dict(handle.metadata() or {"format": "pt"})
-    pruned = sorted(tensors.keys() & replaced.keys())
-    for name in pruned:
+    for name in sorted(tensors.keys() & replaced.keys()):
         old, (new, _) = tensors[name], replaced[name]
         if old.shape != new.shape or old.dtype != new.dtype:
             raise ModelDirError(
@@ -238,12 +263,13 @@ def _rewrite_shard(shard: Path, replaced: Mapping[str, tuple[Tensor, int]], targ
                 f"{new.dtype} {tuple(new.shape)}; the checkpoint and its config.json disagree."
             )
         tensors[name] = new.contiguous().cpu()
+    known = {name: replaced[name][1] for name in sorted(tensors.keys() & replaced.keys())}
+    pruned = {name: axis for name, axis in known.items() if axis is not None}
     if pruned:
-        metadata[SPARSE_KEY] = json.dumps({name: replaced[name][1] for name in pruned})
+        metadata[SPARSE_KEY] = json.dumps(pruned)
     write_tensors(target, tensors, metadata)
     with safe_open(target, framework="pt") as handle:
-        for name in pruned:
-            axis = replaced[name][1]
+        for name, axis in pruned.items():
             if (bad := first_violation(handle.get_tensor(name), axis)) is not None:
                 raise SparsityLostError(
                     f"Weight {name} in {target} is not 2:4 along axis {axis}: the group at {bad} "

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prox24_deploy.bundle.layout import PRUNED, QUANTIZED_TENSORS, RECIPE
+from prox24_deploy.bundle.layout import QUANTIZED_TENSORS, RECIPES, shipped_folder
 from prox24_deploy.bundle.manifest import FileEntry, Manifest, hash_file
 from prox24_deploy.core.atomic import copy_file, make_folder, write_atomic, writing
 from prox24_deploy.core.documents import Document, read_object
@@ -104,7 +104,7 @@ def decoder_of(manifest: Manifest, *, more: bool) -> Decoder:
         raise BundleError(
             f"Model {model.title} is a {model.architecture}, which has not been compared with "
             f"vLLM's sources, unlike {', '.join(sorted(DECODERS))}; serve it from "
-            f"{PRUNED}/ at your own risk."
+            f"{shipped_folder(manifest.files)}/ at your own risk."
         )
     if more and decoder.only_16_bit:
         raise BundleError(
@@ -119,6 +119,7 @@ class _Writer:
 
     def __init__(self, bundle: Path, manifest: Manifest, *, sparse: bool) -> None:
         self._bundle, self._manifest, self._sparse = bundle, manifest, sparse
+        self._folder = shipped_folder(manifest.files)
         self._decoder = decoder_of(manifest, more=sparse or QUANTIZED_TENSORS in manifest.files)
         self._checkpoint: Checkpoint = open_checkpoint(bundle, manifest)
         self._checkpoint.require_uniform(joined(self._checkpoint.layers, self._decoder))
@@ -194,14 +195,14 @@ class _Writer:
         """Files that are copied as they are."""
         written = {CONFIG_FILE, INDEX_FILE, *(f.path.name for f in self._checkpoint.shards)}
         for name in self._manifest.files:
-            inner = name.removeprefix(f"{PRUNED}/")
-            if inner not in {name, *written} and name != RECIPE:
+            inner = name.removeprefix(f"{self._folder}/")
+            if inner not in {name, *written} and name not in RECIPES:
                 yield inner, entry_of(self._bundle, self._manifest, name)
 
     def _copy_weights(self, folder: Path) -> None:
-        index = [INDEX_FILE] if f"{PRUNED}/{INDEX_FILE}" in self._manifest.files else []
+        index = [INDEX_FILE] if f"{self._folder}/{INDEX_FILE}" in self._manifest.files else []
         for name in (*(file.path.name for file in self._checkpoint.shards), *index):
-            source, expected = entry_of(self._bundle, self._manifest, f"{PRUNED}/{name}")
+            source, expected = entry_of(self._bundle, self._manifest, f"{self._folder}/{name}")
             _copy(source, expected, folder / name)
 
     def _write_weights(self, folder: Path) -> None:
@@ -216,12 +217,12 @@ class _Writer:
             places |= {tensor.name: shard.path.name for tensor in tensors}
         for source, expected in self._checkpoint.sources:
             _require_same(source, expected)
-        if f"{PRUNED}/{INDEX_FILE}" in self._manifest.files:
+        if f"{self._folder}/{INDEX_FILE}" in self._manifest.files:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
             _write_json(folder / INDEX_FILE, index)
 
     def _write_config(self, folder: Path) -> None:
-        source, expected = entry_of(self._bundle, self._manifest, f"{PRUNED}/{CONFIG_FILE}")
+        source, expected = entry_of(self._bundle, self._manifest, f"{self._folder}/{CONFIG_FILE}")
         known = self._checkpoint.format
         if known is None and not self._sparse:
             _copy(source, expected, folder / CONFIG_FILE)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prox24_deploy.bundle.layout import PRUNED, QUANTIZED_TENSORS
+from prox24_deploy.bundle.layout import QUANTIZED_TENSORS, shipped_folder
 from prox24_deploy.bundle.manifest import FileEntry, Manifest
 from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.quantized import QuantizeResult
@@ -112,7 +112,8 @@ def open_checkpoint(bundle: Path, manifest: Manifest) -> Checkpoint:
     Raises:
         BundleError: a quantised tensor is of none in the checkpoint, or the record is damaged.
     """
-    names = [name for name in manifest.files if _is_shard(name)]
+    folder = shipped_folder(manifest.files)
+    names = [name for name in manifest.files if _is_shard(name, folder)]
     sources = tuple(entry_of(bundle, manifest, name) for name in names)
     shards = tuple(open_tensor_file(path) for path, _ in sources)
     if QUANTIZED_TENSORS not in manifest.files:
@@ -130,9 +131,9 @@ def open_checkpoint(bundle: Path, manifest: Manifest) -> Checkpoint:
     )
 
 
-def _is_shard(name: str) -> bool:
+def _is_shard(name: str, folder: str) -> bool:
     path = Path(name)
-    return path.parent == Path(PRUNED) and path.suffix == ".safetensors"
+    return path.parent == Path(folder) and path.suffix == ".safetensors"
 
 
 def _placed(
@@ -164,12 +165,12 @@ def _place(name: str, entry: TensorEntry, stored: Mapping[str, TensorEntry]) -> 
     found = names_like(name, stored)
     if len(found) != 1:
         raise BundleError(
-            f"Quantised tensor {name} matches {len(found)} tensors of {PRUNED}/, expected one; the "
-            "checkpoint has names of its own, which are not written for vLLM."
+            f"Quantised tensor {name} matches {len(found)} tensors of the checkpoint, expected "
+            "one; it has names of its own, which are not written for vLLM."
         )
     if stored[found[0]].shape != entry.shape:
         raise BundleError(
-            f"Quantised tensor {name} is {entry.shape}, but {stored[found[0]].shape} in {PRUNED}/; "
-            "build the bundle again."
+            f"Quantised tensor {name} is {entry.shape}, but {stored[found[0]].shape} in the "
+            "checkpoint; build the bundle again."
         )
     return found[0]

@@ -7,11 +7,12 @@ are opened as local files only, and ONNX Runtime sends no telemetry unless the e
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.manifest import verify as faults_of
-from prox24_deploy.config.options import BuildOptions, EngineOptions, parse_dtype
+from prox24_deploy.config.options import BuildOptions, EngineOptions, RecoverOptions, parse_dtype
 from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
@@ -19,6 +20,7 @@ from prox24_deploy.core.records import (
     ExportResult,
     PruneResult,
 )
+from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.types import DType, Progress, Quantize, silent
 from prox24_deploy.engines.cusparselt.profile import read_profile
 from prox24_deploy.packaging import package as packaging
@@ -88,6 +90,34 @@ def prune(
     return run.prune(
         Path(model_dir), root, options or BuildOptions(), fresh=fresh, progress=progress
     )
+
+
+def recover(
+    pruned: StrPath,
+    teacher: StrPath,
+    out: StrPath | None = None,
+    options: BuildOptions | None = None,
+    *,
+    progress: Progress = silent,
+) -> RecoverResult:
+    """Recover only: train the kept weights of a pruned model against the dense one, masks fixed.
+
+    Args:
+        pruned: a bundle, or a model directory that is 2:4 already.
+        teacher: the dense model directory that it was pruned from.
+        out: the bundle that gets the model in `recovered/`; by default the bundle `pruned`.
+        options: `recover`, five minutes by default; recipe, text and device.
+        progress: called with (label, done, total).
+
+    Raises:
+        Prox24Error: any of its kinds; a run that diverges is none, its record has a warning.
+    """
+    _keep_private()
+    asked = options or BuildOptions()
+    if asked.recover is None:
+        asked = replace(asked, recover=RecoverOptions(minutes=5))
+    where = None if out is None else Path(out)
+    return run.recover(Path(pruned), Path(teacher), where, asked, progress=progress)
 
 
 def export(

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from prox24_deploy.engines.cusparselt.profile import GpuProfile
 
 
-def open_backends(options: EngineOptions, model: ModelContext) -> tuple[Backend, ...]:
-    """The backends asked for, each once.
+def open_backends(
+    options: EngineOptions, model: ModelContext, shipped: str = PRUNED
+) -> tuple[Backend, ...]:
+    """The backends asked for, each once; `shipped` is the folder of the sparse model.
 
     Raises:
         BackendMissingError: one is not available here.
@@ -23,7 +25,7 @@ def open_backends(options: EngineOptions, model: ModelContext) -> tuple[Backend,
     origin = Origin(
         dense=model.path,
         dense_sha256=model.sha256,
-        pruned=PRUNED,
+        pruned=shipped,
         quantized=QUANTIZED_TENSORS,
         recipe=model.recipe,
         gemms=planned_gemms(options.plan),

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.bundle import open_bundle
-from prox24_deploy.bundle.layout import MANIFEST_FILE, PRUNED
+from prox24_deploy.bundle.layout import MANIFEST_FILE, PRUNED, RECOVERED, shipped_folder
+from prox24_deploy.bundle.manifest import read_manifest
 from prox24_deploy.config.options import BuildOptions, EngineOptions
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.errors import BackendMissingError, ModelDirError
+from prox24_deploy.core.errors import BackendMissingError, ModelDirError, UsageError
 from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
@@ -17,6 +18,7 @@ from prox24_deploy.core.records import (
     NotMeasured,
     PruneResult,
 )
+from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import DType, Progress
 from prox24_deploy.engines.base import Backend
@@ -47,13 +49,16 @@ def build(
     dtype = _settled_dtype(context.source, context.recipe, options.dtype)
     options = replace(options, dtype=dtype)
     stages.tasks.require_usable(options.harness, context.recipe)
-    backends = open_backends(options.engine, model)
+    shipped = PRUNED if options.recover is None else RECOVERED
+    backends = open_backends(options.engine, model, shipped)
+    stages.recover.require_usable(options, context)
     stages.quantize.require_usable(options, context, backends)
     check_demands(demands, context, [backend.name for backend in backends], options)
     with open_bundle(out, fresh=fresh) as bundle:
         warn_of_few_samples(context)
         stages.tasks.verify(bundle, options.harness)
         pruned = stages.prune.run(bundle, context, options, progress)
+        recovered = stages.recover.run(bundle, context, options, progress)
         quantized = stages.quantize.run(bundle, context, pruned, options, progress)
         exported = stages.export.run(
             bundle, context.source, context.recipe, pruned, dtype, progress
@@ -61,6 +66,7 @@ def build(
         compiled = stages.compile.run(bundle, exported, context.recipe, backends, progress)
         results = BuildResults(
             prune=pruned,
+            recover=recovered,
             quantize=quantized,
             export=exported,
             compile=compiled,
@@ -81,6 +87,35 @@ def prune(
         return stages.prune.run(bundle, context, options, progress)
 
 
+def recover(
+    pruned: Path, teacher: Path, out: Path | None, options: BuildOptions, *, progress: Progress
+) -> RecoverResult:
+    """Run only the stage that recovers: on the bundle `pruned`, or on any into the bundle `out`.
+
+    Raises:
+        ModelDirError: `teacher` is not what `pruned` was pruned from.
+        UsageError: `options` say nothing of recovery, or there is nowhere to write.
+        Prox24Error: what `build` raises for the same model and options.
+    """
+    if (asked := options.recover) is None:
+        raise UsageError("There is no budget for the recovery; pass RecoverOptions(minutes=5).")
+    if out is None and not (pruned / MANIFEST_FILE).is_file():
+        raise UsageError(
+            f"{pruned} is not a bundle that the recovered model could go to; pass another folder "
+            "with -o."
+        )
+    from prox24_deploy.model.directory import open_model_dir
+    from prox24_deploy.recovery.recover import require_pair
+
+    context = read_context(teacher, out or pruned, options, progress)
+    stages.recover.require_usable(options, context)
+    student = open_model_dir(pruned / PRUNED if out is None else _sparse_path(pruned))
+    require_pair(context.source, student, context.recipe)
+    with open_bundle(out or pruned, existing=out is None) as bundle:
+        given = bundle.artifact(PRUNED) if out is None else student
+        return stages.recover.run_on(bundle, given, context, options, asked, progress)
+
+
 def export(out: Path, dtype: DType | None, *, progress: Progress) -> ExportResult:
     """Run only the export stage, on a bundle that holds a pruned model.
 
@@ -98,7 +133,7 @@ def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) ->
     with open_bundle(out, existing=True) as bundle:
         exported = bundle.load(stages.export.STAGE)
         model = open_model(bundle)
-        backends = open_backends(options, model)
+        backends = open_backends(options, model, shipped_folder(bundle.manifest.files))
         return stages.compile.run(bundle, exported, model.recipe, backends, progress)
 
 
@@ -111,11 +146,12 @@ def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResu
     with open_bundle(out, existing=True) as bundle:
         compiled = bundle.load(stages.compile.STAGE)
         model = open_model(bundle)
+        shipped = shipped_folder(bundle.manifest.files)
         backends: list[Backend] = []
         missing: list[NotMeasured] = []
         for name in dict.fromkeys(engine.backend for engine in compiled.engines):
             try:
-                backends += open_backends(replace(options, backends=(name,)), model)
+                backends += open_backends(replace(options, backends=(name,)), model, shipped)
             except BackendMissingError as error:
                 missing.append(NotMeasured(backend=name, reason=str(error)))
         result = stages.bench.run(bundle, model, compiled, backends, options, progress, anew=True)
@@ -137,7 +173,7 @@ def evaluate(
     from prox24_deploy.model.directory import open_model_dir
 
     context = read_context(dense, None, options, progress)
-    sparse = open_model_dir(pruned / PRUNED if (pruned / MANIFEST_FILE).is_file() else pruned)
+    sparse = open_model_dir(_sparse_path(pruned))
     if sparse.architecture != context.source.architecture:
         raise ModelDirError(
             f"Model directory {sparse.path} holds a {sparse.architecture}, expected a "
@@ -150,6 +186,13 @@ def evaluate(
     context.source.require_unchanged()
     sparse.require_unchanged()
     return replace(result, evaluation=context.held_out.source)
+
+
+def _sparse_path(path: Path) -> Path:
+    """The directory of the sparse model in a bundle, or the path itself where it is none."""
+    if not (path / MANIFEST_FILE).is_file():
+        return path
+    return path / shipped_folder(read_manifest(path).files)
 
 
 def _settled_dtype(source: "ModelDir", recipe: Recipe, asked: DType | None) -> DType:

@@ -107,6 +107,7 @@ def assemble_report(
         options={**options, "limits": applied.as_json()},
         environment={**environment, "conditions": {**results.bench.conditions}},
         pruning=_pruning(results.prune, results.export),
+        recovery=results.recover,
         quantization=_quantization(results.quantize),
         accuracy=_accuracy(results),
         sparsity=Sparsity(tensors=results.export.sparsity, engines=results.compile.evidence),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from prox24_deploy.core.records import CurvePoint, LatencyRow, LayerRecord, Sensitivity, Timing
+from prox24_deploy.core.recovery import RecoverResult, RecoveryPoint
 from prox24_deploy.report.checks import row_name
 
 WIDTH = 320
@@ -110,6 +111,43 @@ def sensitivity_plot(found: Sensitivity) -> str:
         )
     described = "; ".join(_point_words(point) for point in found.curve)
     return _svg("sensitivity", 172, f"{found.metric} against weights pruned", described, body)
+
+
+def recovery_plot(found: RecoverResult) -> str:
+    """Loss against steps, of what was trained on and withheld, with the step that was kept."""
+    top, bottom = 12, 150
+    losses = [loss for p in found.curve for loss in (p.trained, p.withheld) if loss is not None]
+    high = 1.05 * max(losses) or 1.0
+    across = _linear(0, found.curve[-1].step or 1, PLOT_LEFT, PLOT_RIGHT - 8)
+    up = _linear(0, high, bottom, top)
+    body = []
+    for tick in nice_ticks(0, high):
+        body.append(_line(PLOT_LEFT, up(tick), PLOT_RIGHT, up(tick), "grid"))
+        body.append(_text(PLOT_LEFT - 6, up(tick) + 4, f"{tick:g}", "axis", "end"))
+    body.append(_text(PLOT_LEFT, bottom + 17, "step 0", "axis"))
+    body.append(_text(PLOT_RIGHT, bottom + 17, str(found.curve[-1].step), "axis", "end"))
+    watched = [(p.step, p.withheld) for p in found.curve if p.withheld is not None]
+    path = " ".join(f"{across(step):.1f},{up(loss):.1f}" for step, loss in watched)
+    body.append(f'<polyline points="{path}" class="curve"/>')
+    for point in found.curve:
+        title = f"<title>{escape(_recovery_words(point))}</title>"
+        for loss, style in ((point.trained, "calibration"), (point.withheld, "held-out")):
+            if loss is None:
+                continue
+            # A form of its own for what was kept, not only a colour.
+            chosen = style == "held-out" and point.step == found.kept
+            body.append(
+                f'<circle cx="{across(point.step):.1f}" cy="{up(loss):.1f}" '
+                f'r="{5 if chosen else 3}" class="{"chosen" if chosen else style}">{title}</circle>'
+            )
+    described = "; ".join(map(_recovery_words, found.curve))
+    return _svg("recovery", 172, f"{found.loss} against steps of recovery", described, body)
+
+
+def _recovery_words(point: RecoveryPoint) -> str:
+    parts = {"trained": point.trained, "withheld": point.withheld}
+    told = ", ".join(f"{name} {loss:.4g}" for name, loss in parts.items() if loss is not None)
+    return f"step {point.step}: {told}"
 
 
 def bar_plot(name: str, title: str, bars: Sequence[tuple[str, float, str, str]]) -> str:

@@ -28,6 +28,7 @@ from prox24_deploy.report.plots import (
     bar_plot,
     error_plots,
     latency_plot,
+    recovery_plot,
     sensitivity_plot,
     trend_plot,
 )
@@ -56,9 +57,10 @@ class Trend:
 
 def render_html(report: Report) -> str:
     """One page that needs no other file, no script and no network."""
-    budget = report.pruning.sensitivity
+    budget, recovery = report.pruning.sensitivity, report.recovery
     plots = {
         "sensitivity": [drawing(sensitivity_plot(budget))] if budget else [],
+        "recovery": [drawing(recovery_plot(recovery))] if recovery and recovery.curve else [],
         "errors": [drawing(plot) for plot in error_plots(report.pruning.layers)],
         "latency": [drawing(latency_plot(row, i)) for i, row in enumerate(report.latency)],
         "sizes": [drawing(plot) for plot in _size_plots(report.sizes)],

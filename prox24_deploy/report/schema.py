@@ -29,6 +29,7 @@ from prox24_deploy.core.records import (
     TensorCheck,
     TextSource,
 )
+from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.types import Judgement, QuantizedFormat, Verdict
 
 SCHEMA_VERSION: Final = 2
@@ -271,6 +272,7 @@ class Report(_Record):
     options: dict[str, JsonValue]
     environment: dict[str, JsonValue]
     pruning: Pruning
+    recovery: RecoverResult | None = None
     quantization: Quantization | None = None
     accuracy: Accuracy
     sparsity: Sparsity

@@ -19,12 +19,13 @@ class StepRow:
 
 def step_titles(report: Report) -> tuple[str, ...]:
     """The dense model, then every step; empty where there is but one step."""
-    if not report.accuracy.steps or report.quantization is None:
+    if not report.accuracy.steps:
         return ()
-    form = report.quantization.format.upper()
+    form = report.quantization.format.upper() if report.quantization else ""
     if not report.pruning.totals.pruned:
         return ("dense", form)
-    return ("dense", _PRUNED, f"{_PRUNED} + {form}")
+    steps = [_PRUNED] if report.recovery is None else [_PRUNED, f"{_PRUNED}, recovered"]
+    return ("dense", *steps, *([f"{steps[-1]} + {form}"] if form else []))
 
 
 def step_rows(report: Report) -> tuple[StepRow, ...]:

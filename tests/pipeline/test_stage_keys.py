@@ -21,6 +21,7 @@ from prox24_deploy.config.options import (
     EngineOptions,
     HarnessOptions,
     PruneOptions,
+    RecoverOptions,
     TensorRtOptions,
     TextOptions,
 )
@@ -56,6 +57,7 @@ UNKEYED = {
 OPTIONS = BuildOptions(
     text=TextOptions(calibration_tokens=2048, evaluation_tokens=1024),
     prune=PruneOptions(method="magnitude"),
+    recover=RecoverOptions(steps=3, step_tokens=256),
     quantize="int8",
     device="cpu",
     engine=EngineOptions(batches=(1,), sequences=(8,)),
@@ -297,6 +299,9 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
         "prune": {
             "source", "recipe", "calibration", "held_out", "options", "device", "versions",
         },
+        "recover": {
+            "source", "pruned", "recipe", "calibration", "options", "seed", "device", "versions",
+        },
         "quantize": {
             "pruned", "layers", "recipe", "calibration", "format", "device", "versions",
         },
@@ -313,7 +318,7 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
             "versions",
         },
         "evaluate": {
-            "source", "pruned", "quantized", "held_out", "recipe", "device", "versions",
+            "source", "pruned", "before", "quantized", "held_out", "recipe", "device", "versions",
         },
         "accuracy": {
             "source", "pruned", "quantized", "onnx", "compiled", "engines", "backends", "held_out",
@@ -419,10 +424,11 @@ def test_a_value_that_tells_nothing_of_its_content_has_no_fingerprint() -> None:
 
 # Each option with another value, and the stages that see it first.
 OTHER_OPTIONS: dict[str, tuple[Any, set[str]]] = {
-    "text.calibration_tokens": (1536, {"prune", "quantize"}),
+    "text.calibration_tokens": (1536, {"prune", "recover", "quantize"}),
     "text.evaluation_tokens": (1536, {"prune", "evaluate", "accuracy"}),
-    # A seed orders images, recordings and the built-in text, and draws inputs of the export.
-    "text.seed": (1, set()),
+    # A seed orders images, recordings, the built-in text and what is trained on, and draws inputs
+    # of the export.
+    "text.seed": (1, {"recover"}),
     "text.images": (5, set()),
     "text.recordings": (5, set()),
     "prune.method": ("wanda", {"prune"}),
@@ -435,6 +441,13 @@ OTHER_OPTIONS: dict[str, tuple[Any, set[str]]] = {
     "prune.max_loss": (1.0, {"prune"}),
     "prune.max_layers": (3, {"prune"}),
     "prune.planned_dense": ((("encoder.layer.0.output.dense", "why"),), {"prune"}),
+    "recover.steps": (4, {"recover"}),
+    "recover.learning_rate": (0.02, {"recover"}),
+    "recover.step_tokens": (512, {"recover"}),
+    "recover.temperature": (2.0, {"recover"}),
+    "recover.top_k": (8, {"recover"}),
+    "recover.write": (False, {"recover"}),
+    "recover.checkpointing": (True, {"recover"}),
     "quantize": ("fp8", {"quantize"}),
     "dtype": ("float16", {"export"}),
     "engine.batches": ((1, 2), {"bench", "accuracy"}),
@@ -447,10 +460,11 @@ OTHER_OPTIONS: dict[str, tuple[Any, set[str]]] = {
     "harness.limit": (None, set()),
 }
 # The stages that read the recipe as a whole.
-READERS = {"prune", "quantize", "export", "evaluate", "accuracy"}
+READERS = {"prune", "recover", "quantize", "export", "evaluate", "accuracy"}
 # What is not there to be seen by a stage, and who sees it.
 READ_BEFORE = {
     "recipe": "its meaning counts, below",
+    "recover.minutes": "it counts in the place of steps, as they do",
     "text.calibration": "its content counts, below",
     "text.evaluation": "its content counts, below",
     "name": "the record of the model holds it, below",
@@ -467,8 +481,8 @@ READ_BEFORE = {
 
 def leaves(kind: Any, prefix: str = "") -> Iterator[str]:
     """Dotted names of all options, TensorRT's as one."""
-    nested = {"text": TextOptions, "prune": PruneOptions, "engine": EngineOptions,
-              "harness": HarnessOptions}  # fmt: skip
+    nested = {"text": TextOptions, "prune": PruneOptions, "recover": RecoverOptions,
+              "engine": EngineOptions, "harness": HarnessOptions}  # fmt: skip
     for field in fields(kind):
         if not prefix and field.name in nested:
             yield from leaves(nested[field.name], f"{field.name}.")
@@ -558,6 +572,6 @@ def test_a_model_counts_by_its_files_and_not_by_its_place(
 def test_a_record_says_what_its_key_was_made_of(built: Path) -> None:
     entry = read_manifest(built).stages["evaluate"]
     assert entry.key == stage_key("evaluate", entry.inputs)
-    assert entry.reads == ["pruned", "quantized"]
-    assert "pruned/model.safetensors" in entry.inputs["pruned"]
-    assert not {"pruned/README.md", "pruned/recipe.toml"} & entry.inputs["pruned"].keys()
+    assert entry.reads == ["recovered", "pruned", "quantized"]
+    assert "recovered/model.safetensors" in entry.inputs["pruned"]
+    assert not {"recovered/README.md", "recovered/recipe.toml"} & entry.inputs["pruned"].keys()

@@ -59,7 +59,7 @@ def written(report: Report, out: Path, name: str) -> str:
 def test_top_level_keys_are_the_published_ones(report: Report) -> None:
     assert list(report.model_dump()) == [
         "schema_version", "verdict", "sentence", "parts", "accepted_losses", "warnings", "model",
-        "options", "environment", "pruning", "quantization", "accuracy",
+        "options", "environment", "pruning", "recovery", "quantization", "accuracy",
         "sparsity", "latency", "not_measured", "sizes", "timings", "checks", "regressions",
         "baseline",
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from prox24_deploy.pipeline.stages import (
     export,
     prune,
     quantize,
+    recover,
     report,
     tasks,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "export",
     "prune",
     "quantize",
+    "recover",
     "report",
     "tasks",
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.environment import machine, versions
-from prox24_deploy.bundle.layout import ENGINES, ONNX, PRUNED
+from prox24_deploy.bundle.layout import ENGINES, ONNX
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.config.recipe import Recipe
@@ -18,6 +18,7 @@ from prox24_deploy.core.types import Progress
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.pipeline.context import RunContext, fitted_shapes, torch_device
 from prox24_deploy.pipeline.stages.quantize import quantized_of, tensors_of
+from prox24_deploy.pipeline.stages.recover import shipped_of
 
 if TYPE_CHECKING:
     from prox24_deploy.model.batch import Samples
@@ -63,7 +64,7 @@ def run(
     fitted = fitted_shapes(options.engine, context.source.config, context.recipe)
     inputs = EngineAccuracyInputs(
         source=context.source,
-        pruned=bundle.artifact(PRUNED),
+        pruned=shipped_of(bundle),
         quantized=quantized_of(bundle),
         onnx=bundle.artifact(ONNX),
         compiled=bundle.artifact(ENGINES),

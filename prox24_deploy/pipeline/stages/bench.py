@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.environment import machine, versions
-from prox24_deploy.bundle.layout import ENGINES, ONNX, PRUNED
+from prox24_deploy.bundle.layout import ENGINES, ONNX
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import EngineOptions
 from prox24_deploy.config.recipe import dynamic_names
@@ -28,6 +28,7 @@ from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.latency.measure import conditions, latency_verdict, measure_latency
 from prox24_deploy.pipeline.context import ModelContext, fitted_shapes, vocabulary_of
 from prox24_deploy.pipeline.stages.quantize import quantized_of
+from prox24_deploy.pipeline.stages.recover import shipped_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,7 @@ def run(
         engines=compiled.engines,
         compiled=bundle.artifact(ENGINES),
         onnx=bundle.artifact(ONNX),
-        pruned=bundle.artifact(PRUNED),
+        pruned=shipped_of(bundle),
         quantized=quantized_of(bundle),
         backends=tuple(backends),
         batches=fitted.batches,

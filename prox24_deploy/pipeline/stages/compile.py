@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.environment import versions
-from prox24_deploy.bundle.layout import ENGINES, ONNX, PRUNED, reproduction_of
+from prox24_deploy.bundle.layout import ENGINES, ONNX, reproduction_of
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import write_atomic
@@ -22,6 +22,7 @@ from prox24_deploy.core.records import (
 from prox24_deploy.core.types import TWINS, Progress, Twin
 from prox24_deploy.engines.base import Backend, Reproducible
 from prox24_deploy.pipeline.stages.quantize import quantized_of
+from prox24_deploy.pipeline.stages.recover import shipped_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ def run(
         sparse=exported.sparse,
         sparsity=exported.sparsity,
         onnx=bundle.artifact(ONNX),
-        pruned=bundle.artifact(PRUNED),
+        pruned=shipped_of(bundle),
         quantized=quantized_of(bundle),
         blocks={part.graph: f"{part.blocks}." if len(parts) > 1 else "" for part in parts},
         backends=tuple(backends),

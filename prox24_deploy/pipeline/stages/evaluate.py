@@ -6,27 +6,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.bundle import Bundle
-from prox24_deploy.bundle.layout import PRUNED
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import DeviceChoice
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.records import AccuracyStep, EvaluateResult
+from prox24_deploy.core.records import AccuracyStep, EvaluateResult, StepName
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import RunContext, torch_device
 from prox24_deploy.pipeline.stages.quantize import quantized_of, tensors_of
+from prox24_deploy.pipeline.stages.recover import pruned_before, shipped_of
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateInputs:
-    """What the accuracy of both models in PyTorch depends on."""
+    """What the accuracy of both models in PyTorch depends on; `before` is not yet recovered."""
 
     source: "ModelDir"
     pruned: Artifact
+    before: Artifact | None
     quantized: Artifact | None
     held_out: "Samples"
     recipe: Recipe
@@ -40,7 +43,8 @@ def run(
     """Compare dense and pruned model on held-out samples."""
     inputs = EvaluateInputs(
         source=context.source,
-        pruned=bundle.artifact(PRUNED),
+        pruned=shipped_of(bundle),
+        before=pruned_before(bundle),
         quantized=quantized_of(bundle),
         held_out=context.held_out,
         recipe=context.recipe,
@@ -60,6 +64,7 @@ def _evaluate(inputs: EvaluateInputs, _: Workspace, progress: Progress) -> Evalu
         inputs.held_out,
         inputs.device,
         progress,
+        before=open_model_dir(inputs.before.path) if inputs.before else None,
         tensors=tensors_of(inputs.quantized),
     )
 
@@ -72,11 +77,13 @@ def compare_models(
     device: str,
     progress: Progress,
     *,
+    before: "ModelDir | None" = None,
     tensors: Path | None = None,
 ) -> EvaluateResult:
     """Load the models of two directories, which one recipe fits, and compare them.
 
-    With `tensors`, the second is compared once more, quantised as they say.
+    The model as it was `before` it was recovered is compared first, if it is given. With `tensors`,
+    the sparse one is compared once more, quantised as they say.
     """
     import torch
 
@@ -84,22 +91,25 @@ def compare_models(
     from prox24_deploy.model.directory import load_model
     from prox24_deploy.quantization.quantize import apply_quantized
 
-    dense_model, model = (
-        load_model(each, recipe, torch.device(device)) for each in (source, sparse)
-    )
+    def opened(directory: "ModelDir") -> "nn.Module":
+        return load_model(directory, recipe, torch.device(device))
 
-    def compared() -> EvaluateResult:
+    def compared(model: "nn.Module") -> EvaluateResult:
         return evaluate_models(dense_model, model, recipe.task, held_out, source.path, progress)
 
-    pruned = compared()
-    if tensors is None:
-        return pruned
-    apply_quantized(model, tensors)
-    last = compared()
+    dense_model = opened(source)
+    found: list[tuple[StepName, EvaluateResult]] = []
+    if before is not None:
+        found.append(("pruned", compared(opened(before))))
+    model = opened(sparse)
+    found.append(("recovered" if before else "pruned", compared(model)))
+    if tensors is not None:
+        apply_quantized(model, tensors)
+        found.append(("quantized", compared(model)))
     return replace(
-        last,
-        seconds=pruned.seconds + last.seconds,
-        steps=(AccuracyStep(name="pruned", metrics=pruned.metrics),),
+        found[-1][1],
+        seconds=sum(result.seconds for _, result in found),
+        steps=tuple(AccuracyStep(name=name, metrics=r.metrics) for name, r in found[:-1]),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.bundle import Bundle
-from prox24_deploy.bundle.layout import ONNX, PRUNED
+from prox24_deploy.bundle.layout import ONNX
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import make_folder
@@ -20,6 +20,7 @@ from prox24_deploy.core.records import (
 from prox24_deploy.core.types import TWINS, DType, Progress, Twin
 from prox24_deploy.pipeline.context import torch_device, vocabulary_of
 from prox24_deploy.pipeline.stages.quantize import quantized_of, tensors_of
+from prox24_deploy.pipeline.stages.recover import shipped_of
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(
     """Export dense and sparse twins to `onnx/`, prove 2:4 and compare numerics."""
     inputs = ExportInputs(
         source=source,
-        pruned=bundle.artifact(PRUNED),
+        pruned=shipped_of(bundle),
         quantized=quantized_of(bundle),
         layers=tuple(layer.name for layer in pruned.layers if layer.status == "pruned"),
         recipe=recipe,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from prox24_deploy.bundle.bundle import Bundle
-from prox24_deploy.bundle.layout import PRUNED, QUANTIZATION_FILE, QUANTIZED, QUANTIZED_TENSORS
+from prox24_deploy.bundle.layout import QUANTIZATION_FILE, QUANTIZED, QUANTIZED_TENSORS
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.config.recipe import Recipe
@@ -19,6 +19,7 @@ from prox24_deploy.core.records import PruneResult
 from prox24_deploy.core.types import Progress, QuantizedFormat
 from prox24_deploy.engines.base import Backend, Quantizing
 from prox24_deploy.pipeline.context import RunContext, torch_device
+from prox24_deploy.pipeline.stages.recover import shipped_of
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def run(
             bundle.forget(STAGE.name)
         return None
     inputs = QuantizeInputs(
-        pruned=bundle.artifact(PRUNED),
+        pruned=shipped_of(bundle),
         layers=tuple(layer.name for layer in pruned.layers if layer.status == "pruned"),
         recipe=context.recipe,
         calibration=context.calibration,

@@ -1,17 +1,23 @@
 """The end of a build: from the results of all stages to report, card and sealed bundle."""
 
 from prox24_deploy.bundle.bundle import Bundle
-from prox24_deploy.bundle.layout import LATE_FILES, PRUNED, REPORT_FILES
+from prox24_deploy.bundle.layout import (
+    CARD,
+    LATE_FILES,
+    RECOVERED_CARD,
+    REPORT_FILES,
+    shipped_folder,
+)
 from prox24_deploy.core.records import CompileResult
 from prox24_deploy.core.results import STAGE_NAMES, BuildResults
-from prox24_deploy.packaging.card import read_source_card, write_card
+from prox24_deploy.packaging.card import CARD_FILE, read_source_card, write_card
 from prox24_deploy.pipeline.context import RunContext, model_of
 from prox24_deploy.pipeline.demands import Demands
 from prox24_deploy.regression.compare import held_against
 from prox24_deploy.report.assemble import Report, assemble_report, write_report
 
-# Written when everything else is there.
-_LAST_FILES = (*REPORT_FILES, *LATE_FILES)
+# Written when everything else is there; their sizes are not told in the report.
+_UNTOLD = (*REPORT_FILES, *LATE_FILES)
 
 
 def run(
@@ -22,7 +28,12 @@ def run(
 ) -> Report:
     """Assemble the report, hold it against a baseline, write its views and the card, and seal."""
     manifest = bundle.manifest
-    bundle.promise(_LAST_FILES)
+    shipped = shipped_folder(manifest.files)
+    last = (*REPORT_FILES, f"{shipped}/{CARD_FILE}")
+    # Of a model that is not shipped no card would be true.
+    for name in {CARD, RECOVERED_CARD} - {*last}:
+        bundle.drop_late(name)
+    bundle.promise(last)
     made = assemble_report(
         model_of(bundle),
         results,
@@ -33,7 +44,7 @@ def run(
         sizes={
             name: entry.size
             for name, entry in sorted(manifest.files.items())
-            if name not in _LAST_FILES
+            if name not in _UNTOLD
         },
         timings={
             name: manifest.stages[name].seconds for name in STAGE_NAMES if name in manifest.stages
@@ -44,10 +55,10 @@ def run(
     card = read_source_card(context.source.path)
     # Nothing reads the source after its card.
     context.source.require_unchanged()
-    write_card(made, card, bundle.root / PRUNED)
+    write_card(made, card, bundle.root / shipped)
     write_report(made, bundle.root)
     manifest.verdict = made.verdict
-    bundle.seal(_LAST_FILES)
+    bundle.seal(last)
     return made
 
 

@@ -10,7 +10,6 @@ from pydantic import JsonValue
 
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.environment import versions
-from prox24_deploy.bundle.layout import PRUNED
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import BuildOptions, HarnessOptions
 from prox24_deploy.config.recipe import Recipe
@@ -20,6 +19,7 @@ from prox24_deploy.core.snapshot import Snapshot, take_snapshot
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import RunContext, torch_device
 from prox24_deploy.pipeline.stages.quantize import quantized_of, tensors_of
+from prox24_deploy.pipeline.stages.recover import shipped_of
 
 if TYPE_CHECKING:
     from prox24_deploy.model.directory import ModelDir
@@ -120,7 +120,7 @@ def run(
 
     inputs = TaskInputs(
         source=context.source,
-        pruned=bundle.artifact(PRUNED),
+        pruned=shipped_of(bundle),
         quantized=quantized_of(bundle),
         tasks=asked.tasks,
         data=TaskData(take_snapshot(asked.data, _files_below)) if asked.data else None,

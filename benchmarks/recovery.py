@@ -1,0 +1,181 @@
+"""How much of what pruning costs is recovered in a given time.
+
+Prunes a model, or takes it pruned, trains its kept weights against the dense one as `recover` does,
+and compares both with the dense model on the same evaluation samples: the rise of the
+log-perplexity (decoders), 1 - cosine of the embeddings (encoders) or the divergence (classifiers).
+
+    python benchmarks/recovery.py MODEL_DIR --calibration F --evaluation F --minutes 5
+        [--pruned DIR] [--no-write] [--rates 0.005 0.01 0.02]
+
+Prints a row for each learning rate, with paired errors, the curves, and one JSON line; asserts that
+no zero of a weight was lost and that nothing became worse on withheld samples.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from prox24_deploy.config.options import (
+    BuildOptions,
+    PruneOptions,
+    RecoverOptions,
+    TextOptions,
+)
+from prox24_deploy.core.recovery import RecoverResult
+from prox24_deploy.data.text import thin
+from prox24_deploy.evaluation.losses import Loss, loss_against
+from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
+from prox24_deploy.pipeline.context import RunContext, read_context, torch_device
+from prox24_deploy.pruning.prune import prune_directory
+from prox24_deploy.recovery.recover import Recovery, recover_directory
+
+
+def progress(label: str, done: int, total: int) -> None:
+    if done in {0, total}:
+        print(f"{time.strftime('%H:%M:%S')} {label} {done}/{total}", file=sys.stderr)
+
+
+def pruned_model(
+    context: RunContext, method: str, tokens: int, folder: Path, device: torch.device
+) -> ModelDir:
+    """The model pruned here, with the default preset, on some of the calibration text."""
+    calibration = replace(context.calibration, batches=thin(context.calibration, tokens))
+    prune_directory(
+        context.source,
+        context.recipe,
+        calibration,
+        context.held_out,
+        PruneOptions(method=method),  # type: ignore[arg-type]
+        device=device,
+        solved=folder / "solved",
+        out=folder / "pruned",
+        progress=progress,
+    )
+    return open_model_dir(folder / "pruned")
+
+
+@torch.no_grad()
+def losses_of(directory: ModelDir, context: RunContext, loss: Loss, device: torch.device) -> Tensor:
+    """Loss of a model on each evaluation sample, on the CPU."""
+    return loss.of(load_model(directory, context.recipe, device)).cpu()
+
+
+def require_same_zeros(before: ModelDir, after: ModelDir, context: RunContext) -> None:
+    """Every zero of the layers that may be 2:4 is where it was."""
+    models = (load_model(each, context.recipe, torch.device("cpu")) for each in (before, after))
+    pairs = zip(*(model.named_parameters() for model in models), strict=True)
+    for (name, old), (_, new) in pairs:
+        if old.ndim > 1:
+            assert torch.equal(new[old == 0], torch.zeros_like(new[old == 0])), name
+
+
+def shown(values: Tensor) -> str:
+    return f"{float(values.mean()):.4f} ± {float(values.std()) / math.sqrt(len(values)):.4f}"
+
+
+def ratio_of(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """Ratio of two means over the same samples, with its standard error by the delta method."""
+    ratio = float(first.mean() / second.mean())
+    spread = (first - ratio * second).std() / math.sqrt(len(first))
+    return ratio, float(spread / second.mean())
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", type=Path, action="append", default=[])
+    parser.add_argument("--evaluation", type=Path, action="append", default=[])
+    parser.add_argument("--calibration-tokens", type=int, default=65536)
+    parser.add_argument("--evaluation-tokens", type=int, default=131072)
+    parser.add_argument("--pruned", type=Path, help="a pruned model directory; else prune here")
+    parser.add_argument("--method", default="prox")
+    parser.add_argument("--prune-tokens", type=int, default=65536)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--step-tokens", type=int)
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.01])
+    parser.add_argument("--no-write", action="store_true")
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked, console = parsed(), Console(width=120)
+    text = TextOptions(
+        calibration=tuple(asked.calibration),
+        evaluation=tuple(asked.evaluation),
+        calibration_tokens=asked.calibration_tokens,
+        evaluation_tokens=asked.evaluation_tokens,
+    )
+    context = read_context(asked.model, None, BuildOptions(text=text))
+    device = torch_device(asked.device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        student = (
+            open_model_dir(asked.pruned)
+            if asked.pruned
+            else pruned_model(context, asked.method, asked.prune_tokens, folder, device)
+        )
+        dense = load_model(context.source, context.recipe, device)
+        held_out = thin(context.held_out, asked.evaluation_tokens)
+        with torch.no_grad():
+            loss = loss_against(dense, context.recipe.task, held_out)
+        before = losses_of(student, context, loss, device)
+        console.print(f"{loss.name} of the pruned model: {shown(before)}, {len(before)} samples")
+        recovery = Recovery(
+            dense=context.source,
+            pruned=student,
+            recipe=context.recipe,
+            calibration=context.calibration,
+            options=RecoverOptions(
+                minutes=asked.minutes, step_tokens=asked.step_tokens, write=not asked.no_write
+            ),
+            seed=0,
+            device=device,
+        )
+        rows = []
+        table = Table(
+            "rate", "steps", "kept", "written", "withheld", "loss", "ratio", "s", box=None
+        )
+        for rate in asked.rates:
+            options = replace(recovery.options, learning_rate=rate)
+            place = folder / f"{rate}"
+            result = recover_directory(
+                replace(recovery, options=options),
+                kept=place / "kept", out=place / "out", progress=progress,
+            )  # fmt: skip
+            made = open_model_dir(place / "out")
+            require_same_zeros(student, made, context)
+            after = losses_of(made, context, loss, device)
+            ratio = ratio_of(after, before)
+            worse = (result.after or 0.0) > (result.before or 0.0)
+            assert result.warning or not worse
+            table.add_row(*cells(rate, result, after, ratio))
+            rows.append(
+                {"rate": rate, "loss": float(after.mean()), "ratio": ratio, **asdict(result)}
+            )
+        console.print(table)
+    print(json.dumps({"loss": loss.name, "before": float(before.mean()), "rows": rows}))
+
+
+def cells(
+    rate: float, result: RecoverResult, after: Tensor, ratio: tuple[float, float]
+) -> list[str]:
+    written = result.written.tokens if result.written else 0
+    withheld = f"{result.before or math.nan:.4f} -> {result.after or math.nan:.4f}"
+    steps = f"{result.steps} x {result.step_tokens}"
+    parts = [f"{rate:g}", steps, str(result.kept), f"{written:,}", withheld, shown(after)]
+    return [*parts, f"{ratio[0]:.3f} ± {ratio[1]:.3f}", f"{result.seconds:.0f}"]
+
+
+if __name__ == "__main__":
+    main()

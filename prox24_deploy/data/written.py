@@ -1,0 +1,210 @@
+"""Text that a language model writes itself, to be trained or calibrated on.
+
+Each row is sampled from the model's own distribution, token by token from the start token, whatever
+its generation_config.json says of temperature and the like: what the model finds likely is what it
+was trained on, so that no text of others is needed.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from prox24_deploy.core.atomic import make_folder
+from prox24_deploy.core.recovery import WrittenText
+from prox24_deploy.core.types import Progress
+from prox24_deploy.model.batch import Batch, pad_rows
+from prox24_deploy.model.checkpoint import write_tensors
+
+log = logging.getLogger(__name__)
+
+# A row is dropped if it is shorter, if one token makes up more than this share of it, or if less
+# than this share of its sequences of four tokens are different ones.
+SHORTEST = 16
+MOST_OF_ONE = 0.5
+LEAST_DIFFERENT = 0.5
+# Memory for keys and values while rows are written, and rows at once.
+_CACHE_BYTES = 4 * 2**30
+_MOST_ROWS = {"cuda": 512, "cpu": 32}
+_TIMED = 32
+# Between seeds; a generator on a CPU looks at the lower 32 bits alone.
+_SPREAD, _SEEDS = 1_000_003, 2**32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Author:
+    """A model that writes.
+
+    Attributes:
+        model: a decoder of transformers.
+        start: the token that every text begins with.
+        ends: tokens that a text ends with; where the start token is one of them, the model goes on
+            with its next text, as it does in the windows that it was calibrated on.
+        length: tokens of a row at most.
+        seed: of what is drawn.
+        folder: where batches are kept, so that a killed run does not write them again.
+    """
+
+    model: nn.Module
+    start: int
+    ends: frozenset[int]
+    length: int
+    seed: int
+    folder: Path
+
+    @property
+    def rows(self) -> int:
+        """How many are written at once."""
+        most = _MOST_ROWS.get(self._device.type, _MOST_ROWS["cpu"])
+        fitting = _CACHE_BYTES // max(1, _cache_bytes(self.model.config) * self.length)
+        return max(1, min(most, fitting))
+
+    def write(self, index: int) -> list[list[int]]:
+        """Rows of one batch, (rows,) lists with the start token first; the same every time."""
+        path = self.folder / f"written-{index:05d}.safetensors"
+        if (known := _load(path)) is not None:
+            return self._cut(known)
+        rows = self._sample(index, self.length).cpu()
+        make_folder(self.folder)
+        write_tensors(path, {"rows": rows.int()}, {"format": "pt"})
+        return self._cut(rows)
+
+    def seconds_per_token(self) -> float:
+        """How long a token takes, by the first few of a batch; the first of all warm up."""
+        self._sample(0, 2)
+        length = min(_TIMED, self.length)
+        began = time.perf_counter()
+        self._sample(0, length).cpu()
+        return (time.perf_counter() - began) / (length * self.rows)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def _sample(self, index: int, length: int) -> Tensor:
+        """(rows, length) tokens; what follows an end means nothing."""
+        generator = torch.Generator(self._device).manual_seed(
+            (_SPREAD * self.seed + index) % _SEEDS
+        )
+        token = torch.full((self.rows, 1), self.start, device=self._device)
+        rows, cache = [token], None
+        for _ in range(length - 1):
+            result: Any = self.model(input_ids=token, past_key_values=cache, use_cache=True)
+            cache = result.past_key_values
+            chances = result.logits[:, -1].float().softmax(-1)
+            token = torch.multinomial(chances, 1, generator=generator)
+            rows.append(token)
+        return torch.cat(rows, dim=1)
+
+    def _cut(self, rows: Tensor) -> list[list[int]]:
+        """Rows up to and with the first end, unless that is where the next text starts."""
+        if self.start in self.ends or not self.ends:
+            whole: list[list[int]] = rows.tolist()
+            return whole
+        found = []
+        for row in rows.tolist():
+            end = next((i for i, token in enumerate(row) if i and token in self.ends), len(row))
+            found.append(row[: end + 1])
+        return found
+
+
+def author_of(
+    model: nn.Module, tokenizer: Any, *, length: int, seed: int, folder: Path
+) -> Author | None:
+    """The model as an author; None where nothing says which token a text starts with."""
+    config: Any = model.config
+    ends = _ids(tokenizer.eos_token_id) | _ids(config.eos_token_id)
+    starts = (tokenizer.bos_token_id, config.bos_token_id, tokenizer.eos_token_id)
+    start = next((int(token) for token in starts if token is not None), None)
+    if start is None:
+        return None
+    return Author(
+        model=model, start=start, ends=frozenset(ends), length=length, seed=seed, folder=folder
+    )
+
+
+def is_degenerate(row: Sequence[int]) -> bool:
+    """Whether a row is too short, or repeats itself, too much to learn from."""
+    if len(row) < SHORTEST:
+        return True
+    (_, most), *_ = Counter(row).most_common(1)
+    fours = [tuple(row[i : i + 4]) for i in range(len(row) - 3)]
+    return most > MOST_OF_ONE * len(row) or len(set(fours)) < LEAST_DIFFERENT * len(fours)
+
+
+def write_text(
+    author: Author, tokens: int, names: Sequence[str], padding: int, progress: Progress
+) -> tuple[tuple[Batch, ...], WrittenText]:
+    """Let a model write until there are `tokens` tokens in whole windows of its length.
+
+    Rows that occur twice or are degenerate are dropped; so that this ends, no more than twice the
+    rows that could do are written.
+
+    Args:
+        author: who writes.
+        tokens: how many.
+        names: of the inputs of the model.
+        padding: the token on padding.
+        progress: told of tokens.
+
+    Returns:
+        Batches of a row of windows each, and how much was written and kept.
+    """
+    kept: dict[tuple[int, ...], None] = {}
+    written = size = index = 0
+    while size < tokens and written * author.length < 2 * tokens + author.rows * author.length:
+        progress("write text", min(size, tokens), tokens)
+        for row in author.write(index):
+            written += 1
+            if tuple(row) not in kept and not is_degenerate(row):
+                kept[tuple(row)] = None
+                size += len(row)
+        index += 1
+    progress("write text", tokens, tokens)
+    stream = [token for row in kept for token in row][: max(tokens, author.length)]
+    length = author.length
+    windows = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+    log.info("the dense model wrote %d rows, of which %d are used", written, len(kept))
+    record = WrittenText(
+        written=written,
+        samples=len(kept),
+        tokens=len(windows) * length,
+        sha256=hashlib.sha256(json.dumps(windows).encode()).hexdigest(),
+    )
+    return tuple(pad_rows([window], names, padding) for window in windows), record
+
+
+def _load(path: Path) -> Tensor | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as handle:
+            rows: Tensor = handle.get_tensor("rows")
+            return rows
+    except SafetensorError:
+        # Damaged: writing it again loses only time.
+        return None
+
+
+def _ids(token: Any) -> set[int]:
+    if token is None:
+        return set()
+    return {int(each) for each in token} if isinstance(token, list | tuple) else {int(token)}
+
+
+def _cache_bytes(config: Any) -> int:
+    """Bytes of keys and values of one token, in float32."""
+    heads = int(config.num_attention_heads)
+    groups = int(getattr(config, "num_key_value_heads", None) or heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 2 * 4 * int(config.num_hidden_layers) * groups * width

@@ -1,0 +1,131 @@
+"""The stage that trains the kept weights of the pruned model against the dense one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from prox24_deploy.bundle.bundle import Bundle
+from prox24_deploy.bundle.layout import PRUNED, RECOVERED, RECOVERED_RECIPE, shipped_folder
+from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
+from prox24_deploy.config.options import BuildOptions, RecoverOptions
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.recovery import RecoverResult
+from prox24_deploy.core.types import Progress
+from prox24_deploy.pipeline.context import RunContext, torch_device
+from prox24_deploy.pipeline.stages.versions import numeric_versions
+
+if TYPE_CHECKING:
+    from prox24_deploy.model.batch import Samples
+    from prox24_deploy.model.directory import ModelDir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoverInputs:
+    """What the recovered model depends on; `pruned` is of this bundle or any directory."""
+
+    source: "ModelDir"
+    pruned: "Artifact | ModelDir"
+    recipe: Recipe
+    calibration: "Samples"
+    options: RecoverOptions
+    seed: int
+    device: str
+    versions: Mapping[str, str]
+
+
+def require_usable(options: BuildOptions, context: RunContext) -> None:
+    """Refuse what can be seen to be wrong before any work.
+
+    Raises:
+        CalibrationError: there are too few calibration samples to withhold some.
+        UsageError: an option means nothing, or nothing is pruned that could be recovered.
+    """
+    if options.recover is None:
+        return
+    options.recover.require_usable()
+    if options.prune.method == "none":
+        raise UsageError(
+            "--method none prunes nothing that --recover could recover; leave one of them out."
+        )
+    from prox24_deploy.recovery.schedule import require_samples
+
+    require_samples(context.calibration)
+
+
+def run(
+    bundle: Bundle, context: RunContext, options: BuildOptions, progress: Progress
+) -> RecoverResult | None:
+    """Recover the pruned model into `recovered/`; None where that was not asked for."""
+    if options.recover is None:
+        if STAGE.name in bundle.manifest.stages:
+            bundle.forget(STAGE.name)
+        return None
+    return run_on(bundle, bundle.artifact(PRUNED), context, options, options.recover, progress)
+
+
+def run_on(
+    bundle: Bundle,
+    pruned: "Artifact | ModelDir",
+    context: RunContext,
+    options: BuildOptions,
+    recover: RecoverOptions,
+    progress: Progress,
+) -> RecoverResult:
+    """Recover a pruned model into `recovered/` of a bundle."""
+    inputs = RecoverInputs(
+        source=context.source,
+        pruned=pruned,
+        recipe=context.recipe,
+        calibration=context.calibration,
+        options=recover,
+        seed=options.text.seed,
+        device=torch_device(options.device).type,
+        versions=numeric_versions(),
+    )
+    result = bundle.run(STAGE, inputs, progress)
+    _forget_stale(bundle)
+    bundle.write_late(RECOVERED_RECIPE, context.recipe_text.encode())
+    # The same samples may come from another place than when they were trained on.
+    return replace(result, calibration=context.calibration.source)
+
+
+def _forget_stale(bundle: Bundle) -> None:
+    """Remove what was made of the pruned model while that was the one to ship."""
+    stages = dict(bundle.manifest.stages)
+    for name, entry in stages.items():
+        stale = PRUNED in entry.reads and RECOVERED not in entry.reads and name != STAGE.name
+        if stale and name in bundle.manifest.stages:
+            bundle.forget(name)
+
+
+def shipped_of(bundle: Bundle) -> Artifact:
+    """The sparse model that everything later is made of: recovered, or as it was pruned."""
+    return bundle.artifact(shipped_folder(bundle.manifest.files))
+
+
+def pruned_before(bundle: Bundle) -> Artifact | None:
+    """The pruned model where that is not what is shipped."""
+    return bundle.artifact(PRUNED) if STAGE.name in bundle.manifest.stages else None
+
+
+def _recover(inputs: RecoverInputs, work: Workspace, progress: Progress) -> RecoverResult:
+    import torch
+
+    from prox24_deploy.model.directory import open_model_dir
+    from prox24_deploy.recovery.recover import Recovery, recover_directory
+
+    pruned = inputs.pruned
+    asked = Recovery(
+        dense=inputs.source,
+        pruned=open_model_dir(pruned.path) if isinstance(pruned, Artifact) else pruned,
+        recipe=inputs.recipe,
+        calibration=inputs.calibration,
+        options=inputs.options,
+        seed=inputs.seed,
+        device=torch.device(inputs.device),
+    )
+    return recover_directory(asked, kept=work.kept, out=work.partial / RECOVERED, progress=progress)
+
+
+STAGE = Stage(name="recover", result=RecoverResult, run=_recover, outputs=(RECOVERED,))

@@ -1,0 +1,249 @@
+"""Stage: train what pruning left of a model until it does what the dense one does."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prox24_deploy.config.options import RecoverOptions
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.core.modalities import TEXT
+from prox24_deploy.core.recovery import RecoverResult
+from prox24_deploy.core.types import Progress
+from prox24_deploy.data.written import author_of
+from prox24_deploy.model.batch import Samples, padding_id
+from prox24_deploy.model.checkpoint import renamed_tensors, write_pruned
+from prox24_deploy.model.config_file import whole_number
+from prox24_deploy.model.directory import ModelDir, load_model
+from prox24_deploy.model.dtypes import settled_dtype
+from prox24_deploy.model.processors import load_tokenizer
+from prox24_deploy.recovery.objective import objective_for
+from prox24_deploy.recovery.schedule import Schedule, require_samples
+from prox24_deploy.recovery.session import Recovered, Session, recover_model
+from prox24_deploy.recovery.student import Trained, find_trained, put, values_of
+from prox24_deploy.recovery.training import Outcome
+
+log = logging.getLogger(__name__)
+
+_GIB = 2**30
+# What torch says where the memory of the machine, and not of a GPU, does not do.
+_NO_MEMORY = "DefaultCPUAllocator"
+
+
+def require_pair(dense: ModelDir, pruned: ModelDir, recipe: Recipe) -> None:
+    """Refuse a model that was not pruned from another.
+
+    Raises:
+        ModelDirError: they differ in architecture, vocabulary or the size of a tensor.
+    """
+    remedy = "pass the model that it was pruned from as --teacher."
+    if dense.architecture != pruned.architecture:
+        raise ModelDirError(
+            f"The teacher {dense.path} is a {dense.architecture}, and {pruned.path} a "
+            f"{pruned.architecture}; {remedy}"
+        )
+    sizes = [whole_number(each.config, "vocab_size", 0) for each in (dense, pruned)]
+    if sizes[0] != sizes[1]:
+        raise ModelDirError(
+            f"The teacher {dense.path} has a vocabulary of {sizes[0]} tokens, and {pruned.path} of "
+            f"{sizes[1]}; {remedy}"
+        )
+    if recipe.modality is TEXT and _vocabulary(dense) != _vocabulary(pruned):
+        raise ModelDirError(
+            f"The tokenizers of {dense.path} and {pruned.path} have other tokens; {remedy}"
+        )
+    for name in sorted(dense.tensors.keys() | pruned.tensors.keys()):
+        sizes = [_values(each, name) for each in (dense, pruned)]
+        if sizes[0] != sizes[1]:
+            raise ModelDirError(
+                f"Tensor {name} has {sizes[0]} values in the teacher {dense.path} and {sizes[1]} "
+                f"in {pruned.path}; {remedy}"
+            )
+
+
+def _values(directory: ModelDir, name: str) -> int:
+    return directory.tensors[name].numel if name in directory.tensors else 0
+
+
+def _vocabulary(directory: ModelDir) -> dict[str, int]:
+    found: dict[str, int] = load_tokenizer(directory).get_vocab()
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """What is recovered from what.
+
+    Attributes:
+        dense: the model that `pruned` was pruned from.
+        pruned: the model to train.
+        recipe: of their family.
+        calibration: samples to train on, an eighth of them withheld.
+        options: budget and schedule.
+        seed: of the order of samples, and of what is written.
+        device: where both models run.
+    """
+
+    dense: ModelDir
+    pruned: ModelDir
+    recipe: Recipe
+    calibration: Samples
+    options: RecoverOptions
+    seed: int
+    device: torch.device
+
+    def require_untouched(self) -> None:
+        """Refuse directories that were written since they were opened.
+
+        Raises:
+            ModelDirError: names the first file.
+        """
+        self.dense.require_untouched()
+        self.pruned.require_untouched()
+
+
+def recover_directory(
+    asked: Recovery, *, kept: Path, out: Path, progress: Progress
+) -> RecoverResult:
+    """Recover a pruned model directory into `out`, a folder that does not exist yet.
+
+    A run that diverges or runs out of memory ends with the weights that it was given, and with a
+    warning in the record.
+
+    Args:
+        asked: the models, samples and options.
+        kept: folder for what an interrupted run goes on from.
+        out: receives weights, configuration and tokenizer.
+        progress: called with (label, done, total).
+
+    Raises:
+        CalibrationError: there are too few samples.
+        ModelDirError: one model was not pruned from the other, or was written meanwhile.
+        SparsityLostError: the pruned model is not 2:4, or a weight read back from disk is not.
+        UsageError: the model has no 2:4 layer, or an option means nothing.
+    """
+    began = time.perf_counter()
+    asked.options.require_usable()
+    require_samples(asked.calibration)
+    require_pair(asked.dense, asked.pruned, asked.recipe)
+    sparse = load_model(asked.pruned, asked.recipe, asked.device)
+    pruned = replace(asked.pruned, renamed=renamed_tensors(asked.pruned, sparse))
+    trained = find_trained(sparse, pruned, asked.recipe)
+    if asked.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(asked.device)
+    found = _recovered(asked, sparse, trained, kept, began, progress)
+    if found.outcome.failure:
+        log.warning("%s", found.outcome.failure)
+    return _record(asked, found, trained, _write(pruned, trained, out), began)
+
+
+def _recovered(
+    asked: Recovery,
+    sparse: nn.Module,
+    trained: Sequence[Trained],
+    kept: Path,
+    began: float,
+    progress: Progress,
+) -> Recovered:
+    """Train; a model that memory does not suffice for is as it was."""
+    first = values_of(trained)
+    try:
+        session = _session(asked, sparse, trained, kept, began)
+        return recover_model(session, progress)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and _NO_MEMORY not in str(error):
+            raise
+        put(trained, first)
+        failure = (
+            "Recovery ran out of memory, so that the model is kept as pruning left it; pass "
+            "--recover-checkpointing, a smaller --recover-tokens, or a device with more memory."
+        )
+        nothing = Schedule(steps=asked.options.steps or 0, step_tokens=0, check_every=1)
+        outcome = Outcome(failure=failure)
+        return Recovered(schedule=nothing, outcome=outcome, withheld=0, written=None)
+
+
+def _session(
+    asked: Recovery, sparse: nn.Module, trained: Sequence[Trained], kept: Path, began: float
+) -> Session:
+    """Open what the session needs beside the model to train."""
+    recipe, directory = asked.recipe, asked.dense
+    dense = load_model(directory, recipe, asked.device)
+    if asked.device.type == "cuda" and recipe.kind.writes_text:
+        # It is not trained, and loses nothing in the precision that it is stored in.
+        dense = dense.to(getattr(torch, settled_dtype(directory, recipe, None)))
+    author, padding = None, 0
+    if recipe.kind.decoder_alone:
+        tokenizer = load_tokenizer(directory)
+        padding = padding_id(tokenizer)
+        length = int(asked.calibration.batches[0].real.shape[1])
+        if asked.options.write:
+            author = author_of(dense, tokenizer, length=length, seed=asked.seed, folder=kept)
+            if author is None:
+                log.warning(
+                    "%s names no token that a text starts with, so that the model writes no text "
+                    "to be trained on.", directory.path,
+                )  # fmt: skip
+    vocabulary = whole_number(directory.config, "vocab_size", 1)
+    return Session(
+        dense=dense,
+        sparse=sparse,
+        trained=trained,
+        recipe=recipe,
+        calibration=asked.calibration,
+        options=asked.options,
+        vocabulary=vocabulary if recipe.kind.writes_text else 1,
+        author=author,
+        padding=padding,
+        seed=asked.seed,
+        folder=kept,
+        guard=asked.require_untouched,
+        began=began,
+    )
+
+
+def _record(
+    asked: Recovery, found: Recovered, trained: Sequence[Trained], digest: str, began: float
+) -> RecoverResult:
+    outcome, device = found.outcome, asked.device
+    peak = torch.cuda.max_memory_allocated(device) / _GIB if device.type == "cuda" else None
+    return RecoverResult(
+        loss=objective_for(asked.recipe.task).name,
+        steps=found.schedule.steps,
+        step_tokens=found.schedule.step_tokens,
+        taken=outcome.taken,
+        kept=outcome.kept,
+        before=outcome.before,
+        after=outcome.after,
+        curve=outcome.curve,
+        learning_rate=asked.options.learning_rate,
+        layers=sum(each.zeros is not None for each in trained),
+        vectors=sum(each.zeros is None for each in trained),
+        parameters=sum(each.free for each in trained),
+        calibration=asked.calibration.source,
+        withheld=found.withheld,
+        written=found.written,
+        warning=outcome.failure,
+        device=device.type,
+        peak_gib=peak,
+        state_sha256=digest,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _write(directory: ModelDir, trained: Sequence[Trained], out: Path) -> str:
+    """Write the model as it now is, and prove its 2:4 layers on the file."""
+    sparse, dense, axes = {}, {}, {}
+    for each in trained:
+        for name in each.names:
+            value = each.parameter.detach().to(each.dtype)
+            if each.axis is None:
+                dense[name] = value
+            else:
+                sparse[name], axes[name] = value, each.axis
+    return write_pruned(directory, sparse, out, axes=axes, dense=dense)

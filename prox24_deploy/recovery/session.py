@@ -1,0 +1,210 @@
+"""One recovery of two loaded models: on what, for how many steps, and what came of it."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from prox24_deploy.config.options import RecoverOptions
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.atomic import write_atomic
+from prox24_deploy.core.recovery import WrittenText
+from prox24_deploy.core.types import Progress
+from prox24_deploy.data.written import Author, write_text
+from prox24_deploy.model.batch import Batch, Samples
+from prox24_deploy.model.blocks import find_blocks
+from prox24_deploy.recovery.objective import objective_for
+from prox24_deploy.recovery.schedule import (
+    READS,
+    Pace,
+    Schedule,
+    check_seconds,
+    regroup,
+    schedule,
+    steps_within,
+    tokens_of,
+    wanted_text,
+    withhold,
+)
+from prox24_deploy.recovery.state import StateFile
+from prox24_deploy.recovery.student import Trained
+from prox24_deploy.recovery.training import Lesson, Outcome, Training, trainable
+
+log = logging.getLogger(__name__)
+
+_STEP_TOKENS = {"cuda": 8192}
+_STEP_TOKENS_ELSEWHERE = 2048
+# Logits in one forward pass: of a large vocabulary fewer tokens are run at once.
+_MOST_LOGITS = 2**27
+_FEWEST_AT_ONCE = 512
+_SCHEDULE = TypeAdapter(Schedule)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """What a recovery begins with.
+
+    Attributes:
+        dense: the model to be like.
+        sparse: the model to train.
+        trained: its parameters that may change.
+        recipe: of both.
+        calibration: samples that were given.
+        options: budget and schedule.
+        vocabulary: number of tokens, 1 for a model that gives no logits over tokens.
+        author: the dense model as one that writes; None where it does not, or must not.
+        padding: the token on padding.
+        seed: of the order of samples.
+        folder: for what an interrupted run goes on from.
+        guard: raises if a model directory was written since it was opened.
+        began: when, by `time.perf_counter`.
+    """
+
+    dense: nn.Module
+    sparse: nn.Module
+    trained: Sequence[Trained]
+    recipe: Recipe
+    calibration: Samples
+    options: RecoverOptions
+    vocabulary: int
+    author: Author | None
+    padding: int
+    seed: int
+    folder: Path
+    guard: Callable[[], None]
+    began: float
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step."""
+        device = self.trained[0].parameter.device.type
+        return self.options.step_tokens or _STEP_TOKENS.get(device, _STEP_TOKENS_ELSEWHERE)
+
+    @property
+    def at_once(self) -> int:
+        """Tokens of one forward pass."""
+        fitting = max(_FEWEST_AT_ONCE, _MOST_LOGITS // max(1, self.vocabulary))
+        return min(self.step_tokens, fitting)
+
+    def regrouped(self, batches: Sequence[Batch]) -> tuple[Batch, ...]:
+        """The same samples, as many at once as a forward pass takes."""
+        return regroup(batches, self.at_once, self.unit)
+
+    @property
+    def unit(self) -> int:
+        """What an image or a recording counts in tokens; 1 for a token."""
+        return self.recipe.modality.tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """What came of a session; the weights are in the model."""
+
+    schedule: Schedule
+    outcome: Outcome
+    withheld: int
+    written: WrittenText | None
+
+
+def recover_model(session: Session, progress: Progress) -> Recovered:
+    """Train `session.sparse` in place; it ends with weights that are no worse, or as it was."""
+    trained_on, withheld = withhold(session.calibration.batches)
+    lesson = Lesson(
+        dense=session.dense,
+        sparse=session.sparse,
+        trained=session.trained,
+        objective=objective_for(
+            session.recipe.task,
+            temperature=session.options.temperature,
+            top_k=session.options.top_k,
+        ),
+        batches=session.regrouped(trained_on),
+        withheld=session.regrouped(withheld),
+        unit=session.unit,
+    )
+    written: WrittenText | None = None
+    with _checkpointed(session):
+        plan = _planned(session, lesson)
+        given = tokens_of(lesson.batches, session.unit)
+        wanted = wanted_text(plan.steps, plan.step_tokens, given)
+        if session.author is not None and wanted:
+            names = [spec.name for spec in session.recipe.inputs]
+            own, written = write_text(session.author, wanted, names, session.padding, progress)
+            lesson = replace(lesson, batches=(*lesson.batches, *session.regrouped(own)))
+        outcome = Training(
+            lesson=lesson,
+            schedule=plan,
+            learning_rate=session.options.learning_rate,
+            seed=session.seed,
+            file=StateFile(session.folder / "training.safetensors", session.guard),
+        ).run(progress)
+    count = sum(len(batch.real) for batch in withheld)
+    return Recovered(schedule=plan, outcome=outcome, withheld=count, written=written)
+
+
+def _planned(session: Session, lesson: Lesson) -> Schedule:
+    """The schedule; minutes are turned into steps once, and a run that goes on keeps those."""
+    file = session.folder / "plan.json"
+    withheld = tokens_of(lesson.withheld, session.unit)
+    if session.options.steps is not None:
+        return schedule(session.options.steps, session.step_tokens, withheld)
+    if file.is_file():
+        try:
+            return _SCHEDULE.validate_json(file.read_bytes())
+        except ValidationError:
+            log.warning("%s is damaged; the steps are timed again", file)
+    plan = schedule(_timed_steps(session, lesson), session.step_tokens, withheld)
+    write_atomic(file, _SCHEDULE.dump_json(plan))
+    return plan
+
+
+def _timed_steps(session: Session, lesson: Lesson) -> int:
+    """How many steps the minutes allow, from the times of one step and of some written tokens."""
+    given = tokens_of(lesson.batches, session.unit)
+    step = _step_seconds(session, lesson)
+    withheld = tokens_of(lesson.withheld, session.unit)
+    check = check_seconds(step, session.step_tokens, withheld)
+    minutes = session.options.minutes or 0.0
+    left = max(0.0, 60 * minutes - (time.perf_counter() - session.began))
+    token = 0.0
+    if session.author is not None and left / step * session.step_tokens > READS * given:
+        token = session.author.seconds_per_token()
+    return steps_within(left, Pace(step=step, check=check, token=token), session.step_tokens, given)
+
+
+def _step_seconds(session: Session, lesson: Lesson) -> float:
+    """Seconds of a step; on a GPU the first of two loads its kernels and is not counted."""
+    tries = 2 if lesson.device.type == "cuda" else 1
+    plan = Schedule(steps=tries, step_tokens=session.step_tokens, check_every=1)
+    sizes = [tokens_of([batch], session.unit) for batch in lesson.batches]
+    seconds = 0.0
+    with trainable(lesson):
+        for chosen in plan.batches(sizes, session.seed):
+            began = time.perf_counter()
+            lesson.gradient(chosen)
+            seconds = time.perf_counter() - began
+    return seconds
+
+
+@contextmanager
+def _checkpointed(session: Session) -> Iterator[None]:
+    """Compute the activations within each block of the sparse model twice, where asked for."""
+    if not session.options.checkpointing:
+        yield
+        return
+    parts = [find_blocks(session.sparse, part) for part in session.recipe.parts]
+    blocks = [block for part in parts for block in part]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

@@ -1,0 +1,85 @@
+"""The state of a training run in one file, so that a killed run goes on where it was."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from prox24_deploy.core.atomic import make_folder
+from prox24_deploy.core.recovery import RecoveryPoint
+from prox24_deploy.model.checkpoint import write_tensors
+
+_CURVE = TypeAdapter(tuple[RecoveryPoint, ...])
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainingState:
+    """Where a run is; lists of tensors have one for each trained parameter.
+
+    Attributes:
+        taken: steps that were taken.
+        kept: step of the best weights.
+        best: those weights, as the checkpoint stores them.
+        now: weights.
+        means: of the gradients, as Adam has them.
+        squares: of the squared gradients.
+        curve: measurements until now.
+    """
+
+    taken: int
+    kept: int
+    best: list[Tensor]
+    now: list[Tensor]
+    means: list[Tensor]
+    squares: list[Tensor]
+    curve: list[RecoveryPoint] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StateFile:
+    """A file for the state; `guard` raises if what is trained on has changed since."""
+
+    path: Path
+    guard: Callable[[], None]
+
+    def save(self, state: TrainingState) -> None:
+        """Replace the file at once."""
+        self.guard()
+        make_folder(self.path.parent)
+        lists = {name: getattr(state, name) for name in ("best", "now", "means", "squares")}
+        tensors = {
+            f"{name}.{i}": tensor.detach().contiguous().cpu()
+            for name, parts in lists.items()
+            for i, tensor in enumerate(parts)
+        }
+        points = [asdict(point) for point in state.curve]
+        known = {"taken": state.taken, "kept": state.kept, "curve": points}
+        write_tensors(self.path, tensors, {"state": json.dumps(known)})
+
+    def load(self, count: int) -> TrainingState | None:
+        """The state of so many parameters, on the CPU; None if there is none."""
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as handle:
+                known = json.loads(handle.metadata()["state"])
+
+                def read(name: str) -> list[Tensor]:
+                    return [handle.get_tensor(f"{name}.{i}") for i in range(count)]
+
+                return TrainingState(
+                    taken=int(known["taken"]),
+                    kept=int(known["kept"]),
+                    best=read("best"),
+                    now=read("now"),
+                    means=read("means"),
+                    squares=read("squares"),
+                    curve=list(_CURVE.validate_python(known["curve"])),
+                )
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            # Not written by this version, or damaged: beginning anew loses only time.
+            return None

@@ -1,0 +1,162 @@
+"""What of a pruned model is trained: kept weights of its 2:4 layers, norms and biases.
+
+Every zero of a 2:4 layer stays a zero, also where a group has more than two; so the pattern that
+was proven before training holds after it, whatever the optimiser does.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prox24_deploy.config.recipe import SENTENCE_MODULES, Recipe
+from prox24_deploy.core.errors import SparsityLostError, UsageError
+from prox24_deploy.model.checkpoint import declared_sparse, stored_names
+from prox24_deploy.model.directory import ModelDir
+from prox24_deploy.model.layers import layer_at, obstacle, reduction_axis
+from prox24_deploy.pruning.selection import sharing, target_paths
+from prox24_deploy.sparsity.pattern import first_violation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """One parameter that is free to change.
+
+    Attributes:
+        names: under which the model has it; one that is tied has several.
+        parameter: float32.
+        zeros: bool of its shape, where it stays 0; None for a norm or bias.
+        axis: of its groups of four; None likewise.
+        dtype: in which the checkpoint stores it.
+        scale: what a relative learning rate is multiplied by.
+    """
+
+    names: tuple[str, ...]
+    parameter: Tensor
+    zeros: Tensor | None
+    axis: int | None
+    dtype: torch.dtype
+    scale: float
+
+    def clear(self, tensor: Tensor) -> None:
+        """Put 0 where the mask has none, in place."""
+        if self.zeros is not None:
+            tensor.masked_fill_(self.zeros, 0.0)
+
+    @property
+    def free(self) -> int:
+        """Values that may change."""
+        fixed = 0 if self.zeros is None else int(self.zeros.sum())
+        return self.parameter.numel() - fixed
+
+
+@torch.no_grad()
+def find_trained(model: nn.Module, directory: ModelDir, recipe: Recipe) -> tuple[Trained, ...]:
+    """The parameters to train of a pruned model, the 2:4 layers first.
+
+    Args:
+        model: as loaded from `directory`, float32.
+        directory: with the names that it gives tensors, see `renamed_tensors`.
+        recipe: says which layers are targets.
+
+    Raises:
+        SparsityLostError: a layer that should be 2:4 is not.
+        UsageError: the model has no 2:4 layer.
+    """
+    names = _names(model)
+    layers = []
+    for path in _sparse_layers(model, directory, recipe):
+        layer = layer_at(model, path)
+        weight = layer.weight
+        layers.append(
+            Trained(
+                names=names[id(weight)],
+                parameter=weight,
+                zeros=weight == 0,
+                axis=reduction_axis(layer),
+                dtype=_dtype(directory, names[id(weight)]),
+                # Of a layer that is all zero, nothing moves.
+                scale=float(weight[weight != 0].square().mean().sqrt()) if weight.any() else 0.0,
+            )
+        )
+    scale = statistics.median(each.scale for each in layers)
+    vectors = [
+        Trained(
+            names=known,
+            parameter=parameter,
+            zeros=None,
+            axis=None,
+            dtype=_dtype(directory, known),
+            scale=scale,
+        )
+        for parameter in model.parameters()
+        if parameter.ndim == 1 and (known := _stored(directory, names[id(parameter)]))
+    ]
+    return (*layers, *vectors)
+
+
+def _sparse_layers(model: nn.Module, directory: ModelDir, recipe: Recipe) -> list[str]:
+    """Paths of the 2:4 layers: those that the files declare, else every target."""
+    declared = declared_sparse(directory)
+    shared = sharing(recipe, model)
+    paths = [
+        path
+        for path in target_paths(recipe, model)
+        if path not in shared and not obstacle(layer_at(model, path))
+    ]
+    if declared:
+        paths = [p for p in paths if declared & {*stored_names(directory, f"{p}.weight")}]
+    for path in paths:
+        layer = layer_at(model, path)
+        if (bad := first_violation(layer.weight, reduction_axis(layer))) is not None:
+            raise SparsityLostError(
+                f"Layer {path} of {directory.path} is not 2:4: the group at {bad} of its weight "
+                "has more than two non-zeros; pass a model that prune made, or whose targets "
+                "are all 2:4."
+            )
+    if not paths:
+        raise UsageError(
+            f"{directory.path} has no 2:4 layer to recover; prune the model first, without "
+            "--method none."
+        )
+    return paths
+
+
+def _names(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """All names of each parameter, by its identity."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return {key: tuple(names) for key, names in found.items()}
+
+
+def _stored(directory: ModelDir, names: Sequence[str]) -> tuple[str, ...]:
+    """Of the names of a parameter those that one tensor of the checkpoint can be told by.
+
+    What modules behind the model have is in files of their own, and stays.
+    """
+    return tuple(
+        name
+        for name in names
+        if not name.startswith(f"{SENTENCE_MODULES}.") and len(stored_names(directory, name)) == 1
+    )
+
+
+def _dtype(directory: ModelDir, names: Sequence[str]) -> torch.dtype:
+    (stored, *_) = (stored_names(directory, name)[0] for name in names)
+    return directory.tensors[stored].dtype
+
+
+@torch.no_grad()
+def values_of(trained: Sequence[Trained]) -> list[Tensor]:
+    """Copies of all values, float32, on the CPU, whose memory a large model leaves."""
+    return [each.parameter.detach().to("cpu", copy=True) for each in trained]
+
+
+@torch.no_grad()
+def put(trained: Sequence[Trained], values: Sequence[Tensor], *, rounded: bool = False) -> None:
+    """Set all values, if asked for as the checkpoint would store them."""
+    for each, value in zip(trained, values, strict=True):
+        each.parameter.copy_(value.to(each.dtype) if rounded else value)

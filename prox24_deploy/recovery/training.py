@@ -1,0 +1,268 @@
+"""Train the free values of a pruned model against the dense one, masks fixed.
+
+AdamW without decay (Loshchilov and Hutter, arXiv 1711.05101) on the mean loss of each step, its
+gradient clipped to norm 1. Gradients are masked before the optimiser sees them and weights after
+it moved them, so that its state is zero, too, wherever a weight is. Withheld samples are looked at
+with the weights as the checkpoint stores them; the best of these, or the first, are what remains.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from prox24_deploy.core.recovery import RecoveryPoint
+from prox24_deploy.core.types import Progress
+from prox24_deploy.model.batch import Batch
+from prox24_deploy.recovery.objective import Objective
+from prox24_deploy.recovery.schedule import PATIENCE, Schedule
+from prox24_deploy.recovery.state import StateFile, TrainingState
+from prox24_deploy.recovery.student import Trained, put, values_of
+
+log = logging.getLogger(__name__)
+
+_BETAS = (0.9, 0.95)
+_MOST_GRADIENT = 1.0
+# Losses above the first one by this much are no noise: of withheld samples, and of one step.
+_FAR_WITHHELD, _FAR_STEP = 2.0, 10.0
+# Below this a loss is rounding.
+_NO_LOSS = 1e-6
+
+
+class _DivergedError(Exception):
+    """Training left the neighbourhood of the model that it began with; says how."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """What is learnt from what.
+
+    Attributes:
+        dense: the model to be like, not trained.
+        sparse: the model to train, evaluation mode.
+        trained: its parameters that may change.
+        objective: the loss between both.
+        batches: to train on.
+        withheld: to tell by when to stop.
+        unit: what an entry of `Batch.real` counts for.
+    """
+
+    dense: nn.Module
+    sparse: nn.Module
+    trained: Sequence[Trained]
+    objective: Objective
+    batches: Sequence[Batch]
+    withheld: Sequence[Batch]
+    unit: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.trained[0].parameter.device
+
+    @torch.no_grad()
+    def withheld_loss(self) -> float:
+        """Mean loss on the withheld batches; NaN or infinite where it is."""
+        total, count = 0.0, 0
+        for batch in self.withheld:
+            with half_precision(self.device):
+                loss, number = self.objective(self.dense, self.sparse, batch)
+            total, count = total + float(loss), count + number
+        return total / count
+
+    def gradient(self, chosen: Sequence[int]) -> float:
+        """Add the gradient of the mean loss of some batches; returns that loss."""
+        sizes = [self.batches[i] for i in chosen]
+        total = sum(int(batch.real.sum()) for batch in sizes)
+        loss_of_all = 0.0
+        for batch in sizes:
+            with half_precision(self.device):
+                loss, number = self.objective(self.dense, self.sparse, batch)
+            # Batches count by what is real in them.
+            part = loss / number * (int(batch.real.sum()) / total)
+            part.backward()
+            loss_of_all += float(part.detach())
+        return loss_of_all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a run went: steps taken, the step that is kept (0: the first weights) and the curve.
+
+    `failure` says why the first weights had to be kept, and what to change; "" where they had not.
+    """
+
+    taken: int = 0
+    kept: int = 0
+    curve: tuple[RecoveryPoint, ...] = ()
+    failure: str = ""
+
+    @property
+    def before(self) -> float | None:
+        """Withheld loss of the first weights, if it was measured."""
+        return self.curve[0].withheld if self.curve else None
+
+    @property
+    def after(self) -> float | None:
+        """Withheld loss of the weights that are kept."""
+        return next((point.withheld for point in self.curve if point.step == self.kept), None)
+
+
+@contextmanager
+def half_precision(device: torch.device) -> Iterator[None]:
+    """bfloat16 products on a GPU; a CPU computes in float32."""
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        yield
+
+
+@contextmanager
+def trainable(lesson: Lesson) -> Iterator[None]:
+    """Let gradients reach what is trained, and nothing else."""
+    for each in lesson.trained:
+        each.parameter.requires_grad = True
+    try:
+        yield
+    finally:
+        for each in lesson.trained:
+            each.parameter.requires_grad = False
+            each.parameter.grad = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Training:
+    """One run; `learning_rate` is relative to the scale of each parameter."""
+
+    lesson: Lesson
+    schedule: Schedule
+    learning_rate: float
+    seed: int
+    file: StateFile
+    _adam: torch.optim.AdamW = field(init=False)
+
+    def run(self, progress: Progress) -> Outcome:
+        """Train, and leave the best weights in the model, rounded as the checkpoint stores them.
+
+        Goes on from the state in the file, if there is one. Where the loss is not finite or far
+        above the first, the weights in the model are those that it had, as after any error.
+        """
+        first = values_of(self.lesson.trained)
+        state = self.file.load(len(first))
+        try:
+            state = state or self._begin(first)
+            with trainable(self.lesson):
+                self._resume(state)
+                self._train(state, progress)
+        except _DivergedError as error:
+            put(self.lesson.trained, first)
+            return self._diverged(state, str(error))
+        except BaseException:
+            put(self.lesson.trained, first)
+            raise
+        put(self.lesson.trained, state.best)
+        return Outcome(taken=state.taken, kept=state.kept, curve=tuple(state.curve))
+
+    def _diverged(self, state: TrainingState | None, how: str) -> Outcome:
+        return Outcome(
+            taken=state.taken if state else 0,
+            curve=tuple(state.curve) if state else (),
+            failure=f"Recovery diverged ({how}), so that the model is kept as pruning left it; "
+            f"pass a smaller --recover-rate than {self.learning_rate:g}.",
+        )
+
+    def _begin(self, first: list[Tensor]) -> TrainingState:
+        loss = self.lesson.withheld_loss()
+        if not math.isfinite(loss):
+            raise _DivergedError("the loss of the model that was given is not finite")
+        return TrainingState(
+            taken=0,
+            kept=0,
+            best=first,
+            now=first,
+            means=[],
+            squares=[],
+            curve=[RecoveryPoint(step=0, trained=None, withheld=loss)],
+        )
+
+    def _resume(self, state: TrainingState) -> None:
+        """Put weights and optimiser where they were."""
+        put(self.lesson.trained, state.now)
+        groups = [
+            {"params": [each.parameter], "lr": 0.0, "weight_decay": 0.0}
+            for each in self.lesson.trained
+        ]
+        self._adam = torch.optim.AdamW(groups, betas=_BETAS)
+        if not state.taken:
+            return
+        pairs = zip(self.lesson.trained, state.means, state.squares, strict=True)
+        for each, mean, square in pairs:
+            self._adam.state[each.parameter] = {
+                "step": torch.tensor(float(state.taken)),
+                "exp_avg": mean.to(each.parameter.device),
+                "exp_avg_sq": square.to(each.parameter.device),
+            }
+
+    def _train(self, state: TrainingState, progress: Progress) -> None:
+        sizes = [batch.real.numel() * self.lesson.unit for batch in self.lesson.batches]
+        order = self.schedule.batches(sizes, self.seed)
+        losses: list[float] = []
+        for chosen in islice(order, state.taken, None):
+            progress("recover", state.taken, self.schedule.steps)
+            losses.append(self._step(chosen, state))
+            state.taken += 1
+            if self.schedule.is_check(state.taken):
+                self._check(state, losses)
+                losses = []
+                if state.taken - state.kept >= PATIENCE * self.schedule.check_every:
+                    log.info("no better model since step %d, training ends", state.kept)
+                    break
+        progress("recover", self.schedule.steps, self.schedule.steps)
+
+    def _step(self, chosen: Sequence[int], state: TrainingState) -> float:
+        rate = self.learning_rate * self.schedule.rate(state.taken)
+        for group, each in zip(self._adam.param_groups, self.lesson.trained, strict=True):
+            group["lr"] = rate * each.scale
+        loss = self.lesson.gradient(chosen)
+        start = state.curve[0].withheld or 0.0
+        if not loss <= max(_FAR_STEP * start, _NO_LOSS):
+            raise _DivergedError(
+                f"the loss of step {state.taken + 1} is {loss:.3g}, that of the model that was "
+                f"given {start:.3g}"
+            )
+        parameters = [each.parameter for each in self.lesson.trained]
+        for each in self.lesson.trained:
+            if each.parameter.grad is not None:
+                each.clear(each.parameter.grad)
+        nn.utils.clip_grad_norm_(parameters, _MOST_GRADIENT)
+        self._adam.step()
+        self._adam.zero_grad()
+        with torch.no_grad():
+            for each in self.lesson.trained:
+                each.clear(each.parameter)
+        return loss
+
+    def _check(self, state: TrainingState, losses: Sequence[float]) -> None:
+        """Measure the rounded weights; keep them if they are the best, and save the state."""
+        state.now = values_of(self.lesson.trained)
+        put(self.lesson.trained, state.now, rounded=True)
+        loss = self.lesson.withheld_loss()
+        known = [point.withheld for point in state.curve if point.withheld is not None]
+        if not loss <= max(_FAR_WITHHELD * known[0], _NO_LOSS):
+            raise _DivergedError(
+                f"the loss on withheld samples after step {state.taken} is {loss:.3g}, that of the "
+                f"model that was given {known[0]:.3g}"
+            )
+        if loss < min(known):
+            state.best, state.kept = values_of(self.lesson.trained), state.taken
+        put(self.lesson.trained, state.now)
+        mean = math.fsum(losses) / len(losses)
+        state.curve.append(RecoveryPoint(step=state.taken, trained=mean, withheld=loss))
+        moments = [self._adam.state[each.parameter] for each in self.lesson.trained]
+        state.means = [moment["exp_avg"] for moment in moments]
+        state.squares = [moment["exp_avg_sq"] for moment in moments]
+        self.file.save(state)
+        log.info("step %d: trained %.5f, withheld %.5f", state.taken, mean, loss)

@@ -1,0 +1,101 @@
+"""Steps, rates, checks and batches of a training run."""
+
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+
+from prox24_deploy.model.batch import Batch
+from prox24_deploy.recovery.schedule import (
+    Pace,
+    Schedule,
+    check_seconds,
+    regroup,
+    rows_of,
+    schedule,
+    steps_within,
+    tokens_of,
+    wanted_text,
+    withhold,
+)
+
+
+def batch_of(rows: int, width: int, first: int = 0) -> Batch:
+    ids = first + torch.arange(rows * width).view(rows, width)
+    return Batch({"input_ids": ids}, torch.ones(rows, width, dtype=torch.bool), ids)
+
+
+def test_rates_rise_and_then_fall_to_nothing() -> None:
+    plan = Schedule(steps=100, step_tokens=1, check_every=10)
+    rates = [plan.rate(step) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert 0 < rates[-1] < 1e-3
+    assert Schedule(steps=1, step_tokens=1, check_every=1).rate(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "withheld", "every"),
+    [(2000, 8192, 100), (30, 8192, 10), (9, 8192, 5), (1, 1, 1), (30, 100, 2)],
+)
+def test_checks_take_a_fifth_of_the_time_at_most_but_for_the_last_two(
+    steps: int, withheld: int, every: int
+) -> None:
+    plan = schedule(steps, 2048, withheld)
+    assert plan.check_every == every
+    assert plan.is_check(steps)
+
+
+def test_every_batch_is_read_before_any_is_again_and_a_step_is_large_enough() -> None:
+    plan = Schedule(steps=30, step_tokens=100, check_every=1)
+    sizes = [40, 60, 80, 30, 50, 70, 20]
+    chosen = list(plan.batches(sizes, seed=3))
+    assert all(sum(sizes[i] for i in step) >= 100 for step in chosen)
+    drawn = [i for step in chosen for i in step]
+    for start in range(0, len(drawn) - 7, 7):
+        assert Counter(drawn[start : start + 7]) == Counter(range(7))
+    assert list(islice(plan.batches(sizes, seed=3), 10, None)) == chosen[10:]
+    assert list(plan.batches(sizes, seed=4)) != chosen
+
+
+def test_an_eighth_is_withheld() -> None:
+    batches = [batch_of(2, 4, first=i) for i in range(16)]
+    trained, withheld = withhold(batches)
+    assert (len(trained), len(withheld)) == (14, 2)
+    trained, withheld = withhold([batch_of(16, 4)])
+    assert [len(part[0].real) for part in (trained, withheld)] == [13, 3]
+
+
+def test_batches_of_one_shape_are_joined_and_cut_anew() -> None:
+    given = [batch_of(2, 4), batch_of(3, 6, 100), batch_of(5, 4, 200)]
+    made = regroup(given, 12, 1)
+    assert [tuple(b.real.shape) for b in made] == [(3, 4), (3, 4), (1, 4), (2, 6), (1, 6)]
+    assert tokens_of(made, 1) == tokens_of(given, 1) == 46
+    for batches in (made, given):
+        values = torch.cat([b.inputs["input_ids"].flatten() for b in batches])
+        assert sorted(values.tolist()) == sorted(
+            v for b in given for v in b.inputs["input_ids"].flatten().tolist()
+        )
+    assert all(torch.equal(b.inputs["input_ids"], b.targets) for b in made if b.targets is not None)
+    assert [len(b.real) for b in regroup([batch_of(3, 40)], 10, 1)] == [1, 1, 1]
+    assert rows_of(batch_of(3, 2), slice(1, 2)).real.shape == (1, 2)
+
+
+def test_minutes_pay_for_steps_and_for_the_text_that_they_need() -> None:
+    pace = Pace(step=2.0, check=0.0, token=0.01)
+    # Ten steps read 1000 tokens, no more than thrice what is given.
+    assert steps_within(24.0, pace, 100, given=400) == 10
+    steps = steps_within(200.0, pace, 100, given=400)
+    written = wanted_text(steps, 100, 400)
+    assert written > 0
+    assert 190 < 1.2 * steps * pace.step + written * pace.token <= 202
+    assert 3 * (400 + written) >= steps * 100
+    assert steps_within(0.0, pace, 100, given=0) == 1
+
+
+def test_minutes_pay_for_the_checks_of_a_short_run() -> None:
+    """A look before all steps and two on the way, each of five seconds."""
+    pace = Pace(step=2.0, check=check_seconds(2.0, 100, 500), token=0.0)
+    assert pace.check == 5
+    assert steps_within(25.0, pace, 100, given=10**6) == 5
