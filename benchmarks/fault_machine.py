@@ -16,8 +16,8 @@ from fault_room import SEALED, WEIGHTS, Result, Room
 from fault_runs import Ended, facts, hashes
 
 _REFUSED = 2
-# What may come before a sentence: warnings, whose later lines are indented, and progress.
-_LOGGED = re.compile(r"WARNING| {9}|\d{4}-\d\d-\d\dT\S+ [a-z]+ \d+/\d+")
+# What may come before a sentence: lines of a log, with the time of day.
+_LOGGED = re.compile(r"\d{4}-\d\d-\d\dT\S+ (?!ERROR )")
 _KIB, _MIB = 2**10, 2**20
 _NO_MOUNT = "skipped: mounting needs root"
 

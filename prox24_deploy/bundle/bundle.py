@@ -57,7 +57,7 @@ from prox24_deploy.core.atomic import (
 from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.fingerprint import fields_of
 from prox24_deploy.core.records import Engine, OnnxModel
-from prox24_deploy.core.types import Progress
+from prox24_deploy.core.types import STEP, Progress
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Bundle:
         stored = None if anew else self._stored(stage.name, key, adapter)
         if stored is not None:
             self.reused.append(stage.name)
-            log.info("stage %s: unchanged, not run again", stage.name)
+            log.log(STEP, "stage %s: unchanged, not run again", stage.name)
             return stored
         parts = list(checked_parts(inputs))
         self._begin(stage.name, stage.outputs)

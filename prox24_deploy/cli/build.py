@@ -9,7 +9,7 @@ import typer
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
 from prox24_deploy.cli.progress import progress as shown
-from prox24_deploy.cli.terminal import print_json, print_table, say, stderr
+from prox24_deploy.cli.terminal import print_json, print_table, say, stderr, tell
 from prox24_deploy.config.options import BuildOptions, HarnessOptions, TextOptions, parse_losses
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def build(
         accept_loss=parse_losses(accept_loss or ()),
     )
     root = out or arguments.default_out(model_dir)
-    with shown(stderr) as progress:
+    with shown(stderr, root) as progress:
         report = pipeline.build(model_dir, root, options, fresh=fresh, progress=progress)
     if as_json:
         print_json(report.model_dump(mode="json"))
@@ -179,7 +179,7 @@ def prune(
         name=name,
     )
     root = out or arguments.default_out(model_dir)
-    with shown(stderr) as progress:
+    with shown(stderr, root) as progress:
         result = pipeline.prune(model_dir, root, options, fresh=fresh, progress=progress)
     if as_json:
         print_json(asdict(result))
@@ -200,7 +200,7 @@ def export(
     """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the file."""
     from prox24_deploy.pipeline import run as pipeline
 
-    with shown(stderr) as progress:
+    with shown(stderr, bundle) as progress:
         result = pipeline.export(bundle, dtype, progress=progress)
     if as_json:
         print_json(asdict(result))
@@ -241,7 +241,7 @@ def compile_engines(
     options = arguments.engine_options(
         backends=backend, shapes=shapes, tensorrt=tensorrt, eager=eager
     )
-    with shown(stderr) as progress:
+    with shown(stderr, bundle) as progress:
         result = pipeline.compile_engines(bundle, options, progress=progress)
     if as_json:
         print_json(asdict(result))
@@ -261,7 +261,7 @@ def bench(
     """Measure dense against sparse latency of a bundle's engines, interleaved."""
     from prox24_deploy.pipeline import run as pipeline
 
-    with shown(stderr) as progress:
+    with shown(stderr, bundle) as progress:
         result = pipeline.bench(
             bundle, arguments.engine_options(backends=None, shapes=shapes), progress=progress
         )
@@ -280,6 +280,7 @@ def exit_code(report: "Report") -> int:
 
 def print_report(report: "Report", root: Path) -> None:
     """The page of a build: what changed and its verdict, accuracy, latency, where to look."""
+    tell(report.sentence, shown=True)
     for line in tables.report_head(report):
         say(line)
     if report.latency:

@@ -23,7 +23,8 @@ from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.types import DTYPES, DType, Preset, Pruning, Quantize, Refinement
 
 _DTYPES = ", ".join(DTYPES)
-_COMMON = {"-v", "--verbose", "-q", "--quiet", "--debug"}
+_LOG_FILE = "--log-file"
+_COMMON = {"-v", "--verbose", "-q", "--quiet", "--debug", _LOG_FILE}
 _TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
 
 ModelArg = Annotated[
@@ -451,6 +452,11 @@ def join_shapes(arguments: Sequence[str]) -> list[str]:
 
 
 def hoist_common(arguments: Sequence[str]) -> list[str]:
-    """Let -v, -q and --debug stand anywhere on the line, as users expect."""
-    common = [argument for argument in arguments if argument in _COMMON]
-    return common + [argument for argument in arguments if argument not in _COMMON]
+    """Let -v, -q, --debug and --log-file FILE stand anywhere on the line, as users expect."""
+    common: list[str] = []
+    rest: list[str] = []
+    for argument in arguments:
+        valued = common[-1:] == [_LOG_FILE]
+        hoisted = argument in _COMMON or argument.startswith(f"{_LOG_FILE}=")
+        (common if valued or hoisted else rest).append(argument)
+    return common + rest
