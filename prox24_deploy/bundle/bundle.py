@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -125,6 +126,7 @@ class Bundle:
                 reads=[part.name for part in parts if isinstance(part, Artifact)],
                 outputs=[record_of(stage.name), *stage.outputs],
                 seconds=seconds,
+                finished=datetime.now(UTC).isoformat(timespec="seconds"),
             ),
         )
         # What a later run will read, so that both go on from the same values in the same order.

@@ -122,7 +122,7 @@ def check(
 
 def verify(bundle: arguments.BundleArg, *, as_json: arguments.JsonOpt = False) -> None:
     """Re-hash every file of a bundle against its manifest."""
-    from prox24_deploy.bundle.manifest import read_manifest
+    from prox24_deploy.bundle.manifest import contents_sha256, read_manifest
     from prox24_deploy.bundle.manifest import verify as faults_of
 
     faults = faults_of(bundle)
@@ -133,8 +133,11 @@ def verify(bundle: arguments.BundleArg, *, as_json: arguments.JsonOpt = False) -
             say(fault, to=stderr)
         raise BundleError(f"Bundle {bundle} does not verify: {faults[0]}")
     if not as_json:
-        count = len(read_manifest(bundle).files)
-        say(f"{bundle}: {count} files match their hashes.")
+        manifest = read_manifest(bundle)
+        say(
+            f"{bundle}: {len(manifest.files)} files match their hashes; contents sha256 "
+            f"{contents_sha256(manifest)}."
+        )
 
 
 def doctor(*, as_json: arguments.JsonOpt = False) -> None:

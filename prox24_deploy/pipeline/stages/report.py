@@ -2,6 +2,7 @@
 
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.layout import LATE_FILES, PRUNED, REPORT_FILES
+from prox24_deploy.bundle.manifest import contents_sha256
 from prox24_deploy.core.records import CompileResult
 from prox24_deploy.core.results import STAGE_NAMES, BuildResults
 from prox24_deploy.packaging.card import read_source_card, write_card
@@ -39,6 +40,11 @@ def run(
             name: manifest.stages[name].seconds for name in STAGE_NAMES if name in manifest.stages
         },
     )
+    told = {
+        "date": max(entry.finished for entry in manifest.stages.values()),
+        "contents_sha256": contents_sha256(manifest),
+    }
+    made = made.model_copy(update=told)
     if gate := demands.gate:
         made = held_against(made, gate.baseline, limits=gate.limits, allow=gate.allow)
     card = read_source_card(context.source.path)
