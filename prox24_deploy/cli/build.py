@@ -2,14 +2,15 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
 from prox24_deploy.cli.progress import progress as shown
-from prox24_deploy.cli.terminal import print_json, print_table, say, stderr, tell
+from prox24_deploy.cli.run_file import fill_from, run_file_text
+from prox24_deploy.cli.terminal import print_json, print_table, print_text, say, stderr, tell
 from prox24_deploy.config.options import BuildOptions, HarnessOptions, TextOptions, parse_losses
 
 if TYPE_CHECKING:
@@ -20,7 +21,25 @@ _TEXT, _BUILD = TextOptions(), BuildOptions()
 VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCLUSIVE}
 
 
+ConfigOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="TOML with arguments of this command by name; the command line goes before it.",
+        is_eager=True,
+        callback=fill_from,
+        readable=False,
+    ),
+]
+PrintConfigOpt = Annotated[
+    bool,
+    typer.Option("--print-config", help="Print the run as such a file, with every key, and end."),
+]
+
+
 def build(
+    context: typer.Context,
     model_dir: arguments.ModelArg,
     *,
     out: arguments.OutOpt = None,
@@ -65,8 +84,13 @@ def build(
     allow: arguments.AllowOpt = None,
     fresh: arguments.FreshOpt = False,
     as_json: arguments.JsonOpt = False,
+    config: ConfigOpt = None,  # noqa: ARG001 - the other arguments have what it holds
+    print_config: PrintConfigOpt = False,
 ) -> None:
     """Prune, export, prove, compile, measure and report: everything, into one bundle."""
+    if print_config:
+        print_text(run_file_text(context.params))
+        return
     from prox24_deploy.pipeline import run as pipeline
 
     tensorrt = arguments.tensorrt_options(

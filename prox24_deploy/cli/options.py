@@ -28,10 +28,18 @@ _COMMON = {"-v", "--verbose", "-q", "--quiet", "--debug", _LOG_FILE}
 _TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
 
 ModelArg = Annotated[
-    Path, typer.Argument(help="Hugging Face model directory with safetensors.", readable=False)
+    Path,
+    typer.Argument(
+        metavar="MODEL_DIR",
+        help="Hugging Face model directory with safetensors.",
+        readable=False,
+    ),
 ]
 BundleArg = Annotated[
-    Path, typer.Argument(help="A bundle: the OUT of an earlier command.", readable=False)
+    Path,
+    typer.Argument(
+        metavar="BUNDLE", help="A bundle: the OUT of an earlier command.", readable=False
+    ),
 ]
 OutOpt = Annotated[
     Path | None,

@@ -127,6 +127,11 @@ def print_table(table: Table) -> None:
     page.print(table)
 
 
+def print_text(text: str) -> None:
+    """Lines of ours for a file, as they are."""
+    sys.stdout.write(text)
+
+
 def print_json(value: Any) -> None:
     """One object on stdout, in ASCII, so that it can be shown and sent anywhere.
 
