@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prox24_deploy.config.options import (
+        BenchOptions,
         BuildOptions,
         EngineOptions,
         HarnessOptions,
@@ -55,6 +56,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendMissingError",
+    "BenchOptions",
     "BuildOptions",
     "BundleError",
     "CalibrationError",
@@ -91,6 +93,7 @@ __all__ = [
 _HOMES = {
     "config.options": [
         "BuildOptions",
+        "BenchOptions",
         "EngineOptions",
         "HarnessOptions",
         "PruneOptions",

@@ -11,7 +11,13 @@ from prox24_deploy.cli import tables
 from prox24_deploy.cli.progress import progress as shown
 from prox24_deploy.cli.run_file import fill_from, run_file_text
 from prox24_deploy.cli.terminal import print_json, print_table, print_text, say, stderr, tell
-from prox24_deploy.config.options import BuildOptions, HarnessOptions, TextOptions, parse_losses
+from prox24_deploy.config.options import (
+    BenchOptions,
+    BuildOptions,
+    HarnessOptions,
+    TextOptions,
+    parse_losses,
+)
 
 if TYPE_CHECKING:
     from prox24_deploy.report.assemble import Report
@@ -140,6 +146,7 @@ def build(
         name=name,
         accept_loss=parse_losses(accept_loss or ()),
     )
+    model_dir = arguments.local_model(model_dir)
     root = out or arguments.default_out(model_dir)
     with shown(stderr, root) as progress:
         report = pipeline.build(model_dir, root, options, fresh=fresh, progress=progress)
@@ -202,6 +209,7 @@ def prune(
         device=device,
         name=name,
     )
+    model_dir = arguments.local_model(model_dir)
     root = out or arguments.default_out(model_dir)
     with shown(stderr, root) as progress:
         result = pipeline.prune(model_dir, root, options, fresh=fresh, progress=progress)
@@ -280,15 +288,18 @@ def bench(
     bundle: arguments.BundleArg,
     *,
     shapes: arguments.ShapesOpt = None,
+    rounds: arguments.RoundsOpt = None,
+    warmup: arguments.WarmupOpt = 3,
+    seconds: arguments.SecondsOpt = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Measure dense against sparse latency of a bundle's engines, interleaved."""
     from prox24_deploy.pipeline import run as pipeline
 
+    timing = BenchOptions(rounds=rounds, warmup=warmup, seconds=seconds)
+    engine = arguments.engine_options(backends=None, shapes=shapes)
     with shown(stderr, bundle) as progress:
-        result = pipeline.bench(
-            bundle, arguments.engine_options(backends=None, shapes=shapes), progress=progress
-        )
+        result = pipeline.bench(bundle, engine, timing=timing, progress=progress)
     if as_json:
         print_json(asdict(result))
         return

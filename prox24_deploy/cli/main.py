@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -32,7 +33,10 @@ from prox24_deploy.core.types import STEP
 EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 _ENDINGS = {EXIT_INTERRUPTED: "Interrupted", EXIT_TERMINATED: "Terminated"}
 
+# The boxes of rich cut names of options where there is little room; plain help cuts none.
+_ROOMY = 100
 app = typer.Typer(
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _ROOMY else None,
     name="prox24-deploy",
     help="Take a Hugging Face model to a 2:4-sparse, proven and measured release bundle.",
     no_args_is_help=True,

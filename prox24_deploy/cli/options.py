@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from prox24_deploy.cli.terminal import tell
 from prox24_deploy.config.options import (
     Compatibility,
     DeviceChoice,
@@ -23,6 +24,8 @@ from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.types import DTYPES, DType, Preset, Pruning, Quantize, Refinement
 
 _DTYPES = ", ".join(DTYPES)
+# Owner and name.
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 _LOG_FILE = "--log-file"
 _COMMON = {"-v", "--verbose", "-q", "--quiet", "--debug", _LOG_FILE}
 _TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
@@ -224,6 +227,17 @@ ShapesOpt = Annotated[
     list[str] | None,
     typer.Option(help="Shapes to measure, e.g. batch=1,8 sequence=128 past=1024."),
 ]
+RoundsOpt = Annotated[
+    int | None,
+    typer.Option(min=2, help="Rounds of each shape, exactly; default: as many as --seconds has."),
+]
+WarmupOpt = Annotated[
+    int, typer.Option(min=0, help="Runs before the timed ones, of each engine on each input.")
+]
+SecondsOpt = Annotated[
+    float | None,
+    typer.Option(min=0.1, help="Timed seconds of each shape, and 20 rounds at least; default 4."),
+]
 SensitivityOpt = Annotated[
     bool,
     typer.Option(
@@ -281,6 +295,33 @@ def default_out(model_dir: Path) -> Path:
     from prox24_deploy.packaging import naming
 
     return naming.default_out(model_dir)
+
+
+def local_model(model_dir: Path) -> Path:
+    """The directory of a model; of the id of a model on the Hub its snapshot in the local cache.
+
+    Nothing is fetched.
+
+    Raises:
+        UsageError: it is an id, and the cache has no snapshot of it; says how to fetch one.
+    """
+    name = model_dir.as_posix()
+    if model_dir.exists() or not _HUB_ID.fullmatch(name):
+        return model_dir
+    # Slow to load, and needed for an id alone.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise UsageError(
+            f"{name} is no directory here. If it is the id of a model on the Hugging Face Hub, "
+            f"fetch it first with: hf download {name} --local-dir {model_dir.name}; then pass "
+            f"{model_dir.name}."
+        ) from error
+    tell(f"model {name}, revision {found.name}, from the local cache of the Hub")
+    return found
 
 
 def text_options(
