@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from prox24_deploy.pruning.module import prune_module
     from prox24_deploy.report.schema import Report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendMissingError",

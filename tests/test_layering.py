@@ -10,6 +10,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from prox24_deploy import __version__
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prox24_deploy"
@@ -244,6 +248,29 @@ def test_every_imported_library_is_declared() -> None:
     assert declared | optional <= needed | INDIRECT, (declared | optional) - needed
     for path in MODULES:
         assert not libraries(imports(path, top_level=True)) & optional, path
+
+
+def test_pinned_versions_lie_within_the_declared_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = {
+        canonicalize_name(pin.name): next(iter(pin.specifier)).version
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+        for pin in [Requirement(line)]
+    }
+    declared = [Requirement(line) for line in project["dependencies"]]
+    for one in declared:
+        assert one.specifier.contains(pins[canonicalize_name(one.name)].partition("+")[0]), one
+    # Versions of these are those of a driver and of a year, and end nothing.
+    unbounded = {one.name for one in declared if not any(s.operator == "<" for s in one.specifier)}
+    assert unbounded == {"nvidia-ml-py", "pillow"}
+
+
+def test_the_changelog_begins_with_the_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## (\d+\.\d+\.\d+) - \d{4}-\d\d-\d\d$", text, re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == __version__
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
