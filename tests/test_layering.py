@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -48,9 +49,15 @@ LONG = {
 }
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """A module, parsed once."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
     """Dotted names that a module imports; those under TYPE_CHECKING count, as they bind design."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     nodes = tree.body if top_level else ast.walk(tree)
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -160,7 +167,7 @@ def test_solvers_know_nothing_but_torch_and_the_compilers_of_their_loops() -> No
 
 def modules_imported(path: Path) -> set[Path]:
     """Files of the package that a module imports as it is loaded, without those for types alone."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     names = []
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -185,7 +192,7 @@ def loaded_by(path: Path, seen: set[Path]) -> set[str]:
 
 def inner_imports(path: Path) -> Iterator[ast.ImportFrom]:
     """Imports of the package inside of functions."""
-    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for function in ast.walk(tree_of(path)):
         if isinstance(function, ast.FunctionDef):
             for node in ast.walk(function):
                 if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(OURS):
@@ -209,7 +216,7 @@ def test_only_the_command_line_prints_or_exits() -> None:
     for path in MODULES:
         if room(path) in {"cli", "__main__"}:
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Name):
                 assert node.id not in {"print", "SystemExit", "exit", "quit"}, path
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -275,7 +282,7 @@ def test_the_changelog_begins_with_the_version() -> None:
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
     """Every function and method of a module, with its lines from `def` to the end."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
 
