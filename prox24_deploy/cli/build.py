@@ -306,6 +306,63 @@ def bench(
     print_table(tables.latency(result.latency))
 
 
+def evaluate(
+    bundle: arguments.BundleArg,
+    *,
+    evaluation: arguments.EvaluationOpt = None,
+    evaluation_tokens: arguments.SameEvaluationTokensOpt = None,
+    engine_tokens: arguments.SameEngineTokensOpt = None,
+    device: arguments.DeviceOpt = "auto",
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Measure the accuracy of a bundle against the dense model, in PyTorch and by its engines."""
+    from prox24_deploy.pipeline import finish
+
+    asked = finish.EvaluationAsked(
+        evaluation=tuple(evaluation or ()),
+        evaluation_tokens=evaluation_tokens,
+        engine_tokens=engine_tokens,
+        device=device,
+    )
+    with shown(stderr, bundle) as progress:
+        evaluated, through = finish.evaluate(bundle, asked, progress=progress)
+    if as_json:
+        print_json({"evaluate": asdict(evaluated), "accuracy": asdict(through)})
+        return
+    for metric in evaluated.metrics:
+        say(tables.metric_line(metric))
+    for engine in through.engines:
+        say(f"Through {engine.backend}: {tables.metric_line(engine.metrics[0])}")
+    for missing in (*through.not_measured, *through.failed):
+        say(f"Through {missing.backend}: not measured. {missing.reason}")
+
+
+def report(
+    bundle: arguments.BundleArg,
+    *,
+    baseline: arguments.BaselineOpt = None,
+    limits: arguments.LimitsOpt = None,
+    accept_loss: arguments.AcceptLossOpt = None,
+    allow: arguments.AllowOpt = None,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Report what the single stages of a bundle found, with its verdict, and seal it."""
+    from prox24_deploy.pipeline import finish
+
+    options = BuildOptions(
+        baseline=baseline,
+        limits_file=limits,
+        accept_loss=parse_losses(accept_loss or ()),
+        allow=tuple(allow or ()),
+    )
+    made = finish.report(bundle, options)
+    if as_json:
+        print_json(made.model_dump(mode="json"))
+    else:
+        print_report(made, bundle)
+    raise typer.Exit(exit_code(made))
+
+
 def exit_code(report: "Report") -> int:
     """4 if a pruned weight is not proven to be 2:4, else that of the verdict."""
     if any(check.kind == "sparsity" and check.verdict == "fail" for check in report.checks):

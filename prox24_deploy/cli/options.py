@@ -92,6 +92,20 @@ EngineTokensOpt = Annotated[
         help="Of them, tokens to run through each engine; an image counts as 64.",
     ),
 ]
+SameEvaluationTokensOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--evaluation-tokens", min=1024, help="Evaluation tokens to use; default: as when pruned."
+    ),
+]
+SameEngineTokensOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--engine-tokens",
+        min=1024,
+        help="Of them, tokens to run through each engine; default: as when pruned.",
+    ),
+]
 HarnessOpt = Annotated[
     list[str] | None,
     typer.Option(

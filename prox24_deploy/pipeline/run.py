@@ -71,7 +71,7 @@ def build(
             accuracy=stages.accuracy.run(bundle, context, compiled, backends, options, progress),
             tasks=stages.tasks.run(bundle, context, options, progress),
         )
-        return stages.report.run(bundle, context, results, demands)
+        return stages.report.run(bundle, context.source, context.recipe, results, demands)
 
 
 def prune(
