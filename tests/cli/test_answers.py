@@ -139,18 +139,28 @@ def test_an_id_in_the_local_cache_is_taken_with_its_revision(
     assert (tmp_path / "tiny-prox24" / "pruned").is_dir()
 
 
-def test_help_cuts_no_name_of_an_option_at_sixty_columns() -> None:
+def help_at(columns: int) -> str:
     code = "import sys; from prox24_deploy.cli import main; sys.argv = ['x', 'build', '-h']; main()"
-    shown = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "COLUMNS": "60"},
+        env={**os.environ, "COLUMNS": str(columns)},
     ).stdout
+
+
+def test_help_cuts_no_name_of_an_option_at_sixty_columns() -> None:
+    shown = help_at(60)
     for name in ("--calibration-tokens", "--compute-capability", "--strip-weights"):
         assert name in shown
     assert "…" not in shown
+
+
+def test_help_has_groups_where_there_is_room_for_boxes() -> None:
+    shown = help_at(120)
+    for title in ("Data", "Pruning", "Files and engines", "TensorRT", "Limits and baseline"):
+        assert f"─ {title} ─" in shown
 
 
 def test_how_long_to_measure_is_said_once() -> None:
