@@ -16,8 +16,8 @@ from fault_room import SEALED, WEIGHTS, Result, Room
 from fault_runs import Ended, facts, hashes
 
 _REFUSED = 2
-# What may come before a sentence: warnings, whose later lines are indented, and progress.
-_LOGGED = re.compile(r"WARNING| {9}|\d{4}-\d\d-\d\dT\S+ [a-z]+ \d+/\d+")
+# What may come before a sentence: lines of a log, with the time of day.
+_LOGGED = re.compile(r"\d{4}-\d\d-\d\dT\S+ (?!ERROR )")
 _KIB, _MIB = 2**10, 2**20
 _NO_MOUNT = "skipped: mounting needs root"
 
@@ -51,8 +51,8 @@ def one_sentence(ended: Ended, *, code: int = _REFUSED, names: str = "") -> list
     while lines and _LOGGED.match(lines[0]):
         del lines[0]
     if lines and lines[0].startswith("Usage:"):
-        # A wrong argument is told in a box, in which long lines are broken.
-        lines = ["Error: " + "".join(line.strip("│ ") for line in lines[3:-1])]
+        # A wrong argument is told below how the command is used and where that is said.
+        lines = lines[2:]
     if len(lines) != 1 or not lines[0].startswith("Error: ") or not lines[0].endswith("."):
         return [f"no one sentence: {ended.text[:300]!r}"]
     return [] if names in lines[0] else [f"{names!r} is not named: {lines[0][:200]!r}"]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prox24_deploy.config.options import (
+        BenchOptions,
         BuildOptions,
         EngineOptions,
         HarnessOptions,
@@ -53,10 +54,11 @@ if TYPE_CHECKING:
     from prox24_deploy.pruning.module import prune_module
     from prox24_deploy.report.schema import Report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendMissingError",
+    "BenchOptions",
     "BuildOptions",
     "BundleError",
     "CalibrationError",
@@ -95,6 +97,7 @@ __all__ = [
 _HOMES = {
     "config.options": [
         "BuildOptions",
+        "BenchOptions",
         "EngineOptions",
         "HarnessOptions",
         "PruneOptions",

@@ -191,7 +191,7 @@ def test_an_engine_that_departs_from_pytorch_fails_the_build(
     assert "deviates from PyTorch" in (copy / "summary.md").read_text(encoding="utf-8")
     (engine,) = report.accuracy.engines
     assert 0 < engine.samples < engine.available
-    for name, text in (("report.html", "<td>fail</td>"), ("junit.xml", "<failure")):
+    for name, text in (("report.html", ">fail</td>"), ("junit.xml", "<failure")):
         assert text in (copy / name).read_text(encoding="utf-8")
     monkeypatch.setattr(OrtSession, "infer", lambda *_: {"last_hidden_state": np.full(1, np.nan)})
     assert run_cli(*line, "1200").code == 3

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 import typer
+from command_line import run_cli
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from test_pytest_plugin import write_pair
@@ -146,6 +147,16 @@ def test_limits_in_toml_are_read(page: Path, tmp_path: Path) -> None:
         assert given.metrics or given.against_dense
 
 
+@pages
+def test_runs_in_toml_are_read(page: Path, tmp_path: Path) -> None:
+    for text in blocks(page, "toml run"):
+        file = tmp_path / "run.toml"
+        file.write_text(text, encoding="utf-8")
+        run = run_cli("build", "--config", file, "--print-config")
+        assert run.code == 0, run.err
+        assert f'model = "{tmp_path}/my-llama"' in run.out
+
+
 def test_the_recipe_fits_the_model_that_it_is_for(tiny_bert: Path) -> None:
     """Parts of it follow the whole one to which they are added."""
     text = "\n".join(blocks(ROOT / "docs" / "recipes.md", "toml recipe"))
@@ -168,7 +179,7 @@ def test_json_is_json_line_by_line(page: Path) -> None:
 
 @pages
 def test_no_block_goes_untested_for_want_of_a_language(page: Path) -> None:
-    known = {"sh", "text", "json", "python", "toml limits", "toml recipe"}
+    known = {"sh", "text", "json", "python", "toml limits", "toml recipe", "toml run"}
     assert {token.info for token in tokens(page) if token.type == "fence"} <= known
 
 

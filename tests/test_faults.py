@@ -96,7 +96,8 @@ def test_temporary_files_are_left_behind(bundle: Path) -> None:
         (2, "Error: Model model is damaged; copy it again.\n", False),
         (
             2,
-            "WARNING  something on the way\nError: Model model is damaged; copy it again.\n",
+            "2026-11-28T14:02:11+00:00 WARNING something on the way\n"
+            "Error: Model model is damaged; copy it again.\n",
             False,
         ),
         (1, "Error: Internal error, ValueError: model.\n", True),

@@ -6,10 +6,15 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from prox24_deploy import __version__
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prox24_deploy"
@@ -45,9 +50,15 @@ LONG = {
 }
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """A module, parsed once."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
     """Dotted names that a module imports; those under TYPE_CHECKING count, as they bind design."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     nodes = tree.body if top_level else ast.walk(tree)
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -158,7 +169,7 @@ def test_solvers_know_nothing_but_torch_and_the_compilers_of_their_loops() -> No
 
 def modules_imported(path: Path) -> set[Path]:
     """Files of the package that a module imports as it is loaded, without those for types alone."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     names = []
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -183,7 +194,7 @@ def loaded_by(path: Path, seen: set[Path]) -> set[str]:
 
 def inner_imports(path: Path) -> Iterator[ast.ImportFrom]:
     """Imports of the package inside of functions."""
-    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for function in ast.walk(tree_of(path)):
         if isinstance(function, ast.FunctionDef):
             for node in ast.walk(function):
                 if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(OURS):
@@ -207,7 +218,7 @@ def test_only_the_command_line_prints_or_exits() -> None:
     for path in MODULES:
         if room(path) in {"cli", "__main__"}:
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Name):
                 assert node.id not in {"print", "SystemExit", "exit", "quit"}, path
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -248,9 +259,32 @@ def test_every_imported_library_is_declared() -> None:
         assert not libraries(imports(path, top_level=True)) & optional, path
 
 
+def test_pinned_versions_lie_within_the_declared_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = {
+        canonicalize_name(pin.name): next(iter(pin.specifier)).version
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+        for pin in [Requirement(line)]
+    }
+    declared = [Requirement(line) for line in project["dependencies"]]
+    for one in declared:
+        assert one.specifier.contains(pins[canonicalize_name(one.name)].partition("+")[0]), one
+    # Versions of these are those of a driver and of a year, and end nothing.
+    unbounded = {one.name for one in declared if not any(s.operator == "<" for s in one.specifier)}
+    assert unbounded == {"nvidia-ml-py", "pillow"}
+
+
+def test_the_changelog_begins_with_the_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## (\d+\.\d+\.\d+) - \d{4}-\d\d-\d\d$", text, re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == __version__
+
+
 def functions(path: Path) -> Iterator[tuple[str, int]]:
     """Every function and method of a module, with its lines from `def` to the end."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
 

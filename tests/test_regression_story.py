@@ -391,7 +391,7 @@ def test_the_limits_of_a_file_judge_a_build_as_they_judge_a_comparison(
     assert told["embedding cosine"] == f"at least {threshold:g}"
     assert [check.name for check in report.regressions] == ["embedding cosine"] * (code == 3)
     page = (again / "report.html").read_text(encoding="utf-8")
-    assert f"and before them those of {limits}" in page
+    assert f"and before them those of {limits.name}" in page
 
 
 def test_a_build_on_another_machine_passes_where_that_is_allowed_and_tells_it(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,7 +58,7 @@ from prox24_deploy.core.atomic import (
 from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.fingerprint import fields_of
 from prox24_deploy.core.records import Engine, OnnxModel
-from prox24_deploy.core.types import Progress
+from prox24_deploy.core.types import STEP, Progress
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Bundle:
         stored = None if anew else self._stored(stage.name, key, adapter)
         if stored is not None:
             self.reused.append(stage.name)
-            log.info("stage %s: unchanged, not run again", stage.name)
+            log.log(STEP, "stage %s: unchanged, not run again", stage.name)
             return stored
         parts = list(checked_parts(inputs))
         self._begin(stage.name, stage.outputs)
@@ -125,6 +126,7 @@ class Bundle:
                 reads=[part.name for part in parts if isinstance(part, Artifact)],
                 outputs=[record_of(stage.name), *stage.outputs],
                 seconds=seconds,
+                finished=datetime.now(UTC).isoformat(timespec="seconds"),
             ),
         )
         # What a later run will read, so that both go on from the same values in the same order.

@@ -4,11 +4,12 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from prox24_deploy import __version__
-from prox24_deploy.core.backends import BACKENDS, NVFP4, BackendKind
+from prox24_deploy.core.backends import AUTO, BACKENDS, NVFP4, BackendKind
 from prox24_deploy.core.host import cpu_model, gpu
 
 _PACKAGES = (
@@ -77,6 +78,26 @@ def diagnose() -> list[Diagnosis]:
         Diagnosis(name="2:4 in NVFP4", found="on no GPU", usable=False, remedy=NVFP4),
     ]
     return findings
+
+
+def abilities(findings: Sequence[Diagnosis]) -> str:
+    """What this machine can do, from what was found on it."""
+    usable = {finding.name for finding in findings if finding.usable}
+    lacking = [f.name for f in findings if f.name in versions() and f.name not in usable]
+    if lacking:
+        return f"This machine cannot build yet: {', '.join(lacking)} missing, see above."
+    backends = sorted(kind.name for kind in BACKENDS.values() if kind.title in usable)
+    fast = [name for name in backends if name != AUTO.name and "GPU" in usable]
+    where = "on the GPU" if "torch CUDA" in usable else "on the CPU"
+    speed = (
+        f"Sparse kernels can be timed with {' or '.join(fast)}."
+        if fast
+        else "Sparse kernels cannot be timed: that takes an NVIDIA GPU and a backend that has them."
+    )
+    return (
+        f"This machine can prune, evaluate, export and prove {where}, and compile for "
+        f"{', '.join(backends)}. {speed}"
+    )
 
 
 def _cuda(*, has_gpu: bool) -> Diagnosis:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from prox24_deploy import __version__
-from prox24_deploy.bundle.layout import MANIFEST_FILE
+from prox24_deploy.bundle.layout import LATE_FILES, MANIFEST_FILE, REPORT_FILES
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.documents import (
     Document,
@@ -59,7 +59,7 @@ class StageEntry(_Part):
 
     `key` hashes tool version, `inputs` and nothing else; a stage whose key is unchanged and whose
     outputs still hash the same is not run again. `reads` names the outputs of earlier stages that
-    it was made from.
+    it was made from. `finished` is when it ended, ISO 8601 in UTC.
     """
 
     key: str
@@ -67,6 +67,7 @@ class StageEntry(_Part):
     reads: list[InnerPath] = []
     outputs: list[InnerPath]
     seconds: float
+    finished: str = ""
 
 
 class Manifest(_Part):
@@ -104,6 +105,13 @@ def canonical_json(value: Any) -> bytes:
     value = replace_infinite(value, str)
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return text.encode() + b"\n"
+
+
+def contents_sha256(manifest: Manifest) -> str:
+    """Digest of what the stages left: every file but the report and the card, which quote it."""
+    late = {*REPORT_FILES, *LATE_FILES}
+    files = {name: entry.sha256 for name, entry in manifest.files.items() if name not in late}
+    return hashlib.sha256(canonical_json(files)).hexdigest()
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

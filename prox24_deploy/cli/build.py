@@ -2,15 +2,17 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
 from prox24_deploy.cli.progress import progress as shown
-from prox24_deploy.cli.terminal import print_json, print_table, say, stderr
+from prox24_deploy.cli.run_file import fill_from, run_file_text
+from prox24_deploy.cli.terminal import print_json, print_table, print_text, say, stderr, tell
 from prox24_deploy.config.options import (
+    BenchOptions,
     BuildOptions,
     HarnessOptions,
     RecoverOptions,
@@ -26,7 +28,25 @@ _TEXT, _BUILD, _RECOVER = TextOptions(), BuildOptions(), RecoverOptions(steps=1)
 VERDICT_EXIT = {"pass": 0, "fail": EXIT_REGRESSION, "inconclusive": EXIT_INCONCLUSIVE}
 
 
+ConfigOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="TOML with arguments of this command by name; the command line goes before it.",
+        is_eager=True,
+        callback=fill_from,
+        readable=False,
+    ),
+]
+PrintConfigOpt = Annotated[
+    bool,
+    typer.Option("--print-config", help="Print the run as such a file, with every key, and end."),
+]
+
+
 def build(
+    context: typer.Context,
     model_dir: arguments.ModelArg,
     *,
     out: arguments.OutOpt = None,
@@ -78,8 +98,13 @@ def build(
     allow: arguments.AllowOpt = None,
     fresh: arguments.FreshOpt = False,
     as_json: arguments.JsonOpt = False,
+    config: ConfigOpt = None,  # noqa: ARG001 - the other arguments have what it holds
+    print_config: PrintConfigOpt = False,
 ) -> None:
     """Prune, export, prove, compile, measure and report: everything, into one bundle."""
+    if print_config:
+        print_text(run_file_text(context.params))
+        return
     from prox24_deploy.pipeline import run as pipeline
 
     tensorrt = arguments.tensorrt_options(
@@ -138,8 +163,9 @@ def build(
         name=name,
         accept_loss=parse_losses(accept_loss or ()),
     )
+    model_dir = arguments.local_model(model_dir)
     root = out or arguments.default_out(model_dir)
-    with shown(stderr) as progress:
+    with shown(stderr, root) as progress:
         report = pipeline.build(model_dir, root, options, fresh=fresh, progress=progress)
     if as_json:
         print_json(report.model_dump(mode="json"))
@@ -200,8 +226,9 @@ def prune(
         device=device,
         name=name,
     )
+    model_dir = arguments.local_model(model_dir)
     root = out or arguments.default_out(model_dir)
-    with shown(stderr) as progress:
+    with shown(stderr, root) as progress:
         result = pipeline.prune(model_dir, root, options, fresh=fresh, progress=progress)
     if as_json:
         print_json(asdict(result))
@@ -276,7 +303,7 @@ def export(
     """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the file."""
     from prox24_deploy.pipeline import run as pipeline
 
-    with shown(stderr) as progress:
+    with shown(stderr, bundle) as progress:
         result = pipeline.export(bundle, dtype, progress=progress)
     if as_json:
         print_json(asdict(result))
@@ -317,7 +344,7 @@ def compile_engines(
     options = arguments.engine_options(
         backends=backend, shapes=shapes, tensorrt=tensorrt, eager=eager
     )
-    with shown(stderr) as progress:
+    with shown(stderr, bundle) as progress:
         result = pipeline.compile_engines(bundle, options, progress=progress)
     if as_json:
         print_json(asdict(result))
@@ -332,19 +359,79 @@ def bench(
     bundle: arguments.BundleArg,
     *,
     shapes: arguments.ShapesOpt = None,
+    rounds: arguments.RoundsOpt = None,
+    warmup: arguments.WarmupOpt = 3,
+    seconds: arguments.SecondsOpt = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Measure dense against sparse latency of a bundle's engines, interleaved."""
     from prox24_deploy.pipeline import run as pipeline
 
-    with shown(stderr) as progress:
-        result = pipeline.bench(
-            bundle, arguments.engine_options(backends=None, shapes=shapes), progress=progress
-        )
+    timing = BenchOptions(rounds=rounds, warmup=warmup, seconds=seconds)
+    engine = arguments.engine_options(backends=None, shapes=shapes)
+    with shown(stderr, bundle) as progress:
+        result = pipeline.bench(bundle, engine, timing=timing, progress=progress)
     if as_json:
         print_json(asdict(result))
         return
     print_table(tables.latency(result.latency))
+
+
+def evaluate(
+    bundle: arguments.BundleArg,
+    *,
+    evaluation: arguments.EvaluationOpt = None,
+    evaluation_tokens: arguments.SameEvaluationTokensOpt = None,
+    engine_tokens: arguments.SameEngineTokensOpt = None,
+    device: arguments.DeviceOpt = "auto",
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Measure the accuracy of a bundle against the dense model, in PyTorch and by its engines."""
+    from prox24_deploy.pipeline import finish
+
+    asked = finish.EvaluationAsked(
+        evaluation=tuple(evaluation or ()),
+        evaluation_tokens=evaluation_tokens,
+        engine_tokens=engine_tokens,
+        device=device,
+    )
+    with shown(stderr, bundle) as progress:
+        evaluated, through = finish.evaluate(bundle, asked, progress=progress)
+    if as_json:
+        print_json({"evaluate": asdict(evaluated), "accuracy": asdict(through)})
+        return
+    for metric in evaluated.metrics:
+        say(tables.metric_line(metric))
+    for engine in through.engines:
+        say(f"Through {engine.backend}: {tables.metric_line(engine.metrics[0])}")
+    for missing in (*through.not_measured, *through.failed):
+        say(f"Through {missing.backend}: not measured. {missing.reason}")
+
+
+def report(
+    bundle: arguments.BundleArg,
+    *,
+    baseline: arguments.BaselineOpt = None,
+    limits: arguments.LimitsOpt = None,
+    accept_loss: arguments.AcceptLossOpt = None,
+    allow: arguments.AllowOpt = None,
+    as_json: arguments.JsonOpt = False,
+) -> None:
+    """Report what the single stages of a bundle found, with its verdict, and seal it."""
+    from prox24_deploy.pipeline import finish
+
+    options = BuildOptions(
+        baseline=baseline,
+        limits_file=limits,
+        accept_loss=parse_losses(accept_loss or ()),
+        allow=tuple(allow or ()),
+    )
+    made = finish.report(bundle, options)
+    if as_json:
+        print_json(made.model_dump(mode="json"))
+    else:
+        print_report(made, bundle)
+    raise typer.Exit(exit_code(made))
 
 
 def exit_code(report: "Report") -> int:
@@ -356,6 +443,7 @@ def exit_code(report: "Report") -> int:
 
 def print_report(report: "Report", root: Path) -> None:
     """The page of a build: what changed and its verdict, accuracy, latency, where to look."""
+    tell(report.sentence, shown=True)
     for line in tables.report_head(report):
         say(line)
     if report.latency:

@@ -1,11 +1,13 @@
 """Commands that look at a model, a file, a bundle or this machine, and make nothing."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prox24_deploy.bundle.layout import MANIFEST_FILE
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
 from prox24_deploy.cli.progress import progress as shown
@@ -15,6 +17,7 @@ from prox24_deploy.core.errors import BundleError
 
 if TYPE_CHECKING:
     from prox24_deploy.engines.cusparselt.planning import Plan
+    from prox24_deploy.graph.check.judgement import CheckReport
 
 _TEXT = TextOptions()
 
@@ -56,7 +59,7 @@ def plan(
     saved = read_profile(gpu_profile) if gpu_profile else None
     with shown(stderr) as progress:
         found = planner.plan(
-            model_dir,
+            arguments.local_model(model_dir),
             options,
             saved=saved,
             sensitivity=sensitivity,
@@ -87,7 +90,12 @@ def _show_plan(found: "Plan", *, as_json: bool) -> None:
 
 def check(
     path: Annotated[
-        Path, typer.Argument(help="Model directory, safetensors or ONNX file.", readable=False)
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="Bundle, model directory, safetensors or ONNX file.",
+            readable=False,
+        ),
     ],
     *,
     ignore: Annotated[
@@ -105,24 +113,54 @@ def check(
     """Check the 2:4 pattern of every weight along its reduction axis.
 
     A file that declares its 2:4 weights is held to that; in any other file every weight that no
-    --ignore matches must be 2:4. Ends with 4 if a weight is not 2:4, and with 5 if one cannot be
-    proven or there is none to prove.
+    --ignore matches must be 2:4. Of a bundle the pruned model and the sparse twin must be. Ends
+    with 4 if a weight is not 2:4, and with 5 if one cannot be proven or there is none to prove.
     """
+    axes = arguments.tensor_axes(axis or ())
+    checked = _check_bundle if (path / MANIFEST_FILE).is_file() else _check_files
+    conclusion = checked(path, ignore or (), axes, as_json=as_json)
+    if not as_json:
+        say(conclusion)
+
+
+def _check_files(
+    path: Path, ignore: Sequence[str], axes: Mapping[str, int], *, as_json: bool
+) -> str:
     from prox24_deploy.graph.check.check import check_path, require_24
 
-    report = check_path(path, ignore or (), arguments.tensor_axes(axis or ()))
+    report = check_path(path, ignore, axes)
     if as_json:
         print_json(asdict(report))
     else:
-        print_table(tables.checks(report.tensors))
-        for sentence in tables.check_sentences(report):
-            say(sentence)
+        _show_check(report)
     require_24(report)
+    return report.conclusion
+
+
+def _check_bundle(
+    root: Path, ignore: Sequence[str], axes: Mapping[str, int], *, as_json: bool
+) -> str:
+    from prox24_deploy.pipeline.bundle_check import check_bundle, require_proven
+
+    found = check_bundle(root, ignore, axes)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        for part in found.parts.values():
+            _show_check(part)
+    require_proven(found)
+    return found.conclusion
+
+
+def _show_check(report: "CheckReport") -> None:
+    print_table(tables.checks(report.tensors))
+    for sentence in tables.check_sentences(report):
+        say(sentence)
 
 
 def verify(bundle: arguments.BundleArg, *, as_json: arguments.JsonOpt = False) -> None:
     """Re-hash every file of a bundle against its manifest."""
-    from prox24_deploy.bundle.manifest import read_manifest
+    from prox24_deploy.bundle.manifest import contents_sha256, read_manifest
     from prox24_deploy.bundle.manifest import verify as faults_of
 
     faults = faults_of(bundle)
@@ -133,16 +171,21 @@ def verify(bundle: arguments.BundleArg, *, as_json: arguments.JsonOpt = False) -
             say(fault, to=stderr)
         raise BundleError(f"Bundle {bundle} does not verify: {faults[0]}")
     if not as_json:
-        count = len(read_manifest(bundle).files)
-        say(f"{bundle}: {count} files match their hashes.")
+        manifest = read_manifest(bundle)
+        say(
+            f"{bundle}: {len(manifest.files)} files match their hashes; contents sha256 "
+            f"{contents_sha256(manifest)}."
+        )
 
 
 def doctor(*, as_json: arguments.JsonOpt = False) -> None:
     """Say what this machine can do, and how to get what is missing."""
-    from prox24_deploy.bundle.environment import diagnose
+    from prox24_deploy.bundle.environment import abilities, diagnose
 
     findings = diagnose()
+    can = abilities(findings)
     if as_json:
-        print_json({"findings": [asdict(finding) for finding in findings]})
+        print_json({"findings": [asdict(finding) for finding in findings], "conclusion": can})
         return
     print_table(tables.findings(findings))
+    say(can)

@@ -2,11 +2,13 @@
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -15,14 +17,26 @@ import typer
 from prox24_deploy import __version__
 from prox24_deploy.cli import build, compare, inspect, package
 from prox24_deploy.cli import options as arguments
-from prox24_deploy.cli.terminal import fail, log_handler, say, stderr
+from prox24_deploy.cli.terminal import (
+    close_log_files,
+    fail,
+    log_file,
+    log_handler,
+    say,
+    stderr,
+    tell,
+)
 from prox24_deploy.core.errors import Prox24Error
+from prox24_deploy.core.types import STEP
 
 # What shells say of a program that a signal ended: 128 and its number.
 EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 _ENDINGS = {EXIT_INTERRUPTED: "Interrupted", EXIT_TERMINATED: "Terminated"}
 
+# The boxes of rich cut names of options where there is little room; plain help cuts none.
+_ROOMY = 100
 app = typer.Typer(
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _ROOMY else None,
     name="prox24-deploy",
     help="Take a Hugging Face model to a 2:4-sparse, proven and measured release bundle.",
     no_args_is_help=True,
@@ -40,6 +54,8 @@ app.command()(build.recover)
 app.command()(build.export)
 app.command("compile")(build.compile_engines)
 app.command()(build.bench)
+app.command()(build.evaluate)
+app.command()(build.report)
 app.command()(inspect.plan)
 app.command()(inspect.check)
 app.command()(inspect.verify)
@@ -74,10 +90,14 @@ def main() -> None:
     except BaseException as error:  # the one place where a fault of ours becomes an exit code
         # Libraries in Rust panic with an error that is no Exception.
         fail(error, debug="--debug" in line)
+    finally:
+        close_log_files()
 
 
 def _say_ended(code: int) -> None:
-    say(f"{_ENDINGS[code]}; finished stages are kept, run the same command to go on.", to=stderr)
+    text = f"{_ENDINGS[code]}; finished stages are kept, run the same command to go on."
+    tell(text, shown=True)
+    say(text, to=stderr)
 
 
 @contextmanager
@@ -108,19 +128,34 @@ def common(
     context: typer.Context,
     *,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log every layer.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="A line for every layer too.")
+    ] = False,
     quiet: Annotated[
         bool, typer.Option("-q", "--quiet", help="Show errors and results only.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+    logged: Annotated[
+        Path | None,
+        typer.Option(
+            "--log-file",
+            metavar="FILE",
+            help="Append every line to this file, those of layers too, whatever is shown.",
+            readable=False,
+        ),
+    ] = None,
 ) -> None:
-    """Set up logging; options here come before the command."""
+    """Set up logging; options here may stand anywhere on the line."""
     if version:
         say(__version__)
         raise typer.Exit
-    level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
+    level = logging.DEBUG if debug else logging.INFO if verbose else STEP
     if quiet:
         level = logging.ERROR
-    logging.basicConfig(level=logging.WARNING, handlers=[log_handler()], force=True)
-    logging.getLogger("prox24_deploy").setLevel(level)
+    shown = log_handler()
+    shown.setLevel(level)
+    handlers = [shown, *([log_file(logged)] if logged else [])]
+    # Of other libraries, warnings.
+    logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
+    logging.getLogger("prox24_deploy").setLevel(min(level, logging.INFO) if logged else level)
     context.obj = {"debug": debug}

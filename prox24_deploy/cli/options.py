@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from prox24_deploy.cli.terminal import tell
 from prox24_deploy.config.options import (
     Compatibility,
     DeviceChoice,
@@ -26,18 +27,37 @@ from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.types import DTYPES, DType, Preset, Pruning, Quantize, Refinement
 
 _DTYPES = ", ".join(DTYPES)
-_COMMON = {"-v", "--verbose", "-q", "--quiet", "--debug"}
+# Owner and name.
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
+_LOG_FILE = "--log-file"
+_COMMON = {"-v", "--verbose", "-q", "--quiet", "--debug", _LOG_FILE}
 _TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
 
+# Groups of options in the help of a command, where there is room for boxes.
+_DATA = "Data"
+_PRUNING = "Pruning"
+_ENGINES = "Files and engines"
+_TENSORRT_HELP = "TensorRT"
+_TASKS = "Tasks of the lm-evaluation-harness"
+_LIMITS = "Limits and baseline"
+
 ModelArg = Annotated[
-    Path, typer.Argument(help="Hugging Face model directory with safetensors.", readable=False)
+    Path,
+    typer.Argument(
+        metavar="MODEL_DIR",
+        help="Hugging Face model directory with safetensors.",
+        readable=False,
+    ),
 ]
 PrunedArg = Annotated[
     Path,
     typer.Argument(help="A bundle, or a model directory that is 2:4 already.", readable=False),
 ]
 BundleArg = Annotated[
-    Path, typer.Argument(help="A bundle: the OUT of an earlier command.", readable=False)
+    Path,
+    typer.Argument(
+        metavar="BUNDLE", help="A bundle: the OUT of an earlier command.", readable=False
+    ),
 ]
 OutOpt = Annotated[
     Path | None,
@@ -54,7 +74,9 @@ NameOpt = Annotated[
 RecipeOpt = Annotated[
     Path | None,
     typer.Option(
-        help="Export recipe; default: the model's own, else its family's.", readable=False
+        help="Export recipe; default: the model's own, else its family's.",
+        readable=False,
+        rich_help_panel=_PRUNING,
     ),
 ]
 CalibrationOpt = Annotated[
@@ -63,6 +85,7 @@ CalibrationOpt = Annotated[
         help="Text, JSONL, or folder of images or recordings to calibrate on; repeatable. Default: "
         "CPython's docs, for text alone.",
         readable=False,
+        rich_help_panel=_DATA,
     ),
 ]
 EvaluationOpt = Annotated[
@@ -70,21 +93,65 @@ EvaluationOpt = Annotated[
     typer.Option(
         help="Held-out text, images or recordings; repeatable. Default: a fifth of calibration.",
         readable=False,
+        rich_help_panel=_DATA,
     ),
 ]
-TokensOpt = Annotated[int, typer.Option(min=1024, help="Calibration tokens to use.")]
+TokensOpt = Annotated[
+    int,
+    typer.Option(
+        min=1024,
+        help="Calibration tokens to use.",
+        rich_help_panel=_DATA,
+    ),
+]
 ImagesOpt = Annotated[
-    int, typer.Option(min=16, help="Images to use, of calibration and of evaluation; not of text.")
+    int,
+    typer.Option(
+        min=16,
+        help="Images to use, of calibration and of evaluation; not of text.",
+        rich_help_panel=_DATA,
+    ),
 ]
 RecordingsOpt = Annotated[
-    int, typer.Option(min=8, help="Recordings to use, of calibration and of evaluation.")
+    int,
+    typer.Option(
+        min=8,
+        help="Recordings to use, of calibration and of evaluation.",
+        rich_help_panel=_DATA,
+    ),
 ]
-EvaluationTokensOpt = Annotated[int, typer.Option(min=1024, help="Evaluation tokens to use.")]
+EvaluationTokensOpt = Annotated[
+    int,
+    typer.Option(
+        min=1024,
+        help="Evaluation tokens to use.",
+        rich_help_panel=_DATA,
+    ),
+]
 EngineTokensOpt = Annotated[
     int,
     typer.Option(
         min=1024,
         help="Of them, tokens to run through each engine; an image counts as 64.",
+        rich_help_panel=_DATA,
+    ),
+]
+SameEvaluationTokensOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--evaluation-tokens",
+        min=1024,
+        help="Evaluation tokens to use; default: as when pruned.",
+        rich_help_panel=_DATA,
+    ),
+]
+SameEngineTokensOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--engine-tokens",
+        min=1024,
+        help="Of them, tokens to run through each engine; default: as when pruned.",
+        rich_help_panel=_DATA,
     ),
 ]
 HarnessOpt = Annotated[
@@ -93,6 +160,7 @@ HarnessOpt = Annotated[
         "--lm-eval",
         metavar="TASK",
         help="Task of the lm-evaluation-harness to score both models on; repeatable.",
+        rich_help_panel=_TASKS,
     ),
 ]
 HarnessDataOpt = Annotated[
@@ -102,46 +170,78 @@ HarnessDataOpt = Annotated[
         metavar="DIR",
         help="Its data as TASK/SPLIT.jsonl, and tasks of your own as YAML; nothing is fetched.",
         readable=False,
+        rich_help_panel=_TASKS,
     ),
 ]
 HarnessLimitOpt = Annotated[
     int | None,
-    typer.Option("--lm-eval-limit", min=2, help="Documents of each task; default: all."),
+    typer.Option(
+        "--lm-eval-limit",
+        min=2,
+        help="Documents of each task; default: all.",
+        rich_help_panel=_TASKS,
+    ),
 ]
 MethodOpt = Annotated[
     Pruning,
     typer.Option(
-        help="Pruning method; ista is the literal one of the paper, none leaves all layers dense."
+        help="Pruning method; ista is the literal one of the paper, none leaves all layers dense.",
+        rich_help_panel=_PRUNING,
     ),
 ]
 RefinementOpt = Annotated[
     Refinement,
-    typer.Option(help="Update of the kept weights; auto: gradient for ista, else conjugate."),
+    typer.Option(
+        help="Update of the kept weights; auto: gradient for ista, else conjugate.",
+        rich_help_panel=_PRUNING,
+    ),
 ]
 ReconstructOpt = Annotated[
     bool | None,
     typer.Option(
         "--reconstruct/--no-reconstruct",
         help="Tune each block as a whole, masks fixed; default: with preset best only.",
+        rich_help_panel=_PRUNING,
     ),
 ]
 IncludeOpt = Annotated[
     list[str] | None,
-    typer.Option(help="Prune only targets whose path this glob matches; repeatable."),
+    typer.Option(
+        help="Prune only targets whose path this glob matches; repeatable.",
+        rich_help_panel=_PRUNING,
+    ),
 ]
 ExcludeOpt = Annotated[
-    list[str] | None, typer.Option(help="Leave targets dense whose path this glob matches.")
+    list[str] | None,
+    typer.Option(
+        help="Leave targets dense whose path this glob matches.",
+        rich_help_panel=_PRUNING,
+    ),
 ]
 MaxLossOpt = Annotated[
     float | None,
     typer.Option(
-        min=0, help="Prune the least harmful layers while the loss rises by no more than this."
+        min=0,
+        help="Prune the least harmful layers while the loss rises by no more than this.",
+        rich_help_panel=_PRUNING,
     ),
 ]
 LayersOpt = Annotated[
-    int | None, typer.Option("--layers", min=1, help="Prune only the N least harmful layers.")
+    int | None,
+    typer.Option(
+        "--layers",
+        min=1,
+        help="Prune only the N least harmful layers.",
+        rich_help_panel=_PRUNING,
+    ),
 ]
-PresetOpt = Annotated[Preset, typer.Option(help="Schedule of the prox solver.")]
+PresetOpt = Annotated[
+    Preset,
+    typer.Option(
+        help="Schedule of the prox solver.",
+        rich_help_panel=_PRUNING,
+    ),
+]
 DTypeOpt = Annotated[
     DType | None,
     typer.Option(
@@ -150,6 +250,7 @@ DTypeOpt = Annotated[
         metavar="DTYPE",
         help=f"{_DTYPES}: precision of the exported models; default: the checkpoint's own. Nothing "
         "runs bfloat16 on a CPU, and TensorRT has no sparse kernels for float32.",
+        rich_help_panel=_ENGINES,
     ),
 ]
 PlanDTypeOpt = Annotated[
@@ -160,6 +261,7 @@ PlanDTypeOpt = Annotated[
         metavar="DTYPE",
         help=f"{_DTYPES}: precision to time; default: the checkpoint's own, float16 if that is "
         "float32, for which there are no sparse kernels.",
+        rich_help_panel=_ENGINES,
     ),
 ]
 RecoverOpt = Annotated[
@@ -215,7 +317,8 @@ RecoverCheckpointingOpt = Annotated[
 QuantizeOpt = Annotated[
     Quantize,
     typer.Option(
-        help="Round weights and activations of the target layers to 8 bits, zeros staying zeros."
+        help="Round weights and activations of the target layers to 8 bits, zeros staying zeros.",
+        rich_help_panel=_ENGINES,
     ),
 ]
 PlanQuantizeOpt = Annotated[
@@ -224,11 +327,15 @@ PlanQuantizeOpt = Annotated[
         "--quantize",
         help="8-bit format that layers may use besides the dtype; on the GPU at hand only what is "
         "asked for is timed, of a saved profile all that it holds is shown.",
+        rich_help_panel=_ENGINES,
     ),
 ]
 BackendOpt = Annotated[
     list[str] | None,
-    typer.Option(help=f"{', '.join(BACKENDS)} or auto; repeatable."),
+    typer.Option(
+        help=f"{', '.join(BACKENDS)} or auto; repeatable.",
+        rich_help_panel=_ENGINES,
+    ),
 ]
 PlanOutOpt = Annotated[
     Path | None,
@@ -238,39 +345,93 @@ PlanOutOpt = Annotated[
 ]
 PlanOpt = Annotated[
     Path | None,
-    typer.Option("--plan", help="Prune only the layers that a plan says to prune.", readable=False),
+    typer.Option(
+        "--plan",
+        help="Prune only the layers that a plan says to prune.",
+        readable=False,
+        rich_help_panel=_PRUNING,
+    ),
 ]
 EagerOpt = Annotated[
-    bool, typer.Option("--eager", help="cuSPARSELt: run both models without torch.compile.")
+    bool,
+    typer.Option(
+        "--eager",
+        help="cuSPARSELt: run both models without torch.compile.",
+        rich_help_panel=_ENGINES,
+    ),
 ]
 WorkspaceOpt = Annotated[
-    float | None, typer.Option(min=0.001, help="TensorRT: scratch memory of a kernel at most, GiB.")
+    float | None,
+    typer.Option(
+        min=0.001,
+        help="TensorRT: scratch memory of a kernel at most, GiB.",
+        rich_help_panel=_TENSORRT_HELP,
+    ),
 ]
 LevelOpt = Annotated[
-    int | None, typer.Option(min=0, max=5, help="TensorRT: optimisation level of its builder.")
+    int | None,
+    typer.Option(
+        min=0,
+        max=5,
+        help="TensorRT: optimisation level of its builder.",
+        rich_help_panel=_TENSORRT_HELP,
+    ),
 ]
 CompatibilityOpt = Annotated[
     Compatibility,
-    typer.Option(help="TensorRT: engines for later versions, or for every GPU from Ampere on."),
+    typer.Option(
+        help="TensorRT: engines for later versions, or for every GPU from Ampere on.",
+        rich_help_panel=_TENSORRT_HELP,
+    ),
 ]
 RefitOpt = Annotated[
-    bool, typer.Option("--refit", help="TensorRT: engines whose weights can be replaced.")
+    bool,
+    typer.Option(
+        "--refit",
+        help="TensorRT: engines whose weights can be replaced.",
+        rich_help_panel=_TENSORRT_HELP,
+    ),
 ]
 StripOpt = Annotated[
     bool,
-    typer.Option("--strip-weights", help="TensorRT: engines without weights, refitted from ONNX."),
+    typer.Option(
+        "--strip-weights",
+        help="TensorRT: engines without weights, refitted from ONNX.",
+        rich_help_panel=_TENSORRT_HELP,
+    ),
 ]
 TimingsOpt = Annotated[
     Path | None,
-    typer.Option(help="TensorRT: folder to keep timings of kernels in.", readable=False),
+    typer.Option(
+        help="TensorRT: folder to keep timings of kernels in.",
+        readable=False,
+        rich_help_panel=_TENSORRT_HELP,
+    ),
 ]
 CapabilityOpt = Annotated[
     list[str] | None,
-    typer.Option(help="TensorRT-RTX: GPUs to compile for; default 8.6, 8.9, 12.0; repeatable."),
+    typer.Option(
+        help="TensorRT-RTX: GPUs to compile for; default 8.6, 8.9, 12.0; repeatable.",
+        rich_help_panel=_ENGINES,
+    ),
 ]
 ShapesOpt = Annotated[
     list[str] | None,
-    typer.Option(help="Shapes to measure, e.g. batch=1,8 sequence=128 past=1024."),
+    typer.Option(
+        help="Shapes to measure, e.g. batch=1,8 sequence=128 past=1024.",
+        rich_help_panel=_ENGINES,
+    ),
+]
+RoundsOpt = Annotated[
+    int | None,
+    typer.Option(min=2, help="Rounds of each shape, exactly; default: as many as --seconds has."),
+]
+WarmupOpt = Annotated[
+    int, typer.Option(min=0, help="Runs before the timed ones, of each engine on each input.")
+]
+SecondsOpt = Annotated[
+    float | None,
+    typer.Option(min=0.1, help="Timed seconds of each shape, and 20 rounds at least; default 4."),
 ]
 SensitivityOpt = Annotated[
     bool,
@@ -298,13 +459,17 @@ SeedOpt = Annotated[int, typer.Option(help="Seed of everything drawn at random."
 BaselineOpt = Annotated[
     Path | None,
     typer.Option(
-        help="Hold the report against this baseline file, report.json or bundle.", readable=False
+        help="Hold the report against this baseline file, report.json or bundle.",
+        readable=False,
+        rich_help_panel=_LIMITS,
     ),
 ]
 LimitsOpt = Annotated[
     Path | None,
     typer.Option(
-        help="TOML with limits per metric, against a baseline and the dense model.", readable=False
+        help="TOML with limits per metric, against a baseline and the dense model.",
+        readable=False,
+        rich_help_panel=_LIMITS,
     ),
 ]
 AcceptLossOpt = Annotated[
@@ -313,11 +478,15 @@ AcceptLossOpt = Annotated[
         "--accept-loss",
         metavar="METRIC=AMOUNT",
         help="Loss to accept against the dense model, e.g. perplexity=25%; repeatable.",
+        rich_help_panel=_LIMITS,
     ),
 ]
 AllowOpt = Annotated[
     list[str] | None,
-    typer.Option(help="Something that may differ, such as driver or evaluation; repeatable."),
+    typer.Option(
+        help="Something that may differ, such as driver or evaluation; repeatable.",
+        rich_help_panel=_LIMITS,
+    ),
 ]
 FreshOpt = Annotated[bool, typer.Option("--fresh", help="Run every stage again.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -329,6 +498,33 @@ def default_out(model_dir: Path) -> Path:
     from prox24_deploy.packaging import naming
 
     return naming.default_out(model_dir)
+
+
+def local_model(model_dir: Path) -> Path:
+    """The directory of a model; of the id of a model on the Hub its snapshot in the local cache.
+
+    Nothing is fetched.
+
+    Raises:
+        UsageError: it is an id, and the cache has no snapshot of it; says how to fetch one.
+    """
+    name = model_dir.as_posix()
+    if model_dir.exists() or not _HUB_ID.fullmatch(name):
+        return model_dir
+    # Slow to load, and needed for an id alone.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise UsageError(
+            f"{name} is no directory here. If it is the id of a model on the Hugging Face Hub, "
+            f"fetch it first with: hf download {name} --local-dir {model_dir.name}; then pass "
+            f"{model_dir.name}."
+        ) from error
+    tell(f"model {name}, revision {found.name}, from the local cache of the Hub")
+    return found
 
 
 def text_options(
@@ -540,6 +736,11 @@ def join_shapes(arguments: Sequence[str]) -> list[str]:
 
 
 def hoist_common(arguments: Sequence[str]) -> list[str]:
-    """Let -v, -q and --debug stand anywhere on the line, as users expect."""
-    common = [argument for argument in arguments if argument in _COMMON]
-    return common + [argument for argument in arguments if argument not in _COMMON]
+    """Let -v, -q, --debug and --log-file FILE stand anywhere on the line, as users expect."""
+    common: list[str] = []
+    rest: list[str] = []
+    for argument in arguments:
+        valued = common[-1:] == [_LOG_FILE]
+        hoisted = argument in _COMMON or argument.startswith(f"{_LOG_FILE}=")
+        (common if valued or hoisted else rest).append(argument)
+    return common + rest

@@ -4,32 +4,65 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from prox24_deploy.cli.terminal import say
+from prox24_deploy.cli.terminal import close_log_files, log_files, tell
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.types import STEP, silent
 from prox24_deploy.core.types import Progress as Update
-from prox24_deploy.core.types import silent
 
 # Of a label whose steps are short, a line is written no more often than this.
 _SECONDS = 30.0
-# Labels with a line for each step: a block may take minutes.
-_EVERY_STEP = frozenset({"prune"})
+# Labels with a line for each step: a block, a twin or an engine may take minutes.
+_EVERY_STEP = frozenset({"prune", "quantize", "export", "compile"})
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Update]:
-    """How a command is told of progress; nothing is shown where warnings are not."""
-    if not logging.getLogger("prox24_deploy").isEnabledFor(logging.WARNING):
+def progress(console: Console, out: Path | None = None) -> Iterator[Update]:
+    """How a command is told of progress: bars on a terminal, lines elsewhere and in a log file.
+
+    Args:
+        console: where bars are drawn.
+        out: the bundle that the command writes, if any.
+
+    Raises:
+        UsageError: the log file lies in the bundle, which holds nothing but what the stages leave.
+    """
+    _require_outside(out)
+    drawn = console.is_terminal and any(
+        handler.level <= STEP for handler in logging.getLogger().handlers
+    )
+    lines = Lines(lambda line: tell(line, shown=console.is_terminal)).update
+    if not logging.getLogger("prox24_deploy").isEnabledFor(STEP):
         yield silent
-    elif console.is_terminal:
-        with _bars(console) as update:
-            yield update
+    elif not drawn:
+        yield lines
     else:
-        yield Lines(lambda line: say(line, to=console)).update
+        with _bars(console) as bars:
+
+            def both(label: str, done: int, total: int) -> None:
+                bars(label, done, total)
+                lines(label, done, total)
+
+            yield both
+
+
+def _require_outside(out: Path | None) -> None:
+    for handler in log_files() if out else ():
+        path = Path(handler.baseFilename).resolve()
+        if out and path.is_relative_to(out.resolve()):
+            close_log_files()
+            if path.stat().st_size == 0:
+                # Opening it made it.
+                path.unlink()
+            raise UsageError(
+                f"Log file {path} lies in the bundle {out}, whose every file is hashed; pass one "
+                "outside of it."
+            )
 
 
 class Lines:
@@ -59,8 +92,7 @@ class Lines:
         if not due or done == before:
             return
         self._last[label] = (now, done)
-        stamp = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._write(f"{stamp} {label} {done}/{total}{_time(now - began, done, total)}")
+        self._write(f"{label} {done}/{total}{_time(now - began, done, total)}")
         if done >= total:
             # The same label may come again, for the next backend or twin.
             del self._began[label]

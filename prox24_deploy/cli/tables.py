@@ -116,10 +116,10 @@ def layers(records: Sequence[LayerRecord]) -> Table:
 
 
 def latency(rows: Sequence[LatencyRow]) -> Table:
-    """Median latency of both twins, their ratio with its interval, and the pace of the sparse."""
+    """Medians of both twins, their ratio with its interval, and p99 and pace of the sparse one."""
     table = _table(
-        "backend", "batch", "seq", "past", "dense ms", "sparse ms", "speed-up", "95 %", "tokens/s",
-        "ms/token",
+        "backend", "batch", "seq", "past", "dense ms", "sparse ms", "sparse p99", "speed-up",
+        "95 %", "tokens/s", "ms/token",
     )  # fmt: skip
     for row in rows:
         _add_row(
@@ -130,6 +130,7 @@ def latency(rows: Sequence[LatencyRow]) -> Table:
             str(row.past or ""),
             f"{row.dense.median_ms:.2f}",
             f"{row.sparse.median_ms:.2f}",
+            f"{row.sparse.p99_ms:.2f}",
             f"{row.speedup.value:.2f}×",
             f"{row.speedup.low:.2f}–{row.speedup.high:.2f}",
             _figure(row.tokens_per_second(row.sparse), ",.0f"),

@@ -4,6 +4,8 @@ import json
 import logging
 import sys
 import traceback
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,13 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 from prox24_deploy.core.documents import replace_infinite
-from prox24_deploy.core.errors import Prox24Error, explained
+from prox24_deploy.core.errors import Prox24Error, UsageError, explained
 from prox24_deploy.core.printable import MOST_CHARACTERS, printable, shortened
+from prox24_deploy.core.types import STEP
 
 # Columns of a table that goes to a file or a pipe.
 _LOG_WIDTH = 400
 # Ends of lines and columns, of a text that is ours or of many lines.
 _LAYOUT = "\n\t"
+
+logging.addLevelName(STEP, "STEP")
+log = logging.getLogger(__name__)
 
 
 class _PlainFormatter(logging.Formatter):
@@ -28,6 +34,16 @@ class _PlainFormatter(logging.Formatter):
         """The message, as it may be shown."""
         ours = record.name.partition(".")[0] == "prox24_deploy"
         return printable(super().format(record), keep="" if ours else _LAYOUT)
+
+
+class _TimedFormatter(_PlainFormatter):
+    """The same behind the time, and behind a word for what is no step: one line of a log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        when = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="seconds")
+        loud = "" if record.levelno <= STEP else f"{record.levelname} "
+        return f"{when} {loud}{super().format(record)}"
 
 
 stderr = Console(stderr=True, markup=False, emoji=False, highlight=False)
@@ -43,10 +59,49 @@ def plain(text: str, most: int = MOST_CHARACTERS) -> Text:
 
 
 def log_handler() -> logging.Handler:
-    """Writes what is logged to the terminal."""
-    handler = RichHandler(console=stderr, show_path=False, show_time=False)
-    handler.setFormatter(_PlainFormatter("%(message)s"))
+    """Writes what is logged to stderr: in colours on a terminal, elsewhere behind the time."""
+    if stderr.is_terminal:
+        handler: logging.Handler = RichHandler(console=stderr, show_path=False, show_time=False)
+        handler.setFormatter(_PlainFormatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_TimedFormatter("%(message)s"))
+    handler.addFilter(lambda record: not getattr(record, "shown", False))
     return handler
+
+
+def log_file(path: Path) -> logging.Handler:
+    """Appends everything that is logged to a file, whatever is shown.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"Log file {path} cannot be written ({error.strerror}); pass a file in a folder that "
+            "is there and may be written."
+        ) from error
+    handler.setFormatter(_TimedFormatter("%(message)s"))
+    return handler
+
+
+def log_files() -> list[logging.FileHandler]:
+    """The files that are being logged to."""
+    return [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
+
+
+def close_log_files() -> None:
+    """Log to no file any more."""
+    for handler in log_files():
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def tell(text: str, *, level: int = STEP, shown: bool = False) -> None:
+    """Log a line of the command line itself; one that is `shown` otherwise goes to files alone."""
+    log.log(level, "%s", text, extra={"shown": shown})
 
 
 def say(text: str, *, to: Console = stdout) -> None:
@@ -59,6 +114,7 @@ def fail(error: BaseException, *, debug: bool) -> None:
     if debug:
         stderr.print(Text(printable(traceback.format_exc(), keep=_LAYOUT)))
     message, code = explained(error)
+    tell(message, level=logging.ERROR, shown=True)
     say(f"Error: {message}", to=stderr)
     if isinstance(error, Prox24Error) and error.attached:
         stderr.print(Text("\n" + printable(error.attached, keep=_LAYOUT)), soft_wrap=True)
@@ -69,6 +125,11 @@ def print_table(table: Table) -> None:
     """Fit a terminal; anything else, such as a log or `grep`, gets one line per row."""
     page = stdout if stdout.is_terminal else Console(width=_LOG_WIDTH, highlight=False)
     page.print(table)
+
+
+def print_text(text: str) -> None:
+    """Lines of ours for a file, as they are."""
+    sys.stdout.write(text)
 
 
 def print_json(value: Any) -> None:

@@ -181,6 +181,25 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """How long to time each shape: `rounds` exactly, or as many as fit into `seconds`, 20 at least.
+
+    None of both means 4 seconds. `warmup` runs of each engine on each input come before.
+    """
+
+    rounds: int | None = None
+    warmup: int = 3
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds is not None and self.seconds is not None:
+            raise UsageError(
+                f"--rounds {self.rounds} and --seconds {self.seconds:g} both say when to stop; "
+                "leave one out."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessOptions:
     """Tasks of the lm-evaluation-harness, the folder with their data, and documents of each."""
 

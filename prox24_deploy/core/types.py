@@ -25,6 +25,9 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 # Of one check; what is without a limit has no verdict.
 Judgement = Literal["pass", "fail", "inconclusive", "not gated"]
 
+# How loud a stage or a block is in a log: below a warning, and above what only --verbose shows.
+STEP = 25
+
 # Told what is done, how much of it is finished, and how much there is.
 Progress = Callable[[str, int, int], None]
 

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.manifest import verify as faults_of
-from prox24_deploy.config.options import BuildOptions, EngineOptions, RecoverOptions, parse_dtype
+from prox24_deploy.config.options import (
+    BenchOptions,
+    BuildOptions,
+    EngineOptions,
+    RecoverOptions,
+    parse_dtype,
+)
 from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
@@ -154,18 +160,27 @@ def compile(
 
 
 def bench(
-    bundle: StrPath, options: EngineOptions | None = None, *, progress: Progress = silent
+    bundle: StrPath,
+    options: EngineOptions | None = None,
+    *,
+    timing: BenchOptions | None = None,
+    progress: Progress = silent,
 ) -> BenchResult:
     """Time the dense against the sparse engines of a bundle, in turns; always anew.
 
-    Of the options only the shapes count. Latencies are in milliseconds, speed-ups are
-    dense / sparse with a 95 % interval.
+    Of the options only the shapes count; `timing` says for how long. Latencies are in milliseconds,
+    speed-ups are dense / sparse with a 95 % interval.
 
     Raises:
         BackendMissingError: no engine of the bundle can run on this machine.
     """
     _keep_private()
-    return run.bench(Path(bundle), options or EngineOptions(), progress=progress)
+    return run.bench(
+        Path(bundle),
+        options or EngineOptions(),
+        timing=timing or BenchOptions(),
+        progress=progress,
+    )
 
 
 def evaluate(

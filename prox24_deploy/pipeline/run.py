@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from prox24_deploy.bundle.bundle import open_bundle
 from prox24_deploy.bundle.layout import MANIFEST_FILE, PRUNED, RECOVERED, shipped_folder
 from prox24_deploy.bundle.manifest import read_manifest
-from prox24_deploy.config.options import BuildOptions, EngineOptions
+from prox24_deploy.config.options import BenchOptions, BuildOptions, EngineOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import BackendMissingError, ModelDirError, UsageError
 from prox24_deploy.core.records import (
@@ -30,6 +30,8 @@ from prox24_deploy.report.assemble import Report
 
 if TYPE_CHECKING:
     from prox24_deploy.model.directory import ModelDir
+
+_TIMING = BenchOptions()
 
 
 def build(
@@ -75,7 +77,7 @@ def build(
             accuracy=stages.accuracy.run(bundle, context, compiled, backends, options, progress),
             tasks=stages.tasks.run(bundle, context, options, progress),
         )
-        return stages.report.run(bundle, context, results, demands)
+        return stages.report.run(bundle, context.source, context.recipe, results, demands)
 
 
 def prune(
@@ -137,7 +139,13 @@ def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) ->
         return stages.compile.run(bundle, exported, model.recipe, backends, progress)
 
 
-def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResult:
+def bench(
+    out: Path,
+    options: EngineOptions,
+    *,
+    timing: BenchOptions = _TIMING,
+    progress: Progress,
+) -> BenchResult:
     """Run only the bench stage, on a bundle that holds engines; always measures anew.
 
     Raises:
@@ -154,7 +162,16 @@ def bench(out: Path, options: EngineOptions, *, progress: Progress) -> BenchResu
                 backends += open_backends(replace(options, backends=(name,)), model, shipped)
             except BackendMissingError as error:
                 missing.append(NotMeasured(backend=name, reason=str(error)))
-        result = stages.bench.run(bundle, model, compiled, backends, options, progress, anew=True)
+        result = stages.bench.run(
+            bundle,
+            model,
+            compiled,
+            backends,
+            options,
+            progress,
+            measure=stages.bench.measured_for(timing),
+            anew=True,
+        )
     result = replace(result, not_measured=(*missing, *result.not_measured))
     if not result.latency and result.not_measured:
         raise BackendMissingError(result.not_measured[0].reason)

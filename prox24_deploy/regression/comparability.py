@@ -1,6 +1,7 @@
 """Whether two reports are about the same thing on the same machine, and what differs."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 
 from pydantic import JsonValue
 
@@ -22,8 +23,22 @@ def find_differences(report: Report, baseline: Report) -> tuple[Difference, ...]
     """Every key of `KEYS` in which the reports differ."""
     new, old = dict(_facts(report)), dict(_facts(baseline))
     return tuple(
-        Difference(key=k, report=new[k], baseline=old[k]) for k in KEYS if new[k] != old[k]
+        Difference(key=k, report=_named(k, new[k], report), baseline=_named(k, old[k], baseline))
+        for k in KEYS
+        if new[k] != old[k]
     )
+
+
+def _named(key: str, value: str, report: Report) -> str:
+    """A fact as people tell it: of a hash what it is of, and enough of it to tell two apart."""
+    if key == "evaluation":
+        names = ", ".join(PurePath(path).name for path in report.accuracy.evaluation.paths)
+        return f"{names or report.accuracy.evaluation.kind} (sha256 {value[:12]})"
+    if key == "recipe":
+        asked = report.options.get("recipe")
+        name = PurePath(asked).name if isinstance(asked, str) else f"of {report.model.family}"
+        return f"{name} (sha256 {value[:12]})"
+    return value
 
 
 def require_alike(

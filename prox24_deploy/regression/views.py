@@ -10,8 +10,8 @@ from prox24_deploy.bundle.layout import MANIFEST_FILE
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.report.escape import code, markdown, xml_text
+from prox24_deploy.report.formats import number
 from prox24_deploy.report.junit import junit_xml
-from prox24_deploy.report.render import number
 from prox24_deploy.report.schema import Change, Comparison
 
 _SENTENCES = {

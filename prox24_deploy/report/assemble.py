@@ -154,11 +154,15 @@ def _judged_bench(bench: BenchResult, limit: float) -> BenchResult:
 
 
 def _warnings(results: BuildResults, judged: Sequence[Judged]) -> tuple[str, ...]:
+    """By weight: what leaves accuracy open, then speed, then what was left out and why."""
+    accuracy, speed, rest = find_warnings(results)
     return (
         *sample_warnings(judged, results.evaluate.evaluation, results.accuracy.engines),
-        *find_warnings(results),
+        *accuracy,
         *engine_warnings(results.accuracy, results.evaluate.metrics),
         *task_warnings(results.tasks),
+        *speed,
+        *rest,
     )
 
 

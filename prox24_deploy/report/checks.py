@@ -36,23 +36,31 @@ COMPRESSED = "The compressed engine and the same weights multiplied dense"
 STEADY_CLOCK = 0.9
 
 
-def find_warnings(results: BuildResults) -> tuple[str, ...]:
-    """One sentence for each thing that a reader must know before trusting the figures."""
+def find_warnings(results: BuildResults) -> tuple[tuple[str, ...], ...]:
+    """One sentence for each thing that a reader must know before trusting the figures.
+
+    In three parts: of accuracy, of speed, and of what was left as it was.
+    """
     prune, bench = results.prune, results.bench
-    return (
-        *prune.notes,
+    accuracy = (
         *_text_warnings(prune, results.evaluate),
         *_token_warnings(prune),
-        *_skipped_warnings(prune.layers),
         *_doubt_warnings(prune.layers),
         *_recovery_warnings(results.recover),
-        *_unquantized_warnings(results.quantize),
-        *_dtype_warnings(results.export),
+    )
+    speed = (
         *_backend_warnings(results.compile, bench.latency),
         *_compilation_warnings(results.compile.engines),
         *_unmeasured_warnings(bench),
         *_clock_warnings(bench.latency),
+        *_dtype_warnings(results.export),
     )
+    left = (
+        *prune.notes,
+        *_skipped_warnings(prune.layers),
+        *_unquantized_warnings(results.quantize),
+    )
+    return accuracy, speed, left
 
 
 def find_checks(results: BuildResults) -> tuple[Check, ...]:

@@ -20,7 +20,7 @@ PLOT_RIGHT = WIDTH - 12
 # Of a digit on an axis, in the fonts that browsers have; other characters are narrower in the mean.
 WIDEST = 7
 
-MOST_LOG_TICKS = 6
+FEWEST_TICKS, MOST_LOG_TICKS = 3, 6
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 Scale = Callable[[float], float]
@@ -201,9 +201,14 @@ def trend_plot(name: str, points: Sequence[tuple[str, float]], index: int) -> st
 
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) within [low, high], about `about` of them."""
+    """Round numbers within [low, high], about `about` of them and never fewer than three.
+
+    They are multiples of 1, 2 or 5 times a power of ten.
+    """
     step = _nice_step((high - low) / about)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    if last - first + 1 < FEWEST_TICKS:
+        return nice_ticks(low, high, 2 * about)
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
@@ -219,10 +224,10 @@ def _error_plot(
     axis: tuple[float, float, Sequence[float]],
     span: tuple[int, int],
 ) -> str:
-    top, bottom = 30, 150
+    top, bottom = 44, 164
     across = _linear(span[0], span[1], PLOT_LEFT + 8, PLOT_RIGHT - 8)
     up = _logarithmic(axis[0], axis[1], bottom, top)
-    body = [_text(0, 13, kind, "heading")]
+    body = [_text(0, 13, kind, "heading"), _text(0, 28, "relative squared error", "axis")]
     for tick in axis[2]:
         body.append(_line(PLOT_LEFT, up(tick), PLOT_RIGHT, up(tick), "grid"))
         body.append(_text(PLOT_LEFT - 6, up(tick) + 4, f"{tick:g}", "axis", "end"))
@@ -233,7 +238,7 @@ def _error_plot(
     body.append(_text(PLOT_LEFT - 6, bottom + 17, "block", "axis", "end"))
     body += [_error_mark(layer, across(block), up, bottom) for block, layer in members]
     described = "; ".join(_error_words(layer) for _, layer in members)
-    return _svg(name, 172, f"Error per block of {kind}", described, body)
+    return _svg(name, 186, f"Error per block of {kind}", described, body)
 
 
 def _error_mark(layer: LayerRecord, x: float, up: Scale, bottom: float) -> str:
@@ -260,8 +265,8 @@ def _error_words(layer: LayerRecord) -> str:
 def _log_axis(layers: Sequence[LayerRecord]) -> tuple[float, float, list[float]]:
     """Ends and ticks of an axis of errors; an error of zero lies on the floor of the plot.
 
-    The ends are 1, 2 or 5 times powers of ten, and so are the ticks unless they crowd: then only
-    the powers are.
+    The ends are 1, 2 or 5 times powers of ten, at least three of them apart. So are the ticks,
+    unless they crowd: then they are 1 and 5 times the powers, or the powers alone.
     """
     pairs = [(layer.relative_error, layer.held_out_error) for layer in layers]
     errors = [error for pair in pairs for error in pair if error] or [0.01, 1.0]
@@ -269,10 +274,17 @@ def _log_axis(layers: Sequence[LayerRecord]) -> tuple[float, float, list[float]]
     steps = [float(f"{factor}e{power}") for power in powers for factor in (1, 2, 5)]
     low = max(step for step in steps if step <= min(errors))
     high = min(step for step in steps if step >= max(errors) and step > low)
-    ticks = [step for step in steps if low <= step <= high]
-    if len(ticks) > MOST_LOG_TICKS:
-        ticks = [tick for tick in ticks if tick in steps[::3]]
-    return low, high, ticks
+    first, last = steps.index(low), steps.index(high)
+    while last - first + 1 < FEWEST_TICKS:
+        # One above and one below in turns, as far as there are any.
+        first, last = max(first - 1, 0), min(last + (first == 0), len(steps) - 1)
+    within = steps[first : last + 1]
+    every = [step for step in within if step not in steps[1::3]]
+    powers_alone = [step for step in within if step in steps[::3]]
+    ticks = next(
+        (t for t in (within, every, powers_alone) if len(t) <= MOST_LOG_TICKS), powers_alone
+    )
+    return within[0], within[-1], ticks
 
 
 def _loss_range(found: Sensitivity) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 import importlib.resources
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from junitparser import Failure, Skipped, TestCase
 
-from prox24_deploy.core.intervals import NO_ERROR
-from prox24_deploy.core.records import Estimate, Interval, LatencyRow, LayerRecord
+from prox24_deploy.core.records import DirectMetric, LatencyRow, LayerRecord
 from prox24_deploy.core.types import Judgement
+from prox24_deploy.report import grids
 from prox24_deploy.report.checks import row_name
 from prox24_deploy.report.escape import (
     class_name,
@@ -23,6 +22,21 @@ from prox24_deploy.report.escape import (
     shown,
     xml_text,
 )
+from prox24_deploy.report.formats import (
+    amount,
+    count,
+    estimate,
+    known,
+    number,
+    pace,
+    percent,
+    place,
+    ratio,
+    seconds,
+    shape,
+    size,
+)
+from prox24_deploy.report.header import figures_of, tiles_of
 from prox24_deploy.report.junit import junit_xml
 from prox24_deploy.report.plots import (
     bar_plot,
@@ -115,77 +129,9 @@ def worst_layers(report: Report, number: int = WORST_LAYERS) -> list[LayerRecord
     return sorted(pruned, key=error, reverse=True)[:number]
 
 
-def number(value: float | None) -> str:
-    """Four significant digits; a dash for what is not known."""
-    return "–" if value is None else f"{value:.4g}".replace("-", "−")
-
-
-def estimate(value: Estimate | None) -> str:
-    """Value and standard error, rounded to two digits of the error; one that small is left out."""
-    if value is None:
-        return "–"
-    error = value.standard_error
-    if error < NO_ERROR:
-        return number(value.value)
-    digits = max(1 - math.floor(math.log10(error)), 0)
-    return f"{value.value:.{digits}f} ± {error:.{digits}f}".replace("-", "−")
-
-
-def ratio(value: Interval) -> str:
-    """Speed-up with its interval."""
-    return f"{value.value:.3f}× ({value.low:.3f} to {value.high:.3f})"
-
-
-def size(value: float) -> str:
-    """Bytes in decimal units."""
-    for unit in ("bytes", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} GB" if value < 1000 else f"{value:,.0f} GB"
-
-
-def amount(value: float | None, unit: str) -> str:
-    """A figure of a comparison: bytes as a size, anything else as a number."""
-    return number(value) if value is None or unit != "bytes" else size(value)
-
-
-def count(value: float) -> str:
-    """A number with its thousands apart."""
-    return f"{value:,}"
-
-
-def pace(value: float | None) -> str:
-    """Tokens by the second; a dash for a graph that reads none."""
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def seconds(value: float) -> str:
-    """A duration in the unit that suits it."""
-    if value < 120:
-        return f"{value:.3g} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest} s"
-
-
-def percent(value: float | None) -> str:
-    """A share as a percentage."""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def shape(value: tuple[int, ...]) -> str:
-    """Extents with times signs."""
-    return " × ".join(str(extent) for extent in value)
-
-
-def known(value: object) -> str:
-    """Yes, no or, for None, unknown."""
-    return "unknown" if value is None else "yes" if value else "no"
-
-
 _FILTERS: tuple[Callable[..., str], ...] = (
-    number, estimate, ratio, size, amount, count, pace, seconds, percent, shape, known, markdown,
-    code, plain_name, class_name,
+    number, estimate, ratio, size, amount, count, pace, seconds, percent, shape, known, place,
+    markdown, code, plain_name, class_name,
 )  # fmt: skip
 
 
@@ -225,6 +171,9 @@ def _view(report: Report) -> dict[str, Any]:
         "step_rows": step_rows(report),
         "trends": trends(report.baseline) if report.baseline else [],
         "row_name": row_name,
+        "grids": grids,
+        "tiles": tiles_of(report),
+        "figures": figures_of(report),
         "environment": _flat(report.environment),
         "options": _flat(report.options),
     }
@@ -254,9 +203,9 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat.update(_flat(value, f"{prefix}{key} "))
         elif isinstance(value, list):
-            flat[prefix + key] = ", ".join(str(item) for item in value)
+            flat[prefix + key] = ", ".join(place(str(item)) for item in value)
         else:
-            flat[prefix + key] = "–" if value is None else str(value)
+            flat[prefix + key] = "–" if value is None else place(str(value))
     return flat
 
 
@@ -287,7 +236,7 @@ def trends(comparison: Comparison) -> list[Trend]:
     """Every figure with a past, which ends in what it is now."""
     found = []
     for change in comparison.changes:
-        unit, scale = ("MB", 1e-6) if change.unit == "bytes" else (change.unit, 1.0)
+        unit, scale = ("MiB", 2.0**-20) if change.unit == "bytes" else (change.unit, 1.0)
         trend = Trend(
             name=change.name,
             title=f"{change.name}, {unit}" if unit else change.name,
@@ -345,15 +294,30 @@ def _error_entries(report: Report) -> list[dict[str, Any]]:
 
 
 def _accuracy_entries(report: Report) -> list[dict[str, Any]]:
-    """The headline where less of it is better, through PyTorch and through each engine."""
+    """The headline where less of it is better, and what is missing to agreement with the dense.
+
+    Through PyTorch and through each engine.
+    """
     accuracy = report.accuracy
     named = [("", accuracy.metrics), *((f", {e.backend}", e.metrics) for e in accuracy.engines)]
-    return [
+    headlines = [
         _entry(f"sparse {m.name}{engine}", "", m.sparse.value, f"± {m.sparse.standard_error:.3g}")
         for engine, metrics in named
         for m in metrics[:1]
         if m.sparse and not m.higher_is_better
     ]
+    agreements = [
+        _entry(
+            f"1 - {m.name}{engine}",
+            "",
+            1 - m.agreement.value,
+            f"± {m.agreement.standard_error:.3g}",
+        )
+        for engine, metrics in named
+        for m in metrics
+        if isinstance(m, DirectMetric) and m.agreement and m.higher_is_better
+    ]
+    return headlines + agreements
 
 
 def _entry(name: str, unit: str, value: float, spread: str) -> dict[str, Any]:

@@ -260,12 +260,17 @@ class Report(_Record):
     `verdict` follows from `parts`: "fail" if one failed, else "inconclusive" if one is or accuracy
     was not gated, else "pass". `sentence` says what changed and whether that may ship, and is the
     first line of every view. `accepted_losses` are the limits that the user widened by name.
+    `date` is when the last stage ended, ISO 8601 in UTC; `contents_sha256` is over the names and
+    hashes of all files of the bundle that the stages left (`bundle.manifest.contents_sha256`), so
+    that a page and a bundle can be told to belong together.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
     verdict: Verdict
     sentence: str
     parts: Parts
+    date: str = ""
+    contents_sha256: str = ""
     accepted_losses: tuple[str, ...] = ()
     warnings: tuple[str, ...]
     model: ModelInfo

@@ -8,16 +8,18 @@ from command_line import run_cli
 
 from prox24_deploy.cli.progress import Lines, in_words
 
+# ISO 8601 to the second, with the offset from UTC.
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d"
+
 
 def lines_of(steps: list[tuple[float, str, int, int]]) -> list[str]:
-    """What is written when the clock stands so at each step; without the time of day."""
+    """What is written when the clock stands so at each step."""
     written: list[str] = []
     times: Iterator[float] = iter([at for at, *_ in steps])
     lines = Lines(written.append, lambda: next(times))
     for _, label, done, total in steps:
         lines.update(label, done, total)
-    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d ", line) for line in written)
-    return [line.partition(" ")[2] for line in written]
+    return written
 
 
 def test_every_block_has_a_line_with_an_estimate() -> None:
@@ -61,8 +63,55 @@ def test_a_log_has_lines_and_a_quiet_run_has_none(
             "--method", "magnitude", "-o")  # fmt: skip
     run = run_cli(*line, tmp_path / "told")
     assert run.code == 0, run.err
-    assert re.search(r"^\S+ prune 1/2, \d+ s, about \d+ s left$", run.err, re.MULTILINE)
+    assert re.search(rf"^{TIME} prune 1/2, \d+ s, about \d+ s left$", run.err, re.MULTILINE)
+    assert "q_proj" not in run.err
     for flag in ("-q", "--quiet"):
         quiet = run_cli(*line, tmp_path / f"quiet{flag}", flag)
         assert (quiet.code, quiet.err) == (0, "")
         assert quiet.out
+
+
+def test_verbose_adds_layers_and_a_log_file_has_all_of_it(
+    tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    line = ("prune", tiny_bert, "--calibration", prose, "--calibration-tokens", "2048",
+            "--method", "magnitude", "-o", tmp_path / "out")  # fmt: skip
+    layer = rf"^{TIME} encoder\.layer\.0\.attention\.self\.query: error [\d.]+, [\d.]+ s$"
+    log = tmp_path / "run.log"
+    quiet = run_cli("-q", *line, "--log-file", log)
+    assert (quiet.code, quiet.err) == (0, "")
+    written = log.read_text()
+    assert re.search(layer, written, re.MULTILINE)
+    assert re.search(rf"^{TIME} prune 2/2, \d+ s$", written, re.MULTILINE)
+    again = run_cli(*line, f"--log-file={log}", "-v", "--fresh")
+    assert again.code == 0
+    assert re.search(layer, again.err, re.MULTILINE)
+    # What was there stays.
+    assert log.read_text().startswith(written)
+    unchanged = run_cli(*line)
+    assert re.fullmatch(rf"{TIME} stage prune: unchanged, not run again\n", unchanged.err)
+
+
+def test_an_error_is_the_last_line_of_a_log_file(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    run = run_cli("build", tmp_path / "none", "--log-file", log)
+    assert run.code == 2
+    assert run.err.count("none") == 1
+    assert re.fullmatch(rf"{TIME} ERROR (.*)\n", log.read_text())
+    assert log.read_text().partition(" ERROR ")[2] == run.err.removeprefix("Error: ")
+
+
+def test_a_log_file_that_cannot_be_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    run = run_cli("doctor", "--log-file", tmp_path / "none" / "run.log")
+    assert run.code == 2
+    assert run.err.endswith("pass a file in a folder that is there and may be written.\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    kept = out / "kept.txt"
+    kept.write_text("mine")
+    for path in (out / "run.log", kept):
+        run = run_cli("build", tiny_bert, "-o", out, "--log-file", path)
+        assert run.code == 2
+        assert f"Log file {path} lies in the bundle" in run.err
+    assert [p.name for p in out.iterdir()] == ["kept.txt"]
+    assert kept.read_text() == "mine"

@@ -21,7 +21,7 @@ from tiny_models import write_tiny_bert
 from triton_definition import data_type_name, parse_config
 
 from prox24_deploy.bundle.manifest import hash_file, read_manifest, write_manifest
-from prox24_deploy.report.render import estimate
+from prox24_deploy.report.formats import estimate
 from prox24_deploy.report.schema import load_report
 
 FAST = ("--preset", "fast", "--calibration-tokens", "4096", "--evaluation-tokens", "2048")

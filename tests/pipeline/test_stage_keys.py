@@ -315,7 +315,7 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
         "bench": {
             "engines", "compiled", "onnx", "pruned", "quantized", "backends", "batches",
             "sequences", "pasts", "images", "cached", "vocabulary", "max_slowdown", "machine",
-            "versions",
+            "versions", "measure",
         },
         "evaluate": {
             "source", "pruned", "before", "quantized", "held_out", "recipe", "device", "versions",

@@ -200,12 +200,15 @@ def test_files_that_are_exchanged_during_a_stage_and_put_back_are_noticed(
         dense.write_bytes(kept)
 
     options = EngineOptions(batches=(2,), sequences=(4,))
-    stage = {"compile": pipeline.compile_engines, "bench": pipeline.bench}[command]
     if command == "compile":
         with open_bundle(bundle) as opened:
             opened.forget("compile")
+    stages: dict[str, Callable[..., object]] = {
+        "compile": pipeline.compile_engines,
+        "bench": pipeline.bench,
+    }
     with pytest.raises(BundleError, match="is not what the stage 'export' left there"):
-        stage(bundle, options, progress=progress)
+        stages[command](bundle, options, progress=progress)
     assert command not in read_manifest(bundle).stages
 
 

@@ -307,6 +307,31 @@ def test_unlike_reports_are_refused_by_the_name_of_what_differs(report: Report, 
     assert [difference.key for difference in found.allowed] == [key]
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        (
+            "evaluation",
+            "'other.txt (sha256 012345678901)' and was 'evaluation.txt (sha256 cccccccccccc)'",
+        ),
+        ("recipe", "'mine.toml (sha256 012345678901)' and was 'of bert (sha256 "),
+    ],
+)
+def test_a_refusal_names_files_and_no_whole_hash(report: Report, key: str, said: str) -> None:
+    digest = "0123456789" * 6 + "0123"
+    text = replace(report.accuracy.evaluation, sha256=digest, paths=("/somewhere/other.txt",))
+    changes: dict[str, dict[str, object]] = {
+        "evaluation": {"accuracy": report.accuracy.model_copy(update={"evaluation": text})},
+        "recipe": {
+            "options": {**report.options, "recipe": "/a/mine.toml", "recipe_sha256": digest}
+        },
+    }
+    with pytest.raises(BundleError) as refused:
+        compared(report.model_copy(update=changes[key]), report)
+    assert said in str(refused.value)
+    assert not re.search(r"[0-9a-f]{16}", str(refused.value))
+
+
 def test_another_machine_that_was_allowed_gates_no_milliseconds(report: Report) -> None:
     new = DIFFERENT["gpu"](row(report, drift=0.5))
     found = compare_reports(new, Baseline(source="before", report=row(report)), allow=["gpu"])

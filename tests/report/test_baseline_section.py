@@ -44,7 +44,7 @@ def test_every_change_has_a_row_and_the_reason_is_text(report: Report) -> None:
     text = section(report)
     assert report.baseline is not None
     for change in report.baseline.changes:
-        assert f'<td class="name">{escape(change.name)}</td>' in text
+        assert f'<td class="name" data-title="Figure">{escape(change.name)}</td>' in text
     assert str(escape(f"3 {HOSTILE}")) in text
     assert HOSTILE not in text
     assert "free of drift and decides" in text
@@ -55,7 +55,7 @@ def test_every_trend_is_a_drawing_with_words_and_a_row_of_the_table(report: Repo
     assert report.baseline is not None
     found = trends(report.baseline)
     titles = [trend.title for trend in found]
-    assert "size/onnx sparse, MB" in titles
+    assert "size/onnx sparse, MiB" in titles
     assert "latency/onnxruntime/batch=1,sequence=128, ms" in titles
     drawings = re.findall(r'<svg role="img" aria-labelledby="(trend-\d+)-title \1-desc"', text)
     assert len(drawings) == len(found) == len(set(drawings))
@@ -74,7 +74,8 @@ def test_bytes_are_told_so_that_they_can_be_read(report: Report) -> None:
     assert report.baseline is not None
     (size,) = (c for c in report.baseline.changes if c.name == "size/onnx sparse")
     assert size.message == "45,546,009 bytes, was 45,546,009 bytes: unchanged"
-    assert '<td class="n">45.5 MB</td><td class="n">45.5 MB</td>' in section(report)
+    assert '<td class="n" data-title="Baseline">43.4 MiB</td>' in section(report)
+    assert '<td class="n" data-title="This build">43.4 MiB</td>' in section(report)
 
 
 def test_a_page_without_a_baseline_has_no_such_section() -> None:

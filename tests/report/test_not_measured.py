@@ -1,6 +1,7 @@
 """Engines that were compiled for other machines: told by name, and failing nothing."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from builders import make_records, with_latency, with_not_measured
 from junitparser import JUnitXml
 
 from prox24_deploy.report.assemble import load_report, write_report
+from prox24_deploy.report.grids import evidence_groups
 
 REASON = "engines for SM86 cannot run here; take it elsewhere."
 ALONE = "No backend measured latency, so nothing here says"
@@ -34,8 +36,10 @@ def test_without_any_measurement_the_report_says_that_no_gate_was_applied() -> N
     report = with_not_measured(make_records(), alone=True).report()
     assert report.verdict == "pass"
     assert report.latency == ()
-    assert report.warnings[-1].startswith(ALONE)
-    assert report.warnings[-1].endswith("no gate on latency was applied.")
+    (alone,) = (text for text in report.warnings if text.startswith(ALONE))
+    assert alone.endswith("no gate on latency was applied.")
+    # What was left as it was weighs least.
+    assert "left dense" in report.warnings[-1]
 
 
 def test_a_regression_of_another_backend_still_fails() -> None:
@@ -58,14 +62,26 @@ def test_every_view_tells_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_the_first_table_is_the_evidence_of_every_layer(*, alone: bool, tmp_path: Path) -> None:
+def test_layers_with_the_same_reason_are_one_line_of_the_evidence(
+    *, alone: bool, tmp_path: Path
+) -> None:
     report = with_not_measured(make_records(), alone=alone).report()
     write_report(report, tmp_path)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     first = report.sparsity.engines[0]
-    table = html[html.index("<table>") : html.index("</table>")]
-    rows = re.findall(r"<tr><td class=\"name\">(.*?)</td><td>(\w+)</td><td>(\w+)</td>", table)
+    section = html[html.index("<h2>Sparse kernels</h2>") :]
+    table = section[section.index("<table") : section.index("</table>")]
+    (row,) = re.findall(r"<tr><td class=\"name\".*", table)
+    assert f"<summary>{len(first.layers)} layers</summary>" in row
+    assert ", ".join(layer.module for layer in first.layers) in row
     word = "unknown" if alone else "no"
-    assert rows == [(layer.module, word, word) for layer in first.layers]
-    # It is not hidden in what has to be opened first.
-    assert "<details>" not in html[: html.index("<table>")]
+    assert re.findall(r'data-title="(?:Eligible|Chosen)">(\w+)<', row) == [word, word]
+    assert html.index("<h2>Accuracy</h2>") < html.index("<h2>Sparse kernels</h2>")
+
+
+def test_layers_with_reasons_of_their_own_have_lines_of_their_own() -> None:
+    (first, *_) = make_records().report().sparsity.engines
+    odd = replace(first.layers[1], reason="too narrow")
+    found = evidence_groups(replace(first, layers=(first.layers[0], odd, *first.layers[2:])))
+    assert [len(group.names) for group in found] == [len(first.layers) - 1, 1]
+    assert found[1].names == (odd.module,)

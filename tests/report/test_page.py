@@ -37,7 +37,7 @@ PLANTED = (
     ),
     (">dense</text>", f">{'dense ' * 9}</text>"),
     (">milliseconds</text>", f">{'milliseconds ' * 9}</text>"),
-    ('tabindex="0" role="region" aria-label="Latency"', ""),
+    ("</main>", '<div class="scroll"><p style="width: 900px">wide</p></div></main>'),
 )
 FOUND = (
     r"axe, critical, image-alt:",
@@ -76,6 +76,35 @@ def written(html: str, folder: Path) -> Path:
     path = folder / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
+
+
+def test_a_row_of_a_table_is_a_list_on_a_telephone(browser: Browser, page: Path) -> None:
+    with opened(browser, page, View(width=NARROW)) as (shown, _):
+        table = shown.get_by_role("region", name="Latency", exact=True)
+        cell = table.locator("td[data-title='Speed-up']").first
+        assert cell.evaluate("part => getComputedStyle(part, '::before').content") == '"Speed-up"'
+        inside = table.evaluate("part => part.scrollWidth <= part.clientWidth")
+        # The verdict of the row is seen without scrolling sideways.
+        verdict = table.locator("td[data-title='Verdict']").first.bounding_box()
+        assert inside
+        assert verdict is not None
+        assert verdict["x"] >= 0
+        assert verdict["x"] + verdict["width"] <= NARROW
+
+
+def test_the_verdict_in_four_parts_is_on_the_first_screen(browser: Browser, page: Path) -> None:
+    for width in (WIDE, NARROW):
+        with opened(browser, page, View(width=width)) as (shown, _):
+            sentence = shown.locator(".verdict").bounding_box()
+            assert sentence is not None
+            assert sentence["y"] + sentence["height"] < 350
+            tiles = shown.locator(".parts > div").all()
+            assert len(tiles) == 4
+            tops = [
+                tile.evaluate("part => getComputedStyle(part).borderTopColor") for tile in tiles
+            ]
+            by_name = dict(zip(("sparsity", "export", "accuracy", "speed"), tops, strict=True))
+            assert by_name["accuracy"] != by_name["sparsity"] == by_name["export"]
 
 
 def rich_report() -> Report:

@@ -41,7 +41,7 @@ def test_error_plots_hold_every_layer_once_within_the_frame(blocks: int) -> None
         assert marks.count(f"<title>{layer.name}: ") == 1
     for x, y in re.findall(r'<circle cx="([\d.-]+)" cy="([\d.-]+)"', marks):
         assert 46 <= float(x) <= 308
-        assert 30 <= float(y) <= 150
+        assert 44 <= float(y) <= 164
 
 
 def test_error_plots_survive_extreme_errors() -> None:
@@ -95,3 +95,17 @@ def test_the_curve_of_a_budget_stays_in_its_frame_and_marks_what_was_chosen() ->
         across = [float(x) for x, _ in spots]
         assert across == sorted(across)
         assert across[-1] == 308
+
+
+@pytest.mark.parametrize("errors", [(0.03, 0.031), (0.02, 1.4), (1e-7, 0.4), (0.2, 0.2)])
+def test_an_axis_of_errors_has_a_title_and_three_ticks_or_more(errors: tuple[float, float]) -> None:
+    first = make_layers(1)[0]
+    (plot,) = error_plots([replace(first, relative_error=errors[0], held_out_error=errors[1])])
+    assert ">relative squared error</text>" in plot
+    ticks = re.findall(r'class="axis" text-anchor="end">([\d.e-]+)</text>', plot)
+    assert 3 <= len(ticks) <= 12
+
+
+def test_an_axis_never_has_fewer_than_three_ticks() -> None:
+    for low, high in ((61.0, 82.0), (8.4, 9.6), (0.0, 1.0), (0.99, 1.01)):
+        assert 3 <= len(nice_ticks(low, high)) <= 9

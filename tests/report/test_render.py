@@ -16,9 +16,10 @@ from builders import (
 )
 from junitparser import JUnitXml
 
-from prox24_deploy.core.records import Estimate, PairedMetric
+from prox24_deploy.core.records import DirectMetric, Estimate, PairedMetric
+from prox24_deploy.report import grids
 from prox24_deploy.report.assemble import Report, load_report, write_report
-from prox24_deploy.report.render import estimate, seconds, size
+from prox24_deploy.report.formats import departure, estimate, seconds, size
 
 HOSTILE = 'encoder.layer.0.<script>alert("1")</script>|`&\x00'
 VOID = {"meta", "br", "img", "link", "hr", "input"}
@@ -86,7 +87,8 @@ def test_page_shows_verdict_then_figures_then_warnings(report: Report, tmp_path:
     text = " ".join(Page(written(report, tmp_path, "report.html")).text)
     order = [
         "Passed: embedding cosine 0.9712, 512 samples; speed not gated", "Every pruned weight is",
-        "0.8117 ± 0.0094", "dense 0.8203 ± 0.0091", "1.00×", "Warnings",
+        "−0.86 points, 0.8203 → 0.8117", "dense 0.8203 ± 0.0091", "sparse 0.8117 ± 0.0094", "1.00×",
+        "Warnings",
     ]  # fmt: skip
     places = [text.index(part) for part in order]
     assert places == sorted(places)
@@ -135,7 +137,7 @@ def test_html_says_which_weights_are_eligible_and_why_the_others_are_not(
     assert "TensorRT may take a sparse kernel for 34 of them" in html
     (line,) = [line for line in html.splitlines() if reason in line]
     assert f"{first.tensor}[:, 0:4]</td>" in line
-    assert f"<td>no</td><td>{reason}</td></tr>" in line
+    assert f'"Eligible">no</td><td data-title="Why not eligible">{reason}</td></tr>' in line
 
 
 def test_junit_has_a_case_for_each_check(records: Records, tmp_path: Path) -> None:
@@ -230,6 +232,74 @@ def test_figures_are_written_with_the_digits_they_deserve() -> None:
     assert estimate(Estimate(value=0.5, standard_error=2e-6)) == "0.5000000 ± 0.0000020"
     assert estimate(None) == "–"
     assert [size(value) for value in (12, 45_612_345, 3e9, 5e12)] == [
-        "12 bytes", "45.6 MB", "3 GB", "5,000 GB",
+        "12 bytes", "43.5 MiB", "2.79 GiB", "4,657 GiB",
     ]  # fmt: skip
     assert [seconds(value) for value in (0.6, 93.24, 200.4)] == ["0.6 s", "93.2 s", "3 min 20 s"]
+
+
+def test_no_view_that_is_read_tells_a_path_of_this_machine(
+    records: Records, tmp_path: Path
+) -> None:
+    text = replace(records.prune.calibration, paths=("/home/somebody/secret/calibration.txt",))
+    changed = replace(
+        records,
+        model=replace(records.model, path="/home/somebody/models/all-MiniLM-L6-v2"),
+        prune=replace(records.prune, calibration=text, held_out=text),
+        evaluate=replace(records.evaluate, evaluation=text),
+    )
+    made = changed.report()
+    options = {**made.options, "recipe": "/home/somebody/bert.toml", "allow": ["/home/somebody/x"]}
+    write_report(made.model_copy(update={"options": options}), tmp_path)
+    for name in ("report.html", "summary.md"):
+        page = (tmp_path / name).read_text(encoding="utf-8")
+        assert "somebody" not in page
+        assert "all-MiniLM-L6-v2" in page
+    assert "bert.toml" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_view_says_when_by_what_and_of_which_files(records: Records, tmp_path: Path) -> None:
+    made = records.report().model_copy(
+        update={
+            "date": "2026-11-28T14:02:11+00:00",
+            "contents_sha256": "0123456789abcdef" * 4,
+            "environment": {"prox24-deploy": "9.8.7"},
+        }
+    )
+    write_report(made, tmp_path)
+    for name in ("report.html", "summary.md"):
+        text = " ".join((tmp_path / name).read_text(encoding="utf-8").split())
+        assert "2026-11-28 14:02 UTC, prox24-deploy 9.8.7; baseline none" in text
+        assert "0123456789abcdef" in text
+
+
+def test_agreement_of_embeddings_and_of_neighbours_is_in_every_view(
+    records: Records, tmp_path: Path
+) -> None:
+    write_report(records.report(), tmp_path)
+    names = [m.name for m in records.evaluate.metrics if isinstance(m, DirectMetric)]
+    assert len(names) == 2
+    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    entries = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    told = {entry["name"]: entry["value"] for entry in entries}
+    for metric in records.evaluate.metrics:
+        if isinstance(metric, DirectMetric) and metric.agreement:
+            assert f"| {metric.name} (sparse against dense) |" in summary
+            assert told[f"1 - {metric.name}"] == 1 - metric.agreement.value
+
+
+def test_columns_that_say_nothing_are_left_out(records: Records) -> None:
+    shown = grids.latency(records.report().latency)
+    titles = [title for title, _ in shown.titles]
+    assert "Past" not in titles
+    assert "Sequence" in titles
+    assert [len(row) for row in shown.rows] == [len(titles)] * 2
+    assert grids.grid((grids.Column(title="A", read=str),), [""]).titles == (("A", ""),)
+
+
+def test_departures_within_their_tolerance_have_no_more_digits_than_they_deserve() -> None:
+    tiny = Estimate(value=-3.2e-8, standard_error=1e-9)
+    assert departure(tiny, within=True) == "< 0.001"
+    assert departure(tiny, within=False) == estimate(tiny)
+    assert departure(Estimate(value=0.0, standard_error=0.0), within=True) == "0"
+    large = Estimate(value=0.02, standard_error=0.001)
+    assert departure(large, within=True) == estimate(large)

@@ -58,7 +58,8 @@ def written(report: Report, out: Path, name: str) -> str:
 
 def test_top_level_keys_are_the_published_ones(report: Report) -> None:
     assert list(report.model_dump()) == [
-        "schema_version", "verdict", "sentence", "parts", "accepted_losses", "warnings", "model",
+        "schema_version", "verdict", "sentence", "parts", "date", "contents_sha256",
+        "accepted_losses", "warnings", "model",
         "options", "environment", "pruning", "recovery", "quantization", "accuracy",
         "sparsity", "latency", "not_measured", "sizes", "timings", "checks", "regressions",
         "baseline",
@@ -303,9 +304,9 @@ def test_warning_is_given_when_it_applies_and_only_then(
 
 def test_default_warnings_name_the_skipped_layer_and_the_ungated_backend(report: Report) -> None:
     assert report.warnings == (
-        "1 layer left dense (listed under ignore in the recipe): encoder.layer.5.output.dense.",
         "Backend onnxruntime has no sparse kernels: dense and sparse are expected to take the same "
         "time, and its latency does not gate the release.",
+        "1 layer left dense (listed under ignore in the recipe): encoder.layer.5.output.dense.",
     )
 
 
@@ -314,7 +315,7 @@ def test_unknown_sparse_kernels_are_reported_as_unknown(records: Records) -> Non
     unknown = replace(evidence, eligible=None, chosen=None, summary="the builder does not say")
     changed = replace(records, compile=replace(records.compile, evidence=(unknown,)))
     warnings = with_latency(changed, "pass", gated=True).report().warnings
-    assert warnings[-1] == (
+    assert warnings[0] == (
         "Backend onnxruntime: it is unknown whether it runs sparse kernels "
         "(the builder does not say)."
     )

@@ -46,6 +46,14 @@ class CheckReport:
         """The weights that are expected to be 2:4 and cannot be shown to be, or not to be."""
         return tuple(check for check in self.tensors if check.expected and check.unproven)
 
+    @property
+    def conclusion(self) -> str:
+        """What that says, in one sentence, where `require_24` does nothing."""
+        rest = len(self.tensors) - len(self.proven)
+        who = "it declares to be" if self.declared else "must be"
+        also = f"; {rest} others need not be" if rest else ""
+        return f"Proven: all {len(self.proven)} weights that {who} 2:4 are{also}."
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:

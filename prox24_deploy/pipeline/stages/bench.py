@@ -10,7 +10,7 @@ from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.environment import machine, versions
 from prox24_deploy.bundle.layout import ENGINES, ONNX
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
-from prox24_deploy.config.options import EngineOptions
+from prox24_deploy.config.options import BenchOptions, EngineOptions
 from prox24_deploy.config.recipe import dynamic_names
 from prox24_deploy.core.errors import BackendMissingError
 from prox24_deploy.core.fingerprint import unkeyed
@@ -25,7 +25,13 @@ from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import Progress
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.feeds import random_feeds
-from prox24_deploy.latency.measure import conditions, latency_verdict, measure_latency
+from prox24_deploy.latency.measure import (
+    DEFAULT_OPTIONS,
+    MeasureOptions,
+    conditions,
+    latency_verdict,
+    measure_latency,
+)
 from prox24_deploy.pipeline.context import ModelContext, fitted_shapes, vocabulary_of
 from prox24_deploy.pipeline.stages.quantize import quantized_of
 from prox24_deploy.pipeline.stages.recover import shipped_of
@@ -50,11 +56,19 @@ class BenchInputs:
     max_slowdown: float = field(metadata=unkeyed("rows are judged again whenever they are read"))
     machine: Mapping[str, str]
     versions: Mapping[str, str]
+    measure: MeasureOptions = DEFAULT_OPTIONS
 
     def shapes(self, *, images: bool, cached: bool) -> list[Shape]:
         """Every shape to measure; sequence 0 for a graph that has no such axis."""
         options = EngineOptions(batches=self.batches, sequences=self.sequences, pasts=self.pasts)
         return options.shapes(images=images, cached=cached)
+
+
+def measured_for(asked: BenchOptions) -> MeasureOptions:
+    """How to measure what a user asked for."""
+    if asked.rounds is not None:
+        return MeasureOptions(min_rounds=asked.rounds, max_rounds=asked.rounds, warmup=asked.warmup)
+    return MeasureOptions(warmup=asked.warmup, seconds=asked.seconds or DEFAULT_OPTIONS.seconds)
 
 
 def run(
@@ -65,6 +79,7 @@ def run(
     options: EngineOptions,
     progress: Progress,
     *,
+    measure: MeasureOptions = DEFAULT_OPTIONS,
     anew: bool = False,
 ) -> BenchResult:
     """Time dense against sparse with every backend at every shape."""
@@ -85,6 +100,7 @@ def run(
         max_slowdown=model.recipe.limits.max_slowdown,
         machine=machine(),
         versions=versions(),
+        measure=measure,
     )
     found = bundle.run(STAGE, inputs, progress, anew=anew)
     rows = tuple(_judged(row, model.recipe.limits.max_slowdown) for row in found.latency)
@@ -143,6 +159,7 @@ def _time_graph(
         inputs.shapes(images="sequence" not in axes, cached="past" in axes),
         random_feeds(graph_inputs, pair["dense"].dtype, inputs.vocabulary),
         inputs.max_slowdown,
+        options=inputs.measure,
         after_shape=advance,
     )
 

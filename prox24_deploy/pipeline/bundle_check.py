@@ -1,0 +1,64 @@
+"""2:4 in a bundle: the pruned directory and the sparse twin proven, the dense twin looked at."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prox24_deploy.bundle.layout import ONNX, PRUNED
+from prox24_deploy.core.errors import BundleError
+from prox24_deploy.graph.check.check import check_path
+from prox24_deploy.graph.check.judgement import CheckReport, require_24
+
+_SPARSE, _DENSE = f"{ONNX}/sparse", f"{ONNX}/dense"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleCheck:
+    """What was found in each part of a bundle that holds weights, by its folder.
+
+    `parts` has what must be proven, `dense` what is no more than looked at, None where nothing was
+    exported.
+    """
+
+    path: str
+    parts: Mapping[str, CheckReport]
+    dense: CheckReport | None
+
+    @property
+    def conclusion(self) -> str:
+        """What that says, in one sentence, where every part is proven."""
+        counts = [f"{len(report.proven)} weights of {part}" for part, report in self.parts.items()]
+        said = f"Proven: {' and '.join(counts)} are 2:4, all that must be"
+        if self.dense is None:
+            return f"{said}; nothing was exported yet."
+        weights = [check for check in self.dense.tensors if check.expected]
+        same = sum(check.is_24 for check in weights)
+        return f"{said}; of the dense twin {same} of {len(weights)} are."
+
+
+def check_bundle(root: Path, ignore: Sequence[str], axes: Mapping[str, int]) -> BundleCheck:
+    """Check every weight in a bundle, by files that hold nothing but what they say.
+
+    Raises:
+        BundleError: it holds no pruned model.
+        UsageError: a file of it is damaged.
+    """
+    if not (root / PRUNED).is_dir():
+        raise BundleError(f"Bundle {root} holds no {PRUNED}/; run prune first.")
+    folders = [name for name in (PRUNED, _SPARSE) if (root / name).is_dir()]
+    dense = root / _DENSE
+    return BundleCheck(
+        path=str(root),
+        parts={name: check_path(root / name, ignore, axes) for name in folders},
+        dense=check_path(dense) if dense.is_dir() else None,
+    )
+
+
+def require_proven(found: BundleCheck) -> None:
+    """Do nothing if every part is proven 2:4.
+
+    Raises:
+        SparsityLostError, SparsityUnprovenError: names the first weight that is not.
+    """
+    for report in found.parts.values():
+        require_24(report)

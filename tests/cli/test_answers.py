@@ -1,0 +1,184 @@
+"""Commands end in an answer: what was proven, what a machine can do, how to get what is missing."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run_cli
+from safetensors.torch import load_file, save_file
+
+from prox24_deploy.bundle.environment import abilities, diagnose
+from prox24_deploy.config.options import BenchOptions
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.latency.measure import DEFAULT_OPTIONS
+from prox24_deploy.pipeline.stages.bench import measured_for
+
+
+@pytest.fixture(scope="module")
+def pruned(
+    tiny_bert: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, int]:
+    """A bundle with its pruned model and both twins, and how many weights are 2:4."""
+    out = tmp_path_factory.mktemp("answers") / "out"
+    line = ("--calibration", prose, "--calibration-tokens", "2048", "--method", "magnitude")
+    made = run_cli("prune", tiny_bert, *line, "-o", out)
+    assert made.code == 0, made.err
+    exported = run_cli("export", out)
+    assert exported.code == 0, exported.err
+    return out, int(exported.out.split()[0])
+
+
+def last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
+
+
+def test_a_bundle_is_proven_in_one_sentence(pruned: tuple[Path, int]) -> None:
+    out, weights = pruned
+    run = run_cli("check", out)
+    assert run.code == 0, run.err
+    both = f"{weights} weights of pruned and {weights} weights of onnx/sparse are 2:4"
+    assert last_line(run.out).startswith(
+        f"Proven: {both}, all that must be; of the dense twin 0 of "
+    )
+    found = json.loads(run_cli("check", out, "--json").out)
+    assert found["parts"].keys() == {"pruned", "onnx/sparse"}
+    assert found["dense"]["tensors"]
+
+
+def test_a_bundle_is_no_better_than_its_worst_part(
+    pruned: tuple[Path, int], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", pruned[0], copy], check=True)
+    (shard,) = (copy / "pruned").glob("*.safetensors")
+    tensors = load_file(shard)
+    name = next(name for name in tensors if name.endswith("query.weight"))
+    tensors[name] = torch.ones_like(tensors[name])
+    from safetensors import safe_open
+
+    with safe_open(shard, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, shard, metadata=metadata)
+    run = run_cli("check", copy)
+    assert run.code == 4
+    assert "Proven" not in run.out
+    assert "pruned" in last_line(run.err)
+    assert "is not 2:4" in last_line(run.err)
+
+
+def test_a_file_is_proven_in_one_sentence(pruned: tuple[Path, int]) -> None:
+    out, weights = pruned
+    run = run_cli("check", out / "onnx" / "sparse")
+    assert run.code == 0
+    assert last_line(run.out).startswith(
+        f"Proven: all {weights} weights that it declares to be 2:4"
+    )
+
+
+def test_a_bundle_without_a_pruned_model_is_refused(tmp_path: Path) -> None:
+    from prox24_deploy.bundle.bundle import open_bundle
+
+    with open_bundle(tmp_path / "empty"):
+        pass
+    run = run_cli("check", tmp_path / "empty")
+    assert (run.code, run.err.endswith("holds no pruned/; run prune first.\n")) == (2, True)
+
+
+def test_the_doctor_ends_in_what_the_machine_can_do() -> None:
+    run = run_cli("doctor")
+    assert "This machine can prune, evaluate, export and prove on the " in " ".join(run.out.split())
+    assert json.loads(run_cli("doctor", "--json").out)["conclusion"] == abilities(diagnose())
+
+
+def test_what_a_machine_lacks_is_said_and_what_a_gpu_adds() -> None:
+    found = [f for f in diagnose() if f.name != "GPU"]
+    gpu = replace(found[0], name="GPU", usable=True)
+    sparse = replace(found[0], name="cuSPARSELt", usable=True)
+    others = [f for f in found if f.name != "cuSPARSELt"]
+    assert abilities([*others, replace(gpu, usable=False)]).endswith("a backend that has them.")
+    assert "can be timed with cusparselt" in abilities([*others, gpu, sparse])
+    torch_is_gone = [replace(f, usable=f.name != "torch") for f in found]
+    assert abilities(torch_is_gone).startswith("This machine cannot build yet: torch missing")
+
+
+def test_the_id_of_a_model_is_answered_with_how_to_fetch_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for command in ("build", "prune"):
+        run = run_cli(command, "nobody/no-model")
+        assert run.code == 2
+        assert "hf download nobody/no-model --local-dir no-model" in run.err
+    assert "does not exist" in run_cli("build", "one/two/three").err
+
+
+def test_an_id_in_the_local_cache_is_taken_with_its_revision(
+    tiny_bert: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--somebody--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    subprocess.run(["cp", "-r", tiny_bert, repository / "snapshot"], check=True)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshot").rename(repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        "huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub")
+    )
+    monkeypatch.chdir(tmp_path)
+    line = ("--calibration", prose, "--calibration-tokens", "2048", "--method", "magnitude")
+    run = run_cli("prune", "somebody/tiny", *line)
+    assert run.code == 0, run.err
+    assert f"model somebody/tiny, revision {commit}, from the local cache of the Hub" in run.err
+    assert (tmp_path / "tiny-prox24" / "pruned").is_dir()
+
+
+def help_at(columns: int) -> str:
+    code = "import sys; from prox24_deploy.cli import main; sys.argv = ['x', 'build', '-h']; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": str(columns)},
+    ).stdout
+
+
+def test_help_cuts_no_name_of_an_option_at_sixty_columns() -> None:
+    shown = help_at(60)
+    for name in ("--calibration-tokens", "--compute-capability", "--strip-weights"):
+        assert name in shown
+    assert "…" not in shown
+
+
+def test_help_has_groups_where_there_is_room_for_boxes() -> None:
+    shown = help_at(120)
+    for title in ("Data", "Pruning", "Files and engines", "TensorRT", "Limits and baseline"):
+        assert f"─ {title} ─" in shown
+
+
+def test_how_long_to_measure_is_said_once() -> None:
+    assert measured_for(BenchOptions()) == DEFAULT_OPTIONS
+    exact = measured_for(BenchOptions(rounds=7, warmup=0))
+    assert (exact.min_rounds, exact.max_rounds, exact.warmup) == (7, 7, 0)
+    assert measured_for(BenchOptions(seconds=9.0)).seconds == 9.0
+    with pytest.raises(UsageError, match="--rounds 7 and --seconds 9 both say when to stop"):
+        BenchOptions(rounds=7, seconds=9.0)
+
+
+def test_bench_times_as_many_rounds_as_it_is_told(pruned: tuple[Path, int]) -> None:
+    out, _ = pruned
+    compiled = run_cli("compile", out, "--shapes", "batch=1", "sequence=8")
+    assert compiled.code == 0, compiled.err
+    line = ("bench", out, "--shapes", "batch=1", "sequence=8", "--rounds", "5", "--warmup", "1")
+    timed = json.loads(run_cli(*line, "--json").out)
+    assert [row["dense"]["runs"] for row in timed["latency"]] == [5]
+    shown = run_cli(*line).out
+    assert "sparse p99" in shown
+    assert "tokens/s" in shown

@@ -1,0 +1,75 @@
+"""A run in single stages ends where `build` ends."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import ANY_EMBEDDING, run_cli
+
+SAMPLES = ("--calibration-tokens", "2048", "--evaluation-tokens", "1024")
+SHAPES = ("--shapes", "batch=2", "sequence=8")
+
+
+@pytest.fixture(scope="module")
+def bundles(
+    tiny_bert: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """What `build` makes of a copy of a bundle, and what the single stages made of it before."""
+    whole, single = (tmp_path_factory.mktemp("stages") / name for name in ("whole", "single"))
+    given = (tiny_bert, "--calibration", prose, *SAMPLES, "--method", "magnitude")
+    engines = ("--backend", "onnxruntime", *SHAPES)
+    for line in (
+        ("prune", *given, "-o", single),
+        ("export", single),
+        ("compile", single, *engines),
+        ("bench", single, *SHAPES, "--rounds", "20"),
+        ("evaluate", single, "--engine-tokens", "1024"),
+    ):
+        ran = run_cli(*line)
+        assert ran.code == 0, ran.err
+    ended = run_cli("report", single, *ANY_EMBEDDING)
+    shutil.copytree(single, whole)
+    asked = (*engines, "--engine-tokens", "1024", *ANY_EMBEDDING)
+    built = run_cli("build", *given, *asked, "-o", whole)
+    # All that was told to the single stages, and in a way that gives the same keys.
+    for stage in ("prune", "export", "compile", "evaluate", "accuracy"):
+        assert f"stage {stage}: unchanged, not run again" in built.err
+    assert (ended.code, ended.out.splitlines()[0]) == (built.code, built.out.splitlines()[0])
+    return whole, single
+
+
+def test_both_end_in_the_same_report(bundles: tuple[Path, Path]) -> None:
+    whole, single = (json.loads((path / "report.json").read_text()) for path in bundles)
+    for key in ("verdict", "sentence", "parts", "accepted_losses", "model"):
+        assert whole[key] == single[key]
+    for metrics in ("metrics", "dense", "sparse", "agreement"):
+        assert whole["accuracy"][metrics] == single["accuracy"][metrics]
+    one, other = (found["accuracy"]["engines"][0] for found in (whole, single))
+    assert one["metrics"] == other["metrics"]
+    assert single["options"]["dtype"] == whole["options"]["dtype"]
+    for name in ("batches", "sequences"):
+        assert single["options"]["engine"][name] == whole["options"]["engine"][name]
+
+
+def test_a_bundle_of_single_stages_is_sealed_and_can_be_compared(
+    bundles: tuple[Path, Path],
+) -> None:
+    whole, single = bundles
+    sealed = run_cli("verify", single)
+    assert sealed.code == 0
+    digest = json.loads((single / "report.json").read_text())["contents_sha256"]
+    assert f"contents sha256 {digest}." in sealed.out
+    assert "cannot be compared" not in run_cli("compare", single, whole).err
+
+
+def test_a_report_names_the_stage_that_is_lacking(
+    tiny_bert: Path, prose: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    given = ("--calibration", prose, *SAMPLES, "--method", "magnitude", "-o", out)
+    assert run_cli("prune", tiny_bert, *given).code == 0
+    for command, stage in (("report", "export"), ("evaluate", "compile")):
+        run = run_cli(command, out)
+        assert run.code == 2
+        assert run.err.endswith(f"holds no finished stage '{stage}'; run it first.\n")
