@@ -36,6 +36,7 @@ _TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
 # Groups of options in the help of a command, where there is room for boxes.
 _DATA = "Data"
 _PRUNING = "Pruning"
+_RECOVERY = "Recovery"
 _ENGINES = "Files and engines"
 _TENSORRT_HELP = "TensorRT"
 _TASKS = "Tasks of the lm-evaluation-harness"
@@ -270,6 +271,7 @@ RecoverOpt = Annotated[
         "--recover",
         metavar="BUDGET",
         help="Train the kept weights against the dense model, masks fixed: 200steps or 5min.",
+        rich_help_panel=_RECOVERY,
     ),
 ]
 BudgetOpt = Annotated[
@@ -286,19 +288,34 @@ RecoverOutOpt = Annotated[
     ),
 ]
 RecoverRateOpt = Annotated[
-    float, typer.Option(min=0, help="Recovery: learning rate, relative to the size of weights.")
+    float,
+    typer.Option(
+        min=0,
+        help="Recovery: learning rate, relative to the size of weights.",
+        rich_help_panel=_RECOVERY,
+    ),
 ]
 RecoverTokensOpt = Annotated[
     int | None,
-    typer.Option(min=64, help="Recovery: tokens of a step; default 8192, on a CPU 2048."),
+    typer.Option(
+        min=64,
+        help="Recovery: tokens of a step; default 8192, on a CPU 2048.",
+        rich_help_panel=_RECOVERY,
+    ),
 ]
 RecoverTemperatureOpt = Annotated[
-    float, typer.Option(min=0, help="Recovery: divides the logits of both models.")
+    float,
+    typer.Option(
+        min=0, help="Recovery: divides the logits of both models.", rich_help_panel=_RECOVERY
+    ),
 ]
 RecoverTopKOpt = Annotated[
     int | None,
     typer.Option(
-        "--recover-top-k", min=1, help="Recovery: compare the likeliest tokens, the rest in sum."
+        "--recover-top-k",
+        min=1,
+        help="Recovery: compare the likeliest tokens, the rest in sum.",
+        rich_help_panel=_RECOVERY,
     ),
 ]
 RecoverWriteOpt = Annotated[
@@ -306,12 +323,15 @@ RecoverWriteOpt = Annotated[
     typer.Option(
         "--recover-write/--no-recover-write",
         help="Recovery: also train on text that the dense model writes itself.",
+        rich_help_panel=_RECOVERY,
     ),
 ]
 RecoverCheckpointingOpt = Annotated[
     bool,
     typer.Option(
-        "--recover-checkpointing", help="Recovery: compute activations twice to save memory."
+        "--recover-checkpointing",
+        help="Recovery: compute activations twice to save memory.",
+        rich_help_panel=_RECOVERY,
     ),
 ]
 QuantizeOpt = Annotated[

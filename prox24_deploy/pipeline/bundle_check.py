@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prox24_deploy.bundle.layout import ONNX, PRUNED
+from prox24_deploy.bundle.layout import ONNX, PRUNED, RECOVERED
 from prox24_deploy.core.errors import BundleError
 from prox24_deploy.graph.check.check import check_path
 from prox24_deploy.graph.check.judgement import CheckReport, require_24
@@ -45,7 +45,7 @@ def check_bundle(root: Path, ignore: Sequence[str], axes: Mapping[str, int]) -> 
     """
     if not (root / PRUNED).is_dir():
         raise BundleError(f"Bundle {root} holds no {PRUNED}/; run prune first.")
-    folders = [name for name in (PRUNED, _SPARSE) if (root / name).is_dir()]
+    folders = [name for name in (PRUNED, RECOVERED, _SPARSE) if (root / name).is_dir()]
     dense = root / _DENSE
     return BundleCheck(
         path=str(root),

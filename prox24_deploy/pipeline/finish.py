@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from prox24_deploy.bundle.bundle import Bundle, open_bundle
+from prox24_deploy.bundle.layout import shipped_folder
 from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptions
 from prox24_deploy.core.accuracy import EngineAccuracyResult
 from prox24_deploy.core.documents import first_problem
@@ -58,7 +59,8 @@ def evaluate(
         source = source_of(bundle)
         options = _with(stored_options(bundle), asked, bundle)
         context = read_context(source.path, out, options, progress)
-        backends, missing = _backends_of(compiled, options.engine, context.model)
+        shipped = shipped_folder(bundle.manifest.files)
+        backends, missing = _backends_of(compiled, options.engine, context.model, shipped)
         evaluated = stages.evaluate.run(bundle, context, options.device, progress)
         through = stages.accuracy.run(bundle, context, compiled, backends, options, progress)
         bundle.manifest.options = _as_json(options)
@@ -145,14 +147,14 @@ def _shapes(bundle: Bundle) -> dict[str, tuple[int, ...]]:
 
 
 def _backends_of(
-    compiled: CompileResult, options: EngineOptions, model: ModelContext
+    compiled: CompileResult, options: EngineOptions, model: ModelContext, shipped: str
 ) -> tuple[list[Backend], list[NotMeasured]]:
     """The backends that the engines are of, and those that are not available here."""
     found: list[Backend] = []
     missing: list[NotMeasured] = []
     for name in dict.fromkeys(engine.backend for engine in compiled.engines):
         try:
-            found += open_backends(replace(options, backends=(name,)), model)
+            found += open_backends(replace(options, backends=(name,)), model, shipped)
         except BackendMissingError as error:
             missing.append(NotMeasured(backend=name, reason=str(error)))
     return found, missing

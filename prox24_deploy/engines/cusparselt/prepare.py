@@ -107,10 +107,7 @@ def prepare(
     trial = Compilation(reason=ASKED) if eager else try_elsewhere(opened, shapes, chosen, quantized)
     if quantized:
         apply_inputs(opened.wrapped, quantized)
-    feeds = opened.trial_feeds(shapes)
-    # Products of 8-bit numbers are rounded to that.
-    rounded_to: DType = "bfloat16" if quantized else opened.dtype
-    reference = _Reference(feeds, [opened.run(one) for one in feeds], rounded_to)
+    reference = _reference(opened, shapes, quantized)
     multiply_as(opened.wrapped, chosen, quantized)
     changed = bool(chosen or quantized) or _decodes(shapes)
     numerics = _checked(opened, reference) if changed else ()
@@ -126,8 +123,17 @@ def prepare(
         compiled=compiled,
         compilation=compilation,
         numerics=numerics,
-        last=feeds[len(shapes) - 1],
+        last=reference.feeds[len(shapes) - 1],
     )
+
+
+def _reference(
+    opened: TorchModel, shapes: Sequence[Shape], quantized: QuantizedModel | None
+) -> _Reference:
+    feeds = opened.trial_feeds(shapes)
+    # Products of 8-bit numbers are rounded to that.
+    rounded_to: DType = "bfloat16" if quantized else opened.dtype
+    return _Reference(feeds, [opened.run(one) for one in feeds], rounded_to)
 
 
 def _compile(
