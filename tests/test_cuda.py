@@ -214,3 +214,18 @@ def test_a_large_gemm_is_faster_sparse(planned: Path, tmp_path: Path) -> None:
     kept = replace(plan, profile=plan.profile.with_timings([timing]))
     write_plan(kept, tmp_path / "plan.json")
     assert read_plan(tmp_path / "plan.json").profile.known(timing.shape) == timing
+
+
+def test_a_quantised_build_multiplies_in_eight_bits(
+    tiny_llama: Path, prose: Path, tmp_path: Path
+) -> None:
+    run = run_cli(
+        "build", tiny_llama, "-o", tmp_path / "out", "--calibration", prose, "--dtype", "float16",
+        "--backend", "cusparselt", "--shapes", "batch=2", "sequence=32", "--quantize", "int8",
+        "--json", *SMALL,
+    )  # fmt: skip
+    assert run.code in {0, 3, 5}, run.err
+    (evidence,) = json.loads(run.out)["sparsity"]["engines"]
+    assert "layers in int8" in evidence["summary"]
+    assert evidence["numerics"]
+    assert all(check["passed"] for check in evidence["numerics"])

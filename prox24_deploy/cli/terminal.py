@@ -101,7 +101,8 @@ def close_log_files() -> None:
 
 def tell(text: str, *, level: int = STEP, shown: bool = False) -> None:
     """Log a line of the command line itself; one that is `shown` otherwise goes to files alone."""
-    log.log(level, "%s", text, extra={"shown": shown})
+    if not shown or log_files():
+        log.log(level, "%s", printable(text), extra={"shown": shown})
 
 
 def say(text: str, *, to: Console = stdout) -> None:

@@ -29,6 +29,8 @@ from prox24_deploy.engines.base import Array, Feeds, Origin
 
 logger = logging.getLogger(__name__)
 
+# What ONNX Runtime says where there is no memory left.
+_NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation")
 PROVIDER = "CPUExecutionProvider"
 ENGINE_FILE = "engine.json"
 NO_SPARSE_KERNELS = "ONNX Runtime's CPU provider has no sparse kernels"
@@ -90,6 +92,7 @@ class OrtSession:
         try:
             return list(self._session.run(self._outputs, inputs))
         except Exception as error:  # its exceptions share no base class below Exception
+            _require_memory(error)
             raise EngineError(
                 f"ONNX Runtime could not run {self._source}: {_one_line(error)}; check the types "
                 "and shapes of the inputs."
@@ -217,6 +220,7 @@ def _load(path: Path, options: dict[str, int]) -> ort.InferenceSession:
     try:
         session = ort.InferenceSession(path, settings, providers=[PROVIDER])
     except Exception as error:  # its exceptions share no base class below Exception
+        _require_memory(error)
         raise EngineError(
             f"ONNX Runtime {ort.__version__} does not load {path}: {_one_line(error)}; export the "
             "model again, or check that its external data lies beside it."
@@ -247,6 +251,13 @@ def _session_options(path: Path, engine: Engine) -> dict[str, int]:
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:
     write_atomic(path, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _require_memory(error: Exception) -> None:
+    """Raise where memory did not suffice: that says nothing about an engine, and may pass."""
+    said = str(error)
+    if any(words in said for words in _NO_MEMORY):
+        raise MemoryError(_one_line(error)) from error
 
 
 def _listed(names: list[str]) -> str:

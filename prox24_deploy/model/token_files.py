@@ -100,17 +100,15 @@ def _maps(value: Any) -> Iterator[str]:
 def _require_whole(text: str, document: Document) -> None:
     """Refuse a map that is shorter than its first four bytes say, by the format of SentencePiece.
 
-    What is no base64 is left to the library, which refuses it.
+    What is no base64, or does not say, is left to the library, which refuses it.
     """
     try:
         data = base64.b64decode(text, validate=True)
     except ValueError:
         return
     claimed, held = int.from_bytes(data[:4], "little"), len(data) - 4
-    if claimed > held:
-        raise document.refused(
-            f"has a {_MAP} of {max(held, 0):,} bytes that claims to have {claimed:,}"
-        )
+    if 0 <= held < claimed:
+        raise document.refused(f"has a {_MAP} of {held:,} bytes that claims to have {claimed:,}")
 
 
 def _is_object(value: object) -> bool:

@@ -12,7 +12,12 @@ from prox24_deploy.core.errors import BackendMissingError, EngineError
 from prox24_deploy.core.host import cpu_model
 from prox24_deploy.core.records import Engine, OnnxModel, TensorCheck
 from prox24_deploy.core.types import DType
-from prox24_deploy.engines.onnxruntime import NO_SPARSE_KERNELS, PROVIDER, OnnxRuntime
+from prox24_deploy.engines.onnxruntime import (
+    NO_SPARSE_KERNELS,
+    PROVIDER,
+    OnnxRuntime,
+    OrtSession,
+)
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3)
 
@@ -205,3 +210,27 @@ def test_cpu_model_falls_back_to_the_architecture(tmp_path: Path) -> None:
     assert cpu_model(table)
     table.write_text("processor : 0\nmodel name\t: Some CPU @ 2GHz\n", encoding="utf-8")
     assert cpu_model(table) == "Some CPU @ 2GHz"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "bfc_arena.cc:360 Failed to allocate memory for requested buffer of size 4096",
+        "std::bad_alloc",
+    ],
+)
+def test_a_lack_of_memory_is_no_fault_of_an_engine(said: str) -> None:
+    """It is told as one, so that the stage is not kept as failed and the next run goes on."""
+
+    class Full:
+        def run(self, *_: object) -> None:
+            raise RuntimeError(f"[ONNXRuntimeError] : 1 : FAIL : {said}")
+
+        def get_inputs(self) -> list[Any]:
+            return []
+
+        get_outputs = get_inputs
+
+    session = OrtSession(Full(), "a model")
+    with pytest.raises(MemoryError, match=said.split()[-1]):
+        session.infer({})
