@@ -14,6 +14,7 @@ from prox24_deploy.core.records import TextSource
 
 # Marks a position of `Batch.targets` where nothing is expected; torch's own sign for that.
 IGNORED = -100
+_WITHHELD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,23 @@ class Batch:
     def has_padding(self) -> bool:
         """Whether its samples are rows of tokens; images and recordings are all real."""
         return self.real.ndim == 2
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some samples of a batch."""
+    return Batch(
+        inputs={name: tensor[rows] for name, tensor in batch.inputs.items()},
+        real=batch.real[rows],
+        targets=None if batch.targets is None else batch.targets[rows],
+    )
+
+
+def withhold(batches: Sequence[Batch]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
+    """Batches to learn from, and every eighth to choose by; of a single one, its last samples."""
+    if len(batches) == 1:
+        kept = -(-len(batches[0].real) * (_WITHHELD - 1) // _WITHHELD) - 1
+        return (rows_of(batches[0], slice(kept)),), (rows_of(batches[0], slice(kept, None)),)
+    return tuple(b for i, b in enumerate(batches) if i % _WITHHELD), tuple(batches[::_WITHHELD])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,13 @@
 """The backends of a run, opened for its model and the shapes that it accepts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.layout import PRUNED, QUANTIZED_TENSORS
 from prox24_deploy.config.options import EngineOptions
+from prox24_deploy.core.errors import BackendMissingError
+from prox24_deploy.core.records import CompileResult, NotMeasured
 from prox24_deploy.engines import Origin, backend_by_name
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.pipeline.context import ModelContext, fitted_shapes
@@ -32,6 +35,20 @@ def open_backends(
     )
     backends = (backend_by_name(name, fitted, origin) for name in options.backends)
     return tuple({backend.name: backend for backend in backends}.values())
+
+
+def backends_of(
+    compiled: CompileResult, options: EngineOptions, model: ModelContext, shipped: str
+) -> tuple[list[Backend], list[NotMeasured]]:
+    """The backends that engines are of, and those that are not available here."""
+    found: list[Backend] = []
+    missing: list[NotMeasured] = []
+    for name in dict.fromkeys(engine.backend for engine in compiled.engines):
+        try:
+            found += open_backends(replace(options, backends=(name,)), model, shipped)
+        except BackendMissingError as error:
+            missing.append(NotMeasured(backend=name, reason=str(error)))
+    return found, missing
 
 
 def planned_gemms(plan: Path | None) -> "GpuProfile | None":

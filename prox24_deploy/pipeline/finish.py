@@ -12,15 +12,13 @@ from prox24_deploy.bundle.layout import shipped_folder
 from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptions
 from prox24_deploy.core.accuracy import EngineAccuracyResult
 from prox24_deploy.core.documents import first_problem
-from prox24_deploy.core.errors import BackendMissingError, BundleError
-from prox24_deploy.core.records import CompileResult, EvaluateResult, NotMeasured
+from prox24_deploy.core.errors import BundleError
+from prox24_deploy.core.records import EvaluateResult
 from prox24_deploy.core.results import STAGE_NAMES, BuildResults
 from prox24_deploy.core.types import Progress
-from prox24_deploy.engines.base import Backend
 from prox24_deploy.pipeline import stages
-from prox24_deploy.pipeline.backends import open_backends
+from prox24_deploy.pipeline.backends import backends_of
 from prox24_deploy.pipeline.context import (
-    ModelContext,
     fitted_recipe,
     model_of,
     open_model,
@@ -60,7 +58,7 @@ def evaluate(
         options = _with(stored_options(bundle), asked, bundle)
         context = read_context(source.path, out, options, progress)
         shipped = shipped_folder(bundle.manifest.files)
-        backends, missing = _backends_of(compiled, options.engine, context.model, shipped)
+        backends, missing = backends_of(compiled, options.engine, context.model, shipped)
         evaluated = stages.evaluate.run(bundle, context, options.device, progress)
         through = stages.accuracy.run(bundle, context, compiled, backends, options, progress)
         bundle.manifest.options = _as_json(options)
@@ -144,20 +142,6 @@ def _shapes(bundle: Bundle) -> dict[str, tuple[int, ...]]:
         return {}
     inputs = bundle.manifest.stages["bench"].inputs
     return {name: tuple(inputs.get(name, ())) for name in ("batches", "sequences", "pasts")}
-
-
-def _backends_of(
-    compiled: CompileResult, options: EngineOptions, model: ModelContext, shipped: str
-) -> tuple[list[Backend], list[NotMeasured]]:
-    """The backends that the engines are of, and those that are not available here."""
-    found: list[Backend] = []
-    missing: list[NotMeasured] = []
-    for name in dict.fromkeys(engine.backend for engine in compiled.engines):
-        try:
-            found += open_backends(replace(options, backends=(name,)), model, shipped)
-        except BackendMissingError as error:
-            missing.append(NotMeasured(backend=name, reason=str(error)))
-    return found, missing
 
 
 def _results(bundle: Bundle) -> BuildResults:

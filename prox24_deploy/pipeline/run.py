@@ -15,15 +15,13 @@ from prox24_deploy.core.records import (
     CompileResult,
     EvaluateResult,
     ExportResult,
-    NotMeasured,
     PruneResult,
 )
 from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import DType, Progress
-from prox24_deploy.engines.base import Backend
 from prox24_deploy.pipeline import stages
-from prox24_deploy.pipeline.backends import open_backends
+from prox24_deploy.pipeline.backends import backends_of, open_backends
 from prox24_deploy.pipeline.context import open_model, read_context, source_of, torch_device
 from prox24_deploy.pipeline.demands import check_demands, read_demands, warn_of_few_samples
 from prox24_deploy.report.assemble import Report
@@ -155,13 +153,7 @@ def bench(
         compiled = bundle.load(stages.compile.STAGE)
         model = open_model(bundle)
         shipped = shipped_folder(bundle.manifest.files)
-        backends: list[Backend] = []
-        missing: list[NotMeasured] = []
-        for name in dict.fromkeys(engine.backend for engine in compiled.engines):
-            try:
-                backends += open_backends(replace(options, backends=(name,)), model, shipped)
-            except BackendMissingError as error:
-                missing.append(NotMeasured(backend=name, reason=str(error)))
+        backends, missing = backends_of(compiled, options, model, shipped)
         result = stages.bench.run(
             bundle,
             model,

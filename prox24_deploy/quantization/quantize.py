@@ -19,7 +19,7 @@ from prox24_deploy.core.atomic import make_folder
 from prox24_deploy.core.errors import CalibrationError, RecipeError, SparsityLostError
 from prox24_deploy.core.quantized import LayerQuantization, QuantizeResult
 from prox24_deploy.core.types import Progress, QuantizedFormat
-from prox24_deploy.model.batch import Batch, Samples
+from prox24_deploy.model.batch import Batch, Samples, withhold
 from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
 from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.model.layers import Layer, layer_at, reduction_axis
@@ -42,8 +42,6 @@ from prox24_deploy.sparsity.pattern import first_violation
 
 log = logging.getLogger(__name__)
 
-# Every eighth batch chooses; the others are calibrated on.
-_WITHHELD = 8
 # Ranges of fewer say nothing.
 LEAST_SAMPLES = 8
 
@@ -63,22 +61,6 @@ def require_samples(samples: Samples) -> None:
         )
 
 
-def split(batches: Sequence[Batch]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
-    """Batches to calibrate on, and every eighth to choose by; of a single one, its last samples."""
-    if len(batches) == 1:
-        kept = -(-len(batches[0].real) * (_WITHHELD - 1) // _WITHHELD) - 1
-        return (_part(batches[0], slice(kept)),), (_part(batches[0], slice(kept, None)),)
-    return tuple(b for i, b in enumerate(batches) if i % _WITHHELD), tuple(batches[::_WITHHELD])
-
-
-def _part(batch: Batch, rows: slice) -> Batch:
-    return Batch(
-        inputs={name: tensor[rows] for name, tensor in batch.inputs.items()},
-        real=batch.real[rows],
-        targets=None if batch.targets is None else batch.targets[rows],
-    )
-
-
 @torch.no_grad()
 def quantize_model(
     model: nn.Module,
@@ -94,7 +76,7 @@ def quantize_model(
     Args:
         model: float32, evaluation mode.
         recipe: says where blocks and targets are.
-        calibration: batches, some of which are withheld, see `split`.
+        calibration: batches, some of which are withheld, see `withhold`.
         form: of weights and activations.
         sparse: paths of the layers that are 2:4.
         progress: called with (label, done, total) after each block.
@@ -106,7 +88,7 @@ def quantize_model(
         ModelDirError: activations are NaN or infinite.
         RecipeError: no target can be quantised.
     """
-    sets = split(calibration)
+    sets = withhold(calibration)
     tied = sharing(recipe, model)
     count = sum(len(find_blocks(model, part)) for part in recipe.parts)
     layers: dict[str, QuantizedLayer] = {}

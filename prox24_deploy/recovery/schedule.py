@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from prox24_deploy.core.errors import CalibrationError
-from prox24_deploy.model.batch import Batch, Samples
+from prox24_deploy.model.batch import Batch, Samples, rows_of
 
-# Every eighth batch tells when to stop; the others are trained on.
-_WITHHELD = 8
 LEAST_SAMPLES = 8
 # Text is written until nothing need be read more often than this: from many more times on, what is
 # learnt no longer holds elsewhere.
@@ -37,23 +35,6 @@ def require_samples(samples: Samples) -> None:
             f"some to tell when to stop, got {samples.source.samples}; pass more with "
             "--calibration or --calibration-tokens."
         )
-
-
-def withhold(batches: Sequence[Batch]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
-    """Batches to train on, and every eighth to watch; of a single one its last samples."""
-    if len(batches) == 1:
-        kept = -(-len(batches[0].real) * (_WITHHELD - 1) // _WITHHELD) - 1
-        return (rows_of(batches[0], slice(kept)),), (rows_of(batches[0], slice(kept, None)),)
-    return tuple(b for i, b in enumerate(batches) if i % _WITHHELD), tuple(batches[::_WITHHELD])
-
-
-def rows_of(batch: Batch, rows: slice) -> Batch:
-    """Some samples of a batch."""
-    return Batch(
-        inputs={name: tensor[rows] for name, tensor in batch.inputs.items()},
-        real=batch.real[rows],
-        targets=None if batch.targets is None else batch.targets[rows],
-    )
 
 
 def regroup(batches: Sequence[Batch], tokens: int, unit: int) -> tuple[Batch, ...]:

@@ -18,7 +18,7 @@ from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.recovery import WrittenText
 from prox24_deploy.core.types import Progress
 from prox24_deploy.data.written import Author, write_text
-from prox24_deploy.model.batch import Batch, Samples
+from prox24_deploy.model.batch import Batch, Samples, withhold
 from prox24_deploy.model.blocks import find_blocks
 from prox24_deploy.recovery.objective import objective_for
 from prox24_deploy.recovery.schedule import (
@@ -31,7 +31,6 @@ from prox24_deploy.recovery.schedule import (
     steps_within,
     tokens_of,
     wanted_text,
-    withhold,
 )
 from prox24_deploy.recovery.state import StateFile
 from prox24_deploy.recovery.student import Trained

@@ -17,7 +17,7 @@ from prox24_deploy.core.errors import CalibrationError, ModelDirError, RecipeErr
 from prox24_deploy.core.quantized import LayerQuantization
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.core.types import QuantizedFormat
-from prox24_deploy.model.batch import Batch, Samples
+from prox24_deploy.model.batch import Batch, Samples, withhold
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.layers import is_layer, layer_at, reduction_axis
 from prox24_deploy.quantization.formats import FORMATS
@@ -26,7 +26,6 @@ from prox24_deploy.quantization.quantize import (
     quantize_directory,
     quantize_model,
     require_samples,
-    split,
 )
 from prox24_deploy.quantization.tensors import QuantizedModel, read_quantized
 from prox24_deploy.sparsity.pattern import is_24, project_24
@@ -205,7 +204,7 @@ def test_too_few_samples_are_refused(tiny_bert: Path, prose: Path) -> None:
 
 def test_of_a_single_batch_the_last_samples_are_withheld(tiny_bert: Path, prose: Path) -> None:
     (first, *_) = open_tiny(tiny_bert, prose).batches
-    seen, withheld = (part[0] for part in split([first]))
+    seen, withheld = (part[0] for part in withhold([first]))
     assert len(withheld.real) >= len(first.real) // 8 >= 1
     assert torch.equal(torch.cat([seen.real, withheld.real]), first.real)
     for name, tensor in first.inputs.items():

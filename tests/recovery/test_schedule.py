@@ -6,18 +6,16 @@ from itertools import islice
 import pytest
 import torch
 
-from prox24_deploy.model.batch import Batch
+from prox24_deploy.model.batch import Batch, rows_of, withhold
 from prox24_deploy.recovery.schedule import (
     Pace,
     Schedule,
     check_seconds,
     regroup,
-    rows_of,
     schedule,
     steps_within,
     tokens_of,
     wanted_text,
-    withhold,
 )
 
 

@@ -60,9 +60,9 @@ def shared_layers(model: nn.Module, run: Callable[[], object]) -> Groups:
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, inputs in seen.items():
         layer, parent = layers[name], name.rpartition(".")[0]
-        alike = id(inputs[0]), parent, layer.weight.dtype, layer.bias is None
+        kind = id(inputs[0]), parent, layer.weight.dtype, layer.bias is None
         if len(inputs) == 1 and parent:
-            groups.setdefault(alike, []).append(name)
+            groups.setdefault(kind, []).append(name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
