@@ -107,9 +107,11 @@ def test_compiled_code_has_one_product() -> None:
             super().__call__(graph)
             products.append(sum(node.target is PRODUCT for node in graph.nodes))
 
-    with pytest.MonkeyPatch.context() as patch:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch._inductor.config.patch(force_disable_caches=True),
+    ):
         patch.setattr("prox24_deploy.engines.cusparselt.inductor._SHARING", Counted())
-        patch.setattr(torch._inductor.config, "force_disable_caches", True)
         compiled = CompiledModule(model, [(hidden.shape,)])
         torch.testing.assert_close(compiled(hidden)[0], expected)
         compiled.close()
