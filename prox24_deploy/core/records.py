@@ -133,7 +133,8 @@ class PruneResult:
 
     `state_sha256` hashes every weight file that was written; `reconstructed` says that the kept
     weights of each block were tuned together after the layers were solved. `sensitivity` is there
-    where a budget chose the layers. `notes` are sentences on what of the checkpoint was left out.
+    where a budget chose the layers. `notes` are sentences on what of the checkpoint was left out,
+    `memory` says where weights and hidden states were kept and what that was expected to take.
     """
 
     method: str
@@ -149,6 +150,7 @@ class PruneResult:
     reconstructed: bool = False
     sensitivity: Sensitivity | None = None
     notes: tuple[str, ...] = ()
+    memory: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

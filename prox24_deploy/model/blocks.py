@@ -1,6 +1,7 @@
 """Find the repeated blocks of a model and run them one at a time."""
 
 import inspect
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from prox24_deploy.core.errors import ModelDirError, Prox24Error, RecipeError
 from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.layers import Layer, input_rows, is_layer, same_rows
+from prox24_deploy.model.offload import device_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +35,6 @@ class BlockCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-@dataclass(slots=True)
-class Stream:
-    """The hidden states that enter the current block, (batch, sequence, hidden) per batch."""
-
-    hidden: list[Tensor]
 
 
 class _StopForwardError(Exception):
@@ -147,9 +144,62 @@ def record_calls(
     return first[0], calls
 
 
+def calls_do_without_blocks(
+    model: nn.Module, blocks: nn.ModuleList, batch: Batch, task: str
+) -> bool:
+    """Whether a model passes its blocks the same things when none of them computes anything.
+
+    Where that holds for one batch, `record_calls` within `skipping` needs to run no block for the
+    others. It does not where a block hands on more than hidden states, or these in another shape.
+    """
+    first, calls = record_calls(model, blocks, batch, task)
+    try:
+        with skipping(blocks):
+            again, others = record_calls(model, blocks, batch, task)
+    except Exception:
+        # Hidden states of one block may not fit the next, with whatever error that gives.
+        log.debug("%s does not run without its blocks", type(model).__name__, exc_info=True)
+        return False
+    return _equal((first, calls), (again, others))
+
+
+@contextmanager
+def skipping(blocks: nn.ModuleList) -> Iterator[None]:
+    """Let blocks hand on their hidden states as they came, and nothing else."""
+    # A block may have a forward of its own beside that of its class, such as a hook of accelerate.
+    own = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = _handed_on
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _handed_on(*args: Any, **kwargs: Any) -> Tensor:
+    return _take_hidden(args, kwargs)[0]
+
+
+def _equal(one: object, other: object) -> bool:
+    """Whether two values are built alike and hold equal tensors; what is not known is not equal."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, BlockCall) and isinstance(other, BlockCall):
+        return _equal((one.args, one.kwargs), (other.args, other.kwargs))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    known = (bool, int, float, str, torch.Size, torch.dtype, torch.device, type(None))
+    return isinstance(one, known) and type(one) is type(other) and one == other
+
+
 def run_model(model: nn.Module, batch: Batch, task: str) -> Any:
     """Forward one batch, without a cache, which blocks that are run again would fill further."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
     # A decoder that embeds text has one too.
     if TASKS[task].writes_text or "use_cache" in inspect.signature(model.forward).parameters:
@@ -186,20 +236,37 @@ def run_block(block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
 
 def layer_input(block: nn.Module, call: BlockCall, hidden: Tensor, layer: Layer) -> Tensor:
     """Run a block only as far as `layer` and return the rows of its input, (batch, ..., d)."""
+    return _watched(block, call, hidden, layer, stop=True)[0]
+
+
+def layer_input_and_output(
+    block: nn.Module, call: BlockCall, hidden: Tensor, layer: Layer
+) -> tuple[Tensor, Tensor]:
+    """Rows of the input of a layer, (batch, ..., d), and the output of the whole block."""
+    rows, output = _watched(block, call, hidden, layer, stop=False)
+    assert output is not None, "the block ran to its end"
+    return rows, output
+
+
+def _watched(
+    block: nn.Module, call: BlockCall, hidden: Tensor, layer: Layer, *, stop: bool
+) -> tuple[Tensor, Tensor | None]:
     seen: list[Tensor] = []
 
     def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
-        raise _StopForwardError
+        if stop:
+            raise _StopForwardError
 
     handle = layer.register_forward_pre_hook(record)
+    output = None
     try:
-        run_block(block, call, hidden)
+        output = run_block(block, call, hidden)
     except _StopForwardError:
         pass
     finally:
         handle.remove()
-    return input_rows(layer, seen[0])
+    return input_rows(layer, seen[0]), output
 
 
 def shared_inputs(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from prox24_deploy.core.records import LayerRecord
 from prox24_deploy.core.tensor_names import names_like
 from prox24_deploy.model.directory import CARD_FILE, ModelDir, companion_files
 from prox24_deploy.model.layers import is_layer
+from prox24_deploy.model.offload import read
 from prox24_deploy.model.shards import INDEX_FILE, is_single
 from prox24_deploy.sparsity.declaration import SPARSE_KEY
 from prox24_deploy.sparsity.pattern import first_violation
@@ -66,8 +67,40 @@ class BlockStore:
         metadata = {"records": _RECORDS.dump_json(records).decode()}
         write_tensors(self._path(index), dict(weights), metadata)
 
+    def weights(self) -> "SolvedWeights":
+        """Room for the weights of blocks as they are solved."""
+        return SolvedWeights(self._path)
+
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.safetensors"
+
+
+class SolvedWeights(Mapping[str, Tensor]):
+    """New weights by parameter name, each read from the file of its block when it is asked for."""
+
+    def __init__(self, path_of: Callable[[int], Path]) -> None:
+        self._path_of = path_of
+        self._places: dict[str, tuple[Path, str]] = {}
+
+    def add(self, index: int, prefix: str, weights: Mapping[str, Tensor]) -> None:
+        """Enter the saved weights of one block, given by layer path in it."""
+        for name in weights:
+            self._places[f"{prefix}.{name}.weight"] = (self._path_of(index), name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One weight."""
+        path, stored = self._places[name]
+        with safe_open(path, framework="pt") as handle:
+            weight: Tensor = handle.get_tensor(stored)
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of the blocks."""
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        """How many weights there are."""
+        return len(self._places)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -143,7 +176,7 @@ def renamed_tensors(directory: ModelDir, model: nn.Module) -> dict[str, str]:
         Parameter to tensor, for those whose names tell nothing and whose values tell one tensor.
     """
     missing = {
-        f"{name}.weight": layer.weight
+        f"{name}.weight": layer
         for name, layer in model.named_modules()
         if is_layer(layer)
         # Modules behind the model have files of their own.
@@ -156,7 +189,10 @@ def renamed_tensors(directory: ModelDir, model: nn.Module) -> dict[str, str]:
     for name, tensor in directory.tensors.items():
         with safe_open(tensor.shard, framework="pt") as handle:
             stored.setdefault(_digest(handle.get_tensor(name)), []).append(name)
-    found = {parameter: stored.get(_digest(weight), []) for parameter, weight in missing.items()}
+    found = {
+        parameter: stored.get(_digest(read(layer, "weight")), [])
+        for parameter, layer in missing.items()
+    }
     return {parameter: names[0] for parameter, names in found.items() if len(names) == 1}
 
 
@@ -226,11 +262,11 @@ def write_pruned(
     Raises:
         SparsityLostError: a weight read back from disk is not 2:4.
     """
-    replaced: dict[str, tuple[Tensor, int | None]] = {
-        checkpoint_name(directory, name): (tensor, axes.get(name, 1))
-        for name, tensor in weights.items()
+    replaced = {
+        checkpoint_name(directory, name): _Replacement(weights, name, axes.get(name, 1))
+        for name in weights
     }
-    replaced |= {checkpoint_name(directory, name): (tensor, None) for name, tensor in dense.items()}
+    replaced |= {checkpoint_name(directory, name): _Replacement(dense, name) for name in dense}
     with writing(out):
         out.mkdir(parents=True)
     late = {directory.path / CARD_FILE, directory.path / RECIPE_FILE}
@@ -248,22 +284,32 @@ def write_pruned(
     return digest.hexdigest()
 
 
-def _rewrite_shard(
-    shard: Path, replaced: Mapping[str, tuple[Tensor, int | None]], target: Path
-) -> None:
-    """Write one weight file; `replaced` has the new value and the axis of its groups by name."""
+@dataclass(frozen=True, slots=True)
+class _Replacement:
+    """A new value, read when it is needed, and the axis of its groups if it is 2:4."""
+
+    values: Mapping[str, Tensor]
+    name: str
+    axis: int | None = None
+
+    def value(self) -> Tensor:
+        return self.values[self.name]
+
+
+def _rewrite_shard(shard: Path, replaced: Mapping[str, _Replacement], target: Path) -> None:
+    """Write one weight file with the new values that it has of those in `replaced`, by name."""
     with safe_open(shard, framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         metadata = dict(handle.metadata() or {"format": "pt"})
     for name in sorted(tensors.keys() & replaced.keys()):
-        old, (new, _) = tensors[name], replaced[name]
+        old, new = tensors[name], replaced[name].value()
         if old.shape != new.shape or old.dtype != new.dtype:
             raise ModelDirError(
                 f"Tensor {name} of {shard} is {old.dtype} {tuple(old.shape)}, the pruned one "
                 f"{new.dtype} {tuple(new.shape)}; the checkpoint and its config.json disagree."
             )
         tensors[name] = new.contiguous().cpu()
-    known = {name: replaced[name][1] for name in sorted(tensors.keys() & replaced.keys())}
+    known = {name: replaced[name].axis for name in sorted(tensors.keys() & replaced.keys())}
     pruned = {name: axis for name, axis in known.items() if axis is not None}
     if pruned:
         metadata[SPARSE_KEY] = json.dumps(pruned)

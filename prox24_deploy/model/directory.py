@@ -3,7 +3,8 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prox24_deploy.config.recipe import RECIPE_FILE, Recipe
+from prox24_deploy.config.recipe import RECIPE_FILE, SENTENCE_MODULES, Recipe
 from prox24_deploy.core.documents import files_below, reason_of
 from prox24_deploy.core.errors import ModelDirError, RecipeError
 from prox24_deploy.core.records import ModelInfo
@@ -21,6 +22,7 @@ from prox24_deploy.core.snapshot import Snapshot, take_snapshot
 from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.model.capacity import no_larger, require_counts, require_size
 from prox24_deploy.model.config_file import read_config
+from prox24_deploy.model.offload import META, block_map
 from prox24_deploy.model.refusals import (
     require_fixed_rope,
     require_no_adapter,
@@ -179,37 +181,63 @@ def companion_files(path: Path) -> list[Path]:
     return sorted({*(p for p in found if p.is_file()), *module_weights(path)})
 
 
-def load_model(directory: ModelDir, recipe: Recipe, device: torch.device) -> nn.Module:
+def load_model(
+    directory: ModelDir, recipe: Recipe, device: torch.device, *, offload: Path | None = None
+) -> nn.Module:
     """Build the model of `recipe.task` in float32 evaluation mode on `device`.
 
     One that embeds texts has the modules for it under the name `SENTENCE_MODULES`.
 
+    Args:
+        directory: the checkpoint.
+        recipe: of its family.
+        device: where it computes.
+        offload: if given, its blocks are read from the checkpoint each time that they run; a
+            folder for those whose tensors are stored otherwise than the model holds them.
+
     Raises:
         ModelDirError: transformers refuses the directory, or weights are missing from it.
     """
-    return load_with_rest(directory, recipe, device)[0]
+    return load_with_rest(directory, recipe, device, offload=offload)[0]
 
 
 def load_with_rest(
-    directory: ModelDir, recipe: Recipe, device: torch.device
+    directory: ModelDir, recipe: Recipe, device: torch.device, *, offload: Path | None = None
 ) -> tuple[nn.Module, list[str]]:
     """As `load_model`; also the tensors of the checkpoint that the model has no place for."""
+    with _opening(directory, recipe) as auto:
+        model, info = auto.from_pretrained(
+            directory.path,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            # Reported below by name; the library's own message names nothing.
+            ignore_mismatched_sizes=True,
+            attn_implementation=None if recipe.attention == "default" else recipe.attention,
+            output_loading_info=True,
+            **({} if offload is None else _on_disk(directory, recipe, device, offload)),
+        )
+    _check_loading(directory, recipe, info)
+    attach_sentence_modules(model, directory.path, recipe)
+    directory.require_untouched()
+    built: nn.Module = model.eval().requires_grad_(requires_grad=False)
+    if offload is None:
+        built = built.to(device)
+    elif hasattr(built, SENTENCE_MODULES):
+        built.get_submodule(SENTENCE_MODULES).to(device)
+    return built, sorted(directory.tensors.keys() & info["unexpected_keys"])
+
+
+@contextmanager
+def _opening(directory: ModelDir, recipe: Recipe) -> Iterator[Any]:
+    """The class that opens a model; whatever it runs into is a fault of the directory."""
     auto = _class_of(recipe)
     sizes = {name: tensor.numel for name, tensor in directory.tensors.items()}
     require_size(directory.path, directory.config, sizes, auto)
     try:
         with no_larger(directory.path, directory.config, sizes):
-            model, info = auto.from_pretrained(
-                directory.path,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                # Reported below by name; the library's own message names nothing.
-                ignore_mismatched_sizes=True,
-                attn_implementation=None if recipe.attention == "default" else recipe.attention,
-                output_loading_info=True,
-            )
+            yield auto
     except (MemoryError, ModelDirError):
         raise
     except Exception as error:
@@ -217,15 +245,35 @@ def load_with_rest(
         raise ModelDirError(
             f"Model directory {directory.path} does not open as {recipe.task}: {reason_of(error)}."
         ) from error
-    _check_loading(directory, recipe, info)
-    attach_sentence_modules(model, directory.path, recipe)
-    directory.require_untouched()
-    built: nn.Module = model.eval().requires_grad_(requires_grad=False).to(device)
-    return built, sorted(directory.tensors.keys() & info["unexpected_keys"])
 
 
-def build_untrained(path: Path, recipe: Recipe, device: torch.device) -> nn.Module:
+def structure_of(directory: ModelDir, recipe: Recipe) -> nn.Module:
+    """The model that `load_model` opens, without any weight: its tensors are on the meta device.
+
+    Raises:
+        ModelDirError: transformers refuses the directory.
+    """
+    with _opening(directory, recipe):
+        return build_untrained(directory.path, recipe, META, sentence=False)
+
+
+def _on_disk(
+    directory: ModelDir, recipe: Recipe, device: torch.device, folder: Path
+) -> dict[str, Any]:
+    """What has transformers leave the blocks in the checkpoint."""
+    # Its advice is for those who did not ask for it.
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+    empty = build_untrained(directory.path, recipe, META, sentence=False)
+    blocks = [part.blocks for part in recipe.parts]
+    return {"device_map": block_map(empty, blocks, device), "offload_folder": folder}
+
+
+def build_untrained(
+    path: Path, recipe: Recipe, device: torch.device, *, sentence: bool = True
+) -> nn.Module:
     """The module that `load_model` gives for the directory, with random weights on `device`.
+
+    Without `sentence` it has no modules for the embedding of a text.
 
     For whoever needs no more than its structure; nothing is checked that `open_model_dir` checks.
     """
@@ -237,7 +285,8 @@ def build_untrained(path: Path, recipe: Recipe, device: torch.device) -> nn.Modu
     build = getattr(auto, "from_config", None) or auto._from_config
     with device:
         model = build(config, dtype=torch.float32, attn_implementation=asked)
-    attach_sentence_modules(model, path, recipe)
+    if sentence:
+        attach_sentence_modules(model, path, recipe)
     built: nn.Module = model.eval().requires_grad_(requires_grad=False).to(device)
     return built
 

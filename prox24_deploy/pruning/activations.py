@@ -1,26 +1,33 @@
 """Batches on their way through the blocks, in the dense and in the pruned model side by side."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
+import torch
 from torch import Tensor, nn
 
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import (
     BlockCall,
+    calls_do_without_blocks,
     find_blocks,
     is_handed,
     layer_input,
+    layer_input_and_output,
     layer_runs,
     real_rows,
     record_calls,
     require_one_run,
     run_block,
+    skipping,
 )
 from prox24_deploy.model.layers import Layer, layer_at, matrix_shape
+from prox24_deploy.model.offload import bring, device_of, drop
+from prox24_deploy.pruning.hidden_states import HiddenStates, Keep, keep_on_device
 from prox24_deploy.pruning.second_moments import SecondMoments
 
 
@@ -36,14 +43,16 @@ class Activations:
             a decoder, whose encoder has been pruned before.
         dense: per batch, hidden states (batch, sequence, hidden) in the dense model.
         pruned: the same in the partly pruned model.
+        dense_is_ahead: whether `dense` is behind the block already, see `collect`.
     """
 
     batches: tuple[Batch, ...]
     real: list[Tensor]
     calls: list[list[BlockCall]]
     pruned_calls: list[list[BlockCall]]
-    dense: list[Tensor]
-    pruned: list[Tensor]
+    dense: HiddenStates
+    pruned: HiddenStates
+    dense_is_ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,71 +75,129 @@ class BlockPair:
 
 
 def record_activations(
-    model: nn.Module, blocks: nn.ModuleList, recipe: Recipe, batches: tuple[Batch, ...]
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    recipe: Recipe,
+    batches: tuple[Batch, ...],
+    *,
+    name: str = "",
+    keep: Keep = keep_on_device,
 ) -> Activations:
     """Run the batches up to the first block of a model of which nothing is pruned yet.
+
+    Args:
+        model: dense.
+        blocks: to be run one by one.
+        recipe: of the part of the model that they are.
+        batches: samples.
+        name: tells these streams from others that are kept.
+        keep: where hidden states are kept.
 
     Raises:
         RecipeError: the model runs a block more than once, or not at all.
     """
     for batch in batches[:1]:
         require_one_run(model, blocks, batch, recipe)
-    recorded = [record_calls(model, blocks, batch, recipe.task) for batch in batches]
+    recorded = _recorded(model, blocks, recipe, batches)
     hidden = [first for first, _ in recorded]
     calls = [calls for _, calls in recorded]
     real = [_positions(batch, recipe) for batch in batches]
-    return Activations(batches, real, calls, calls, hidden, list(hidden))
+    streams = (keep(f"{name}-{stream}", hidden) for stream in ("dense", "pruned"))
+    return Activations(batches, real, calls, calls, *streams)
+
+
+def _recorded(
+    model: nn.Module, blocks: nn.ModuleList, recipe: Recipe, batches: Sequence[Batch]
+) -> list[tuple[Tensor, list[BlockCall]]]:
+    """The input of the first block and the calls of all, for each batch.
+
+    Blocks run only where the calls of later ones depend on it, as found out on the first batch.
+    """
+    task = recipe.task
+    skips = all(calls_do_without_blocks(model, blocks, batch, task) for batch in batches[:1])
+    with skipping(blocks) if skips else nullcontext():
+        return [record_calls(model, blocks, batch, task) for batch in batches]
 
 
 def after_pruning(
-    activations: Activations, model: nn.Module, blocks: nn.ModuleList, recipe: Recipe
+    activations: Activations,
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    recipe: Recipe,
+    *,
+    name: str = "",
+    keep: Keep = keep_on_device,
 ) -> Activations:
     """The same with what the model, pruned up to these blocks, passes to them and into the first.
 
     The dense stream stays as it was recorded, when the whole model was dense.
     """
-    recorded = [record_calls(model, blocks, batch, recipe.task) for batch in activations.batches]
+    recorded = _recorded(model, blocks, recipe, activations.batches)
     return replace(
         activations,
         pruned_calls=[calls for _, calls in recorded],
-        pruned=[first for first, _ in recorded],
+        pruned=keep(f"{name}-again", [first for first, _ in recorded]),
     )
 
 
-def advance(twin: BlockPair, sets: list[Activations]) -> None:
+def advance(twin: BlockPair, sets: Sequence[Activations]) -> None:
     """Carry both streams of every set through the block."""
     for activations in sets:
         for i, (calls, pruned_calls) in enumerate(
             zip(activations.calls, activations.pruned_calls, strict=True)
         ):
-            activations.dense[i] = run_block(twin.dense, calls[twin.index], activations.dense[i])
+            if not activations.dense_is_ahead:
+                activations.dense[i] = run_block(
+                    twin.dense, calls[twin.index], activations.dense[i]
+                )
             activations.pruned[i] = run_block(
                 twin.pruned, pruned_calls[twin.index], activations.pruned[i]
             )
+        activations.dense_is_ahead = False
 
 
 def input_pairs(
-    twin: BlockPair, name: str, activations: Activations
+    twin: BlockPair, name: str, activations: Activations, *, dense_goes_on: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows (tokens, d) that a layer reads in the dense and in the pruned block, batch by batch."""
+    """Rows (tokens, d) that a layer reads in the dense and in the pruned block, batch by batch.
+
+    If the dense stream goes on, it is behind the block once all batches have been asked for.
+    """
     dense_layer, pruned_layer = (layer_at(block, name) for block in (twin.dense, twin.pruned))
     for i, batch in enumerate(activations.batches):
         call, pruned_call = (
             activations.calls[i][twin.index],
             activations.pruned_calls[i][twin.index],
         )
-        dense = layer_input(twin.dense, call, activations.dense[i], dense_layer)
+        hidden = activations.dense[i]
+        if dense_goes_on:
+            dense, activations.dense[i] = layer_input_and_output(
+                twin.dense, call, hidden, dense_layer
+            )
+        else:
+            dense = layer_input(twin.dense, call, hidden, dense_layer)
         pruned = layer_input(twin.pruned, pruned_call, activations.pruned[i], pruned_layer)
         # A decoder's layer that is fed the states of the encoder sees the positions of that text.
         real = batch.real if is_handed(dense, call) else activations.real[i]
         yield real_rows(dense, real), real_rows(pruned, real)
+    activations.dense_is_ahead = dense_goes_on
 
 
-def collect(twin: BlockPair, name: str, activations: Activations) -> SecondMoments:
-    """Gram matrices of one layer's input over all batches of one set."""
+def collect(
+    twin: BlockPair, name: str, activations: Activations, *, dense_goes_on: bool = False
+) -> SecondMoments:
+    """Gram matrices of one layer's input over all batches of one set.
+
+    Args:
+        twin: the block.
+        name: path of the layer in it.
+        activations: in front of the block.
+        dense_goes_on: the dense stream is not needed in front of the block any more; it is taken
+            through the block in the same forward passes.
+    """
     layer = layer_at(twin.pruned, name)
     moments = SecondMoments.empty(matrix_shape(layer)[1], layer.weight.device)
-    for dense, pruned in input_pairs(twin, name, activations):
+    for dense, pruned in input_pairs(twin, name, activations, dense_goes_on=dense_goes_on):
         moments.add(dense, pruned)
     return moments
 
@@ -163,28 +230,81 @@ class BlockStep:
     sets: list[Activations]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keeping:
+    """Where a run over all blocks keeps what it needs.
+
+    Attributes:
+        states: of hidden states.
+        blocks: whether each block is read from the checkpoint when it is its turn, and given up
+            behind it; the model was then opened for that.
+        look_ahead: whether the next block is to be there too.
+    """
+
+    states: Keep = keep_on_device
+    blocks: bool = False
+    look_ahead: bool = False
+
+
+IN_MEMORY = Keeping()
+
+
 def block_steps(
-    model: nn.Module, recipe: Recipe, texts: Sequence[tuple[Batch, ...]]
+    model: nn.Module,
+    recipe: Recipe,
+    texts: Sequence[tuple[Batch, ...]],
+    keeping: Keeping = IN_MEMORY,
 ) -> Iterator[BlockStep]:
     """Every block in order; what is done to it before the next is asked for reaches the next."""
     parts = [(part, find_blocks(model, part)) for part in recipe.parts]
     # All start in the dense model: a decoder's dense stream must have seen the dense encoder.
-    starts = [[record_activations(model, blocks, part, t) for t in texts] for part, blocks in parts]
+    starts = [
+        [
+            record_activations(
+                model, blocks, part, text, name=f"{part.blocks}-{i}", keep=keeping.states
+            )
+            for i, text in enumerate(texts)
+        ]
+        for part, blocks in parts
+    ]
     for part, blocks in parts:
         sets = starts.pop(0)
         if part.is_decoder:
-            sets = [after_pruning(activations, model, blocks, part) for activations in sets]
-        for index, (block, following) in enumerate(zip_longest(blocks, list(blocks)[1:])):
-            twin = BlockPair(
-                index=index,
-                prefix=f"{part.blocks}.{index}",
-                dense=deepcopy(block),
-                pruned=block,
-                following=following,
-            )
-            yield BlockStep(part, twin, sets)
-            if following is not None:
-                advance(twin, sets)
+            sets = [
+                after_pruning(
+                    activations, model, blocks, part, name=f"{part.blocks}-{i}", keep=keeping.states
+                )
+                for i, activations in enumerate(sets)
+            ]
+        # The blocks of an encoder run again in front of the decoder.
+        yield from _steps_of(part, blocks, sets, keeping, device_of(model), last=not starts)
+
+
+def _steps_of(
+    recipe: Recipe,
+    blocks: nn.ModuleList,
+    sets: list[Activations],
+    keeping: Keeping,
+    device: torch.device,
+    *,
+    last: bool,
+) -> Iterator[BlockStep]:
+    for index, (block, following) in enumerate(zip_longest(blocks, list(blocks)[1:])):
+        if keeping.blocks:
+            for each in (block, following) if keeping.look_ahead and following else (block,):
+                bring(each, device)
+        twin = BlockPair(
+            index=index,
+            prefix=f"{recipe.blocks}.{index}",
+            dense=deepcopy(block),
+            pruned=block,
+            following=following,
+        )
+        yield BlockStep(recipe, twin, sets)
+        if following is not None:
+            advance(twin, sets)
+        if keeping.blocks and last:
+            drop(block)
 
 
 def _positions(batch: Batch, recipe: Recipe) -> Tensor:

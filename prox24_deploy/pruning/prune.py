@@ -2,8 +2,10 @@
 
 import logging
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import SENTENCE_MODULES, Recipe
+from prox24_deploy.core.atomic import make_folder
 from prox24_deploy.core.errors import CalibrationError, ModelDirError, RecipeError
 from prox24_deploy.core.records import LayerRecord, PruneResult, Sensitivity
 from prox24_deploy.core.types import Preset, Progress
@@ -25,7 +28,7 @@ from prox24_deploy.model.checkpoint import (
     stored_dtype,
     write_pruned,
 )
-from prox24_deploy.model.directory import ModelDir, load_with_rest
+from prox24_deploy.model.directory import ModelDir, load_with_rest, structure_of
 from prox24_deploy.model.layers import (
     Layer,
     is_layer,
@@ -36,14 +39,18 @@ from prox24_deploy.model.layers import (
 )
 from prox24_deploy.model.notes import left_out
 from prox24_deploy.pruning.activations import (
+    IN_MEMORY,
     Activations,
     BlockPair,
+    Keeping,
     block_steps,
     collect,
     not_run_once,
 )
 from prox24_deploy.pruning.doubts import doubt_about
+from prox24_deploy.pruning.hidden_states import keeper
 from prox24_deploy.pruning.layer_group import solve_group
+from prox24_deploy.pruning.memory import Placement, needs_of, place, room_on
 from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches
 from prox24_deploy.pruning.second_moments import SecondMoments
 from prox24_deploy.pruning.selection import (
@@ -67,12 +74,13 @@ class PrunedState:
     """What pruning a model gave.
 
     Attributes:
-        weights: new values by parameter name, in layout and dtype of the checkpoint.
+        weights: new values by parameter name, in layout and dtype of the checkpoint; read when asked
+            for where solved blocks are kept on disk.
         axes: the axis of the groups in each of them.
         layers: what was done to each layer.
     """
 
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     axes: dict[str, int]
     layers: tuple[LayerRecord, ...]
 
@@ -89,6 +97,7 @@ def prune_model(
     store: BlockStore,
     progress: Progress,
     dense: Mapping[str, str] = MappingProxyType({}),
+    keeping: Keeping = IN_MEMORY,
 ) -> PrunedState:
     """Prune all target layers of `model` in place.
 
@@ -106,6 +115,8 @@ def prune_model(
         store: solved blocks of an interrupted run of the same inputs and options.
         progress: called with (label, done, total) after each block.
         dense: full path of each target to leave dense, with the reason.
+        keeping: where hidden states are kept, and whether the model was opened with its blocks in
+            the checkpoint; these then come and go one by one.
 
     Raises:
         ModelDirError: activations or weights of a layer are NaN or infinite.
@@ -114,16 +125,17 @@ def prune_model(
     """
     _require_usable(model, recipe, calibration, options)
     count = sum(len(find_blocks(model, part)) for part in recipe.parts)
-    weights: dict[str, Tensor] = {}
+    weights = store.weights()
     records: list[LayerRecord] = []
-    for number, step in enumerate(block_steps(model, recipe, (calibration, held_out))):
+    steps = block_steps(model, recipe, (calibration, held_out), keeping)
+    for number, step in enumerate(steps):
         progress("prune", number, count)
         done = store.load(number)
         if done is None:
             done = _prune_block(step.twin, step.recipe, step.sets, options, stored_dtype, dense)
             store.save(number, *done)
         _apply(step.twin.pruned, done[0])
-        weights.update({f"{step.twin.prefix}.{name}.weight": w for name, w in done[0].items()})
+        weights.add(number, step.twin.prefix, done[0])
         records.extend(done[1])
     progress("prune", count, count)
     records.extend(_layers_outside(model, recipe, {record.name for record in records}))
@@ -154,6 +166,7 @@ def prune_directory(
     options: PruneOptions,
     *,
     device: torch.device,
+    memory_limit: int | None = None,
     solved: Path,
     out: Path,
     progress: Progress,
@@ -167,6 +180,7 @@ def prune_directory(
         held_out: text to measure errors on.
         options: method, preset and target.
         device: where blocks run and layers are solved.
+        memory_limit: bytes that may be taken there; None for all that are free.
         solved: folder of solved blocks, kept across interruptions.
         out: receives weights, configuration and tokenizer.
         progress: see `prune_model`.
@@ -174,13 +188,28 @@ def prune_directory(
     Raises:
         ModelDirError: the directory was written while its blocks were solved, or what
             `prune_model` raises.
+        UsageError: there is too little memory.
     """
     began = time.perf_counter()
-    model, directory, notes = _opened(directory, recipe, device, calibration.batches[:1])
-    state, sensitivity = _pruned(
-        model, directory, recipe, calibration, held_out, options, solved, progress
-    )
-    digest = write_pruned(directory, state.weights, out, axes=state.axes)
+    placement = _placement(directory, recipe, calibration, held_out, options, device, memory_limit)
+    log.info("pruning takes %s", placement.sentence(device))
+    with _scratch(solved) as scratch:
+        model, directory, notes = _opened(
+            directory,
+            recipe,
+            device,
+            calibration.batches[:1],
+            offload=scratch if placement.streamed else None,
+        )
+        keeping = Keeping(
+            states=keeper(placement.states, scratch),
+            blocks=placement.streamed,
+            look_ahead=options.reconstructs,
+        )
+        state, sensitivity = _pruned(
+            model, directory, recipe, calibration, held_out, options, solved, progress, keeping
+        )
+        digest = write_pruned(directory, state.weights, out, axes=state.axes)
     return PruneResult(
         method=options.method,
         preset=options.preset,
@@ -195,14 +224,47 @@ def prune_directory(
         reconstructed=options.reconstructs,
         sensitivity=sensitivity,
         notes=notes,
+        memory=placement.sentence(device),
     )
 
 
+@contextmanager
+def _scratch(solved: Path) -> Iterator[Path]:
+    """A folder for what is worth nothing after a kill, beside what is."""
+    folder = solved / "scratch"
+    shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _placement(
+    directory: ModelDir,
+    recipe: Recipe,
+    calibration: Samples,
+    held_out: Samples,
+    options: PruneOptions,
+    device: torch.device,
+    memory_limit: int | None,
+) -> Placement:
+    """Where weights and hidden states are kept, by what there is room for."""
+    batches = (*calibration.batches, *thin(held_out, _HELD_OUT_TOKENS))
+    needs = needs_of(structure_of(directory, recipe), recipe, batches, options)
+    return place(needs, room_on(device, memory_limit), whole=options.has_budget)
+
+
 def _opened(
-    directory: ModelDir, recipe: Recipe, device: torch.device, batches: Sequence[Batch]
+    directory: ModelDir,
+    recipe: Recipe,
+    device: torch.device,
+    batches: Sequence[Batch],
+    *,
+    offload: Path | None,
 ) -> tuple[nn.Module, ModelDir, tuple[str, ...]]:
     """The model, its directory with the names that it gives tensors, and what is left out of it."""
-    model, unused = load_with_rest(directory, recipe, device)
+    model, unused = load_with_rest(directory, recipe, device, offload=offload)
     for batch in batches:
         require_runs(model, batch, recipe.task, directory.path)
     notes = left_out(directory, model, recipe, unused)
@@ -218,6 +280,7 @@ def _pruned(
     options: PruneOptions,
     solved: Path,
     progress: Progress,
+    keeping: Keeping,
 ) -> tuple[PrunedState, Sensitivity | None]:
     """Prune the model of a directory in place, but for what is to stay dense or breaks a budget."""
     if options.method == "none":
@@ -239,6 +302,7 @@ def _pruned(
         store=BlockStore(solved, directory.require_untouched),
         progress=progress,
         dense=dense,
+        keeping=keeping,
     )
     _require_pruned(state, recipe, directory.path)
     return state, sensitivity
@@ -305,8 +369,11 @@ def _prune_block(
     first = sets[0]
     groups = shared_inputs(twin.pruned, layers, first.pruned_calls[0][twin.index], first.pruned[0])
     for group in groups:
+        # Nothing but the errors of a reconstruction needs the dense block once more.
+        goes_on = group is groups[-1] and not options.reconstructs and twin.following is not None
+        moments = [collect(twin, group[0], each, dense_goes_on=goes_on) for each in sets]
         for part, own in by_options(twin.prefix, group, recipe, options):
-            done, made = _prune_group(twin, part, sets, own, stored_dtype)
+            done, made = _prune_group(twin, part, moments, own, stored_dtype)
             _apply(twin.pruned, done)
             solved.update(done)
             records.extend(made)
@@ -321,13 +388,13 @@ def _prune_block(
 def _prune_group(
     twin: BlockPair,
     group: list[str],
-    sets: list[Activations],
+    moments: Sequence[SecondMoments],
     options: PruneOptions,
     stored_dtype: Callable[[str], torch.dtype],
 ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
-    """Solve layers that share one input and measure their errors."""
+    """Solve layers that share one input, of these second moments, and measure their errors."""
     began = time.perf_counter()
-    calibration, held_out = (collect(twin, group[0], activations) for activations in sets)
+    calibration, held_out = moments
     solved = solve_group(twin, group, calibration, options, stored_dtype)
     seconds = (time.perf_counter() - began) / len(group)
     records = []

@@ -1,9 +1,13 @@
 """Second moments of layer inputs: plain, cross and dense Gram matrices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+# A symmetric product is taken in as many strips of columns, each from its diagonal on: with four
+# of them, in ten sixteenths of the multiplications.
+_STRIPS = 4
 
 
 @dataclass(slots=True)
@@ -13,29 +17,38 @@ class SecondMoments:
     Products are taken in float32, whatever the model computes in, and summed in float64.
 
     Attributes:
-        pruned: X_pᵀX_p, (d, d), inputs in the partly pruned model.
         cross: X_dᵀX_p, (d, d), dense against pruned inputs of the same tokens.
-        dense: X_dᵀX_d, (d, d).
         tokens: rows summed.
     """
 
-    pruned: Tensor
     cross: Tensor
-    dense: Tensor
+    _pruned: "_Symmetric"
+    _dense: "_Symmetric"
     tokens: int = 0
 
     @classmethod
     def empty(cls, features: int, device: torch.device) -> "SecondMoments":
         """All zero, for inputs with `features` columns."""
-        zeros = [torch.zeros(features, features, dtype=torch.float64, device=device) for _ in "123"]
-        return cls(zeros[0], zeros[1], zeros[2])
+        cross = torch.zeros(features, features, dtype=torch.float64, device=device)
+        sums = [_Symmetric(torch.zeros_like(cross)) for _ in "12"]
+        return cls(cross, *sums)
+
+    @property
+    def pruned(self) -> Tensor:
+        """X_pᵀX_p, (d, d), inputs in the partly pruned model."""
+        return self._pruned.whole()
+
+    @property
+    def dense(self) -> Tensor:
+        """X_dᵀX_d, (d, d)."""
+        return self._dense.whole()
 
     def add(self, dense: Tensor, pruned: Tensor) -> None:
         """Add the rows of one batch, both (tokens, d), padding already removed."""
         dense, pruned = dense.float(), pruned.float()
-        self.pruned += pruned.T @ pruned
+        self._pruned.add(pruned)
+        self._dense.add(dense)
         self.cross += dense.T @ pruned
-        self.dense += dense.T @ dense
         self.tokens += len(pruned)
 
     def relative_error(self, before: Tensor, after: Tensor) -> float:
@@ -46,3 +59,28 @@ class SecondMoments:
         own = float(((w1 @ self.pruned) * w1).sum())
         # Rounding may leave a tiny negative sum; NaN stays NaN, so that nothing broken looks good.
         return max(reference - 2 * mixed + own, 0.0) / reference if reference != 0 else 0.0
+
+
+@dataclass(slots=True)
+class _Symmetric:
+    """A sum of XᵀX of which only strips from the diagonal on are computed, (d, d), float64."""
+
+    total: Tensor
+    _mirrored: bool = field(default=True)
+
+    def add(self, rows: Tensor) -> None:
+        for strip in self._strips():
+            self.total[strip, strip.start :] += rows[:, strip].T @ rows[:, strip.start :]
+        self._mirrored = False
+
+    def whole(self) -> Tensor:
+        if not self._mirrored:
+            for strip in self._strips():
+                self.total[strip.stop :, strip] = self.total[strip, strip.stop :].T
+            self._mirrored = True
+        return self.total
+
+    def _strips(self) -> list[slice]:
+        width = -(-len(self.total) // _STRIPS)
+        starts = range(0, len(self.total), width)
+        return [slice(start, min(start + width, len(self.total))) for start in starts]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.bundle import Bundle
@@ -11,6 +11,7 @@ from prox24_deploy.bundle.layout import PRUNED, RECIPE
 from prox24_deploy.bundle.stage import Stage, Workspace
 from prox24_deploy.config.options import BuildOptions, DeviceChoice, PruneOptions
 from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.records import PruneResult
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import RunContext, torch_device
@@ -32,10 +33,16 @@ class PruneInputs:
     options: PruneOptions
     device: str
     versions: Mapping[str, str]
+    memory_limit: int | None = field(
+        default=None, metadata=unkeyed("says where weights are kept, not what they become")
+    )
 
 
 def prune_inputs(
-    context: RunContext, options: PruneOptions, device_choice: DeviceChoice
+    context: RunContext,
+    options: PruneOptions,
+    device_choice: DeviceChoice,
+    memory_limit: int | None = None,
 ) -> PruneInputs:
     """The inputs of the stage that prunes."""
     return PruneInputs(
@@ -46,6 +53,7 @@ def prune_inputs(
         options=options,
         device=torch_device(device_choice).type,
         versions=numeric_versions(),
+        memory_limit=memory_limit,
     )
 
 
@@ -56,7 +64,7 @@ def run(
     progress: Progress,
 ) -> PruneResult:
     """Prune every target layer into `pruned/`; the bundle is then one of this model."""
-    inputs = prune_inputs(context, options.prune, options.device)
+    inputs = prune_inputs(context, options.prune, options.device, options.memory_limit)
     result = bundle.run(STAGE, inputs, progress)
     _describe(bundle, context, options)
     # The same samples may come from another place than when they were pruned on.
@@ -75,6 +83,7 @@ def _prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> PruneRes
         inputs.held_out,
         inputs.options,
         device=torch.device(inputs.device),
+        memory_limit=inputs.memory_limit,
         solved=work.kept,
         out=work.partial / PRUNED,
         progress=progress,

@@ -1,0 +1,103 @@
+"""Models whose blocks stay in the checkpoint until they run: transformers and accelerate do it.
+
+Whatever lies outside of the blocks is on the device; a block is read from its weight files, in
+float32, when a forward pass reaches it, and given up again behind it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+META = torch.device("meta")
+
+
+def block_map(model: nn.Module, blocks: Iterable[str], device: torch.device) -> dict[str, str]:
+    """Where each part of a model goes, as `device_map` of transformers: its blocks to the disk.
+
+    Args:
+        model: of the structure in question, on any device.
+        blocks: paths of the lists of blocks.
+        device: for everything else.
+    """
+    lists = set(blocks)
+    places = dict.fromkeys(lists, "disk")
+    _place(model, "", lists, str(device), places)
+    return places
+
+
+def _place(
+    module: nn.Module, path: str, lists: set[str], device: str, places: dict[str, str]
+) -> None:
+    """Add what lies below a module that holds blocks: the most that goes to the device as one."""
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    places.update({f"{path}{name}": device for name, _ in own})
+    for name, child in module.named_children():
+        full = f"{path}{name}"
+        if full in lists:
+            continue
+        if any(each.startswith(f"{full}.") for each in lists):
+            _place(child, f"{full}.", lists, device, places)
+        else:
+            places[full] = device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs, some of its blocks in memory or not."""
+    return next(p.device for p in model.parameters() if p.device != META)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether blocks of a model are read when they run."""
+    return any(parameter.device == META for parameter in model.parameters())
+
+
+def bring(block: nn.Module, device: torch.device) -> None:
+    """Read the weights of one block and keep them, float32 on `device`, until `drop`.
+
+    Changed or not, they never reach the files that they were read from.
+    """
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import set_module_tensor_to_device
+
+    for module in block.modules():
+        for name, value in _offloaded(module):
+            # A tensor read from a file may be a view of the file.
+            set_module_tensor_to_device(
+                module, name, device, value=value.to(device, torch.float32, copy=True)
+            )
+        remove_hook_from_module(module)
+    block.requires_grad_(requires_grad=False)
+
+
+def read(module: nn.Module, name: str) -> Tensor:
+    """A parameter of a module, from the checkpoint where it is not in memory."""
+    return dict(_offloaded(module)).get(name, module.get_parameter(name))
+
+
+def drop(block: nn.Module) -> None:
+    """Give up the weights of a block that was brought and will not run again."""
+    block.to(META)
+
+
+def _offloaded(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of one module that are not in memory, with their values."""
+    values: Mapping[str, Tensor] | None = _weights_map(getattr(module, "_hf_hook", None))
+    own: Iterable[tuple[str, Any]] = (
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    )
+    for name, tensor in list(own):
+        if tensor.device == META and values is not None:
+            yield name, values[name]
+
+
+def _weights_map(hook: object) -> Mapping[str, Tensor] | None:
+    """What the hook of accelerate reads from; several hooks of one module are a sequence."""
+    if hook is None:
+        return None
+    for each in getattr(hook, "hooks", (hook,)):
+        if (found := getattr(each, "weights_map", None)) is not None:
+            return found  # type: ignore[no-any-return]
+    return None

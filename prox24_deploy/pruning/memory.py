@@ -1,0 +1,218 @@
+"""How much memory pruning a model takes, and where what it needs is kept; decided beforehand.
+
+Weights and hidden states may be kept in several places, the arithmetic is the same in all: where
+there is less memory a run reads and writes more, and comes to the same bits.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.model.batch import Batch
+from prox24_deploy.model.blocks import find_blocks, target_layers
+from prox24_deploy.model.layers import Layer, matrix_shape
+from prox24_deploy.pruning.hidden_states import Place
+
+_FLOAT, _DOUBLE = 4, 8
+# Matrices of the size of the weights that the solver holds at most: start, linear term, iterate,
+# dual, the best so far, its mask, and what steps make on their way.
+_SOLVER_MATRICES = 14
+# Gram matrices in float64, their copies of one problem, curvature and inverse.
+_SQUARE_DOUBLES, _SQUARE_FLOATS = 5, 4
+# What PyTorch, its libraries and the allocator take beside the tensors.
+_OVERHEAD = 2**29
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Bytes that pruning takes.
+
+    Attributes:
+        model: all weights in float32.
+        outside: those outside of the blocks.
+        block: those of the largest block.
+        blocks: of which so many are in memory at once.
+        states: hidden states of all samples, dense and pruned.
+        working: Gram matrices and the solver, or one batch on its way through a block.
+    """
+
+    model: int
+    outside: int
+    block: int
+    blocks: int
+    states: int
+    working: int
+
+    def held(self) -> int:
+        """With the whole model in memory, hidden states aside."""
+        return self.model + (self.blocks - 1) * self.block + self.working + _OVERHEAD
+
+    def streamed(self) -> int:
+        """With some blocks in memory at a time, hidden states aside."""
+        return self.outside + self.blocks * self.block + self.working + _OVERHEAD
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Bytes that a run may take on its device and, if that is another one, on the host."""
+
+    device: int
+    host: int
+    is_host: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where weights and hidden states are kept, and the bytes on the device that this takes."""
+
+    streamed: bool
+    states: Place
+    bytes: int
+
+    def sentence(self, device: torch.device) -> str:
+        """What was decided, for people."""
+        model = "one block in memory at a time" if self.streamed else "the whole model in memory"
+        where = {"device": "in memory", "host": "in the memory of the host", "disk": "on disk"}
+        return (
+            f"about {_gib(self.bytes)} on {device.type}: {model}, hidden states "
+            f"{where[self.states]}"
+        )
+
+
+def needs_of(
+    model: nn.Module, recipe: Recipe, samples: Sequence[Batch], options: PruneOptions
+) -> Needs:
+    """What pruning a model on samples takes.
+
+    Args:
+        model: of its structure; no weight is read, so that it may be on the meta device.
+        recipe: of its family.
+        samples: all batches, those of errors too.
+        options: whether blocks are tuned as a whole, which takes the next block too.
+    """
+    blocks = [block for part in recipe.parts for block in find_blocks(model, part)]
+    parts = [part for part in recipe.parts for _ in find_blocks(model, part)]
+    sizes = [_weights(block) for block in blocks]
+    layers = [
+        list(target_layers(block, part).values())
+        for block, part in zip(blocks, parts, strict=True)
+    ]
+    # Most layers of a block read as many features as its hidden states have.
+    widths = Counter(matrix_shape(layer)[1] for own in layers for layer in own)
+    width = max(widths, key=lambda each: widths[each], default=0)
+    positions = [_positions(batch) for batch in samples]
+    states = 2 * _FLOAT * width * sum(positions)
+    outputs = max(sum(matrix_shape(layer)[0] for layer in own) for own in layers)
+    batch = _FLOAT * max(positions) * outputs
+    return Needs(
+        model=_weights(model),
+        outside=_weights(model) - sum(sizes),
+        block=max(sizes),
+        blocks=3 if options.reconstructs else 2,
+        states=states,
+        working=max(batch, max(_solver(own) for own in layers)),
+    )
+
+
+def room_on(device: torch.device, limit: int | None) -> Room:
+    """What is free, and no more than `limit` on the device."""
+    host = _free_host()
+    is_host = device.type == "cpu"
+    free = host if is_host else torch.cuda.mem_get_info(device)[0]
+    return Room(device=free if limit is None else min(free, limit), host=host, is_host=is_host)
+
+
+def place(needs: Needs, room: Room, *, whole: bool) -> Placement:
+    """Keep as much in memory as there is room for: hidden states first, then the whole model.
+
+    Args:
+        needs: of the run.
+        room: that it has.
+        whole: whether the model must be whole, as where a budget measures it layer by layer.
+
+    Raises:
+        UsageError: even with everything on disk that can be there is no room.
+    """
+    places: list[tuple[Place, int, bool]] = [
+        ("device", needs.states, True),
+        ("host", 0, not room.is_host and needs.states < room.host // 2),
+        ("disk", 0, True),
+    ]
+    for states, beside, possible in places:
+        for streamed in (False, True):
+            if not possible or (streamed and whole):
+                continue
+            own = needs.streamed() if streamed else needs.held()
+            if own + beside <= room.device:
+                return Placement(streamed=streamed, states=states, bytes=own + beside)
+    least = needs.held() if whole else needs.streamed()
+    budget = "; a budget holds the whole model, name the layers by --exclude instead" if whole else ""
+    raise UsageError(
+        f"Pruning takes at least {_gib(least)} of memory, and {_gib(room.device)} are free or "
+        "allowed by --memory-limit; free some, raise the limit or take a larger device"
+        f"{budget}."
+    )
+
+
+def _weights(module: nn.Module) -> int:
+    """Bytes of its parameters in float32; one that two modules share counts once."""
+    return _FLOAT * sum(parameter.numel() for parameter in module.parameters())
+
+
+def _solver(layers: Sequence[Layer]) -> int:
+    """The most that a group of layers with one input takes; those as wide count as one group."""
+    rows: Counter[int] = Counter()
+    for layer in layers:
+        n, k = matrix_shape(layer)
+        rows[k] += n
+    return max(
+        (
+            k * k * (_SQUARE_DOUBLES * _DOUBLE + _SQUARE_FLOATS * _FLOAT)
+            + n * k * _SOLVER_MATRICES * _FLOAT
+            for k, n in rows.items()
+        ),
+        default=0,
+    )
+
+
+def _positions(batch: Batch) -> int:
+    """Positions of hidden states, as far as the samples tell; those of an image are few."""
+    if batch.real.ndim > 1:
+        return batch.real.numel() + (0 if batch.targets is None else batch.targets.numel())
+    values = max((tensor.numel() for tensor in batch.inputs.values()), default=0)
+    # The smallest patches in use have this many values: 8 by 8 pixels of three colours.
+    return math.ceil(values / 192)
+
+
+def _free_host() -> int:
+    """Memory that a process on this host, or in this container, may still take."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    # What the kernel keeps of files counts as used there, and it is given up when needed.
+    return free if limit == "max" else min(free, max(int(limit) - used, 0) + _file_cache())
+
+
+def _file_cache() -> int:
+    try:
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
