@@ -91,6 +91,7 @@ def build(
     lm_eval_data: arguments.HarnessDataOpt = None,
     lm_eval_limit: arguments.HarnessLimitOpt = None,
     device: arguments.DeviceOpt = "auto",
+    memory_limit: arguments.MemoryOpt = None,
     seed: arguments.SeedOpt = 0,
     baseline: arguments.BaselineOpt = None,
     limits: arguments.LimitsOpt = None,
@@ -149,6 +150,7 @@ def build(
         ),
         quantize=None if quantize == "none" else quantize,
         device=device,
+        memory_limit_gib=memory_limit,
         dtype=dtype,
         engine=arguments.engine_options(
             backends=backend, shapes=shapes, tensorrt=tensorrt, plan=plan, eager=eager
@@ -195,6 +197,7 @@ def prune(
     max_loss: arguments.MaxLossOpt = None,
     layers: arguments.LayersOpt = None,
     device: arguments.DeviceOpt = "auto",
+    memory_limit: arguments.MemoryOpt = None,
     seed: arguments.SeedOpt = 0,
     fresh: arguments.FreshOpt = False,
     as_json: arguments.JsonOpt = False,
@@ -224,6 +227,7 @@ def prune(
             layers=layers,
         ),
         device=device,
+        memory_limit_gib=memory_limit,
         name=name,
     )
     model_dir = arguments.local_model(model_dir)

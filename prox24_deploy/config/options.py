@@ -223,8 +223,8 @@ class BuildOptions:
     is run through the engines; an image counts as 64 tokens. The report is held against the dense
     model and against `baseline`, by `limits_file` before the limits of the recipe, and may differ
     from the baseline in what `allow` names. `accept_loss` has names of metrics and how much worse
-    than the dense model each may be, "25%" or a number. `memory_limit` bounds the bytes that pruning
-    and evaluation take on their device; it changes no result.
+    than the dense model each may be, "25%" or a number. `memory_limit_gib` bounds what
+    pruning and evaluation take on their device; it changes no result.
     """
 
     recipe: Path | None = None
@@ -242,7 +242,12 @@ class BuildOptions:
     engine_tokens: int = 8192
     name: str | None = None
     accept_loss: tuple[tuple[str, str], ...] = ()
-    memory_limit: int | None = None
+    memory_limit_gib: float | None = None
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that pruning and evaluation may take where they run; None for all that are free."""
+        return None if self.memory_limit_gib is None else int(self.memory_limit_gib * 2**30)
 
     def __post_init__(self) -> None:
         _make_paths(self, "recipe", "baseline", "limits_file")

@@ -3,9 +3,11 @@
 import platform
 from pathlib import Path
 
+import psutil
 import pynvml
 
 CPUINFO = Path("/proc/cpuinfo")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def cpu_model(cpuinfo: Path = CPUINFO) -> str:
@@ -39,3 +41,19 @@ def gpu() -> dict[str, str]:
         return {"gpu": f"not readable ({error})"}
     finally:
         pynvml.nvmlShutdown()
+
+
+def free_memory(cgroup: Path = CGROUP) -> int:
+    """Bytes that a process on this host, or in this container, may still take."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        lines = (cgroup / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):
+        return free
+    if not limit.isdigit():
+        return free
+    # What the kernel keeps of files counts as used there, and is given up when it is needed.
+    cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    return min(free, max(int(limit) - used + cached, 0))

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -205,7 +206,9 @@ def load_with_rest(
     directory: ModelDir, recipe: Recipe, device: torch.device, *, offload: Path | None = None
 ) -> tuple[nn.Module, list[str]]:
     """As `load_model`; also the tensors of the checkpoint that the model has no place for."""
-    with _opening(directory, recipe) as auto:
+    with _opening(directory, recipe) as auto, warnings.catch_warnings():
+        # Tensors that belong to no module below the model have a place of their own.
+        warnings.filterwarnings("ignore", message="The following device_map keys do not match")
         model, info = auto.from_pretrained(
             directory.path,
             local_files_only=True,

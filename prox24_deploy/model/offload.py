@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prox24_deploy.core.host import free_memory
+
 META = torch.device("meta")
+# What a batch takes on its way through a model, as a share of the weights.
+_WORK = 0.25
 
 
 def block_map(model: nn.Module, blocks: Iterable[str], device: torch.device) -> dict[str, str]:
@@ -46,6 +50,22 @@ def _place(
 def device_of(model: nn.Module) -> torch.device:
     """Where a model takes its inputs, some of its blocks in memory or not."""
     return next(p.device for p in model.parameters() if p.device != META)
+
+
+def float_bytes(module: nn.Module) -> int:
+    """Bytes of its parameters in float32; one that two modules share counts once."""
+    return 4 * sum(parameter.numel() for parameter in module.parameters())
+
+
+def free_on(device: torch.device, limit: int | None) -> int:
+    """Bytes that are free on a device, and no more than `limit`."""
+    free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    return free if limit is None else min(free, limit)
+
+
+def fits(structure: nn.Module, count: int, device: torch.device, limit: int | None) -> bool:
+    """Whether so many models of a structure, and the work of one, fit into memory as a whole."""
+    return (count + _WORK) * float_bytes(structure) <= free_on(device, limit)
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -88,7 +108,7 @@ def _offloaded(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         *module.named_parameters(recurse=False),
         *module.named_buffers(recurse=False),
     )
-    for name, tensor in list(own):
+    for name, tensor in own:
         if tensor.device == META and values is not None:
             yield name, values[name]
 

@@ -71,7 +71,9 @@ def build(
             export=exported,
             compile=compiled,
             bench=stages.bench.run(bundle, model, compiled, backends, options.engine, progress),
-            evaluate=stages.evaluate.run(bundle, context, options.device, progress),
+            evaluate=stages.evaluate.run(
+                bundle, context, options.device, progress, memory_limit=options.memory_limit
+            ),
             accuracy=stages.accuracy.run(bundle, context, compiled, backends, options, progress),
             tasks=stages.tasks.run(bundle, context, options, progress),
         )
@@ -190,7 +192,13 @@ def evaluate(
         )
     device = torch_device(options.device).type
     result = stages.evaluate.compare_models(
-        context.source, sparse, context.recipe, context.held_out, device, progress
+        context.source,
+        sparse,
+        context.recipe,
+        context.held_out,
+        device,
+        progress,
+        memory_limit=options.memory_limit,
     )
     context.source.require_unchanged()
     sparse.require_unchanged()

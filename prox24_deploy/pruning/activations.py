@@ -102,8 +102,8 @@ def record_activations(
     hidden = [first for first, _ in recorded]
     calls = [calls for _, calls in recorded]
     real = [_positions(batch, recipe) for batch in batches]
-    streams = (keep(f"{name}-{stream}", hidden) for stream in ("dense", "pruned"))
-    return Activations(batches, real, calls, calls, *streams)
+    dense, pruned = (keep(f"{name}-{stream}", hidden) for stream in ("dense", "pruned"))
+    return Activations(batches, real, calls, calls, dense, pruned)
 
 
 def _recorded(

@@ -8,18 +8,18 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.host import free_memory
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.layers import Layer, matrix_shape
+from prox24_deploy.model.offload import float_bytes, free_on
 from prox24_deploy.pruning.hidden_states import Place
 
 _FLOAT, _DOUBLE = 4, 8
@@ -30,7 +30,6 @@ _SOLVER_MATRICES = 14
 _SQUARE_DOUBLES, _SQUARE_FLOATS = 5, 4
 # What PyTorch, its libraries and the allocator take beside the tensors.
 _OVERHEAD = 2**29
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,10 +101,9 @@ def needs_of(
     """
     blocks = [block for part in recipe.parts for block in find_blocks(model, part)]
     parts = [part for part in recipe.parts for _ in find_blocks(model, part)]
-    sizes = [_weights(block) for block in blocks]
+    sizes = [float_bytes(block) for block in blocks]
     layers = [
-        list(target_layers(block, part).values())
-        for block, part in zip(blocks, parts, strict=True)
+        list(target_layers(block, part).values()) for block, part in zip(blocks, parts, strict=True)
     ]
     # Most layers of a block read as many features as its hidden states have.
     widths = Counter(matrix_shape(layer)[1] for own in layers for layer in own)
@@ -115,8 +113,8 @@ def needs_of(
     outputs = max(sum(matrix_shape(layer)[0] for layer in own) for own in layers)
     batch = _FLOAT * max(positions) * outputs
     return Needs(
-        model=_weights(model),
-        outside=_weights(model) - sum(sizes),
+        model=float_bytes(model),
+        outside=float_bytes(model) - sum(sizes),
         block=max(sizes),
         blocks=3 if options.reconstructs else 2,
         states=states,
@@ -126,10 +124,7 @@ def needs_of(
 
 def room_on(device: torch.device, limit: int | None) -> Room:
     """What is free, and no more than `limit` on the device."""
-    host = _free_host()
-    is_host = device.type == "cpu"
-    free = host if is_host else torch.cuda.mem_get_info(device)[0]
-    return Room(device=free if limit is None else min(free, limit), host=host, is_host=is_host)
+    return Room(device=free_on(device, limit), host=free_memory(), is_host=device.type == "cpu")
 
 
 def place(needs: Needs, room: Room, *, whole: bool) -> Placement:
@@ -145,7 +140,7 @@ def place(needs: Needs, room: Room, *, whole: bool) -> Placement:
     """
     places: list[tuple[Place, int, bool]] = [
         ("device", needs.states, True),
-        ("host", 0, not room.is_host and needs.states < room.host // 2),
+        ("host", 0, not room.is_host and needs.states <= room.host // 2),
         ("disk", 0, True),
     ]
     for states, beside, possible in places:
@@ -156,17 +151,12 @@ def place(needs: Needs, room: Room, *, whole: bool) -> Placement:
             if own + beside <= room.device:
                 return Placement(streamed=streamed, states=states, bytes=own + beside)
     least = needs.held() if whole else needs.streamed()
-    budget = "; a budget holds the whole model, name the layers by --exclude instead" if whole else ""
+    budget = "; a budget needs the whole model, name the layers by --exclude instead"
     raise UsageError(
         f"Pruning takes at least {_gib(least)} of memory, and {_gib(room.device)} are free or "
         "allowed by --memory-limit; free some, raise the limit or take a larger device"
-        f"{budget}."
+        f"{budget if whole else ''}."
     )
-
-
-def _weights(module: nn.Module) -> int:
-    """Bytes of its parameters in float32; one that two modules share counts once."""
-    return _FLOAT * sum(parameter.numel() for parameter in module.parameters())
 
 
 def _solver(layers: Sequence[Layer]) -> int:
@@ -192,26 +182,6 @@ def _positions(batch: Batch) -> int:
     values = max((tensor.numel() for tensor in batch.inputs.values()), default=0)
     # The smallest patches in use have this many values: 8 by 8 pixels of three colours.
     return math.ceil(values / 192)
-
-
-def _free_host() -> int:
-    """Memory that a process on this host, or in this container, may still take."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    # What the kernel keeps of files counts as used there, and it is given up when needed.
-    return free if limit == "max" else min(free, max(int(limit) - used, 0) + _file_cache())
-
-
-def _file_cache() -> int:
-    try:
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def _gib(size: int) -> str:

@@ -74,8 +74,8 @@ class PrunedState:
     """What pruning a model gave.
 
     Attributes:
-        weights: new values by parameter name, in layout and dtype of the checkpoint; read when asked
-            for where solved blocks are kept on disk.
+        weights: new values by parameter name, in layout and dtype of the checkpoint; read from the
+            files of solved blocks when they are asked for.
         axes: the axis of the groups in each of them.
         layers: what was done to each layer.
     """

@@ -30,8 +30,8 @@ class SecondMoments:
     def empty(cls, features: int, device: torch.device) -> "SecondMoments":
         """All zero, for inputs with `features` columns."""
         cross = torch.zeros(features, features, dtype=torch.float64, device=device)
-        sums = [_Symmetric(torch.zeros_like(cross)) for _ in "12"]
-        return cls(cross, *sums)
+        pruned, dense = (_Symmetric(torch.zeros_like(cross)) for _ in "12")
+        return cls(cross, pruned, dense)
 
     @property
     def pruned(self) -> Tensor:

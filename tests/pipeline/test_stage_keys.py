@@ -53,6 +53,8 @@ UNKEYED = {
     ("CuSparseLt", "pruned"): "the stage hashes what lies there",
     ("CuSparseLt", "quantized"): "the stage hashes what lies there",
     ("BenchInputs", "max_slowdown"): "judged again",
+    ("PruneInputs", "memory_limit"): "where weights are kept",
+    ("EvaluateInputs", "memory_limit"): "where weights are kept",
 }
 OPTIONS = BuildOptions(
     text=TextOptions(calibration_tokens=2048, evaluation_tokens=1024),
@@ -61,6 +63,7 @@ OPTIONS = BuildOptions(
     quantize="int8",
     device="cpu",
     engine=EngineOptions(batches=(1,), sequences=(8,)),
+    memory_limit_gib=1.5,
 )
 
 
@@ -298,6 +301,7 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
     assert covered == {
         "prune": {
             "source", "recipe", "calibration", "held_out", "options", "device", "versions",
+            "memory_limit",
         },
         "recover": {
             "source", "pruned", "recipe", "calibration", "options", "seed", "device", "versions",
@@ -319,6 +323,7 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
         },
         "evaluate": {
             "source", "pruned", "before", "quantized", "held_out", "recipe", "device", "versions",
+            "memory_limit",
         },
         "accuracy": {
             "source", "pruned", "quantized", "onnx", "compiled", "engines", "backends", "held_out",
@@ -456,6 +461,7 @@ OTHER_OPTIONS: dict[str, tuple[Any, set[str]]] = {
     "engine.backends": (("onnxruntime",), set()),
     "engine.eager": (True, set()),
     "engine_tokens": (512, {"accuracy"}),
+    "memory_limit_gib": (1.25, set()),
     "harness.tasks": ((), set()),
     "harness.limit": (None, set()),
 }

@@ -1,14 +1,17 @@
 """The stage that asks both models in PyTorch: accuracy of the pruned one against the dense."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import DeviceChoice
 from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.atomic import make_folder
+from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.records import AccuracyStep, EvaluateResult, StepName
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import RunContext, torch_device
@@ -35,10 +38,18 @@ class EvaluateInputs:
     recipe: Recipe
     device: str
     versions: Mapping[str, str]
+    memory_limit: int | None = field(
+        default=None, metadata=unkeyed("says where weights are kept, not what they are")
+    )
 
 
 def run(
-    bundle: Bundle, context: RunContext, device_choice: DeviceChoice, progress: Progress
+    bundle: Bundle,
+    context: RunContext,
+    device_choice: DeviceChoice,
+    progress: Progress,
+    *,
+    memory_limit: int | None = None,
 ) -> EvaluateResult:
     """Compare dense and pruned model on held-out samples."""
     inputs = EvaluateInputs(
@@ -50,13 +61,15 @@ def run(
         recipe=context.recipe,
         device=torch_device(device_choice).type,
         versions=numeric_versions(),
+        memory_limit=memory_limit,
     )
     return replace(bundle.run(STAGE, inputs, progress), evaluation=context.held_out.source)
 
 
-def _evaluate(inputs: EvaluateInputs, _: Workspace, progress: Progress) -> EvaluateResult:
+def _evaluate(inputs: EvaluateInputs, work: Workspace, progress: Progress) -> EvaluateResult:
     from prox24_deploy.model.directory import open_model_dir
 
+    make_folder(work.kept)
     return compare_models(
         inputs.source,
         open_model_dir(inputs.pruned.path),
@@ -66,6 +79,8 @@ def _evaluate(inputs: EvaluateInputs, _: Workspace, progress: Progress) -> Evalu
         progress,
         before=open_model_dir(inputs.before.path) if inputs.before else None,
         tensors=tensors_of(inputs.quantized),
+        memory_limit=inputs.memory_limit,
+        scratch=work.kept,
     )
 
 
@@ -79,33 +94,44 @@ def compare_models(
     *,
     before: "ModelDir | None" = None,
     tensors: Path | None = None,
+    memory_limit: int | None = None,
+    scratch: Path | None = None,
 ) -> EvaluateResult:
     """Load the models of two directories, which one recipe fits, and compare them.
 
     The model as it was `before` it was recovered is compared first, if it is given. With `tensors`,
-    the sparse one is compared once more, quantised as they say.
+    the sparse one is compared once more, quantised as they say. Where two models do not fit into
+    memory, or into `memory_limit` bytes, blocks are read from the checkpoint when they run.
     """
     import torch
 
     from prox24_deploy.evaluation.evaluate import evaluate_models
-    from prox24_deploy.model.directory import load_model
+    from prox24_deploy.model.directory import load_model, structure_of
+    from prox24_deploy.model.offload import fits
     from prox24_deploy.quantization.quantize import apply_quantized
 
-    def opened(directory: "ModelDir") -> "nn.Module":
-        return load_model(directory, recipe, torch.device(device))
-
-    def compared(model: "nn.Module") -> EvaluateResult:
-        return evaluate_models(dense_model, model, recipe.task, held_out, source.path, progress)
-
-    dense_model = opened(source)
+    place = torch.device(device)
+    held = fits(structure_of(source, recipe), 2, place, memory_limit)
     found: list[tuple[StepName, EvaluateResult]] = []
-    if before is not None:
-        found.append(("pruned", compared(opened(before))))
-    model = opened(sparse)
-    found.append(("recovered" if before else "pruned", compared(model)))
-    if tensors is not None:
-        apply_quantized(model, tensors)
-        found.append(("quantized", compared(model)))
+    with TemporaryDirectory(dir=scratch) as folder:
+
+        def opened(directory: "ModelDir", *, whole: bool = held) -> "nn.Module":
+            return load_model(directory, recipe, place, offload=None if whole else Path(folder))
+
+        dense = opened(source)
+
+        def compare(name: StepName, model: "nn.Module") -> None:
+            result = evaluate_models(dense, model, recipe.task, held_out, source.path, progress)
+            found.append((name, result))
+
+        if before is not None:
+            compare("pruned", opened(before))
+        # What is quantised is written into the weights of the model.
+        model = opened(sparse, whole=held or tensors is not None)
+        compare("recovered" if before else "pruned", model)
+        if tensors is not None:
+            apply_quantized(model, tensors)
+            compare("quantized", model)
     return replace(
         found[-1][1],
         seconds=sum(result.seconds for _, result in found),

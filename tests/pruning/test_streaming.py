@@ -1,0 +1,150 @@
+"""A model that does not fit into memory is pruned to the same bits as one that does."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from family_batches import batch, recipe_of
+from tiny_families import tiny_model
+
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.records import PruneResult, TextSource
+from prox24_deploy.model.batch import Samples
+from prox24_deploy.model.directory import load_model, open_model_dir, structure_of
+from prox24_deploy.model.offload import bring, drop, is_offloaded
+from prox24_deploy.pruning import prune, reconstruct
+from prox24_deploy.pruning.hidden_states import OnDisk, OnHost
+from prox24_deploy.pruning.memory import Needs, Placement, Room, needs_of, place
+from prox24_deploy.pruning.reconstruct import AdamOptions
+
+CPU = torch.device("cpu")
+# Plain blocks, blocks that hand each other more than hidden states, an encoder whose blocks run
+# again in front of a decoder, blocks of convolutions with buffers, and a shared embedding.
+ROWS = ["llama", "t5", "bart", "resnet, classes", "gpt2", "gemma2"]
+PLACES = [
+    Placement(streamed=False, states="disk", bytes=0),
+    Placement(streamed=True, states="device", bytes=0),
+    Placement(streamed=True, states="host", bytes=0),
+    Placement(streamed=True, states="disk", bytes=0),
+]
+
+
+def pruned(
+    row: str, out: Path, monkeypatch: pytest.MonkeyPatch, placement: Placement, *, tuned: bool
+) -> tuple[dict[str, str], PruneResult]:
+    """Hashes of the weight files of a pruned tiny model, and the record."""
+    torch.manual_seed(0)
+    model = tiny_model(row)
+    recipe = recipe_of(model)
+    model.save_pretrained(out / "model")  # type: ignore[operator]
+    source = TextSource(kind="file", sha256="0" * 64, tokens=1, samples=1, paths=())
+    samples = Samples(batches=(batch(recipe), batch(recipe)), source=source)
+    monkeypatch.setattr(prune, "place", lambda *_, **__: placement)
+    result = prune.prune_directory(
+        open_model_dir(out / "model"),
+        recipe,
+        samples,
+        samples,
+        PruneOptions(method="wanda", preset="fast", reconstruct=tuned),
+        device=CPU,
+        solved=out / "solved",
+        out=out / "pruned",
+        progress=lambda *_: None,
+    )
+    assert not (out / "solved" / "scratch").exists()
+    files = sorted((out / "pruned").glob("*.safetensors"))
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}, result
+
+
+@pytest.mark.parametrize(("row", "tuned"), [*((row, False) for row in ROWS), ("llama", True)])
+def test_where_things_are_kept_changes_no_bit(
+    row: str, *, tuned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(reconstruct.SCHEDULES, "fast", AdamOptions(steps=8, check_every=4))
+    held = Placement(streamed=False, states="device", bytes=0)
+    expected, whole = pruned(row, tmp_path / "held", monkeypatch, held, tuned=tuned)
+    for number, placement in enumerate(PLACES if row == "llama" else PLACES[-1:]):
+        found, result = pruned(row, tmp_path / str(number), monkeypatch, placement, tuned=tuned)
+        assert found == expected, placement
+        assert result.memory != whole.memory
+        names = [(layer.name, layer.relative_error) for layer in result.layers]
+        assert names == [(layer.name, layer.relative_error) for layer in whole.layers]
+
+
+def test_a_block_comes_and_goes_and_its_file_stays(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    recipe = recipe_of(model)
+    model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    source = open_model_dir(tmp_path / "model")
+    held, found = load_model(source, recipe, CPU), load_model(
+        source, recipe, CPU, offload=tmp_path / "offload"
+    )  # fmt: skip
+    block = found.get_submodule("model.layers.0")
+    assert is_offloaded(found)
+    bring(block, CPU)
+    expected = held.get_submodule("model.layers.0").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in block.state_dict().items())
+    for parameter in block.parameters():
+        parameter.zero_()
+    drop(block)
+    assert all(parameter.is_meta for parameter in block.parameters())
+    source.require_unchanged()
+
+
+def test_states_keep_their_bits_on_host_and_disk(tmp_path: Path) -> None:
+    states = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    for kept in (OnHost(states), OnDisk(states, tmp_path / "states")):
+        assert all(torch.equal(*pair) for pair in zip(kept, states, strict=True))
+        kept[1] = -states[1]
+        assert torch.equal(kept[1], -states[1])
+        assert torch.equal(kept[2], states[2])
+
+
+NEEDS = Needs(model=1000, outside=100, block=50, blocks=2, states=400, working=30)
+OVER = NEEDS.streamed() - (100 + 2 * 50 + 30)
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "streamed", "states", "takes"),
+    [
+        (OVER + 1480, 0, False, "device", OVER + 1480),
+        (OVER + 1479, 0, True, "device", OVER + 630),
+        (OVER + 629, 801, True, "host", OVER + 230),
+        (OVER + 629, 799, True, "disk", OVER + 230),
+    ],
+)
+def test_as_much_is_kept_in_memory_as_there_is_room_for(
+    *, device: int, host: int, streamed: bool, states: str, takes: int
+) -> None:
+    room = Room(device=device, host=host, is_host=False)
+    found = place(NEEDS, room, whole=False)
+    assert (found.streamed, found.states, found.bytes) == (streamed, states, takes)
+
+
+def test_the_memory_of_a_host_is_not_taken_twice() -> None:
+    room = Room(device=OVER + 629, host=OVER + 629, is_host=True)
+    assert place(NEEDS, room, whole=False).states == "disk"
+
+
+@pytest.mark.parametrize(("whole", "advice"), [(False, "larger device."), (True, "--exclude")])
+def test_too_little_memory_is_refused_with_what_it_takes(*, whole: bool, advice: str) -> None:
+    with pytest.raises(UsageError, match=r"takes at least 0\.5 GiB.*--memory-limit") as error:
+        place(NEEDS, Room(device=OVER, host=0, is_host=True), whole=whole)
+    assert advice in str(error.value)
+
+
+def test_needs_are_those_of_the_weights_and_samples(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    recipe = recipe_of(model)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    structure = structure_of(open_model_dir(tmp_path), recipe)
+    assert all(parameter.is_meta for parameter in structure.parameters())
+    samples = (batch(recipe), batch(recipe))
+    needs = needs_of(structure, recipe, samples, PruneOptions())
+    block = 4 * sum(p.numel() for p in model.get_submodule("model.layers.0").parameters())
+    assert needs.model == 4 * sum(p.numel() for p in model.parameters())
+    assert (needs.block, needs.outside) == (block, needs.model - 2 * block)
+    assert needs.states == 2 * 4 * 32 * 2 * 36
+    assert needs_of(structure, recipe, samples, PruneOptions(reconstruct=True)).blocks == 3
