@@ -8,6 +8,7 @@ Prox24Error                  exit code 1
 ├── BundleError              2   the output directory cannot be used, or does not verify
 ├── SparsityLostError        4   a weight that must be 2:4 is not
 ├── SparsityUnprovenError    5   a weight that must be 2:4 cannot be shown to be, or none was read
+├── RankError                1   a process of a run on several is gone, or differs from the others
 ├── ExportError              1   the model could not be exported, or its file differs in numerics
 └── EngineError              1   a backend failed to build or run
     └── BackendMissingError  5   a library or device that the backend needs is not there
@@ -76,6 +77,10 @@ class SparsityUnprovenError(Prox24Error):
     """It is neither shown nor refuted that what must be 2:4 is."""
 
     exit_code = 5
+
+
+class RankError(Prox24Error):
+    """One of several processes that share a run is gone, or is not like the others."""
 
 
 class ExportError(Prox24Error):

@@ -28,6 +28,7 @@ from prox24_deploy.model.blocks import (
 from prox24_deploy.model.layers import Layer, layer_at, matrix_shape
 from prox24_deploy.model.offload import bring, device_of, drop
 from prox24_deploy.pruning.hidden_states import HiddenStates, Keep, keep_on_device
+from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.pruning.second_moments import SecondMoments
 
 
@@ -231,39 +232,48 @@ class BlockStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Keeping:
-    """Where a run over all blocks keeps what it needs.
+class Resources:
+    """What a run over all blocks has.
 
     Attributes:
-        states: of hidden states.
-        blocks: whether each block is read from the checkpoint when it is its turn, and given up
+        keep: where hidden states are kept.
+        streamed: whether each block is read from the checkpoint when it is its turn, and given up
             behind it; the model was then opened for that.
         look_ahead: whether the next block is to be there too.
+        ranks: the processes that share the run.
     """
 
-    states: Keep = keep_on_device
-    blocks: bool = False
+    keep: Keep = keep_on_device
+    streamed: bool = False
     look_ahead: bool = False
+    ranks: Ranks = ALONE
 
 
-IN_MEMORY = Keeping()
+IN_MEMORY = Resources()
 
 
 def block_steps(
     model: nn.Module,
     recipe: Recipe,
     texts: Sequence[tuple[Batch, ...]],
-    keeping: Keeping = IN_MEMORY,
+    resources: Resources = IN_MEMORY,
 ) -> Iterator[BlockStep]:
-    """Every block in order; what is done to it before the next is asked for reaches the next."""
+    """Every block in order; what is done to it before the next is asked for reaches the next.
+
+    Args:
+        model: dense.
+        recipe: says where the blocks are.
+        texts: sets of batches, of which this process takes its share.
+        resources: of the run.
+    """
     parts = [(part, find_blocks(model, part)) for part in recipe.parts]
     # All start in the dense model: a decoder's dense stream must have seen the dense encoder.
     starts = [
         [
             record_activations(
-                model, blocks, part, text, name=f"{part.blocks}-{i}", keep=keeping.states
+                model, blocks, part, text, name=f"{part.blocks}-{i}", keep=resources.keep
             )
-            for i, text in enumerate(texts)
+            for i, text in enumerate(map(resources.ranks.share, texts))
         ]
         for part, blocks in parts
     ]
@@ -272,26 +282,26 @@ def block_steps(
         if part.is_decoder:
             sets = [
                 after_pruning(
-                    activations, model, blocks, part, name=f"{part.blocks}-{i}", keep=keeping.states
+                    activations, model, blocks, part, name=f"{part.blocks}-{i}", keep=resources.keep
                 )
                 for i, activations in enumerate(sets)
             ]
         # The blocks of an encoder run again in front of the decoder.
-        yield from _steps_of(part, blocks, sets, keeping, device_of(model), last=not starts)
+        yield from _steps_of(part, blocks, sets, resources, device_of(model), last=not starts)
 
 
 def _steps_of(
     recipe: Recipe,
     blocks: nn.ModuleList,
     sets: list[Activations],
-    keeping: Keeping,
+    resources: Resources,
     device: torch.device,
     *,
     last: bool,
 ) -> Iterator[BlockStep]:
     for index, (block, following) in enumerate(zip_longest(blocks, list(blocks)[1:])):
-        if keeping.blocks:
-            for each in (block, following) if keeping.look_ahead and following else (block,):
+        if resources.streamed:
+            for each in (block, following) if resources.look_ahead and following else (block,):
                 bring(each, device)
         twin = BlockPair(
             index=index,
@@ -303,7 +313,7 @@ def _steps_of(
         yield BlockStep(recipe, twin, sets)
         if following is not None:
             advance(twin, sets)
-        if keeping.blocks and last:
+        if resources.streamed and last:
             drop(block)
 
 

@@ -10,6 +10,7 @@ from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.model.layers import from_matrix, layer_at, to_matrix
 from prox24_deploy.pruning.activations import BlockPair
+from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.pruning.second_moments import SecondMoments
 from prox24_deploy.pruning.solvers.problem import damping_for, layer_problem
 from prox24_deploy.pruning.solvers.solver import PRESETS, LayerSolution, solve_layer
@@ -37,6 +38,7 @@ def solve_group(
     moments: SecondMoments,
     options: PruneOptions,
     stored_dtype: Callable[[str], torch.dtype],
+    ranks: Ranks = ALONE,
 ) -> dict[str, SolvedLayer]:
     """Prune layers of the block from the weights they have in `twin.pruned`, which stay.
 
@@ -46,6 +48,7 @@ def solve_group(
         moments: of that input.
         options: method, preset and target.
         stored_dtype: parameter name to the dtype in which the checkpoint stores it.
+        ranks: the processes that each solve some of the rows.
 
     Raises:
         ModelDirError: weights or activations are NaN or infinite.
@@ -53,15 +56,15 @@ def solve_group(
     layers = [layer_at(twin.pruned, name) for name in group]
     matrices = [to_matrix(layer, layer.weight) for layer in layers]
     paths = [f"{twin.prefix}.{name}" for name in group]
-    solution = _solve(torch.cat(matrices), moments, options, paths[0])
-    parts = solution.weight.split([len(matrix) for matrix in matrices])
+    solution, weight = _solve(torch.cat(matrices), moments, options, paths[0], ranks)
+    parts = weight.split([len(matrix) for matrix in matrices])
     solved = {}
     for name, path, layer, before, after in zip(group, paths, layers, matrices, parts, strict=True):
         # Solved with its group or not, a layer that is 2:4 already keeps its bits.
         unchanged = is_24(before)
-        weight = from_matrix(layer, before if unchanged else after)
+        own = from_matrix(layer, before if unchanged else after)
         solved[name] = SolvedLayer(
-            weight.to(stored_dtype(f"{path}.weight")),
+            own.to(stored_dtype(f"{path}.weight")),
             "unchanged" if unchanged else solution.used,
             0 if unchanged else solution.iterations,
         )
@@ -69,13 +72,15 @@ def solve_group(
 
 
 def _solve(
-    weight: Tensor, moments: SecondMoments, options: PruneOptions, path: str
-) -> LayerSolution:
+    weight: Tensor, moments: SecondMoments, options: PruneOptions, path: str, ranks: Ranks
+) -> tuple[LayerSolution, Tensor]:
+    """The solution of the rows of this process, and the weights of all rows."""
     if options.method == "none":
         raise ValueError(f"layer {path} is not to be pruned")
+    own = weight[ranks.rows(len(weight))]
     try:
         problem = layer_problem(
-            weight,
+            own,
             moments.pruned / moments.tokens,
             damping_for(weight.shape[1], moments.tokens),
             moments.cross / moments.tokens if options.target == "asymmetric" else None,
@@ -84,10 +89,12 @@ def _solve(
         raise ModelDirError(
             f"Layer {path}: {error}; its activations overflow or the checkpoint is damaged."
         ) from error
-    return solve_layer(
-        weight,
+    solution = solve_layer(
+        own,
         problem,
         method=options.method,
         options=PRESETS[options.preset],
         refinement=options.refinement,
+        total=ranks.total,
     )
+    return solution, ranks.gathered(solution.weight, len(weight))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 
 import torch
@@ -18,7 +19,7 @@ from prox24_deploy.config.recipe import SENTENCE_MODULES, Recipe
 from prox24_deploy.core.atomic import make_folder
 from prox24_deploy.core.errors import CalibrationError, ModelDirError, RecipeError
 from prox24_deploy.core.records import LayerRecord, PruneResult, Sensitivity
-from prox24_deploy.core.types import Preset, Progress
+from prox24_deploy.core.types import Progress, silent
 from prox24_deploy.data.text import thin
 from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.blocks import find_blocks, require_runs, shared_inputs
@@ -40,9 +41,9 @@ from prox24_deploy.model.layers import (
 from prox24_deploy.model.notes import left_out
 from prox24_deploy.pruning.activations import (
     IN_MEMORY,
-    Activations,
     BlockPair,
-    Keeping,
+    BlockStep,
+    Resources,
     block_steps,
     collect,
     not_run_once,
@@ -51,6 +52,7 @@ from prox24_deploy.pruning.doubts import doubt_about
 from prox24_deploy.pruning.hidden_states import keeper
 from prox24_deploy.pruning.layer_group import solve_group
 from prox24_deploy.pruning.memory import Placement, needs_of, place, room_on
+from prox24_deploy.pruning.ranks import ALONE, Ranks, during
 from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches
 from prox24_deploy.pruning.second_moments import SecondMoments
 from prox24_deploy.pruning.selection import (
@@ -97,7 +99,7 @@ def prune_model(
     store: BlockStore,
     progress: Progress,
     dense: Mapping[str, str] = MappingProxyType({}),
-    keeping: Keeping = IN_MEMORY,
+    resources: Resources = IN_MEMORY,
 ) -> PrunedState:
     """Prune all target layers of `model` in place.
 
@@ -115,25 +117,27 @@ def prune_model(
         store: solved blocks of an interrupted run of the same inputs and options.
         progress: called with (label, done, total) after each block.
         dense: full path of each target to leave dense, with the reason.
-        keeping: where hidden states are kept, and whether the model was opened with its blocks in
-            the checkpoint; these then come and go one by one.
+        resources: where things are kept, and the processes that share the run.
 
     Raises:
         ModelDirError: activations or weights of a layer are NaN or infinite.
         RecipeError: blocks or targets do not exist in this model.
         CalibrationError: there are no calibration batches.
+        RankError: another process of the run is gone.
     """
-    _require_usable(model, recipe, calibration, options)
+    _require_usable(model, recipe, calibration, options, resources.ranks)
     count = sum(len(find_blocks(model, part)) for part in recipe.parts)
+    solver = _BlockSolver(options, stored_dtype, dense, resources.ranks)
     weights = store.weights()
     records: list[LayerRecord] = []
-    steps = block_steps(model, recipe, (calibration, held_out), keeping)
-    for number, step in enumerate(steps):
+    for number, step in enumerate(block_steps(model, recipe, (calibration, held_out), resources)):
         progress("prune", number, count)
-        done = store.load(number)
-        if done is None:
-            done = _prune_block(step.twin, step.recipe, step.sets, options, stored_dtype, dense)
-            store.save(number, *done)
+        with during(step.twin.prefix):
+            done = resources.ranks.told(store.load(number))
+            if done is None:
+                done = solver.solve(step)
+                if resources.ranks.writes:
+                    store.save(number, *done)
         _apply(step.twin.pruned, done[0])
         weights.add(number, step.twin.prefix, done[0])
         records.extend(done[1])
@@ -149,10 +153,19 @@ def _axes(model: nn.Module, weights: Iterable[str]) -> dict[str, int]:
 
 
 def _require_usable(
-    model: nn.Module, recipe: Recipe, calibration: Sequence[Batch], options: PruneOptions
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: Sequence[Batch],
+    options: PruneOptions,
+    ranks: Ranks,
 ) -> None:
     if not calibration:
         raise CalibrationError("There is no calibration batch; pass more text.")
+    if len(calibration) < ranks.count:
+        raise CalibrationError(
+            f"{ranks.count} processes need a batch of calibration text each, and there are "
+            f"{len(calibration)}; pass more text or start fewer processes."
+        )
     if options.reconstructs:
         require_batches(len(calibration))
     require_matches(recipe, model)
@@ -167,6 +180,7 @@ def prune_directory(
     *,
     device: torch.device,
     memory_limit: int | None = None,
+    ranks: Ranks = ALONE,
     solved: Path,
     out: Path,
     progress: Progress,
@@ -181,6 +195,7 @@ def prune_directory(
         options: method, preset and target.
         device: where blocks run and layers are solved.
         memory_limit: bytes that may be taken there; None for all that are free.
+        ranks: the processes that share the run; the others call `help_to_prune`.
         solved: folder of solved blocks, kept across interruptions.
         out: receives weights, configuration and tokenizer.
         progress: see `prune_model`.
@@ -191,25 +206,10 @@ def prune_directory(
         UsageError: there is too little memory.
     """
     began = time.perf_counter()
-    placement = _placement(directory, recipe, calibration, held_out, options, device, memory_limit)
-    log.info("pruning takes %s", placement.sentence(device))
-    with _scratch(solved) as scratch:
-        model, directory, notes = _opened(
-            directory,
-            recipe,
-            device,
-            calibration.batches[:1],
-            offload=scratch if placement.streamed else None,
-        )
-        keeping = Keeping(
-            states=keeper(placement.states, scratch),
-            blocks=placement.streamed,
-            look_ahead=options.reconstructs,
-        )
-        state, sensitivity = _pruned(
-            model, directory, recipe, calibration, held_out, options, solved, progress, keeping
-        )
-        digest = write_pruned(directory, state.weights, out, axes=state.axes)
+    job = _Job(directory, recipe, calibration, held_out, options, device, solved, ranks)
+    with _opened(job, memory_limit) as opened:
+        state, sensitivity = _pruned(job, opened, progress)
+        digest = write_pruned(opened.directory, state.weights, out, axes=state.axes)
     return PruneResult(
         method=options.method,
         preset=options.preset,
@@ -223,9 +223,95 @@ def prune_directory(
         seconds=time.perf_counter() - began,
         reconstructed=options.reconstructs,
         sensitivity=sensitivity,
-        notes=notes,
-        memory=placement.sentence(device),
+        notes=opened.notes,
+        memory=opened.memory,
     )
+
+
+def help_to_prune(
+    directory: ModelDir,
+    recipe: Recipe,
+    calibration: Samples,
+    held_out: Samples,
+    options: PruneOptions,
+    *,
+    device: torch.device,
+    memory_limit: int | None,
+    ranks: Ranks,
+) -> None:
+    """Take the part of one more process in `prune_directory`, which process 0 calls; write nothing.
+
+    Raises:
+        Prox24Error: what `prune_directory` raises.
+    """
+    with TemporaryDirectory() as folder:
+        job = _Job(directory, recipe, calibration, held_out, options, device, Path(folder), ranks)
+        with _opened(job, memory_limit) as opened:
+            _pruned(job, opened, silent)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is to be pruned, and by whom."""
+
+    directory: ModelDir
+    recipe: Recipe
+    calibration: Samples
+    held_out: Samples
+    options: PruneOptions
+    device: torch.device
+    solved: Path
+    ranks: Ranks
+
+    @property
+    def measured(self) -> tuple[Batch, ...]:
+        """Batches to measure errors on."""
+        return thin(self.held_out, _HELD_OUT_TOKENS)
+
+    def placement(self, memory_limit: int | None) -> Placement:
+        """Where weights and hidden states are kept, by what there is room for."""
+        shares = map(self.ranks.share, (self.calibration.batches, self.measured))
+        structure = structure_of(self.directory, self.recipe)
+        needs = needs_of(structure, self.recipe, [b for each in shares for b in each], self.options)
+        room = room_on(self.device, memory_limit)
+        return place(needs, room, whole=self.options.has_budget)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A model as it is pruned, and its directory with the names that the model gives tensors."""
+
+    model: nn.Module
+    directory: ModelDir
+    notes: tuple[str, ...]
+    memory: str
+    resources: Resources
+
+
+@contextmanager
+def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
+    """Open the model as the memory allows."""
+    directory, placement = job.directory, job.placement(memory_limit)
+    memory = placement.sentence(job.device)
+    log.info("pruning takes %s", memory)
+    with _scratch(job.solved) as scratch:
+        model, unused = load_with_rest(
+            directory, job.recipe, job.device, offload=scratch if placement.streamed else None
+        )
+        for batch in job.calibration.batches[:1]:
+            require_runs(model, batch, job.recipe.task, directory.path)
+        yield _Opened(
+            model,
+            replace(directory, renamed=renamed_tensors(directory, model)),
+            left_out(directory, model, job.recipe, unused),
+            memory,
+            Resources(
+                keep=keeper(placement.states, scratch),
+                streamed=placement.streamed,
+                look_ahead=job.options.reconstructs,
+                ranks=job.ranks,
+            ),
+        )
 
 
 @contextmanager
@@ -240,71 +326,31 @@ def _scratch(solved: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _placement(
-    directory: ModelDir,
-    recipe: Recipe,
-    calibration: Samples,
-    held_out: Samples,
-    options: PruneOptions,
-    device: torch.device,
-    memory_limit: int | None,
-) -> Placement:
-    """Where weights and hidden states are kept, by what there is room for."""
-    batches = (*calibration.batches, *thin(held_out, _HELD_OUT_TOKENS))
-    needs = needs_of(structure_of(directory, recipe), recipe, batches, options)
-    return place(needs, room_on(device, memory_limit), whole=options.has_budget)
-
-
-def _opened(
-    directory: ModelDir,
-    recipe: Recipe,
-    device: torch.device,
-    batches: Sequence[Batch],
-    *,
-    offload: Path | None,
-) -> tuple[nn.Module, ModelDir, tuple[str, ...]]:
-    """The model, its directory with the names that it gives tensors, and what is left out of it."""
-    model, unused = load_with_rest(directory, recipe, device, offload=offload)
-    for batch in batches:
-        require_runs(model, batch, recipe.task, directory.path)
-    notes = left_out(directory, model, recipe, unused)
-    return model, replace(directory, renamed=renamed_tensors(directory, model)), notes
-
-
 def _pruned(
-    model: nn.Module,
-    directory: ModelDir,
-    recipe: Recipe,
-    calibration: Samples,
-    held_out: Samples,
-    options: PruneOptions,
-    solved: Path,
-    progress: Progress,
-    keeping: Keeping,
+    job: _Job, opened: _Opened, progress: Progress
 ) -> tuple[PrunedState, Sensitivity | None]:
     """Prune the model of a directory in place, but for what is to stay dense or breaks a budget."""
+    model, recipe, options = opened.model, job.recipe, job.options
     if options.method == "none":
         return PrunedState({}, {}, _all_dense(model, recipe)), None
     dense = left_dense(recipe, model, options)
     sensitivity: Sensitivity | None = None
     if options.has_budget:
-        sensitivity = _sensitivity(
-            model, directory, recipe, calibration, options, dense, solved, progress
-        )
+        sensitivity = _sensitivity(job, opened, dense, progress)
         dense = {**dense, **over_budget(sensitivity)}
     state = prune_model(
         model,
         recipe,
-        calibration.batches,
-        thin(held_out, _HELD_OUT_TOKENS),
+        job.calibration.batches,
+        job.measured,
         options,
-        stored_dtype=lambda name: stored_dtype(directory, name),
-        store=BlockStore(solved, directory.require_untouched),
+        stored_dtype=lambda name: stored_dtype(opened.directory, name),
+        store=BlockStore(job.solved, opened.directory.require_untouched),
         progress=progress,
         dense=dense,
-        keeping=keeping,
+        resources=opened.resources,
     )
-    _require_pruned(state, recipe, directory.path)
+    _require_pruned(state, recipe, opened.directory.path)
     return state, sensitivity
 
 
@@ -324,132 +370,144 @@ def _damping(layers: Sequence[LayerRecord]) -> tuple[float, float]:
 
 
 def _sensitivity(
-    model: nn.Module,
-    directory: ModelDir,
-    recipe: Recipe,
-    calibration: Samples,
-    options: PruneOptions,
-    dense: Mapping[str, str],
-    solved: Path,
-    progress: Progress,
+    job: _Job, opened: _Opened, dense: Mapping[str, str], progress: Progress
 ) -> Sensitivity:
-    """Measure what each layer costs, once for all runs into one output."""
-    store = SensitivityStore(solved)
-    if (known := store.load()) is not None:
-        return known
-    found = measure_sensitivity(
-        model,
-        recipe,
-        calibration.batches,
-        options,
-        dense=dense,
-        stored_dtype=lambda name: stored_dtype(directory, name),
-        progress=progress,
-    )
-    directory.require_untouched()
-    store.save(found)
-    return found
-
-
-def _prune_block(
-    twin: BlockPair,
-    recipe: Recipe,
-    sets: list[Activations],
-    options: PruneOptions,
-    stored_dtype: Callable[[str], torch.dtype],
-    dense: Mapping[str, str],
-) -> tuple[dict[str, Tensor], tuple[LayerRecord, ...]]:
-    """Solve every target of one block; returns stored weights and records by layer path."""
-    layers, obstacles = prunable(twin, recipe, dense)
-    records = [
-        _skipped(f"{twin.prefix}.{name}", layer_at(twin.pruned, name), reason)
-        for name, reason in obstacles.items()
-    ]
-    solved: dict[str, Tensor] = {}
-    first = sets[0]
-    groups = shared_inputs(twin.pruned, layers, first.pruned_calls[0][twin.index], first.pruned[0])
-    for group in groups:
-        # Nothing but the errors of a reconstruction needs the dense block once more.
-        goes_on = group is groups[-1] and not options.reconstructs and twin.following is not None
-        moments = [collect(twin, group[0], each, dense_goes_on=goes_on) for each in sets]
-        for part, own in by_options(twin.prefix, group, recipe, options):
-            done, made = _prune_group(twin, part, moments, own, stored_dtype)
-            _apply(twin.pruned, done)
-            solved.update(done)
-            records.extend(made)
-    if options.reconstructs:
-        records = _reconstruct(twin, groups, solved, records, sets, options.preset)
-    left = {name: layer for name, layer in layers.items() if name not in solved}
-    reasons = not_run_once(twin, left, first)
-    records += [_skipped(f"{twin.prefix}.{n}", left[n], reason) for n, reason in reasons.items()]
-    return solved, tuple(records)
-
-
-def _prune_group(
-    twin: BlockPair,
-    group: list[str],
-    moments: Sequence[SecondMoments],
-    options: PruneOptions,
-    stored_dtype: Callable[[str], torch.dtype],
-) -> tuple[dict[str, Tensor], list[LayerRecord]]:
-    """Solve layers that share one input, of these second moments, and measure their errors."""
-    began = time.perf_counter()
-    calibration, held_out = moments
-    solved = solve_group(twin, group, calibration, options, stored_dtype)
-    seconds = (time.perf_counter() - began) / len(group)
-    records = []
-    for name, found in solved.items():
-        path, layer = f"{twin.prefix}.{name}", layer_at(twin.pruned, name)
-        before = to_matrix(layer, layer.weight)
-        after = to_matrix(layer, found.weight).float()
-        records.append(
-            LayerRecord(
-                name=path,
-                shape=matrix_shape(layer),
-                status="pruned",
-                reason="",
-                method=found.method,
-                relative_error=_error(calibration, before, after, path),
-                held_out_error=_error(held_out, before, after, path) if held_out.tokens else None,
-                iterations=found.iterations,
-                seconds=seconds,
-                rows=calibration.tokens,
-                note=doubt_about(
-                    before, found.weight.dtype, calibration, chosen=found.method != "unchanged"
-                ),
-            )
+    """Measure what each layer costs, once for all runs into one output, by process 0 alone."""
+    store = SensitivityStore(job.solved)
+    found = store.load() if job.ranks.writes else None
+    if found is None and job.ranks.writes:
+        found = measure_sensitivity(
+            opened.model,
+            job.recipe,
+            job.calibration.batches,
+            job.options,
+            dense=dense,
+            stored_dtype=lambda name: stored_dtype(opened.directory, name),
+            progress=progress,
         )
-        log.info("%s: error %.4f, %.1f s", path, records[-1].relative_error, seconds)
-    return {name: found.weight for name, found in solved.items()}, records
+        opened.directory.require_untouched()
+        store.save(found)
+    told = job.ranks.told(found)
+    assert told is not None, "process 0 has measured it"
+    return told
 
 
-def _reconstruct(
-    twin: BlockPair,
-    groups: list[list[str]],
-    solved: dict[str, Tensor],
-    records: list[LayerRecord],
-    sets: list[Activations],
-    preset: Preset,
-) -> list[LayerRecord]:
-    """Tune the block, round its weights into `solved` and measure its layers once more."""
-    known = {record.name.removeprefix(f"{twin.prefix}."): record for record in records}
-    names = [name for name in solved if known[name].method != "unchanged"]
-    if names:
-        reconstruct_block(twin, names, sets[0], SCHEDULES[preset])
-    for name in names:
-        solved[name] = layer_at(twin.pruned, name).weight.to(solved[name].dtype)
-    _apply(twin.pruned, solved)
-    for group in groups:
-        moments = [collect(twin, group[0], activations) for activations in sets]
-        for name in group:
-            layers = (layer_at(block, name) for block in (twin.dense, twin.pruned))
-            before, after = (to_matrix(layer, layer.weight) for layer in layers)
-            errors = [
-                _error(part, before, after, known[name].name) if part.tokens else None
-                for part in moments
-            ]
-            known[name] = replace(known[name], relative_error=errors[0], held_out_error=errors[1])
-    return list(known.values())
+@dataclass(frozen=True, slots=True)
+class _BlockSolver:
+    """How the targets of a block are solved."""
+
+    options: PruneOptions
+    stored_dtype: Callable[[str], torch.dtype]
+    dense: Mapping[str, str]
+    ranks: Ranks
+
+    def solve(self, step: BlockStep) -> tuple[dict[str, Tensor], tuple[LayerRecord, ...]]:
+        """Solve every target of one block; returns stored weights and records by layer path."""
+        twin, sets, recipe, options = step.twin, step.sets, step.recipe, self.options
+        layers, obstacles = prunable(twin, recipe, self.dense)
+        records = [
+            _skipped(f"{twin.prefix}.{name}", layer_at(twin.pruned, name), reason)
+            for name, reason in obstacles.items()
+        ]
+        solved: dict[str, Tensor] = {}
+        first = sets[0]
+        groups = shared_inputs(
+            twin.pruned, layers, first.pruned_calls[0][twin.index], first.pruned[0]
+        )
+        for group in groups:
+            # Nothing but the errors of a reconstruction needs the dense block once more.
+            goes_on = group is groups[-1] and not options.reconstructs
+            moments = self._moments(step, group, dense_goes_on=goes_on)
+            for part, own in by_options(twin.prefix, group, recipe, options):
+                done, made = self._solve_group(twin, part, moments, own)
+                _apply(twin.pruned, done)
+                solved.update(done)
+                records.extend(made)
+        if options.reconstructs:
+            records = self._reconstruct(step, groups, solved, records)
+        left = {name: layer for name, layer in layers.items() if name not in solved}
+        reasons = not_run_once(twin, left, first)
+        records += [_skipped(f"{twin.prefix}.{n}", left[n], why) for n, why in reasons.items()]
+        return solved, tuple(records)
+
+    def _moments(
+        self, step: BlockStep, group: Sequence[str], *, dense_goes_on: bool = False
+    ) -> list[SecondMoments]:
+        """Those of the input of a group, of each set of batches."""
+        goes_on = dense_goes_on and step.twin.following is not None
+        found = [collect(step.twin, group[0], each, dense_goes_on=goes_on) for each in step.sets]
+        for moments in found:
+            moments.sum_over(self.ranks)
+        return found
+
+    def _solve_group(
+        self,
+        twin: BlockPair,
+        group: list[str],
+        moments: Sequence[SecondMoments],
+        options: PruneOptions,
+    ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+        """Solve layers that share one input, of these second moments, and measure their errors."""
+        began = time.perf_counter()
+        calibration, held_out = moments
+        solved = solve_group(twin, group, calibration, options, self.stored_dtype, self.ranks)
+        seconds = (time.perf_counter() - began) / len(group)
+        records = []
+        for name, found in solved.items():
+            path, layer = f"{twin.prefix}.{name}", layer_at(twin.pruned, name)
+            before = to_matrix(layer, layer.weight)
+            after = to_matrix(layer, found.weight).float()
+            records.append(
+                LayerRecord(
+                    name=path,
+                    shape=matrix_shape(layer),
+                    status="pruned",
+                    reason="",
+                    method=found.method,
+                    relative_error=_error(calibration, before, after, path),
+                    held_out_error=(
+                        _error(held_out, before, after, path) if held_out.tokens else None
+                    ),
+                    iterations=found.iterations,
+                    seconds=seconds,
+                    rows=calibration.tokens,
+                    note=doubt_about(
+                        before, found.weight.dtype, calibration, chosen=found.method != "unchanged"
+                    ),
+                )
+            )
+            log.info("%s: error %.4f, %.1f s", path, records[-1].relative_error, seconds)
+        return {name: found.weight for name, found in solved.items()}, records
+
+    def _reconstruct(
+        self,
+        step: BlockStep,
+        groups: list[list[str]],
+        solved: dict[str, Tensor],
+        records: list[LayerRecord],
+    ) -> list[LayerRecord]:
+        """Tune the block, round its weights into `solved` and measure its layers once more."""
+        twin = step.twin
+        known = {record.name.removeprefix(f"{twin.prefix}."): record for record in records}
+        names = [name for name in solved if known[name].method != "unchanged"]
+        if names:
+            reconstruct_block(twin, names, step.sets[0], SCHEDULES[self.options.preset], self.ranks)
+        for name in names:
+            solved[name] = layer_at(twin.pruned, name).weight.to(solved[name].dtype)
+        _apply(twin.pruned, solved)
+        for group in groups:
+            moments = self._moments(step, group)
+            for name in group:
+                layers = (layer_at(block, name) for block in (twin.dense, twin.pruned))
+                before, after = (to_matrix(layer, layer.weight) for layer in layers)
+                errors = [
+                    _error(part, before, after, known[name].name) if part.tokens else None
+                    for part in moments
+                ]
+                known[name] = replace(
+                    known[name], relative_error=errors[0], held_out_error=errors[1]
+                )
+        return list(known.values())
 
 
 def _error(moments: SecondMoments, before: Tensor, after: Tensor, path: str) -> float:

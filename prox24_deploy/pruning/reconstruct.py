@@ -20,6 +20,7 @@ from prox24_deploy.core.types import Preset
 from prox24_deploy.model.blocks import BlockCall, run_block
 from prox24_deploy.model.layers import layer_at, reduction_axis
 from prox24_deploy.pruning.activations import Activations, BlockPair
+from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.sparsity.pattern import mask_24
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,11 @@ def require_batches(count: int) -> None:
 
 
 def reconstruct_block(
-    twin: BlockPair, names: Sequence[str], activations: Activations, options: AdamOptions
+    twin: BlockPair,
+    names: Sequence[str],
+    activations: Activations,
+    options: AdamOptions,
+    ranks: Ranks = ALONE,
 ) -> Reconstruction:
     """Tune the kept weights of some layers of the pruned block in place.
 
@@ -90,15 +95,18 @@ def reconstruct_block(
         names: paths of the layers to tune; no other parameter changes.
         activations: calibration batches in front of the block.
         options: schedule.
+        ranks: the processes that share the batches; each step is taken by all, on the gradients of
+            the one that has its batch.
 
     Returns:
         Errors of the trial; if its first steps already went beyond the tolerance, `after` equals
         `before` and the weights are what they were.
     """
-    require_batches(len(activations.batches))
-    everything = list(range(len(activations.batches)))
+    count = int(ranks.total(len(activations.batches)))
+    require_batches(count)
+    everything = list(range(count))
     trained, withheld = [i for i in everything if i % _WITHHELD], everything[::_WITHHELD]
-    training = _Training(twin, names, activations, options)
+    training = _Training(twin, names, activations, options, ranks, count)
     before = training.error(withheld)
     after, steps = before, 0
     for taken in training.steps(trained):
@@ -118,9 +126,16 @@ class _Training:
     """Adam over the masked weights of one block, from the weights it had at first."""
 
     def __init__(
-        self, twin: BlockPair, names: Sequence[str], activations: Activations, options: AdamOptions
+        self,
+        twin: BlockPair,
+        names: Sequence[str],
+        activations: Activations,
+        options: AdamOptions,
+        ranks: Ranks,
+        count: int,
     ) -> None:
         self._twin, self._activations, self._options = twin, activations, options
+        self._ranks, self._count = ranks, count
         layers = [layer_at(twin.pruned, name) for name in names]
         self._weights = [layer.weight for layer in layers]
         self._start = [weight.clone() for weight in self._weights]
@@ -134,7 +149,7 @@ class _Training:
     @property
     def length(self) -> int:
         """Steps of the whole schedule."""
-        return max(self._options.steps, self._options.epochs * len(self._activations.batches))
+        return max(self._options.steps, self._options.epochs * self._count)
 
     def reset(self) -> None:
         """Go back to the first weights."""
@@ -162,9 +177,25 @@ class _Training:
 
     def error(self, batches: list[int]) -> float:
         """Mean relative squared error of the outputs over some batches."""
-        return sum(float(self._error(batch)) for batch in batches) / len(batches)
+        own = (self._own(batch) for batch in batches)
+        errors = sum(float(self._error(batch)) for batch in own if batch is not None)
+        return self._ranks.total(errors) / len(batches)
+
+    def _own(self, batch: int) -> int | None:
+        """Where a batch of all stands among those of this process, if it is one of them."""
+        number = self._ranks.number
+        return batch // self._ranks.count if self._ranks.owner(batch) == number else None
 
     def _gradients(self, batch: int) -> list[Tensor]:
+        own = self._own(batch)
+        if own is None:
+            gradients = [torch.empty_like(weight) for weight in self._weights]
+        else:
+            gradients = self._own_gradients(own)
+        self._ranks.from_owner(batch, gradients)
+        return gradients
+
+    def _own_gradients(self, batch: int) -> list[Tensor]:
         for weight in self._weights:
             weight.requires_grad = True
         try:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from prox24_deploy.pruning.ranks import Ranks
+
 # A symmetric product is taken in as many strips of columns, each from its diagonal on: with four
 # of them, in ten sixteenths of the multiplications.
 _STRIPS = 4
@@ -51,6 +53,14 @@ class SecondMoments:
         self.cross += dense.T @ pruned
         self.tokens += len(pruned)
 
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add what the other processes of a run have summed."""
+        if ranks.count > 1:
+            ranks.sum_in_place(self._pruned.total, self.cross, self._dense.total)
+            self.tokens = int(ranks.total(self.tokens))
+            self._pruned.mirror()
+            self._dense.mirror()
+
     def relative_error(self, before: Tensor, after: Tensor) -> float:
         """‖X_d W0ᵀ - X_p Wᵀ‖² / ‖X_d W0ᵀ‖² for weights (rows, d); 0 where the dense output is 0."""
         w0, w1 = before.double(), after.double()
@@ -75,10 +85,13 @@ class _Symmetric:
 
     def whole(self) -> Tensor:
         if not self._mirrored:
-            for strip in self._strips():
-                self.total[strip.stop :, strip] = self.total[strip, strip.stop :].T
-            self._mirrored = True
+            self.mirror()
         return self.total
+
+    def mirror(self) -> None:
+        for strip in self._strips():
+            self.total[strip.stop :, strip] = self.total[strip, strip.stop :].T
+        self._mirrored = True
 
     def _strips(self) -> list[slice]:
         width = -(-len(self.total) // _STRIPS)

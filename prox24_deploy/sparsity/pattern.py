@@ -69,9 +69,9 @@ def first_violation(
     return (*outer[:axis], number * group, *outer[axis:])
 
 
-def unconverged_fraction(weight: Tensor) -> float:
-    """Fraction of groups along the last axis with more than two non-zeros."""
-    return float(((_groups(weight, -1, 4) != 0).sum(-1) > 2).float().mean())
+def unconverged_groups(weight: Tensor) -> int:
+    """Number of groups along the last axis with more than two non-zeros."""
+    return int(((_groups(weight, -1, 4) != 0).sum(-1) > 2).sum())
 
 
 def final_mask(iterate: Tensor, fallback: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The stage that asks both models in PyTorch: accuracy of the pruned one against the dense."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -108,35 +108,43 @@ def compare_models(
     from prox24_deploy.evaluation.evaluate import evaluate_models
     from prox24_deploy.model.directory import load_model, structure_of
     from prox24_deploy.model.offload import fits
-    from prox24_deploy.quantization.quantize import apply_quantized
 
     place = torch.device(device)
     held = fits(structure_of(source, recipe), 2, place, memory_limit)
-    found: list[tuple[StepName, EvaluateResult]] = []
     with TemporaryDirectory(dir=scratch) as folder:
 
         def opened(directory: "ModelDir", *, whole: bool = held) -> "nn.Module":
             return load_model(directory, recipe, place, offload=None if whole else Path(folder))
 
         dense = opened(source)
-
-        def compare(name: StepName, model: "nn.Module") -> None:
-            result = evaluate_models(dense, model, recipe.task, held_out, source.path, progress)
-            found.append((name, result))
-
-        if before is not None:
-            compare("pruned", opened(before))
-        # What is quantised is written into the weights of the model.
-        model = opened(sparse, whole=held or tensors is not None)
-        compare("recovered" if before else "pruned", model)
-        if tensors is not None:
-            apply_quantized(model, tensors)
-            compare("quantized", model)
+        found = [
+            (name, evaluate_models(dense, model, recipe.task, held_out, source.path, progress))
+            for name, model in _steps(opened, sparse, before, tensors)
+        ]
     return replace(
         found[-1][1],
         seconds=sum(result.seconds for _, result in found),
         steps=tuple(AccuracyStep(name=name, metrics=r.metrics) for name, r in found[:-1]),
     )
+
+
+def _steps(
+    opened: "Callable[..., nn.Module]",
+    sparse: "ModelDir",
+    before: "ModelDir | None",
+    tensors: Path | None,
+) -> "Iterator[tuple[StepName, nn.Module]]":
+    """What the sparse model was after each step; a model may change once the next is asked for."""
+    from prox24_deploy.quantization.quantize import apply_quantized
+
+    if before is not None:
+        yield "pruned", opened(before)
+    # What is quantised is written into the weights of the model.
+    model = opened(sparse, whole=True) if tensors else opened(sparse)
+    yield "recovered" if before else "pruned", model
+    if tensors is not None:
+        apply_quantized(model, tensors)
+        yield "quantized", model
 
 
 STAGE = Stage(name="evaluate", result=EvaluateResult, run=_evaluate)

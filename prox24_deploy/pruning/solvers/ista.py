@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prox24_deploy.pruning.solvers.problem import LayerProblem
+from prox24_deploy.pruning.solvers.problem import LayerProblem, Total, of_one
 from prox24_deploy.pruning.solvers.prox import prox_24
-from prox24_deploy.sparsity.pattern import final_mask, unconverged_fraction
+from prox24_deploy.sparsity.pattern import final_mask, unconverged_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,9 @@ class IstaOptions:
     momentum: float = 0.0
 
 
-def ista(problem: LayerProblem, options: IstaOptions) -> tuple[Tensor, Tensor, int]:
+def ista(
+    problem: LayerProblem, options: IstaOptions, total: Total = of_one
+) -> tuple[Tensor, Tensor, int]:
     """Minimise the quadratic plus λ R with λ growing until every group is 2:4.
 
     Returns:
@@ -55,7 +57,7 @@ def ista(problem: LayerProblem, options: IstaOptions) -> tuple[Tensor, Tensor, i
         descended = ahead - step * (ahead @ own.curvature - own.linear)
         weight = prox_24(descended, base * (options.growth**iterations * step))
         iterations += 1
-        if iterations % options.check_every == 0 and unconverged_fraction(weight) == 0:
+        if iterations % options.check_every == 0 and total(unconverged_groups(weight)) == 0:
             break
     mask = final_mask(weight, previous)
     normalised = weight * (problem.scale / own.scale)

@@ -14,10 +14,10 @@ from torch import Tensor
 from prox24_deploy.core.types import Method, Preset, Refinement
 from prox24_deploy.pruning.solvers.baselines import magnitude_mask, sparsegpt, wanda_mask
 from prox24_deploy.pruning.solvers.ista import IstaOptions, ista
-from prox24_deploy.pruning.solvers.problem import LayerProblem
+from prox24_deploy.pruning.solvers.problem import LayerProblem, Total, of_one
 from prox24_deploy.pruning.solvers.prox import admm_step
 from prox24_deploy.pruning.solvers.refine import masked_conjugate_gradient, masked_gradient
-from prox24_deploy.sparsity.pattern import final_mask, is_24, mask_24, unconverged_fraction
+from prox24_deploy.sparsity.pattern import final_mask, is_24, mask_24, unconverged_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +79,7 @@ def solve_layer(
     options: AdmmOptions = PRESETS["default"],
     ista_options: IstaOptions = _PAPER,
     refinement: Refinement = "auto",
+    total: Total = of_one,
 ) -> LayerSolution:
     """Prune the rows of one problem to 2:4.
 
@@ -91,6 +92,8 @@ def solve_layer(
         refinement: of the kept weights on the mask found: conjugate gradients, the masked gradient
             steps of the paper, or "none", which leaves the method's own weights. "auto" takes the
             gradient for "ista" and conjugate gradients for all others.
+        total: sums a number over the processes that solve the other rows of the same layers, if
+            `weight` holds only some; all must call this function.
 
     Returns:
         The solution. Weights that are 2:4 already come back bit-identical.
@@ -98,18 +101,19 @@ def solve_layer(
     Raises:
         ValueError: d is not a multiple of four.
     """
-    if is_24(weight):
+    if total(0.0 if is_24(weight) else 1.0) == 0:
         return LayerSolution(
             weight=weight, mask=mask_24(weight.abs()), iterations=0, used="unchanged"
         )
-    candidate, mask, iterations = _propose(problem, method, options, ista_options)
+    candidate, mask, iterations = _propose(problem, method, options, ista_options, total)
     if refinement == "auto":
         refinement = "gradient" if method == "ista" else "conjugate-gradient"
     solution = _refine(problem, mask, candidate, refinement)
     used: str = method
     if method == "prox":
         rival, rival_mask = sparsegpt(problem)
-        if float(problem.loss(rival).sum()) < float(problem.loss(solution).sum()):
+        losses = (total(float(problem.loss(each).sum())) for each in (rival, solution))
+        if next(losses) < next(losses):
             mask, used = rival_mask, "sparsegpt"
             solution = _refine(problem, mask, rival, refinement)
     result = problem.to_weight(solution).masked_fill(~mask | problem.dead, 0.0)
@@ -117,14 +121,18 @@ def solve_layer(
 
 
 def _propose(
-    problem: LayerProblem, method: Method, options: AdmmOptions, ista_options: IstaOptions
+    problem: LayerProblem,
+    method: Method,
+    options: AdmmOptions,
+    ista_options: IstaOptions,
+    total: Total,
 ) -> tuple[Tensor, Tensor, int]:
     """Return normalised weights, mask and iterations of one method, before refinement."""
     match method:
         case "prox":
-            return prox_admm(problem, options)
+            return prox_admm(problem, options, total)
         case "ista":
-            return ista(problem, ista_options)
+            return ista(problem, ista_options, total)
         case "sparsegpt":
             weight, mask = sparsegpt(problem)
             return weight, mask, 0
@@ -143,7 +151,9 @@ def _refine(problem: LayerProblem, mask: Tensor, start: Tensor, kind: Refinement
             return masked_conjugate_gradient(problem, mask, start)
 
 
-def prox_admm(problem: LayerProblem, options: AdmmOptions) -> tuple[Tensor, Tensor, int]:
+def prox_admm(
+    problem: LayerProblem, options: AdmmOptions, total: Total = of_one
+) -> tuple[Tensor, Tensor, int]:
     """Minimise the quadratic plus λ R with λ growing until every group is 2:4.
 
     ADMM on a function that is not convex need not descend. Of the iterates at which convergence is
@@ -162,6 +172,7 @@ def prox_admm(problem: LayerProblem, options: AdmmOptions) -> tuple[Tensor, Tens
     dual, target = torch.zeros_like(split), problem.linear + rho * split
     steps, iterations = options.newton_iterations, 0
     best = _Best(problem)
+    groups = total(split.numel() / 4)
     while iterations < options.max_iterations:
         lam = base * options.growth**iterations
         weight = target @ inverse
@@ -171,9 +182,8 @@ def prox_admm(problem: LayerProblem, options: AdmmOptions) -> tuple[Tensor, Tens
         iterations += 1
         if iterations % options.check_every == 0:
             best.offer(split, weight)
-            if unconverged_fraction(split) < max(
-                options.unconverged_fraction, torch.finfo(split.dtype).tiny
-            ):
+            # With a fraction of zero, until there is none.
+            if total(unconverged_groups(split)) < max(options.unconverged_fraction * groups, 1):
                 break
     if iterations % options.check_every:
         best.offer(split, weight)

@@ -1,0 +1,165 @@
+"""The processes that share one pruning run, by torch.distributed: started by torchrun, one a GPU.
+
+Each takes some of the samples through the blocks; second moments are summed over all of them. The
+rows of a layer do not depend on each other, so that each process solves some of the rows.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from prox24_deploy.core.errors import RankError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those of one run.
+
+    Attributes:
+        number: of this process; 0 reads and writes the bundle.
+        count: of processes.
+        device: of what is exchanged: the GPU of this process with NCCL, the CPU with Gloo.
+    """
+
+    number: int
+    count: int
+    device: torch.device
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that reads and writes the bundle."""
+        return self.number == 0
+
+    def share(self, items: Sequence[Item]) -> tuple[Item, ...]:
+        """Those of some items that are this process's: every `count`-th."""
+        return tuple(items[self.number :: self.count])
+
+    def rows(self, count: int) -> slice:
+        """Which of so many rows this process solves."""
+        each = -(-count // self.count)
+        return slice(min(self.number * each, count), min((self.number + 1) * each, count))
+
+    def sum_in_place(self, *tensors: Tensor) -> None:
+        """Sum tensors over all processes."""
+        for tensor in tensors:
+            self._exchange(partial(dist.all_reduce, tensor))
+
+    def total(self, value: float) -> float:
+        """Sum a number over all processes."""
+        if self.count == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        self.sum_in_place(tensor)
+        return float(tensor)
+
+    def gathered(self, part: Tensor, count: int) -> Tensor:
+        """All `count` rows, of which each process has its `rows`."""
+        if self.count == 1:
+            return part
+        each = -(-count // self.count)
+        padded = part.new_zeros(each, *part.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in range(self.count)]
+        self._exchange(partial(dist.all_gather, parts, padded))
+        return torch.cat(parts)[:count]
+
+    def owner(self, item: int) -> int:
+        """Which process has an item, by its place among all."""
+        return item % self.count
+
+    def from_owner(self, item: int, tensors: Sequence[Tensor]) -> None:
+        """Give all processes the tensors of the one that has an item."""
+        for tensor in tensors if self.count > 1 else ():
+            self._exchange(partial(dist.broadcast, tensor, self.owner(item)))
+
+    def told(self, value: Item) -> Item:
+        """The value that process 0 has."""
+        if self.count == 1:
+            return value
+        box: list[Any] = [value]
+        self._exchange(partial(dist.broadcast_object_list, box, device=self.device))
+        told: Item = box[0]
+        return told
+
+    def require_alike(self, what: str, value: object) -> None:
+        """Refuse processes that have something else than process 0; all of them do so.
+
+        Raises:
+            RankError: names the first that has, and both values.
+        """
+        if self.count == 1:
+            return
+        found: list[Any] = [None] * self.count
+        self._exchange(partial(dist.all_gather_object, found, value))
+        for number, other in enumerate(found):
+            if other != found[0]:
+                raise RankError(
+                    f"Process {number} of this run has {what} {other}, and process 0 has "
+                    f"{found[0]}; start all with the same command, the same files and the same "
+                    "versions of everything installed."
+                )
+
+    def _exchange(self, call: Callable[[], Result]) -> Result | None:
+        if self.count == 1:
+            return None
+        try:
+            return call()
+        except RuntimeError as error:
+            raise RankError(
+                f"Another process of this run is gone ({str(error).splitlines()[0]})"
+            ) from error
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several that torchrun, or what does as it does, started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """This process among its likes for the time of a run, by NCCL on GPUs and Gloo on CPUs.
+
+    Raises:
+        RankError: there are fewer GPUs than processes on this machine.
+    """
+    if not started_by_torchrun():
+        yield ALONE
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise RankError(
+                f"Process {local} of this machine finds {torch.cuda.device_count()} GPUs, expected "
+                "one for each process; start fewer, or pass --device cpu."
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def during(block: str) -> Iterator[None]:
+    """Say in which block another process was lost."""
+    try:
+        yield
+    except RankError as error:
+        raise RankError(
+            f"{error} while block {block} was pruned; the blocks before it are kept, run the same "
+            "command again, with as many processes as you like."
+        ) from error
