@@ -92,6 +92,7 @@ def build(
     lm_eval_limit: arguments.HarnessLimitOpt = None,
     device: arguments.DeviceOpt = "auto",
     memory_limit: arguments.MemoryOpt = None,
+    gpus: arguments.GpusOpt = 1,
     seed: arguments.SeedOpt = 0,
     baseline: arguments.BaselineOpt = None,
     limits: arguments.LimitsOpt = None,
@@ -107,6 +108,7 @@ def build(
         print_text(run_file_text(context.params))
         return
     from prox24_deploy.pipeline import run as pipeline
+    from prox24_deploy.pipeline.ranks import is_helper
 
     tensorrt = arguments.tensorrt_options(
         workspace_gib=workspace_gib,
@@ -151,6 +153,7 @@ def build(
         quantize=None if quantize == "none" else quantize,
         device=device,
         memory_limit_gib=memory_limit,
+        gpus=gpus,
         dtype=dtype,
         engine=arguments.engine_options(
             backends=backend, shapes=shapes, tensorrt=tensorrt, plan=plan, eager=eager
@@ -166,6 +169,9 @@ def build(
         accept_loss=parse_losses(accept_loss or ()),
     )
     model_dir = arguments.local_model(model_dir)
+    if is_helper():
+        pipeline.help_to_prune(model_dir, options)
+        return
     root = out or arguments.default_out(model_dir)
     with shown(stderr, root) as progress:
         report = pipeline.build(model_dir, root, options, fresh=fresh, progress=progress)
@@ -198,12 +204,14 @@ def prune(
     layers: arguments.LayersOpt = None,
     device: arguments.DeviceOpt = "auto",
     memory_limit: arguments.MemoryOpt = None,
+    gpus: arguments.GpusOpt = 1,
     seed: arguments.SeedOpt = 0,
     fresh: arguments.FreshOpt = False,
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Prune only: OUT becomes a bundle with the pruned model directory."""
     from prox24_deploy.pipeline import run as pipeline
+    from prox24_deploy.pipeline.ranks import is_helper
 
     options = BuildOptions(
         recipe=recipe,
@@ -228,9 +236,13 @@ def prune(
         ),
         device=device,
         memory_limit_gib=memory_limit,
+        gpus=gpus,
         name=name,
     )
     model_dir = arguments.local_model(model_dir)
+    if is_helper():
+        pipeline.help_to_prune(model_dir, options)
+        return
     root = out or arguments.default_out(model_dir)
     with shown(stderr, root) as progress:
         result = pipeline.prune(model_dir, root, options, fresh=fresh, progress=progress)

@@ -475,6 +475,13 @@ SaveProfileOpt = Annotated[
     ),
 ]
 DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where to prune and evaluate.")]
+GpusOpt = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Share pruning between as many processes, one on each GPU, started by torchrun.",
+    ),
+]
 MemoryOpt = Annotated[
     float | None,
     typer.Option(

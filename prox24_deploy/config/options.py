@@ -224,7 +224,8 @@ class BuildOptions:
     model and against `baseline`, by `limits_file` before the limits of the recipe, and may differ
     from the baseline in what `allow` names. `accept_loss` has names of metrics and how much worse
     than the dense model each may be, "25%" or a number. `memory_limit_gib` bounds what
-    pruning and evaluation take on their device; it changes no result.
+    pruning and evaluation take on their device, `gpus` is how many processes share the pruning,
+    one on each GPU; neither changes a result.
     """
 
     recipe: Path | None = None
@@ -243,6 +244,7 @@ class BuildOptions:
     name: str | None = None
     accept_loss: tuple[tuple[str, str], ...] = ()
     memory_limit_gib: float | None = None
+    gpus: int = 1
 
     @property
     def memory_limit(self) -> int | None:

@@ -24,6 +24,12 @@ from prox24_deploy.pipeline import stages
 from prox24_deploy.pipeline.backends import backends_of, open_backends
 from prox24_deploy.pipeline.context import open_model, read_context, source_of, torch_device
 from prox24_deploy.pipeline.demands import check_demands, read_demands, warn_of_few_samples
+from prox24_deploy.pipeline.ranks import (
+    prune_by_processes,
+    require_leader,
+    shared,
+    started_by_torchrun,
+)
 from prox24_deploy.report.assemble import Report
 
 if TYPE_CHECKING:
@@ -42,6 +48,7 @@ def build(
     Raises:
         Prox24Error: any of its kinds; the stages finished until then are kept.
     """
+    require_leader()
     # Read before any work, so that a wrong path costs no time.
     demands = read_demands(options)
     context = read_context(model_dir, out, options, progress)
@@ -54,10 +61,12 @@ def build(
     stages.recover.require_usable(options, context)
     stages.quantize.require_usable(options, context, backends)
     check_demands(demands, context, [backend.name for backend in backends], options)
-    with open_bundle(out, fresh=fresh) as bundle:
+    begun = _begun_by_processes(model_dir, out, options, fresh=fresh, progress=progress)
+    with open_bundle(out, fresh=fresh and not begun) as bundle:
         warn_of_few_samples(context)
         stages.tasks.verify(bundle, options.harness)
-        pruned = stages.prune.run(bundle, context, options, progress)
+        with shared(options) as ranks:
+            pruned = stages.prune.run(bundle, context, options, progress, ranks)
         recovered = stages.recover.run(bundle, context, options, progress)
         quantized = stages.quantize.run(bundle, context, pruned, options, progress)
         exported = stages.export.run(
@@ -84,9 +93,34 @@ def prune(
     model_dir: Path, out: Path, options: BuildOptions, *, fresh: bool, progress: Progress
 ) -> PruneResult:
     """Run only the pruning stage: `out` becomes a bundle with `pruned/`."""
+    require_leader()
     context = read_context(model_dir, out, options, progress)
-    with open_bundle(out, fresh=fresh) as bundle:
-        return stages.prune.run(bundle, context, options, progress)
+    begun = _begun_by_processes(model_dir, out, options, fresh=fresh, progress=progress)
+    with open_bundle(out, fresh=fresh and not begun) as bundle, shared(options) as ranks:
+        return stages.prune.run(bundle, context, options, progress, ranks)
+
+
+def _begun_by_processes(
+    model_dir: Path, out: Path, options: BuildOptions, *, fresh: bool, progress: Progress
+) -> bool:
+    """Whether the options ask for several processes; these have then pruned into `out`."""
+    if options.gpus == 1 or started_by_torchrun():
+        return False
+    prune_by_processes(options.gpus, model_dir, out, options, fresh=fresh, progress=progress)
+    return True
+
+
+def help_to_prune(model_dir: Path, options: BuildOptions) -> None:
+    """Take part in what process 0 of a run by torchrun prunes, by `build` or by `prune`.
+
+    Raises:
+        RankError: process 0 has other inputs, options or versions, or a process is gone.
+        Prox24Error: what `prune` raises for the same model and options.
+    """
+    context = read_context(model_dir, None, options)
+    with shared(options) as ranks:
+        if ranks is not None:
+            stages.prune.help_with(context, options, ranks)
 
 
 def recover(

@@ -132,7 +132,7 @@ def prune_model(
     records: list[LayerRecord] = []
     for number, step in enumerate(block_steps(model, recipe, (calibration, held_out), resources)):
         progress("prune", number, count)
-        with during(step.twin.prefix):
+        with during(step.twin.prefix, resources.ranks):
             done = resources.ranks.told(store.load(number))
             if done is None:
                 done = solver.solve(step)

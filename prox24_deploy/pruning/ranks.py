@@ -123,21 +123,13 @@ class Ranks:
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def started_by_torchrun() -> bool:
-    """Whether this process is one of several that torchrun, or what does as it does, started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """This process among its likes for the time of a run, by NCCL on GPUs and Gloo on CPUs.
+    """This process among those that torchrun started, by NCCL on GPUs and Gloo on CPUs.
 
     Raises:
         RankError: there are fewer GPUs than processes on this machine.
     """
-    if not started_by_torchrun():
-        yield ALONE
-        return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
@@ -154,12 +146,21 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 
 @contextmanager
-def during(block: str) -> Iterator[None]:
-    """Say in which block another process was lost."""
+def during(block: str, ranks: Ranks) -> Iterator[None]:
+    """Say in which block another process was lost, or this one ended because another was."""
     try:
         yield
     except RankError as error:
+        raise RankError(f"{error} while block {block} was pruned; {_AGAIN}") from error
+    except (KeyboardInterrupt, SystemExit) as ending:
+        if ranks.count == 1:
+            raise
         raise RankError(
-            f"{error} while block {block} was pruned; the blocks before it are kept, run the same "
-            "command again, with as many processes as you like."
-        ) from error
+            f"This process was told to end while block {block} was pruned, as when another is "
+            f"gone; {_AGAIN}"
+        ) from ending
+
+
+_AGAIN = (
+    "the blocks before it are kept, run the same command again, with as many processes as you like."
+)

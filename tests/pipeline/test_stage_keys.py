@@ -54,6 +54,7 @@ UNKEYED = {
     ("CuSparseLt", "quantized"): "the stage hashes what lies there",
     ("BenchInputs", "max_slowdown"): "judged again",
     ("PruneInputs", "memory_limit"): "where weights are kept",
+    ("PruneInputs", "ranks"): "who takes part",
     ("EvaluateInputs", "memory_limit"): "where weights are kept",
 }
 OPTIONS = BuildOptions(
@@ -301,7 +302,7 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
     assert covered == {
         "prune": {
             "source", "recipe", "calibration", "held_out", "options", "device", "versions",
-            "memory_limit",
+            "memory_limit", "ranks",
         },
         "recover": {
             "source", "pruned", "recipe", "calibration", "options", "seed", "device", "versions",
@@ -479,6 +480,7 @@ READ_BEFORE = {
     "harness.data": "the harness is an extra; its files count, above",
     "baseline": "the report is held against it, whenever it is made",
     "limits_file": "the same",
+    "gpus": "it says who takes part: PruneInputs.ranks",
     "accept_loss": "the same",
     "allow": "the same",
     "engine.pasts": "this model keeps no cache: BenchInputs.pasts, EngineAccuracyInputs.decodes",

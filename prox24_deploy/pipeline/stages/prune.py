@@ -1,5 +1,6 @@
 """The stage that prunes a model directory."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -8,10 +9,11 @@ from typing import TYPE_CHECKING
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.environment import machine, versions
 from prox24_deploy.bundle.layout import PRUNED, RECIPE
+from prox24_deploy.bundle.manifest import canonical_json
 from prox24_deploy.bundle.stage import Stage, Workspace
-from prox24_deploy.config.options import BuildOptions, DeviceChoice, PruneOptions
+from prox24_deploy.config.options import BuildOptions, PruneOptions
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.fingerprint import unkeyed
+from prox24_deploy.core.fingerprint import fields_of, unkeyed
 from prox24_deploy.core.records import PruneResult
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import RunContext, torch_device
@@ -20,6 +22,7 @@ from prox24_deploy.pipeline.stages.versions import numeric_versions
 if TYPE_CHECKING:
     from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
+    from prox24_deploy.pruning.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +39,13 @@ class PruneInputs:
     memory_limit: int | None = field(
         default=None, metadata=unkeyed("says where weights are kept, not what they become")
     )
+    ranks: "Ranks | None" = field(
+        default=None, metadata=unkeyed("says who takes part, not what comes of it")
+    )
 
 
 def prune_inputs(
-    context: RunContext,
-    options: PruneOptions,
-    device_choice: DeviceChoice,
-    memory_limit: int | None = None,
+    context: RunContext, options: BuildOptions, ranks: "Ranks | None" = None
 ) -> PruneInputs:
     """The inputs of the stage that prunes."""
     return PruneInputs(
@@ -50,10 +53,11 @@ def prune_inputs(
         recipe=context.recipe,
         calibration=context.calibration,
         held_out=context.held_out,
-        options=options,
-        device=torch_device(device_choice).type,
+        options=options.prune,
+        device=torch_device(options.device).type,
         versions=numeric_versions(),
-        memory_limit=memory_limit,
+        memory_limit=options.memory_limit,
+        ranks=ranks,
     )
 
 
@@ -62,20 +66,67 @@ def run(
     context: RunContext,
     options: BuildOptions,
     progress: Progress,
+    ranks: "Ranks | None" = None,
 ) -> PruneResult:
-    """Prune every target layer into `pruned/`; the bundle is then one of this model."""
-    inputs = prune_inputs(context, options.prune, options.device, options.memory_limit)
+    """Prune every target layer into `pruned/`; the bundle is then one of this model.
+
+    Where other processes share the run they are in `help_with` meanwhile.
+    """
+    inputs = prune_inputs(context, options, ranks)
     result = bundle.run(STAGE, inputs, progress)
+    if ranks is not None:
+        ranks.told(_DONE)
     _describe(bundle, context, options)
     # The same samples may come from another place than when they were pruned on.
     return replace(result, calibration=context.calibration.source, held_out=context.held_out.source)
+
+
+_BEGIN, _DONE = "begin", "done"
+
+
+def help_with(context: RunContext, options: BuildOptions, ranks: "Ranks") -> None:
+    """Take part in pruning, if process 0 has to, and write nothing.
+
+    Raises:
+        RankError: this process has other inputs than process 0, or another one is gone.
+        Prox24Error: what pruning raises.
+    """
+    import torch
+
+    from prox24_deploy.pruning.prune import help_to_prune
+
+    inputs = prune_inputs(context, options, ranks)
+    while ranks.told("") == _BEGIN:
+        _require_alike(inputs, ranks)
+        help_to_prune(
+            inputs.source,
+            inputs.recipe,
+            inputs.calibration,
+            inputs.held_out,
+            inputs.options,
+            device=torch.device(inputs.device),
+            memory_limit=inputs.memory_limit,
+            ranks=ranks,
+        )
+
+
+def _require_alike(inputs: PruneInputs, ranks: "Ranks") -> None:
+    for name, version in inputs.versions.items():
+        ranks.require_alike(name, version)
+    for name, value in fields_of(inputs).items():
+        digest = hashlib.sha256(canonical_json(value)).hexdigest()
+        ranks.require_alike(f"{name} of sha256", digest)
 
 
 def _prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> PruneResult:
     import torch
 
     from prox24_deploy.pruning.prune import prune_directory
+    from prox24_deploy.pruning.ranks import ALONE
 
+    if inputs.ranks is not None:
+        inputs.ranks.told(_BEGIN)
+        _require_alike(inputs, inputs.ranks)
     return prune_directory(
         inputs.source,
         inputs.recipe,
@@ -84,6 +135,7 @@ def _prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> PruneRes
         inputs.options,
         device=torch.device(inputs.device),
         memory_limit=inputs.memory_limit,
+        ranks=inputs.ranks or ALONE,
         solved=work.kept,
         out=work.partial / PRUNED,
         progress=progress,

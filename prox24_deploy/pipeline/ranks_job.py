@@ -1,0 +1,43 @@
+"""One of several processes that prune: torchrun starts `python -m` this module with a file."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from prox24_deploy.core.errors import Prox24Error
+from prox24_deploy.engines.child import end_on_termination
+from prox24_deploy.pipeline import run
+from prox24_deploy.pipeline.ranks import ERROR, OPTIONS, PROGRESS, is_helper
+
+
+def main(file: str) -> int:
+    """Prune as the file says; progress and an error go to stdout, a JSON object a line."""
+    end_on_termination()
+    job = json.loads(Path(file).read_text())
+    options = OPTIONS.validate_python(job["options"])
+    model_dir = Path(job["model_dir"])
+    try:
+        if is_helper():
+            run.help_to_prune(model_dir, options)
+        else:
+            run.prune(
+                model_dir, Path(job["out"]), options, fresh=job["fresh"], progress=_tell_progress
+            )
+    except Prox24Error as error:
+        _tell(kind=ERROR, type=type(error).__name__, message=str(error))
+        return error.exit_code
+    return 0
+
+
+def _tell_progress(label: str, done: int, total: int) -> None:
+    _tell(kind=PROGRESS, label=label, done=done, total=total)
+
+
+def _tell(**line: Any) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
