@@ -1,0 +1,177 @@
+"""Several processes prune as one does, by torchrun and Gloo; one that is lost loses no block."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run_cli
+from family_batches import batch, recipe_of
+from safetensors.torch import load_file
+from tiny_families import tiny_model
+
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.core.errors import CalibrationError, RankError, UsageError
+from prox24_deploy.core.types import silent
+from prox24_deploy.model.checkpoint import BlockStore
+from prox24_deploy.pipeline.api import prune
+from prox24_deploy.pruning.activations import Resources
+from prox24_deploy.pruning.prune import prune_model
+from prox24_deploy.pruning.ranks import Ranks, during
+
+CPU = torch.device("cpu")
+KEPT = ".partial/*/block-0000.safetensors"
+
+
+def arguments(model: Path, out: Path, prose: Path, *more: str) -> list[str]:
+    return [
+        "prune", str(model), "-o", str(out), "--calibration", str(prose), "--device", "cpu",
+        "--calibration-tokens", "4096", "--evaluation-tokens", "1024", "--preset", "fast", *more,
+    ]  # fmt: skip
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted((out / "pruned").glob("*.safetensors")):
+        found.update(load_file(file))
+    return found
+
+
+def same(one: Path, other: Path) -> None:
+    """The same masks, and weights but for the order of a sum, and one rounding of what is stored."""
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    assert len(left) > 0
+    for name, weight in left.items():
+        assert torch.equal(weight != 0, right[name] != 0), name
+        a, b = weight.double(), right[name].double()
+        allowed = 1e-5 * a.abs().max() + torch.finfo(weight.dtype).eps * a.abs()
+        assert bool(((a - b).abs() <= allowed).all()), name
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text of several batches."""
+    path = tmp_path_factory.mktemp("text") / "long.txt"
+    words = "layer weight sparse dense group kernel batch token engine".split()  # noqa: SIM905
+    draw = random.Random(0)
+    path.write_text("\n\n".join(" ".join(draw.choices(words, k=24)) for _ in range(400)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_llama: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert run_cli(*arguments(tiny_llama, out, prose)).code == 0
+    return out
+
+
+def test_two_processes_come_to_the_same_weights(
+    tiny_llama: Path, prose: Path, alone: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run = run_cli(*arguments(tiny_llama, out, prose, "--gpus", "2"))
+    assert run.code == 0, run.err
+    assert "prune 1/2" in run.err
+    same(alone, out)
+    assert run_cli("verify", out).code == 0
+
+
+def processes(
+    model: Path, prose: Path, out: Path, *, other: tuple[str, ...] = ()
+) -> list["subprocess.Popen[str]"]:
+    """Two processes as torchrun starts them; the second with `other` arguments too."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank, more in enumerate(((), other)):
+        env = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "prox24_deploy", *arguments(model, out, prose, *more)]
+        started.append(
+            subprocess.Popen(
+                command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        )
+    return started
+
+
+def test_a_lost_process_is_told_with_its_block_and_the_next_run_goes_on(
+    tiny_llama: Path, prose: Path, alone: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first, second = processes(tiny_llama, prose, out)
+    kept = lambda: list(out.glob(".partial/*/block-0000.safetensors"))  # noqa: E731
+    deadline = time.monotonic() + 120
+    while not list(out.glob(KEPT)) and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.005)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    _, said = first.communicate(timeout=120)
+    if first.returncode == 0:
+        pytest.skip("the run was over before its second process was killed")
+    assert first.returncode == 1
+    assert "while block model.layers.1 was pruned" in said
+    assert list(out.glob(KEPT))
+    assert run_cli(*arguments(tiny_llama, out, prose)).code == 0
+    same(alone, out)
+
+
+def test_a_process_with_other_options_is_refused(
+    tiny_llama: Path, prose: Path, tmp_path: Path
+) -> None:
+    first, second = processes(
+        tiny_llama, prose, tmp_path / "out", other=("--calibration-tokens", "3072")
+    )
+    for process in (first, second):
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "Process 1 of this run has calibration of sha256" in said
+
+
+def test_a_program_cannot_build_where_it_can_only_help(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(UsageError, match="Process 2 of a run by torchrun cannot write"):
+        prune(tiny_llama, tmp_path / "out")
+
+
+def test_more_processes_than_batches_are_refused() -> None:
+    model = tiny_model("llama")
+    recipe = recipe_of(model)
+    with pytest.raises(CalibrationError, match="3 processes need a batch .* each, and there are 2"):
+        prune_model(
+            model, recipe, (batch(recipe), batch(recipe)), (), PruneOptions(),
+            stored_dtype=lambda _: torch.float32, store=BlockStore(Path()), progress=silent,
+            resources=Resources(ranks=Ranks(0, 3, CPU)),
+        )  # fmt: skip
+
+
+def test_rows_and_samples_are_shared_out_whole() -> None:
+    ranks = [Ranks(number, 3, CPU) for number in range(3)]
+    for count in (0, 1, 2, 3, 7, 12):
+        rows = [row for each in ranks for row in range(count)[each.rows(count)]]
+        assert rows == list(range(count))
+        samples = [item for each in ranks for item in each.share(range(count))]
+        assert sorted(samples) == list(range(count))
+        for item in range(count):
+            assert item in ranks[ranks[0].owner(item)].share(range(count))
+
+
+def test_an_ending_is_told_only_where_others_take_part() -> None:
+    with pytest.raises(RankError, match="was told to end while block b.1 was pruned"):  # noqa: SIM117
+        with during("b.1", Ranks(0, 2, CPU)):
+            raise SystemExit(143)
+    with pytest.raises(KeyboardInterrupt), during("b.1", Ranks(0, 1, CPU)):
+        raise KeyboardInterrupt
