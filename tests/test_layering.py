@@ -30,7 +30,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # Extras whose libraries are imported by name, inside of the functions that need them.
-OPTIONAL = ("sbom", "lm-eval")
+OPTIONAL = ("sbom", "lm-eval", "tables", "speech")
 # torch.onnx imports these when it exports.
 INDIRECT = {"onnx", "onnxscript"}
 # Comes with torch for CUDA, which alone uses it.
@@ -46,6 +46,7 @@ LONG = {
     ("cli/build.py", "build"): _OPTIONS,
     ("cli/build.py", "prune"): _OPTIONS,
     ("cli/build.py", "recover"): _OPTIONS,
+    ("cli/inspect.py", "plan"): _OPTIONS,
     ("cli/package.py", "package"): _OPTIONS,
 }
 

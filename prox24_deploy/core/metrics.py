@@ -85,6 +85,25 @@ WORD_ERRORS = MetricKind(
     against_baseline={"word error rate*": 10},
     instead=WORD_ERRORS_TO_DENSE,
 )
+# Of recordings in languages that write no spaces between words.
+CHARACTER_ERRORS_TO_DENSE = MetricKind(
+    name="character error rate to dense",
+    judged_by=_HEARS,
+    higher_is_better=False,
+    direct=True,
+    bounded=True,
+    against_dense={"threshold": 0.05},
+)
+CHARACTER_ERRORS = MetricKind(
+    name="character error rate",
+    judged_by=_HEARS,
+    higher_is_better=False,
+    bounded=True,
+    labelled=True,
+    against_dense={"max-degradation": 0.02},
+    against_baseline={"character error rate*": 10},
+    instead=CHARACTER_ERRORS_TO_DENSE,
+)
 LOG_PERPLEXITY = MetricKind(
     name="log-perplexity", judged_by=_WRITES, higher_is_better=False, deviation=abs
 )
@@ -157,6 +176,8 @@ METRICS = {
     for kind in (
         WORD_ERRORS,
         WORD_ERRORS_TO_DENSE,
+        CHARACTER_ERRORS,
+        CHARACTER_ERRORS_TO_DENSE,
         PERPLEXITY,
         LOG_PERPLEXITY,
         COSINE,
