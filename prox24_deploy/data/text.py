@@ -29,7 +29,7 @@ _HELD_OUT_SHARE = 0.2
 BATCH_TOKENS = 2048
 _SHORTEST_BUILTIN = 60
 # Of all files together, in characters: what is read at least, and for each token that is asked for.
-_LEAST_READ, _READ_PER_TOKEN = 2**26, 64
+_LEAST_READ, _READ_PER_TOKEN = 2**25, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -241,7 +241,7 @@ def test_of_a_large_file_no_more_is_read_than_asked_for(
 
 
 def test_the_characters_read_are_enough_for_the_tokens() -> None:
-    assert characters_for(98304) == 2**26
+    assert characters_for(98304) == 2**25
     assert characters_for(10**8) == 64 * 10**8
 
 
