@@ -1,8 +1,8 @@
 """The model card of the pruned model, in the form that the Hugging Face Hub reads.
 
-It is written when the report is, for it quotes measured accuracy, in its text and, as a model-index,
-in its metadata. Of the source model's own card
-it keeps the text, below its own, and of its metadata what stays true: licence and language.
+It is written when the report is, for it quotes measured accuracy, in its text and in its
+metadata, there as a model-index. Of the source model's own card it keeps the text, below its own,
+and of its metadata what stays true: licence and language.
 https://huggingface.co/docs/hub/model-cards says what the metadata means.
 """
 

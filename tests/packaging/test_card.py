@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from builders import make_records, with_numerics_failed
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from prox24_deploy.packaging.card import SourceCard, read_source_card, render_card
 
@@ -46,7 +46,9 @@ def test_it_is_a_card_of_the_hub_without_what_nobody_said() -> None:
 def test_the_hub_indexes_what_was_measured() -> None:
     records = make_records()
     report = records.report()
-    results = ModelCard(render_card(report, PLAIN)).data.eval_results
+    data = ModelCard(render_card(report, PLAIN)).data
+    assert isinstance(data, ModelCardData)
+    results = data.eval_results
     assert results is not None
     assert [(one.metric_name, one.metric_value) for one in results] == [
         (metric.name, (metric.sparse or metric.agreement).value)  # type: ignore[union-attr]
