@@ -30,7 +30,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # Extras whose libraries are imported by name, inside of the functions that need them.
-OPTIONAL = ("sbom", "lm-eval", "tables", "speech")
+OPTIONAL = ("sbom", "lm-eval", "tables", "speech", "images")
 # torch.onnx imports these when it exports.
 INDIRECT = {"onnx", "onnxscript"}
 # Comes with torch for CUDA, which alone uses it.
@@ -271,9 +271,9 @@ def test_pinned_versions_lie_within_the_declared_bounds() -> None:
     declared = [Requirement(line) for line in project["dependencies"]]
     for one in declared:
         assert one.specifier.contains(pins[canonicalize_name(one.name)].partition("+")[0]), one
-    # Versions of these are those of a driver and of a year, and end nothing.
+    # Its versions are those of a driver, and end nothing.
     unbounded = {one.name for one in declared if not any(s.operator == "<" for s in one.specifier)}
-    assert unbounded == {"nvidia-ml-py", "pillow"}
+    assert unbounded == {"nvidia-ml-py"}
 
 
 def test_the_changelog_begins_with_the_version() -> None:

@@ -19,7 +19,7 @@ from prox24_deploy.core.modalities import (
 )
 from prox24_deploy.core.types import Progress
 from prox24_deploy.data.fields import Fields, chat_of
-from prox24_deploy.data.images import make_image_samples, pixel_sizes, read_images
+from prox24_deploy.data.images import make_image_samples, pillow, pixel_sizes, read_images
 from prox24_deploy.data.pairs import make_pairs, start_token
 from prox24_deploy.data.recordings import read_recordings
 from prox24_deploy.data.speech import Listener, feature_sizes, make_speech_samples
@@ -96,6 +96,8 @@ def _no_sizes(_: Path) -> Mapping[str, int]:
 
 
 def _image_sizes(model_dir: Path) -> Mapping[str, int]:
+    # Transformers, too, opens no image processor without it, and blames the model.
+    pillow()
     return pixel_sizes(load_image_processor(model_dir))
 
 
