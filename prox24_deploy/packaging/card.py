@@ -22,6 +22,7 @@ from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.documents import Document, read_object, reason_of
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.metrics import METRICS
+from prox24_deploy.core.printable import printable
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.report.escape import code
@@ -146,7 +147,7 @@ def _front_matter(report: Report, source: SourceCard) -> ModelCardData:
         library_name="sentence-transformers" if source.opened_by else "transformers",
         pipeline_tag=TASKS[task].hub_name or task,
         tags=TAGS,
-        model_name=f"{title.rpartition('/')[2]}, 2:4 sparse",
+        model_name=f"{printable(title).rpartition('/')[2]}, 2:4 sparse",
         eval_results=[*_index(report)],
     )
 
@@ -162,12 +163,14 @@ def _index(report: Report) -> Iterator[EvalResult]:
         if found is None or not math.isfinite(found.value):
             continue
         known = METRICS.get(metric.name)
+        # On one line: a line of its own might end the metadata.
+        group, _, measure = printable(metric.name).rpartition("/")
         yield EvalResult(
             task_type=kind,
             dataset_type="lm-evaluation-harness" if of_harness else "custom",
-            dataset_name=metric.name.rpartition("/")[0] if of_harness else data,
-            metric_type=(known and known.hub_name) or metric.name.rpartition("/")[2],
-            metric_name=metric.name,
+            dataset_name=group if of_harness else data,
+            metric_type=(known and known.hub_name) or measure,
+            metric_name=printable(metric.name),
             metric_value=found.value,
         )
 
