@@ -11,6 +11,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from conftest import LONGEST
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -321,3 +322,8 @@ def test_importing_loads_no_heavy_library(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_the_longest_files_of_tests_are_there() -> None:
+    assert len(set(LONGEST)) == len(LONGEST)
+    assert all((ROOT / "tests" / name).is_file() for name in LONGEST)
