@@ -23,8 +23,8 @@ from transformers import (
 from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
 from prox24_deploy.report.schema import load_report
 
-# Families whose graphs have nothing that is not in one of another family: Llama, Gemma 2 and 3, Phi,
-# GPT-2, BERT, XLM-R and ViT have it all. With every family, what its recipe names is pruned
+# Families whose graphs have nothing that is not in one of another family: Llama, Gemma 2 and 3,
+# Phi, GPT-2, BERT, XLM-R and ViT have it all. With every family, what its recipe names is pruned
 # (tests/pruning/test_family_pruning.py); `make bench` exports all, with their heads and variants.
 ALIKE = {"mistral", "qwen2", "qwen3", "gemma", "opt", "roberta", "distilbert", "deit"}
 # One row of each family.

@@ -11,7 +11,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from conftest import LONGEST
+from longest_files import LONGEST
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
