@@ -288,11 +288,13 @@ def outcome(path: Path) -> tuple[str, tuple[str, ...]]:
 )
 @example(b'[{"text": "\\ud800"}]')
 @example(b'{"text": "\xf0\x9f"}')
+@example(b"text\r\ra\n\n")
+@example(b'text\n"a\n')
 def test_any_file_gives_text_for_a_tokenizer_or_a_sentence(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"
-    for name in ("any.txt", "any.jsonl", "any.json"):
+    for name in ("any.txt", "any.jsonl", "any.json", "any.csv", "any.tsv"):
         path = path.with_name(name)
         path.write_bytes(content)
         refusal, texts = outcome(path)
