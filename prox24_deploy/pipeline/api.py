@@ -214,6 +214,8 @@ def evaluate_bundle(
     bundle: StrPath,
     *,
     evaluation: Sequence[StrPath] = (),
+    column: str | None = None,
+    target_column: str | None = None,
     evaluation_tokens: int | None = None,
     engine_tokens: int | None = None,
     device: DeviceChoice = "auto",
@@ -224,6 +226,8 @@ def evaluate_bundle(
     Args:
         bundle: what `prune`, `export` and `compile` made.
         evaluation: samples; by default those that it was pruned with.
+        column: of records, with their texts; as when pruned unless told.
+        target_column: of records, with what a decoder should write; likewise.
         evaluation_tokens: of them, as when pruned unless told.
         engine_tokens: of these, to run through each engine, as when pruned unless told.
         device: where PyTorch runs.
@@ -235,6 +239,8 @@ def evaluate_bundle(
     _keep_private()
     asked = finish.EvaluationAsked(
         evaluation=tuple(map(Path, evaluation)),
+        column=column,
+        target_column=target_column,
         evaluation_tokens=evaluation_tokens,
         engine_tokens=engine_tokens,
         device=device,
