@@ -16,9 +16,10 @@ demo: $(STAMP)
 	$(BIN)/prox24-deploy build "$$($(BIN)/python -c '$(FIND_MINILM)')/model" -o demo-bundle \
 		--calibration-tokens 49152 --engine-tokens 32768 --exclude '*attention*' --exclude '*layer.[45]*'
 
-# One worker a core, each with one thread; a file stays with one worker, for what its tests share.
+# One worker a core, each with one thread; a file stays with one worker, for what its tests share. The
+# longest files come first (tests/conftest.py), not those with the most tests, so that all workers end together.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --cov --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --cov --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from chromium import find_chromium
+from longest_files import LONGEST
 from tiny_models import write_tiny_bert, write_tiny_gpt2, write_tiny_llama, write_tiny_qwen3
 from untraced import untraced
 
@@ -19,6 +20,14 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 # No test finds what another run has timed, or leaves something behind.
 _CACHE = tempfile.TemporaryDirectory(prefix="prox24-cache-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+
+_RANKS = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files; within a file the order stays."""
+    items.sort(key=lambda item: _RANKS.get(item.path, len(_RANKS)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,9 +23,14 @@ from transformers import (
 from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
 from prox24_deploy.report.schema import load_report
 
-# One row of each family; `make bench` has its heads and variants too.
-FIRST = {name.partition(",")[0]: name for name in reversed(FAMILIES)}.values()
-HALVES = [name for name in FAMILIES if name in FIRST and (name, "float16") not in REFUSED_DTYPES]
+# Families whose graphs have nothing that is not in one of another family: Llama, Gemma 2 and 3,
+# Phi, GPT-2, BERT, XLM-R and ViT have it all. With every family, what its recipe names is pruned
+# (tests/pruning/test_family_pruning.py); `make bench` exports all, with their heads and variants.
+ALIKE = {"mistral", "qwen2", "qwen3", "gemma", "opt", "roberta", "distilbert", "deit"}
+# One row of each family.
+FIRST = {name.partition(",")[0]: name for name in reversed(FAMILIES)}
+SHOWN = [name for family, name in FIRST.items() if family not in ALIKE]
+HALVES = [name for name in FAMILIES if name in SHOWN and (name, "float16") not in REFUSED_DTYPES]
 AXES = {"tiny_gpt2": 0, "tiny_qwen3": 1}
 TARGETS = {"tiny_gpt2": 8, "tiny_qwen3": 14}
 

@@ -11,6 +11,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from longest_files import LONGEST
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -30,7 +31,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # Extras whose libraries are imported by name, inside of the functions that need them.
-OPTIONAL = ("sbom", "lm-eval")
+OPTIONAL = ("sbom", "lm-eval", "tables", "speech", "images")
 # torch.onnx imports these when it exports.
 INDIRECT = {"onnx", "onnxscript"}
 # Comes with torch for CUDA, which alone uses it.
@@ -46,6 +47,7 @@ LONG = {
     ("cli/build.py", "build"): _OPTIONS,
     ("cli/build.py", "prune"): _OPTIONS,
     ("cli/build.py", "recover"): _OPTIONS,
+    ("cli/inspect.py", "plan"): _OPTIONS,
     ("cli/package.py", "package"): _OPTIONS,
 }
 
@@ -270,9 +272,9 @@ def test_pinned_versions_lie_within_the_declared_bounds() -> None:
     declared = [Requirement(line) for line in project["dependencies"]]
     for one in declared:
         assert one.specifier.contains(pins[canonicalize_name(one.name)].partition("+")[0]), one
-    # Versions of these are those of a driver and of a year, and end nothing.
+    # Its versions are those of a driver, and end nothing.
     unbounded = {one.name for one in declared if not any(s.operator == "<" for s in one.specifier)}
-    assert unbounded == {"nvidia-ml-py", "pillow"}
+    assert unbounded == {"nvidia-ml-py"}
 
 
 def test_the_changelog_begins_with_the_version() -> None:
@@ -320,3 +322,8 @@ def test_importing_loads_no_heavy_library(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_the_longest_files_of_tests_are_there() -> None:
+    assert len(set(LONGEST)) == len(LONGEST)
+    assert all((ROOT / "tests" / name).is_file() for name in LONGEST)

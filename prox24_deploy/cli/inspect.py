@@ -28,6 +28,7 @@ def plan(
     out: arguments.PlanOutOpt = None,
     recipe: arguments.RecipeOpt = None,
     calibration: arguments.CalibrationOpt = None,
+    column: arguments.ColumnOpt = None,
     calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,
     shapes: arguments.ShapesOpt = None,
     eager: arguments.EagerOpt = False,
@@ -49,7 +50,9 @@ def plan(
     options = BuildOptions(
         recipe=recipe,
         text=TextOptions(
-            calibration=tuple(calibration or ()), calibration_tokens=calibration_tokens
+            calibration=tuple(calibration or ()),
+            column=column,
+            calibration_tokens=calibration_tokens,
         ),
         prune=PruneOptions(max_loss=max_loss, max_layers=layers),
         device=device,

@@ -40,7 +40,6 @@ app = typer.Typer(
     name="prox24-deploy",
     help="Take a Hugging Face model to a 2:4-sparse, proven and measured release bundle.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=(

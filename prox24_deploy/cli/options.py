@@ -83,8 +83,8 @@ RecipeOpt = Annotated[
 CalibrationOpt = Annotated[
     list[Path] | None,
     typer.Option(
-        help="Text, JSONL, or folder of images or recordings to calibrate on; repeatable. Default: "
-        "CPython's docs, for text alone.",
+        help="Text, JSON, CSV, Parquet, or folder of images or recordings to calibrate on; "
+        "repeatable. Default: CPython's docs, for text alone.",
         readable=False,
         rich_help_panel=_DATA,
     ),
@@ -94,6 +94,25 @@ EvaluationOpt = Annotated[
     typer.Option(
         help="Held-out text, images or recordings; repeatable. Default: a fifth of calibration.",
         readable=False,
+        rich_help_panel=_DATA,
+    ),
+]
+ColumnOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--column",
+        metavar="NAME",
+        help="Column of JSON records or of a table with texts, chats or transcripts; default: "
+        "text, messages, or the only one.",
+        rich_help_panel=_DATA,
+    ),
+]
+TargetColumnOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--target-column",
+        metavar="NAME",
+        help="Column with what a decoder should write; default: target.",
         rich_help_panel=_DATA,
     ),
 ]
@@ -567,6 +586,8 @@ def text_options(
     *,
     calibration: list[Path] | None,
     evaluation: list[Path] | None,
+    column: str | None,
+    target_column: str | None,
     calibration_tokens: int,
     evaluation_tokens: int,
     images: int,
@@ -577,6 +598,8 @@ def text_options(
     return TextOptions(
         calibration=tuple(calibration or ()),
         evaluation=tuple(evaluation or ()),
+        column=column,
+        target_column=target_column,
         calibration_tokens=calibration_tokens,
         evaluation_tokens=evaluation_tokens,
         seed=seed,

@@ -117,26 +117,29 @@ def layers(records: Sequence[LayerRecord]) -> Table:
 
 def latency(rows: Sequence[LatencyRow]) -> Table:
     """Medians of both twins, their ratio with its interval, and p99 and pace of the sparse one."""
-    table = _table(
+    headers = (
         "backend", "batch", "seq", "past", "dense ms", "sparse ms", "sparse p99", "speed-up",
         "95 %", "tokens/s", "ms/token",
     )  # fmt: skip
-    for row in rows:
-        _add_row(
-            table,
-            row.engine,
-            str(row.batch),
-            str(row.sequence or ""),
-            str(row.past or ""),
-            f"{row.dense.median_ms:.2f}",
-            f"{row.sparse.median_ms:.2f}",
-            f"{row.sparse.p99_ms:.2f}",
-            f"{row.speedup.value:.2f}×",
-            f"{row.speedup.low:.2f}–{row.speedup.high:.2f}",
-            _figure(row.tokens_per_second(row.sparse), ",.0f"),
-            _figure(row.ms_per_token(row.sparse), ".4f"),
-        )
-    return table
+    return _without_empty(
+        headers,
+        [
+            (
+                row.engine,
+                str(row.batch),
+                str(row.sequence or ""),
+                str(row.past or ""),
+                f"{row.dense.median_ms:.2f}",
+                f"{row.sparse.median_ms:.2f}",
+                f"{row.sparse.p99_ms:.2f}",
+                f"{row.speedup.value:.2f}×",
+                f"{row.speedup.low:.2f}–{row.speedup.high:.2f}",
+                _figure(row.tokens_per_second(row.sparse), ",.0f"),
+                _figure(row.ms_per_token(row.sparse), ".4f"),
+            )
+            for row in rows
+        ],
+    )
 
 
 def checks(tensors: Sequence[TensorCheck]) -> Table:
@@ -264,23 +267,19 @@ def plan_shapes(plan: "Plan") -> Table:
     whole = plan.source == "measured"
     most = "" if whole else " at most"
     rival = [f"over dense fp8{most}"] if "fp8" in plan.profile.formats else []
-    table = _table(
+    headers = (
         "batch", "seq", "past", "model", "expected ms", f"over dense {plan.dtype}{most}", *rival
-    )
+    )  # fmt: skip
+    rows = []
     for shape in plan.shapes:
         title = [str(shape.batch), str(shape.sequence or ""), str(shape.past or "")]
         base = shape.linear_ms if shape.dense_ms is None else shape.dense_ms
         for model in shape.models:
             gains = [model.speedup, shape.over(model, "fp8")][: 1 + len(rival)]
-            _add_row(
-                table,
-                *title,
-                _model(plan, model),
-                f"{base / model.speedup:.3f}",
-                *("–" if gain is None else f"{gain:.2f}×" for gain in gains),
-            )
+            cells = ("–" if gain is None else f"{gain:.2f}×" for gain in gains)
+            rows.append((*title, _model(plan, model), f"{base / model.speedup:.3f}", *cells))
             title = ["", "", ""]
-    return table
+    return _without_empty(headers, rows)
 
 
 def _model(plan: "Plan", model: "ModelTime") -> str:
@@ -353,6 +352,15 @@ def _table(*headers: str) -> Table:
     table = Table(box=None)
     for header in headers:
         table.add_column(_cell(header), overflow="fold")
+    return table
+
+
+def _without_empty(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table without the columns that say nothing in any row, as "past" where nothing has one."""
+    kept = [i for i in range(len(headers)) if any(row[i] for row in rows)]
+    table = _table(*(headers[i] for i in kept))
+    for row in rows:
+        _add_row(table, *(row[i] for i in kept))
     return table
 
 

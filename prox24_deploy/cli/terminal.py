@@ -4,12 +4,14 @@ import json
 import logging
 import sys
 import traceback
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -123,9 +125,29 @@ def fail(error: BaseException, *, debug: bool) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Fit a terminal; anything else, such as a log or `grep`, gets one line per row."""
+    """Fit a terminal; anything else, such as a log or `grep`, gets one line per row.
+
+    On a terminal that is too narrow for the longest words side by side, each row is a block of
+    lines, for a name that is cut is no name.
+    """
     page = stdout if stdout.is_terminal else Console(width=_LOG_WIDTH, highlight=False)
-    page.print(table)
+    unbound = page.options.update(max_width=_LOG_WIDTH)
+    if Measurement.get(page, unbound, table).minimum <= page.width:
+        page.print(table)
+        return
+    for line in _stacked(table):
+        page.print(line, soft_wrap=True)
+
+
+def _stacked(table: Table) -> Iterator[Text]:
+    """Rows one below the other: the first cell, then each other one that says something."""
+    headers = [str(column.header) for column in table.columns]
+    cells = zip(*(column.cells for column in table.columns), strict=True)
+    for row, (first, *others) in zip(table.rows, cells, strict=True):
+        yield Text(str(first), style=row.style or "")
+        for header, cell in zip(headers[1:], others, strict=True):
+            if str(cell):
+                yield Text(f"  {header}: {cell}", style=row.style or "")
 
 
 def print_text(text: str) -> None:

@@ -26,10 +26,16 @@ Compatibility = Literal["none", "version", "ampere+"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextOptions:
-    """Calibration and evaluation text, images or recordings, and how much of it to use."""
+    """Calibration and evaluation text, images or recordings, and how much of it to use.
+
+    `column` of a table or of JSON records holds the texts, the chats or the transcripts, and
+    `target_column` what a decoder should write; None takes those that docs/data.md names.
+    """
 
     calibration: tuple[Path, ...] = ()
     evaluation: tuple[Path, ...] = ()
+    column: str | None = None
+    target_column: str | None = None
     calibration_tokens: int = 65536
     evaluation_tokens: int = 32768
     seed: int = 0

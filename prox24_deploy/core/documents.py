@@ -287,13 +287,22 @@ def decode(data: bytes) -> str:
     Raises:
         ValueError: says in which other encoding the bytes are, or where they are not UTF-8.
     """
-    for mark, encoding in _MARKS.items():
-        if data.startswith(mark):
-            raise ValueError(f"not UTF-8 but {encoding}")
+    refuse_marked(data)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8, see byte {error.start}") from error
+
+
+def refuse_marked(data: bytes) -> None:
+    """Refuse bytes that begin with the mark of another encoding than UTF-8.
+
+    Raises:
+        ValueError: says which.
+    """
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark):
+            raise ValueError(f"not UTF-8 but {encoding}")
 
 
 def reason_of(error: BaseException) -> str:

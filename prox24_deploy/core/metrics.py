@@ -30,6 +30,7 @@ class MetricKind:
             without holds no engine to anything.
         in_percent: a change of it is told in percent of the dense model's value.
         logarithm: the metric on whose scale a limit on it is judged.
+        hub_name: what the Hugging Face Hub calls it, "" where it has no name for it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class MetricKind:
     deviation: Callable[[float], float] | None = None
     in_percent: bool = False
     logarithm: "MetricKind | None" = None
+    hub_name: str = ""
 
     @property
     def loss(self) -> str:
@@ -84,6 +86,27 @@ WORD_ERRORS = MetricKind(
     # Near zero, where percents are small; the one to the dense model has the same.
     against_baseline={"word error rate*": 10},
     instead=WORD_ERRORS_TO_DENSE,
+    hub_name="wer",
+)
+# Of recordings in languages that write no spaces between words.
+CHARACTER_ERRORS_TO_DENSE = MetricKind(
+    name="character error rate to dense",
+    judged_by=_HEARS,
+    higher_is_better=False,
+    direct=True,
+    bounded=True,
+    against_dense={"threshold": 0.05},
+)
+CHARACTER_ERRORS = MetricKind(
+    name="character error rate",
+    judged_by=_HEARS,
+    higher_is_better=False,
+    bounded=True,
+    labelled=True,
+    against_dense={"max-degradation": 0.02},
+    against_baseline={"character error rate*": 10},
+    instead=CHARACTER_ERRORS_TO_DENSE,
+    hub_name="cer",
 )
 LOG_PERPLEXITY = MetricKind(
     name="log-perplexity", judged_by=_WRITES, higher_is_better=False, deviation=abs
@@ -95,6 +118,7 @@ PERPLEXITY = MetricKind(
     against_dense={"max-degradation-percent": 10},
     in_percent=True,
     logarithm=LOG_PERPLEXITY,
+    hub_name="perplexity",
 )
 COSINE = MetricKind(
     name="embedding cosine",
@@ -142,6 +166,7 @@ ACCURACY = MetricKind(
     against_dense={"max-degradation": 0.02},
     instead=TOP_1,
     deviation=abs,
+    hub_name="accuracy",
 )
 DIVERGENCE = MetricKind(
     name="KL divergence",
@@ -157,6 +182,8 @@ METRICS = {
     for kind in (
         WORD_ERRORS,
         WORD_ERRORS_TO_DENSE,
+        CHARACTER_ERRORS,
+        CHARACTER_ERRORS_TO_DENSE,
         PERPLEXITY,
         LOG_PERPLEXITY,
         COSINE,

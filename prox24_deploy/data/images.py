@@ -6,19 +6,23 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from prox24_deploy.core.documents import open_regular, reason_of
-from prox24_deploy.core.errors import CalibrationError, ModelDirError
+from prox24_deploy.core.errors import BackendMissingError, CalibrationError, ModelDirError
 from prox24_deploy.core.foreign import blamed
 from prox24_deploy.core.modalities import IMAGES
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.data.split import Files, Search, hold_out, readable_files
 from prox24_deploy.model.batch import Batch, Samples
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+INSTALL = "pip install 'prox24-deploy[images]'"
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 MIN_IMAGES = 16
@@ -95,7 +99,7 @@ def pixel_sizes(processor: Any) -> dict[str, int]:
     Raises:
         ModelDirError: it makes nothing of one.
     """
-    pixels = _prepared(Image.new("RGB", (96, 64)), processor)
+    pixels = _prepared(pillow().new("RGB", (96, 64)), processor)
     return dict(zip(("channels", "height", "width"), pixels.shape, strict=True))
 
 
@@ -127,7 +131,7 @@ def _pixels(path: Path, processor: Any) -> Tensor:
     return _prepared(_read(path), processor)
 
 
-def _prepared(image: Image.Image, processor: Any) -> Tensor:
+def _prepared(image: "Image", processor: Any) -> Tensor:
     """What the model reads of one image, (channels, height, width)."""
     kind = f"The {type(processor).__name__} that preprocessor_config.json describes"
 
@@ -146,15 +150,34 @@ def _prepared(image: Image.Image, processor: Any) -> Tensor:
     return pixels
 
 
-def _read(path: Path) -> Image.Image:
+def pillow() -> Any:
+    """The module of Pillow that opens images.
+
+    Raises:
+        BackendMissingError: it is not installed.
+    """
+    try:
+        # An extra, which models of text and speech do without.
+        import PIL.Image
+    except ImportError as error:
+        raise BackendMissingError(
+            f"Models of images need Pillow, which cannot be imported ({error}); install it with: "
+            f"{INSTALL}"
+        ) from error
+    return PIL.Image
+
+
+def _read(path: Path) -> "Image":
     """One image of a named format: others start programs, as Ghostscript for PostScript."""
+    images = pillow()
     try:
         with open_regular(path) as file, warnings.catch_warnings():
             # The bound here is lower.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(_held(file), formats=_FORMATS) as image:
+            warnings.simplefilter("ignore", images.DecompressionBombWarning)
+            with images.open(_held(file), formats=_FORMATS) as image:
                 _require_size(*image.size)
-                return image.convert("RGB")
+                found: Image = image.convert("RGB")
+                return found
     except MemoryError:
         raise
     except Exception as error:

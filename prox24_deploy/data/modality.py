@@ -9,6 +9,7 @@ import torch
 
 from prox24_deploy.config.options import TextOptions
 from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.modalities import (
     IMAGES,
     PAIRS,
@@ -17,11 +18,12 @@ from prox24_deploy.core.modalities import (
     ModalityKind,
 )
 from prox24_deploy.core.types import Progress
-from prox24_deploy.data.images import make_image_samples, pixel_sizes, read_images
+from prox24_deploy.data.fields import Fields, chat_of
+from prox24_deploy.data.images import make_image_samples, pillow, pixel_sizes, read_images
 from prox24_deploy.data.pairs import make_pairs, start_token
 from prox24_deploy.data.recordings import read_recordings
 from prox24_deploy.data.speech import Listener, feature_sizes, make_speech_samples
-from prox24_deploy.data.text import make_samples, read_texts
+from prox24_deploy.data.text import Reading, characters_for, make_samples, read_texts
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.config_file import labels_of, longest_of, read_config
 from prox24_deploy.model.directory import ModelDir, load_model
@@ -94,6 +96,8 @@ def _no_sizes(_: Path) -> Mapping[str, int]:
 
 
 def _image_sizes(model_dir: Path) -> Mapping[str, int]:
+    # Transformers, too, opens no image processor without it, and blames the model.
+    pillow()
     return pixel_sizes(load_image_processor(model_dir))
 
 
@@ -103,10 +107,12 @@ def _recording_sizes(model_dir: Path) -> Mapping[str, int]:
 
 def _read_text(wanted: Wanted) -> _Made:
     directory, recipe, options = wanted.directory, wanted.recipe, wanted.options
-    texts = read_texts(options.calibration, options.evaluation, options.seed)
     tokenizer = load_tokenizer(directory)
     require_special_tokens(directory, tokenizer)
     budgets = (options.calibration_tokens, options.evaluation_tokens)
+    fields = Fields(text=options.column, target=options.target_column, chat=chat_of(tokenizer))
+    reading = Reading(fields=fields, most=characters_for(sum(budgets)))
+    texts = read_texts(options.calibration, options.evaluation, options.seed, reading)
     longest = min(recipe.sequence_length, longest_of(directory.config, recipe.sequence_length))
     if (pipeline := settled(directory.path, recipe)) is not None:
         longest = min(longest, int(tokenizer.model_max_length))
@@ -127,6 +133,8 @@ def _read_text(wanted: Wanted) -> _Made:
 
 def _read_images(wanted: Wanted) -> _Made:
     options = wanted.options
+    if options.column or options.target_column:
+        raise UsageError("--column and --target-column have no effect on images; leave them out.")
     images = read_images(options.calibration, options.evaluation, options.seed)
     processor = load_image_processor(wanted.directory.path)
     labels = labels_of(wanted.directory.config)
@@ -138,7 +146,9 @@ def _read_images(wanted: Wanted) -> _Made:
 
 def _read_recordings(wanted: Wanted) -> _Made:
     directory, options = wanted.directory, wanted.options
-    recordings = read_recordings(options.calibration, options.evaluation, options.seed)
+    recordings = read_recordings(
+        options.calibration, options.evaluation, options.seed, options.column
+    )
     extractor, tokenizer = load_feature_extractor(directory.path), load_tokenizer(directory)
     require_special_tokens(directory, tokenizer)
     model = load_model(directory, wanted.recipe, wanted.device())

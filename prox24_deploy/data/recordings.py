@@ -1,7 +1,7 @@
-"""Recordings of speech: find them in folders or lists, with what is said in them, and read them.
+"""Recordings of speech: find them in folders or lists, with what is said in them, and read PCM.
 
-Only PCM in WAV files of one channel, at the rate of the model, is read. Nothing is resampled or
-mixed: what a converter makes of a recording would be part of what is measured.
+Files in other formats and at other rates are read by `data.sound`. Channels are never mixed: what
+that makes of a recording would be part of what is measured.
 """
 
 import os
@@ -9,7 +9,9 @@ import struct
 import wave
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +19,21 @@ import numpy.typing as npt
 from prox24_deploy.core.documents import open_regular
 from prox24_deploy.core.errors import CalibrationError
 from prox24_deploy.data.split import Files, Search, hold_out, readable_files
-from prox24_deploy.data.text_files import JSON_LINES, json_lines, read_text
+from prox24_deploy.data.tables import TEXT_TABLES, read_table
+from prox24_deploy.data.text_files import JSON_LINES, Record, read_records, read_text
 
 MIN_RECORDINGS = 8
 _WAVE = ".wav"
-_OTHERS = frozenset({".aac", ".aiff", ".flac", ".m4a", ".mp3", ".mp4", ".ogg", ".opus", ".webm"})
+# What else is read where soundfile is installed, and what nothing here reads.
+SOUNDS = frozenset({_WAVE, ".aiff", ".flac", ".mp3", ".ogg", ".opus"})
+_OTHERS = frozenset({".aac", ".m4a", ".mp4", ".webm"})
 _WIDTHS = (1, 2, 3, 4)
 _FORM = '{"audio": "FILE.wav", "text": "..."}'
+# Columns with the path of a recording; the second is that of audio folders of `datasets`.
+_PATHS = ("audio", "file_name")
+_LISTS = JSON_LINES | TEXT_TABLES.keys() | {".json"}
+# In a folder, a table of this name is a list.
+_METADATA = "metadata"
 
 Samples1D = npt.NDArray[np.float32]
 
@@ -40,13 +50,13 @@ Recordings = Files[Recording]
 
 
 def read_recordings(
-    calibration: Sequence[Path], evaluation: Sequence[Path], seed: int
+    calibration: Sequence[Path], evaluation: Sequence[Path], seed: int, column: str | None = None
 ) -> tuple[Recordings, Recordings]:
     """Return recordings to calibrate on and held-out ones, each in seeded order.
 
-    A folder gives all its WAV files, with the text of a list or of a .txt file beside each; a list
-    is JSONL with a path, relative to the list, and a text per line. Without `evaluation` a fifth of
-    the recordings is held out.
+    A folder gives all its recordings, with the text of a list or of a .txt file beside each; a list
+    is JSON, CSV or TSV with a path, relative to the list, and a text, in `column` or else "text",
+    per record. Without `evaluation` a fifth of the recordings is held out.
 
     Raises:
         CalibrationError: nothing is given, something is missing or not of this form, or there are
@@ -58,7 +68,8 @@ def read_recordings(
             f"least {MIN_RECORDINGS} recordings (.wav) of the model's own domain, each with its "
             "transcript in a .txt file beside it if the word error rate is to be measured."
         )
-    search = Search(_recordings_of, MIN_RECORDINGS, "recordings", [_WAVE])
+    find = partial(_recordings_of, column=column)
+    search = Search(find, MIN_RECORDINGS, "recordings", sorted(SOUNDS))
     return hold_out(calibration, evaluation, seed, search)
 
 
@@ -85,7 +96,7 @@ def read_wave(path: Path, rate: int, seconds: float) -> Samples1D:
         reason = getattr(error, "strerror", None) or str(error) or "it ends too early"
         raise CalibrationError(
             f"Recording {path} cannot be read ({reason}), expected PCM in a WAV file; "
-            f"{_remedy(rate)}."
+            f"{convert(rate)}."
         ) from error
     _require_bytes(path, len(data), form.nframes * form.sampwidth)
     return _as_floats(data, form.sampwidth)
@@ -95,12 +106,12 @@ def _require_form(path: Path, channels: int, found: int, rate: int, width: int) 
     if channels != 1 or found != rate:
         raise CalibrationError(
             f"Recording {path} has {channels} channel(s) at {found} Hz, expected 1 at {rate} Hz, "
-            f"and nothing is mixed or resampled here; {_remedy(rate)}."
+            f"and nothing is mixed or resampled here; {convert(rate)}."
         )
     if width not in _WIDTHS:
         raise CalibrationError(
             f"Recording {path} has {8 * width} bits a sample, expected 8, 16, 24 or 32; "
-            f"{_remedy(rate)}."
+            f"{convert(rate)}."
         )
 
 
@@ -133,28 +144,39 @@ def _as_floats(data: bytes, width: int) -> Samples1D:
     return (wide.view("<i4")[:, 0] / 2**31).astype(np.float32)
 
 
-def _remedy(rate: int) -> str:
+def convert(rate: int) -> str:
+    """What to do about a recording that cannot be read as it is, as a sentence ends."""
     return f"convert it, for example with ffmpeg -i IN -ac 1 -ar {rate} -c:a pcm_s16le OUT.wav"
 
 
-def _recordings_of(path: Path) -> list[Recording]:
-    if path.suffix.lower() in JSON_LINES and not path.is_dir():
-        return list(_listed(path))
+def _recordings_of(path: Path, column: str | None) -> list[Recording]:
+    if path.suffix.lower() in _LISTS and not path.is_dir():
+        return list(_listed(path, column))
     if not path.is_dir():
         raise CalibrationError(
-            f"Recordings {path} is neither a folder nor a list (.jsonl); pass a folder of "
-            "recordings."
+            f"Recordings {path} is neither a folder nor a list ({', '.join(sorted(_LISTS))}); pass "
+            "a folder of recordings."
         )
     files = readable_files(path)
     if other := next((file for file in files if file.suffix.lower() in _OTHERS), None):
         raise CalibrationError(
-            f"Recording {other} is no WAV file, and nothing else is read; convert it, or move it "
-            "elsewhere."
+            f"Recording {other} is in a format that is not read here; convert it, for example to "
+            "FLAC, or move it elsewhere."
         )
-    lists = [file for file in files if file.suffix.lower() in JSON_LINES]
-    known = {one.path.resolve(): one.text for file in lists for one in _listed(file)}
-    waves = [file for file in files if file.suffix.lower() == _WAVE]
-    return [Recording(file, known.get(file.resolve()) or _text_beside(file)) for file in waves]
+    known = {
+        one.path.resolve(): one.text
+        for file in files
+        if _is_list(file)
+        for one in _listed(file, column)
+    }
+    sounds = [file for file in files if file.suffix.lower() in SOUNDS]
+    return [Recording(file, known.get(file.resolve()) or _text_beside(file)) for file in sounds]
+
+
+def _is_list(file: Path) -> bool:
+    """Whether a file in a folder lists recordings: any JSONL, and a table called metadata."""
+    suffix = file.suffix.lower()
+    return suffix in JSON_LINES or (suffix in TEXT_TABLES and file.stem == _METADATA)
 
 
 def _text_beside(file: Path) -> str | None:
@@ -164,22 +186,36 @@ def _text_beside(file: Path) -> str | None:
     return _required(read_text(beside), f"Transcript {beside}")
 
 
-def _listed(path: Path) -> Iterator[Recording]:
+def _listed(path: Path, column: str | None) -> Iterator[Recording]:
     """The recordings of a list, in its order."""
-    for line in json_lines(path):
-        number, record = line.number, line.value
-        name = record.get("audio") if isinstance(record, dict) else None
+    for record in read_table(path, lambda names: names) or read_records(path):
+        where = f"{path} {record.where}"
+        fields = record.value if isinstance(record.value, dict) else {}
+        name = next((fields[key] for key in _PATHS if key in fields), None)
         if not isinstance(name, str):
             raise CalibrationError(
-                f'{path} line {number} has no string "audio"; expected {_FORM} per line.'
+                f'{where} has no string "audio"; expected {_FORM} per {record.unit}.'
             )
         if not (path.parent / name).is_file():
             raise CalibrationError(
-                f"{path} line {number} names recording {name!r}, which is not there; correct it."
+                f"{where} names recording {name!r}, which is not there; correct it."
             )
-        text = record.get("text")
-        where = f"The text of {path} line {number}"
-        yield Recording(path.parent / name, None if text is None else _required(text, where))
+        yield Recording(path.parent / name, _transcript(record, fields, column, where))
+
+
+def _transcript(
+    record: Record, fields: dict[str, Any], column: str | None, where: str
+) -> str | None:
+    if column is not None and column not in fields:
+        raise CalibrationError(
+            f"{where} has no column {column!r} but {', '.join(map(repr, fields))}; pass one of "
+            "them as --column."
+        )
+    text = fields.get(column or "text")
+    # A table says nothing by an empty cell.
+    if text is None or (record.unit == "row" and text == ""):
+        return None
+    return _required(text, f"The text of {where}")
 
 
 def _required(text: object, where: str) -> str:

@@ -19,9 +19,10 @@ from prox24_deploy.core.foreign import blamed
 from prox24_deploy.core.modalities import RECORDINGS
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.core.types import Progress
-from prox24_deploy.data.recordings import Recording, Recordings, Samples1D, read_wave
+from prox24_deploy.data.recordings import Recording, Recordings, Samples1D
+from prox24_deploy.data.sound import read_sound
 from prox24_deploy.data.tokens import enough_of
-from prox24_deploy.evaluation.words import words_of
+from prox24_deploy.evaluation.words import spellers_of
 from prox24_deploy.model.batch import IGNORED, Batch, Samples, pad_rows, padding_id
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.generate import start_tokens, write_down
@@ -89,16 +90,19 @@ def make_speech_samples(
     files = recordings.files[:limit]
     digest = hashlib.sha256()
     batches = []
-    said: list[str] = []
+    done = words = 0
     for group in _groups(files):
-        progress("listen", len(said), len(files))
+        progress("listen", done, len(files))
         heard = _hear(group, listener)
         digest.update(heard.features.numpy().tobytes())
         digest.update(json.dumps([heard.starts, heard.texts]).encode())
         batches.append(_batch(heard, padding_id(listener.tokenizer)))
-        said += [text_of(text, listener.tokenizer) for text in heard.texts]
+        texts = [text_of(text, listener.tokenizer) for text in heard.texts]
+        spellers = spellers_of(heard.starts, listener.tokenizer)
+        words += sum(len(one.words(text)) for one, text in zip(spellers, texts, strict=True))
+        done += len(texts)
     progress("listen", len(files), len(files))
-    if not any(words_of(text) for text in said):
+    if not words:
         raise CalibrationError(
             f"{', '.join(recordings.paths)}: the dense model writes no word of any of "
             f"{len(files)} recordings; pass recordings of speech that it understands."
@@ -139,7 +143,7 @@ def _features(listener: Listener, waves: Sequence[Samples1D], rate: int) -> Tens
 
 def _hear(files: Sequence[Recording], listener: Listener) -> _Heard:
     rate, seconds = _hearing(listener)
-    waves = [read_wave(file.path, rate, seconds) for file in files]
+    waves = [read_sound(file.path, rate, seconds) for file in files]
     features = _features(listener, waves, rate)
     sizes = feature_sizes(listener.directory.config)
     if features.shape[1:] != (expected := (sizes["mels"], sizes["frames"])):

@@ -6,14 +6,17 @@ import logging
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import CalibrationError
 from prox24_deploy.core.records import TextSource
-from prox24_deploy.data.text_files import Record, mended, read_records, read_text
+from prox24_deploy.data.fields import Fields
+from prox24_deploy.data.tables import read_table
+from prox24_deploy.data.text_files import Record, mended, read_records
 from prox24_deploy.data.tokens import enough_of, truncated
 from prox24_deploy.model.batch import Batch, Samples, pad_rows, padding_id
 from prox24_deploy.model.tokenizing import ids_of
@@ -25,6 +28,8 @@ _HELD_OUT_SHARE = 0.2
 # Tokens per forward pass, padding included, and per step of block reconstruction.
 BATCH_TOKENS = 2048
 _SHORTEST_BUILTIN = 60
+# Of all files together, in characters: what is read at least, and for each token that is asked for.
+_LEAST_READ, _READ_PER_TOKEN = 2**25, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +55,28 @@ class Texts:
         return replace(self, documents=tuple(prompt + document for document in self.documents))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How files of text are read: where texts stand in records, and how many characters."""
+
+    fields: Fields = field(default_factory=Fields)
+    most: int = _LEAST_READ
+
+
+def characters_for(tokens: int) -> int:
+    """More characters than so many tokens are made of, so that a large file is not read whole."""
+    return max(_LEAST_READ, _READ_PER_TOKEN * tokens)
+
+
 def read_texts(
-    calibration: Sequence[Path], evaluation: Sequence[Path], seed: int
+    calibration: Sequence[Path],
+    evaluation: Sequence[Path],
+    seed: int,
+    reading: Reading = Reading(),
 ) -> tuple[Texts, Texts]:
     """Return calibration and held-out documents.
+
+    Of files with more than `reading.most` characters the first are read, of each file its share.
 
     Without `evaluation` the last fifth of the calibration documents is held out. Without
     `calibration` the English text of CPython's `pydoc_data.topics` is used, topics in seeded order,
@@ -61,14 +84,15 @@ def read_texts(
 
     Raises:
         CalibrationError: a file is missing, empty, not UTF-8 or not of the expected form.
+        BackendMissingError: it is a Parquet table, and pyarrow is not installed.
     """
     if calibration:
-        texts = _from_files(calibration)
+        texts = _from_files(calibration, reading)
     else:
         texts, rest = _builtin_texts(seed)
-        return texts, _from_files(evaluation) if evaluation else rest
+        return texts, _from_files(evaluation, reading) if evaluation else rest
     if evaluation:
-        return texts, _from_files(evaluation)
+        return texts, _from_files(evaluation, reading)
     cut = len(texts.documents) - max(1, round(len(texts.documents) * _HELD_OUT_SHARE))
     if cut < 1:
         raise CalibrationError(
@@ -145,22 +169,20 @@ def thin(samples: Samples, tokens: int) -> tuple[Batch, ...]:
     return samples.batches[::step]
 
 
-def _from_files(paths: Sequence[Path]) -> Texts:
-    pairs = [pair for path in paths for pair in _documents_of(path)]
+def _from_files(paths: Sequence[Path], reading: Reading) -> Texts:
+    share = replace(reading, most=-(-reading.most // len(paths)))
+    pairs = [pair for path in paths for pair in _documents_of(path, share)]
     documents, targets = zip(*pairs, strict=True)
     return Texts(
         kind="file", paths=tuple(str(path) for path in paths), documents=documents, targets=targets
     )
 
 
-def _documents_of(path: Path) -> list[tuple[str, object]]:
+def _documents_of(path: Path, reading: Reading) -> list[tuple[str, object]]:
     """Documents of a file, each with its target or None."""
-    text = read_text(path)
-    records = read_records(path, text)
-    if records is None:
-        documents: list[tuple[str, object]] = [(part, None) for part in _paragraphs(text)]
-    else:
-        documents = _documents_in(path, records)
+    wanted = partial(reading.fields.wanted, str(path))
+    records = read_table(path, wanted) or read_records(path, reading.most)
+    documents = _documents_in(path, records, reading)
     if not documents:
         raise CalibrationError(f"Text {path} is empty; pass a file with paragraphs of text.")
     return documents
@@ -170,24 +192,24 @@ def _paragraphs(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
-def _documents_in(path: Path, records: Iterable[Record]) -> list[tuple[str, object]]:
-    """Documents and targets of JSON records, with a word about what had to be mended in them."""
+def _documents_in(
+    path: Path, records: Iterable[Record], reading: Reading
+) -> list[tuple[str, object]]:
+    """Documents and targets of records, with a word about what had to be mended in them."""
     documents: list[tuple[str, object]] = []
     damaged: list[str] = []
+    left = reading.most
     for record in records:
-        where = f"{record.unit} {record.number}"
-        fields = record.value if isinstance(record.value, dict) else {"text": record.value}
-        document, target = fields.get("text"), fields.get("target")
-        if not isinstance(document, str):
-            raise CalibrationError(
-                f'{path} {where} has no string "text"; expected {{"text": "..."}} per '
-                f"{record.unit}."
-            )
+        document, target = reading.fields.read(path, record)
         whole = mended(document), mended(target) if isinstance(target, str) else target
         if whole != (document, target):
-            damaged.append(where)
+            damaged.append(record.where)
         if document.strip():
             documents.append((whole[0].strip(), whole[1]))
+        left -= len(document) + (len(target) if isinstance(target, str) else 0)
+        if left <= 0:
+            log.info("of %s the first %d documents are read, which are enough", path, record.number)
+            break
     if damaged:
         log.warning(
             "%s holds half of a surrogate pair in %d records, first in %s; each half was replaced "

@@ -1,23 +1,28 @@
 """The model card of the pruned model, in the form that the Hugging Face Hub reads.
 
-It is written when the report is, for it quotes measured accuracy. Of the source model's own card
-it keeps the text, below its own, and of its metadata what stays true: licence and language.
+It is written when the report is, for it quotes measured accuracy, in its text and in its
+metadata, there as a model-index. Of the source model's own card it keeps the text, below its own,
+and of its metadata what stays true: licence and language.
 https://huggingface.co/docs/hub/model-cards says what the metadata means.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from prox24_deploy import __version__
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.documents import Document, read_object, reason_of
 from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.core.metrics import METRICS
+from prox24_deploy.core.printable import printable
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.report.escape import code
@@ -109,9 +114,7 @@ def render_card(report: Report, source: SourceCard) -> str:
         "limits": _limits(report, source),
         # Quoted as its authors wrote it.
         "text": Markup(source.text),
-        "front_matter": yaml.safe_dump(
-            _front_matter(report, source), sort_keys=False, allow_unicode=True
-        ),
+        "front_matter": _front_matter(report, source).to_yaml(),
     }
     return render_markdown("card.md.jinja", view)
 
@@ -135,16 +138,41 @@ def _metadata(written: str) -> tuple[dict[str, Any], str]:
     return metadata, ""
 
 
-def _front_matter(report: Report, source: SourceCard) -> dict[str, Any]:
-    front: dict[str, Any] = dict(source.metadata)
-    if "/" in report.model.title:
-        front["base_model"] = report.model.title
+def _front_matter(report: Report, source: SourceCard) -> ModelCardData:
+    """The metadata; what of the source's stays true may be anything that YAML has."""
+    title, task = report.model.title, report.model.task
+    return ModelCardData(
+        **source.metadata,
+        base_model=title if "/" in title else None,
+        library_name="sentence-transformers" if source.opened_by else "transformers",
+        pipeline_tag=TASKS[task].hub_name or task,
+        tags=TAGS,
+        model_name=f"{printable(title).rpartition('/')[2]}, 2:4 sparse",
+        eval_results=[*_index(report)],
+    )
+
+
+def _index(report: Report) -> Iterator[EvalResult]:
+    """What was measured of the sparse model, or of it against the dense one, for the Hub."""
     task = report.model.task
-    return front | {
-        "library_name": "sentence-transformers" if source.opened_by else "transformers",
-        "pipeline_tag": TASKS[task].hub_name or task,
-        "tags": TAGS,
-    }
+    kind = TASKS[task].hub_name or task
+    data = _samples(report.accuracy.evaluation)
+    tasks = report.accuracy.tasks.metrics if report.accuracy.tasks else ()
+    for metric in (*report.accuracy.metrics, *tasks):
+        found, of_harness = metric.sparse or metric.agreement, metric in tasks
+        if found is None or not math.isfinite(found.value):
+            continue
+        known = METRICS.get(metric.name)
+        # On one line: a line of its own might end the metadata.
+        group, _, measure = printable(metric.name).rpartition("/")
+        yield EvalResult(
+            task_type=kind,
+            dataset_type="lm-evaluation-harness" if of_harness else "custom",
+            dataset_name=group if of_harness else data,
+            metric_type=(known and known.hub_name) or measure,
+            metric_name=printable(metric.name),
+            metric_value=found.value,
+        )
 
 
 def _samples(text: TextSource) -> str:

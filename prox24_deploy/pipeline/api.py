@@ -15,10 +15,12 @@ from prox24_deploy.bundle.manifest import verify as faults_of
 from prox24_deploy.config.options import (
     BenchOptions,
     BuildOptions,
+    DeviceChoice,
     EngineOptions,
     RecoverOptions,
     parse_dtype,
 )
+from prox24_deploy.core.accuracy import EngineAccuracyResult
 from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
@@ -33,7 +35,7 @@ from prox24_deploy.packaging import package as packaging
 from prox24_deploy.packaging.naming import default_out
 from prox24_deploy.packaging.package import Packaged
 from prox24_deploy.packaging.triton import TritonOptions
-from prox24_deploy.pipeline import run
+from prox24_deploy.pipeline import finish, run
 from prox24_deploy.regression.compare import compare_files
 from prox24_deploy.report.schema import Comparison, Report
 
@@ -206,6 +208,56 @@ def evaluate(
     """
     _keep_private()
     return run.evaluate(Path(dense), Path(pruned), options or BuildOptions(), progress=progress)
+
+
+def evaluate_bundle(
+    bundle: StrPath,
+    *,
+    evaluation: Sequence[StrPath] = (),
+    column: str | None = None,
+    target_column: str | None = None,
+    evaluation_tokens: int | None = None,
+    engine_tokens: int | None = None,
+    device: DeviceChoice = "auto",
+    progress: Progress = silent,
+) -> tuple[EvaluateResult, EngineAccuracyResult]:
+    """Measure the accuracy of a bundle against its dense model, in PyTorch and by its engines.
+
+    Args:
+        bundle: what `prune`, `export` and `compile` made.
+        evaluation: samples; by default those that it was pruned with.
+        column: of records, with their texts; as when pruned unless told.
+        target_column: of records, with what a decoder should write; likewise.
+        evaluation_tokens: of them, as when pruned unless told.
+        engine_tokens: of these, to run through each engine, as when pruned unless told.
+        device: where PyTorch runs.
+        progress: called with (label, done, total).
+
+    Raises:
+        BundleError: it was not pruned and compiled, or the model that it is of has changed.
+    """
+    _keep_private()
+    asked = finish.EvaluationAsked(
+        evaluation=tuple(map(Path, evaluation)),
+        column=column,
+        target_column=target_column,
+        evaluation_tokens=evaluation_tokens,
+        engine_tokens=engine_tokens,
+        device=device,
+    )
+    return finish.evaluate(Path(bundle), asked, progress=progress)
+
+
+def report_bundle(bundle: StrPath, options: BuildOptions | None = None) -> Report:
+    """Report what the single stages of a bundle found, with its verdict, and seal it.
+
+    Of the options only `baseline`, `limits_file`, `accept_loss` and `allow` count.
+
+    Raises:
+        BundleError: a stage has not been run, or the model that it is of has changed.
+        UsageError: a limit names no figure.
+    """
+    return finish.report(Path(bundle), options or BuildOptions())
 
 
 def plan(

@@ -37,6 +37,8 @@ class EvaluationAsked:
     """What `evaluate` takes; None leaves a setting to how the bundle was pruned."""
 
     evaluation: tuple[Path, ...] = ()
+    column: str | None = None
+    target_column: str | None = None
     evaluation_tokens: int | None = None
     engine_tokens: int | None = None
     device: DeviceChoice = "auto"
@@ -112,6 +114,8 @@ def _with(options: BuildOptions, asked: EvaluationAsked, bundle: Bundle) -> Buil
     text = replace(
         options.text,
         evaluation=asked.evaluation or options.text.evaluation,
+        column=asked.column or options.text.column,
+        target_column=asked.target_column or options.text.target_column,
         evaluation_tokens=asked.evaluation_tokens or options.text.evaluation_tokens,
     )
     return replace(

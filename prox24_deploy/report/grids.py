@@ -168,7 +168,7 @@ def parity(rows: Sequence[ParityCheck]) -> Grid:
 
 
 def latency(rows: Sequence[LatencyRow]) -> Grid:
-    """Dense against sparse, shape by shape."""
+    """Dense against sparse, shape by shape; the verdict where a narrow page still shows it."""
     return grid(
         (
             Column(title="Backend", read=lambda r: f"{r.engine}, {r.dtype}"),
@@ -179,11 +179,11 @@ def latency(rows: Sequence[LatencyRow]) -> Grid:
             Column(title="Sparse median", read=lambda r: _ms(r.sparse.median_ms), style="n"),
             Column(title="Sparse p99", read=lambda r: _ms(r.sparse.p99_ms), style="n"),
             Column(title="Speed-up", read=lambda r: ratio(r.speedup), style="n"),
+            Column(title="At least", read=lambda r: f"{1 / (1 + r.limit):.3f}", style="n"),
+            Column(title="Verdict", read=lambda r: r.verdict, judge=lambda r: _class(r.verdict)),
             Column(title="Tokens/s, dense", read=lambda r: _pace(r, r.dense), style="n"),
             Column(title="Tokens/s, sparse", read=lambda r: _pace(r, r.sparse), style="n"),
             Column(title="Per token, sparse", read=_per_token, style="n"),
-            Column(title="At least", read=lambda r: f"{1 / (1 + r.limit):.3f}", style="n"),
-            Column(title="Verdict", read=lambda r: r.verdict, judge=lambda r: _class(r.verdict)),
         ),
         rows,
     )

@@ -104,6 +104,11 @@ def _gated_by(checks: Sequence[Check]) -> str:
 
 
 def _timed_on(report: Report) -> str:
-    """The GPU on which engines with sparse kernels were timed."""
+    """The GPU on which engines with sparse kernels were timed, or what the baseline gates."""
     devices = list(dict.fromkeys(row.device for row in report.latency if row.gated))
-    return f"measured on {' and '.join(devices)}" if devices else "not measured on a GPU"
+    if devices:
+        return f"measured on {' and '.join(devices)}"
+    held = sum(check.part == "speed" and check.gated for check in report.checks)
+    figures = f"{held} figure{'' if held == 1 else 's'}"
+    against = f"; gated by {figures} of the baseline" if held else ""
+    return f"not measured on a GPU{against}"

@@ -92,9 +92,12 @@ def _blamed(parts: Parts, verdict: Verdict) -> list[PartName]:
 
 
 def _telling(name: PartName, parts: Parts, checks: Sequence[Check]) -> str:
-    """The check that decided a part."""
+    """The check that decided a part; of a figure of the baseline no more than its two values."""
     verdict = parts.by_name()[name].verdict
-    return _told(next(c for c in checks if c.part == name and c.verdict == verdict))
+    check = next(c for c in checks if c.part == name and c.verdict == verdict)
+    if check.kind == "baseline":
+        check = check.model_copy(update={"message": check.message.partition(": ")[0]})
+    return _told(check)
 
 
 def _change(checks: Sequence[Check], groups: Sequence[Group]) -> str:

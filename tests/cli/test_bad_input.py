@@ -132,7 +132,11 @@ def test_a_damaged_model_directory_is_refused(
         ("single.txt", b"word " * 2000, ("1 paragraph", "--evaluation")),
         ("latin.txt", b"caf\xe9\n\n" * 50, ("latin.txt", "not UTF-8")),
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', ("bad.jsonl line 2", "not JSON")),
-        ("wrong.jsonl", b'{"body": "a"}\n', ("wrong.jsonl line 1", '"text"')),
+        (
+            "wrong.jsonl",
+            b'{"id": 1, "body": "a"}\n',
+            ("wrong.jsonl line 1 has the columns 'id', 'body'", "--column NAME"),
+        ),
     ],
 )
 def test_unusable_calibration_text_is_refused(

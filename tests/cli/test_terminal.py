@@ -5,14 +5,20 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from builders import make_records
 from command_line import Run, run_cli
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from safetensors.torch import save_file
 
 import prox24_deploy.cli
+from prox24_deploy.cli import tables, terminal
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.pipeline import run as pipeline
 
@@ -157,3 +163,47 @@ def test_names_that_are_not_utf8_are_refused_before_any_work(
     assert run.code == 2
     assert_plain(run)
     assert r"\udcff.json is not UTF-8; rename it." in run.err
+
+
+def table_of(*rows: tuple[str, ...]) -> Table:
+    table = Table("figure", "now", "finding", box=None)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+@pytest.mark.parametrize(("width", "stacked"), [(200, False), (60, True), (30, True)])
+def test_no_name_is_cut_on_a_narrow_terminal(
+    width: int, *, stacked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "engine/onnxruntime/nearest-neighbour-agreement-of-a-model"
+    page = Console(width=width, force_terminal=True, color_system=None, record=True)
+    monkeypatch.setattr(terminal, "stdout", page)
+    terminal.print_table(table_of((name, "0.97", "worse than it was"), ("size", "", "as before")))
+    lines = [line.strip() for line in page.export_text().splitlines()]
+    assert sum(name in line for line in lines) == 1
+    if stacked:
+        assert lines == [name, "now: 0.97", "finding: worse than it was", "size",
+                         "finding: as before"]  # fmt: skip
+    else:
+        assert len(lines) == 3
+
+
+def test_a_pipe_gets_a_line_for_each_row(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_table(table_of(("a" * 90, "1", "b " * 100), ("c", "2", "")))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(line.isascii() for line in lines)
+
+
+def test_a_column_that_says_nothing_is_not_shown() -> None:
+    def headers(*pasts: int) -> list[str]:
+        rows = [
+            replace(row, past=past)
+            for row, past in zip(make_records().bench.latency, pasts, strict=False)
+        ]
+        return [str(column.header) for column in tables.latency(rows).columns]
+
+    assert "past" not in headers(0, 0)
+    assert "past" in headers(0, 8)
+    assert "dense ms" in headers(0, 0)

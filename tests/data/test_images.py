@@ -21,8 +21,10 @@ from PIL import Image
 from transformers import ViTImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from prox24_deploy.core.errors import CalibrationError, ModelDirError
+from prox24_deploy.config.recipe import read_recipe
+from prox24_deploy.core.errors import BackendMissingError, CalibrationError, ModelDirError
 from prox24_deploy.data.images import Images, make_image_samples, pixel_sizes, read_images
+from prox24_deploy.data.modality import fitted_sizes
 from prox24_deploy.model.processors import load_image_processor
 
 LABELS = {"cat": 0, "dog": 1}
@@ -333,3 +335,13 @@ def test_images_that_are_prepared_in_several_sizes_are_refused(tmp_path: Path) -
 
     with pytest.raises(ModelDirError, match="expected one size of all; set it in preprocessor_con"):
         make_image_samples(images, keep, {}, limit=17)
+
+
+def test_pillow_is_asked_for_where_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_images(tmp_path, 16)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    recipe = read_recipe(Path(__file__).parents[2] / "export" / "vit.toml")
+    with pytest.raises(BackendMissingError, match=r"need Pillow, .*'prox24-deploy\[images\]'$"):
+        fitted_sizes(recipe, folder)

@@ -102,9 +102,9 @@ def test_errors_tell_file_line_and_remedy(tmp_path: Path) -> None:
         ('"a"\n\n{"text": \n', f"{path} line 3 is not JSON (Expecting value"),
         (
             '"a"\nnull\n',
-            f'{path} line 2 has no string "text"; expected {{"text": "..."}} per line.',
+            f'{path} line 2 has no string "text"; expected {{"text": "..."}} per line, or a chat',
         ),
-        ('{"body": "a"}', f'{path} line 1 has no string "text"'),
+        ('{"body": 1}', f'{path} line 1 has no string "body"'),
         ("", f"Text {path} is empty; pass a file with paragraphs of text."),
         ('""\n{"text": " "}\n', f"Text {path} is empty"),
     ]

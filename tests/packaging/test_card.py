@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from builders import make_records, with_numerics_failed
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from prox24_deploy.packaging.card import SourceCard, read_source_card, render_card
 
@@ -29,7 +29,9 @@ def metadata(card: ModelCard) -> dict[str, Any]:
 
 def test_it_is_a_card_of_the_hub_without_what_nobody_said() -> None:
     card = ModelCard(render_card(make_records().report(), PLAIN))
-    assert metadata(card) == {
+    found = metadata(card)
+    assert found.pop("model-index")[0]["name"] == "all-MiniLM-L6-v2, 2:4 sparse"
+    assert found == {
         "library_name": "transformers",
         "pipeline_tag": "feature-extraction",
         "tags": ["2:4-sparsity", "semi-structured", "pruned", "prox24-deploy"],
@@ -39,6 +41,23 @@ def test_it_is_a_card_of_the_hub_without_what_nobody_said() -> None:
     assert "names no licence" in card.text
     assert "No repository of the source model was named; add `base_model`" in card.text
     assert "Card of the source model" not in card.text
+
+
+def test_the_hub_indexes_what_was_measured() -> None:
+    records = make_records()
+    report = records.report()
+    data = ModelCard(render_card(report, PLAIN)).data
+    assert isinstance(data, ModelCardData)
+    results = data.eval_results
+    assert results is not None
+    assert [(one.metric_name, one.metric_value) for one in results] == [
+        (metric.name, (metric.sparse or metric.agreement).value)  # type: ignore[union-attr]
+        for metric in report.accuracy.metrics
+    ]
+    assert {one.task_type for one in results} == {"feature-extraction"}
+    assert {one.dataset_name for one in results} == {
+        "512 samples (131,072 tokens) given by its maker"
+    }
 
 
 def test_the_same_report_gives_the_same_text_whenever_it_was_measured() -> None:
@@ -93,6 +112,7 @@ def test_licence_language_and_text_are_kept_of_the_source(tmp_path: Path) -> Non
     card = ModelCard(render_card(replace(records, model=model).report(), source))
     found = metadata(card)
     assert found.pop("tags")[0] == "2:4-sparsity"
+    assert found.pop("model-index")[0]["name"] == "dense-model, 2:4 sparse"
     assert found == {
         "license": "other",
         "license_name": "own",

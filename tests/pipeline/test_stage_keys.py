@@ -474,6 +474,8 @@ READ_BEFORE = {
     "recover.minutes": "it counts in the place of steps, as they do",
     "text.calibration": "its content counts, below",
     "text.evaluation": "its content counts, below",
+    "text.column": "what is read there counts, as the content of a file does",
+    "text.target_column": "the same",
     "name": "the record of the model holds it, below",
     "device": "this machine has one",
     "engine.plan": "what is in it counts: PruneOptions.planned_dense and CuSparseLt.known",
