@@ -30,7 +30,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # Extras whose libraries are imported by name, inside of the functions that need them.
-OPTIONAL = ("sbom", "lm-eval")
+OPTIONAL = ("sbom", "lm-eval", "multi-gpu")
 # torch.onnx imports these when it exports.
 INDIRECT = {"onnx", "onnxscript"}
 # Comes with torch for CUDA, which alone uses it.

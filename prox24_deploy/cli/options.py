@@ -24,7 +24,15 @@ from prox24_deploy.config.options import (
 )
 from prox24_deploy.core.backends import BACKENDS, backends_with
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.types import DTYPES, DType, Preset, Pruning, Quantize, Refinement
+from prox24_deploy.core.types import (
+    DTYPES,
+    DType,
+    Preset,
+    Pruning,
+    Quantize,
+    RecoverOptimizer,
+    Refinement,
+)
 
 _DTYPES = ", ".join(DTYPES)
 # Owner and name.
@@ -334,6 +342,31 @@ RecoverCheckpointingOpt = Annotated[
         rich_help_panel=_RECOVERY,
     ),
 ]
+RecoverOptimizerOpt = Annotated[
+    RecoverOptimizer,
+    typer.Option(
+        "--recover-optimizer",
+        help="Recovery: adafactor takes less memory than adamw, for large models.",
+        rich_help_panel=_RECOVERY,
+    ),
+]
+RecoverEmbeddingsOpt = Annotated[
+    bool,
+    typer.Option(
+        "--recover-embeddings",
+        help="Recovery: train embeddings and the output layer, too.",
+        rich_help_panel=_RECOVERY,
+    ),
+]
+RecoverProcessesOpt = Annotated[
+    int,
+    typer.Option(
+        "--recover-processes",
+        min=1,
+        help="Recovery: processes that share each step, on GPUs one GPU each.",
+        rich_help_panel=_RECOVERY,
+    ),
+]
 QuantizeOpt = Annotated[
     Quantize,
     typer.Option(
@@ -608,6 +641,9 @@ def recover_options(
     top_k: int | None,
     write: bool,
     checkpointing: bool,
+    optimizer: RecoverOptimizer,
+    embeddings: bool,
+    processes: int,
 ) -> RecoverOptions | None:
     """The options about recovery as one record; None without a budget.
 
@@ -622,6 +658,9 @@ def recover_options(
         top_k=top_k,
         write=write,
         checkpointing=checkpointing,
+        optimizer=optimizer,
+        embeddings=embeddings,
+        processes=processes,
     )
     if budget is not None:
         steps, minutes = parse_budget(budget)

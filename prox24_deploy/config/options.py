@@ -16,6 +16,7 @@ from prox24_deploy.core.types import (
     Preset,
     Pruning,
     QuantizedFormat,
+    RecoverOptimizer,
     Refinement,
 )
 
@@ -87,7 +88,9 @@ class RecoverOptions:
     `step_tokens` None means 8192 on a GPU and 2048 on a CPU. `temperature` divides the logits of
     both models; `top_k` compares only the likeliest tokens of the dense model one by one, and the
     others in sum. `write` lets a language model write text to train on besides the calibration
-    text. `checkpointing` computes activations twice to hold fewer of them.
+    text. `checkpointing` computes activations twice to hold fewer of them. `optimizer` "adafactor"
+    keeps hardly any state beside the weights. `embeddings` trains embedding tables and the output
+    layer, too. `processes` train on a share of each step, on a GPU with one GPU each.
     """
 
     steps: int | None = None
@@ -98,6 +101,11 @@ class RecoverOptions:
     top_k: int | None = None
     write: bool = True
     checkpointing: bool = False
+    optimizer: RecoverOptimizer = "adamw"
+    embeddings: bool = False
+    processes: int = field(
+        default=1, metadata=unkeyed("steps are the same, however many share them")
+    )
 
     def require_usable(self) -> None:
         """Refuse a budget that is none, and a rate or temperature that is not above 0.

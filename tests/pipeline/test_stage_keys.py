@@ -53,6 +53,7 @@ UNKEYED = {
     ("CuSparseLt", "pruned"): "the stage hashes what lies there",
     ("CuSparseLt", "quantized"): "the stage hashes what lies there",
     ("BenchInputs", "max_slowdown"): "judged again",
+    ("RecoverOptions", "processes"): "steps are the same",
 }
 OPTIONS = BuildOptions(
     text=TextOptions(calibration_tokens=2048, evaluation_tokens=1024),
@@ -448,6 +449,9 @@ OTHER_OPTIONS: dict[str, tuple[Any, set[str]]] = {
     "recover.top_k": (8, {"recover"}),
     "recover.write": (False, {"recover"}),
     "recover.checkpointing": (True, {"recover"}),
+    "recover.optimizer": ("adafactor", {"recover"}),
+    "recover.embeddings": (True, {"recover"}),
+    "recover.processes": (2, set()),
     "quantize": ("fp8", {"quantize"}),
     "dtype": ("float16", {"export"}),
     "engine.batches": ((1, 2), {"bench", "accuracy"}),

@@ -1,5 +1,6 @@
 """The stage that trains the kept weights of the pruned model against the dense one."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,8 +17,12 @@ from prox24_deploy.pipeline.context import RunContext, torch_device
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
+    import torch
+
     from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +49,7 @@ def require_usable(options: BuildOptions, context: RunContext) -> None:
     if options.recover is None:
         return
     options.recover.require_usable()
+    device = torch_device(options.device)
     if options.prune.method == "none":
         raise UsageError(
             "--method none prunes nothing that --recover could recover; leave one of them out."
@@ -51,6 +57,23 @@ def require_usable(options: BuildOptions, context: RunContext) -> None:
     from prox24_deploy.recovery.schedule import require_samples
 
     require_samples(context.calibration)
+    _need(context, options.recover, device)
+
+
+def _need(context: RunContext, options: RecoverOptions, device: "torch.device") -> int:
+    """Bytes that the recovery takes, which are there, as are the processes.
+
+    Raises:
+        BackendMissingError: what several processes need is not installed.
+        UsageError: there is too little memory, or there are too few GPUs.
+    """
+    from prox24_deploy.recovery.memory import require_memory
+    from prox24_deploy.recovery.processes import require_processes
+
+    require_processes(options.processes, device)
+    need = require_memory(context.source, context.recipe, options, device)
+    log.info("recovery takes %s before activations", need)
+    return need.total
 
 
 def run(
@@ -113,6 +136,7 @@ def _recover(inputs: RecoverInputs, work: Workspace, progress: Progress) -> Reco
     import torch
 
     from prox24_deploy.model.directory import open_model_dir
+    from prox24_deploy.recovery.memory import estimated
     from prox24_deploy.recovery.recover import Recovery, recover_directory
 
     pruned = inputs.pruned
@@ -124,6 +148,7 @@ def _recover(inputs: RecoverInputs, work: Workspace, progress: Progress) -> Reco
         options=inputs.options,
         seed=inputs.seed,
         device=torch.device(inputs.device),
+        needed=estimated(inputs.source, inputs.recipe, inputs.options, inputs.device),
     )
     return recover_directory(asked, kept=work.kept, out=work.partial / RECOVERED, progress=progress)
 
