@@ -189,6 +189,8 @@ def test_the_report_shows_each_step_and_the_curve(tmp_path: Path) -> None:
     assert any(line.startswith("Step by step: ") for line in report_head(report))
     write_report(report, tmp_path)
     assert load_report(tmp_path / "report.json").recovery == recovery()
+    tuned = replace(results, prune=replace(results.prune, reconstructed=True)).report()
+    assert step_titles(tuned) == ("dense", "2:4, reconstructed", "2:4, reconstructed, recovered")
     both = (*steps, AccuracyStep(name="recovered", metrics=metrics))
     last = quantised(results)
     last = replace(last, evaluate=replace(last.evaluate, steps=both))
