@@ -52,6 +52,7 @@ def evaluate(
         Prox24Error: what `build` raises for the same model and options.
     """
     with open_bundle(out, existing=True) as bundle:
+        stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         compiled = bundle.load(stages.compile.STAGE)
         # Refuses a model that has changed.
         source = source_of(bundle)
@@ -77,6 +78,7 @@ def report(out: Path, options: BuildOptions) -> Report:
     """
     demands = read_demands(options)
     with open_bundle(out, existing=True) as bundle:
+        stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         results = _results(bundle)
         source = source_of(bundle)
         recipe = fitted_recipe(open_model(bundle).recipe, source.architecture, source.path)

@@ -84,7 +84,9 @@ def prune(
     """Run only the pruning stage: `out` becomes a bundle with `pruned/`."""
     context = read_context(model_dir, out, options, progress)
     with open_bundle(out, fresh=fresh) as bundle:
-        return stages.prune.run(bundle, context, options, progress)
+        result = stages.prune.run(bundle, context, options, progress)
+        stages.recover.forget_foreign(bundle)
+        return result
 
 
 def recover(
@@ -107,6 +109,8 @@ def recover(
     from prox24_deploy.model.directory import open_model_dir
     from prox24_deploy.recovery.recover import require_pair
 
+    if out is None:
+        stages.recover.require_pruned_here(pruned, read_manifest(pruned))
     context = read_context(teacher, out or pruned, options, progress)
     stages.recover.require_usable(options, context)
     student = open_model_dir(pruned / PRUNED if out is None else _sparse_path(pruned))
@@ -122,6 +126,7 @@ def export(out: Path, dtype: DType | None, *, progress: Progress) -> ExportResul
     A `dtype` of None means that of the checkpoint.
     """
     with open_bundle(out, existing=True) as bundle:
+        stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         pruned = bundle.load(stages.prune.STAGE)
         source, recipe = source_of(bundle), open_model(bundle).recipe
         settled = _settled_dtype(source, recipe, dtype)
@@ -131,6 +136,7 @@ def export(out: Path, dtype: DType | None, *, progress: Progress) -> ExportResul
 def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) -> CompileResult:
     """Run only the compile stage, on a bundle that holds exported models."""
     with open_bundle(out, existing=True) as bundle:
+        stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         exported = bundle.load(stages.export.STAGE)
         model = open_model(bundle)
         backends = open_backends(options, model, shipped_folder(bundle.manifest.files))
@@ -150,6 +156,7 @@ def bench(
         BackendMissingError: no engine of the bundle can run on this machine.
     """
     with open_bundle(out, existing=True) as bundle:
+        stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         compiled = bundle.load(stages.compile.STAGE)
         model = open_model(bundle)
         shipped = shipped_folder(bundle.manifest.files)

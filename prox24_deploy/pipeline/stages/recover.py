@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.layout import PRUNED, RECOVERED, RECOVERED_RECIPE, shipped_folder
+from prox24_deploy.bundle.manifest import Manifest, unpruned
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import BuildOptions, RecoverOptions
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.errors import BundleError, UsageError
 from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import RunContext, torch_device
@@ -120,6 +122,23 @@ def _forget_stale(bundle: Bundle) -> None:
         stale = PRUNED in entry.reads and RECOVERED not in entry.reads and name != STAGE.name
         if stale and name in bundle.manifest.stages:
             bundle.forget(name)
+
+
+def require_pruned_here(root: Path, manifest: Manifest) -> None:
+    """Refuse a bundle that holds but the recovered model of one that was pruned elsewhere.
+
+    Raises:
+        BundleError: says what to do with it.
+    """
+    if why := unpruned(manifest):
+        raise BundleError(f"Nothing can be made of bundle {root}: {why}.")
+
+
+def forget_foreign(bundle: Bundle) -> None:
+    """Remove a model that was recovered from another pruned one than that of the bundle."""
+    entry = bundle.manifest.stages.get(STAGE.name)
+    if entry is not None and PRUNED not in entry.reads:
+        bundle.forget(STAGE.name)
 
 
 def shipped_of(bundle: Bundle) -> Artifact:
