@@ -188,7 +188,12 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     published = "Times of somebody else."
     write_profile(
         GpuProfile(
-            gpu="a card", driver="1", versions={}, gemms=tuple(timings), published=published
+            gpu="a card",
+            driver="1",
+            versions={},
+            gemms=tuple(timings),
+            published=published,
+            copy_rate=1e9,
         ),
         path,
     )
@@ -210,6 +215,7 @@ def test_all_formats_of_a_profile_are_compared_and_the_one_asked_for_is_planned(
     assert "fp8, 2:4 where it pays 0.024 6.00× 3.00×" in out
     assert "int8, dense 0.072 2.00× 1.00×" in out
     assert "Times of somebody else." in out
+    assert "rounding inputs takes: 3 bytes of each value at 1000.00 TB/s, measured by a c" in out
     assert "no file that is 2:4 weight by weight runs sparse in NVFP4" in out
     assert "Prune 12 of 12 layers on a card in float16 and fp8." in out
     plan = json.loads((tmp_path / "plan.json").read_text())
