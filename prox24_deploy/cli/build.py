@@ -310,13 +310,14 @@ def export(
     bundle: arguments.BundleArg,
     *,
     dtype: arguments.DTypeOpt = None,
+    quantize: arguments.AnewQuantizeOpt = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the file."""
     from prox24_deploy.pipeline import run as pipeline
 
     with shown(stderr, bundle) as progress:
-        result = pipeline.export(bundle, dtype, progress=progress)
+        result = pipeline.export(bundle, dtype, quantize=quantize, progress=progress)
     if as_json:
         print_json(asdict(result))
         return
@@ -331,6 +332,7 @@ def compile_engines(
     *,
     backend: arguments.BackendOpt = None,
     shapes: arguments.ShapesOpt = None,
+    quantize: arguments.AnewQuantizeOpt = None,
     eager: arguments.EagerOpt = False,
     workspace_gib: arguments.WorkspaceOpt = None,
     builder_level: arguments.LevelOpt = None,
@@ -357,7 +359,7 @@ def compile_engines(
         backends=backend, shapes=shapes, tensorrt=tensorrt, eager=eager
     )
     with shown(stderr, bundle) as progress:
-        result = pipeline.compile_engines(bundle, options, progress=progress)
+        result = pipeline.compile_engines(bundle, options, quantize=quantize, progress=progress)
     if as_json:
         print_json(asdict(result))
         return

@@ -374,6 +374,15 @@ QuantizeOpt = Annotated[
         rich_help_panel=_ENGINES,
     ),
 ]
+AnewQuantizeOpt = Annotated[
+    Quantize | None,
+    typer.Option(
+        "--quantize",
+        help="Quantise the model before, on the samples that it was pruned on, and export it "
+        "anew; default: as the bundle is.",
+        rich_help_panel=_ENGINES,
+    ),
+]
 PlanQuantizeOpt = Annotated[
     Quantize,
     typer.Option(

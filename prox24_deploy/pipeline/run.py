@@ -19,8 +19,8 @@ from prox24_deploy.core.records import (
 )
 from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.results import BuildResults
-from prox24_deploy.core.types import DType, Progress
-from prox24_deploy.pipeline import stages
+from prox24_deploy.core.types import DType, Progress, Quantize
+from prox24_deploy.pipeline import finish, stages
 from prox24_deploy.pipeline.backends import backends_of, open_backends
 from prox24_deploy.pipeline.context import open_model, read_context, source_of, torch_device
 from prox24_deploy.pipeline.demands import check_demands, read_demands, warn_of_few_samples
@@ -120,21 +120,39 @@ def recover(
         return stages.recover.run_on(bundle, given, context, options, asked, progress)
 
 
-def export(out: Path, dtype: DType | None, *, progress: Progress) -> ExportResult:
+def export(
+    out: Path, dtype: DType | None, *, quantize: Quantize | None = None, progress: Progress
+) -> ExportResult:
     """Run only the export stage, on a bundle that holds a pruned model.
 
-    A `dtype` of None means that of the checkpoint.
+    A `dtype` of None means that of the checkpoint. With `quantize` the model is quantised before,
+    on the samples that it was pruned on, or "none" any longer; None leaves that as it is.
+
+    Raises:
+        Prox24Error: what `build` raises for the same model and options.
     """
     with open_bundle(out, existing=True) as bundle:
         stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         pruned = bundle.load(stages.prune.STAGE)
         source, recipe = source_of(bundle), open_model(bundle).recipe
+        if quantize is not None:
+            finish.quantize(bundle, pruned, source, quantize, progress)
         settled = _settled_dtype(source, recipe, dtype)
         return stages.export.run(bundle, source, recipe, pruned, settled, progress)
 
 
-def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) -> CompileResult:
-    """Run only the compile stage, on a bundle that holds exported models."""
+def compile_engines(
+    out: Path, options: EngineOptions, *, quantize: Quantize | None = None, progress: Progress
+) -> CompileResult:
+    """Run only the compile stage, on a bundle that holds exported models.
+
+    Engines are made of files that hold the 8-bit numbers, so that with `quantize` the model is
+    exported again, as `export` does.
+    """
+    if quantize is not None:
+        with open_bundle(out, existing=True) as bundle:
+            dtype = bundle.load(stages.export.STAGE).sparse[0].dtype
+        export(out, dtype, quantize=quantize, progress=progress)
     with open_bundle(out, existing=True) as bundle:
         stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         exported = bundle.load(stages.export.STAGE)
