@@ -358,6 +358,16 @@ RecoverEmbeddingsOpt = Annotated[
         rich_help_panel=_RECOVERY,
     ),
 ]
+RecoverQuantizedOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--recover-quantized",
+        metavar="STEPS",
+        min=1,
+        help="Recovery: train the numbers of --quantize through their rounding, too.",
+        rich_help_panel=_RECOVERY,
+    ),
+]
 RecoverProcessesOpt = Annotated[
     int,
     typer.Option(
@@ -653,6 +663,7 @@ def recover_options(
     optimizer: RecoverOptimizer,
     embeddings: bool,
     processes: int,
+    quantized: int | None = None,
 ) -> RecoverOptions | None:
     """The options about recovery as one record; None without a budget.
 
@@ -670,6 +681,7 @@ def recover_options(
         optimizer=optimizer,
         embeddings=embeddings,
         processes=processes,
+        quantized=quantized,
     )
     if budget is not None:
         steps, minutes = parse_budget(budget)

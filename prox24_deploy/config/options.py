@@ -90,7 +90,8 @@ class RecoverOptions:
     others in sum. `write` lets a language model write text to train on besides the calibration
     text. `checkpointing` computes activations twice to hold fewer of them. `optimizer` "adafactor"
     keeps hardly any state beside the weights. `embeddings` trains embedding tables and the output
-    layer, too. `processes` train on a share of each step, on a GPU with one GPU each.
+    layer, too. `quantized` is a number of steps that train the numbers of a quantised model.
+    `processes` train on a share of each step, on a GPU with one GPU each.
     """
 
     steps: int | None = None
@@ -103,6 +104,7 @@ class RecoverOptions:
     checkpointing: bool = False
     optimizer: RecoverOptimizer = "adamw"
     embeddings: bool = False
+    quantized: int | None = None
     processes: int = field(
         default=1, metadata=unkeyed("steps are the same, however many share them")
     )

@@ -25,6 +25,7 @@ from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.model.layers import Layer, layer_at, reduction_axis
 from prox24_deploy.pruning.activations import BlockPair, BlockStep, block_steps, not_run_once
 from prox24_deploy.pruning.selection import sharing
+from prox24_deploy.quantization.aware import train_through, zeros_of
 from prox24_deploy.quantization.formats import FORMATS, NumberFormat, exact_scale
 from prox24_deploy.quantization.layer_group import Moved, left_record, quantize_group
 from prox24_deploy.quantization.outputs import OutputChoice, choose_outputs, with_output
@@ -38,6 +39,7 @@ from prox24_deploy.quantization.tensors import (
     read_quantized,
     write_quantized,
 )
+from prox24_deploy.recovery.recover import Recovery
 from prox24_deploy.sparsity.pattern import first_violation
 
 log = logging.getLogger(__name__)
@@ -206,6 +208,8 @@ def quantize_directory(
     device: torch.device,
     out: Path,
     progress: Progress,
+    training: Recovery | None = None,
+    kept: Path | None = None,
 ) -> QuantizeResult:
     """Quantise a model directory, and write the tensors to the file `out`.
 
@@ -218,6 +222,8 @@ def quantize_directory(
         device: where blocks run.
         out: file to write.
         progress: see `quantize_model`.
+        training: by what the numbers are trained once they are decided; None for not at all.
+        kept: folder for what an interrupted training goes on from.
 
     Raises:
         CalibrationError: there are too few samples.
@@ -227,14 +233,16 @@ def quantize_directory(
     began = time.perf_counter()
     require_samples(calibration)
     model = load_model(directory, recipe, device)
+    zeros = zeros_of(model, [*sparse]) if training else {}
     made, records, withheld = quantize_model(
         model, recipe, calibration.batches, form, sparse=sparse, progress=progress
     )
-    make_folder(out.parent)
-    write_quantized(made, out)
-    _require_sparse(out)
-    with out.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    through = None
+    if training is not None:
+        made, through = train_through(
+            model, made, zeros, training, kept=kept or out.parent, began=began, progress=progress
+        )
+    digest = _written(made, out)
     return QuantizeResult(
         format=form,
         layers=records,
@@ -242,7 +250,17 @@ def quantize_directory(
         withheld=withheld,
         state_sha256=digest,
         seconds=time.perf_counter() - began,
+        training=through,
     )
+
+
+def _written(made: QuantizedModel, out: Path) -> str:
+    """Write what was quantised, and prove it; its hash."""
+    make_folder(out.parent)
+    write_quantized(made, out)
+    _require_sparse(out)
+    with out.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _require_sparse(path: Path) -> None:

@@ -158,6 +158,19 @@ def _opened(asked: Recovery, device: torch.device) -> tuple[nn.Module, ModelDir]
     return sparse, replace(asked.pruned, renamed=renamed_tensors(asked.pruned, sparse))
 
 
+def recovered_alone(
+    asked: Recovery,
+    sparse: nn.Module,
+    trained: Sequence[Trained],
+    kept: Path,
+    began: float,
+    progress: Progress,
+) -> Recovered:
+    """Train parameters of an opened model in this process; without memory it is as it was."""
+    only = replace(asked, options=replace(asked.options, processes=1))
+    return _recovered(only, sparse, trained, kept, began, progress)
+
+
 def _recovered(
     asked: Recovery,
     sparse: nn.Module,
@@ -177,7 +190,7 @@ def _recovered(
             raise
         put(trained, first)
         failure = (
-            "Recovery ran out of memory, so that the model is kept as pruning left it; pass "
+            "Recovery ran out of memory, so that the model is kept as it was; pass "
             "--recover-checkpointing, --recover-optimizer adafactor, a smaller --recover-tokens, "
             "or a device with more memory."
         )

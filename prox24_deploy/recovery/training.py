@@ -186,7 +186,7 @@ class Training:
         return Outcome(
             taken=state.taken if state else 0,
             curve=tuple(state.curve) if state else (),
-            failure=f"Recovery diverged ({how}), so that the model is kept as pruning left it; "
+            failure=f"Recovery diverged ({how}), so that the model is kept as it was; "
             f"pass a smaller --recover-rate than {self.learning_rate:g}.",
         )
 

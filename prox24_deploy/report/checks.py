@@ -24,7 +24,7 @@ from prox24_deploy.core.records import (
 )
 from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import Verdict
-from prox24_deploy.report.recovery_checks import recovery_warnings
+from prox24_deploy.report.recovery_checks import recovery_warnings, training_warnings
 from prox24_deploy.report.schema import Check
 
 TOKENS_PER_FEATURE = 10
@@ -47,6 +47,7 @@ def find_warnings(results: BuildResults) -> tuple[tuple[str, ...], ...]:
         *_token_warnings(prune),
         *_doubt_warnings(prune.layers),
         *recovery_warnings(results.recover, results.evaluate),
+        *training_warnings(results.quantize),
     )
     speed = (
         *_backend_warnings(results.compile, bench.latency),

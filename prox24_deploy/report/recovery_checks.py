@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from prox24_deploy.core.quantized import QuantizeResult
 from prox24_deploy.core.records import EvaluateResult, Metric
 from prox24_deploy.core.recovery import RecoverResult, RecoveryPoint
 
@@ -27,6 +28,18 @@ def recovery_warnings(found: RecoverResult | None, evaluate: EvaluateResult) -> 
     else:
         yield from _overfitting(found)
         yield from _other_domain(evaluate)
+
+
+def training_warnings(found: QuantizeResult | None) -> Iterator[str]:
+    """Why numbers that were trained are those that they were rounded to."""
+    training = found.training if found else None
+    if training is None or training.kept:
+        return
+    yield training.warning or (
+        f"Training through the rounding found no better numbers on withheld samples in "
+        f"{training.taken} steps, and left them; pass more steps to --recover-quantized, or "
+        "another --recover-rate."
+    )
 
 
 def _overfitting(found: RecoverResult) -> Iterator[str]:

@@ -305,6 +305,7 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
         },
         "quantize": {
             "pruned", "layers", "recipe", "calibration", "format", "device", "versions",
+            "training", "source", "seed",
         },
         "export": {
             "source", "pruned", "quantized", "layers", "recipe", "dtype", "seed", "versions",
@@ -452,6 +453,7 @@ OTHER_OPTIONS: dict[str, tuple[Any, set[str]]] = {
     "recover.optimizer": ("adafactor", {"recover"}),
     "recover.embeddings": (True, {"recover"}),
     "recover.processes": (2, set()),
+    "recover.quantized": (2, {"quantize"}),
     "quantize": ("fp8", {"quantize"}),
     "dtype": ("float16", {"export"}),
     "engine.batches": ((1, 2), {"bench", "accuracy"}),

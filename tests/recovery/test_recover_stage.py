@@ -141,6 +141,10 @@ def test_what_makes_no_sense_is_refused_before_any_work(
     assert "--recover soon is not understood" in said(
         "build", tiny_llama, *out, "--recover", "soon"
     )
+    assert "--recover-quantized has no effect without --quantize; add --quantize int8." in said(
+        "build", tiny_llama, *out, "--calibration", prose, "--calibration-tokens", "2048",
+        "--recover-quantized", "3", *RECOVER,
+    )  # fmt: skip
     assert "no effect without --recover;" in said("build", tiny_llama, *out, "--recover-rate", "1")
     assert "prunes nothing that --recover could recover" in said(
         "build", tiny_llama, *out, "--calibration", prose, "--method", "none", "--quantize", "int8",

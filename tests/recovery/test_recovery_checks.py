@@ -1,14 +1,17 @@
 """Warnings about recovery: overfitting, too few samples, and samples of another domain."""
 
+import html
 from dataclasses import replace
 
 import pytest
-from builders import make_records
+from builders import make_records, quantised
 from test_recover_stage import recovery
 
+from prox24_deploy.core.quantized import StraightThrough
 from prox24_deploy.core.records import AccuracyStep, Estimate, EvaluateResult, PairedMetric
 from prox24_deploy.core.recovery import RecoverResult, RecoveryPoint
-from prox24_deploy.report.recovery_checks import recovery_warnings
+from prox24_deploy.report.recovery_checks import recovery_warnings, training_warnings
+from prox24_deploy.report.render import render_html
 
 
 def warnings(found: RecoverResult, evaluate: EvaluateResult | None = None) -> list[str]:
@@ -34,6 +37,24 @@ def test_a_loss_that_rises_after_the_kept_step_is_overfitting() -> None:
     assert "after step 10, whose weights are kept" in said
     assert "rose from 0.33 to 0.4; pass more text" in said
     assert warnings(replace(found, curve=curve(*points, (20, 0.2, 0.34)))) == []
+
+
+def test_numbers_that_training_left_as_they_were_are_a_warning() -> None:
+    found = quantised(make_records(2)).quantize
+    assert found is not None
+    training = StraightThrough(
+        loss="KL(dense, sparse)", steps=9, taken=9, kept=0, before=0.2, after=0.2, warning=""
+    )
+    assert list(training_warnings(found)) == []
+    (idle,) = training_warnings(replace(found, training=training))
+    assert "no better numbers on withheld samples in 9 steps" in idle
+    failed = replace(training, warning="Recovery diverged.")
+    assert list(training_warnings(replace(found, training=failed))) == ["Recovery diverged."]
+    better = replace(found, training=replace(training, kept=9, after=0.1))
+    assert list(training_warnings(better)) == []
+    records = replace(quantised(make_records(2)), quantize=better)
+    page = html.unescape(render_html(records.report()))
+    assert "9 of 9 steps: KL(dense, sparse) on withheld samples went from 0.2 to 0.1" in page
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ def run_on(
         pruned=pruned,
         recipe=context.recipe,
         calibration=context.calibration,
-        options=recover,
+        # What comes after quantisation changes nothing here.
+        options=replace(recover, quantized=None),
         seed=options.text.seed,
         device=torch_device(options.device).type,
         versions=numeric_versions(),
