@@ -6,7 +6,7 @@ clipped. Scales, zeros and all that is not a weight of a quantised layer stay as
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,18 @@ from prox24_deploy.recovery.recover import Recovery, recovered_alone
 from prox24_deploy.recovery.student import Trained
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Through:
+    """By what numbers are trained.
+
+    `asked` has the dense model, samples and options, with the steps to take; what an interrupted
+    run goes on from is in the folder `kept`.
+    """
+
+    asked: Recovery
+    kept: Path
+
+
 def zeros_of(model: nn.Module, sparse: Sequence[str]) -> dict[str, Tensor]:
     """Where the weights of 2:4 layers are 0, by path, before they are rounded."""
     return {name: layer_at(model, name).weight == 0 for name in sparse}
@@ -38,9 +50,8 @@ def train_through(
     model: nn.Module,
     made: QuantizedModel,
     zeros: Mapping[str, Tensor],
-    asked: Recovery,
+    by: Through,
     *,
-    kept: Path,
     began: float,
     progress: Progress,
 ) -> tuple[QuantizedModel, StraightThrough]:
@@ -50,8 +61,7 @@ def train_through(
         model: quantised, float32; its layers round what they read.
         made: what it was quantised to.
         zeros: by path, where a weight stays 0.
-        asked: the dense model, samples and options, with the steps to take.
-        kept: folder for what an interrupted run goes on from.
+        by: what it is trained by.
         began: when the stage did, by `time.perf_counter`.
         progress: called with (label, done, total).
 
@@ -65,10 +75,10 @@ def train_through(
         latent = layer.weight
         parametrize.register_parametrization(layer, "weight", RoundedWeight(layer, stored, form))
         trained.append(_latent(name, layer, latent, zeros.get(name)))
-    found = recovered_alone(asked, model, trained, kept, began, progress)
+    found = recovered_alone(by.asked, model, trained, by.kept, began, progress)
     outcome = found.outcome
     record = StraightThrough(
-        loss=objective_for(asked.recipe.task).name,
+        loss=objective_for(by.asked.recipe.task).name,
         steps=found.schedule.steps,
         taken=outcome.taken,
         kept=outcome.kept,

@@ -25,7 +25,7 @@ from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.model.layers import Layer, layer_at, reduction_axis
 from prox24_deploy.pruning.activations import BlockPair, BlockStep, block_steps, not_run_once
 from prox24_deploy.pruning.selection import sharing
-from prox24_deploy.quantization.aware import train_through, zeros_of
+from prox24_deploy.quantization.aware import Through, train_through, zeros_of
 from prox24_deploy.quantization.formats import FORMATS, NumberFormat, exact_scale
 from prox24_deploy.quantization.layer_group import Moved, left_record, quantize_group
 from prox24_deploy.quantization.outputs import OutputChoice, choose_outputs, with_output
@@ -39,7 +39,6 @@ from prox24_deploy.quantization.tensors import (
     read_quantized,
     write_quantized,
 )
-from prox24_deploy.recovery.recover import Recovery
 from prox24_deploy.sparsity.pattern import first_violation
 
 log = logging.getLogger(__name__)
@@ -208,8 +207,7 @@ def quantize_directory(
     device: torch.device,
     out: Path,
     progress: Progress,
-    training: Recovery | None = None,
-    kept: Path | None = None,
+    training: Through | None = None,
 ) -> QuantizeResult:
     """Quantise a model directory, and write the tensors to the file `out`.
 
@@ -223,7 +221,6 @@ def quantize_directory(
         out: file to write.
         progress: see `quantize_model`.
         training: by what the numbers are trained once they are decided; None for not at all.
-        kept: folder for what an interrupted training goes on from.
 
     Raises:
         CalibrationError: there are too few samples.
@@ -239,16 +236,13 @@ def quantize_directory(
     )
     through = None
     if training is not None:
-        made, through = train_through(
-            model, made, zeros, training, kept=kept or out.parent, began=began, progress=progress
-        )
-    digest = _written(made, out)
+        made, through = train_through(model, made, zeros, training, began=began, progress=progress)
     return QuantizeResult(
         format=form,
         layers=records,
         calibration=calibration.source,
         withheld=withheld,
-        state_sha256=digest,
+        state_sha256=_written(made, out),
         seconds=time.perf_counter() - began,
         training=through,
     )

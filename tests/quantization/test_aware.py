@@ -15,7 +15,7 @@ from prox24_deploy.core.types import QuantizedFormat, silent
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.directory import load_model, open_model_dir
 from prox24_deploy.pruning.prune import prune_directory
-from prox24_deploy.quantization.aware import RoundedWeight
+from prox24_deploy.quantization.aware import RoundedWeight, Through
 from prox24_deploy.quantization.formats import FORMATS
 from prox24_deploy.quantization.quantize import load_quantized, quantize_directory
 from prox24_deploy.quantization.tensors import QuantizedLayer, read_quantized, rounded
@@ -49,8 +49,8 @@ def quantise(asked: Recovery, folder: Path, form: QuantizedFormat, *, train: boo
     sparse = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_24(m.weight)]
     return quantize_directory(
         asked.pruned, asked.recipe, asked.calibration, form, sparse=sparse, device=CPU,
-        out=folder / "out.safetensors", progress=silent, training=asked if train else None,
-        kept=folder / "kept",
+        out=folder / "out.safetensors", progress=silent,
+        training=Through(asked=asked, kept=folder / "kept") if train else None,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from prox24_deploy.pipeline.stages.versions import numeric_versions
 if TYPE_CHECKING:
     from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
-    from prox24_deploy.recovery.recover import Recovery
+    from prox24_deploy.quantization.aware import Through
 
 _RECORD = TypeAdapter(QuantizeResult)
 
@@ -124,14 +124,15 @@ def _training(recover: RecoverOptions | None) -> RecoverOptions | None:
     return replace(own, quantized=None, processes=1)
 
 
-def _asked(inputs: QuantizeInputs, directory: "ModelDir") -> "Recovery | None":
+def _through(inputs: QuantizeInputs, directory: "ModelDir", kept: Path) -> "Through | None":
     if inputs.training is None or inputs.source is None:
         return None
     import torch
 
+    from prox24_deploy.quantization.aware import Through
     from prox24_deploy.recovery.recover import Recovery
 
-    return Recovery(
+    asked = Recovery(
         dense=inputs.source,
         pruned=directory,
         recipe=inputs.recipe,
@@ -140,6 +141,7 @@ def _asked(inputs: QuantizeInputs, directory: "ModelDir") -> "Recovery | None":
         seed=inputs.seed or 0,
         device=torch.device(inputs.device),
     )
+    return Through(asked=asked, kept=kept)
 
 
 def quantized_of(bundle: Bundle) -> Artifact | None:
@@ -168,8 +170,7 @@ def _quantize(inputs: QuantizeInputs, work: Workspace, progress: Progress) -> Qu
         device=torch.device(inputs.device),
         out=work.partial / QUANTIZED_TENSORS,
         progress=progress,
-        training=_asked(inputs, directory),
-        kept=work.kept,
+        training=_through(inputs, directory, work.kept),
     )
     write_atomic(work.partial / QUANTIZATION_FILE, _RECORD.dump_json(result, indent=1) + b"\n")
     return result
