@@ -5,10 +5,10 @@ and compares both with the dense model on the same evaluation samples: the rise 
 log-perplexity (decoders), 1 - cosine of the embeddings (encoders) or the divergence (classifiers).
 
     python benchmarks/recovery.py MODEL_DIR --calibration F --evaluation F --minutes 5
-        [--pruned DIR] [--no-write] [--rates 0.005 0.01 0.02]
+        [--pruned DIR] [--no-write] [--rates 0.005 0.01 0.02] [--optimizers adamw adafactor]
 
-Prints a row for each learning rate, with paired errors, the curves, and one JSON line; asserts that
-no zero of a weight was lost and that nothing became worse on withheld samples.
+Prints a row for each optimiser and learning rate, with paired errors, the curves, and one JSON
+line; asserts that no zero of a weight was lost and that nothing became worse on withheld samples.
 """
 
 import argparse
@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import torch
 from rich.console import Console
@@ -32,12 +34,15 @@ from prox24_deploy.config.options import (
     TextOptions,
 )
 from prox24_deploy.core.recovery import RecoverResult
+from prox24_deploy.core.types import RecoverOptimizer
 from prox24_deploy.data.text import thin
 from prox24_deploy.evaluation.losses import Loss, loss_against
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.pipeline.context import RunContext, read_context, torch_device
 from prox24_deploy.pruning.prune import prune_directory
 from prox24_deploy.recovery.recover import Recovery, recover_directory
+
+KINDS = get_args(RecoverOptimizer)
 
 
 def progress(label: str, done: int, total: int) -> None:
@@ -101,8 +106,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--method", default="prox")
     parser.add_argument("--prune-tokens", type=int, default=65536)
     parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, help="in the place of minutes")
     parser.add_argument("--step-tokens", type=int)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01])
+    parser.add_argument("--optimizers", nargs="+", choices=KINDS, default=["adamw"])
     parser.add_argument("--no-write", action="store_true")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
@@ -137,18 +144,30 @@ def main() -> None:
             recipe=context.recipe,
             calibration=context.calibration,
             options=RecoverOptions(
-                minutes=asked.minutes, step_tokens=asked.step_tokens, write=not asked.no_write
+                minutes=None if asked.steps else asked.minutes,
+                steps=asked.steps,
+                step_tokens=asked.step_tokens,
+                write=not asked.no_write,
             ),
             seed=0,
             device=device,
         )
         rows = []
         table = Table(
-            "rate", "steps", "kept", "written", "withheld", "loss", "ratio", "s", box=None
+            "optimiser",
+            "rate",
+            "steps",
+            "kept",
+            "written",
+            "withheld",
+            "loss",
+            "ratio",
+            "s",
+            box=None,
         )
-        for rate in asked.rates:
-            options = replace(recovery.options, learning_rate=rate)
-            place = folder / f"{rate}"
+        for kind, rate in product(asked.optimizers, asked.rates):
+            options = replace(recovery.options, learning_rate=rate, optimizer=kind)
+            place = folder / f"{kind} {rate}"
             result = recover_directory(
                 replace(recovery, options=options),
                 kept=place / "kept", out=place / "out", progress=progress,
@@ -173,7 +192,15 @@ def cells(
     written = result.written.tokens if result.written else 0
     withheld = f"{result.before or math.nan:.4f} -> {result.after or math.nan:.4f}"
     steps = f"{result.steps} x {result.step_tokens}"
-    parts = [f"{rate:g}", steps, str(result.kept), f"{written:,}", withheld, shown(after)]
+    parts = [
+        result.optimizer,
+        f"{rate:g}",
+        steps,
+        str(result.kept),
+        f"{written:,}",
+        withheld,
+        shown(after),
+    ]
     return [*parts, f"{ratio[0]:.3f} ± {ratio[1]:.3f}", f"{result.seconds:.0f}"]
 
 

@@ -99,7 +99,7 @@ MAY_IMPORT = {
     "data": {"config", "model", "evaluation"},
     "pruning": {"config", "sparsity", "solvers", "model", "evaluation", "data"},
     "recovery": {"config", "sparsity", "model", "evaluation", "data", "pruning"},
-    "quantization": {"config", "sparsity", "solvers", "model", "pruning"},
+    "quantization": {"config", "sparsity", "solvers", "model", "pruning", "recovery"},
     "graph": {"config", "sparsity", "quantization"},
     "engines": {"config", "sparsity", "model", "quantization", "graph"},
     "latency": {"engines"},

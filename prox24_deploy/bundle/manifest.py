@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from prox24_deploy import __version__
-from prox24_deploy.bundle.layout import LATE_FILES, MANIFEST_FILE, REPORT_FILES
+from prox24_deploy.bundle.layout import LATE_FILES, MANIFEST_FILE, RECOVERED, REPORT_FILES
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.documents import (
     Document,
@@ -191,10 +191,21 @@ def _sealed(manifest: Manifest) -> bytes:
     return canonical_json(unsealed | {"self_sha256": digest})
 
 
+def unpruned(manifest: Manifest) -> str:
+    """Why nothing can be made of a bundle that was pruned elsewhere, and what to do; else ""."""
+    if "prune" in manifest.stages or "recover" not in manifest.stages:
+        return ""
+    return (
+        f"it holds only {RECOVERED}/, which recover made of a model that was pruned elsewhere, so "
+        f"use {RECOVERED}/ as a model directory, or run recover on the bundle that prune made"
+    )
+
+
 def faults(root: Path, manifest: Manifest) -> Iterator[str]:
     """What in a bundle is not as this manifest says: one sentence for each, every file hashed."""
     if not manifest.complete:
-        yield f"{MANIFEST_FILE} belongs to an unfinished build; run the same build again."
+        rest = "run the same build again"
+        yield f"{MANIFEST_FILE} belongs to an unfinished build; {unpruned(manifest) or rest}."
     links = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink()}
     yield from (f"{name} is a link, expected the file itself." for name in sorted(links))
     for name, entry in sorted(manifest.files.items()):

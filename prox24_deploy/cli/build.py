@@ -75,6 +75,10 @@ def build(
     recover_top_k: arguments.RecoverTopKOpt = None,
     recover_write: arguments.RecoverWriteOpt = True,
     recover_checkpointing: arguments.RecoverCheckpointingOpt = False,
+    recover_optimizer: arguments.RecoverOptimizerOpt = _RECOVER.optimizer,
+    recover_embeddings: arguments.RecoverEmbeddingsOpt = False,
+    recover_processes: arguments.RecoverProcessesOpt = 1,
+    recover_quantized: arguments.RecoverQuantizedOpt = None,
     dtype: arguments.DTypeOpt = None,
     quantize: arguments.QuantizeOpt = "none",
     backend: arguments.BackendOpt = None,
@@ -153,6 +157,10 @@ def build(
             top_k=recover_top_k,
             write=recover_write,
             checkpointing=recover_checkpointing,
+            optimizer=recover_optimizer,
+            embeddings=recover_embeddings,
+            processes=recover_processes,
+            quantized=recover_quantized,
         ),
         quantize=None if quantize == "none" else quantize,
         device=device,
@@ -276,6 +284,9 @@ def recover(
     recover_top_k: arguments.RecoverTopKOpt = None,
     recover_write: arguments.RecoverWriteOpt = True,
     recover_checkpointing: arguments.RecoverCheckpointingOpt = False,
+    recover_optimizer: arguments.RecoverOptimizerOpt = _RECOVER.optimizer,
+    recover_embeddings: arguments.RecoverEmbeddingsOpt = False,
+    recover_processes: arguments.RecoverProcessesOpt = 1,
     recipe: arguments.RecipeOpt = None,
     calibration: arguments.CalibrationOpt = None,
     column: arguments.ColumnOpt = None,
@@ -309,6 +320,9 @@ def recover(
             top_k=recover_top_k,
             write=recover_write,
             checkpointing=recover_checkpointing,
+            optimizer=recover_optimizer,
+            embeddings=recover_embeddings,
+            processes=recover_processes,
         ),
         device=device,
     )
@@ -326,13 +340,14 @@ def export(
     bundle: arguments.BundleArg,
     *,
     dtype: arguments.DTypeOpt = None,
+    quantize: arguments.AnewQuantizeOpt = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the file."""
     from prox24_deploy.pipeline import run as pipeline
 
     with shown(stderr, bundle) as progress:
-        result = pipeline.export(bundle, dtype, progress=progress)
+        result = pipeline.export(bundle, dtype, quantize=quantize, progress=progress)
     if as_json:
         print_json(asdict(result))
         return
@@ -347,6 +362,7 @@ def compile_engines(
     *,
     backend: arguments.BackendOpt = None,
     shapes: arguments.ShapesOpt = None,
+    quantize: arguments.AnewQuantizeOpt = None,
     eager: arguments.EagerOpt = False,
     workspace_gib: arguments.WorkspaceOpt = None,
     builder_level: arguments.LevelOpt = None,
@@ -373,7 +389,7 @@ def compile_engines(
         backends=backend, shapes=shapes, tensorrt=tensorrt, eager=eager
     )
     with shown(stderr, bundle) as progress:
-        result = pipeline.compile_engines(bundle, options, progress=progress)
+        result = pipeline.compile_engines(bundle, options, quantize=quantize, progress=progress)
     if as_json:
         print_json(asdict(result))
         return

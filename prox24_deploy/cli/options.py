@@ -24,7 +24,15 @@ from prox24_deploy.config.options import (
 )
 from prox24_deploy.core.backends import BACKENDS, backends_with
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.types import DTYPES, DType, Preset, Pruning, Quantize, Refinement
+from prox24_deploy.core.types import (
+    DTYPES,
+    DType,
+    Preset,
+    Pruning,
+    Quantize,
+    RecoverOptimizer,
+    Refinement,
+)
 
 _DTYPES = ", ".join(DTYPES)
 # Owner and name.
@@ -353,10 +361,54 @@ RecoverCheckpointingOpt = Annotated[
         rich_help_panel=_RECOVERY,
     ),
 ]
+RecoverOptimizerOpt = Annotated[
+    RecoverOptimizer,
+    typer.Option(
+        "--recover-optimizer",
+        help="Recovery: adafactor takes less memory than adamw, for large models.",
+        rich_help_panel=_RECOVERY,
+    ),
+]
+RecoverEmbeddingsOpt = Annotated[
+    bool,
+    typer.Option(
+        "--recover-embeddings",
+        help="Recovery: train embeddings and the output layer, too.",
+        rich_help_panel=_RECOVERY,
+    ),
+]
+RecoverQuantizedOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--recover-quantized",
+        metavar="STEPS",
+        min=1,
+        help="Recovery: train the numbers of --quantize through their rounding, too.",
+        rich_help_panel=_RECOVERY,
+    ),
+]
+RecoverProcessesOpt = Annotated[
+    int,
+    typer.Option(
+        "--recover-processes",
+        min=1,
+        help="Recovery: processes that share each step, on GPUs one GPU each.",
+        rich_help_panel=_RECOVERY,
+    ),
+]
 QuantizeOpt = Annotated[
     Quantize,
     typer.Option(
         help="Round weights and activations of the target layers to 8 bits, zeros staying zeros.",
+        rich_help_panel=_ENGINES,
+    ),
+]
+AnewQuantizeOpt = Annotated[
+    Quantize | None,
+    typer.Option(
+        "--quantize",
+        help="Quantise the model before, on the samples that it was pruned on, and export it "
+        "anew; default: as the bundle is.",
         rich_help_panel=_ENGINES,
     ),
 ]
@@ -647,6 +699,10 @@ def recover_options(
     top_k: int | None,
     write: bool,
     checkpointing: bool,
+    optimizer: RecoverOptimizer,
+    embeddings: bool,
+    processes: int,
+    quantized: int | None = None,
 ) -> RecoverOptions | None:
     """The options about recovery as one record; None without a budget.
 
@@ -661,6 +717,10 @@ def recover_options(
         top_k=top_k,
         write=write,
         checkpointing=checkpointing,
+        optimizer=optimizer,
+        embeddings=embeddings,
+        processes=processes,
+        quantized=quantized,
     )
     if budget is not None:
         steps, minutes = parse_budget(budget)

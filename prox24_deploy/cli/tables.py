@@ -299,6 +299,12 @@ def plan_sentences(plan: "Plan") -> list[str]:
     if plan.profile.published:
         found.append(plan.profile.published)
     found += _estimates(plan)
+    if len(plan.profile.formats) > 1 and any(layer.eight_bit for layer in plan.layers):
+        how = "measured by a copy" if plan.profile.copy_rate else "the most that a timed GEMM moved"
+        found.append(
+            "Times in 8 bits hold an estimate of what rounding inputs takes: 3 bytes of each value "
+            f"at {plan.profile.memory_rate / 1e6:.2f} TB/s, {how}."
+        )
     found.append(NVFP4)
     also = "" if plan.quantize == "none" else f" and {plan.quantize}"
     where = f"on {plan.profile.gpu} in {plan.dtype}{also}"

@@ -16,6 +16,7 @@ from prox24_deploy.core.types import (
     Preset,
     Pruning,
     QuantizedFormat,
+    RecoverOptimizer,
     Refinement,
 )
 
@@ -93,7 +94,10 @@ class RecoverOptions:
     `step_tokens` None means 8192 on a GPU and 2048 on a CPU. `temperature` divides the logits of
     both models; `top_k` compares only the likeliest tokens of the dense model one by one, and the
     others in sum. `write` lets a language model write text to train on besides the calibration
-    text. `checkpointing` computes activations twice to hold fewer of them.
+    text. `checkpointing` computes activations twice to hold fewer of them. `optimizer` "adafactor"
+    keeps hardly any state beside the weights. `embeddings` trains embedding tables and the output
+    layer, too. `quantized` is a number of steps that train the numbers of a quantised model.
+    `processes` train on a share of each step, on a GPU with one GPU each.
     """
 
     steps: int | None = None
@@ -104,6 +108,12 @@ class RecoverOptions:
     top_k: int | None = None
     write: bool = True
     checkpointing: bool = False
+    optimizer: RecoverOptimizer = "adamw"
+    embeddings: bool = False
+    quantized: int | None = None
+    processes: int = field(
+        default=1, metadata=unkeyed("steps are the same, however many share them")
+    )
 
     def require_usable(self) -> None:
         """Refuse a budget that is none, and a rate or temperature that is not above 0.

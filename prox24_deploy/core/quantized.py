@@ -54,11 +54,30 @@ class LayerQuantization:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StraightThrough:
+    """How numbers were trained through the rounding, against the dense model.
+
+    `loss` names what was minimised; `before` and `after` are that on withheld samples, of the
+    numbers as they were rounded and of those that are kept, by the step `kept` of `taken`; 0 is the
+    first. `warning` says why these had to be kept.
+    """
+
+    loss: str
+    steps: int
+    taken: int
+    kept: int
+    before: float | None
+    after: float | None
+    warning: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeResult:
     """Result of the stage that quantises.
 
     `calibration` says what ranges were found on, `withheld` how many of its samples they were
-    chosen by; `state_sha256` hashes the tensors.
+    chosen by; `state_sha256` hashes the tensors. `training` is there where the numbers were trained
+    after they were rounded; the errors of layers are those before.
     """
 
     format: QuantizedFormat
@@ -67,3 +86,4 @@ class QuantizeResult:
     withheld: int
     state_sha256: str
     seconds: float
+    training: StraightThrough | None = None

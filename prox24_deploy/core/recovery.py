@@ -6,6 +6,7 @@ Like those of `records`, they are handed from stage to stage as JSON.
 from dataclasses import dataclass
 
 from prox24_deploy.core.records import TextSource
+from prox24_deploy.core.types import RecoverOptimizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,11 @@ class RecoverResult:
         warning: why the model that was given is kept or training ended early, and what to change;
             "" where nothing went wrong.
         device: where it was trained.
+        embeddings: embedding tables and output layers that were trained.
+        optimizer: what took the steps.
+        processes: how many shared each step.
+        needed_gib: memory of models, gradients and optimiser, as estimated before any work; None if
+            it was not.
         peak_gib: most memory of a GPU that was in use, None on a CPU.
         state_sha256: hashes every weight file that was written.
     """
@@ -79,3 +85,7 @@ class RecoverResult:
     peak_gib: float | None
     state_sha256: str
     seconds: float
+    embeddings: int = 0
+    optimizer: RecoverOptimizer = "adamw"
+    processes: int = 1
+    needed_gib: float | None = None

@@ -21,6 +21,9 @@ Pruning = Literal["prox", "ista", "sparsegpt", "wanda", "magnitude", "none"]
 Refinement = Literal["auto", "conjugate-gradient", "gradient", "none"]
 Preset = Literal["fast", "default", "best"]
 
+# What trains the kept weights of a pruned model.
+RecoverOptimizer = Literal["adamw", "adafactor"]
+
 Verdict = Literal["pass", "fail", "inconclusive"]
 # Of one check; what is without a limit has no verdict.
 Judgement = Literal["pass", "fail", "inconclusive", "not gated"]

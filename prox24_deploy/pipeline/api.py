@@ -129,13 +129,18 @@ def recover(
 
 
 def export(
-    bundle: StrPath, *, dtype: DType | None = None, progress: Progress = silent
+    bundle: StrPath,
+    *,
+    dtype: DType | None = None,
+    quantize: Quantize | None = None,
+    progress: Progress = silent,
 ) -> ExportResult:
     """Export dense and sparse ONNX twins of a pruned bundle and prove 2:4 on the files.
 
     Args:
         bundle: what `prune` made.
         dtype: of the files; None means the checkpoint's own.
+        quantize: quantise the model before, or "none" any longer; None leaves that as it is.
         progress: called with (label, done, total).
 
     Raises:
@@ -144,13 +149,18 @@ def export(
         BundleError: the bundle holds no pruned model.
     """
     _keep_private()
-    return run.export(Path(bundle), dtype and parse_dtype(dtype), progress=progress)
+    settled = dtype and parse_dtype(dtype)
+    return run.export(Path(bundle), settled, quantize=quantize, progress=progress)
 
 
 def compile(
-    bundle: StrPath, options: EngineOptions | None = None, *, progress: Progress = silent
+    bundle: StrPath,
+    options: EngineOptions | None = None,
+    *,
+    quantize: Quantize | None = None,
+    progress: Progress = silent,
 ) -> CompileResult:
-    """Compile engines from the ONNX twins of a bundle.
+    """Compile engines from the ONNX twins of a bundle; with `quantize` export it anew before.
 
     Raises:
         BackendMissingError: a backend is not available here.
@@ -158,7 +168,8 @@ def compile(
         BundleError: the bundle holds no exported models.
     """
     _keep_private()
-    return run.compile_engines(Path(bundle), options or EngineOptions(), progress=progress)
+    asked = options or EngineOptions()
+    return run.compile_engines(Path(bundle), asked, quantize=quantize, progress=progress)
 
 
 def bench(
@@ -266,7 +277,7 @@ def plan(
     *,
     gpu_profile: StrPath | None = None,
     sensitivity: bool = True,
-    quantize: Quantize = "none",
+    quantize: Quantize | None = None,
     progress: Progress = silent,
 ) -> "Plan":
     """Say which layers are worth pruning for a GPU.
@@ -276,7 +287,8 @@ def plan(
         options: shapes, dtype and budget; the text for the sensitivity.
         gpu_profile: saved timings of another GPU; None times the one at hand.
         sensitivity: whether to measure what each layer that pays would cost.
-        quantize: the 8-bit format that layers may use besides the dtype.
+        quantize: the 8-bit format that layers may use besides the dtype; None means that of the
+            options.
         progress: called with (label, done, total).
 
     Raises:
@@ -287,13 +299,14 @@ def plan(
     from prox24_deploy.pipeline import plan as planner
 
     saved = read_profile(Path(gpu_profile)) if gpu_profile is not None else None
+    asked = options or BuildOptions()
     return planner.plan(
         Path(model_dir),
-        options or BuildOptions(),
+        asked,
         saved=saved,
         sensitivity=sensitivity,
         progress=progress,
-        quantize=quantize,
+        quantize=quantize or asked.quantize or "none",
     )
 
 

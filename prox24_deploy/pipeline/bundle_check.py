@@ -43,9 +43,9 @@ def check_bundle(root: Path, ignore: Sequence[str], axes: Mapping[str, int]) -> 
         BundleError: it holds no pruned model.
         UsageError: a file of it is damaged.
     """
-    if not (root / PRUNED).is_dir():
-        raise BundleError(f"Bundle {root} holds no {PRUNED}/; run prune first.")
     folders = [name for name in (PRUNED, RECOVERED, _SPARSE) if (root / name).is_dir()]
+    if not {PRUNED, RECOVERED} & {*folders}:
+        raise BundleError(f"Bundle {root} holds no {PRUNED}/; run prune first.")
     dense = root / _DENSE
     return BundleCheck(
         path=str(root),

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -13,9 +13,9 @@ from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptio
 from prox24_deploy.core.accuracy import EngineAccuracyResult
 from prox24_deploy.core.documents import first_problem
 from prox24_deploy.core.errors import BundleError
-from prox24_deploy.core.records import EvaluateResult
+from prox24_deploy.core.records import EvaluateResult, PruneResult
 from prox24_deploy.core.results import STAGE_NAMES, BuildResults
-from prox24_deploy.core.types import Progress
+from prox24_deploy.core.types import Progress, Quantize
 from prox24_deploy.pipeline import stages
 from prox24_deploy.pipeline.backends import backends_of
 from prox24_deploy.pipeline.context import (
@@ -27,6 +27,9 @@ from prox24_deploy.pipeline.context import (
 )
 from prox24_deploy.pipeline.demands import read_demands
 from prox24_deploy.report.assemble import Report
+
+if TYPE_CHECKING:
+    from prox24_deploy.model.directory import ModelDir
 
 # Without them there is no report; what else a bundle holds is told, too.
 _REQUIRED = ("prune", "export", "compile", "bench", "evaluate", "accuracy")
@@ -54,6 +57,7 @@ def evaluate(
         Prox24Error: what `build` raises for the same model and options.
     """
     with open_bundle(out, existing=True) as bundle:
+        stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         compiled = bundle.load(stages.compile.STAGE)
         # Refuses a model that has changed.
         source = source_of(bundle)
@@ -79,6 +83,7 @@ def report(out: Path, options: BuildOptions) -> Report:
     """
     demands = read_demands(options)
     with open_bundle(out, existing=True) as bundle:
+        stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         results = _results(bundle)
         source = source_of(bundle)
         recipe = fitted_recipe(open_model(bundle).recipe, source.architecture, source.path)
@@ -92,6 +97,24 @@ def report(out: Path, options: BuildOptions) -> Report:
         }
         bundle.save()
         return stages.report.run(bundle, source, recipe, results, demands)
+
+
+def quantize(
+    bundle: Bundle, pruned: PruneResult, source: "ModelDir", format: Quantize, progress: Progress
+) -> None:
+    """Run the stage that quantises on a pruned bundle, or take back what it left.
+
+    Raises:
+        CalibrationError: there are too few calibration samples for ranges.
+        Prox24Error: what `build` raises for the same model and options.
+    """
+    asked = None if format == "none" else format
+    options = replace(stored_options(bundle), quantize=asked)
+    context = read_context(source.path, bundle.root, options, progress)
+    stages.quantize.require_usable(options, context, ())
+    stages.quantize.run(bundle, context, pruned, options, progress)
+    bundle.manifest.options = {**bundle.manifest.options, "quantize": asked}
+    bundle.save()
 
 
 def stored_options(bundle: Bundle) -> BuildOptions:

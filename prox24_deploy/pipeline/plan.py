@@ -16,7 +16,7 @@ from prox24_deploy.core.types import DType, Progress, Quantize
 from prox24_deploy.engines import require_one_graph
 from prox24_deploy.engines.cusparselt.choice import LayerChoice, choose, gemm_obstacle
 from prox24_deploy.engines.cusparselt.formats import gpu_obstacle
-from prox24_deploy.engines.cusparselt.gemm import gpu_profile, measure_layers, uses_at
+from prox24_deploy.engines.cusparselt.gemm import copy_rate, gpu_profile, measure_layers, uses_at
 from prox24_deploy.engines.cusparselt.linear import LayerUse, layer_uses
 from prox24_deploy.engines.cusparselt.merge import (
     Groups,
@@ -160,6 +160,8 @@ def _measured(
     groups = opened.groups(shapes[0])
     uses, targets = _products(single, groups, _targets(opened.wrapped, context))
     profile = gpu_profile()
+    if quantize != "none":
+        profile = replace(profile, copy_rate=copy_rate())
     formats: list[GemmFormat] = [half_format(dtype)]
     formats += [] if quantize == "none" else [quantize]
     for format in formats:
@@ -201,7 +203,8 @@ def _eight_bit(timed: _Timed) -> Mapping[str, Mapping[GemmFormat, tuple[GemmTimi
         for format in formats if use.name in timed.targets else ():
             if gemm_obstacle(use, format):
                 continue
-            whole = [timed.profile.timing(gemm, format) for gemm in use.gemms]
+            known = (timed.profile.timing(gemm, format) for gemm in use.gemms)
+            whole = [timed.profile.with_rounding(timing) for timing in known]
             for name, timings in by_member(use.name, whole, timed.outputs).items():
                 found.setdefault(name, {})[format] = timings
     return found

@@ -19,8 +19,8 @@ from prox24_deploy.core.records import (
 )
 from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.results import BuildResults
-from prox24_deploy.core.types import DType, Progress
-from prox24_deploy.pipeline import stages
+from prox24_deploy.core.types import DType, Progress, Quantize
+from prox24_deploy.pipeline import finish, stages
 from prox24_deploy.pipeline.backends import backends_of, open_backends
 from prox24_deploy.pipeline.context import open_model, read_context, source_of, torch_device
 from prox24_deploy.pipeline.demands import check_demands, read_demands, warn_of_few_samples
@@ -97,7 +97,9 @@ def prune(
     context = read_context(model_dir, out, options, progress)
     begun = _begun_by_processes(model_dir, out, options, fresh=fresh, progress=progress)
     with open_bundle(out, fresh=fresh and not begun) as bundle, shared(options) as ranks:
-        return stages.prune.run(bundle, context, options, progress, ranks)
+        result = stages.prune.run(bundle, context, options, progress, ranks)
+        stages.recover.forget_foreign(bundle)
+        return result
 
 
 def _begun_by_processes(
@@ -143,6 +145,8 @@ def recover(
     from prox24_deploy.model.directory import open_model_dir
     from prox24_deploy.recovery.recover import require_pair
 
+    if out is None:
+        stages.recover.require_pruned_here(pruned, read_manifest(pruned))
     context = read_context(teacher, out or pruned, options, progress)
     stages.recover.require_usable(options, context)
     student = open_model_dir(pruned / PRUNED if out is None else _sparse_path(pruned))
@@ -152,21 +156,41 @@ def recover(
         return stages.recover.run_on(bundle, given, context, options, asked, progress)
 
 
-def export(out: Path, dtype: DType | None, *, progress: Progress) -> ExportResult:
+def export(
+    out: Path, dtype: DType | None, *, quantize: Quantize | None = None, progress: Progress
+) -> ExportResult:
     """Run only the export stage, on a bundle that holds a pruned model.
 
-    A `dtype` of None means that of the checkpoint.
+    A `dtype` of None means that of the checkpoint. With `quantize` the model is quantised before,
+    on the samples that it was pruned on, or "none" any longer; None leaves that as it is.
+
+    Raises:
+        Prox24Error: what `build` raises for the same model and options.
     """
     with open_bundle(out, existing=True) as bundle:
+        stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         pruned = bundle.load(stages.prune.STAGE)
         source, recipe = source_of(bundle), open_model(bundle).recipe
+        if quantize is not None:
+            finish.quantize(bundle, pruned, source, quantize, progress)
         settled = _settled_dtype(source, recipe, dtype)
         return stages.export.run(bundle, source, recipe, pruned, settled, progress)
 
 
-def compile_engines(out: Path, options: EngineOptions, *, progress: Progress) -> CompileResult:
-    """Run only the compile stage, on a bundle that holds exported models."""
+def compile_engines(
+    out: Path, options: EngineOptions, *, quantize: Quantize | None = None, progress: Progress
+) -> CompileResult:
+    """Run only the compile stage, on a bundle that holds exported models.
+
+    Engines are made of files that hold the 8-bit numbers, so that with `quantize` the model is
+    exported again, as `export` does.
+    """
+    if quantize is not None:
+        with open_bundle(out, existing=True) as bundle:
+            dtype = bundle.load(stages.export.STAGE).sparse[0].dtype
+        export(out, dtype, quantize=quantize, progress=progress)
     with open_bundle(out, existing=True) as bundle:
+        stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         exported = bundle.load(stages.export.STAGE)
         model = open_model(bundle)
         backends = open_backends(options, model, shipped_folder(bundle.manifest.files))
@@ -186,6 +210,7 @@ def bench(
         BackendMissingError: no engine of the bundle can run on this machine.
     """
     with open_bundle(out, existing=True) as bundle:
+        stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         compiled = bundle.load(stages.compile.STAGE)
         model = open_model(bundle)
         shipped = shipped_folder(bundle.manifest.files)

@@ -25,6 +25,7 @@ from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.model.layers import Layer, layer_at, reduction_axis
 from prox24_deploy.pruning.activations import BlockPair, BlockStep, block_steps, not_run_once
 from prox24_deploy.pruning.selection import sharing
+from prox24_deploy.quantization.aware import Through, train_through, zeros_of
 from prox24_deploy.quantization.formats import FORMATS, NumberFormat, exact_scale
 from prox24_deploy.quantization.layer_group import Moved, left_record, quantize_group
 from prox24_deploy.quantization.outputs import OutputChoice, choose_outputs, with_output
@@ -206,6 +207,7 @@ def quantize_directory(
     device: torch.device,
     out: Path,
     progress: Progress,
+    training: Through | None = None,
 ) -> QuantizeResult:
     """Quantise a model directory, and write the tensors to the file `out`.
 
@@ -218,6 +220,7 @@ def quantize_directory(
         device: where blocks run.
         out: file to write.
         progress: see `quantize_model`.
+        training: by what the numbers are trained once they are decided; None for not at all.
 
     Raises:
         CalibrationError: there are too few samples.
@@ -227,22 +230,31 @@ def quantize_directory(
     began = time.perf_counter()
     require_samples(calibration)
     model = load_model(directory, recipe, device)
+    zeros = zeros_of(model, [*sparse]) if training else {}
     made, records, withheld = quantize_model(
         model, recipe, calibration.batches, form, sparse=sparse, progress=progress
     )
-    make_folder(out.parent)
-    write_quantized(made, out)
-    _require_sparse(out)
-    with out.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    through = None
+    if training is not None:
+        made, through = train_through(model, made, zeros, training, began=began, progress=progress)
     return QuantizeResult(
         format=form,
         layers=records,
         calibration=calibration.source,
         withheld=withheld,
-        state_sha256=digest,
+        state_sha256=_written(made, out),
         seconds=time.perf_counter() - began,
+        training=through,
     )
+
+
+def _written(made: QuantizedModel, out: Path) -> str:
+    """Write what was quantised, and prove it; its hash."""
+    make_folder(out.parent)
+    write_quantized(made, out)
+    _require_sparse(out)
+    with out.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _require_sparse(path: Path) -> None:

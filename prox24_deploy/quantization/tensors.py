@@ -183,5 +183,13 @@ class RoundedOutput:
 
 
 def rounded(values: Tensor, form: NumberFormat, scale: float) -> Tensor:
-    """The nearest numbers times the scale, in the dtype of `values`."""
-    return form.values(form.numbers(values, scale), scale).to(values.dtype)
+    """The nearest numbers times the scale, in the dtype of `values`.
+
+    Gradients go through as if there was no rounding, but for values that are clipped.
+    """
+    found = form.values(form.numbers(values.detach(), scale), scale).to(values.dtype)
+    if not (torch.is_grad_enabled() and values.requires_grad):
+        return found
+    limit = scale * form.largest
+    clipped = values.clamp(-limit, limit)
+    return clipped + (found - clipped).detach()

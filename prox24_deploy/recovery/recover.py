@@ -4,13 +4,16 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from prox24_deploy.config.options import RecoverOptions
 from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.modalities import TEXT
 from prox24_deploy.core.recovery import RecoverResult
@@ -22,15 +25,20 @@ from prox24_deploy.model.config_file import whole_number
 from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.model.dtypes import settled_dtype
 from prox24_deploy.model.processors import load_tokenizer
+from prox24_deploy.recovery.memory import GIB
 from prox24_deploy.recovery.objective import objective_for
+from prox24_deploy.recovery.processes import Crew, run_together
 from prox24_deploy.recovery.schedule import Schedule, require_samples
-from prox24_deploy.recovery.session import Recovered, Session, recover_model
+from prox24_deploy.recovery.session import Recovered, Session, recover_model, state_file
 from prox24_deploy.recovery.student import Trained, find_trained, put, values_of
 from prox24_deploy.recovery.training import Outcome
 
 log = logging.getLogger(__name__)
 
-_GIB = 2**30
+_RECOVERED = TypeAdapter(Recovered)
+# What several processes came to, beside the state that they leave.
+_OUTCOME = "outcome.json"
+_NOBODY_ELSE = Crew()
 # What torch says where the memory of the machine, and not of a GPU, does not do.
 _NO_MEMORY = "DefaultCPUAllocator"
 
@@ -87,6 +95,7 @@ class Recovery:
         options: budget and schedule.
         seed: of the order of samples, and of what is written.
         device: where both models run.
+        needed: bytes that this takes, as `require_memory` estimated; 0 if nobody did.
     """
 
     dense: ModelDir
@@ -96,6 +105,7 @@ class Recovery:
     options: RecoverOptions
     seed: int
     device: torch.device
+    needed: int = 0
 
     def require_untouched(self) -> None:
         """Refuse directories that were written since they were opened.
@@ -131,15 +141,34 @@ def recover_directory(
     asked.options.require_usable()
     require_samples(asked.calibration)
     require_pair(asked.dense, asked.pruned, asked.recipe)
-    sparse = load_model(asked.pruned, asked.recipe, asked.device)
-    pruned = replace(asked.pruned, renamed=renamed_tensors(asked.pruned, sparse))
-    trained = find_trained(sparse, pruned, asked.recipe)
-    if asked.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(asked.device)
+    # Several processes have a model each, and this one only writes it.
+    alone = asked.options.processes == 1
+    sparse, pruned = _opened(asked, asked.device if alone else torch.device("cpu"))
+    embeddings = asked.options.embeddings
+    trained = find_trained(sparse, pruned, asked.recipe, embeddings=embeddings)
     found = _recovered(asked, sparse, trained, kept, began, progress)
     if found.outcome.failure:
         log.warning("%s", found.outcome.failure)
     return _record(asked, found, trained, _write(pruned, trained, out), began)
+
+
+def _opened(asked: Recovery, device: torch.device) -> tuple[nn.Module, ModelDir]:
+    """The pruned model, and its directory with the names that it has there."""
+    sparse = load_model(asked.pruned, asked.recipe, device)
+    return sparse, replace(asked.pruned, renamed=renamed_tensors(asked.pruned, sparse))
+
+
+def recovered_alone(
+    asked: Recovery,
+    sparse: nn.Module,
+    trained: Sequence[Trained],
+    kept: Path,
+    began: float,
+    progress: Progress,
+) -> Recovered:
+    """Train parameters of an opened model in this process; without memory it is as it was."""
+    only = replace(asked, options=replace(asked.options, processes=1))
+    return _recovered(only, sparse, trained, kept, began, progress)
 
 
 def _recovered(
@@ -151,21 +180,67 @@ def _recovered(
     progress: Progress,
 ) -> Recovered:
     """Train; a model that memory does not suffice for is as it was."""
-    first = values_of(trained)
+    first = values_of(trained, stored=True)
     try:
-        session = _session(asked, sparse, trained, kept, began)
-        return recover_model(session, progress)
+        if asked.options.processes > 1:
+            return _together(asked, trained, kept, began, progress)
+        return _alone(asked, sparse, trained, kept, began, progress)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and _NO_MEMORY not in str(error):
             raise
         put(trained, first)
         failure = (
-            "Recovery ran out of memory, so that the model is kept as pruning left it; pass "
-            "--recover-checkpointing, a smaller --recover-tokens, or a device with more memory."
+            "Recovery ran out of memory, so that the model is kept as it was; pass "
+            "--recover-checkpointing, --recover-optimizer adafactor, a smaller --recover-tokens, "
+            "or a device with more memory."
         )
         nothing = Schedule(steps=asked.options.steps or 0, step_tokens=0, check_every=1)
         outcome = Outcome(failure=failure)
         return Recovered(schedule=nothing, outcome=outcome, withheld=0, written=None)
+
+
+def _alone(
+    asked: Recovery,
+    sparse: nn.Module,
+    trained: Sequence[Trained],
+    kept: Path,
+    began: float,
+    progress: Progress,
+    crew: Crew = _NOBODY_ELSE,
+) -> Recovered:
+    """Train in this process, which may be one of a crew."""
+    if asked.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(asked.device)
+    session = _session(asked, sparse, trained, kept, began)
+    found = recover_model(replace(session, crew=crew), progress)
+    if asked.device.type != "cuda":
+        return found
+    return replace(found, peak_gib=torch.cuda.max_memory_allocated(asked.device) / GIB)
+
+
+def _together(
+    asked: Recovery, trained: Sequence[Trained], kept: Path, began: float, progress: Progress
+) -> Recovered:
+    """Train in several processes, and take the best weights from the state that they leave."""
+    task = partial(_member, asked, kept, began)
+    run_together(task, asked.options.processes, asked.device, progress)
+    found = _RECOVERED.validate_json((kept / _OUTCOME).read_bytes())
+    if found.outcome.kept and (state := state_file(kept).load(len(trained))):
+        put(trained, state.best)
+    return found
+
+
+def _member(
+    asked: Recovery, kept: Path, began: float, crew: Crew, device: torch.device, progress: Progress
+) -> None:
+    """What each of several processes does."""
+    own = replace(asked, device=device)
+    sparse, pruned = _opened(own, device)
+    embeddings = asked.options.embeddings
+    trained = find_trained(sparse, pruned, asked.recipe, embeddings=embeddings)
+    found = _alone(own, sparse, trained, kept, began, progress, crew)
+    if crew.leads:
+        write_atomic(kept / _OUTCOME, _RECOVERED.dump_json(found))
 
 
 def _session(
@@ -211,7 +286,6 @@ def _record(
     asked: Recovery, found: Recovered, trained: Sequence[Trained], digest: str, began: float
 ) -> RecoverResult:
     outcome, device = found.outcome, asked.device
-    peak = torch.cuda.max_memory_allocated(device) / _GIB if device.type == "cuda" else None
     return RecoverResult(
         loss=objective_for(asked.recipe.task).name,
         steps=found.schedule.steps,
@@ -223,14 +297,18 @@ def _record(
         curve=outcome.curve,
         learning_rate=asked.options.learning_rate,
         layers=sum(each.zeros is not None for each in trained),
-        vectors=sum(each.zeros is None for each in trained),
+        vectors=sum(each.is_vector for each in trained),
+        embeddings=sum(each.is_embedding for each in trained),
+        optimizer=asked.options.optimizer,
+        processes=asked.options.processes,
         parameters=sum(each.free for each in trained),
         calibration=asked.calibration.source,
         withheld=found.withheld,
         written=found.written,
         warning=outcome.failure,
         device=device.type,
-        peak_gib=peak,
+        peak_gib=found.peak_gib,
+        needed_gib=asked.needed / GIB if asked.needed else None,
         state_sha256=digest,
         seconds=time.perf_counter() - began,
     )

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from prox24_deploy.data.written import Author, write_text
 from prox24_deploy.model.batch import Batch, Samples, withhold
 from prox24_deploy.model.blocks import find_blocks
 from prox24_deploy.recovery.objective import objective_for
+from prox24_deploy.recovery.processes import Crew
 from prox24_deploy.recovery.schedule import (
     READS,
     Pace,
@@ -64,6 +65,7 @@ class Session:
         folder: for what an interrupted run goes on from.
         guard: raises if a model directory was written since it was opened.
         began: when, by `time.perf_counter`.
+        crew: the processes that train together.
     """
 
     dense: nn.Module
@@ -79,6 +81,7 @@ class Session:
     folder: Path
     guard: Callable[[], None]
     began: float
+    crew: Crew = field(default_factory=Crew)
 
     @property
     def step_tokens(self) -> int:
@@ -104,12 +107,18 @@ class Session:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovered:
-    """What came of a session; the weights are in the model."""
+    """What came of a session; the weights are in the model. `peak_gib` is of a GPU."""
 
     schedule: Schedule
     outcome: Outcome
     withheld: int
     written: WrittenText | None
+    peak_gib: float | None = None
+
+
+def state_file(folder: Path, guard: Callable[[], None] = lambda: None) -> StateFile:
+    """Where the state of a session lies in its folder."""
+    return StateFile(folder / "training.safetensors", guard)
 
 
 def recover_model(session: Session, progress: Progress) -> Recovered:
@@ -127,6 +136,7 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
         batches=session.regrouped(trained_on),
         withheld=session.regrouped(withheld),
         unit=session.unit,
+        crew=session.crew,
     )
     written: WrittenText | None = None
     with _checkpointed(session):
@@ -135,14 +145,16 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
         wanted = wanted_text(plan.steps, plan.step_tokens, given)
         if session.author is not None and wanted:
             names = [spec.name for spec in session.recipe.inputs]
-            own, written = write_text(session.author, wanted, names, session.padding, progress)
+            with session.crew.one_by_one():
+                own, written = write_text(session.author, wanted, names, session.padding, progress)
             lesson = replace(lesson, batches=(*lesson.batches, *session.regrouped(own)))
         outcome = Training(
             lesson=lesson,
             schedule=plan,
             learning_rate=session.options.learning_rate,
             seed=session.seed,
-            file=StateFile(session.folder / "training.safetensors", session.guard),
+            optimizer=session.options.optimizer,
+            file=state_file(session.folder, session.guard),
         ).run(progress)
     count = sum(len(batch.real) for batch in withheld)
     return Recovered(schedule=plan, outcome=outcome, withheld=count, written=written)
@@ -159,8 +171,11 @@ def _planned(session: Session, lesson: Lesson) -> Schedule:
             return _SCHEDULE.validate_json(file.read_bytes())
         except ValidationError:
             log.warning("%s is damaged; the steps are timed again", file)
-    plan = schedule(_timed_steps(session, lesson), session.step_tokens, withheld)
-    write_atomic(file, _SCHEDULE.dump_json(plan))
+    # Clocks of several processes differ; all take the same number of steps.
+    timed = session.crew.sums(_timed_steps(session, lesson))[0] / session.crew.size
+    plan = schedule(max(1, int(timed)), session.step_tokens, withheld)
+    if session.crew.leads:
+        write_atomic(file, _SCHEDULE.dump_json(plan))
     return plan
 
 

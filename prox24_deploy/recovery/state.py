@@ -14,6 +14,7 @@ from prox24_deploy.core.recovery import RecoveryPoint
 from prox24_deploy.model.checkpoint import write_tensors
 
 _CURVE = TypeAdapter(tuple[RecoveryPoint, ...])
+_MOMENT = "moment"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,8 +26,7 @@ class TrainingState:
         kept: step of the best weights.
         best: those weights, as the checkpoint stores them.
         now: weights.
-        means: of the gradients, as Adam has them.
-        squares: of the squared gradients.
+        moments: what the optimiser keeps of each, by name.
         curve: measurements until now.
     """
 
@@ -34,8 +34,7 @@ class TrainingState:
     kept: int
     best: list[Tensor]
     now: list[Tensor]
-    means: list[Tensor]
-    squares: list[Tensor]
+    moments: list[dict[str, Tensor]]
     curve: list[RecoveryPoint] = field(default_factory=list)
 
 
@@ -50,12 +49,12 @@ class StateFile:
         """Replace the file at once."""
         self.guard()
         make_folder(self.path.parent)
-        lists = {name: getattr(state, name) for name in ("best", "now", "means", "squares")}
-        tensors = {
-            f"{name}.{i}": tensor.detach().contiguous().cpu()
-            for name, parts in lists.items()
-            for i, tensor in enumerate(parts)
-        }
+        lists = {"best": state.best, "now": state.now}
+        tensors = {f"{name}.{i}": t for name, parts in lists.items() for i, t in enumerate(parts)}
+        for i, moments in enumerate(state.moments):
+            tensors |= {f"{_MOMENT}.{i}.{name}": tensor for name, tensor in moments.items()}
+        # A file has no two names for one tensor.
+        tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
         points = [asdict(point) for point in state.curve]
         known = {"taken": state.taken, "kept": state.kept, "curve": points}
         write_tensors(self.path, tensors, {"state": json.dumps(known)})
@@ -71,15 +70,19 @@ class StateFile:
                 def read(name: str) -> list[Tensor]:
                     return [handle.get_tensor(f"{name}.{i}") for i in range(count)]
 
+                moments: list[dict[str, Tensor]] = [{} for _ in range(count)]
+                for name in handle.keys():  # noqa: SIM118
+                    kind, index, rest = [*name.split(".", 2), ""][:3]
+                    if kind == _MOMENT:
+                        moments[int(index)][rest] = handle.get_tensor(name)
                 return TrainingState(
                     taken=int(known["taken"]),
                     kept=int(known["kept"]),
                     best=read("best"),
                     now=read("now"),
-                    means=read("means"),
-                    squares=read("squares"),
+                    moments=moments,
                     curve=list(_CURVE.validate_python(known["curve"])),
                 )
-        except (SafetensorError, KeyError, TypeError, ValueError):
+        except (SafetensorError, IndexError, KeyError, TypeError, ValueError):
             # Not written by this version, or damaged: beginning anew loses only time.
             return None

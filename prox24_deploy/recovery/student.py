@@ -1,12 +1,13 @@
-"""What of a pruned model is trained: kept weights of its 2:4 layers, norms and biases.
+"""What of a pruned model is trained: kept weights of its 2:4 layers, norms, biases, embeddings.
 
 Every zero of a 2:4 layer stays a zero, also where a group has more than two; so the pattern that
 was proven before training holds after it, whatever the optimiser does.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class Trained:
     Attributes:
         names: under which the model has it; one that is tied has several.
         parameter: float32.
-        zeros: bool of its shape, where it stays 0; None for a norm or bias.
+        zeros: bool of its shape, where it stays 0; None for what is not 2:4.
         axis: of its groups of four; None likewise.
         dtype: in which the checkpoint stores it.
         scale: what a relative learning rate is multiplied by.
@@ -46,6 +47,16 @@ class Trained:
             tensor.masked_fill_(self.zeros, 0.0)
 
     @property
+    def is_vector(self) -> bool:
+        """Whether it is a norm or a bias."""
+        return self.zeros is None and self.parameter.ndim == 1
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it has a row for each token, position or type of them."""
+        return self.zeros is None and self.parameter.ndim > 1
+
+    @property
     def free(self) -> int:
         """Values that may change."""
         fixed = 0 if self.zeros is None else int(self.zeros.sum())
@@ -53,17 +64,20 @@ class Trained:
 
 
 @torch.no_grad()
-def find_trained(model: nn.Module, directory: ModelDir, recipe: Recipe) -> tuple[Trained, ...]:
+def find_trained(
+    model: nn.Module, directory: ModelDir, recipe: Recipe, *, embeddings: bool = False
+) -> tuple[Trained, ...]:
     """The parameters to train of a pruned model, the 2:4 layers first.
 
     Args:
         model: as loaded from `directory`, float32.
         directory: with the names that it gives tensors, see `renamed_tensors`.
         recipe: says which layers are targets.
+        embeddings: whether embedding tables and the output layer are trained, too.
 
     Raises:
         SparsityLostError: a layer that should be 2:4 is not.
-        UsageError: the model has no 2:4 layer.
+        UsageError: the model has no 2:4 layer, or no embedding to train.
     """
     names = _names(model)
     layers = []
@@ -77,8 +91,7 @@ def find_trained(model: nn.Module, directory: ModelDir, recipe: Recipe) -> tuple
                 zeros=weight == 0,
                 axis=reduction_axis(layer),
                 dtype=_dtype(directory, names[id(weight)]),
-                # Of a layer that is all zero, nothing moves.
-                scale=float(weight[weight != 0].square().mean().sqrt()) if weight.any() else 0.0,
+                scale=_scale(weight),
             )
         )
     scale = statistics.median(each.scale for each in layers)
@@ -94,7 +107,44 @@ def find_trained(model: nn.Module, directory: ModelDir, recipe: Recipe) -> tuple
         for parameter in model.parameters()
         if parameter.ndim == 1 and (known := _stored(directory, names[id(parameter)]))
     ]
-    return (*layers, *vectors)
+    return (*layers, *vectors, *(_tables(model, directory, names, layers) if embeddings else ()))
+
+
+def _scale(weight: Tensor) -> float:
+    """Root mean square of what is not 0; of a weight that is all zero, nothing moves."""
+    return float(weight[weight != 0].square().mean().sqrt()) if weight.any() else 0.0
+
+
+def _tables(
+    model: nn.Module,
+    directory: ModelDir,
+    names: Mapping[int, tuple[str, ...]],
+    layers: Sequence[Trained],
+) -> list[Trained]:
+    """Embedding tables and the output layer, one that is tied once."""
+    weights: list[Any] = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    weights += [output.weight] if output is not None else []
+    done = {id(each.parameter) for each in layers}
+    distinct = {id(weight): weight for weight in weights if id(weight) not in done}
+    found = [
+        Trained(
+            names=known,
+            parameter=weight,
+            zeros=None,
+            axis=None,
+            dtype=_dtype(directory, known),
+            scale=_scale(weight),
+        )
+        for key, weight in distinct.items()
+        if (known := _stored(directory, names[key]))
+    ]
+    if not found:
+        raise UsageError(
+            f"{directory.path} has no embedding that --recover-embeddings could train; leave it "
+            "out."
+        )
+    return found
 
 
 def _sparse_layers(model: nn.Module, directory: ModelDir, recipe: Recipe) -> list[str]:
@@ -150,9 +200,16 @@ def _dtype(directory: ModelDir, names: Sequence[str]) -> torch.dtype:
 
 
 @torch.no_grad()
-def values_of(trained: Sequence[Trained]) -> list[Tensor]:
-    """Copies of all values, float32, on the CPU, whose memory a large model leaves."""
-    return [each.parameter.detach().to("cpu", copy=True) for each in trained]
+def values_of(trained: Sequence[Trained], *, stored: bool = False) -> list[Tensor]:
+    """Copies of all values on the CPU, whose memory a large model leaves.
+
+    They are float32, or `stored` as the checkpoint has them, which for values that were read from
+    one, or rounded to it, is the same in less memory.
+    """
+    return [
+        each.parameter.detach().to("cpu", each.dtype if stored else torch.float32, copy=True)
+        for each in trained
+    ]
 
 
 @torch.no_grad()

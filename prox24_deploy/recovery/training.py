@@ -1,8 +1,8 @@
 """Train the free values of a pruned model against the dense one, masks fixed.
 
-AdamW without decay (Loshchilov and Hutter, arXiv 1711.05101) on the mean loss of each step, its
-gradient clipped to norm 1. Gradients are masked before the optimiser sees them and weights after
-it moved them, so that its state is zero, too, wherever a weight is. Withheld samples are looked at
+AdamW or Adafactor on the mean loss of each step, its gradient clipped to norm 1. Gradients are
+masked before the optimiser sees them and weights after it moved them, so that what it keeps of
+single weights is zero, too, wherever a weight is. Withheld samples are looked at
 with the weights as the checkpoint stores them; the best of these, or the first, are what remains.
 """
 
@@ -10,23 +10,24 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.recovery import RecoveryPoint
-from prox24_deploy.core.types import Progress
+from prox24_deploy.core.types import Progress, RecoverOptimizer
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.recovery.objective import Objective
+from prox24_deploy.recovery.optimizer import make_optimizer, moments_of, put_moments, set_rates
+from prox24_deploy.recovery.processes import Crew
 from prox24_deploy.recovery.schedule import PATIENCE, Schedule
 from prox24_deploy.recovery.state import StateFile, TrainingState
 from prox24_deploy.recovery.student import Trained, put, values_of
 
 log = logging.getLogger(__name__)
 
-_BETAS = (0.9, 0.95)
 _MOST_GRADIENT = 1.0
 # Losses above the first one by this much are no noise: of withheld samples, and of one step.
 _FAR_WITHHELD, _FAR_STEP = 2.0, 10.0
@@ -50,6 +51,7 @@ class Lesson:
         batches: to train on.
         withheld: to tell by when to stop.
         unit: what an entry of `Batch.real` counts for.
+        crew: the processes that share each batch.
     """
 
     dense: nn.Module
@@ -59,6 +61,7 @@ class Lesson:
     batches: Sequence[Batch]
     withheld: Sequence[Batch]
     unit: int
+    crew: Crew = field(default_factory=Crew)
 
     @property
     def device(self) -> torch.device:
@@ -69,25 +72,35 @@ class Lesson:
     def withheld_loss(self) -> float:
         """Mean loss on the withheld batches; NaN or infinite where it is."""
         total, count = 0.0, 0
-        for batch in self.withheld:
+        for batch in self.crew.shares(self.withheld):
             with half_precision(self.device):
                 loss, number = self.objective(self.dense, self.sparse, batch)
             total, count = total + float(loss), count + number
-        return total / count
+        total, whole = self.crew.sums(total, count)
+        return total / whole
 
     def gradient(self, chosen: Sequence[int]) -> float:
         """Add the gradient of the mean loss of some batches; returns that loss."""
-        sizes = [self.batches[i] for i in chosen]
-        total = sum(int(batch.real.sum()) for batch in sizes)
+        whole = [self.batches[i] for i in chosen]
+        total = sum(int(batch.real.sum()) for batch in whole)
         loss_of_all = 0.0
-        for batch in sizes:
+        for batch in self.crew.shares(whole):
             with half_precision(self.device):
                 loss, number = self.objective(self.dense, self.sparse, batch)
             # Batches count by what is real in them.
             part = loss / number * (int(batch.real.sum()) / total)
             part.backward()
             loss_of_all += float(part.detach())
-        return loss_of_all
+        self._add_up()
+        return self.crew.sums(loss_of_all)[0]
+
+    def _add_up(self) -> None:
+        """Let each process have the gradients of all."""
+        for each in self.trained if self.crew.size > 1 else ():
+            own = each.parameter.grad
+            each.parameter.grad = self.crew.sum(
+                torch.zeros_like(each.parameter) if own is None else own
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +155,8 @@ class Training:
     learning_rate: float
     seed: int
     file: StateFile
-    _adam: torch.optim.AdamW = field(init=False)
+    optimizer: RecoverOptimizer = "adamw"
+    _optimizer: torch.optim.Optimizer = field(init=False)
 
     def run(self, progress: Progress) -> Outcome:
         """Train, and leave the best weights in the model, rounded as the checkpoint stores them.
@@ -150,12 +164,14 @@ class Training:
         Goes on from the state in the file, if there is one. Where the loss is not finite or far
         above the first, the weights in the model are those that it had, as after any error.
         """
-        first = values_of(self.lesson.trained)
+        first = values_of(self.lesson.trained, stored=True)
         state = self.file.load(len(first))
         try:
             state = state or self._begin(first)
             with trainable(self.lesson):
                 self._resume(state)
+                # Those of now are in the model.
+                state.now = []
                 self._train(state, progress)
         except _DivergedError as error:
             put(self.lesson.trained, first)
@@ -170,7 +186,7 @@ class Training:
         return Outcome(
             taken=state.taken if state else 0,
             curve=tuple(state.curve) if state else (),
-            failure=f"Recovery diverged ({how}), so that the model is kept as pruning left it; "
+            failure=f"Recovery diverged ({how}), so that the model is kept as it was; "
             f"pass a smaller --recover-rate than {self.learning_rate:g}.",
         )
 
@@ -183,28 +199,17 @@ class Training:
             kept=0,
             best=first,
             now=first,
-            means=[],
-            squares=[],
+            moments=[],
             curve=[RecoveryPoint(step=0, trained=None, withheld=loss)],
         )
 
     def _resume(self, state: TrainingState) -> None:
         """Put weights and optimiser where they were."""
         put(self.lesson.trained, state.now)
-        groups = [
-            {"params": [each.parameter], "lr": 0.0, "weight_decay": 0.0}
-            for each in self.lesson.trained
-        ]
-        self._adam = torch.optim.AdamW(groups, betas=_BETAS)
-        if not state.taken:
-            return
-        pairs = zip(self.lesson.trained, state.means, state.squares, strict=True)
-        for each, mean, square in pairs:
-            self._adam.state[each.parameter] = {
-                "step": torch.tensor(float(state.taken)),
-                "exp_avg": mean.to(each.parameter.device),
-                "exp_avg_sq": square.to(each.parameter.device),
-            }
+        self._optimizer = make_optimizer(self.optimizer, self.lesson.trained)
+        if state.taken:
+            put_moments(self._optimizer, self.lesson.trained, state.moments)
+            state.moments = []
 
     def _train(self, state: TrainingState, progress: Progress) -> None:
         sizes = [batch.real.numel() * self.lesson.unit for batch in self.lesson.batches]
@@ -224,8 +229,7 @@ class Training:
 
     def _step(self, chosen: Sequence[int], state: TrainingState) -> float:
         rate = self.learning_rate * self.schedule.rate(state.taken)
-        for group, each in zip(self._adam.param_groups, self.lesson.trained, strict=True):
-            group["lr"] = rate * each.scale
+        set_rates(self._optimizer, self.lesson.trained, rate)
         loss = self.lesson.gradient(chosen)
         start = state.curve[0].withheld or 0.0
         if not loss <= max(_FAR_STEP * start, _NO_LOSS):
@@ -238,8 +242,8 @@ class Training:
             if each.parameter.grad is not None:
                 each.clear(each.parameter.grad)
         nn.utils.clip_grad_norm_(parameters, _MOST_GRADIENT)
-        self._adam.step()
-        self._adam.zero_grad()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
         with torch.no_grad():
             for each in self.lesson.trained:
                 each.clear(each.parameter)
@@ -247,8 +251,8 @@ class Training:
 
     def _check(self, state: TrainingState, losses: Sequence[float]) -> None:
         """Measure the rounded weights; keep them if they are the best, and save the state."""
-        state.now = values_of(self.lesson.trained)
-        put(self.lesson.trained, state.now, rounded=True)
+        now = values_of(self.lesson.trained)
+        put(self.lesson.trained, now, rounded=True)
         loss = self.lesson.withheld_loss()
         known = [point.withheld for point in state.curve if point.withheld is not None]
         if not loss <= max(_FAR_WITHHELD * known[0], _NO_LOSS):
@@ -257,12 +261,14 @@ class Training:
                 f"model that was given {known[0]:.3g}"
             )
         if loss < min(known):
-            state.best, state.kept = values_of(self.lesson.trained), state.taken
-        put(self.lesson.trained, state.now)
+            state.kept = state.taken
+            if self.lesson.crew.leads:
+                state.best = values_of(self.lesson.trained, stored=True)
+        put(self.lesson.trained, now)
         mean = math.fsum(losses) / len(losses)
         state.curve.append(RecoveryPoint(step=state.taken, trained=mean, withheld=loss))
-        moments = [self._adam.state[each.parameter] for each in self.lesson.trained]
-        state.means = [moment["exp_avg"] for moment in moments]
-        state.squares = [moment["exp_avg_sq"] for moment in moments]
-        self.file.save(state)
+        if self.lesson.crew.leads:
+            self.file.save(
+                replace(state, now=now, moments=moments_of(self._optimizer, self.lesson.trained))
+            )
         log.info("step %d: trained %.5f, withheld %.5f", state.taken, mean, loss)

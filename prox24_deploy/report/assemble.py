@@ -220,6 +220,7 @@ def _quantization(found: QuantizeResult | None) -> Quantization | None:
             replace(layer, error=_finite(layer.error), nearest_error=_finite(layer.nearest_error))
             for layer in found.layers
         ),
+        training=found.training,
     )
 
 

@@ -22,9 +22,9 @@ from prox24_deploy.core.records import (
     TensorCheck,
     TextSource,
 )
-from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import Verdict
+from prox24_deploy.report.recovery_checks import recovery_warnings, training_warnings
 from prox24_deploy.report.schema import Check
 
 TOKENS_PER_FEATURE = 10
@@ -46,7 +46,8 @@ def find_warnings(results: BuildResults) -> tuple[tuple[str, ...], ...]:
         *_text_warnings(prune, results.evaluate),
         *_token_warnings(prune),
         *_doubt_warnings(prune.layers),
-        *_recovery_warnings(results.recover),
+        *recovery_warnings(results.recover, results.evaluate),
+        *training_warnings(results.quantize),
     )
     speed = (
         *_backend_warnings(results.compile, bench.latency),
@@ -136,19 +137,6 @@ def _token_warnings(prune: PruneResult) -> Iterator[str]:
 def _skipped_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
     left = {layer.name: layer.reason for layer in layers if layer.status == "skipped"}
     yield from _left_warnings(left, "dense")
-
-
-def _recovery_warnings(found: RecoverResult | None) -> Iterator[str]:
-    if found is None:
-        return
-    if found.warning:
-        yield found.warning
-    elif not found.kept:
-        yield (
-            f"Recovery found no weights that are better than those of pruning on withheld samples "
-            f"in {found.taken} steps, and left them; pass more steps, more text, or another "
-            "--recover-rate."
-        )
 
 
 def _unquantized_warnings(found: QuantizeResult | None) -> Iterator[str]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_va
 from prox24_deploy.core.accuracy import EngineAccuracy, TaskScores
 from prox24_deploy.core.documents import Document, first_problem, parse_json, read_document
 from prox24_deploy.core.errors import BundleError
-from prox24_deploy.core.quantized import LayerQuantization
+from prox24_deploy.core.quantized import LayerQuantization, StraightThrough
 from prox24_deploy.core.records import (
     AccuracyStep,
     EngineEvidence,
@@ -141,6 +141,7 @@ class Quantization(_Record):
     withheld: int
     seconds: float
     layers: tuple[LayerQuantization, ...]
+    training: StraightThrough | None = None
 
 
 class Accuracy(_Record):

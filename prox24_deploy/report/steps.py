@@ -24,7 +24,9 @@ def step_titles(report: Report) -> tuple[str, ...]:
     form = report.quantization.format.upper() if report.quantization else ""
     if not report.pruning.totals.pruned:
         return ("dense", form)
-    steps = [_PRUNED] if report.recovery is None else [_PRUNED, f"{_PRUNED}, recovered"]
+    # Each block is fed by those that were reconstructed before it: there is no model without.
+    pruned = f"{_PRUNED}, reconstructed" if report.pruning.reconstructed else _PRUNED
+    steps = [pruned] if report.recovery is None else [pruned, f"{pruned}, recovered"]
     return ("dense", *steps, *([f"{steps[-1]} + {form}"] if form else []))
 
 

@@ -167,6 +167,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(torch_model, "require_gpu", lambda asker, instead: None)
     monkeypatch.setattr(planner, "require_gpu", lambda asker, instead: None)
     monkeypatch.setattr(planner, "gpu_profile", gpu_profile)
+    monkeypatch.setattr(planner, "copy_rate", lambda: 4e6)
     monkeypatch.setattr(cuda_graph, "DEVICE", "cpu")
     monkeypatch.setattr(torch, "compile", machine.compile)
     # A child would look for the GPU itself.

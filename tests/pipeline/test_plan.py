@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command_line import ANY_EMBEDDING, run_cli
 
+import prox24_deploy as p24
 from prox24_deploy.engines.cusparselt.profile import (
     GemmFormat,
     GemmShape,
@@ -188,7 +190,12 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     published = "Times of somebody else."
     write_profile(
         GpuProfile(
-            gpu="a card", driver="1", versions={}, gemms=tuple(timings), published=published
+            gpu="a card",
+            driver="1",
+            versions={},
+            gemms=tuple(timings),
+            published=published,
+            copy_rate=1e9,
         ),
         path,
     )
@@ -210,6 +217,7 @@ def test_all_formats_of_a_profile_are_compared_and_the_one_asked_for_is_planned(
     assert "fp8, 2:4 where it pays 0.024 6.00× 3.00×" in out
     assert "int8, dense 0.072 2.00× 1.00×" in out
     assert "Times of somebody else." in out
+    assert "rounding inputs takes: 3 bytes of each value at 1000.00 TB/s, measured by a c" in out
     assert "no file that is 2:4 weight by weight runs sparse in NVFP4" in out
     assert "Prune 12 of 12 layers on a card in float16 and fp8." in out
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -217,6 +225,23 @@ def test_all_formats_of_a_profile_are_compared_and_the_one_asked_for_is_planned(
     for layer in plan["layers"]:
         assert layer["prune"]
         assert layer["reason"].startswith("fastest as fp8 2:4: 6.00× at 16 rows")
+
+
+def test_a_program_plans_the_format_of_its_options_or_another(
+    tiny_bert: Path, prose: Path, several: Path
+) -> None:
+    options = p24.BuildOptions(
+        quantize="fp8", text=p24.TextOptions(calibration=(prose,), calibration_tokens=1024),
+        engine=p24.EngineOptions(batches=(2,), sequences=(8,)),
+    )  # fmt: skip
+
+    def format_of(**asked: Any) -> str:
+        return p24.plan(
+            tiny_bert, options, gpu_profile=several, sensitivity=False, **asked
+        ).quantize
+
+    assert format_of() == "fp8"
+    assert format_of(quantize="none") == "none"
 
 
 def test_a_format_that_a_profile_lacks_is_refused_before_any_work(

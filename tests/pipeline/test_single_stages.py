@@ -3,9 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import ANY_EMBEDDING, run_cli
+
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.pipeline import stages
 
 SAMPLES = ("--calibration-tokens", "2048", "--evaluation-tokens", "1024")
 SHAPES = ("--shapes", "batch=2", "sequence=8")
@@ -37,6 +41,49 @@ def bundles(
         assert f"stage {stage}: unchanged, not run again" in built.err
     assert (ended.code, ended.out.splitlines()[0]) == (built.code, built.out.splitlines()[0])
     return whole, single
+
+
+def test_single_stages_quantise_on_what_the_bundle_was_pruned_on(
+    bundles: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(bundles[0], out)
+    seen: list[Any] = []
+
+    def stop(*asked: Any) -> None:
+        seen.append(asked)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(stages.quantize, "run", stop)
+    for command in ("export", "compile"):
+        ran = run_cli(command, out, "--quantize", "int8")
+        assert (ran.code, ran.err.splitlines()[-1]) == (2, "Error: far enough")
+    for _, context, pruned, options, _ in seen:
+        assert options.quantize == "int8"
+        assert context.calibration.source.sha256 == pruned.calibration.sha256
+    assert len(seen) == 2
+
+
+@pytest.mark.large
+def test_a_bundle_is_quantised_in_single_stages(bundles: tuple[Path, Path], tmp_path: Path) -> None:
+    whole, _ = bundles
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    ran = run_cli("compile", out, "--backend", "onnxruntime", *SHAPES, "--quantize", "int8")
+    assert ran.code == 0, ran.err
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (out / "quantized" / "quantization.safetensors").is_file()
+    assert manifest["options"]["quantize"] == "int8"
+    for stage in ("export", "compile"):
+        assert "quantized" in manifest["stages"][stage]["reads"], stage
+    # Left as it is, and taken back.
+    assert run_cli("export", out, "--dtype", "float32").code == 0
+    assert (out / "quantized").exists()
+    assert run_cli("export", out, "--dtype", "float32", "--quantize", "none").code == 0
+    assert not (out / "quantized").exists()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["options"]["quantize"] is None
+    assert "compile" not in manifest["stages"]
 
 
 def test_both_end_in_the_same_report(bundles: tuple[Path, Path]) -> None:

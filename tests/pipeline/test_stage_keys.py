@@ -56,6 +56,7 @@ UNKEYED = {
     ("PruneInputs", "memory_limit"): "where weights are kept",
     ("PruneInputs", "ranks"): "who takes part",
     ("EvaluateInputs", "memory_limit"): "where weights are kept",
+    ("RecoverOptions", "processes"): "steps are the same",
 }
 OPTIONS = BuildOptions(
     text=TextOptions(calibration_tokens=2048, evaluation_tokens=1024),
@@ -309,6 +310,7 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
         },
         "quantize": {
             "pruned", "layers", "recipe", "calibration", "format", "device", "versions",
+            "training", "source", "seed",
         },
         "export": {
             "source", "pruned", "quantized", "layers", "recipe", "dtype", "seed", "versions",
@@ -454,6 +456,10 @@ OTHER_OPTIONS: dict[str, tuple[Any, set[str]]] = {
     "recover.top_k": (8, {"recover"}),
     "recover.write": (False, {"recover"}),
     "recover.checkpointing": (True, {"recover"}),
+    "recover.optimizer": ("adafactor", {"recover"}),
+    "recover.embeddings": (True, {"recover"}),
+    "recover.processes": (2, set()),
+    "recover.quantized": (2, {"quantize"}),
     "quantize": ("fp8", {"quantize"}),
     "dtype": ("float16", {"export"}),
     "engine.batches": ((1, 2), {"bench", "accuracy"}),

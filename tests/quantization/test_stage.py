@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from command_line import ANY_EMBEDDING, run_cli, snapshot
+from command_line import ANY_EMBEDDING, ANY_TEXT, run_cli, snapshot
 
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.core.errors import CalibrationError, UsageError
@@ -31,6 +31,32 @@ def test_too_few_samples_for_ranges_are_refused_before_any_work() -> None:
     with pytest.raises(CalibrationError, match=r"needs at least 8 calibration samples .* got 7"):
         stages.quantize.require_usable(BuildOptions(quantize="int8"), context, [])
     stages.quantize.require_usable(BuildOptions(), context, [])
+
+
+@pytest.mark.large
+def test_a_recovered_build_trains_its_numbers_too(
+    tiny_llama: Path, prose: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    recover = ("--recover", "6steps", "--recover-tokens", "256", "--recover-rate", "0.005")
+    train = ("--quantize", "int8", "--recover-quantized", "6")
+    words: tuple[str | Path, ...] = (
+        "build", tiny_llama, "-o", out, "--calibration", prose, "--shapes", "batch=1",
+        "sequence=8", *SMALL, *ANY_TEXT, *recover, *train,
+    )  # fmt: skip
+    assert run_cli(*words).code in {0, 5}
+    report = json.loads((out / "report.json").read_bytes())
+    found = report["quantization"]["training"]
+    assert found["kept"] > 0
+    assert found["after"] < found["before"]
+    names = [step["name"] for step in report["accuracy"]["steps"]]
+    assert names == ["pruned", "recovered"]
+    assert run_cli("verify", out).code == 0
+    proven = run_cli("check", out)
+    assert "14 weights of onnx/sparse are 2:4, all that must be" in proven.out
+    before = snapshot(out)
+    assert run_cli(*words).code in {0, 5}
+    assert snapshot(out) == before
 
 
 @pytest.mark.large

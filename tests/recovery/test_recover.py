@@ -147,6 +147,49 @@ def test_a_killed_run_goes_on_with_the_same_curve(
     assert again.state_sha256 == whole.state_sha256
 
 
+def test_adafactor_comes_nearer_and_goes_on_after_a_kill(
+    llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lean = replace(llama, options=replace(FAST, optimizer="adafactor", write=False))
+    whole = recover(lean, tmp_path / "whole")
+    assert whole.before is not None
+    assert whole.after is not None
+    assert whole.after < 0.95 * whole.before
+    step, taken = Training._step, []
+
+    def killed(self: Training, *rest: Any) -> float:
+        taken.append(1)
+        if len(taken) == 8:
+            raise KeyboardInterrupt
+        return step(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            recover(lean, tmp_path / "killed")
+    # Rows and columns take far less than weights.
+    stored = load_file(tmp_path / "killed" / "kept" / "training.safetensors")
+    sizes = dict.fromkeys(("now", "moment"), 0)
+    for name, tensor in stored.items():
+        if name.partition(".")[0] in sizes:
+            sizes[name.partition(".")[0]] += tensor.numel()
+    assert sizes["moment"] < 0.1 * sizes["now"]
+    assert recover(lean, tmp_path / "killed").curve == whole.curve
+
+
+def test_embeddings_move_where_that_was_asked_for(asked: Recovery, tmp_path: Path) -> None:
+    options = replace(FAST, steps=10, learning_rate=0.003, embeddings=True, write=False)
+    result = recover(replace(asked, options=options), tmp_path)
+    before, after = tensors(asked.pruned.path), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    tables = {name for name in moved if ("embed" in name or ".wte" in name or ".wpe" in name)
+              and name.endswith("weight") and before[name].ndim == 2}  # fmt: skip
+    assert len(tables) == result.embeddings >= 1
+    # Tied tables are one in the file as in the model.
+    assert not any("lm_head.weight" in name or "decoder.weight" in name for name in after)
+
+
 def test_a_diverging_run_ends_with_what_it_was_given_and_says_what_to_change(
     llama: Recovery, tmp_path: Path
 ) -> None:
@@ -176,7 +219,7 @@ def test_without_memory_the_model_is_what_it_was(
     result = recover(llama, tmp_path)
     assert (result.kept, result.after) == (0, None)
     assert "ran out of memory" in result.warning
-    assert "--recover-checkpointing" in result.warning
+    assert "--recover-checkpointing, --recover-optimizer adafactor" in result.warning
     given, left = tensors(llama.pruned.path), tensors(tmp_path / "out")
     assert all(torch.equal(given[name], left[name]) for name in given)
 

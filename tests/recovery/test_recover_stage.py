@@ -97,6 +97,11 @@ def test_the_command_recovers_a_bundle_or_into_another(
         for folder in (bundle, tmp_path / "out-pruned", tmp_path / "out-bundle")
     ]
     assert weights[0] == weights[1]
+    require_told_what_to_do(tmp_path / "out-pruned", tmp_path, tiny_llama)
+    # A model that is pruned there is not the one that was recovered.
+    pruned = run_cli("prune", tiny_llama, "-o", tmp_path / "out-pruned", *text, "--method", "wanda")
+    assert pruned.code == 0
+    assert not (tmp_path / "out-pruned" / "recovered").exists()
     # What a bundle is evaluated by is what it ships.
     options = p24.BuildOptions(
         text=p24.TextOptions(calibration=(prose,), calibration_tokens=1024, evaluation_tokens=1024),
@@ -107,6 +112,21 @@ def test_the_command_recovers_a_bundle_or_into_another(
     )
     assert shipped == p24.evaluate(tiny_llama, bundle / "recovered", options).metrics
     assert shipped != before
+
+
+def require_told_what_to_do(out: Path, folder: Path, teacher: Path) -> None:
+    """A bundle without a stage that pruned is proven, and told from an unfinished one."""
+    checked = run_cli("check", out)
+    assert checked.code == 0, checked.err
+    assert "weights of recovered are 2:4, all that must be" in checked.out
+    words: list[tuple[str | Path, ...]] = [
+        (name, out) for name in ("verify", "export", "compile", "bench", "evaluate", "report")
+    ]
+    words += [("package", out, "--vllm", folder / "vllm"), ("recover", out, "--teacher", teacher)]
+    for command in words:
+        found = run_cli(*command)
+        assert found.code == 2, command
+        assert "use recovered/ as a model directory, or run recover on the bundle" in found.err
 
 
 def test_what_makes_no_sense_is_refused_before_any_work(
@@ -121,6 +141,10 @@ def test_what_makes_no_sense_is_refused_before_any_work(
     assert "--recover soon is not understood" in said(
         "build", tiny_llama, *out, "--recover", "soon"
     )
+    assert "--recover-quantized has no effect without --quantize; add --quantize int8." in said(
+        "build", tiny_llama, *out, "--calibration", prose, "--calibration-tokens", "2048",
+        "--recover-quantized", "3", *RECOVER,
+    )  # fmt: skip
     assert "no effect without --recover;" in said("build", tiny_llama, *out, "--recover-rate", "1")
     assert "prunes nothing that --recover could recover" in said(
         "build", tiny_llama, *out, "--calibration", prose, "--method", "none", "--quantize", "int8",
@@ -189,6 +213,8 @@ def test_the_report_shows_each_step_and_the_curve(tmp_path: Path) -> None:
     assert any(line.startswith("Step by step: ") for line in report_head(report))
     write_report(report, tmp_path)
     assert load_report(tmp_path / "report.json").recovery == recovery()
+    tuned = replace(results, prune=replace(results.prune, reconstructed=True)).report()
+    assert step_titles(tuned) == ("dense", "2:4, reconstructed", "2:4, reconstructed, recovered")
     both = (*steps, AccuracyStep(name="recovered", metrics=metrics))
     last = quantised(results)
     last = replace(last, evaluate=replace(last.evaluate, steps=both))

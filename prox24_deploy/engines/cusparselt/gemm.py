@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 # The fastest algorithms by a few runs, timed again in turns with the dense multiplication.
 _FINALISTS = 2
 _REPLAYS = 15
+# Bytes of a copy, far more than a cache holds.
+_COPIED = 2**29
 # Multiplications in a row.
 _IN_A_ROW = 4
 
@@ -173,6 +175,18 @@ def _dense(rows: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     if rows.dtype.itemsize == 2:
         return partial(functional.linear, rows, weight)
     return partial(linear_8, rows, weight, torch.ones((), device=rows.device))
+
+
+def copy_rate() -> float:
+    """Bytes read and written per microsecond where a large tensor is copied on the GPU at hand."""
+    source = torch.empty(_COPIED, dtype=torch.uint8, device=cuda_graph.DEVICE)
+    target = torch.empty_like(source)
+
+    def copied() -> None:
+        target.copy_(source)
+
+    times = cuda_graph.Stopwatch().milliseconds(copied, _REPLAYS)
+    return 2 * _COPIED / (1e3 * float(median(times)))
 
 
 def gpu_profile() -> GpuProfile:

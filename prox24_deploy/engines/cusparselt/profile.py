@@ -17,6 +17,10 @@ from prox24_deploy.engines.cusparselt.plan_file import read_record
 
 SCHEMA_VERSION = 3
 _NEIGHBOURS = 4
+# Bytes that no cache holds; published times are of operands that may lie in one.
+_LARGE = 100_000_000
+# Bytes moved to round a 16-bit value to 8 bits.
+ROUNDED_BYTES = 3
 
 # In what the operands of a GEMM are held.
 GemmFormat = Literal["float16", "bfloat16", "fp8", "int8"]
@@ -76,7 +80,8 @@ class GpuProfile:
     """GEMM timings of one GPU, driver and set of library versions, in some formats.
 
     `published` says whose measurements these are, where they are not of this tool, and how they
-    differ from its own; "" where they are.
+    differ from its own; "" where they are. `copy_rate` is how fast a large tensor was copied, in
+    bytes read and written per microsecond, None where nobody measured it.
     """
 
     gpu: str
@@ -84,6 +89,7 @@ class GpuProfile:
     versions: dict[str, str]
     gemms: tuple[GemmTiming, ...]
     published: str = ""
+    copy_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -91,6 +97,26 @@ class GpuProfile:
         """Those in which something was measured."""
         known = {timing.format for timing in self.gemms}
         return tuple(format for format in GEMM_FORMATS if format in known)
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes per microsecond of the memory: as copied, else the most that any GEMM reached.
+
+        The latter is a lower bound, by what has to be read and written at least. Where there are
+        GEMMs that no cache holds, the smaller ones do not count.
+        """
+        large = [timing for timing in self.gemms if _least_bytes(timing) > _LARGE]
+        return self.copy_rate or max(_least_bytes(t) / t.dense_us for t in large or self.gemms)
+
+    def with_rounding(self, timing: GemmTiming) -> GemmTiming:
+        """An 8-bit GEMM with the rounding of what it reads, an estimate: one pass over memory.
+
+        Two bytes of each value are read and one is written. The scaling of sums counts nothing: a
+        compiler fuses it into what reads them.
+        """
+        shape = timing.shape
+        extra = ROUNDED_BYTES * shape.m * shape.k / self.memory_rate
+        return replace(timing, dense_us=timing.dense_us + extra, sparse_us=timing.sparse_us + extra)
 
     def timing(self, shape: GemmShape, format: GemmFormat = "float16") -> GemmTiming:
         """What was measured for a shape in a format, else an estimate from the nearest shapes.
@@ -146,7 +172,14 @@ class GpuProfile:
 
     def fits(self, other: "GpuProfile") -> bool:
         """Whether timings of both can be mixed: same GPU, driver and versions."""
-        return replace(self, gemms=()) == replace(other, gemms=())
+        mine, others = (replace(each, gemms=(), copy_rate=None) for each in (self, other))
+        return mine == others
+
+
+def _least_bytes(timing: GemmTiming) -> int:
+    """What a dense GEMM moves at least: operands read once, a 16-bit result written."""
+    shape, operand = timing.shape, 1 if timing.format in {"fp8", "int8"} else 2
+    return operand * shape.k * (shape.n + shape.m) + 2 * shape.m * shape.n
 
 
 _RECORD = TypeAdapter(GpuProfile)

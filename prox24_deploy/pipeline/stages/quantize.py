@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.layout import QUANTIZATION_FILE, QUANTIZED, QUANTIZED_TENSORS
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
-from prox24_deploy.config.options import BuildOptions
+from prox24_deploy.config.options import BuildOptions, RecoverOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.errors import UsageError
@@ -24,13 +24,18 @@ from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
     from prox24_deploy.model.batch import Samples
+    from prox24_deploy.model.directory import ModelDir
+    from prox24_deploy.quantization.aware import Through
 
 _RECORD = TypeAdapter(QuantizeResult)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeInputs:
-    """What the quantised model depends on; `layers` are 2:4."""
+    """What the quantised model depends on; `layers` are 2:4.
+
+    `training` says how numbers are trained against the model `source`; None for not at all.
+    """
 
     pruned: Artifact
     layers: tuple[str, ...]
@@ -39,6 +44,9 @@ class QuantizeInputs:
     format: QuantizedFormat
     device: str
     versions: Mapping[str, str]
+    training: RecoverOptions | None = None
+    source: "ModelDir | None" = None
+    seed: int | None = None
 
 
 def require_usable(options: BuildOptions, context: RunContext, backends: Sequence[Backend]) -> None:
@@ -51,6 +59,10 @@ def require_usable(options: BuildOptions, context: RunContext, backends: Sequenc
     if options.quantize is None and options.prune.method == "none":
         raise UsageError(
             "--method none leaves the model as it is; add --quantize fp8 or int8, or leave it out."
+        )
+    if options.quantize is None and options.recover and options.recover.quantized is not None:
+        raise UsageError(
+            "--recover-quantized has no effect without --quantize; add --quantize int8."
         )
     if options.quantize is not None:
         from prox24_deploy.quantization.quantize import require_samples
@@ -86,6 +98,7 @@ def run(
         if STAGE.name in bundle.manifest.stages:
             bundle.forget(STAGE.name)
         return None
+    training = _training(options.recover)
     inputs = QuantizeInputs(
         pruned=shipped_of(bundle),
         layers=tuple(layer.name for layer in pruned.layers if layer.status == "pruned"),
@@ -94,10 +107,41 @@ def run(
         format=options.quantize,
         device=torch_device(options.device).type,
         versions=numeric_versions(),
+        training=training,
+        source=context.source if training else None,
+        seed=options.text.seed if training else None,
     )
     result = bundle.run(STAGE, inputs, progress)
     # The same samples may come from another place than when ranges were found on them.
     return replace(result, calibration=context.calibration.source)
+
+
+def _training(recover: RecoverOptions | None) -> RecoverOptions | None:
+    """How numbers are trained: as weights were, for steps of their own."""
+    if recover is None or recover.quantized is None:
+        return None
+    own = replace(recover, steps=recover.quantized, minutes=None, embeddings=False)
+    return replace(own, quantized=None, processes=1)
+
+
+def _through(inputs: QuantizeInputs, directory: "ModelDir", kept: Path) -> "Through | None":
+    if inputs.training is None or inputs.source is None:
+        return None
+    import torch
+
+    from prox24_deploy.quantization.aware import Through
+    from prox24_deploy.recovery.recover import Recovery
+
+    asked = Recovery(
+        dense=inputs.source,
+        pruned=directory,
+        recipe=inputs.recipe,
+        calibration=inputs.calibration,
+        options=inputs.training,
+        seed=inputs.seed or 0,
+        device=torch.device(inputs.device),
+    )
+    return Through(asked=asked, kept=kept)
 
 
 def quantized_of(bundle: Bundle) -> Artifact | None:
@@ -116,8 +160,9 @@ def _quantize(inputs: QuantizeInputs, work: Workspace, progress: Progress) -> Qu
     from prox24_deploy.model.directory import open_model_dir
     from prox24_deploy.quantization.quantize import quantize_directory
 
+    directory = open_model_dir(inputs.pruned.path)
     result = quantize_directory(
-        open_model_dir(inputs.pruned.path),
+        directory,
         inputs.recipe,
         inputs.calibration,
         inputs.format,
@@ -125,6 +170,7 @@ def _quantize(inputs: QuantizeInputs, work: Workspace, progress: Progress) -> Qu
         device=torch.device(inputs.device),
         out=work.partial / QUANTIZED_TENSORS,
         progress=progress,
+        training=_through(inputs, directory, work.kept),
     )
     write_atomic(work.partial / QUANTIZATION_FILE, _RECORD.dump_json(result, indent=1) + b"\n")
     return result

@@ -1,23 +1,30 @@
 """The stage that trains the kept weights of the pruned model against the dense one."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.layout import PRUNED, RECOVERED, RECOVERED_RECIPE, shipped_folder
+from prox24_deploy.bundle.manifest import Manifest, unpruned
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import BuildOptions, RecoverOptions
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.errors import BundleError, UsageError
 from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import RunContext, torch_device
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
+    import torch
+
     from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +51,7 @@ def require_usable(options: BuildOptions, context: RunContext) -> None:
     if options.recover is None:
         return
     options.recover.require_usable()
+    device = torch_device(options.device)
     if options.prune.method == "none":
         raise UsageError(
             "--method none prunes nothing that --recover could recover; leave one of them out."
@@ -51,6 +59,23 @@ def require_usable(options: BuildOptions, context: RunContext) -> None:
     from prox24_deploy.recovery.schedule import require_samples
 
     require_samples(context.calibration)
+    _need(context, options.recover, device)
+
+
+def _need(context: RunContext, options: RecoverOptions, device: "torch.device") -> int:
+    """Bytes that the recovery takes, which are there, as are the processes.
+
+    Raises:
+        BackendMissingError: what several processes need is not installed.
+        UsageError: there is too little memory, or there are too few GPUs.
+    """
+    from prox24_deploy.recovery.memory import require_memory
+    from prox24_deploy.recovery.processes import require_processes
+
+    require_processes(options.processes, device)
+    need = require_memory(context.source, context.recipe, options, device)
+    log.info("recovery takes %s before activations", need)
+    return need.total
 
 
 def run(
@@ -78,7 +103,8 @@ def run_on(
         pruned=pruned,
         recipe=context.recipe,
         calibration=context.calibration,
-        options=recover,
+        # What comes after quantisation changes nothing here.
+        options=replace(recover, quantized=None),
         seed=options.text.seed,
         device=torch_device(options.device).type,
         versions=numeric_versions(),
@@ -99,6 +125,23 @@ def _forget_stale(bundle: Bundle) -> None:
             bundle.forget(name)
 
 
+def require_pruned_here(root: Path, manifest: Manifest) -> None:
+    """Refuse a bundle that holds but the recovered model of one that was pruned elsewhere.
+
+    Raises:
+        BundleError: says what to do with it.
+    """
+    if why := unpruned(manifest):
+        raise BundleError(f"Nothing can be made of bundle {root}: {why}.")
+
+
+def forget_foreign(bundle: Bundle) -> None:
+    """Remove a model that was recovered from another pruned one than that of the bundle."""
+    entry = bundle.manifest.stages.get(STAGE.name)
+    if entry is not None and PRUNED not in entry.reads:
+        bundle.forget(STAGE.name)
+
+
 def shipped_of(bundle: Bundle) -> Artifact:
     """The sparse model that everything later is made of: recovered, or as it was pruned."""
     return bundle.artifact(shipped_folder(bundle.manifest.files))
@@ -113,6 +156,7 @@ def _recover(inputs: RecoverInputs, work: Workspace, progress: Progress) -> Reco
     import torch
 
     from prox24_deploy.model.directory import open_model_dir
+    from prox24_deploy.recovery.memory import estimated
     from prox24_deploy.recovery.recover import Recovery, recover_directory
 
     pruned = inputs.pruned
@@ -124,6 +168,7 @@ def _recover(inputs: RecoverInputs, work: Workspace, progress: Progress) -> Reco
         options=inputs.options,
         seed=inputs.seed,
         device=torch.device(inputs.device),
+        needed=estimated(inputs.source, inputs.recipe, inputs.options, inputs.device),
     )
     return recover_directory(asked, kept=work.kept, out=work.partial / RECOVERED, progress=progress)
 

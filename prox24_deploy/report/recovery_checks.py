@@ -1,0 +1,89 @@
+"""Whether what was recovered holds on other samples: warnings about training."""
+
+from collections.abc import Iterator
+
+from prox24_deploy.core.quantized import QuantizeResult
+from prox24_deploy.core.records import EvaluateResult, Metric
+from prox24_deploy.core.recovery import RecoverResult, RecoveryPoint
+
+# Above this ratio of the loss on withheld samples to that on those trained on, what was learnt is
+# for the most part what these samples have in particular.
+MOST_APART = 1.5
+# A rise of the loss on withheld samples by this share after the kept step is no noise.
+_RISEN = 1.1
+
+
+def recovery_warnings(found: RecoverResult | None, evaluate: EvaluateResult) -> Iterator[str]:
+    """One sentence for each doubt about a recovery."""
+    if found is None:
+        return
+    if found.warning:
+        yield found.warning
+    elif not found.kept:
+        yield (
+            f"Recovery found no weights that are better than those of pruning on withheld samples "
+            f"in {found.taken} steps, and left them; pass more steps, more text, or another "
+            "--recover-rate."
+        )
+    else:
+        yield from _overfitting(found)
+        yield from _other_domain(evaluate)
+
+
+def training_warnings(found: QuantizeResult | None) -> Iterator[str]:
+    """Why numbers that were trained are those that they were rounded to."""
+    training = found.training if found else None
+    if training is None or training.kept:
+        return
+    yield training.warning or (
+        f"Training through the rounding found no better numbers on withheld samples in "
+        f"{training.taken} steps, and left them; pass more steps to --recover-quantized, or "
+        "another --recover-rate."
+    )
+
+
+def _overfitting(found: RecoverResult) -> Iterator[str]:
+    best = next((point for point in found.curve if point.step == found.kept), None)
+    last, more = found.curve[-1], "pass more text with --calibration and --calibration-tokens"
+    if best is not None and _apart(best) > MOST_APART:
+        yield (
+            f"Recovery fits the samples that it was trained on ({found.loss} {best.trained:.3g}) "
+            f"far better than withheld ones ({best.withheld:.3g}): there are too few of them; "
+            f"{more}."
+        )
+    elif last.withheld and found.after and last.withheld > _RISEN * found.after:
+        yield (
+            f"Recovery began to overfit: after step {found.kept}, whose weights are kept, "
+            f"{found.loss} on withheld samples rose from {found.after:.3g} to "
+            f"{last.withheld:.3g}; {more}, or pass fewer steps."
+        )
+
+
+def _apart(point: RecoveryPoint) -> float:
+    if not (point.trained and point.withheld):
+        return 0.0
+    return point.withheld / point.trained
+
+
+def _other_domain(evaluate: EvaluateResult) -> Iterator[str]:
+    """Whether evaluation samples gained nothing while withheld calibration samples did."""
+    if not evaluate.steps or evaluate.steps[0].name != "pruned":
+        return
+    before = evaluate.steps[0].metrics[0]
+    recovered = [step.metrics for step in evaluate.steps if step.name == "recovered"]
+    after = (recovered[0] if recovered else evaluate.metrics)[0]
+    figures = [_figure(before), _figure(after)]
+    if figures[0] is None or figures[1] is None:
+        return
+    gained = figures[1] - figures[0]
+    if (gained if after.higher_is_better else -gained) <= 0:
+        yield (
+            f"Recovery made withheld calibration samples better, and {after.name} on evaluation "
+            f"samples went from {figures[0]:.4g} to {figures[1]:.4g}: calibration is of another "
+            "domain than evaluation, or too small; calibrate on samples like those that the model "
+            "will see."
+        )
+
+
+def _figure(metric: Metric) -> float | None:
+    return None if metric.estimate is None else metric.estimate.value

@@ -1,0 +1,91 @@
+"""What a recovery needs is told before it begins, and refused where it is not there."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from opened import open_tiny
+from test_recover import CPU
+
+from prox24_deploy.config.options import RecoverOptions
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.model.directory import load_model
+from prox24_deploy.recovery import memory
+from prox24_deploy.recovery.memory import (
+    GIB,
+    Sizes,
+    free_memory,
+    need_of,
+    require_memory,
+    sizes_of,
+)
+
+ONE = RecoverOptions(steps=1)
+
+
+def test_values_are_counted_as_the_model_has_them(tiny_llama: Path, prose: Path) -> None:
+    opened = open_tiny(tiny_llama, prose, tokens=2048)
+    model = load_model(opened.directory, opened.recipe, CPU)
+    found = sizes_of(opened.directory, embeddings=False)
+    parameters = list(model.parameters())
+    assert found.all == sum(p.numel() for p in parameters)
+    assert found.vectors == sum(p.numel() for p in parameters if p.ndim == 1)
+    table = model.get_parameter("model.embed_tokens.weight")
+    assert found.all - found.matrices - found.vectors == table.numel()
+    both = sizes_of(opened.directory, embeddings=True)
+    assert both.matrices == found.matrices + table.numel()
+
+
+def test_the_parts_of_a_need_are_those_of_what_is_allocated() -> None:
+    """7 billion values, of which all are trained: what fits a GPU of 80 GiB, and what does not."""
+    sizes = Sizes(all=7 * 10**9, matrices=7 * 10**9, vectors=0)
+    gpu = {"teacher_bytes": 2, "stored_bytes": 2, "host": False}
+    full, lean = (need_of(sizes, name, **gpu) for name in ("adamw", "adafactor"))  # type: ignore[arg-type]
+    assert full.total == (4 + 2 + 4 + 8 + 1) * 7 * 10**9
+    assert lean.total == full.total - 8 * 7 * 10**9
+    assert lean.total < 80 * GIB < full.total
+    host = need_of(sizes, "adamw", teacher_bytes=4, stored_bytes=2, host=True)
+    assert host.copies == (2 * 2 + 4) * 7 * 10**9
+
+
+def test_what_cannot_fit_is_refused_with_what_does(
+    tiny_llama: Path, prose: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_tiny(tiny_llama, prose, tokens=2048)
+
+    def asked(options: RecoverOptions, free: int | None) -> memory.Need:
+        monkeypatch.setattr(memory, "free_memory", lambda _: free)
+        return require_memory(opened.directory, opened.recipe, options, CPU)
+
+    full = asked(ONE, None).total
+    lean = asked(replace(ONE, optimizer="adafactor"), None).total
+    assert lean < full
+    assert asked(ONE, full).total == full
+    with pytest.raises(UsageError, match=r"needs \S+ GiB \(both models .*, optimiser .*; pass --r"):
+        asked(ONE, full - 1)
+    with pytest.raises(UsageError, match="adafactor, which needs"):
+        asked(ONE, lean)
+    with pytest.raises(UsageError, match="use a device with more memory, or leave recovery out"):
+        asked(ONE, lean - 1)
+    two = replace(ONE, processes=2, optimizer="adafactor")
+    with pytest.raises(UsageError, match=r"in each of 2 processes, .* a smaller --recover-proc"):
+        asked(two, 2 * lean - 1)
+
+
+def test_free_memory_is_that_of_the_machine_or_of_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, limit, used = tmp_path / "meminfo", tmp_path / "max", tmp_path / "current"
+    monkeypatch.setattr(memory, "_MEMORY_FILE", machine)
+    monkeypatch.setattr(memory, "_LIMIT_FILES", (limit, used))
+    assert free_memory(CPU) is None
+    machine.write_text("MemTotal: 9 kB\nMemAvailable:   8 kB\n", encoding="ascii")
+    assert free_memory(CPU) == 8 * 1024
+    limit.write_text("max\n", encoding="ascii")
+    used.write_text("100\n", encoding="ascii")
+    assert free_memory(CPU) == 8 * 1024
+    limit.write_text("1100\n", encoding="ascii")
+    assert free_memory(CPU) == 1000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7, 9))
+    assert free_memory(torch.device("cuda")) == 7
