@@ -62,6 +62,8 @@ def build(
     preset: arguments.PresetOpt = "default",
     refinement: arguments.RefinementOpt = "auto",
     reconstruct: arguments.ReconstructOpt = None,
+    target: arguments.TargetOpt = "asymmetric",
+    permute: arguments.PermuteOpt = "auto",
     include: arguments.IncludeOpt = None,
     exclude: arguments.ExcludeOpt = None,
     max_loss: arguments.MaxLossOpt = None,
@@ -132,6 +134,8 @@ def build(
             preset=preset,
             refinement=refinement,
             reconstruct=reconstruct,
+            target=target,
+            permute=permute,
             include=include,
             exclude=exclude,
             max_loss=max_loss,
@@ -190,6 +194,8 @@ def prune(
     preset: arguments.PresetOpt = "default",
     refinement: arguments.RefinementOpt = "auto",
     reconstruct: arguments.ReconstructOpt = None,
+    target: arguments.TargetOpt = "asymmetric",
+    permute: arguments.PermuteOpt = "auto",
     include: arguments.IncludeOpt = None,
     exclude: arguments.ExcludeOpt = None,
     max_loss: arguments.MaxLossOpt = None,
@@ -218,6 +224,8 @@ def prune(
             preset=preset,
             refinement=refinement,
             reconstruct=reconstruct,
+            target=target,
+            permute=permute,
             include=include,
             exclude=exclude,
             max_loss=max_loss,
@@ -237,6 +245,8 @@ def prune(
     print_table(tables.layers(result.layers))
     for note in result.notes:
         say(f"Note: {note}")
+    for line in tables.order_lines(result.orders):
+        say(line)
     say(f"{len(pruned)} layers are 2:4 in {root / 'pruned'}.")
 
 

@@ -13,8 +13,10 @@ from prox24_deploy.config.options import (
     Compatibility,
     DeviceChoice,
     EngineOptions,
+    Permute,
     PruneOptions,
     RecoverOptions,
+    Target,
     TensorRtOptions,
     TextOptions,
     parse_budget,
@@ -202,6 +204,22 @@ ReconstructOpt = Annotated[
     typer.Option(
         "--reconstruct/--no-reconstruct",
         help="Tune each block as a whole, masks fixed; default: with preset best only.",
+        rich_help_panel=_PRUNING,
+    ),
+]
+TargetOpt = Annotated[
+    Target,
+    typer.Option(
+        help="What a pruned layer is to give: what it gave in the dense model, or what the dense "
+        "layer gives of the same inputs.",
+        rich_help_panel=_PRUNING,
+    ),
+]
+PermuteOpt = Annotated[
+    Permute,
+    typer.Option(
+        help="auto: reorder channels where the recipe says that this is free, so that 2:4 keeps "
+        "more; nothing changes at run time.",
         rich_help_panel=_PRUNING,
     ),
 ]
@@ -575,6 +593,8 @@ def prune_options(
     preset: Preset,
     refinement: Refinement,
     reconstruct: bool | None,
+    target: Target,
+    permute: Permute,
     include: list[str] | None,
     exclude: list[str] | None,
     max_loss: float | None,
@@ -591,6 +611,8 @@ def prune_options(
         preset=preset,
         refinement=refinement,
         reconstruct=reconstruct,
+        target=target,
+        permute=permute,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         max_loss=max_loss,

@@ -128,12 +128,31 @@ class Sensitivity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelOrder:
+    """Whether the channels that a layer reads were put into another order before it was pruned.
+
+    `tensors` names all that moved, in the built model. `kept_before` and `kept_after` are the share
+    of Wanda's score, squared, that the best two of every four keep in the old order and the new
+    one, whose hash is `order_sha256`. `reason` says why the channels stay where they were, "" if
+    they moved.
+    """
+
+    layer: str
+    tensors: tuple[str, ...]
+    kept_before: float | None
+    kept_after: float | None
+    order_sha256: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PruneResult:
     """Result of the pruning stage.
 
     `state_sha256` hashes every weight file that was written; `reconstructed` says that the kept
     weights of each block were tuned together after the layers were solved. `sensitivity` is there
     where a budget chose the layers. `notes` are sentences on what of the checkpoint was left out.
+    `orders` has each pruned layer that reads channels whose order is free.
     """
 
     method: str
@@ -149,6 +168,7 @@ class PruneResult:
     reconstructed: bool = False
     sensitivity: Sensitivity | None = None
     notes: tuple[str, ...] = ()
+    orders: tuple[ChannelOrder, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import SENTENCE_MODULES, Recipe
 from prox24_deploy.core.errors import CalibrationError, ModelDirError, RecipeError
-from prox24_deploy.core.records import LayerRecord, PruneResult, Sensitivity
+from prox24_deploy.core.records import ChannelOrder, LayerRecord, PruneResult, Sensitivity
 from prox24_deploy.core.types import Preset, Progress
 from prox24_deploy.data.text import thin
 from prox24_deploy.model.batch import Batch, Samples
@@ -23,6 +23,7 @@ from prox24_deploy.model.checkpoint import (
     BlockStore,
     renamed_tensors,
     stored_dtype,
+    stored_names,
     write_pruned,
 )
 from prox24_deploy.model.directory import ModelDir, load_with_rest
@@ -44,6 +45,7 @@ from prox24_deploy.pruning.activations import (
 )
 from prox24_deploy.pruning.doubts import doubt_about
 from prox24_deploy.pruning.layer_group import solve_group
+from prox24_deploy.pruning.permutation import OrderStore, Permuted, permute_channels
 from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches
 from prox24_deploy.pruning.second_moments import SecondMoments
 from prox24_deploy.pruning.selection import (
@@ -60,6 +62,8 @@ log = logging.getLogger(__name__)
 
 # Held-out text for the error of each layer; the accuracy figures use all of it.
 _HELD_OUT_TOKENS = 8192
+# Text that tells how large the inputs of each layer are, by which their channels are ordered.
+_ORDER_TOKENS = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +74,15 @@ class PrunedState:
         weights: new values by parameter name, in layout and dtype of the checkpoint.
         axes: the axis of the groups in each of them.
         layers: what was done to each layer.
+        moved: new values of all other tensors that took part in an order of channels, alike.
+        orders: a record of each layer that reads channels whose order is free.
     """
 
     weights: dict[str, Tensor]
     axes: dict[str, int]
     layers: tuple[LayerRecord, ...]
+    moved: Mapping[str, Tensor] = field(default_factory=dict)
+    orders: tuple[ChannelOrder, ...] = ()
 
 
 @torch.no_grad()
@@ -180,7 +188,7 @@ def prune_directory(
     state, sensitivity = _pruned(
         model, directory, recipe, calibration, held_out, options, solved, progress
     )
-    digest = write_pruned(directory, state.weights, out, axes=state.axes)
+    digest = write_pruned(directory, state.weights, out, axes=state.axes, dense=state.moved)
     return PruneResult(
         method=options.method,
         preset=options.preset,
@@ -195,6 +203,7 @@ def prune_directory(
         reconstructed=options.reconstructs,
         sensitivity=sensitivity,
         notes=notes,
+        orders=state.orders,
     )
 
 
@@ -224,11 +233,13 @@ def _pruned(
         return PrunedState({}, {}, _all_dense(model, recipe)), None
     dense = left_dense(recipe, model, options)
     sensitivity: Sensitivity | None = None
+    permuted = _permuted(model, directory, recipe, calibration, options, dense, solved, progress)
     if options.has_budget:
         sensitivity = _sensitivity(
             model, directory, recipe, calibration, options, dense, solved, progress
         )
         dense = {**dense, **over_budget(sensitivity)}
+        permuted = permuted.without(model, dense)
     state = prune_model(
         model,
         recipe,
@@ -241,7 +252,36 @@ def _pruned(
         dense=dense,
     )
     _require_pruned(state, recipe, directory.path)
-    return state, sensitivity
+    moved = {
+        name: value.to(stored_dtype(directory, name))
+        for name, value in permuted.tensors(model).items()
+        if name not in state.weights
+    }
+    return replace(state, moved=moved, orders=permuted.orders), sensitivity
+
+
+def _permuted(
+    model: nn.Module,
+    directory: ModelDir,
+    recipe: Recipe,
+    calibration: Samples,
+    options: PruneOptions,
+    dense: Mapping[str, str],
+    solved: Path,
+    progress: Progress,
+) -> Permuted:
+    """Put free channels of the model into a better order in place, where that is asked for."""
+    if options.permute == "none":
+        return Permuted()
+    return permute_channels(
+        model,
+        recipe,
+        thin(calibration, _ORDER_TOKENS),
+        dense,
+        has_tensor=lambda name: len(stored_names(directory, name)) == 1,
+        store=OrderStore(solved, directory.require_untouched),
+        progress=progress,
+    )
 
 
 def _require_pruned(state: PrunedState, recipe: Recipe, path: Path) -> None:

@@ -7,6 +7,7 @@ from prox24_deploy.core.intervals import FEWEST, around
 from prox24_deploy.core.quantized import QuantizeResult
 from prox24_deploy.core.records import (
     BenchResult,
+    ChannelOrder,
     CompileResult,
     Engine,
     Estimate,
@@ -58,6 +59,7 @@ def find_warnings(results: BuildResults) -> tuple[tuple[str, ...], ...]:
     left = (
         *prune.notes,
         *_skipped_warnings(prune.layers),
+        *_order_warnings(prune.orders),
         *_unquantized_warnings(results.quantize),
     )
     return accuracy, speed, left
@@ -136,6 +138,11 @@ def _token_warnings(prune: PruneResult) -> Iterator[str]:
 def _skipped_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
     left = {layer.name: layer.reason for layer in layers if layer.status == "skipped"}
     yield from _left_warnings(left, "dense")
+
+
+def _order_warnings(orders: Sequence[ChannelOrder]) -> Iterator[str]:
+    left = {order.layer: order.reason for order in orders if order.reason}
+    yield from _left_warnings(left, "with its channels in their old order")
 
 
 def _recovery_warnings(found: RecoverResult | None) -> Iterator[str]:
