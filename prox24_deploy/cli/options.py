@@ -223,6 +223,15 @@ PermuteOpt = Annotated[
         rich_help_panel=_PRUNING,
     ),
 ]
+MaskOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--mask",
+        help="Keep the weights that a safetensors file of booleans, or a 2:4 model, keeps.",
+        readable=False,
+        rich_help_panel=_PRUNING,
+    ),
+]
 IncludeOpt = Annotated[
     list[str] | None,
     typer.Option(
@@ -595,6 +604,7 @@ def prune_options(
     reconstruct: bool | None,
     target: Target,
     permute: Permute,
+    mask: Path | None,
     include: list[str] | None,
     exclude: list[str] | None,
     max_loss: float | None,
@@ -613,6 +623,7 @@ def prune_options(
         reconstruct=reconstruct,
         target=target,
         permute=permute,
+        mask=mask,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         max_loss=max_loss,

@@ -8,12 +8,17 @@ from torch import Tensor
 
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.core.errors import ModelDirError
-from prox24_deploy.model.layers import from_matrix, layer_at, to_matrix
+from prox24_deploy.model.layers import Layer, from_matrix, layer_at, to_matrix
 from prox24_deploy.pruning.activations import BlockPair
+from prox24_deploy.pruning.masks import fixed_mask
 from prox24_deploy.pruning.second_moments import SecondMoments
 from prox24_deploy.pruning.solvers.problem import damping_for, layer_problem
-from prox24_deploy.pruning.solvers.solver import PRESETS, LayerSolution, solve_layer
-from prox24_deploy.sparsity.pattern import is_24
+from prox24_deploy.pruning.solvers.solver import (
+    PRESETS,
+    LayerSolution,
+    is_solved,
+    solve_layer,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +58,17 @@ def solve_group(
     layers = [layer_at(twin.pruned, name) for name in group]
     matrices = [to_matrix(layer, layer.weight) for layer in layers]
     paths = [f"{twin.prefix}.{name}" for name in group]
-    solution = _solve(torch.cat(matrices), moments, options, paths[0])
+    masks = [_mask_matrix(layer) for layer in layers]
+    known = [mask for mask in masks if mask is not None]
+    fixed = torch.cat(known) if known else None
+    solution = _solve(torch.cat(matrices), moments, options, paths[0], fixed)
     parts = solution.weight.split([len(matrix) for matrix in matrices])
     solved = {}
-    for name, path, layer, before, after in zip(group, paths, layers, matrices, parts, strict=True):
+    for name, path, layer, mask, before, after in zip(
+        group, paths, layers, masks, matrices, parts, strict=True
+    ):
         # Solved with its group or not, a layer that is 2:4 already keeps its bits.
-        unchanged = is_24(before)
+        unchanged = is_solved(before, mask)
         weight = from_matrix(layer, before if unchanged else after)
         solved[name] = SolvedLayer(
             weight.to(stored_dtype(f"{path}.weight")),
@@ -68,8 +78,17 @@ def solve_group(
     return solved
 
 
+def _mask_matrix(layer: Layer) -> Tensor | None:
+    mask = fixed_mask(layer)
+    return None if mask is None else to_matrix(layer, mask)
+
+
 def _solve(
-    weight: Tensor, moments: SecondMoments, options: PruneOptions, path: str
+    weight: Tensor,
+    moments: SecondMoments,
+    options: PruneOptions,
+    path: str,
+    fixed: Tensor | None,
 ) -> LayerSolution:
     if options.method == "none":
         raise ValueError(f"layer {path} is not to be pruned")
@@ -90,4 +109,5 @@ def _solve(
         method=options.method,
         options=PRESETS[options.preset],
         refinement=options.refinement,
+        fixed=fixed,
     )

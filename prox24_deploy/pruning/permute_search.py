@@ -20,7 +20,7 @@ _SPLITS = [
     for three in combinations(range(1, 8), 3)
 ]
 # Rounds at most, and those in a row that together must gain this part of the score.
-_ROUNDS, _WATCHED, _LEAST_GAIN = 400, 20, 2e-4
+_ROUNDS, _WATCHED, _LEAST_GAIN = 800, 40, 1e-4
 # Rows of a set that are looked at; more tell hardly more of which channels go together.
 _ROWS = 1024
 

@@ -45,6 +45,7 @@ from prox24_deploy.pruning.activations import (
 )
 from prox24_deploy.pruning.doubts import doubt_about
 from prox24_deploy.pruning.layer_group import solve_group
+from prox24_deploy.pruning.masks import MaskFiles, fix_masks, read_masks
 from prox24_deploy.pruning.permutation import OrderStore, Permuted, permute_channels
 from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches
 from prox24_deploy.pruning.second_moments import SecondMoments
@@ -165,6 +166,7 @@ def prune_directory(
     solved: Path,
     out: Path,
     progress: Progress,
+    masks: MaskFiles | None = None,
 ) -> PruneResult:
     """Prune a model directory into `out`, a folder that does not exist yet.
 
@@ -178,19 +180,19 @@ def prune_directory(
         solved: folder of solved blocks, kept across interruptions.
         out: receives weights, configuration and tokenizer.
         progress: see `prune_model`.
+        masks: which weights are kept, where `options` say so.
 
     Raises:
-        ModelDirError: the directory was written while its blocks were solved, or what
-            `prune_model` raises.
+        ModelDirError: the directory was written meanwhile, or what `prune_model` raises.
     """
     began = time.perf_counter()
     model, directory, notes = _opened(directory, recipe, device, calibration.batches[:1])
+    _fix_masks(model, masks, directory, recipe, options)
     state, sensitivity = _pruned(
         model, directory, recipe, calibration, held_out, options, solved, progress
     )
-    digest = write_pruned(directory, state.weights, out, axes=state.axes, dense=state.moved)
     return PruneResult(
-        method=options.method,
+        method="mask" if options.mask else options.method,
         preset=options.preset,
         target=options.target,
         device=device.type,
@@ -198,13 +200,28 @@ def prune_directory(
         calibration=calibration.source,
         held_out=held_out.source,
         damping=_damping(state.layers),
-        state_sha256=digest,
+        state_sha256=_written(directory, state, out),
         seconds=time.perf_counter() - began,
         reconstructed=options.reconstructs,
         sensitivity=sensitivity,
         notes=notes,
         orders=state.orders,
     )
+
+
+def _fix_masks(
+    model: nn.Module,
+    masks: MaskFiles | None,
+    directory: ModelDir,
+    recipe: Recipe,
+    options: PruneOptions,
+) -> None:
+    if masks is not None:
+        fix_masks(model, read_masks(masks, model, directory, recipe, options))
+
+
+def _written(directory: ModelDir, state: PrunedState, out: Path) -> str:
+    return write_pruned(directory, state.weights, out, axes=state.axes, dense=state.moved)
 
 
 def _opened(
@@ -271,7 +288,7 @@ def _permuted(
     progress: Progress,
 ) -> Permuted:
     """Put free channels of the model into a better order in place, where that is asked for."""
-    if options.permute == "none":
+    if options.permute == "none" or options.mask is not None:
         return Permuted()
     return permute_channels(
         model,

@@ -47,6 +47,7 @@ from prox24_deploy.pipeline.stages.tasks import TaskData
 # Every field that no key has, with what its reason must speak of.
 UNKEYED = {
     ("TextSource", "paths"): "sha256",
+    ("PruneOptions", "mask"): "its content counts",
     ("EngineOptions", "plan"): "counts where it is used",
     ("TensorRtOptions", "timing_cache"): "where timings are kept",
     ("CuSparseLt", "dense"): "hash says",
@@ -297,7 +298,7 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
     covered = {name: require_every_field_counts(found) for name, found in inputs.items()}
     assert covered == {
         "prune": {
-            "source", "recipe", "calibration", "held_out", "options", "device", "versions",
+            "source", "recipe", "calibration", "held_out", "options", "masks", "device", "versions",
         },
         "recover": {
             "source", "pruned", "recipe", "calibration", "options", "seed", "device", "versions",

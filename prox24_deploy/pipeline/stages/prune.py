@@ -19,6 +19,7 @@ from prox24_deploy.pipeline.stages.versions import numeric_versions
 if TYPE_CHECKING:
     from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
+    from prox24_deploy.pruning.masks import MaskFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class PruneInputs:
     calibration: "Samples"
     held_out: "Samples"
     options: PruneOptions
+    masks: "MaskFiles | None"
     device: str
     versions: Mapping[str, str]
 
@@ -44,6 +46,7 @@ def prune_inputs(
         calibration=context.calibration,
         held_out=context.held_out,
         options=options,
+        masks=context.masks,
         device=torch_device(device_choice).type,
         versions=numeric_versions(),
     )
@@ -78,6 +81,7 @@ def _prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> PruneRes
         solved=work.kept,
         out=work.partial / PRUNED,
         progress=progress,
+        masks=inputs.masks,
     )
 
 
