@@ -85,8 +85,8 @@ RecipeOpt = Annotated[
 CalibrationOpt = Annotated[
     list[Path] | None,
     typer.Option(
-        help="Text, JSONL, or folder of images or recordings to calibrate on; repeatable. Default: "
-        "CPython's docs, for text alone.",
+        help="Text, JSONL, or folder of images or recordings to calibrate on; repeatable. Default, "
+        "for text alone: what a decoder writes itself, else CPython's docs.",
         readable=False,
         rich_help_panel=_DATA,
     ),

@@ -18,13 +18,14 @@ from prox24_deploy.core.types import DType, Judgement, Twin
 class TextSource:
     """Where text came from and how much of it was used.
 
-    `kind` is "file" for text of the user's, "builtin" for the text shipped with CPython and
-    "split" for a part of the calibration text that was held out. An image or recording is one unit.
+    `kind` is "file" for text of the user's, "written" for what the model wrote itself, "builtin"
+    for the text shipped with CPython and "split" for a part of the user's or of that which was held
+    out. An image or recording is one unit.
     `targets` counts the samples of an encoder-decoder that came with a target; the others were
     their own, or the dense model's. It is None for any other. `tokens` counts text and target.
     """
 
-    kind: Literal["file", "builtin", "split"]
+    kind: Literal["file", "written", "builtin", "split"]
     paths: tuple[str, ...] = field(metadata=unkeyed("`sha256` says what was read there"))
     sha256: str
     samples: int

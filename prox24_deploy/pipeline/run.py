@@ -57,6 +57,7 @@ def build(
     with open_bundle(out, fresh=fresh) as bundle:
         warn_of_few_samples(context)
         stages.tasks.verify(bundle, options.harness)
+        context = stages.write.run(bundle, context, options, progress)
         pruned = stages.prune.run(bundle, context, options, progress)
         recovered = stages.recover.run(bundle, context, options, progress)
         quantized = stages.quantize.run(bundle, context, pruned, options, progress)
@@ -84,6 +85,7 @@ def prune(
     """Run only the pruning stage: `out` becomes a bundle with `pruned/`."""
     context = read_context(model_dir, out, options, progress)
     with open_bundle(out, fresh=fresh) as bundle:
+        context = stages.write.run(bundle, context, options, progress)
         return stages.prune.run(bundle, context, options, progress)
 
 
@@ -113,6 +115,7 @@ def recover(
     require_pair(context.source, student, context.recipe)
     with open_bundle(out or pruned, existing=out is None) as bundle:
         given = bundle.artifact(PRUNED) if out is None else student
+        context = stages.write.run(bundle, context, options, progress)
         return stages.recover.run_on(bundle, given, context, options, asked, progress)
 
 

@@ -45,7 +45,7 @@ from prox24_deploy.pruning.activations import (
 )
 from prox24_deploy.pruning.doubts import doubt_about
 from prox24_deploy.pruning.layer_group import solve_group
-from prox24_deploy.pruning.masks import MaskFiles, fix_masks, read_masks
+from prox24_deploy.pruning.masks import fix_masks, open_masks, read_masks
 from prox24_deploy.pruning.permutation import OrderStore, Permuted, permute_channels
 from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches
 from prox24_deploy.pruning.second_moments import SecondMoments
@@ -166,7 +166,6 @@ def prune_directory(
     solved: Path,
     out: Path,
     progress: Progress,
-    masks: MaskFiles | None = None,
 ) -> PruneResult:
     """Prune a model directory into `out`, a folder that does not exist yet.
 
@@ -180,14 +179,13 @@ def prune_directory(
         solved: folder of solved blocks, kept across interruptions.
         out: receives weights, configuration and tokenizer.
         progress: see `prune_model`.
-        masks: which weights are kept, where `options` say so.
 
     Raises:
         ModelDirError: the directory was written meanwhile, or what `prune_model` raises.
     """
     began = time.perf_counter()
     model, directory, notes = _opened(directory, recipe, device, calibration.batches[:1])
-    _fix_masks(model, masks, directory, recipe, options)
+    _fix_masks(model, directory, recipe, options)
     state, sensitivity = _pruned(
         model, directory, recipe, calibration, held_out, options, solved, progress
     )
@@ -210,13 +208,9 @@ def prune_directory(
 
 
 def _fix_masks(
-    model: nn.Module,
-    masks: MaskFiles | None,
-    directory: ModelDir,
-    recipe: Recipe,
-    options: PruneOptions,
+    model: nn.Module, directory: ModelDir, recipe: Recipe, options: PruneOptions
 ) -> None:
-    if masks is not None:
+    if (masks := open_masks(options)) is not None:
         fix_masks(model, read_masks(masks, model, directory, recipe, options))
 
 

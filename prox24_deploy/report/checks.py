@@ -97,10 +97,17 @@ def _text_warnings(prune: PruneResult, evaluate: EvaluateResult) -> Iterator[str
             "The model was calibrated on the English text that ships with Python, not on text of "
             "your domain; pass your own with --calibration PATH."
         )
+    if prune.calibration.kind == "written":
+        yield (
+            "The model was calibrated on text that it wrote itself, for want of other; text of "
+            "your domain may serve it better, pass it with --calibration PATH."
+        )
     yield from _target_warnings(prune.calibration, "calibrated")
     yield from _target_warnings(evaluate.evaluation, "evaluated")
     if evaluate.evaluation.kind != "file":
-        origin = "built-in" if evaluate.evaluation.kind == "builtin" else "held-out calibration"
+        built_in = "builtin" in {prune.calibration.kind, evaluate.evaluation.kind}
+        built_in = built_in or prune.calibration.kind == "written"
+        origin = "built-in" if built_in else "held-out calibration"
         unit = evaluate.evaluation.unit
         what = "text" if unit == "token" else f"{unit}s"
         yield (

@@ -295,6 +295,7 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
     """The names are written out, so that a field that comes or goes is looked at here."""
     inputs = take().inputs
     inputs["tasks"] = tasks_of(inputs["evaluate"])
+    inputs["write"] = write_of(inputs["evaluate"])
     covered = {name: require_every_field_counts(found) for name, found in inputs.items()}
     assert covered == {
         "prune": {
@@ -329,6 +330,7 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
             "source", "pruned", "quantized", "tasks", "data", "limit", "recipe", "device",
             "harness", "versions",
         },
+        "write": {"source", "recipe", "tokens", "length", "seed", "device", "versions"},
     }  # fmt: skip
     assert {stage.name for stage in all_stages()} == set(covered)
     for found in inputs.values():
@@ -357,6 +359,18 @@ def tasks_of(evaluated: stages.evaluate.EvaluateInputs) -> stages.tasks.TaskInpu
         recipe=evaluated.recipe,
         device="cpu",
         harness="0.4",
+        versions={"torch": "2"},
+    )
+
+
+def write_of(evaluated: stages.evaluate.EvaluateInputs) -> stages.write.WriteInputs:
+    return stages.write.WriteInputs(
+        source=evaluated.source,
+        recipe=evaluated.recipe,
+        tokens=2048,
+        length=64,
+        seed=0,
+        device="cpu",
         versions={"torch": "2"},
     )
 
@@ -442,6 +456,7 @@ OTHER_OPTIONS: dict[str, tuple[Any, set[str]]] = {
     "prune.max_loss": (1.0, {"prune"}),
     "prune.max_layers": (3, {"prune"}),
     "prune.planned_dense": ((("encoder.layer.0.output.dense", "why"),), {"prune"}),
+    "prune.permute": ("none", {"prune"}),
     "recover.steps": (4, {"recover"}),
     "recover.learning_rate": (0.02, {"recover"}),
     "recover.step_tokens": (512, {"recover"}),
@@ -468,6 +483,7 @@ READ_BEFORE = {
     "recover.minutes": "it counts in the place of steps, as they do",
     "text.calibration": "its content counts, below",
     "text.evaluation": "its content counts, below",
+    "prune.mask": "its content counts: PruneInputs.masks",
     "name": "the record of the model holds it, below",
     "device": "this machine has one",
     "engine.plan": "what is in it counts: PruneOptions.planned_dense and CuSparseLt.known",

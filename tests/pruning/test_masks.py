@@ -54,7 +54,7 @@ def pruned_by(model: Path, folder: Path, options: BuildOptions) -> PruneResult:
     return prune_directory(
         context.source, context.recipe, context.calibration, context.held_out, options.prune,
         device=torch.device("cpu"), solved=folder / "solved", out=folder / "out",
-        progress=silent, masks=context.masks,
+        progress=silent,
     )  # fmt: skip
 
 

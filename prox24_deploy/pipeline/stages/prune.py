@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneInputs:
-    """What the pruned model depends on."""
+    """What the pruned model depends on; `masks` are the files that `options` name."""
 
     source: "ModelDir"
     recipe: Recipe
@@ -81,7 +81,6 @@ def _prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> PruneRes
         solved=work.kept,
         out=work.partial / PRUNED,
         progress=progress,
-        masks=inputs.masks,
     )
 
 
