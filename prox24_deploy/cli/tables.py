@@ -119,8 +119,8 @@ def order_lines(orders: Sequence[ChannelOrder]) -> list[str]:
     )
     return [
         *lines,
-        f"{len(moved)} of them read their channels in another order, in which two of four keep "
-        f"{after:.1%} of the score of a layer, not {before:.1%}; nothing else changes.",
+        f"Layers that read their channels in another order: {len(moved)}. Two of four keep "
+        f"{after:.1%} of their score in it, not {before:.1%}, and the model computes what it did.",
     ]
 
 
