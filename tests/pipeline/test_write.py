@@ -17,6 +17,7 @@ from prox24_deploy.core.recovery import WrittenText
 from prox24_deploy.data import written
 from prox24_deploy.data.written import read_written
 from prox24_deploy.model.batch import Samples
+from prox24_deploy.model.checkpoint import write_tensors
 from prox24_deploy.pipeline import run as pipeline
 from prox24_deploy.pipeline import stages
 from prox24_deploy.pipeline.context import read_context
@@ -125,7 +126,7 @@ def test_a_model_that_does_not_say_how_texts_start_takes_the_built_in_text(
 def test_a_file_is_read_in_batches_as_of_any_other_text(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = read_context(tiny_llama, None, OPTIONS).recipe
     tokens = torch.arange(5 * 1024).view(5, 1024) % 7
-    written.write_tensors(tmp_path / "t", {"tokens": tokens.int()}, {})
+    write_tensors(tmp_path / "t", {"tokens": tokens.int()}, {})
     record = WrittenText(written=9, samples=7, tokens=5 * 1024, sha256="0" * 64)
     found = read_written(tmp_path / "t", recipe, record)
     assert [len(batch.real) for batch in found.batches] == [2, 2, 1]

@@ -15,6 +15,7 @@ from prox24_deploy.core.errors import Prox24Error, UsageError
 from prox24_deploy.core.fingerprint import fingerprint
 from prox24_deploy.core.records import PruneResult
 from prox24_deploy.pipeline.context import read_context
+from prox24_deploy.pruning.masks import open_masks
 from prox24_deploy.pruning.prune import prune_directory
 from prox24_deploy.pruning.reconstruct import SCHEDULES, AdamOptions
 from prox24_deploy.pruning.solvers.problem import layer_problem
@@ -22,6 +23,8 @@ from prox24_deploy.pruning.solvers.solver import solve_layer
 from prox24_deploy.sparsity.pattern import is_24, mask_24
 
 Masks = dict[str, Tensor]
+
+OPTIONS = BuildOptions()
 
 
 def silent(*_: object) -> None:
@@ -169,20 +172,23 @@ def test_the_content_counts_and_not_the_place(
 ) -> None:
     masks = random_masks(tiny_llama)
     seen = []
+    options = OPTIONS
     for name in ("a", "b", "c"):
         if name == "c":
             masks[_GATE] = masks[_GATE].flip(1)
         save_file(masks, tmp_path / f"{name}.safetensors")
         options = options_for(prose, tmp_path / f"{name}.safetensors")
-        context = read_context(tiny_llama, None, options)
-        seen.append((fingerprint(context.masks), fingerprint(options.prune)))
-        assert context.masks is not None
-        context.masks.require_unchanged()
+        found = read_context(tiny_llama, None, options).masks
+        assert found is not None
+        found.require_unchanged()
+        seen.append((fingerprint(found), fingerprint(options.prune)))
     assert seen[0] == seen[1]
     assert seen[1][0] != seen[2][0]
+    given = open_masks(options.prune)
+    assert given is not None
     (tmp_path / "c.safetensors").write_bytes(b"other")
     with pytest.raises(UsageError, match=r"c.safetensors was changed while the model was pruned"):
-        context.masks.require_unchanged()
+        given.require_unchanged()
 
 
 def test_no_baseline_takes_the_place_of_a_mask() -> None:
