@@ -6,6 +6,9 @@ MANIFEST_FILE = "manifest.json"
 # Where stages work; it is gone once the bundle is sealed.
 PARTIAL = ".partial"
 STAGES = "stages"
+# Text that the model wrote to be calibrated on: (windows, tokens of each).
+WRITTEN = "written"
+WRITTEN_TOKENS = f"{WRITTEN}/tokens.safetensors"
 # Outputs of the stages that prune, recover, quantise, export and compile.
 PRUNED = "pruned"
 RECOVERED = "recovered"

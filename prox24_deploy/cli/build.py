@@ -64,6 +64,9 @@ def build(
     preset: arguments.PresetOpt = "default",
     refinement: arguments.RefinementOpt = "auto",
     reconstruct: arguments.ReconstructOpt = None,
+    target: arguments.TargetOpt = "asymmetric",
+    permute: arguments.PermuteOpt = "auto",
+    mask: arguments.MaskOpt = None,
     include: arguments.IncludeOpt = None,
     exclude: arguments.ExcludeOpt = None,
     max_loss: arguments.MaxLossOpt = None,
@@ -143,6 +146,9 @@ def build(
             preset=preset,
             refinement=refinement,
             reconstruct=reconstruct,
+            target=target,
+            permute=permute,
+            mask=mask,
             include=include,
             exclude=exclude,
             max_loss=max_loss,
@@ -212,6 +218,9 @@ def prune(
     preset: arguments.PresetOpt = "default",
     refinement: arguments.RefinementOpt = "auto",
     reconstruct: arguments.ReconstructOpt = None,
+    target: arguments.TargetOpt = "asymmetric",
+    permute: arguments.PermuteOpt = "auto",
+    mask: arguments.MaskOpt = None,
     include: arguments.IncludeOpt = None,
     exclude: arguments.ExcludeOpt = None,
     max_loss: arguments.MaxLossOpt = None,
@@ -245,6 +254,9 @@ def prune(
             preset=preset,
             refinement=refinement,
             reconstruct=reconstruct,
+            target=target,
+            permute=permute,
+            mask=mask,
             include=include,
             exclude=exclude,
             max_loss=max_loss,
@@ -269,6 +281,8 @@ def prune(
     print_table(tables.layers(result.layers))
     for note in result.notes:
         say(f"Note: {note}")
+    for line in tables.order_lines(result.orders):
+        say(line)
     say(f"{len(pruned)} layers are 2:4 in {root / 'pruned'}.")
 
 

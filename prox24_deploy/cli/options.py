@@ -13,8 +13,10 @@ from prox24_deploy.config.options import (
     Compatibility,
     DeviceChoice,
     EngineOptions,
+    Permute,
     PruneOptions,
     RecoverOptions,
+    Target,
     TensorRtOptions,
     TextOptions,
     parse_budget,
@@ -92,7 +94,7 @@ CalibrationOpt = Annotated[
     list[Path] | None,
     typer.Option(
         help="Text, JSON, CSV, Parquet, or folder of images or recordings to calibrate on; "
-        "repeatable. Default: CPython's docs, for text alone.",
+        "repeatable. Default, for text alone: what a decoder writes itself, else CPython's docs.",
         readable=False,
         rich_help_panel=_DATA,
     ),
@@ -229,6 +231,31 @@ ReconstructOpt = Annotated[
     typer.Option(
         "--reconstruct/--no-reconstruct",
         help="Tune each block as a whole, masks fixed; default: with preset best only.",
+        rich_help_panel=_PRUNING,
+    ),
+]
+TargetOpt = Annotated[
+    Target,
+    typer.Option(
+        help="What a pruned layer is to give: what it gave in the dense model, or what the dense "
+        "layer gives of the same inputs.",
+        rich_help_panel=_PRUNING,
+    ),
+]
+PermuteOpt = Annotated[
+    Permute,
+    typer.Option(
+        help="auto: reorder channels where the recipe says that this is free, so that 2:4 keeps "
+        "more; nothing changes at run time.",
+        rich_help_panel=_PRUNING,
+    ),
+]
+MaskOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--mask",
+        help="Keep the weights that a safetensors file of booleans, or a 2:4 model, keeps.",
+        readable=False,
         rich_help_panel=_PRUNING,
     ),
 ]
@@ -666,6 +693,9 @@ def prune_options(
     preset: Preset,
     refinement: Refinement,
     reconstruct: bool | None,
+    target: Target,
+    permute: Permute,
+    mask: Path | None,
     include: list[str] | None,
     exclude: list[str] | None,
     max_loss: float | None,
@@ -682,6 +712,9 @@ def prune_options(
         preset=preset,
         refinement=refinement,
         reconstruct=reconstruct,
+        target=target,
+        permute=permute,
+        mask=mask,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         max_loss=max_loss,

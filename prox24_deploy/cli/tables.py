@@ -9,6 +9,7 @@ from rich.text import Text
 from prox24_deploy.cli.terminal import plain
 from prox24_deploy.core.backends import NVFP4
 from prox24_deploy.core.records import (
+    ChannelOrder,
     Estimate,
     LatencyRow,
     LayerRecord,
@@ -100,6 +101,27 @@ def recovery_lines(found: "RecoverResult") -> list[str]:
             f"{found.written.samples} of {found.written.written} rows of which were usable"
         )
     return lines
+
+
+def order_lines(orders: Sequence[ChannelOrder]) -> list[str]:
+    """How many layers read their channels in another order, and what that keeps."""
+    moved = [order for order in orders if not order.reason]
+    lines = [
+        f"Note: {order.layer} reads its channels in their old order, because {order.reason}."
+        for order in orders
+        if order.reason
+    ]
+    if not moved:
+        return lines
+    before, after = (
+        sum(kept or 0.0 for kept in share) / len(moved)
+        for share in zip(*((order.kept_before, order.kept_after) for order in moved), strict=True)
+    )
+    return [
+        *lines,
+        f"Layers that read their channels in another order: {len(moved)}. Two of four keep "
+        f"{after:.1%} of their score in it, not {before:.1%}, and the model computes what it did.",
+    ]
 
 
 def layers(records: Sequence[LayerRecord]) -> Table:

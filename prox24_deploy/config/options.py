@@ -21,6 +21,7 @@ from prox24_deploy.core.types import (
 )
 
 Target = Literal["asymmetric", "symmetric"]
+Permute = Literal["auto", "none"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 Compatibility = Literal["none", "version", "ampere+"]
 
@@ -55,7 +56,10 @@ class PruneOptions:
     "symmetric" matches the dense layer on the pruned model's inputs. `refinement` is how the kept
     weights are updated once the mask is fixed; "auto" takes the one that belongs to the method.
     `reconstruct` None means: in preset "best" only, which also takes more steps for it.
-    `planned_dense` has path and reason of each layer that a plan leaves dense.
+    `planned_dense` has path and reason of each layer that a plan leaves dense. `permute` "auto"
+    puts channels whose order the recipe declares free into the one in which 2:4 keeps most. `mask`
+    is a safetensors file or a model directory that says which weights are kept; no method chooses
+    then, and no channel is moved.
 
     `include` and `exclude` are globs over module paths, relative to a block or from the model on:
     of the recipe's targets, those are pruned that an `include` matches (any, if there is none) and
@@ -73,6 +77,13 @@ class PruneOptions:
     max_loss: float | None = None
     max_layers: int | None = None
     planned_dense: tuple[tuple[str, str], ...] = ()
+    permute: Permute = "auto"
+    mask: Path | None = field(
+        default=None, metadata=unkeyed("its content counts, wherever it lies")
+    )
+
+    def __post_init__(self) -> None:
+        _make_paths(self, "mask")
 
     @property
     def has_budget(self) -> bool:

@@ -60,6 +60,27 @@ class GraphTensor:
     axes: tuple[str | int, ...]
 
 
+class Channels(_Table):
+    """Channels inside a block whose order is free, since those who write them take any order along.
+
+    `reads` is a glob over the layers whose input they are, the ones that gain by it. `writes` are
+    globs over the layers whose output they are, and `vectors` over what lies between and has one
+    value for each along its last axis; a model need not have those. A star of theirs stands for
+    what the star of the same number in `reads` stood for.
+
+    `rows` says which rows of a writing layer they are: "all", both "halves", where gate and up are
+    one layer, or the "values" behind queries and keys. With `heads`, a key of config.json, they
+    stay within their head of the values, in one order for all heads of queries that read it; a list
+    there has the number for each block.
+    """
+
+    reads: str
+    writes: Annotated[list[str], Field(min_length=1)]
+    vectors: list[str] = []
+    rows: Literal["all", "halves", "values"] = "all"
+    heads: str | None = None
+
+
 class Decoder(_Table):
     """The second graph and the second list of blocks of an encoder-decoder.
 
@@ -72,6 +93,7 @@ class Decoder(_Table):
     blocks: str
     targets: Annotated[list[str], Field(min_length=1)]
     ignore: list[str] = []
+    channels: list[Channels] = []
     inputs: Annotated[list[TensorSpec], Field(min_length=1)]
     outputs: Annotated[list[TensorSpec], Field(min_length=1)]
 
@@ -136,9 +158,9 @@ class Recipe(_Table):
 
     `blocks` is the dotted path of the list of repeated blocks in the model that `task` opens;
     `targets` and `ignore` are glob patterns over module paths relative to a block; `overrides`
-    prune some of the targets in another way. Weights matching `optional_weights` (globs over full
-    names) may be absent from a checkpoint. `sequence_length` is that of calibration and evaluation
-    samples, in tokens, where the model allows as many.
+    prune some of the targets in another way. `channels` have a free order. Weights matching
+    `optional_weights` (globs over full names) may be absent from a checkpoint. `sequence_length` is
+    that of calibration and evaluation samples, in tokens, where the model allows as many.
 
     With `cache` the graph also takes `past_key_values.N.key` and `.value`, (batch, heads, past,
     head size), where `past` may be 0, and gives `present.N.key` and `.value`; pruning and
@@ -159,6 +181,7 @@ class Recipe(_Table):
     blocks: str
     targets: Annotated[list[str], Field(min_length=1)]
     ignore: list[str] = []
+    channels: list[Channels] = []
     overrides: list[Override] = []
     optional_weights: list[str] = []
     sequence_length: Annotated[int, Field(ge=8, le=_MOST_EXTENT)] = 512
@@ -409,6 +432,7 @@ def _first_problem(error: ValidationError) -> str:
             "limits": Limits,
             "overrides": Override,
             "heads": Head,
+            "channels": Channels,
             "decoder": Decoder,
             "unsupported": Unsupported,
             "embedding": Embedding,

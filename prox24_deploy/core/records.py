@@ -18,13 +18,14 @@ from prox24_deploy.core.types import DType, Judgement, Twin
 class TextSource:
     """Where text came from and how much of it was used.
 
-    `kind` is "file" for text of the user's, "builtin" for the text shipped with CPython and
-    "split" for a part of the calibration text that was held out. An image or recording is one unit.
+    `kind` is "file" for text of the user's, "written" for what the model wrote itself, "builtin"
+    for the text shipped with CPython and "split" for a part of the user's or of that which was held
+    out. An image or recording is one unit.
     `targets` counts the samples of an encoder-decoder that came with a target; the others were
     their own, or the dense model's. It is None for any other. `tokens` counts text and target.
     """
 
-    kind: Literal["file", "builtin", "split"]
+    kind: Literal["file", "written", "builtin", "split"]
     paths: tuple[str, ...] = field(metadata=unkeyed("`sha256` says what was read there"))
     sha256: str
     samples: int
@@ -128,6 +129,24 @@ class Sensitivity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelOrder:
+    """Whether the channels that a layer reads were put into another order before it was pruned.
+
+    `tensors` names all that moved, in the built model. `kept_before` and `kept_after` are the share
+    of Wanda's score, squared, that the best two of every four keep in the old order and the new
+    one, whose hash is `order_sha256`. `reason` says why the channels stay where they were, "" if
+    they moved.
+    """
+
+    layer: str
+    tensors: tuple[str, ...]
+    kept_before: float | None
+    kept_after: float | None
+    order_sha256: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PruneResult:
     """Result of the pruning stage.
 
@@ -135,6 +154,7 @@ class PruneResult:
     weights of each block were tuned together after the layers were solved. `sensitivity` is there
     where a budget chose the layers. `notes` are sentences on what of the checkpoint was left out,
     `memory` says where weights and hidden states were kept and what that was expected to take.
+    `orders` has each pruned layer that reads channels whose order is free.
     """
 
     method: str
@@ -151,6 +171,7 @@ class PruneResult:
     sensitivity: Sensitivity | None = None
     notes: tuple[str, ...] = ()
     memory: str = ""
+    orders: tuple[ChannelOrder, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

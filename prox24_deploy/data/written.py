@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import make_folder
+from prox24_deploy.core.records import TextSource
 from prox24_deploy.core.recovery import WrittenText
 from prox24_deploy.core.types import Progress
-from prox24_deploy.model.batch import Batch, pad_rows
+from prox24_deploy.data.text import BATCH_TOKENS
+from prox24_deploy.model.batch import Batch, Samples, pad_rows
 from prox24_deploy.model.checkpoint import write_tensors
 
 log = logging.getLogger(__name__)
@@ -124,13 +127,18 @@ def author_of(
     """The model as an author; None where nothing says which token a text starts with."""
     config: Any = model.config
     ends = _ids(tokenizer.eos_token_id) | _ids(config.eos_token_id)
-    starts = (tokenizer.bos_token_id, config.bos_token_id, tokenizer.eos_token_id)
-    start = next((int(token) for token in starts if token is not None), None)
+    start = start_token(tokenizer, {"bos_token_id": config.bos_token_id})
     if start is None:
         return None
     return Author(
         model=model, start=start, ends=frozenset(ends), length=length, seed=seed, folder=folder
     )
+
+
+def start_token(tokenizer: Any, config: Mapping[str, Any]) -> int | None:
+    """The token that a text starts with, by the tokenizer or config.json; None if neither says."""
+    starts = (tokenizer.bos_token_id, config.get("bos_token_id"), tokenizer.eos_token_id)
+    return next((int(token) for token in starts if token is not None), None)
 
 
 def is_degenerate(row: Sequence[int]) -> bool:
@@ -182,6 +190,60 @@ def write_text(
         sha256=hashlib.sha256(json.dumps(windows).encode()).hexdigest(),
     )
     return tuple(pad_rows([window], names, padding) for window in windows), record
+
+
+def write_calibration(
+    model: nn.Module,
+    tokenizer: Any,
+    tokens: int,
+    *,
+    length: int,
+    seed: int,
+    kept: Path,
+    out: Path,
+    progress: Progress,
+) -> WrittenText:
+    """Let a model write `tokens` tokens into the file `out`, as (windows, length) int32.
+
+    Args:
+        model: a decoder, whose tokenizer or configuration says how a text starts.
+        tokenizer: its own.
+        tokens: how many; less where too much of it is dropped, see `write_text`.
+        length: of a window.
+        seed: of what is drawn.
+        kept: folder of batches that an interrupted run has written.
+        out: the file; its folder is made.
+        progress: told of tokens.
+
+    Raises:
+        ValueError: nothing says how a text starts.
+    """
+    author = author_of(model, tokenizer, length=length, seed=seed, folder=kept)
+    if author is None:
+        raise ValueError(
+            "neither tokenizer nor configuration names a token that a text starts with"
+        )
+    batches, record = write_text(author, tokens, ["input_ids"], 0, progress)
+    rows = [batch.inputs["input_ids"] for batch in batches]
+    make_folder(out.parent)
+    whole = torch.cat(rows) if rows else torch.zeros(0, length)
+    write_tensors(out, {"tokens": whole.int()}, {"format": "pt"})
+    return record
+
+
+def read_written(path: Path, recipe: Recipe, record: WrittenText) -> Samples:
+    """Samples of what `write_calibration` wrote into a file, in batches as of any other text."""
+    with safe_open(path, framework="pt") as handle:
+        windows: Tensor = handle.get_tensor("tokens")
+    names = [spec.name for spec in recipe.inputs]
+    at_once = max(1, BATCH_TOKENS // windows.shape[1])
+    return Samples(
+        batches=tuple(pad_rows(rows.tolist(), names, 0) for rows in windows.split(at_once)),
+        source=TextSource(
+            kind="written", paths=(), sha256=record.sha256, samples=len(windows),
+            tokens=windows.numel(),
+        ),
+    )  # fmt: skip
 
 
 def _load(path: Path) -> Tensor | None:

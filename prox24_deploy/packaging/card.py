@@ -179,6 +179,7 @@ def _samples(text: TextSource) -> str:
     """What samples were taken from; of the user's files no paths, for a card is published."""
     kinds = {
         "file": "given by its maker",
+        "written": "that the source model wrote itself",
         "builtin": "of the English documentation inside CPython, not of the model's own domain",
         "split": "held out from the calibration samples",
     }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
+    from prox24_deploy.pruning.masks import MaskFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,7 @@ class RunContext:
     calibration: "Samples"
     held_out: "Samples"
     name: str
+    masks: "MaskFiles | None" = None
 
     @property
     def model(self) -> ModelContext:
@@ -76,6 +78,7 @@ def read_context(
         model_dir, source.model_type, options.recipe, lambda: advise(source)
     )
     recipe = fitted_recipe(recipe, source.architecture, source.path)
+    masks = _masks(source, recipe, options)
     calibration, held_out = _read_samples(source, recipe, options, progress)
     return RunContext(
         source=source,
@@ -84,7 +87,24 @@ def read_context(
         calibration=calibration,
         held_out=held_out,
         name=name,
+        masks=masks,
     )
+
+
+def _masks(source: "ModelDir", recipe: Recipe, options: BuildOptions) -> "MaskFiles | None":
+    """Masks that were made elsewhere, held to the structure of the model."""
+    if options.prune.mask is None:
+        return None
+    import torch
+
+    from prox24_deploy.model.directory import build_untrained
+    from prox24_deploy.pruning.masks import open_masks, read_masks
+
+    found = open_masks(options.prune)
+    if found is not None:
+        model = build_untrained(source.path, recipe, torch.device("meta"))
+        read_masks(found, model, source, recipe, options.prune)
+    return found
 
 
 def fitted_recipe(recipe: Recipe, architecture: str, model_dir: Path) -> Recipe:

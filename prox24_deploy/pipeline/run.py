@@ -65,6 +65,7 @@ def build(
     with open_bundle(out, fresh=fresh and not begun) as bundle:
         warn_of_few_samples(context)
         stages.tasks.verify(bundle, options.harness)
+        context = stages.write.run(bundle, context, options, progress)
         with shared(options) as ranks:
             pruned = stages.prune.run(bundle, context, options, progress, ranks)
         recovered = stages.recover.run(bundle, context, options, progress)
@@ -96,8 +97,10 @@ def prune(
     require_leader()
     context = read_context(model_dir, out, options, progress)
     begun = _begun_by_processes(model_dir, out, options, fresh=fresh, progress=progress)
-    with open_bundle(out, fresh=fresh and not begun) as bundle, shared(options) as ranks:
-        result = stages.prune.run(bundle, context, options, progress, ranks)
+    with open_bundle(out, fresh=fresh and not begun) as bundle:
+        context = stages.write.run(bundle, context, options, progress)
+        with shared(options) as ranks:
+            result = stages.prune.run(bundle, context, options, progress, ranks)
         stages.recover.forget_foreign(bundle)
         return result
 
@@ -153,6 +156,7 @@ def recover(
     require_pair(context.source, student, context.recipe)
     with open_bundle(out or pruned, existing=out is None) as bundle:
         given = bundle.artifact(PRUNED) if out is None else student
+        context = stages.write.run(bundle, context, options, progress)
         return stages.recover.run_on(bundle, given, context, options, asked, progress)
 
 

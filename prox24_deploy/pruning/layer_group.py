@@ -8,13 +8,18 @@ from torch import Tensor
 
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.core.errors import ModelDirError
-from prox24_deploy.model.layers import from_matrix, layer_at, to_matrix
+from prox24_deploy.model.layers import Layer, from_matrix, layer_at, to_matrix
 from prox24_deploy.pruning.activations import BlockPair
+from prox24_deploy.pruning.masks import fixed_mask
 from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.pruning.second_moments import SecondMoments
 from prox24_deploy.pruning.solvers.problem import damping_for, layer_problem
-from prox24_deploy.pruning.solvers.solver import PRESETS, LayerSolution, solve_layer
-from prox24_deploy.sparsity.pattern import is_24
+from prox24_deploy.pruning.solvers.solver import (
+    PRESETS,
+    LayerSolution,
+    is_solved,
+    solve_layer,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +61,17 @@ def solve_group(
     layers = [layer_at(twin.pruned, name) for name in group]
     matrices = [to_matrix(layer, layer.weight) for layer in layers]
     paths = [f"{twin.prefix}.{name}" for name in group]
-    solution, weight = _solve(torch.cat(matrices), moments, options, paths[0], ranks)
+    masks = [_mask_matrix(layer) for layer in layers]
+    known = [mask for mask in masks if mask is not None]
+    fixed = torch.cat(known) if known else None
+    solution, weight = _solve(torch.cat(matrices), moments, options, paths[0], fixed, ranks)
     parts = weight.split([len(matrix) for matrix in matrices])
     solved = {}
-    for name, path, layer, before, after in zip(group, paths, layers, matrices, parts, strict=True):
+    for name, path, layer, mask, before, after in zip(
+        group, paths, layers, masks, matrices, parts, strict=True
+    ):
         # Solved with its group or not, a layer that is 2:4 already keeps its bits.
-        unchanged = is_24(before)
+        unchanged = is_solved(before, mask)
         own = from_matrix(layer, before if unchanged else after)
         solved[name] = SolvedLayer(
             own.to(stored_dtype(f"{path}.weight")),
@@ -71,13 +81,24 @@ def solve_group(
     return solved
 
 
+def _mask_matrix(layer: Layer) -> Tensor | None:
+    mask = fixed_mask(layer)
+    return None if mask is None else to_matrix(layer, mask)
+
+
 def _solve(
-    weight: Tensor, moments: SecondMoments, options: PruneOptions, path: str, ranks: Ranks
+    weight: Tensor,
+    moments: SecondMoments,
+    options: PruneOptions,
+    path: str,
+    fixed: Tensor | None,
+    ranks: Ranks,
 ) -> tuple[LayerSolution, Tensor]:
     """The solution of the rows of this process, and the weights of all rows."""
     if options.method == "none":
         raise ValueError(f"layer {path} is not to be pruned")
-    own = weight[ranks.rows(len(weight))]
+    rows = ranks.rows(len(weight))
+    own = weight[rows]
     try:
         problem = layer_problem(
             own,
@@ -95,6 +116,7 @@ def _solve(
         method=options.method,
         options=PRESETS[options.preset],
         refinement=options.refinement,
+        fixed=None if fixed is None else fixed[rows],
         total=ranks.total,
     )
     return solution, ranks.gathered(solution.weight, len(weight))

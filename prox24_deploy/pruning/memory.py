@@ -127,13 +127,13 @@ def room_on(device: torch.device, limit: int | None) -> Room:
     return Room(device=free_on(device, limit), host=free_memory(), is_host=device.type == "cpu")
 
 
-def place(needs: Needs, room: Room, *, whole: bool) -> Placement:
+def place(needs: Needs, room: Room, *, whole: str = "") -> Placement:
     """Keep as much in memory as there is room for: hidden states first, then the whole model.
 
     Args:
         needs: of the run.
         room: that it has.
-        whole: whether the model must be whole, as where a budget measures it layer by layer.
+        whole: the option that needs the whole model in memory, if there is one.
 
     Raises:
         UsageError: even with everything on disk that can be there is no room.
@@ -151,11 +151,12 @@ def place(needs: Needs, room: Room, *, whole: bool) -> Placement:
             if own + beside <= room.device:
                 return Placement(streamed=streamed, states=states, bytes=own + beside)
     least = needs.held() if whole else needs.streamed()
-    budget = "; a budget needs the whole model, name the layers by --exclude instead"
+    advice = (
+        f"; {whole} needs the whole model, without it {_gib(needs.streamed())} do" if whole else ""
+    )
     raise UsageError(
         f"Pruning takes at least {_gib(least)} of memory, and {_gib(room.device)} are free or "
-        "allowed by --memory-limit; free some, raise the limit or take a larger device"
-        f"{budget if whole else ''}."
+        f"allowed by --memory-limit; free some, raise the limit or take a larger device{advice}."
     )
 
 

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import SENTENCE_MODULES, Recipe
 from prox24_deploy.core.atomic import make_folder
 from prox24_deploy.core.errors import CalibrationError, ModelDirError, RecipeError
-from prox24_deploy.core.records import LayerRecord, PruneResult, Sensitivity
+from prox24_deploy.core.records import ChannelOrder, LayerRecord, PruneResult, Sensitivity
 from prox24_deploy.core.types import Progress, silent
 from prox24_deploy.data.text import thin
 from prox24_deploy.model.batch import Batch, Samples
@@ -27,6 +27,7 @@ from prox24_deploy.model.checkpoint import (
     BlockStore,
     renamed_tensors,
     stored_dtype,
+    stored_names,
     write_pruned,
 )
 from prox24_deploy.model.directory import ModelDir, load_with_rest, structure_of
@@ -51,7 +52,9 @@ from prox24_deploy.pruning.activations import (
 from prox24_deploy.pruning.doubts import doubt_about
 from prox24_deploy.pruning.hidden_states import keeper
 from prox24_deploy.pruning.layer_group import solve_group
+from prox24_deploy.pruning.masks import fix_masks, open_masks, read_masks
 from prox24_deploy.pruning.memory import Placement, needs_of, place, room_on
+from prox24_deploy.pruning.permutation import OrderStore, Permuted, permute_channels
 from prox24_deploy.pruning.ranks import ALONE, Ranks, during
 from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches
 from prox24_deploy.pruning.second_moments import SecondMoments
@@ -69,6 +72,8 @@ log = logging.getLogger(__name__)
 
 # Held-out text for the error of each layer; the accuracy figures use all of it.
 _HELD_OUT_TOKENS = 8192
+# Text that tells how large the inputs of each layer are, by which their channels are ordered.
+_ORDER_TOKENS = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +85,15 @@ class PrunedState:
             files of solved blocks when they are asked for.
         axes: the axis of the groups in each of them.
         layers: what was done to each layer.
+        moved: new values of all other tensors that took part in an order of channels, alike.
+        orders: a record of each layer that reads channels whose order is free.
     """
 
     weights: Mapping[str, Tensor]
     axes: dict[str, int]
     layers: tuple[LayerRecord, ...]
+    moved: Mapping[str, Tensor] = field(default_factory=dict)
+    orders: tuple[ChannelOrder, ...] = ()
 
 
 @torch.no_grad()
@@ -201,17 +210,18 @@ def prune_directory(
         progress: see `prune_model`.
 
     Raises:
-        ModelDirError: the directory was written while its blocks were solved, or what
-            `prune_model` raises.
+        ModelDirError: the directory was written meanwhile, or what `prune_model` raises.
         UsageError: there is too little memory.
     """
     began = time.perf_counter()
     job = _Job(directory, recipe, calibration, held_out, options, device, solved, ranks)
     with _opened(job, memory_limit) as opened:
         state, sensitivity = _pruned(job, opened, progress)
-        digest = write_pruned(opened.directory, state.weights, out, axes=state.axes)
+        digest = write_pruned(
+            opened.directory, state.weights, out, axes=state.axes, dense=state.moved
+        )
     return PruneResult(
-        method=options.method,
+        method="mask" if options.mask else options.method,
         preset=options.preset,
         target=options.target,
         device=device.type,
@@ -225,6 +235,7 @@ def prune_directory(
         sensitivity=sensitivity,
         notes=opened.notes,
         memory=opened.memory,
+        orders=state.orders,
     )
 
 
@@ -274,7 +285,24 @@ class _Job:
         structure = structure_of(self.directory, self.recipe)
         needs = needs_of(structure, self.recipe, [b for each in shares for b in each], self.options)
         room = room_on(self.device, memory_limit)
-        return place(needs, room, whole=self.options.has_budget)
+        return place(needs, room, whole=self.needs_whole)
+
+    @property
+    def permutes(self) -> bool:
+        """Whether channels are put into a better order first."""
+        options = self.options
+        return options.permute != "none" and options.mask is None and options.method != "none"
+
+    @property
+    def needs_whole(self) -> str:
+        """The option that needs the whole model in memory; "" where none does."""
+        options = self.options
+        named = {
+            "--max-loss or --layers": options.has_budget,
+            "--mask": options.mask is not None,
+            "--permute auto": self.permutes,
+        }
+        return next((name for name, asked in named.items() if asked), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,9 +328,12 @@ def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
         )
         for batch in job.calibration.batches[:1]:
             require_runs(model, batch, job.recipe.task, directory.path)
+        named = replace(directory, renamed=renamed_tensors(directory, model))
+        if (masks := open_masks(job.options)) is not None:
+            fix_masks(model, read_masks(masks, model, named, job.recipe, job.options))
         yield _Opened(
             model,
-            replace(directory, renamed=renamed_tensors(directory, model)),
+            named,
             left_out(directory, model, job.recipe, unused),
             memory,
             Resources(
@@ -335,9 +366,11 @@ def _pruned(
         return PrunedState({}, {}, _all_dense(model, recipe)), None
     dense = left_dense(recipe, model, options)
     sensitivity: Sensitivity | None = None
+    permuted = _permuted(job, opened, dense, progress)
     if options.has_budget:
         sensitivity = _sensitivity(job, opened, dense, progress)
         dense = {**dense, **over_budget(sensitivity)}
+        permuted = permuted.without(model, dense)
     state = prune_model(
         model,
         recipe,
@@ -351,7 +384,30 @@ def _pruned(
         resources=opened.resources,
     )
     _require_pruned(state, recipe, opened.directory.path)
-    return state, sensitivity
+    moved = {
+        name: value.to(stored_dtype(opened.directory, name))
+        for name, value in permuted.tensors(model).items()
+        if name not in state.weights
+    }
+    return replace(state, moved=moved, orders=permuted.orders), sensitivity
+
+
+def _permuted(job: _Job, opened: _Opened, dense: Mapping[str, str], progress: Progress) -> Permuted:
+    """Put free channels of the model into a better order in place, where that is asked for."""
+    if not job.permutes:
+        return Permuted()
+    found = permute_channels(
+        opened.model,
+        job.recipe,
+        thin(job.calibration, _ORDER_TOKENS),
+        dense,
+        has_tensor=lambda name: len(stored_names(opened.directory, name)) == 1,
+        store=OrderStore(job.solved, opened.directory.require_untouched),
+        progress=progress,
+    )
+    # Each process finds it itself, from the same samples.
+    job.ranks.require_alike("channels in the order of", [asdict(each) for each in found.orders])
+    return found
 
 
 def _require_pruned(state: PrunedState, recipe: Recipe, path: Path) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from prox24_deploy.core.errors import CalibrationError
 from prox24_deploy.core.types import Preset
 from prox24_deploy.model.blocks import BlockCall, run_block
-from prox24_deploy.model.layers import layer_at, reduction_axis
+from prox24_deploy.model.layers import Layer, layer_at, reduction_axis
 from prox24_deploy.pruning.activations import Activations, BlockPair
+from prox24_deploy.pruning.masks import fixed_mask
 from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.sparsity.pattern import mask_24
 
@@ -139,8 +140,7 @@ class _Training:
         layers = [layer_at(twin.pruned, name) for name in names]
         self._weights = [layer.weight for layer in layers]
         self._start = [weight.clone() for weight in self._weights]
-        # A kept weight may be zero: the mask has two marks per group whatever the weights are.
-        self._masks = [mask_24(layer.weight.abs(), reduction_axis(layer)) for layer in layers]
+        self._masks = [_mask(layer) for layer in layers]
         self._targets = [
             self._outputs(twin.dense, activations.calls[batch], batch, hidden)
             for batch, hidden in enumerate(activations.dense)
@@ -228,6 +228,12 @@ class _Training:
             outputs.append(run_block(self._twin.following, calls[index + 1], outputs[0]))
         real = self._activations.real[batch].to(hidden.device)
         return [output[real] for output in outputs]
+
+
+def _mask(layer: Layer) -> Tensor:
+    """A kept weight may be zero: there are two marks per group whatever the weights are."""
+    fixed = fixed_mask(layer)
+    return mask_24(layer.weight.abs(), reduction_axis(layer)) if fixed is None else fixed
 
 
 def _order(batches: list[int], steps: int, seed: int) -> list[int]:

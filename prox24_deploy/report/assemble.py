@@ -202,6 +202,7 @@ def _pruning(prune: PruneResult, export: ExportResult) -> Pruning:
         damping=prune.damping,
         reconstructed=prune.reconstructed,
         sensitivity=prune.sensitivity,
+        orders=prune.orders,
         seconds=prune.seconds,
         layers=layers,
         totals=totals,

@@ -7,6 +7,7 @@ from prox24_deploy.core.intervals import FEWEST, around
 from prox24_deploy.core.quantized import QuantizeResult
 from prox24_deploy.core.records import (
     BenchResult,
+    ChannelOrder,
     CompileResult,
     Engine,
     Estimate,
@@ -59,6 +60,7 @@ def find_warnings(results: BuildResults) -> tuple[tuple[str, ...], ...]:
     left = (
         *prune.notes,
         *_skipped_warnings(prune.layers),
+        *_order_warnings(prune.orders),
         *_unquantized_warnings(results.quantize),
     )
     return accuracy, speed, left
@@ -96,10 +98,17 @@ def _text_warnings(prune: PruneResult, evaluate: EvaluateResult) -> Iterator[str
             "The model was calibrated on the English text that ships with Python, not on text of "
             "your domain; pass your own with --calibration PATH."
         )
+    if prune.calibration.kind == "written":
+        yield (
+            "The model was calibrated on text that it wrote itself, for want of other; text of "
+            "your domain may serve it better, pass it with --calibration PATH."
+        )
     yield from _target_warnings(prune.calibration, "calibrated")
     yield from _target_warnings(evaluate.evaluation, "evaluated")
     if evaluate.evaluation.kind != "file":
-        origin = "built-in" if evaluate.evaluation.kind == "builtin" else "held-out calibration"
+        built_in = "builtin" in {prune.calibration.kind, evaluate.evaluation.kind}
+        built_in = built_in or prune.calibration.kind == "written"
+        origin = "built-in" if built_in else "held-out calibration"
         unit = evaluate.evaluation.unit
         what = "text" if unit == "token" else f"{unit}s"
         yield (
@@ -137,6 +146,11 @@ def _token_warnings(prune: PruneResult) -> Iterator[str]:
 def _skipped_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
     left = {layer.name: layer.reason for layer in layers if layer.status == "skipped"}
     yield from _left_warnings(left, "dense")
+
+
+def _order_warnings(orders: Sequence[ChannelOrder]) -> Iterator[str]:
+    left = {order.layer: order.reason for order in orders if order.reason}
+    yield from _left_warnings(left, "with its channels in their old order")
 
 
 def _unquantized_warnings(found: QuantizeResult | None) -> Iterator[str]:

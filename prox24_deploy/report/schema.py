@@ -17,6 +17,7 @@ from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.quantized import LayerQuantization, StraightThrough
 from prox24_deploy.core.records import (
     AccuracyStep,
+    ChannelOrder,
     EngineEvidence,
     Estimate,
     Interval,
@@ -128,6 +129,7 @@ class Pruning(_Record):
     damping: tuple[float, float]
     reconstructed: bool
     sensitivity: Sensitivity | None
+    orders: tuple[ChannelOrder, ...] = ()
     seconds: float
     layers: tuple[LayerRecord, ...]
     totals: PruningTotals

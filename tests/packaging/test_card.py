@@ -9,6 +9,7 @@ import pytest
 from builders import make_records, with_numerics_failed
 from huggingface_hub import ModelCard, ModelCardData
 
+from prox24_deploy.core.records import ChannelOrder
 from prox24_deploy.packaging.card import SourceCard, read_source_card, render_card
 
 PLAIN = SourceCard(metadata={}, text="")
@@ -74,6 +75,23 @@ def test_dense_sparse_and_difference_stand_with_their_standard_errors() -> None:
     assert "| higher | 1,379 | 0.8203 ± 0.0091 |" in row
     layer = report.pruning.layers[-1]
     assert f"- {layer.reason}: `{layer.name}`" in text
+
+
+def test_the_card_says_what_was_put_into_another_order() -> None:
+    records = make_records()
+    order = ChannelOrder(
+        layer="encoder.layer.0.output.dense", tensors=("encoder.layer.0.output.dense.weight",),
+        kept_before=0.8, kept_after=0.9, order_sha256="d" * 64, reason="",
+    )  # fmt: skip
+    assert "Every tensor that was not pruned has the bytes" in render_card(records.report(), PLAIN)
+    prune = replace(records.prune, orders=(order, replace(order, reason="it does not fit")))
+    text = render_card(replace(records, prune=prune).report(), PLAIN)
+    assert "the inputs of pruned layers (1) were put into another order" in text
+    assert "Every tensor that was not pruned" not in text
+    mask = replace(records.prune, method="mask")
+    assert "the masks were made elsewhere" in render_card(
+        replace(records, prune=mask).report(), PLAIN
+    )
 
 
 def test_a_verdict_other_than_pass_is_said() -> None:

@@ -47,6 +47,7 @@ from prox24_deploy.pipeline.stages.tasks import TaskData
 # Every field that no key has, with what its reason must speak of.
 UNKEYED = {
     ("TextSource", "paths"): "sha256",
+    ("PruneOptions", "mask"): "its content counts",
     ("EngineOptions", "plan"): "counts where it is used",
     ("TensorRtOptions", "timing_cache"): "where timings are kept",
     ("CuSparseLt", "dense"): "hash says",
@@ -299,10 +300,11 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
     """The names are written out, so that a field that comes or goes is looked at here."""
     inputs = take().inputs
     inputs["tasks"] = tasks_of(inputs["evaluate"])
+    inputs["write"] = write_of(inputs["evaluate"])
     covered = {name: require_every_field_counts(found) for name, found in inputs.items()}
     assert covered == {
         "prune": {
-            "source", "recipe", "calibration", "held_out", "options", "device", "versions",
+            "source", "recipe", "calibration", "held_out", "options", "masks", "device", "versions",
             "memory_limit", "ranks",
         },
         "recover": {
@@ -336,6 +338,7 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
             "source", "pruned", "quantized", "tasks", "data", "limit", "recipe", "device",
             "harness", "versions",
         },
+        "write": {"source", "recipe", "tokens", "length", "seed", "device", "versions"},
     }  # fmt: skip
     assert {stage.name for stage in all_stages()} == set(covered)
     for found in inputs.values():
@@ -364,6 +367,18 @@ def tasks_of(evaluated: stages.evaluate.EvaluateInputs) -> stages.tasks.TaskInpu
         recipe=evaluated.recipe,
         device="cpu",
         harness="0.4",
+        versions={"torch": "2"},
+    )
+
+
+def write_of(evaluated: stages.evaluate.EvaluateInputs) -> stages.write.WriteInputs:
+    return stages.write.WriteInputs(
+        source=evaluated.source,
+        recipe=evaluated.recipe,
+        tokens=2048,
+        length=64,
+        seed=0,
+        device="cpu",
         versions={"torch": "2"},
     )
 
@@ -449,6 +464,7 @@ OTHER_OPTIONS: dict[str, tuple[Any, set[str]]] = {
     "prune.max_loss": (1.0, {"prune"}),
     "prune.max_layers": (3, {"prune"}),
     "prune.planned_dense": ((("encoder.layer.0.output.dense", "why"),), {"prune"}),
+    "prune.permute": ("none", {"prune"}),
     "recover.steps": (4, {"recover"}),
     "recover.learning_rate": (0.02, {"recover"}),
     "recover.step_tokens": (512, {"recover"}),
@@ -482,6 +498,7 @@ READ_BEFORE = {
     "text.evaluation": "its content counts, below",
     "text.column": "what is read there counts, as the content of a file does",
     "text.target_column": "the same",
+    "prune.mask": "its content counts: PruneInputs.masks",
     "name": "the record of the model holds it, below",
     "device": "this machine has one",
     "engine.plan": "what is in it counts: PruneOptions.planned_dense and CuSparseLt.known",

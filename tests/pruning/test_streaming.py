@@ -47,7 +47,7 @@ def pruned(
         recipe,
         samples,
         samples,
-        PruneOptions(method="wanda", preset="fast", reconstruct=tuned),
+        PruneOptions(method="wanda", preset="fast", reconstruct=tuned, permute="none"),
         device=CPU,
         solved=out / "solved",
         out=out / "pruned",
@@ -119,20 +119,23 @@ def test_as_much_is_kept_in_memory_as_there_is_room_for(
     *, device: int, host: int, streamed: bool, states: str, takes: int
 ) -> None:
     room = Room(device=device, host=host, is_host=False)
-    found = place(NEEDS, room, whole=False)
+    found = place(NEEDS, room)
     assert (found.streamed, found.states, found.bytes) == (streamed, states, takes)
 
 
 def test_the_memory_of_a_host_is_not_taken_twice() -> None:
     room = Room(device=OVER + 629, host=OVER + 629, is_host=True)
-    assert place(NEEDS, room, whole=False).states == "disk"
+    assert place(NEEDS, room).states == "disk"
 
 
-@pytest.mark.parametrize(("whole", "advice"), [(False, "larger device."), (True, "--exclude")])
-def test_too_little_memory_is_refused_with_what_it_takes(*, whole: bool, advice: str) -> None:
+@pytest.mark.parametrize(
+    ("whole", "end"),
+    [("", "larger device."), ("--permute auto", "; --permute auto needs the whole model, without")],
+)
+def test_too_little_memory_is_refused_with_what_it_takes(whole: str, end: str) -> None:
     with pytest.raises(UsageError, match=r"takes at least 0\.5 GiB.*--memory-limit") as error:
         place(NEEDS, Room(device=OVER, host=0, is_host=True), whole=whole)
-    assert advice in str(error.value)
+    assert end in str(error.value)
 
 
 def test_needs_are_those_of_the_weights_and_samples(tmp_path: Path) -> None:

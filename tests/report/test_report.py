@@ -23,9 +23,10 @@ from builders import (
 )
 from markupsafe import escape
 
+from prox24_deploy.cli.tables import order_lines
 from prox24_deploy.config.limits import Limits
 from prox24_deploy.core.errors import BundleError
-from prox24_deploy.core.records import Compilation, Estimate, PairedMetric
+from prox24_deploy.core.records import ChannelOrder, Compilation, Estimate, PairedMetric
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.report.assemble import (
     SCHEMA_FILE,
@@ -213,6 +214,29 @@ def builtin_text(records: Records) -> Records:
     return replace(records, prune=replace(records.prune, calibration=text))
 
 
+def written_text(records: Records) -> Records:
+    """Calibrated on its own text, and held to that which is built in."""
+    text = replace(records.prune.calibration, kind="written", paths=())
+    changed = replace(records, prune=replace(records.prune, calibration=text))
+    return evaluated_on("split")(changed)
+
+
+def ordered(records: Records) -> Records:
+    """One layer reads its channels in another order, one could not."""
+    moved, left = (
+        ChannelOrder(
+            layer=f"encoder.layer.{i}.output.dense",
+            tensors=("encoder.layer.0.intermediate.dense.bias",) if not reason else (),
+            kept_before=None if reason else 0.875,
+            kept_after=None if reason else 0.9,
+            order_sha256="" if reason else "d" * 64,
+            reason=reason,
+        )
+        for i, reason in enumerate(("", "its 6 channels do not divide"))
+    )
+    return replace(records, prune=replace(records.prune, orders=(moved, left)))
+
+
 def few_tokens(records: Records) -> Records:
     text = replace(records.prune.calibration, tokens=4096)
     layers = tuple(replace(layer, rows=4096) for layer in records.prune.layers)
@@ -271,10 +295,25 @@ def no_kernel_chosen(records: Records) -> Records:
     return with_latency(replace(records, compile=compiled), "pass", gated=True)
 
 
+def test_an_order_is_in_the_report_and_on_the_terminal(records: Records) -> None:
+    report = ordered(records).report()
+    assert [order.kept_after for order in report.pruning.orders] == [0.9, None]
+    assert order_lines(report.pruning.orders) == [
+        "Note: encoder.layer.1.output.dense reads its channels in their old order, because its 6 "
+        "channels do not divide.",
+        "Layers that read their channels in another order: 1. Two of four keep 90.0% of their "
+        "score in it, not 87.5%, and the model computes what it did.",
+    ]
+    assert order_lines(report.pruning.orders[1:]) == order_lines(report.pruning.orders)[:1]
+
+
 @pytest.mark.parametrize(
     ("change", "warning"),
     [
         (builtin_text, "English text that ships with Python.*--calibration PATH"),
+        (written_text, "calibrated on text that it wrote itself.*--calibration PATH"),
+        (written_text, "measured on built-in text"),
+        (ordered, r"1 layer left with its channels in their old order \(its 6 channels do not"),
         (few_tokens, r"4,096 tokens, .* fewer than 10 inputs per feature to 5 layers.*15,360 tok"),
         (few_images, r"50 images, .* fewer than 10 .* to 35 layers of up to 1,536 .* 308 images"),
         (exported_as("float32"), "float32, for which TensorRT has no sparse kernels.*float16"),

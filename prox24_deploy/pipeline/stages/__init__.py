@@ -16,6 +16,7 @@ from prox24_deploy.pipeline.stages import (
     recover,
     report,
     tasks,
+    write,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "recover",
     "report",
     "tasks",
+    "write",
 ]

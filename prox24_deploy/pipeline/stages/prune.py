@@ -22,18 +22,20 @@ from prox24_deploy.pipeline.stages.versions import numeric_versions
 if TYPE_CHECKING:
     from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
+    from prox24_deploy.pruning.masks import MaskFiles
     from prox24_deploy.pruning.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneInputs:
-    """What the pruned model depends on."""
+    """What the pruned model depends on; `masks` are the files that `options` name."""
 
     source: "ModelDir"
     recipe: Recipe
     calibration: "Samples"
     held_out: "Samples"
     options: PruneOptions
+    masks: "MaskFiles | None"
     device: str
     versions: Mapping[str, str]
     memory_limit: int | None = field(
@@ -54,6 +56,7 @@ def prune_inputs(
         calibration=context.calibration,
         held_out=context.held_out,
         options=options.prune,
+        masks=context.masks,
         device=torch_device(options.device).type,
         versions=numeric_versions(),
         memory_limit=options.memory_limit,
@@ -95,8 +98,11 @@ def help_with(context: RunContext, options: BuildOptions, ranks: "Ranks") -> Non
 
     from prox24_deploy.pruning.prune import help_to_prune
 
-    inputs = prune_inputs(context, options, ranks)
     while ranks.told("") == _BEGIN:
+        inputs = prune_inputs(context, options, ranks)
+        if (written := ranks.told(inputs.calibration)).source.kind == "written":
+            # What the model writes lies in the bundle.
+            inputs = replace(inputs, calibration=written)
         _require_alike(inputs, ranks)
         help_to_prune(
             inputs.source,
@@ -126,6 +132,7 @@ def _prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> PruneRes
 
     if inputs.ranks is not None:
         inputs.ranks.told(_BEGIN)
+        inputs.ranks.told(inputs.calibration)
         _require_alike(inputs, inputs.ranks)
     return prune_directory(
         inputs.source,

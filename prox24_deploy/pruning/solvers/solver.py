@@ -62,7 +62,7 @@ class LayerSolution:
         mask: (rows, d) bool, two True per group; a kept weight may be zero.
         iterations: solver iterations, 0 for one-shot methods.
         used: the method whose result this is: the one asked for, "unchanged" for weights that were
-            2:4 already, or "sparsegpt" where it beat the prox on the damped loss.
+            2:4 already, "sparsegpt" where it beat the prox on the damped loss, or "mask".
     """
 
     weight: Tensor
@@ -79,6 +79,7 @@ def solve_layer(
     options: AdmmOptions = PRESETS["default"],
     ista_options: IstaOptions = _PAPER,
     refinement: Refinement = "auto",
+    fixed: Tensor | None = None,
     total: Total = of_one,
 ) -> LayerSolution:
     """Prune the rows of one problem to 2:4.
@@ -92,19 +93,24 @@ def solve_layer(
         refinement: of the kept weights on the mask found: conjugate gradients, the masked gradient
             steps of the paper, or "none", which leaves the method's own weights. "auto" takes the
             gradient for "ista" and conjugate gradients for all others.
+        fixed: a mask made elsewhere, (rows, d) bool, which takes the place of the method.
         total: sums a number over the processes that solve the other rows of the same layers, if
             `weight` holds only some; all must call this function.
 
     Returns:
-        The solution. Weights that are 2:4 already come back bit-identical.
+        The solution. Weights that are 2:4 already, by `fixed` if there is one, come back
+        bit-identical.
 
     Raises:
         ValueError: d is not a multiple of four.
     """
-    if total(0.0 if is_24(weight) else 1.0) == 0:
-        return LayerSolution(
-            weight=weight, mask=mask_24(weight.abs()), iterations=0, used="unchanged"
-        )
+    if total(0.0 if is_solved(weight, fixed) else 1.0) == 0:
+        mask = mask_24(weight.abs()) if fixed is None else fixed
+        return LayerSolution(weight=weight, mask=mask, iterations=0, used="unchanged")
+    if fixed is not None:
+        start = problem.start.masked_fill(~fixed, 0.0)
+        kind = "conjugate-gradient" if refinement == "auto" else refinement
+        return _solution(problem, fixed, _refine(problem, fixed, start, kind), 0, "mask")
     candidate, mask, iterations = _propose(problem, method, options, ista_options, total)
     if refinement == "auto":
         refinement = "gradient" if method == "ista" else "conjugate-gradient"
@@ -116,7 +122,22 @@ def solve_layer(
         if next(losses) < next(losses):
             mask, used = rival_mask, "sparsegpt"
             solution = _refine(problem, mask, rival, refinement)
-    result = problem.to_weight(solution).masked_fill(~mask | problem.dead, 0.0)
+    return _solution(problem, mask, solution, iterations, used)
+
+
+def is_solved(weight: Tensor, fixed: Tensor | None = None) -> bool:
+    """Whether weights (rows, d) are 2:4 already, by a mask that was made elsewhere if there is one.
+
+    Raises:
+        ValueError: d is not a multiple of four.
+    """
+    return is_24(weight) and (fixed is None or not bool((weight.masked_fill(fixed, 0) != 0).any()))
+
+
+def _solution(
+    problem: LayerProblem, mask: Tensor, candidate: Tensor, iterations: int, used: str
+) -> LayerSolution:
+    result = problem.to_weight(candidate).masked_fill(~mask | problem.dead, 0.0)
     return LayerSolution(weight=result, mask=mask, iterations=iterations, used=used)
 
 
