@@ -24,5 +24,5 @@ if [ ! -d "$MODELS/recordings" ]; then
 fi
 
 # 12 of 96 layers, and few recordings, so that it is a matter of minutes; give a release more of both.
-build "$MODELS/whisper-base" --calibration "$MODELS/recordings" --recordings 16 --include '*fc1' \
+build "$MODELS/whisper-base" --calibration "$MODELS/recordings" --recordings 8 --include '*fc1' \
     --preset fast --engine-tokens 1024 --shapes batch=1 sequence=16 "$@"
