@@ -4,6 +4,7 @@ Pages that lie elsewhere in the repository join the site, the reference is writt
 and the names of blocks that tests read are cut down to a language.
 """
 
+import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ PROJECT = {
     "benchmarks/README.md": "project/benchmarks.md",
 }
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+# In a cell of a table; MkDocs would show the backslash.
+BARRED = re.compile(r"`([^`\n]*\\\|[^`\n]*)`")
 BLOCK = re.compile(r"^( *)```(\w+) \w+$", flags=re.MULTILINE)
 
 
@@ -47,7 +50,12 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
             return link.group()
         return _on_site(label, (folder / path).resolve(), anchor, folder) or link.group()
 
-    return BLOCK.sub(r"\1```\2", LINK.sub(lead, markdown))
+    return BLOCK.sub(r"\1```\2", BARRED.sub(_coded, LINK.sub(lead, markdown)))
+
+
+def _coded(code: re.Match[str]) -> str:
+    text = html.escape(code[1].replace("\\|", "|")).replace("|", "&#124;")
+    return f"<code>{text}</code>"
 
 
 def _on_site(label: str, path: Path, anchor: str, folder: Path) -> str | None:
