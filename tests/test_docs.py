@@ -28,10 +28,12 @@ from prox24_deploy.pruning.selection import require_matches
 from prox24_deploy.pytest_plugin import AssertNoRegression
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 # Also written for readers, and linked from the pages.
-OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "docker/README.md", "benchmarks/README.md")]
+ROOMS = ("docker", "benchmarks", "examples")
+OTHERS = [ROOT / "CONTRIBUTING.md", *(ROOT / room / "README.md" for room in ROOMS)]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 PROGRAM = "prox24-deploy"
 MOST_LINES = 120
 # Options of other programs that the pages name.
@@ -69,9 +71,14 @@ def commands_in(page: Path) -> Iterator[list[str]]:
         *(t.content for t in tokens(page) if t.type == "code_block"),
     ):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+            # Behind `||` stands what a failure may be.
+            words = shlex.split(line.partition("||")[0], comments=True)
             if PROGRAM in words and not {"docker", "pip"} & set(words):
                 yield words[words.index(PROGRAM) + 1 :]
+            for i, word in enumerate(words):
+                if re.fullmatch(r"examples/\w+\.sh", word):
+                    assert (ROOT / word).is_file(), word
+                    yield ["build", "model", *words[i + 1 :]]
 
 
 def command(words: list[str]) -> tuple[Any, list[str]]:
@@ -179,14 +186,15 @@ def test_json_is_json_line_by_line(page: Path) -> None:
 
 @pages
 def test_no_block_goes_untested_for_want_of_a_language(page: Path) -> None:
-    known = {"sh", "text", "json", "python", "toml limits", "toml recipe", "toml run"}
+    known = {"sh", "text", "json", "python", "yaml action"}
+    known |= {f"toml {kind}" for kind in ("limits", "recipe", "run")}
     assert {token.info for token in tokens(page) if token.type == "fence"} <= known
 
 
 @pytest.mark.parametrize(
-    # `test_python.py` runs the page of the Python API from top to bottom.
+    # `test_python.py` runs the page of the Python API, `test_tutorials.py` those that go together.
     "page",
-    [page for page in PAGES if page.name != "python.md"],
+    [page for page in PAGES if page.name != "python.md" and page not in TUTORIALS],
     ids=page_id,
 )
 def test_python_runs(
@@ -236,9 +244,14 @@ def test_links_and_pictures_lead_somewhere(page: Path) -> None:
 def test_every_page_is_reached_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for page in DOCS:
-        own = f"({page_id(page)}"
-        others = (other.read_text(encoding="utf-8") for other in DOCS if other != page)
-        assert own in text or any(f"({page.name}" in other for other in others), page.name
+        linked = [
+            (other.parent / str(t.attrs["href"]).partition("#")[0]).resolve()
+            for other in DOCS
+            if other != page
+            for t in tokens(other)
+            if t.type == "link_open"
+        ]
+        assert f"({page_id(page)}" in text or page in linked, page.name
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=page_id)
@@ -260,3 +273,28 @@ def test_pages_that_the_code_cites_are_there() -> None:
                 assert "README, " not in text, file
                 for name in re.findall(r"\b(?:docs|docker)/[\w-]+\.md\b", text):
                     assert (ROOT / name).is_file(), file
+
+
+@pages
+def test_the_site_reads_lists_and_blocks_as_github_does(page: Path) -> None:
+    """Its reader of Markdown wants four columns, and a blank line before a list."""
+    item, before, fenced = re.compile(r"(?:[*-]|\d+\.) "), "", False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.lstrip().startswith("```"):
+            assert len(line) - len(line.lstrip()) in (0, 4), line
+            fenced = not fenced
+        elif not fenced and item.match(line):
+            assert not before or before.startswith(" ") or item.match(before), line
+        before = line
+
+
+def test_the_site_has_every_page_once() -> None:
+    """`make docs` builds it; its own checks are not needed for this one."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = re.findall(r"^ +- ([\w/-]+\.md)$", text, flags=re.M)
+    assert len(set(listed)) == len(listed)
+    made = {name for name in listed if name.startswith(("reference/", "project/"))}
+    assert set(listed) - made == {page.relative_to(ROOT / "docs").as_posix() for page in DOCS}
+    hooks = (ROOT / "docs" / "site" / "hooks.py").read_text(encoding="utf-8")
+    for name in made:
+        assert f'"{name}"' in hooks, name

@@ -17,6 +17,7 @@ from groovy_parser.parser import parse_and_digest_groovy_content
 from lark.exceptions import LarkError
 from untraced import untraced
 
+from prox24_deploy import __version__
 from prox24_deploy.cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -214,6 +215,37 @@ def test_the_dockerfile_passes_its_linter(tmp_path: Path) -> None:
     found = hadolint(wrong)
     assert found.returncode == 1
     assert {finding["code"] for finding in json.loads(found.stdout)} >= {"DL3024"}
+
+
+def targets() -> dict[str, str]:
+    """Name and text of every stage of the Dockerfile, in order."""
+    text = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    parts = re.split(r"^FROM \S+ AS (\w+)$", text, flags=re.M)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_every_image_is_labelled_checked_and_not_run_by_root() -> None:
+    assert [*targets()][-1] == "cpu", "the last target is the default one"
+    assert set(targets()) == {"cpu", "cuda", "tensorrt"}
+    for text in targets().values():
+        assert f'image.version="{__version__}"' in text
+        assert 'image.licenses="Apache-2.0"' in text
+        assert re.search(r"^HEALTHCHECK .*\n +CMD \[", text, flags=re.M)
+        user = re.findall(r"^USER (\d+):(\d+)$", text, flags=re.M)
+        assert user, "no user"
+        assert "0" not in user[-1]
+        assert text.index("USER ") < text.index("ENTRYPOINT ")
+
+
+def test_base_images_are_pinned_and_the_page_says_which_only_by_tag() -> None:
+    text = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    images = dict(re.findall(r"^ARG (\w+_IMAGE)=(\S+)$", text, flags=re.M))
+    assert set(re.findall(r"^FROM \$\{(\w+)\}", text, flags=re.M)) == set(images)
+    page = (ROOT / "docker" / "README.md").read_text(encoding="utf-8")
+    for image in images.values():
+        pinned = re.search(r":[\w.-]+@sha256:[0-9a-f]{64}$", image)
+        assert pinned or image in page, image
+        assert not image.endswith(":latest")
 
 
 def test_the_dockerfile_copies_what_the_context_has() -> None:
