@@ -12,6 +12,7 @@ from prox24_deploy.core.errors import ExportError
 from prox24_deploy.core.records import NumericsCheck
 from prox24_deploy.core.types import DType
 from prox24_deploy.graph.export.export import export_onnx
+from prox24_deploy.graph.parity import numerics
 from prox24_deploy.graph.parity.numerics import compare_with_torch
 
 
@@ -78,6 +79,36 @@ def test_different_weight_fails_with_output_shape_difference_and_tolerance(toy: 
     )
     with pytest.raises(ExportError, match=message):
         compare(other, toy)
+
+
+def test_float32_may_be_as_far_off_as_its_own_rounding_takes_it(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here by a limit that no rounding holds, as in a deep model the rounding holds no limit."""
+    monkeypatch.setitem(numerics._RELATIVE, "float32", 1e-9)
+    (check,) = compare(Deep(), exported_deep(toy.parent / "deep"))
+    assert 0 < check.max_abs_difference <= check.tolerance
+    other = Deep()
+    other.second.bias.data[2] += 1e-3
+    with pytest.raises(ExportError, match="differs from PyTorch"):
+        compare(other, toy.parent / "deep" / "model.onnx")
+    monkeypatch.setattr(numerics, "_MOST_NOISE", 0.0)
+    with pytest.raises(ExportError, match=r"\(1e-09 of its largest magnitude\)"):
+        compare(Deep(), toy.parent / "deep" / "model.onnx")
+
+
+class Deep(Toy):
+    """Sums of large numbers that cancel, in another order in each program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.second.weight[:, ::2] += 100.0
+            self.second.weight[:, 1::2] -= 100.0
+
+
+def exported_deep(out: Path) -> Path:
+    return export_onnx(Deep(), toy_recipe(), out, dtype="float32")
 
 
 def test_difference_at_masked_positions_is_not_compared(masked: Path) -> None:

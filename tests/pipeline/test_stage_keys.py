@@ -56,6 +56,7 @@ UNKEYED = {
     ("BenchInputs", "max_slowdown"): "judged again",
     ("PruneInputs", "memory_limit"): "where weights are kept",
     ("PruneInputs", "ranks"): "who takes part",
+    ("WriteInputs", "memory_limit"): "whether there is room",
     ("EvaluateInputs", "memory_limit"): "where weights are kept",
     ("RecoverOptions", "processes"): "steps are the same",
 }
@@ -338,7 +339,9 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
             "source", "pruned", "quantized", "tasks", "data", "limit", "recipe", "device",
             "harness", "versions",
         },
-        "write": {"source", "recipe", "tokens", "length", "seed", "device", "versions"},
+        "write": {
+            "source", "recipe", "tokens", "length", "seed", "device", "versions", "memory_limit",
+        },
     }  # fmt: skip
     assert {stage.name for stage in all_stages()} == set(covered)
     for found in inputs.values():
@@ -380,6 +383,7 @@ def write_of(evaluated: stages.evaluate.EvaluateInputs) -> stages.write.WriteInp
         seed=0,
         device="cpu",
         versions={"torch": "2"},
+        memory_limit=2**40,
     )
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.manifest import read_manifest
 from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
+from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.recovery import WrittenText
 from prox24_deploy.data import written
 from prox24_deploy.data.written import read_written
@@ -103,6 +104,11 @@ def test_a_large_model_on_a_cpu_takes_the_built_in_text(
     assert prune(tiny_llama, tmp_path / "bundle").calibration.kind == "builtin"
     assert "is not asked to write its calibration text on a CPU" in caplog.text
     assert not (tmp_path / "bundle" / "written").exists()
+
+
+def test_a_model_that_does_not_fit_is_not_asked_to_write(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="must fit into memory as a whole; pass text of your own"):
+        prune(tiny_llama, tmp_path / "bundle", memory_limit_gib=1e-6)
 
 
 def test_a_model_that_repeats_itself_takes_the_built_in_text(

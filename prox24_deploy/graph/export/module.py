@@ -44,6 +44,7 @@ class RecipeModule(nn.Module):
         self._inputs = [spec.name for spec in recipe.inputs]
         self._outputs = [spec.name for spec in recipe.outputs]
         self._cache = recipe.cache
+        self._recipe = recipe
         self._graph = recipe.graph
         # Without this a decoder returns its key/value cache as a second, unasked-for result.
         generates = recipe.cache or recipe.kind.decoder_alone
@@ -73,6 +74,10 @@ class RecipeModule(nn.Module):
         for layer in cached_layers(result) if self._cache else ():
             outputs += [layer.keys, layer.values]
         return tuple(outputs)
+
+    def with_weights(self, convert: "Convert") -> "RecipeModule":
+        """The same around a copy of the model with converted weights, see `copy_with`."""
+        return RecipeModule(copy_with(self.wrapped, convert), self._recipe).eval()
 
     def _run(self, feeds: dict[str, Any]) -> object:
         """Call the model, or the half of it that the graph is."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.bundle import Bundle
@@ -10,6 +10,8 @@ from prox24_deploy.bundle.layout import WRITTEN, WRITTEN_TOKENS
 from prox24_deploy.bundle.stage import Stage, Workspace
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.recovery import WrittenText
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import RunContext, torch_device
@@ -35,6 +37,9 @@ class WriteInputs:
     seed: int
     device: str
     versions: Mapping[str, str]
+    memory_limit: int | None = field(
+        default=None, metadata=unkeyed("says whether there is room, not what is written")
+    )
 
 
 def run(
@@ -59,6 +64,7 @@ def run(
         seed=options.text.seed,
         device=torch_device(options.device).type,
         versions=numeric_versions(),
+        memory_limit=options.memory_limit,
     )
     found = bundle.run(STAGE, inputs, progress)
     if found.tokens < MIN_TOKENS:
@@ -99,11 +105,18 @@ def _write(inputs: WriteInputs, work: Workspace, progress: Progress) -> WrittenT
     import torch
 
     from prox24_deploy.data.written import write_calibration
-    from prox24_deploy.model.directory import load_model
+    from prox24_deploy.model.directory import load_model, structure_of
+    from prox24_deploy.model.offload import fits
     from prox24_deploy.model.processors import load_tokenizer
 
+    device = torch.device(inputs.device)
+    if not fits(structure_of(inputs.source, inputs.recipe), 1, device, inputs.memory_limit):
+        raise UsageError(
+            f"Model {inputs.source.path} would write the text that it is calibrated on, for which "
+            "it must fit into memory as a whole; pass text of your own with --calibration PATH."
+        )
     return write_calibration(
-        load_model(inputs.source, inputs.recipe, torch.device(inputs.device)),
+        load_model(inputs.source, inputs.recipe, device),
         load_tokenizer(inputs.source),
         inputs.tokens,
         length=inputs.length,
