@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 import typer
+import yaml
 from command_line import run_cli
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -116,6 +117,16 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
+def test_a_job_of_kubernetes_starts_a_command_that_is_there() -> None:
+    shown = [yaml.safe_load(text) for page in PAGES for text in blocks(page, "yaml job")]
+    containers = [each for job in shown for each in job["spec"]["template"]["spec"]["containers"]]
+    assert len(containers) == 1
+    for container in containers:
+        command, *given = container["args"][container["args"].index("prox24_deploy") + 1 :]
+        options = {word.partition("=")[0] for word in given if word.startswith("-")}
+        assert options <= options_of(LEAVES[command])
+
+
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=page_id)
 def test_a_line_for_the_shell_is_understood_by_the_command_line(page: Path) -> None:
     for words in commands_in(page):
@@ -186,7 +197,7 @@ def test_json_is_json_line_by_line(page: Path) -> None:
 
 @pages
 def test_no_block_goes_untested_for_want_of_a_language(page: Path) -> None:
-    known = {"sh", "text", "json", "python", "yaml action"}
+    known = {"sh", "text", "json", "python", "yaml action", "yaml job"}
     known |= {f"toml {kind}" for kind in ("limits", "recipe", "run")}
     assert {token.info for token in tokens(page) if token.type == "fence"} <= known
 

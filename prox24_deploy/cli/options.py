@@ -584,9 +584,8 @@ MemoryOpt = Annotated[
     float | None,
     typer.Option(
         min=0.1,
-        metavar="GIB",
-        help="Memory that pruning and evaluation may take where they run; default: all that is "
-        "free. Results do not depend on it.",
+        help="Memory that pruning and evaluation may take where they run, GiB; default: all that "
+        "is free. Results do not depend on it.",
     ),
 ]
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]

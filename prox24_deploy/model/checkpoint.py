@@ -94,6 +94,10 @@ class SolvedWeights(Mapping[str, Tensor]):
             weight: Tensor = handle.get_tensor(stored)
         return weight
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a weight; nothing is read."""
+        return name in self._places
+
     def __iter__(self) -> Iterator[str]:
         """Names in the order of the blocks."""
         return iter(self._places)

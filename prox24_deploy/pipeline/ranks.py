@@ -126,7 +126,9 @@ def _followed(child: "subprocess.Popen[bytes]", progress: Progress) -> Prox24Err
             progress(str(told["label"]), int(told["done"]), int(told["total"]))
         elif told.get("kind") == ERROR:
             kind = getattr(errors, str(told["type"]), Prox24Error)
-            found = found or kind(str(told["message"]))
+            # Others say only that the one with an error of its own is gone.
+            if found is None or isinstance(found, RankError):
+                found = kind(str(told["message"]))
     child.wait()
     return found
 

@@ -11,8 +11,12 @@ from prox24_deploy.pipeline import run
 from prox24_deploy.pipeline.ranks import ERROR, OPTIONS, PROGRESS, is_helper
 
 
-def main(file: str) -> int:
-    """Prune as the file says; progress and an error go to stdout, a JSON object a line."""
+def main(file: str) -> None:
+    """Prune as the file says; progress and an error go to stdout, a JSON object a line.
+
+    Raises:
+        Prox24Error: what pruning raises, once it is told, for torchrun to see that it failed.
+    """
     end_on_termination()
     job = json.loads(Path(file).read_text())
     options = OPTIONS.validate_python(job["options"])
@@ -26,8 +30,7 @@ def main(file: str) -> int:
             )
     except Prox24Error as error:
         _tell(kind=ERROR, type=type(error).__name__, message=str(error))
-        return error.exit_code
-    return 0
+        raise
 
 
 def _tell_progress(label: str, done: int, total: int) -> None:
@@ -40,4 +43,4 @@ def _tell(**line: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    main(*sys.argv[1:])

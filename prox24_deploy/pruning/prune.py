@@ -112,9 +112,8 @@ def prune_model(
 ) -> PrunedState:
     """Prune all target layers of `model` in place.
 
-    Layers that share an input are solved together, in the order in which a forward pass reaches
-    them; each group sees what the groups before it, already pruned, feed it. Weights are rounded
-    to the checkpoint's dtype before anything downstream sees them.
+    Layers that share an input are solved together, in the order of a forward pass; each group sees
+    what those before it, already pruned and rounded to the checkpoint's dtype, feed it.
 
     Args:
         model: float32, evaluation mode; its blocks end up pruned.
@@ -141,18 +140,26 @@ def prune_model(
     records: list[LayerRecord] = []
     for number, step in enumerate(block_steps(model, recipe, (calibration, held_out), resources)):
         progress("prune", number, count)
-        with during(step.twin.prefix, resources.ranks):
-            done = resources.ranks.told(store.load(number))
-            if done is None:
-                done = solver.solve(step)
-                if resources.ranks.writes:
-                    store.save(number, *done)
+        done = _block_done(number, step, solver, store)
         _apply(step.twin.pruned, done[0])
         weights.add(number, step.twin.prefix, done[0])
         records.extend(done[1])
     progress("prune", count, count)
     records.extend(_layers_outside(model, recipe, {record.name for record in records}))
     return PrunedState(weights, _axes(model, weights), tuple(records))
+
+
+def _block_done(
+    number: int, step: BlockStep, solver: "_BlockSolver", store: BlockStore
+) -> tuple[dict[str, Tensor], tuple[LayerRecord, ...]]:
+    """Weights and records of one block, as an earlier run kept them, else solved and kept."""
+    with during(step.twin.prefix, solver.ranks):
+        done = solver.ranks.told(store.load(number))
+        if done is None:
+            done = solver.solve(step)
+            if solver.ranks.writes:
+                store.save(number, *done)
+    return done
 
 
 def _axes(model: nn.Module, weights: Iterable[str]) -> dict[str, int]:
@@ -220,17 +227,29 @@ def prune_directory(
         digest = write_pruned(
             opened.directory, state.weights, out, axes=state.axes, dense=state.moved
         )
+    return _result(job, opened, state, sensitivity, digest, time.perf_counter() - began)
+
+
+def _result(
+    job: "_Job",
+    opened: "_Opened",
+    state: PrunedState,
+    sensitivity: Sensitivity | None,
+    digest: str,
+    seconds: float,
+) -> PruneResult:
+    options = job.options
     return PruneResult(
         method="mask" if options.mask else options.method,
         preset=options.preset,
         target=options.target,
-        device=device.type,
+        device=job.device.type,
         layers=state.layers,
-        calibration=calibration.source,
-        held_out=held_out.source,
+        calibration=job.calibration.source,
+        held_out=job.held_out.source,
         damping=_damping(state.layers),
         state_sha256=digest,
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
         reconstructed=options.reconstructs,
         sensitivity=sensitivity,
         notes=opened.notes,

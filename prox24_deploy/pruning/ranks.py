@@ -4,6 +4,7 @@ Each takes some of the samples through the blocks; second moments are summed ove
 rows of a layer do not depend on each other, so that each process solves some of the rows.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from prox24_deploy.core.errors import RankError
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -115,8 +118,11 @@ class Ranks:
         try:
             return call()
         except RuntimeError as error:
+            # The library's own words are for those who wrote it.
+            log.info("torch.distributed says: %s", error)
             raise RankError(
-                f"Another process of this run is gone ({str(error).splitlines()[0]})"
+                "Another process of this run is gone; see what it said, and run the same command "
+                "again."
             ) from error
 
 
@@ -151,7 +157,10 @@ def during(block: str, ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except RankError as error:
-        raise RankError(f"{error} while block {block} was pruned; {_AGAIN}") from error
+        raise RankError(
+            f"Another process of this run is gone, which showed while block {block} was pruned; "
+            f"{_AGAIN}"
+        ) from error
     except (KeyboardInterrupt, SystemExit) as ending:
         if ranks.count == 1:
             raise

@@ -332,7 +332,7 @@ def test_any_other_recipe_is_its_own_part() -> None:
         ),
         (
             PAIRED.replace("[decoder]", "[decoder]\ncache = true"),
-            r"unknown key 'decoder\.cache'; the keys of decoder are blocks, targets, ignore, in",
+            r"unknown key 'decoder\.cache'; the keys of decoder are blocks, targets, ignore, ch",
         ),
         (
             PAIRED.replace('name = "logits",', 'name = "logits", shape = 1,'),

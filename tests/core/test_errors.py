@@ -22,6 +22,7 @@ EXIT_CODES = {
     "BundleError": 2,
     "SparsityLostError": 4,
     "SparsityUnprovenError": 5,
+    "RankError": 1,
     "ExportError": 1,
     "EngineError": 1,
     "BackendMissingError": 5,

@@ -80,7 +80,6 @@ def test_two_processes_come_to_the_same_weights(
     assert run.code == 0, run.err
     assert "prune 1/2" in run.err
     same(alone, out)
-    assert run_cli("verify", out).code == 0
 
 
 def processes(
@@ -119,7 +118,7 @@ def test_a_lost_process_is_told_with_its_block_and_the_next_run_goes_on(
     if first.returncode == 0:
         pytest.skip("the run was over before its second process was killed")
     assert first.returncode == 1
-    assert "while block model.layers.1 was pruned" in said
+    assert "model.layers.1 was pruned" in said
     assert list(out.glob(KEPT))
     assert run_cli(*arguments(tiny_llama, out, prose)).code == 0
     same(alone, out)

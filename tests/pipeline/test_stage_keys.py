@@ -415,8 +415,9 @@ def test_two_kinds_of_backend_with_the_same_fields_have_different_keys() -> None
 
 
 def test_what_no_key_has_is_listed_with_its_reason(take: Callable[..., Taken]) -> None:
-    found = {}
-    for value in (*take().inputs.values(), samples(), *backends(take().inputs["prune"].recipe)):
+    inputs, found = take().inputs, {}
+    written = write_of(inputs["evaluate"])
+    for value in (*inputs.values(), written, samples(), *backends(inputs["prune"].recipe)):
         for kind in dataclasses_in(value):
             for field in fields(kind):
                 if is_unkeyed(field):

@@ -111,18 +111,26 @@ def solve_layer(
         start = problem.start.masked_fill(~fixed, 0.0)
         kind = "conjugate-gradient" if refinement == "auto" else refinement
         return _solution(problem, fixed, _refine(problem, fixed, start, kind), 0, "mask")
-    candidate, mask, iterations = _propose(problem, method, options, ista_options, total)
     if refinement == "auto":
         refinement = "gradient" if method == "ista" else "conjugate-gradient"
-    solution = _refine(problem, mask, candidate, refinement)
-    used: str = method
-    if method == "prox":
-        rival, rival_mask = sparsegpt(problem)
-        losses = (total(float(problem.loss(each).sum())) for each in (rival, solution))
-        if next(losses) < next(losses):
-            mask, used = rival_mask, "sparsegpt"
-            solution = _refine(problem, mask, rival, refinement)
-    return _solution(problem, mask, solution, iterations, used)
+    candidate, mask, iterations = _propose(problem, method, options, ista_options, total)
+    found = _solution(
+        problem, mask, _refine(problem, mask, candidate, refinement), iterations, method
+    )
+    return _guarded(problem, found, refinement, total) if method == "prox" else found
+
+
+def _guarded(
+    problem: LayerProblem, found: LayerSolution, refinement: Refinement, total: Total
+) -> LayerSolution:
+    """The solution, or that of SparseGPT, refined alike, where it has the lower damped loss."""
+    rival, mask = sparsegpt(problem)
+    own = found.weight * problem.scale
+    losses = [total(float(problem.loss(each).sum())) for each in (rival, own)]
+    if losses[0] >= losses[1]:
+        return found
+    better = _refine(problem, mask, rival, refinement)
+    return _solution(problem, mask, better, found.iterations, "sparsegpt")
 
 
 def is_solved(weight: Tensor, fixed: Tensor | None = None) -> bool:

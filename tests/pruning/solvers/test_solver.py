@@ -91,7 +91,7 @@ def test_it_stops_once_every_group_is_24() -> None:
 def test_a_solution_that_loses_to_sparsegpt_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = correlated_layer()
 
-    def bad_admm(problem: LayerProblem, _: AdmmOptions) -> tuple[Tensor, Tensor, int]:
+    def bad_admm(problem: LayerProblem, *_: object) -> tuple[Tensor, Tensor, int]:
         worst = ~mask_24(problem.start.abs())
         return problem.start.masked_fill(~worst, 0.0), worst, 7
 
