@@ -161,8 +161,8 @@ def during(block: str, ranks: Ranks) -> Iterator[None]:
             f"Another process of this run is gone, which showed while block {block} was pruned; "
             f"{_AGAIN}"
         ) from error
-    except (KeyboardInterrupt, SystemExit) as ending:
-        if ranks.count == 1:
+    except BaseException as ending:
+        if isinstance(ending, Exception) or ranks.count == 1:
             raise
         raise RankError(
             f"This process was told to end while block {block} was pruned, as when another is "
