@@ -1,0 +1,214 @@
+"""How pruning grows: time, memory and traffic of a random Llama of any shape, one JSON line a run.
+
+    python benchmarks/scale.py --hidden 512 --inner 1536 --blocks 2 --tokens 16384
+    python benchmarks/scale.py --hidden 8192 --inner 28672 --heads 64 --kv-heads 8 --blocks 1 \
+        --whole 80 --tokens 262144 --device cuda
+
+The model is made on the spot, in bfloat16 and in shards of a block, and pruned as `prune` does it.
+Speed is that of all matrix products, as PyTorch counts them, over the whole of the time, beside the
+largest that a float32 product of 4096 by 4096 reaches here. A run of few blocks tells of a model of
+more: each block takes as long as the slowest of these, the rest grows with their number; that a
+larger model may have to be kept elsewhere (`--memory-limit`) is not in it. Bytes are those that
+the process asked for, caches included.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.config.recipe import Recipe, parse_recipe, shipped_recipes
+from prox24_deploy.core.records import PruneResult, TextSource
+from prox24_deploy.model.batch import Batch, Samples
+from prox24_deploy.model.directory import open_model_dir
+from prox24_deploy.pruning.prune import prune_directory
+
+_PEAK_SIZE, _PEAK_RUNS = 4096, 5
+
+
+def main() -> None:
+    """Make a model, prune it, and print what that took."""
+    asked = arguments()
+    with TemporaryDirectory(dir=asked.folder) as folder:
+        line = measured(asked, Path(folder))
+    print(json.dumps(line))
+    if asked.plot:
+        draw(line, asked.plot)
+
+
+def arguments() -> argparse.Namespace:
+    """What to make and how to prune it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    numbers = {
+        "hidden": 512, "inner": 1536, "heads": 8, "kv-heads": 8, "blocks": 2, "vocabulary": 32000,
+        "length": 2048, "tokens": 16384,
+    }  # fmt: skip
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--whole", type=int, help="blocks of the model that this is a part of")
+    parser.add_argument("--preset", default="default")
+    parser.add_argument("--reconstruct", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory-limit", type=float, help="GiB")
+    parser.add_argument("--folder", type=Path, help="where there is room for the model, twice")
+    parser.add_argument("--plot", type=Path, help="an SVG of seconds by stage")
+    return parser.parse_args()
+
+
+def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Prune a model of the shape; what it took."""
+    made = made_model(asked, folder / "model")
+    device = torch.device(asked.device)
+    peak = matrix_peak(device)
+    steps = Steps()
+    before = traffic()
+    with FlopCounterMode(display=False) as counter:
+        result = pruned(asked, folder, steps.note)
+    seconds = steps.seconds()
+    total = sum(seconds.values())
+    flops = counter.get_total_flops()
+    after = traffic()
+    return {
+        "shape": {name: getattr(asked, name) for name in ("hidden", "inner", "blocks", "tokens")},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "weights": made,
+        "seconds": seconds,
+        "total_seconds": total,
+        "whole_seconds": whole(seconds, asked.blocks, asked.whole),
+        "estimate": result.memory,
+        "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gpu_gib": (
+            torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+        ),
+        "tflops": flops / total / 1e12,
+        "share_of_peak": flops / total / peak,
+        "read_gib": (after["rchar"] - before["rchar"]) / 2**30,
+        "written_gib": (after["wchar"] - before["wchar"]) / 2**30,
+        "versions": {"torch": torch.__version__},
+    }
+
+
+def made_model(asked: argparse.Namespace, out: Path) -> int:
+    """Write a random model; the number of its weights."""
+    config = LlamaConfig(
+        vocab_size=asked.vocabulary,
+        hidden_size=asked.hidden,
+        intermediate_size=asked.inner,
+        num_hidden_layers=asked.blocks,
+        num_attention_heads=asked.heads,
+        num_key_value_heads=asked.kv_heads,
+        max_position_embeddings=asked.length,
+    )
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    model.save_pretrained(out, max_shard_size=max(2 * block, 2**20))
+    return sum(p.numel() for p in model.parameters())
+
+
+def pruned(asked: argparse.Namespace, folder: Path, progress: Any) -> PruneResult:
+    """Prune it on random windows."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(asked.vocabulary, (asked.tokens // asked.length, asked.length),
+                         generator=generator)  # fmt: skip
+    batches = tuple(
+        Batch({"input_ids": row[None], "attention_mask": torch.ones_like(row[None])},
+              torch.ones(1, asked.length, dtype=torch.bool))
+        for row in rows
+    )  # fmt: skip
+    source = TextSource(
+        kind="file", sha256="0" * 64, tokens=asked.tokens, samples=len(rows), paths=()
+    )
+    samples = Samples(batches=batches, source=source)
+    limit = None if asked.memory_limit is None else int(asked.memory_limit * 2**30)
+    return prune_directory(
+        open_model_dir(folder / "model"),
+        llama(),
+        samples,
+        Samples(batches=batches[:1], source=source),
+        PruneOptions(preset=asked.preset, reconstruct=asked.reconstruct, permute="none"),
+        device=torch.device(asked.device),
+        memory_limit=limit,
+        solved=folder / "solved",
+        out=folder / "pruned",
+        progress=progress,
+    )
+
+
+def llama() -> Recipe:
+    """The recipe of the family."""
+    return parse_recipe(shipped_recipes()["llama"], "llama").for_architecture("LlamaForCausalLM")
+
+
+class Steps:
+    """When each block began and the last ended."""
+
+    def __init__(self) -> None:
+        self._times = [time.perf_counter()]
+
+    def note(self, label: str, done: int, total: int) -> None:
+        """Take the time of one call of progress."""
+        self._times.append(time.perf_counter())
+        print(f"{label} {done}/{total}", file=sys.stderr)
+
+    def seconds(self) -> dict[str, float]:
+        """By stage: until the first block, each block, and from the last on."""
+        times = [*self._times, time.perf_counter()]
+        spans = [after - before for before, after in pairwise(times)]
+        blocks = {f"block {i}": span for i, span in enumerate(spans[1:-1])}
+        return {"open": spans[0], **blocks, "write": spans[-1]}
+
+
+def whole(seconds: dict[str, float], blocks: int, count: int | None) -> float | None:
+    """Of a model of so many blocks, by the assumptions at the top."""
+    if count is None:
+        return None
+    slowest = max(span for name, span in seconds.items() if name.startswith("block"))
+    return (seconds["open"] + seconds["write"]) * count / blocks + slowest * count
+
+
+def matrix_peak(device: torch.device) -> float:
+    """FLOP/s of the fastest of some float32 products."""
+    one = torch.randn(_PEAK_SIZE, _PEAK_SIZE, device=device)
+    best = 0.0
+    for _ in range(_PEAK_RUNS):
+        began = time.perf_counter()
+        float((one @ one)[0, 0])
+        best = max(best, 2 * _PEAK_SIZE**3 / (time.perf_counter() - began))
+    return best
+
+
+def traffic() -> dict[str, int]:
+    """Bytes that this process has read and written so far, those of caches too."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return {name: int(value) for name, value in (line.split(":") for line in lines)}
+
+
+def draw(line: dict[str, Any], out: Path) -> None:
+    """Seconds by stage."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+    axes.barh(list(line["seconds"]), list(line["seconds"].values()))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"seconds, {line['device']}")
+    figure.savefig(out)
+
+
+if __name__ == "__main__":
+    main()
