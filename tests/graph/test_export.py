@@ -217,7 +217,10 @@ print(hash_onnx(Path(out) / "model.onnx")[0])
 
 
 @pytest.mark.parametrize(
-    "export", [("bert", "float32"), ("llama", "float16")], indirect=True, ids="-".join
+    "export",
+    [pytest.param(("bert", "float32"), marks=pytest.mark.large), ("llama", "float16")],
+    indirect=True,
+    ids="-".join,
 )
 def test_another_process_writes_the_same_bytes(export: Export, tmp_path: Path) -> None:
     here, again = str(Path(__file__).parent), str(tmp_path / "again")
