@@ -116,9 +116,7 @@ def translate(paths: tuple[Path, ...], ids: Array, mask: Array, start: int) -> A
     return written[:, 1:]
 
 
-@pytest.mark.parametrize(
-    "row", ["bart", "t5", pytest.param("t5, gated", marks=pytest.mark.large)]
-)
+@pytest.mark.parametrize("row", ["bart", "t5", pytest.param("t5, gated", marks=pytest.mark.large)])
 def test_a_padded_batch_is_translated_as_transformers_does(row: str, tmp_path: Path) -> None:
     made = tiny_model(row)
     made.save_pretrained(tmp_path / "model")  # type: ignore[operator]  # a transformers model
