@@ -49,11 +49,16 @@ def free_memory(cgroup: Path = CGROUP) -> int:
     try:
         limit = (cgroup / "memory.max").read_text().strip()
         used = int((cgroup / "memory.current").read_text())
-        lines = (cgroup / "memory.stat").read_text().splitlines()
     except (OSError, ValueError):
         return free
-    if not limit.isdigit():
-        return free
-    # What the kernel keeps of files counts as used there, and is given up when it is needed.
-    cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-    return min(free, max(int(limit) - used + cached, 0))
+    # Without a limit the file says "max".
+    return min(free, max(int(limit) - used + _cached(cgroup), 0)) if limit.isdigit() else free
+
+
+def _cached(cgroup: Path) -> int:
+    """What the kernel keeps of files, which counts as used and is given up when it is needed."""
+    try:
+        lines = (cgroup / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -104,8 +103,3 @@ def keeper(place: Place, folder: Path) -> Keep:
                 return OnDisk(states, folder / name)
 
     return keep
-
-
-def bytes_of(states: Tensor) -> int:
-    """Memory of one batch of states."""
-    return states.numel() * torch.finfo(states.dtype).bits // 8

@@ -6,7 +6,6 @@ the masks, and the copies to go back to. Activations come on top; they depend on
 
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -18,12 +17,10 @@ from prox24_deploy.core.types import RecoverOptimizer
 from prox24_deploy.model.config_file import whole_number
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.dtypes import settled_dtype
+from prox24_deploy.model.offload import free_on
 from prox24_deploy.recovery.optimizer import state_bytes
 
 GIB = 2**30
-_MEMORY_FILE = Path("/proc/meminfo")
-# Limit and use of a container, where there is one.
-_LIMIT_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +113,9 @@ def require_memory(
         UsageError: says what is needed, what is free, and which option needs less.
     """
     needs, host = needs_of(directory, recipe, options, device.type), device.type != "cuda"
-    found, free = needs[options.optimizer], free_memory(device)
+    found, free = needs[options.optimizer], free_on(device, None)
     times = options.processes if host else 1
-    if free is None or times * found.total <= free:
+    if times * found.total <= free:
         return found
     where = "this machine" if host else "the GPU"
     raise UsageError(
@@ -161,29 +158,3 @@ def _remedy(
     if times > 1 and lean <= free:
         return "pass a smaller --recover-processes"
     return "use a device with more memory, or leave recovery out"
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    found = [_available(_MEMORY_FILE), _left(*_LIMIT_FILES)]
-    return min((each for each in found if each is not None), default=None)
-
-
-def _available(path: Path) -> int | None:
-    try:
-        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    words = next((line.split() for line in lines if line.startswith("MemAvailable:")), [])
-    return 1024 * int(words[1]) if len(words) > 1 and words[1].isdigit() else None
-
-
-def _left(limit: Path, used: Path) -> int | None:
-    try:
-        words = [each.read_text(encoding="ascii").strip() for each in (limit, used)]
-    except OSError:
-        return None
-    # Without a limit the file says "max".
-    return int(words[0]) - int(words[1]) if all(word.isdigit() for word in words) else None

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from opened import open_tiny
@@ -10,12 +12,13 @@ from test_recover import CPU
 
 from prox24_deploy.config.options import RecoverOptions
 from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.host import free_memory
 from prox24_deploy.model.directory import load_model
+from prox24_deploy.model.offload import free_on
 from prox24_deploy.recovery import memory
 from prox24_deploy.recovery.memory import (
     GIB,
     Sizes,
-    free_memory,
     need_of,
     require_memory,
     sizes_of,
@@ -54,12 +57,12 @@ def test_what_cannot_fit_is_refused_with_what_does(
 ) -> None:
     opened = open_tiny(tiny_llama, prose, tokens=2048)
 
-    def asked(options: RecoverOptions, free: int | None) -> memory.Need:
-        monkeypatch.setattr(memory, "free_memory", lambda _: free)
+    def asked(options: RecoverOptions, free: int) -> memory.Need:
+        monkeypatch.setattr(memory, "free_on", lambda *_: free)
         return require_memory(opened.directory, opened.recipe, options, CPU)
 
-    full = asked(ONE, None).total
-    lean = asked(replace(ONE, optimizer="adafactor"), None).total
+    full = asked(ONE, 2**62).total
+    lean = asked(replace(ONE, optimizer="adafactor"), 2**62).total
     assert lean < full
     assert asked(ONE, full).total == full
     with pytest.raises(UsageError, match=r"needs \S+ GiB \(both models .*, optimiser .*; pass --r"):
@@ -76,16 +79,16 @@ def test_what_cannot_fit_is_refused_with_what_does(
 def test_free_memory_is_that_of_the_machine_or_of_the_container(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine, limit, used = tmp_path / "meminfo", tmp_path / "max", tmp_path / "current"
-    monkeypatch.setattr(memory, "_MEMORY_FILE", machine)
-    monkeypatch.setattr(memory, "_LIMIT_FILES", (limit, used))
-    assert free_memory(CPU) is None
-    machine.write_text("MemTotal: 9 kB\nMemAvailable:   8 kB\n", encoding="ascii")
-    assert free_memory(CPU) == 8 * 1024
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    machine = SimpleNamespace(available=8 * 1024)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    assert free_memory(tmp_path) == 8 * 1024
     limit.write_text("max\n", encoding="ascii")
     used.write_text("100\n", encoding="ascii")
-    assert free_memory(CPU) == 8 * 1024
+    assert free_memory(tmp_path) == 8 * 1024
     limit.write_text("1100\n", encoding="ascii")
-    assert free_memory(CPU) == 1000
+    assert free_memory(tmp_path) == 1000
+    (tmp_path / "memory.stat").write_text("anon 50\ninactive_file 40\n", encoding="ascii")
+    assert free_memory(tmp_path) == 1040
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7, 9))
-    assert free_memory(torch.device("cuda")) == 7
+    assert free_on(torch.device("cuda"), None) == 7
