@@ -2,13 +2,15 @@
 
     python benchmarks/scale.py --hidden 512 --inner 1536 --blocks 2 --tokens 16384
     python benchmarks/scale.py --hidden 8192 --inner 28672 --heads 64 --kv-heads 8 --blocks 1 \
-        --whole 80 --tokens 262144 --device cuda
+        --whole 80 --tokens 262144 --device cuda --parts
 
 The model is made on the spot, in bfloat16 and in shards of a block, and pruned as `prune` does it.
-Speed is that of all matrix products, as PyTorch counts them, over the whole of the time, beside the
-largest that a float32 product of 4096 by 4096 reaches here. A run of few blocks tells of a model of
-more: each block takes as long as the slowest of these, the rest grows with their number; that a
-larger model may have to be kept elsewhere (`--memory-limit`) is not in it. Bytes are those that
+With `--count`, speed is that of all matrix products, as PyTorch counts them, over the whole of the
+time, beside the largest that a product in the precision of the solver's steps reaches here. With
+`--parts`, the parts of the work are timed, for which the GPU is waited for. Both take time
+themselves. A run of few blocks tells of a model of more: each block takes as long as the slowest of
+these, the rest grows with their number; that a larger model may have to be kept elsewhere
+(`--memory-limit`) is not in it. Bytes are those that
 the process asked for, caches included.
 """
 
@@ -17,6 +19,8 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,9 +35,25 @@ from prox24_deploy.config.recipe import Recipe, parse_recipe, shipped_recipes
 from prox24_deploy.core.records import PruneResult, TextSource
 from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.directory import open_model_dir
+from prox24_deploy.pruning import activations, layer_group, prune
 from prox24_deploy.pruning.prune import prune_directory
+from prox24_deploy.pruning.solvers import solver
+from prox24_deploy.pruning.solvers.products import tensor_cores
 
-_PEAK_SIZE, _PEAK_RUNS = 4096, 5
+_PEAK_SIZE, _PEAK_RUNS = {"cpu": 2048, "cuda": 8192}, 5
+# Where the functions are looked up that `--parts` times; the solution holds those of the solver.
+_PARTS = {
+    "record calls": (activations, "record_activations"),
+    "advance": (activations, "advance"),
+    "Gram matrices": (prune, "collect"),
+    "problem": (layer_group, "layer_problem"),
+    "ADMM": (solver, "prox_admm"),
+    "SparseGPT": (solver, "sparsegpt"),
+    "refine": (solver, "_refine"),
+    "solution": (layer_group, "solve_layer"),
+    "errors": (prune, "_error"),
+    "reconstruct": (prune, "reconstruct_block"),
+}
 
 
 def main() -> None:
@@ -57,7 +77,8 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--whole", type=int, help="blocks of the model that this is a part of")
     parser.add_argument("--preset", default="default")
-    parser.add_argument("--reconstruct", action="store_true")
+    for switch in ("reconstruct", "count", "parts"):
+        parser.add_argument(f"--{switch}", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory-limit", type=float, help="GiB")
     parser.add_argument("--folder", type=Path, help="where there is room for the model, twice")
@@ -70,13 +91,15 @@ def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     made = made_model(asked, folder / "model")
     device = torch.device(asked.device)
     peak = matrix_peak(device)
+    parts = timed_parts(device) if asked.parts else {}
     steps = Steps()
     before = traffic()
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False) if asked.count else None
+    with counter or nullcontext():
         result = pruned(asked, folder, steps.note)
     seconds = steps.seconds()
     total = sum(seconds.values())
-    flops = counter.get_total_flops()
+    flops = counter.get_total_flops() if counter else None
     after = traffic()
     return {
         "shape": {name: getattr(asked, name) for name in ("hidden", "inner", "blocks", "tokens")},
@@ -84,6 +107,7 @@ def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "weights": made,
         "seconds": seconds,
+        "parts": parts,
         "total_seconds": total,
         "whole_seconds": whole(seconds, asked.blocks, asked.whole),
         "estimate": result.memory,
@@ -91,8 +115,9 @@ def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "peak_gpu_gib": (
             torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
         ),
-        "tflops": flops / total / 1e12,
-        "share_of_peak": flops / total / peak,
+        "peak_tflops": peak / 1e12,
+        "tflops": flops and flops / total / 1e12,
+        "share_of_peak": flops and flops / total / peak,
         "read_gib": (after["rchar"] - before["rchar"]) / 2**30,
         "written_gib": (after["wchar"] - before["wchar"]) / 2**30,
         "versions": {"torch": torch.__version__},
@@ -111,7 +136,7 @@ def made_model(asked: argparse.Namespace, out: Path) -> int:
         max_position_embeddings=asked.length,
     )
     torch.manual_seed(0)
-    with torch.device("cpu"):
+    with torch.device(asked.device):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     model.save_pretrained(out, max_shard_size=max(2 * block, 2**20))
@@ -161,7 +186,7 @@ class Steps:
     def note(self, label: str, done: int, total: int) -> None:
         """Take the time of one call of progress."""
         self._times.append(time.perf_counter())
-        print(f"{label} {done}/{total}", file=sys.stderr)
+        print(f"{time.strftime('%H:%M:%S')} {label} {done}/{total}", file=sys.stderr, flush=True)
 
     def seconds(self) -> dict[str, float]:
         """By stage: until the first block, each block, and from the last on."""
@@ -180,14 +205,36 @@ def whole(seconds: dict[str, float], blocks: int, count: int | None) -> float | 
 
 
 def matrix_peak(device: torch.device) -> float:
-    """FLOP/s of the fastest of some float32 products."""
-    one = torch.randn(_PEAK_SIZE, _PEAK_SIZE, device=device)
+    """FLOP/s of the fastest of some products, in TF32 on a GPU, in float32 on a CPU."""
+    size = _PEAK_SIZE[device.type]
+    one = torch.randn(size, size, device=device)
     best = 0.0
-    for _ in range(_PEAK_RUNS):
-        began = time.perf_counter()
-        float((one @ one)[0, 0])
-        best = max(best, 2 * _PEAK_SIZE**3 / (time.perf_counter() - began))
+    with tensor_cores(device):
+        for _ in range(_PEAK_RUNS):
+            began = time.perf_counter()
+            float((one @ one)[0, 0])
+            best = max(best, 2 * size**3 / (time.perf_counter() - began))
     return best
+
+
+def timed_parts(device: torch.device) -> dict[str, float]:
+    """Time the functions of `_PARTS` from now on; seconds by part, which grow."""
+    seconds = dict.fromkeys(_PARTS, 0.0)
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            found = function(*arguments, **options)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[part] += time.perf_counter() - began
+            return found
+
+        return run
+
+    for part, (module, name) in _PARTS.items():
+        setattr(module, name, timed(part, getattr(module, name)))
+    return seconds
 
 
 def traffic() -> dict[str, int]:

@@ -40,6 +40,7 @@ from prox24_deploy.model.layers import (
     to_matrix,
 )
 from prox24_deploy.model.notes import left_out
+from prox24_deploy.model.offload import device_of
 from prox24_deploy.pruning.activations import (
     IN_MEMORY,
     BlockPair,
@@ -67,6 +68,7 @@ from prox24_deploy.pruning.selection import (
 )
 from prox24_deploy.pruning.sensitivity import SensitivityStore, measure_sensitivity, over_budget
 from prox24_deploy.pruning.solvers.problem import damping_for
+from prox24_deploy.pruning.solvers.products import tensor_cores
 
 log = logging.getLogger(__name__)
 
@@ -138,12 +140,14 @@ def prune_model(
     solver = _BlockSolver(options, stored_dtype, dense, resources.ranks)
     weights = store.weights()
     records: list[LayerRecord] = []
-    for number, step in enumerate(block_steps(model, recipe, (calibration, held_out), resources)):
-        progress("prune", number, count)
-        done = _block_done(number, step, solver, store)
-        _apply(step.twin.pruned, done[0])
-        weights.add(number, step.twin.prefix, done[0])
-        records.extend(done[1])
+    steps = block_steps(model, recipe, (calibration, held_out), resources)
+    with tensor_cores(device_of(model)):
+        for number, step in enumerate(steps):
+            progress("prune", number, count)
+            done = _block_done(number, step, solver, store)
+            _apply(step.twin.pruned, done[0])
+            weights.add(number, step.twin.prefix, done[0])
+            records.extend(done[1])
     progress("prune", count, count)
     records.extend(_layers_outside(model, recipe, {record.name for record in records}))
     return PrunedState(weights, _axes(model, weights), tuple(records))

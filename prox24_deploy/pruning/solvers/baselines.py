@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from prox24_deploy.pruning.solvers.problem import LayerProblem
+from prox24_deploy.pruning.solvers.products import ExactFactor
+from prox24_deploy.pruning.solvers.prox import has_triton
 from prox24_deploy.sparsity.pattern import mask_24
 
 _GROUP = 4
@@ -34,19 +36,24 @@ def sparsegpt(problem: LayerProblem) -> tuple[Tensor, Tensor]:
         (weights, mask), normalised weights (rows, d) with +0.0 outside the mask.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.curvature))
-    factor = torch.linalg.cholesky(inverse, upper=True)
-    weight = problem.linear @ inverse
+    # The kernel goes along rows, and LAPACK leaves columns in a row.
+    factor = torch.linalg.cholesky(inverse, upper=True).contiguous()
+    weight = ExactFactor.of(inverse).after(problem.linear)
     mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     features = weight.shape[1]
     for begin in range(0, features, _BLOCK):
         end = min(begin + _BLOCK, features)
         errors = _prune_block(weight, mask, factor, begin, end)
-        weight[:, end:] -= errors @ factor[begin:end, end:]
+        weight[:, end:] -= ExactFactor.of(factor[begin:end, end:]).after(errors)
     return weight.masked_fill(~mask, 0.0), mask
 
 
 def _prune_block(weight: Tensor, mask: Tensor, factor: Tensor, begin: int, end: int) -> Tensor:
     """Prune columns begin..end in place and return their scaled errors, (rows, end - begin)."""
+    if has_triton(weight):
+        from prox24_deploy.pruning.solvers.sparsegpt_cuda import prune_block_cuda
+
+        return prune_block_cuda(weight, mask, factor, begin, end)
     errors = torch.zeros_like(weight[:, begin:end])
     diagonal = factor.diagonal()
     for column in range(begin, end):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prox24_deploy.pruning.solvers.problem import LayerProblem, Total, of_one
+from prox24_deploy.pruning.solvers.products import ExactFactor
 from prox24_deploy.pruning.solvers.prox import prox_24
 from prox24_deploy.sparsity.pattern import final_mask, unconverged_groups
 
@@ -45,7 +46,7 @@ def ista(
         (weights, mask, iterations): normalised weights (rows, d), not yet refined, masked.
     """
     own = problem if options.precondition else problem.unscaled()
-    step = 1 / own.largest_curvature()
+    step, curvature = 1 / own.largest_curvature(), ExactFactor.of(own.curvature)
     row_scale = own.start.abs().mean(1, keepdim=True)
     # A zero row has no scale; any finite λ leaves it zero.
     base = options.start / row_scale.where(row_scale > 0, 1.0)
@@ -54,7 +55,7 @@ def ista(
     while iterations < options.max_iterations:
         ahead = weight + options.momentum * (weight - previous)
         previous = weight
-        descended = ahead - step * (ahead @ own.curvature - own.linear)
+        descended = ahead - step * (curvature.after(ahead) - own.linear)
         weight = prox_24(descended, base * (options.growth**iterations * step))
         iterations += 1
         if iterations % options.check_every == 0 and total(unconverged_groups(weight)) == 0:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prox24_deploy.pruning.solvers.products import ExactFactor
+
 # Sums a number over all processes that have rows of one problem; what concerns the problem as a
 # whole is decided by sums alone, so that all decide the same.
 Total = Callable[[float], float]
@@ -107,7 +109,7 @@ def layer_problem(
     return LayerProblem(
         start=start,
         curvature=normal + damping * identity,
-        linear=(start @ target).masked_fill(dead, 0.0) + damping * start,
+        linear=ExactFactor.of(target).after(start).masked_fill(dead, 0.0) + damping * start,
         scale=scale.float(),
         dead=dead,
     )

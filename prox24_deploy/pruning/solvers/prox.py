@@ -131,10 +131,14 @@ def admm_step(
     return split, dual, linear + rho * (split - dual)
 
 
+def has_triton(tensor: Tensor) -> bool:
+    """Whether kernels of Triton can run where a tensor is; torch for CUDA comes with it."""
+    return tensor.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 def _has_kernel(weight: Tensor) -> bool:
-    """Whether the kernel of `prox_cuda` serves a tensor; torch for CUDA comes with Triton."""
-    half = weight.dtype in {torch.float32, torch.float16, torch.bfloat16}
-    return weight.device.type == "cuda" and half and importlib.util.find_spec("triton") is not None
+    """Whether the kernel of `prox_cuda` serves a tensor."""
+    return weight.dtype in {torch.float32, torch.float16, torch.bfloat16} and has_triton(weight)
 
 
 def _prox_eager(weight: Tensor, per_row: Tensor, newton_iterations: int) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from prox24_deploy.pruning.solvers.problem import LayerProblem
+from prox24_deploy.pruning.solvers.products import ExactFactor
 
 
 def masked_conjugate_gradient(
@@ -29,8 +30,9 @@ def masked_conjugate_gradient(
     Returns:
         (rows, d), zero (+0.0) outside the mask. No row is worse than its masked start.
     """
+    curvature = ExactFactor.of(problem.curvature)
     x = start.masked_fill(~mask, 0.0)
-    residual = (problem.linear - x @ problem.curvature).masked_fill(~mask, 0.0)
+    residual = (problem.linear - curvature.after(x)).masked_fill(~mask, 0.0)
     direction = residual
     energy = residual.square().sum(1)
     goal = tolerance**2 * problem.linear.masked_fill(~mask, 0.0).square().sum(1)
@@ -38,7 +40,7 @@ def masked_conjugate_gradient(
         active = energy > goal
         if not bool(active.any()):
             break
-        image = (direction @ problem.curvature).masked_fill(~mask, 0.0)
+        image = curvature.after(direction).masked_fill(~mask, 0.0)
         bend = (direction * image).sum(1)
         step = torch.where(active & (bend > 0), energy / bend, 0.0)[:, None]
         x = x + step * direction
@@ -78,7 +80,7 @@ def masked_gradient(
     own = problem if precondition else problem.unscaled()
     to_own = own.scale / problem.scale
     x = (start * to_own).masked_fill(~mask, 0.0)
-    step = 1 / own.largest_curvature()
+    step, curvature = 1 / own.largest_curvature(), ExactFactor.of(own.curvature)
     for _ in range(iterations):
-        x = x - step * (x @ own.curvature - own.linear).masked_fill(~mask, 0.0)
+        x = x - step * (curvature.after(x) - own.linear).masked_fill(~mask, 0.0)
     return x / to_own
