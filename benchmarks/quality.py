@@ -183,7 +183,9 @@ def _solve_group(
         parts = solve(stacked, problem).split([len(weight) for weight in weights])
         seconds[name] += time.perf_counter() - began
         for layer, before, after in zip(group, weights, parts, strict=True):
-            losses[name][f"{twin.prefix}.{layer}"] = held_out.relative_error(before, after)
+            losses[name][f"{twin.prefix}.{layer}"] = held_out.errors({layer: before}).of(
+                layer, after
+            )
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ The model is made on the spot, in bfloat16 and in shards of a block, and pruned 
 With `--count`, speed is that of all matrix products, as PyTorch counts them, over the whole of the
 time, beside the largest that a product in the precision of the solver's steps reaches here. With
 `--parts`, the parts of the work are timed, for which the GPU is waited for. Both take time
-themselves. A run of few blocks tells of a model of more: each block takes as long as the slowest of
-these, the rest grows with their number; that a larger model may have to be kept elsewhere
+themselves. A run of few blocks tells of a model of more: each block takes as long as the last of
+these, opening and writing grow with the weights; that a larger model may have to be kept elsewhere
 (`--memory-limit`) is not in it. Bytes are those that
 the process asked for, caches included.
 """
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,7 +52,7 @@ _PARTS = {
     "SparseGPT": (solver, "sparsegpt"),
     "refine": (solver, "_refine"),
     "solution": (layer_group, "solve_layer"),
-    "errors": (prune, "_error"),
+    "errors": (prune, "_errors"),
     "reconstruct": (prune, "reconstruct_block"),
 }
 
@@ -105,11 +106,11 @@ def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "shape": {name: getattr(asked, name) for name in ("hidden", "inner", "blocks", "tokens")},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "weights": made,
+        "weights": made.outside + made.blocks * made.block,
         "seconds": seconds,
         "parts": parts,
         "total_seconds": total,
-        "whole_seconds": whole(seconds, asked.blocks, asked.whole),
+        "whole_seconds": whole(seconds, made, asked.whole),
         "estimate": result.memory,
         "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "peak_gpu_gib": (
@@ -124,8 +125,17 @@ def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def made_model(asked: argparse.Namespace, out: Path) -> int:
-    """Write a random model; the number of its weights."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """Numbers of weights of a random model: outside of its blocks and in each of them."""
+
+    outside: int
+    block: int
+    blocks: int
+
+
+def made_model(asked: argparse.Namespace, out: Path) -> Made:
+    """Write a random model."""
     config = LlamaConfig(
         vocab_size=asked.vocabulary,
         hidden_size=asked.hidden,
@@ -140,7 +150,8 @@ def made_model(asked: argparse.Namespace, out: Path) -> int:
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     model.save_pretrained(out, max_shard_size=max(2 * block, 2**20))
-    return sum(p.numel() for p in model.parameters())
+    outside = sum(p.numel() for p in model.parameters()) - asked.blocks * block
+    return Made(outside=outside, block=block, blocks=asked.blocks)
 
 
 def pruned(asked: argparse.Namespace, folder: Path, progress: Any) -> PruneResult:
@@ -196,12 +207,14 @@ class Steps:
         return {"open": spans[0], **blocks, "write": spans[-1]}
 
 
-def whole(seconds: dict[str, float], blocks: int, count: int | None) -> float | None:
+def whole(seconds: dict[str, float], made: Made, count: int | None) -> float | None:
     """Of a model of so many blocks, by the assumptions at the top."""
     if count is None:
         return None
-    slowest = max(span for name, span in seconds.items() if name.startswith("block"))
-    return (seconds["open"] + seconds["write"]) * count / blocks + slowest * count
+    *_, last = (span for name, span in seconds.items() if name.startswith("block"))
+    weights = made.outside + count * made.block
+    grown = weights / (made.outside + made.blocks * made.block)
+    return (seconds["open"] + seconds["write"]) * grown + last * count
 
 
 def matrix_peak(device: torch.device) -> float:

@@ -102,9 +102,10 @@ def _solve(
     try:
         problem = layer_problem(
             own,
-            moments.pruned / moments.tokens,
+            moments.pruned,
             damping_for(weight.shape[1], moments.tokens),
-            moments.cross / moments.tokens if options.target == "asymmetric" else None,
+            moments.cross if options.target == "asymmetric" else None,
+            tokens=moments.tokens,
         )
     except ValueError as error:
         raise ModelDirError(

@@ -24,10 +24,12 @@ from prox24_deploy.pruning.hidden_states import Place
 
 _FLOAT, _DOUBLE = 4, 8
 # Matrices of the size of the weights that the solver holds at most: start, linear term, iterate,
-# dual, the best so far, its mask, and what steps make on their way.
-_SOLVER_MATRICES = 14
-# Gram matrices in float64, their copies of one problem, curvature and inverse.
-_SQUARE_DOUBLES, _SQUARE_FLOATS = 5, 4
+# dual, the best so far, its mask, what steps make on their way, and in float64 for both sets of
+# samples what errors need.
+_SOLVER_MATRICES = 18
+# Second moments in float64 while a layer is solved; curvature, inverse, its factor and what exact
+# products take. While they are summed there are five of the former and few of the latter.
+_SQUARE_DOUBLES, _SQUARE_FLOATS = 3, 6
 # What PyTorch, its libraries and the allocator take beside the tensors.
 _OVERHEAD = 2**29
 

@@ -58,7 +58,7 @@ from prox24_deploy.pruning.memory import Placement, needs_of, place, room_on
 from prox24_deploy.pruning.permutation import OrderStore, Permuted, permute_channels
 from prox24_deploy.pruning.ranks import ALONE, Ranks, during
 from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches
-from prox24_deploy.pruning.second_moments import SecondMoments
+from prox24_deploy.pruning.second_moments import LayerErrors
 from prox24_deploy.pruning.selection import (
     by_options,
     left_dense,
@@ -496,9 +496,9 @@ class _BlockSolver:
         for group in groups:
             # Nothing but the errors of a reconstruction needs the dense block once more.
             goes_on = group is groups[-1] and not options.reconstructs
-            moments = self._moments(step, group, dense_goes_on=goes_on)
+            inputs = self._inputs(step, group, dense_goes_on=goes_on)
             for part, own in by_options(twin.prefix, group, recipe, options):
-                done, made = self._solve_group(twin, part, moments, own)
+                done, made = self._solve_group(twin, part, inputs, own)
                 _apply(twin.pruned, done)
                 solved.update(done)
                 records.extend(made)
@@ -509,33 +509,40 @@ class _BlockSolver:
         records += [_skipped(f"{twin.prefix}.{n}", left[n], why) for n, why in reasons.items()]
         return solved, tuple(records)
 
-    def _moments(
+    def _inputs(
         self, step: BlockStep, group: Sequence[str], *, dense_goes_on: bool = False
-    ) -> list[SecondMoments]:
-        """Those of the input of a group, of each set of batches."""
-        goes_on = dense_goes_on and step.twin.following is not None
-        found = [collect(step.twin, group[0], each, dense_goes_on=goes_on) for each in step.sets]
-        for moments in found:
+    ) -> list[LayerErrors]:
+        """What the input of a group tells in each set of batches, without what only errors need."""
+        twin = step.twin
+        goes_on = dense_goes_on and twin.following is not None
+        layers = {name: layer_at(twin.dense, name) for name in group}
+        before = {name: to_matrix(layer, layer.weight) for name, layer in layers.items()}
+        found = []
+        for number, activations in enumerate(step.sets):
+            moments = collect(twin, group[0], activations, dense_goes_on=goes_on)
             moments.sum_over(self.ranks)
+            found.append(moments.errors(before))
+            # Layers are solved on the first set.
+            moments.give_up(cross=number > 0)
         return found
 
     def _solve_group(
         self,
         twin: BlockPair,
         group: list[str],
-        moments: Sequence[SecondMoments],
+        inputs: Sequence[LayerErrors],
         options: PruneOptions,
     ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
-        """Solve layers that share one input, of these second moments, and measure their errors."""
+        """Solve layers that share one input and measure their errors."""
         began = time.perf_counter()
-        calibration, held_out = moments
+        calibration = inputs[0].moments
         solved = solve_group(twin, group, calibration, options, self.stored_dtype, self.ranks)
         seconds = (time.perf_counter() - began) / len(group)
         records = []
         for name, found in solved.items():
             path, layer = f"{twin.prefix}.{name}", layer_at(twin.pruned, name)
             before = to_matrix(layer, layer.weight)
-            after = to_matrix(layer, found.weight).float()
+            errors = _errors(inputs, name, to_matrix(layer, found.weight).float(), path)
             records.append(
                 LayerRecord(
                     name=path,
@@ -543,10 +550,8 @@ class _BlockSolver:
                     status="pruned",
                     reason="",
                     method=found.method,
-                    relative_error=_error(calibration, before, after, path),
-                    held_out_error=(
-                        _error(held_out, before, after, path) if held_out.tokens else None
-                    ),
+                    relative_error=errors[0],
+                    held_out_error=errors[1],
                     iterations=found.iterations,
                     seconds=seconds,
                     rows=calibration.tokens,
@@ -575,28 +580,27 @@ class _BlockSolver:
             solved[name] = layer_at(twin.pruned, name).weight.to(solved[name].dtype)
         _apply(twin.pruned, solved)
         for group in groups:
-            moments = self._moments(step, group)
+            inputs = self._inputs(step, group)
             for name in group:
-                layers = (layer_at(block, name) for block in (twin.dense, twin.pruned))
-                before, after = (to_matrix(layer, layer.weight) for layer in layers)
-                errors = [
-                    _error(part, before, after, known[name].name) if part.tokens else None
-                    for part in moments
-                ]
+                layer = layer_at(twin.pruned, name)
+                errors = _errors(inputs, name, to_matrix(layer, layer.weight), known[name].name)
                 known[name] = replace(
                     known[name], relative_error=errors[0], held_out_error=errors[1]
                 )
         return list(known.values())
 
 
-def _error(moments: SecondMoments, before: Tensor, after: Tensor, path: str) -> float:
-    error = moments.relative_error(before, after)
-    if not math.isfinite(error):
+def _errors(
+    inputs: Sequence[LayerErrors], name: str, after: Tensor, path: str
+) -> list[float | None]:
+    """Error of one layer (rows, d) in each set of batches; None where a set is empty."""
+    errors = [each.of(name, after) if each.moments.tokens else None for each in inputs]
+    if not all(error is None or math.isfinite(error) for error in errors):
         raise ModelDirError(
             f"Layer {path}: its output is NaN or infinite on some text; its activations overflow "
             "or the checkpoint is damaged."
         )
-    return error
+    return errors
 
 
 def _apply(block: nn.Module, weights: Mapping[str, Tensor]) -> None:

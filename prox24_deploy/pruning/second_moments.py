@@ -1,5 +1,6 @@
 """Second moments of layer inputs: plain, cross and dense Gram matrices."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -61,12 +62,41 @@ class SecondMoments:
             self._pruned.mirror()
             self._dense.mirror()
 
-    def relative_error(self, before: Tensor, after: Tensor) -> float:
+    def errors(self, before: Mapping[str, Tensor]) -> "LayerErrors":
+        """What tells errors of layers (rows, d) by name, without the sums over dense inputs."""
+        references, mixed = {}, {}
+        for name, weight in before.items():
+            double = weight.double()
+            references[name] = float(((double @ self.dense) * double).sum())
+            mixed[name] = double @ self.cross
+        return LayerErrors(references, mixed, self)
+
+    def give_up(self, *, cross: bool) -> None:
+        """Free the sum over dense inputs, which errors alone need, and the cross sum if asked."""
+        self._dense.total = self.cross.new_zeros(0, 0)
+        if cross:
+            self.cross = self._dense.total
+
+
+@dataclass(frozen=True, slots=True)
+class LayerErrors:
+    """What layers gave before they were pruned, to be compared with what they give then.
+
+    Attributes:
+        references: ‖X_d W0ᵀ‖² by name.
+        mixed: W0 X_dᵀX_p by name, (rows, d), float64.
+        moments: of the inputs; only their sum over pruned inputs is read.
+    """
+
+    references: Mapping[str, float]
+    mixed: Mapping[str, Tensor]
+    moments: SecondMoments
+
+    def of(self, name: str, after: Tensor) -> float:
         """‖X_d W0ᵀ - X_p Wᵀ‖² / ‖X_d W0ᵀ‖² for weights (rows, d); 0 where the dense output is 0."""
-        w0, w1 = before.double(), after.double()
-        reference = float(((w0 @ self.dense) * w0).sum())
-        mixed = float(((w0 @ self.cross) * w1).sum())
-        own = float(((w1 @ self.pruned) * w1).sum())
+        weight, reference = after.double(), self.references[name]
+        mixed = float((self.mixed[name] * weight).sum())
+        own = float(((weight @ self.moments.pruned) * weight).sum())
         # Rounding may leave a tiny negative sum; NaN stays NaN, so that nothing broken looks good.
         return max(reference - 2 * mixed + own, 0.0) / reference if reference != 0 else 0.0
 

@@ -105,10 +105,10 @@ def solve(path: Path, family: str, store: Path, options: PruneOptions) -> Solved
     posed: list[tuple[Tensor, Tensor, float, Tensor | None]] = []
 
     def noted(
-        weight: Tensor, gram: Tensor, damping: float, cross: Tensor | None = None
+        weight: Tensor, gram: Tensor, damping: float, cross: Tensor | None, *, tokens: int
     ) -> LayerProblem:
-        posed.append((weight, gram, damping, cross))
-        return layer_problem(weight, gram, damping, cross)
+        posed.append((weight, gram / tokens, damping, None if cross is None else cross / tokens))
+        return layer_problem(weight, gram, damping, cross, tokens=tokens)
 
     dtype = {"bert": torch.float32, "llama": torch.float16}[family]
     with pytest.MonkeyPatch.context() as patch:

@@ -36,9 +36,11 @@ def sparsegpt(problem: LayerProblem) -> tuple[Tensor, Tensor]:
         (weights, mask), normalised weights (rows, d) with +0.0 outside the mask.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.curvature))
-    # The kernel goes along rows, and LAPACK leaves columns in a row.
-    factor = torch.linalg.cholesky(inverse, upper=True).contiguous()
     weight = ExactFactor.of(inverse).after(problem.linear)
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    del inverse
+    # The kernel goes along rows, and LAPACK leaves columns in a row.
+    factor = factor.contiguous()
     mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     features = weight.shape[1]
     for begin in range(0, features, _BLOCK):

@@ -29,6 +29,8 @@ def of_one(value: float) -> float:
 
 
 MIN_DAMPING, MAX_DAMPING = 0.01, 0.3
+# Rows of second moments that are normalised at a time.
+_STRIP = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,7 @@ def damping_for(features: int, tokens: int) -> float:
 
 
 def layer_problem(
-    weight: Tensor, gram: Tensor, damping: float, cross: Tensor | None = None
+    weight: Tensor, gram: Tensor, damping: float, cross: Tensor | None = None, *, tokens: int = 1
 ) -> LayerProblem:
     """Build the normalised quadratic of one layer, or of several layers that share inputs.
 
@@ -89,6 +91,7 @@ def layer_problem(
         gram: H, (d, d), of any positive scale.
         damping: δ > 0, the strength of the pull towards W0.
         cross: C, (d, d) = X_dᵀX_p on the scale of `gram`; None for the symmetric target.
+        tokens: what both are divided by.
 
     Raises:
         ValueError: a value is NaN or infinite, or the diagonal of H is negative.
@@ -96,20 +99,39 @@ def layer_problem(
     for name, tensor in (("weight", weight), ("gram", gram), ("cross gram", cross)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"the {name} matrix holds NaN or infinity")
-    diagonal = gram.diagonal().double()
+    diagonal = gram.diagonal().double() / tokens
     if bool((diagonal < 0).any()):
         raise ValueError("the gram matrix has a negative diagonal")
     dead = diagonal == 0
     scale = torch.where(dead, 1.0, diagonal.sqrt())
-    outer = scale[:, None] * scale[None, :]
-    normal = (gram.double() / outer).float()
+    normal = _normalised(gram, scale, tokens)
     start = (weight.double() * scale).float().masked_fill(dead, 0.0)
-    target = normal if cross is None else (cross.double() / outer).float()
-    identity = torch.eye(len(scale), dtype=normal.dtype, device=normal.device)
+    target = normal if cross is None else _normalised(cross, scale, tokens)
+    linear = ExactFactor.of(target).after(start).masked_fill(dead, 0.0) + damping * start
     return LayerProblem(
         start=start,
-        curvature=normal + damping * identity,
-        linear=ExactFactor.of(target).after(start).masked_fill(dead, 0.0) + damping * start,
+        curvature=plus_diagonal(normal, damping),
+        linear=linear,
         scale=scale.float(),
         dead=dead,
     )
+
+
+def plus_diagonal(matrix: Tensor, value: float) -> Tensor:
+    """The matrix plus a multiple of the identity."""
+    result = matrix.clone()
+    result.diagonal().add_(value)
+    return result
+
+
+def _normalised(moments: Tensor, scale: Tensor, tokens: int) -> Tensor:
+    """Second moments (d, d) in units of the scale of either feature, float32.
+
+    In strips, for a matrix of a wide layer in float64 is large.
+    """
+    result = torch.empty_like(moments, dtype=torch.float32)
+    for rows in torch.arange(len(scale)).split(_STRIP):
+        strip = slice(int(rows[0]), int(rows[-1]) + 1)
+        outer = scale[strip, None] * scale[None, :]
+        result[strip] = (moments[strip].double() / tokens / outer).float()
+    return result
