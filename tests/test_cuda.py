@@ -50,6 +50,7 @@ def test_pruning_on_cuda_agrees_with_the_cpu_and_with_itself(
         weights[name] = load_file(tmp_path / name / "pruned" / "model.safetensors")
     targets = [n for n in weights["cpu"] if n.startswith("encoder") and n.endswith("dense.weight")]
     assert len(targets) == 6
+    dense = load_file(tiny_bert / "model.safetensors")
     agreeing = total = 0
     for name in targets:
         first, second, cpu = (weights[run][name] for run in ("first", "second", "cpu"))
@@ -57,7 +58,10 @@ def test_pruning_on_cuda_agrees_with_the_cpu_and_with_itself(
         assert torch.equal(first, second)
         agreeing += int(((first != 0) == (cpu != 0)).sum())
         total += cpu.numel()
-    assert agreeing / total > 0.99
+        on_cuda, on_cpu = (float((each - dense[name]).norm()) for each in (first, cpu))
+        assert on_cuda == pytest.approx(on_cpu, rel=0.05)
+    # The steps of the solver are in TF32 there, and some groups are near ties.
+    assert agreeing / total > 0.95
 
 
 @pytest.fixture(scope="module")
