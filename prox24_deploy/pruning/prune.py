@@ -40,7 +40,6 @@ from prox24_deploy.model.layers import (
     to_matrix,
 )
 from prox24_deploy.model.notes import left_out
-from prox24_deploy.model.offload import device_of
 from prox24_deploy.pruning.activations import (
     IN_MEMORY,
     BlockPair,
@@ -140,14 +139,12 @@ def prune_model(
     solver = _BlockSolver(options, stored_dtype, dense, resources.ranks)
     weights = store.weights()
     records: list[LayerRecord] = []
-    steps = block_steps(model, recipe, (calibration, held_out), resources)
-    with tensor_cores(device_of(model)):
-        for number, step in enumerate(steps):
-            progress("prune", number, count)
-            done = _block_done(number, step, solver, store)
-            _apply(step.twin.pruned, done[0])
-            weights.add(number, step.twin.prefix, done[0])
-            records.extend(done[1])
+    for number, step in enumerate(block_steps(model, recipe, (calibration, held_out), resources)):
+        progress("prune", number, count)
+        done = _block_done(number, step, solver, store)
+        _apply(step.twin.pruned, done[0])
+        weights.add(number, step.twin.prefix, done[0])
+        records.extend(done[1])
     progress("prune", count, count)
     records.extend(_layers_outside(model, recipe, {record.name for record in records}))
     return PrunedState(weights, _axes(model, weights), tuple(records))
@@ -394,18 +391,19 @@ def _pruned(
         sensitivity = _sensitivity(job, opened, dense, progress)
         dense = {**dense, **over_budget(sensitivity)}
         permuted = permuted.without(model, dense)
-    state = prune_model(
-        model,
-        recipe,
-        job.calibration.batches,
-        job.measured,
-        options,
-        stored_dtype=lambda name: stored_dtype(opened.directory, name),
-        store=BlockStore(job.solved, opened.directory.require_untouched),
-        progress=progress,
-        dense=dense,
-        resources=opened.resources,
-    )
+    with tensor_cores(job.device):
+        state = prune_model(
+            model,
+            recipe,
+            job.calibration.batches,
+            job.measured,
+            options,
+            stored_dtype=lambda name: stored_dtype(opened.directory, name),
+            store=BlockStore(job.solved, opened.directory.require_untouched),
+            progress=progress,
+            dense=dense,
+            resources=opened.resources,
+        )
     _require_pruned(state, recipe, opened.directory.path)
     moved = {
         name: value.to(stored_dtype(opened.directory, name))
