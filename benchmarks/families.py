@@ -169,7 +169,7 @@ def write_pruned(path: Path, family: str, dtype: DType) -> tuple[ModelDir, Recip
     model.save_pretrained(path)  # type: ignore[operator]
     directory = open_model_dir(path)
     loaded = load_model(directory, recipe, torch.device("cpu"))
-    return replace(directory, renamed=renamed_tensors(directory, loaded)), recipe, names
+    return replace(directory, renamed=renamed_tensors(directory, loaded, recipe)), recipe, names
 
 
 def targets(model: nn.Module, recipe: Recipe) -> list[str]:

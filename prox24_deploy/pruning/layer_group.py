@@ -100,11 +100,12 @@ def _solve(
     rows = ranks.rows(len(weight))
     own = weight[rows]
     try:
+        gram, cross = moments.for_solving(cross=options.target == "asymmetric")
         problem = layer_problem(
             own,
-            moments.pruned / moments.tokens,
+            gram,
             damping_for(weight.shape[1], moments.tokens),
-            moments.cross / moments.tokens if options.target == "asymmetric" else None,
+            cross,
         )
     except ValueError as error:
         raise ModelDirError(

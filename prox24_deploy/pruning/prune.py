@@ -46,7 +46,7 @@ from prox24_deploy.pruning.activations import (
     BlockStep,
     Resources,
     block_steps,
-    collect,
+    collect_wave,
     not_run_once,
 )
 from prox24_deploy.pruning.doubts import doubt_about
@@ -67,6 +67,7 @@ from prox24_deploy.pruning.selection import (
 )
 from prox24_deploy.pruning.sensitivity import SensitivityStore, measure_sensitivity, over_budget
 from prox24_deploy.pruning.solvers.problem import damping_for
+from prox24_deploy.pruning.waves import Group, waves
 
 log = logging.getLogger(__name__)
 
@@ -347,7 +348,7 @@ def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
         )
         for batch in job.calibration.batches[:1]:
             require_runs(model, batch, job.recipe.task, directory.path)
-        named = replace(directory, renamed=renamed_tensors(directory, model))
+        named = replace(directory, renamed=renamed_tensors(directory, model, job.recipe))
         if (masks := open_masks(job.options)) is not None:
             fix_masks(model, read_masks(masks, model, named, job.recipe, job.options))
         yield _Opened(
@@ -489,31 +490,33 @@ class _BlockSolver:
         groups = shared_inputs(
             twin.pruned, layers, first.pruned_calls[0][twin.index], first.pruned[0]
         )
-        for group in groups:
+        together = waves(twin.pruned, groups)
+        for wave in together:
             # Nothing but the errors of a reconstruction needs the dense block once more.
-            goes_on = group is groups[-1] and not options.reconstructs
-            moments = self._moments(step, group, dense_goes_on=goes_on)
-            for part, own in by_options(twin.prefix, group, recipe, options):
-                done, made = self._solve_group(twin, part, moments, own)
-                _apply(twin.pruned, done)
-                solved.update(done)
-                records.extend(made)
+            goes_on = wave is together[-1] and not options.reconstructs
+            for group, moments in self._moments(step, wave, dense_goes_on=goes_on):
+                for part, own in by_options(twin.prefix, group, recipe, options):
+                    done, made = self._solve_group(twin, part, moments, own)
+                    _apply(twin.pruned, done)
+                    solved.update(done)
+                    records.extend(made)
         if options.reconstructs:
-            records = self._reconstruct(step, groups, solved, records)
+            records = self._reconstruct(step, together, solved, records)
         left = {name: layer for name, layer in layers.items() if name not in solved}
         reasons = not_run_once(twin, left, first)
         records += [_skipped(f"{twin.prefix}.{n}", left[n], why) for n, why in reasons.items()]
         return solved, tuple(records)
 
     def _moments(
-        self, step: BlockStep, group: Sequence[str], *, dense_goes_on: bool = False
-    ) -> list[SecondMoments]:
-        """Those of the input of a group, of each set of batches."""
+        self, step: BlockStep, wave: Sequence[Group], *, dense_goes_on: bool = False
+    ) -> Iterator[tuple[Group, list[SecondMoments]]]:
+        """Each group of a wave with those of its input, of each set of batches."""
         goes_on = dense_goes_on and step.twin.following is not None
-        found = [collect(step.twin, group[0], each, dense_goes_on=goes_on) for each in step.sets]
-        for moments in found:
-            moments.sum_over(self.ranks)
-        return found
+        found = [collect_wave(step.twin, wave, each, dense_goes_on=goes_on) for each in step.sets]
+        for group, *moments in zip(wave, *found, strict=True):
+            for each in moments:
+                each.sum_over(self.ranks)
+            yield group, moments
 
     def _solve_group(
         self,
@@ -539,25 +542,28 @@ class _BlockSolver:
                     status="pruned",
                     reason="",
                     method=found.method,
-                    relative_error=_error(calibration, before, after, path),
+                    relative_error=(
+                        _error(calibration, before, after, path) if calibration.tokens else None
+                    ),
                     held_out_error=(
                         _error(held_out, before, after, path) if held_out.tokens else None
                     ),
                     iterations=found.iterations,
                     seconds=seconds,
                     rows=calibration.tokens,
+                    pull=calibration.pull,
                     note=doubt_about(
                         before, found.weight.dtype, calibration, chosen=found.method != "unchanged"
                     ),
                 )
             )
-            log.info("%s: error %.4f, %.1f s", path, records[-1].relative_error, seconds)
+            log.info("%s: error %.4f, %.1f s", path, records[-1].relative_error or 0.0, seconds)
         return {name: found.weight for name, found in solved.items()}, records
 
     def _reconstruct(
         self,
         step: BlockStep,
-        groups: list[list[str]],
+        together: list[list[Group]],
         solved: dict[str, Tensor],
         records: list[LayerRecord],
     ) -> list[LayerRecord]:
@@ -570,8 +576,7 @@ class _BlockSolver:
         for name in names:
             solved[name] = layer_at(twin.pruned, name).weight.to(solved[name].dtype)
         _apply(twin.pruned, solved)
-        for group in groups:
-            moments = self._moments(step, group)
+        for group, moments in (found for wave in together for found in self._moments(step, wave)):
             for name in group:
                 layers = (layer_at(block, name) for block in (twin.dense, twin.pruned))
                 before, after = (to_matrix(layer, layer.weight) for layer in layers)
