@@ -87,6 +87,11 @@ class ExpertLayers(_Table):
     `path` is that of the module with all experts inside a block, `stored` what the checkpoint has
     in its place, if that is another path. `gate`, `up` and `down` name the layers of one expert,
     which gives down(act(gate(x)) · up(x)), in the checkpoint; here a model has the same names.
+
+    `exported` says on which tokens an expert runs in a graph. Those "routed" to it are the work of
+    the model and take the operator NonZero, which TensorRT-RTX does not have. On "all" tokens, most
+    of which then count for nothing, it is as many times the work as a token has experts to choose
+    from for each that it takes, in shapes that are known beforehand.
     """
 
     path: str
@@ -94,6 +99,7 @@ class ExpertLayers(_Table):
     up: str
     down: str
     stored: str | None = None
+    exported: Literal["routed", "all"] = "routed"
 
     def as_stored(self, name: str) -> str:
         """The name that the checkpoint has for a tensor of an expert; others stay as they are."""

@@ -8,8 +8,9 @@ tensor of the checkpoint, so that whatever knows how to treat a Linear knows how
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class Expert(nn.Module):
         super().__init__()
         hidden, inner = like.shape[1:]
         self.names = names
-        self.act_fn = act
+        # The exporter of torch has other names for all modules of a model that shares one of them.
+        self.act_fn = deepcopy(act)
         sizes = {names.gate: (hidden, inner), names.up: (hidden, inner), names.down: (inner, hidden)}
         for name, (read, given) in sizes.items():
             layer = nn.Linear(read, given, bias=False, device=like.device, dtype=like.dtype)
@@ -52,8 +54,10 @@ class Experts(nn.ModuleList):
     implementation of that does.
     """
 
-    def __init__(self, experts: Iterator[Expert]) -> None:
+    def __init__(self, experts: Iterator[Expert], *, exported: Literal["routed", "all"]) -> None:
+        """`exported`: on which tokens each runs in a graph that is exported of them."""
         super().__init__(experts)
+        self._dense_graph = exported == "all"
         self._route: Tensor | None = None
         self._routes: list[Tensor] | None = None
 
@@ -67,6 +71,8 @@ class Experts(nn.ModuleList):
             top_k_index: (tokens, k), the experts that each token is routed to.
             top_k_weights: (tokens, k), what each of them counts for.
         """
+        if self._dense_graph and torch.compiler.is_exporting():
+            return self._on_all(hidden_states, top_k_index, top_k_weights)
         index = top_k_index if self._route is None else self._route
         if self._routes is not None:
             self._routes.append(index)
@@ -74,7 +80,18 @@ class Experts(nn.ModuleList):
         for number, expert in enumerate(self):
             tokens, place = torch.where(index == number)
             rows = expert(hidden_states[tokens]) * top_k_weights[tokens, place, None]
-            output = output.index_add(0, tokens, rows.to(output.dtype))
+            # No token is there twice. Runtimes have no kernel that adds in float16 where it scatters.
+            output[tokens] += rows.to(output.dtype)
+        return output
+
+    def _on_all(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The same sum in shapes that do not depend on the route."""
+        output = torch.zeros_like(hidden)
+        for number, expert in enumerate(self):
+            here = index == number
+            rows = expert(hidden) * (weights * here).sum(-1, keepdim=True)
+            # What an expert makes of tokens that are not its own may be beyond float16.
+            output = output + torch.where(here.any(-1, keepdim=True), rows, 0.0).to(output.dtype)
         return output
 
     @contextmanager
@@ -148,7 +165,8 @@ def _separated(module: nn.Module, names: ExpertLayers) -> Experts | None:
     count, hidden, inner = fused[_DOWN].shape
     if fused[_GATE_UP].shape != (count, 2 * inner, hidden):
         return None
-    return Experts(Expert(names, fused[_DOWN], act) for _ in range(count))
+    experts = (Expert(names, fused[_DOWN], act) for _ in range(count))
+    return Experts(experts, exported=names.exported)
 
 
 @contextmanager
