@@ -32,7 +32,9 @@ _SLIDING = _GROUPED | {"sliding_window": 6}
 _MOE = {"num_experts_per_tok": 2, "output_router_logits": False}
 _MIXTRAL = _GROUPED | _MOE | {"num_local_experts": 4}
 # A block with one MLP, and one with experts.
-_QWEN3_MOE = _GROUPED | _MOE | {"num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
+_QWEN3_MOE = (
+    _GROUPED | _MOE | {"num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
+)
 _ALTERNATING = ["sliding_attention", "full_attention"]
 _GPT2 = {"n_positions": 80, "n_embd": 32, "n_layer": 2, "n_head": 4, **_IDS, **_SPREAD}
 _OPT = {

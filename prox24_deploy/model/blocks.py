@@ -300,14 +300,14 @@ def expert_inputs(
             raise _StopForwardError
 
     handles = [layer.register_forward_pre_hook(record) for layer in layers]
-    try:
-        with experts.routed(route) as routes:
+    with experts.routed(route) as routes:
+        try:
             run_block(block, call, hidden)
-    except _StopForwardError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+        except _StopForwardError:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
     return [seen[layer] for layer in layers], routes[0]
 
 

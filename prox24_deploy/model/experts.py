@@ -6,7 +6,7 @@ nothing is merged: while a model is built, each such module is replaced by one w
 tensor of the checkpoint, so that whatever knows how to treat a Linear knows how to treat an expert.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,16 +25,18 @@ _GATE_UP, _DOWN = FUSED = ("gate_up_proj", "down_proj")
 class Expert(nn.Module):
     """One expert: down(act(gate(x)) · up(x)), without biases; the recipe names its layers."""
 
-    def __init__(
-        self, names: ExpertLayers, like: Tensor, act: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, names: ExpertLayers, like: Tensor, act: Callable[[Tensor], Tensor]) -> None:
         """`like` is the down projection of all experts, (experts, hidden, inner)."""
         super().__init__()
         hidden, inner = like.shape[1:]
         self.names = names
-        # The exporter of torch has other names for all modules of a model that shares one of them.
+        # The exporter of torch gives other names to all modules of a model that shares one.
         self.act_fn = deepcopy(act)
-        sizes = {names.gate: (hidden, inner), names.up: (hidden, inner), names.down: (inner, hidden)}
+        sizes = {
+            names.gate: (hidden, inner),
+            names.up: (hidden, inner),
+            names.down: (inner, hidden),
+        }
         for name, (read, given) in sizes.items():
             layer = nn.Linear(read, given, bias=False, device=like.device, dtype=like.dtype)
             self.add_module(name, layer)
@@ -61,9 +63,7 @@ class Experts(nn.ModuleList):
         self._route: Tensor | None = None
         self._routes: list[Tensor] | None = None
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum what the experts of each token give, (tokens, hidden).
 
         Args:
@@ -80,7 +80,7 @@ class Experts(nn.ModuleList):
         for number, expert in enumerate(self):
             tokens, place = torch.where(index == number)
             rows = expert(hidden_states[tokens]) * top_k_weights[tokens, place, None]
-            # No token is there twice. Runtimes have no kernel that adds in float16 where it scatters.
+            # No token is there twice, and no runtime on CPUs adds in float16 where it scatters.
             output[tokens] += rows.to(output.dtype)
         return output
 
@@ -131,6 +131,12 @@ def place_of(block: nn.Module, name: str) -> Place | None:
     return Place(experts, int(number), layer == expert.names.down)
 
 
+def experts_of(block: nn.Module, names: Sequence[str]) -> tuple[Experts, list[int]]:
+    """The module with all experts of a block, and the numbers of those that have some layers."""
+    places = [place for name in names if (place := place_of(block, name)) is not None]
+    return places[0].experts, [place.number for place in places]
+
+
 def fused_parameters(module: nn.Module) -> Mapping[str, Tensor]:
     """The tensors with all experts that a module of transformers has itself, else nothing."""
     own = {name: each for name, each in module.named_parameters(recurse=False) if each.ndim == 3}
@@ -149,7 +155,8 @@ def experts_apart(names: ExpertLayers | None) -> Iterator[None]:
             return None
         return _separated(module, names)
 
-    handle = register_module_module_registration_hook(replaced)
+    # It may return a module, which its annotation does not say.
+    handle = register_module_module_registration_hook(replaced)  # type: ignore[arg-type]
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ from prox24_deploy.model.blocks import (
     run_block,
     skipping,
 )
-from prox24_deploy.model.experts import place_of
+from prox24_deploy.model.experts import experts_of, place_of
 from prox24_deploy.model.layers import Layer, layer_at, matrix_shape
 from prox24_deploy.model.offload import bring, device_of, drop
 from prox24_deploy.pruning.hidden_states import HiddenStates, Keep, keep_on_device
@@ -200,23 +200,20 @@ def expert_pairs(
     The tokens of an expert are those that the pruned block routes to it, for on them it will run;
     the dense block reads the same tokens, wherever it would route them itself.
     """
-    places = [place_of(twin.pruned, name) for name in names]
     pruned_layers, dense_layers = (
         [layer_at(block, name) for name in names] for block in (twin.pruned, twin.dense)
     )
-    own, first = (place_of(block, names[0]) for block in (twin.pruned, twin.dense))
-    assert own is not None and first is not None, "the layers are those of experts"
+    experts, numbers = experts_of(twin.pruned, names)
+    same, _ = experts_of(twin.dense, names)
     for i, real in enumerate(activations.real):
         call, pruned_call = (
             calls[i][twin.index] for calls in (activations.calls, activations.pruned_calls)
         )
         pruned, route = expert_inputs(
-            twin.pruned, pruned_call, activations.pruned[i], own.experts, pruned_layers
+            twin.pruned, pruned_call, activations.pruned[i], experts, pruned_layers
         )
-        dense, _ = expert_inputs(
-            twin.dense, call, activations.dense[i], first.experts, dense_layers, route
-        )
-        kept = [real_tokens(route, place.number, real) for place in places if place]
+        dense, _ = expert_inputs(twin.dense, call, activations.dense[i], same, dense_layers, route)
+        kept = [real_tokens(route, number, real) for number in numbers]
         yield [(d[k], p[k]) for d, p, k in zip(dense, pruned, kept, strict=True)]
 
 

@@ -32,9 +32,7 @@ class SecondMoments:
     routed: bool = False
 
     @classmethod
-    def empty(
-        cls, features: int, device: torch.device, *, routed: bool = False
-    ) -> "SecondMoments":
+    def empty(cls, features: int, device: torch.device, *, routed: bool = False) -> "SecondMoments":
         """All zero, for inputs with `features` columns."""
         cross = torch.zeros(features, features, dtype=torch.float64, device=device)
         pruned, dense = (_Symmetric(torch.zeros_like(cross)) for _ in "12")

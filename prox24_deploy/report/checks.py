@@ -47,6 +47,7 @@ def find_warnings(results: BuildResults) -> tuple[tuple[str, ...], ...]:
         *_text_warnings(prune, results.evaluate),
         *_token_warnings(prune),
         *_doubt_warnings(prune.layers),
+        *_expert_warnings(prune.layers),
         *recovery_warnings(results.recover, results.evaluate),
         *training_warnings(results.quantize),
     )
@@ -174,6 +175,18 @@ def _doubt_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
         names = [layer.name for layer in layers if layer.note == note]
         layers_in_words = _counted(len(names), "layer")
         yield f"The error says nothing of {layers_in_words} ({note}): {_named(names)}."
+
+
+def _expert_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
+    """Layers of experts to which too few tokens were routed, those with the fewest first."""
+    pulled = sorted((layer for layer in layers if layer.pull), key=lambda layer: -layer.pull)
+    if pulled:
+        names = [f"{each.name} with {each.rows} for {each.shape[1]}" for each in pulled]
+        yield (
+            f"{_counted(len(pulled), 'layer')} of experts read fewer than four calibration tokens "
+            f"for three of their inputs and were pulled to the dense weights: {_named(names)}; "
+            "calibrate on more tokens, or leave them dense with --exclude."
+        )
 
 
 def _dtype_warnings(export: ExportResult) -> Iterator[str]:
