@@ -31,7 +31,6 @@ from prox24_deploy.model.checkpoint import (
     write_pruned,
 )
 from prox24_deploy.model.directory import ModelDir, load_with_rest, structure_of
-from prox24_deploy.model.experts import fused_parameters
 from prox24_deploy.model.layers import (
     Layer,
     is_layer,
@@ -631,26 +630,13 @@ def _layers_outside(model: nn.Module, recipe: Recipe, known: set[str]) -> list[L
         else:
             reason = f"not a target of recipe {recipe.family}"
         skipped.append(_skipped(name, layer, reason))
-    return [*skipped, *_fused_experts(model)]
-
-
-def _fused_experts(model: nn.Module) -> Iterator[LayerRecord]:
-    """Tensors of several experts each, which are of no kind of layer."""
-    reason = "it holds several experts, and the recipe has no table [experts] that tells them apart"
-    for path, module in model.named_modules():
-        for name, weight in fused_parameters(module).items():
-            rows = weight.shape[0] * weight.shape[1]
-            yield _left(f"{path}.{name}", (rows, weight.shape[2]), reason)
+    return skipped
 
 
 def _skipped(name: str, layer: Layer, reason: str) -> LayerRecord:
-    return _left(name, matrix_shape(layer), reason)
-
-
-def _left(name: str, shape: tuple[int, int], reason: str) -> LayerRecord:
     return LayerRecord(
         name=name,
-        shape=shape,
+        shape=matrix_shape(layer),
         status="skipped",
         reason=reason,
         method="",

@@ -131,7 +131,10 @@ def _token_warnings(prune: PruneResult) -> Iterator[str]:
     starved = [
         layer
         for layer in prune.layers
-        if layer.status == "pruned" and layer.rows < TOKENS_PER_FEATURE * layer.shape[1]
+        if layer.status == "pruned"
+        # Of experts with far fewer another warning tells.
+        and not layer.pull
+        and layer.rows < TOKENS_PER_FEATURE * layer.shape[1]
     ]
     if starved:
         worst = max(starved, key=lambda layer: layer.shape[1] / max(layer.rows, 1))
@@ -181,11 +184,11 @@ def _expert_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
     """Layers of experts to which too few tokens were routed, those with the fewest first."""
     pulled = sorted((layer for layer in layers if layer.pull), key=lambda layer: -layer.pull)
     if pulled:
-        names = [f"{each.name} with {each.rows} for {each.shape[1]}" for each in pulled]
+        names = [f"{each.name} ({each.rows} for {each.shape[1]:,})" for each in pulled]
         yield (
-            f"{_counted(len(pulled), 'layer')} of experts read fewer than four calibration tokens "
-            f"for three of their inputs and were pulled to the dense weights: {_named(names)}; "
-            "calibrate on more tokens, or leave them dense with --exclude."
+            f"{_counted(len(pulled), 'layer')} of experts had fewer than 4/3 calibration tokens "
+            f"per feature and kept closer to the dense weights: {_named(names)}; calibrate on more "
+            "tokens, or leave them dense with --exclude."
         )
 
 

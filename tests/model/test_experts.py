@@ -41,9 +41,7 @@ def logits(model: nn.Module, text: Batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_what_transformers_saved_is_opened_with_its_experts_apart(
-    row: str, tmp_path: Path
-) -> None:
+def test_what_transformers_saved_is_opened_with_its_experts_apart(row: str, tmp_path: Path) -> None:
     model = as_transformers_has_it(row)
     model.save_pretrained(tmp_path)
     kind = model.config.model_type

@@ -8,14 +8,17 @@ import torch
 from family_batches import batch, recipe_of
 from tiny_families import tiny_model
 from torch import nn
+from transformers import MixtralForCausalLM
 
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import find_blocks
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.model.experts import Experts
+from prox24_deploy.model.notes import FUSED_EXPERTS
 from prox24_deploy.pruning import reconstruct, waves
 from prox24_deploy.pruning.activations import BlockPair, collect, input_pairs, record_activations
+from prox24_deploy.pruning.module import prune_module
 from prox24_deploy.pruning.prune import PrunedState, prune_model
 from prox24_deploy.pruning.reconstruct import AdamOptions
 from prox24_deploy.pruning.second_moments import SecondMoments
@@ -137,7 +140,9 @@ def test_few_tokens_prune_better_with_the_pull_than_without() -> None:
 
 def test_enough_tokens_are_left_alone() -> None:
     inputs = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    one, other = (moments_of(inputs, inputs, routed=r).for_solving(cross=True) for r in (True, False))
+    one, other = (
+        moments_of(inputs, inputs, routed=r).for_solving(cross=True) for r in (True, False)
+    )
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True) if a is not None)
     assert moments_of(inputs, inputs).pull == 0
 
@@ -216,23 +221,14 @@ def test_experts_stay_in_16_bits_and_are_named() -> None:
     assert not left.keys() & made.layers.keys()
 
 
-def test_tensors_with_several_experts_are_named_where_a_recipe_does_not_tell_them_apart(
-    tmp_path: Path,
-) -> None:
-    import transformers
-
-    apart = tiny_model("mixtral")
-    recipe = recipe_of(apart).model_copy(update={"targets": ["self_attn.*"], "experts": None})
-    model = transformers.MixtralForCausalLM(apart.config).eval()  # type: ignore[arg-type]
-    text = batch(recipe)
-    state = prune_model(
-        model, recipe, (text,), (text,), PruneOptions(method="magnitude"),
-        stored_dtype=lambda _: torch.float32, store=BlockStore(tmp_path),
-        progress=lambda *_: None,
-    )  # fmt: skip
-    left = {layer.name: (layer.shape, layer.reason) for layer in state.layers if "experts" in layer.name}
-    reason = "it holds several experts, and the recipe has no table [experts] that tells them apart"
+def test_a_module_whose_experts_are_fused_is_told_that_they_stay_dense() -> None:
+    model = MixtralForCausalLM(tiny_model("mixtral").config).eval()  # type: ignore[arg-type]
+    text = batch(recipe_of(model))
+    done = prune_module(
+        model, [text.inputs], blocks="model.layers", options=PruneOptions(method="magnitude")
+    )
+    left = {layer.name: layer.shape for layer in done.layers if layer.reason == FUSED_EXPERTS}
     assert left == {
-        "model.layers.0.mlp.experts.gate_up_proj": ((4 * 128, 32), reason),
-        "model.layers.0.mlp.experts.down_proj": ((4 * 32, 64), reason),
+        "model.layers.0.mlp.experts.gate_up_proj": (4 * 128, 32),
+        "model.layers.0.mlp.experts.down_proj": (4 * 32, 64),
     }

@@ -58,7 +58,9 @@ def pruned(
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}, result
 
 
-@pytest.mark.parametrize(("row", "tuned"), [*((row, False) for row in ROWS), ("llama", True), ("qwen3_moe", True)])
+@pytest.mark.parametrize(
+    ("row", "tuned"), [*((row, False) for row in ROWS), ("llama", True), ("qwen3_moe", True)]
+)
 def test_where_things_are_kept_changes_no_bit(
     row: str, *, tuned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
