@@ -59,7 +59,7 @@ class Experts(nn.ModuleList):
     def __init__(self, experts: Iterator[Expert], *, exported: Literal["routed", "all"]) -> None:
         """`exported`: on which tokens each runs in a graph that is exported of them."""
         super().__init__(experts)
-        self._dense_graph = exported == "all"
+        self.exported = exported
         self._route: Tensor | None = None
         self._routes: list[Tensor] | None = None
 
@@ -71,7 +71,7 @@ class Experts(nn.ModuleList):
             top_k_index: (tokens, k), the experts that each token is routed to.
             top_k_weights: (tokens, k), what each of them counts for.
         """
-        if self._dense_graph and torch.compiler.is_exporting():
+        if self.exported == "all" and torch.compiler.is_exporting():
             return self._on_all(hidden_states, top_k_index, top_k_weights)
         index = top_k_index if self._route is None else self._route
         if self._routes is not None:
