@@ -179,14 +179,14 @@ def _separated(module: nn.Module, names: ExpertLayers) -> Experts | None:
 @contextmanager
 def loaded_apart(model_type: str, names: ExpertLayers | None) -> Iterator[None]:
     """Within it transformers loads each tensor of an expert as it is, and merges none."""
-    if names is None:
-        yield
-        return
     from transformers import conversion_mapping as library
 
-    known = library.get_checkpoint_conversion_mapping(model_type)
+    known = library.get_checkpoint_conversion_mapping(model_type) if names else None
+    if known is None:
+        yield
+        return
     users = set(library.USER_REGISTERED_MAPPINGS)
-    kept = [each for each in known or () if not _merges(each)]
+    kept = [each for each in known if not _merges(each)]
     library.register_checkpoint_conversion_mapping(model_type, kept, overwrite=True)
     try:
         yield
