@@ -18,6 +18,7 @@ from prox24_deploy.model.experts import Experts
 from prox24_deploy.model.notes import FUSED_EXPERTS
 from prox24_deploy.pruning import reconstruct, waves
 from prox24_deploy.pruning.activations import BlockPair, collect, input_pairs, record_activations
+from prox24_deploy.pruning.memory import needs_of
 from prox24_deploy.pruning.module import prune_module
 from prox24_deploy.pruning.prune import PrunedState, prune_model
 from prox24_deploy.pruning.reconstruct import AdamOptions
@@ -96,6 +97,20 @@ def test_experts_share_passes_as_far_as_their_gram_matrices_fit(
     parts = waves.waves(block, groups)
     assert parts[:3] == [groups[:1], groups[1:5:2], groups[5::2]]
     assert [len(part) for part in parts[3:]] == [1, 1, 1, 1]
+
+
+def test_memory_is_asked_for_one_expert_at_a_time() -> None:
+    """Those that are solved and the tokens that each reads, not those of all experts together."""
+    needs = []
+    for count in (4, 16):
+        model = tiny_model("mixtral", num_local_experts=count, intermediate_size=8192)
+        recipe = recipe_of(model)
+        needs.append(needs_of(model, recipe, [batch(recipe)], PruneOptions()))
+    assert needs[1].block > 3 * needs[0].block
+    assert needs[1].working == needs[0].working
+    # A down projection, its problem, and the Gram matrices of calibration and held-out samples.
+    square = 8192**2
+    assert needs[0].working == 56 * square + 32 * 8192 * 56 + waves.MOST_GRAM
 
 
 def test_tokens_are_missing_where_damping_would_be_beyond_its_limit() -> None:
