@@ -15,7 +15,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from families import aligned, build_plans, prepare, write_pruned
+from families import (
+    NO_ROUTES,
+    NO_ROUTES_ERROR,
+    aligned,
+    build_plans,
+    prepare,
+    write_pruned,
+)
 from family_batches import batch
 from tiny_families import VOCABULARY
 
@@ -110,7 +117,7 @@ def _plan(paths: Sequence[Path], form: QuantizedFormat) -> str:
     try:
         plans = build_plans(paths, DTYPE, CAPABILITIES[form])
     except EngineError as error:
-        return str(error)
+        return NO_ROUTES if NO_ROUTES_ERROR in str(error) else str(error)
     return next(iter(plans.values()))
 
 

@@ -10,7 +10,9 @@ import transformers
 from tiny_sentences import HIDDEN, NORMALIZE, Module, dense, layer_norm, pooling
 from torch import nn
 
+from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
 from prox24_deploy.core.types import DType
+from prox24_deploy.model.experts import experts_apart
 
 VOCABULARY = 96
 _IDS = {"vocab_size": VOCABULARY, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
@@ -27,6 +29,12 @@ _COMMON = {
 }
 _GROUPED = _COMMON | {"num_key_value_heads": 2, "head_dim": 8}
 _SLIDING = _GROUPED | {"sliding_window": 6}
+_MOE = {"num_experts_per_tok": 2, "output_router_logits": False}
+_MIXTRAL = _GROUPED | _MOE | {"num_local_experts": 4}
+# A block with one MLP, and one with experts.
+_QWEN3_MOE = (
+    _GROUPED | _MOE | {"num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
+)
 _ALTERNATING = ["sliding_attention", "full_attention"]
 _GPT2 = {"n_positions": 80, "n_embd": 32, "n_layer": 2, "n_head": 4, **_IDS, **_SPREAD}
 _OPT = {
@@ -130,6 +138,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2ForCausalLM", _COMMON | _ONE | {"num_key_value_heads": 2}),
     "qwen2, sentences": ("Qwen2Model", _COMMON | _ONE | {"num_key_value_heads": 2}),
     "qwen3": ("Qwen3ForCausalLM", _GROUPED | _ONE),
+    "mixtral": ("MixtralForCausalLM", _MIXTRAL | _ONE),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _QWEN3_MOE),
     "gemma": ("GemmaForCausalLM", _GROUPED | _ONE),
     "gemma2": ("Gemma2ForCausalLM", _SLIDING),
     "gemma3_text": ("Gemma3ForCausalLM", _SLIDING | {"layer_types": _ALTERNATING}),
@@ -225,5 +235,8 @@ def tiny_model(row: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     name, known = FAMILIES[row] if row in FAMILIES else REFUSED[row][:2]
     made = getattr(transformers, name)
-    model: nn.Module = made(made.config_class(**(known | options)))
+    recipe = shipped_recipes().get(row)
+    # As a model directory is opened, where each expert is a module of its own.
+    with experts_apart(parse_recipe(recipe, row).experts if recipe else None):
+        model: nn.Module = made(made.config_class(**(known | options)))
     return model.eval()

@@ -10,9 +10,10 @@ import onnx
 import pytest
 import torch
 from command_line import ANY_CLASS, ANY_EMBEDDING, ANY_TEXT, run_cli
-from families import CAPABILITIES, NO_KERNELS, Row, require, table
+from families import CAPABILITIES, NO_KERNELS, NO_ROUTES, Row, build_plans, require, table
+from family_batches import recipe_of
 from safetensors import safe_open
-from tiny_families import FAMILIES, REFUSED_DTYPES, tiny_model
+from tiny_families import FAMILIES, REFUSED_DTYPES, VOCABULARY, tiny_model
 from tiny_models import write_tiny_bart, write_tiny_classifier
 from transformers import (
     AutoModelForCausalLM,
@@ -21,12 +22,17 @@ from transformers import (
 )
 
 from prox24_deploy.config.recipe import parse_recipe, shipped_recipes
+from prox24_deploy.graph.export.export import export_graphs
+from prox24_deploy.graph.parity.numerics import compare_with_torch
+from prox24_deploy.model.experts import Experts
 from prox24_deploy.report.schema import load_report
 
-# Families whose graphs have nothing that is not in one of another family: Llama, Gemma 2 and 3,
-# Phi, GPT-2, BERT, XLM-R and ViT have it all. With every family, what its recipe names is pruned
+# Families whose graphs have nothing that is not in one of another family: Llama, Mixtral, Gemma 2
+# and 3, Phi, GPT-2, BERT, XLM-R and ViT have it all. With every family its targets are pruned
 # (tests/pruning/test_family_pruning.py); `make bench` exports all, with their heads and variants.
-ALIKE = {"mistral", "qwen2", "qwen3", "gemma", "opt", "roberta", "distilbert", "deit"}
+ALIKE = {"mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "opt", "roberta", "distilbert", "deit"}
+# Of which experts are exported on the tokens that are routed to them.
+ROUTED = {"mixtral"}
 # One row of each family.
 FIRST = {name.partition(",")[0]: name for name in reversed(FAMILIES)}
 SHOWN = [name for family, name in FIRST.items() if family not in ALIKE]
@@ -199,7 +205,32 @@ def test_a_family_is_exported_and_proven(family: str, rows: dict[str, Row]) -> N
 def test_a_family_builds_for_tensorrt_rtx(family: str, rows: dict[str, Row]) -> None:
     plans = rows[family].plans
     assert list(plans) == list(CAPABILITIES)
+    if family in ROUTED:
+        assert set(plans.values()) == {NO_ROUTES}
+        return
     assert all(int(plan.removesuffix(" B")) > 0 for plan in plans.values())
+
+
+@pytest.mark.slow
+@pytest.mark.tensorrt_rtx
+def test_experts_on_all_tokens_build_for_tensorrt_rtx(tmp_path: Path) -> None:
+    model = tiny_model("mixtral").requires_grad_(requires_grad=False)
+    recipe = recipe_of(model)
+    assert recipe.experts is not None
+    experts = recipe.experts.model_copy(update={"exported": "all"})
+    recipe = recipe.model_copy(update={"experts": experts})
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.exported = "all"
+    (path,) = export_graphs(model, recipe, tmp_path / "onnx", dtype="float16")
+    assert {"NonZero", "ScatterND"}.isdisjoint(
+        node.op_type for node in onnx.load(path, load_external_data=False).graph.node
+    )
+    checks = compare_with_torch(
+        model, path, recipe, dtype="float16", twin="dense", vocabulary=VOCABULARY
+    )
+    assert [check.passed for check in checks] == [True] * 3
+    assert all(plan.endswith(" B") for plan in build_plans([path], "float16").values())
 
 
 def test_every_model_type_and_head_of_a_recipe_has_a_row() -> None:

@@ -81,6 +81,31 @@ class Channels(_Table):
     heads: str | None = None
 
 
+class ExpertLayers(_Table):
+    """Where the blocks of a model have experts, and what the layers of each are called.
+
+    `path` is that of the module with all experts inside a block, `stored` what the checkpoint has
+    in its place, if that is another path. `gate`, `up` and `down` name the layers of one expert,
+    which gives down(act(gate(x)) · up(x)), in the checkpoint; here a model has the same names.
+
+    `exported` says on which tokens an expert runs in a graph. Those "routed" to it are the work of
+    the model and take the operator NonZero, which TensorRT-RTX does not have. On "all" tokens, most
+    of which then count for nothing, it is as many times the work as a token has experts to choose
+    from for each that it takes, in shapes that are known beforehand.
+    """
+
+    path: str
+    gate: str
+    up: str
+    down: str
+    stored: str | None = None
+    exported: Literal["routed", "all"] = "routed"
+
+    def as_stored(self, name: str) -> str:
+        """The name that the checkpoint has for a tensor of an expert; others stay as they are."""
+        return name.replace(f".{self.path}.", f".{self.stored or self.path}.", 1)
+
+
 class Decoder(_Table):
     """The second graph and the second list of blocks of an encoder-decoder.
 
@@ -158,7 +183,8 @@ class Recipe(_Table):
 
     `blocks` is the dotted path of the list of repeated blocks in the model that `task` opens;
     `targets` and `ignore` are glob patterns over module paths relative to a block; `overrides`
-    prune some of the targets in another way. `channels` have a free order. Weights matching
+    prune some of the targets in another way. `channels` have a free order. `experts` says that
+    blocks have some, each of which reads the tokens routed to it. Weights matching
     `optional_weights` (globs over full names) may be absent from a checkpoint. `sequence_length` is
     that of calibration and evaluation samples, in tokens, where the model allows as many.
 
@@ -182,6 +208,7 @@ class Recipe(_Table):
     targets: Annotated[list[str], Field(min_length=1)]
     ignore: list[str] = []
     channels: list[Channels] = []
+    experts: ExpertLayers | None = None
     overrides: list[Override] = []
     optional_weights: list[str] = []
     sequence_length: Annotated[int, Field(ge=8, le=_MOST_EXTENT)] = 512
@@ -433,6 +460,7 @@ def _first_problem(error: ValidationError) -> str:
             "overrides": Override,
             "heads": Head,
             "channels": Channels,
+            "experts": ExpertLayers,
             "decoder": Decoder,
             "unsupported": Unsupported,
             "embedding": Embedding,

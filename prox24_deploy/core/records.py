@@ -68,6 +68,8 @@ class LayerRecord:
     of the dense layer in the dense model and Y' that of the pruned layer in the pruned model (bias
     excluded), on calibration and on held-out text; None for a skipped layer. `rows` counts the
     inputs that it was calibrated on: tokens, patches or pixels. `note`: why its errors say nothing.
+    `pull`: of a layer of an expert with too few of them, which part of what it was solved on pulls
+    it to the dense weights, 0 to 1.
     """
 
     name: str
@@ -81,6 +83,7 @@ class LayerRecord:
     seconds: float
     rows: int = 0
     note: str = ""
+    pull: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

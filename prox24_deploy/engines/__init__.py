@@ -5,9 +5,9 @@ import importlib
 from prox24_deploy.config.options import EngineOptions
 from prox24_deploy.core.backends import AUTO, BACKENDS
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.engines.base import Backend, Origin, require_one_graph
+from prox24_deploy.engines.base import Backend, Origin, require_fixed_work
 
-__all__ = ["AVAILABLE_BACKENDS", "Origin", "backend_by_name", "require_one_graph"]
+__all__ = ["AVAILABLE_BACKENDS", "Origin", "backend_by_name", "require_fixed_work"]
 
 AVAILABLE_BACKENDS = tuple(BACKENDS)
 

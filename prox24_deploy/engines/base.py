@@ -122,12 +122,18 @@ class Origin:
     gemms: "GpuProfile | None" = None
 
 
-def require_one_graph(recipe: Recipe, asker: str) -> None:
-    """Refuse an encoder-decoder where only models of one graph can be run.
+def require_fixed_work(recipe: Recipe, asker: str) -> None:
+    """Refuse an encoder-decoder, and experts, where each layer must read rows of a known number.
 
     Raises:
-        UsageError: the recipe has a decoder.
+        UsageError: the recipe has a decoder, or experts.
     """
+    if recipe.experts is not None:
+        raise UsageError(
+            f"{asker} times each layer on a number of rows that is known beforehand, and how many "
+            f"tokens an expert of recipe {recipe.family} reads depends on the text; leave it out "
+            "and pass --backend onnxruntime or tensorrt."
+        )
     if recipe.decoder is not None:
         raise UsageError(
             f"{asker} runs models of one graph, and those of recipe {recipe.family} have an "

@@ -19,6 +19,7 @@ from prox24_deploy.core.documents import reason_of
 from prox24_deploy.core.errors import ModelDirError, Prox24Error, RecipeError
 from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.model.batch import Batch
+from prox24_deploy.model.experts import Experts
 from prox24_deploy.model.layers import Layer, input_rows, is_layer, same_rows
 from prox24_deploy.model.offload import device_of
 
@@ -269,6 +270,47 @@ def _watched(
     return input_rows(layer, seen[0]), output
 
 
+def expert_inputs(
+    block: nn.Module,
+    call: BlockCall,
+    hidden: Tensor,
+    experts: Experts,
+    layers: Sequence[Layer],
+    route: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Run a block as far as layers of its experts; return what each reads and the route of tokens.
+
+    Args:
+        block: with the experts.
+        call: what its model passes to it.
+        hidden: hidden states in front of it.
+        experts: all of its experts.
+        layers: of some of them.
+        route: (tokens, k), where tokens go instead of where the block sends them.
+
+    Returns:
+        For each layer the rows (tokens, d) of the tokens that are routed to its expert, in their
+        order, and the route, (tokens, k).
+    """
+    seen: dict[nn.Module, Tensor] = {}
+
+    def record(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[layer] = args[0]
+        if len(seen) == len(layers):
+            raise _StopForwardError
+
+    handles = [layer.register_forward_pre_hook(record) for layer in layers]
+    with experts.routed(route) as routes:
+        try:
+            run_block(block, call, hidden)
+        except _StopForwardError:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+    return [seen[layer] for layer in layers], routes[0]
+
+
 def shared_inputs(
     block: nn.Module, layers: Mapping[str, Layer], call: BlockCall, hidden: Tensor
 ) -> list[list[str]]:
@@ -357,6 +399,28 @@ def real_rows(tensor: Tensor, real: Tensor) -> Tensor:
             f"{tuple(real.shape)} positions; list it under `ignore`."
         )
     return tensor[real.to(tensor.device)]
+
+
+def real_tokens(route: Tensor, expert: int, real: Tensor) -> Tensor:
+    """Which of the tokens that are routed to an expert are not padding, (tokens,) bool.
+
+    Args:
+        route: (batch · positions, k), the experts of each token.
+        expert: number of one.
+        real: (batch, positions) bool, or (batch,) for samples that are never padded.
+
+    Raises:
+        RecipeError: the experts do not read one row per position.
+    """
+    tokens = torch.where(route == expert)[0]
+    if real.ndim == 1:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    if len(route) != real.numel():
+        raise RecipeError(
+            f"The experts of a block read {len(route)} rows, expected {tuple(real.shape)} "
+            "positions; list them under `ignore`."
+        )
+    return real.flatten().to(tokens.device)[tokens]
 
 
 def _take_hidden(

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prox24_deploy.config.recipe import RECIPE_FILE, SENTENCE_MODULES
+from prox24_deploy.config.recipe import RECIPE_FILE, SENTENCE_MODULES, Recipe
 from prox24_deploy.core.atomic import copy_file, make_folder, writing
 from prox24_deploy.core.errors import ModelDirError, RecipeError, SparsityLostError
 from prox24_deploy.core.records import LayerRecord
@@ -167,14 +167,16 @@ def checkpoint_name(directory: ModelDir, parameter: str) -> str:
     return found[0]
 
 
-def renamed_tensors(directory: ModelDir, model: nn.Module) -> dict[str, str]:
-    """Find the weights of layers that the checkpoint stores under other names, by their values.
+def renamed_tensors(directory: ModelDir, model: nn.Module, recipe: Recipe) -> dict[str, str]:
+    """Find the weights of layers that the checkpoint stores under other names.
 
     Some model classes keep the names of older checkpoints on disk and rename them when they load.
+    The recipe says what layers of experts are called there; others are found by their values.
 
     Args:
         directory: the checkpoint.
         model: as opened from it in float32, not yet changed.
+        recipe: of its family.
 
     Returns:
         Parameter to tensor, for those whose names tell nothing and whose values tell one tensor.
@@ -187,6 +189,21 @@ def renamed_tensors(directory: ModelDir, model: nn.Module) -> dict[str, str]:
         and not name.startswith(f"{SENTENCE_MODULES}.")
         and not stored_names(directory, f"{name}.weight")
     }
+    told = {name: _as_stored(directory, name, recipe) for name in missing}
+    known = {name: tensors[0] for name, tensors in told.items() if len(tensors) == 1}
+    missing = {name: layer for name, layer in missing.items() if name not in known}
+    return known | _by_values(directory, missing)
+
+
+def _as_stored(directory: ModelDir, parameter: str, recipe: Recipe) -> list[str]:
+    """The tensors that a parameter of an expert can be, by what the recipe says."""
+    if recipe.experts is None:
+        return []
+    return names_like(recipe.experts.as_stored(parameter), directory.tensors)
+
+
+def _by_values(directory: ModelDir, missing: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The tensors that have the values of the weights of some layers, by parameter."""
     if not missing:
         return {}
     stored: dict[str, list[str]] = {}

@@ -23,6 +23,7 @@ from prox24_deploy.core.snapshot import Snapshot, take_snapshot
 from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.model.capacity import no_larger, require_counts, require_size
 from prox24_deploy.model.config_file import read_config
+from prox24_deploy.model.experts import FUSED, experts_apart, loaded_apart
 from prox24_deploy.model.offload import META, block_map
 from prox24_deploy.model.refusals import (
     require_fixed_rope,
@@ -206,7 +207,12 @@ def load_with_rest(
     directory: ModelDir, recipe: Recipe, device: torch.device, *, offload: Path | None = None
 ) -> tuple[nn.Module, list[str]]:
     """As `load_model`; also the tensors of the checkpoint that the model has no place for."""
-    with _opening(directory, recipe) as auto, warnings.catch_warnings():
+    with (
+        _opening(directory, recipe) as auto,
+        experts_apart(recipe.experts),
+        loaded_apart(directory.model_type, recipe.experts),
+        warnings.catch_warnings(),
+    ):
         # Tensors that belong to no module below the model have a place of their own.
         warnings.filterwarnings("ignore", message="The following device_map keys do not match")
         model, info = auto.from_pretrained(
@@ -286,7 +292,7 @@ def build_untrained(
     asked = None if recipe.attention == "default" else recipe.attention
     # A class that chooses among models names it otherwise than the models themselves.
     build = getattr(auto, "from_config", None) or auto._from_config
-    with device:
+    with device, experts_apart(recipe.experts):
         model = build(config, dtype=torch.float32, attn_implementation=asked)
     if sentence:
         attach_sentence_modules(model, path, recipe)
@@ -343,6 +349,13 @@ def model_info(directory: ModelDir, recipe: Recipe, *, name: str = "") -> ModelI
 
 
 def _check_loading(directory: ModelDir, recipe: Recipe, info: dict[str, Any]) -> None:
+    merged = [name for name in directory.tensors if name.endswith(tuple(f".{n}" for n in FUSED))]
+    if recipe.experts and merged:
+        raise ModelDirError(
+            f"Model directory {directory.path} holds {merged[0]}{_and_more(merged)} with several "
+            "experts in one tensor, expected one for each layer of each expert; open it with "
+            "transformers and save it again with save_pretrained()."
+        )
     optional: Sequence[str] = recipe.optional_weights
     missing = sorted(
         name for name in info["missing_keys"] if not any(fnmatch(name, glob) for glob in optional)

@@ -11,6 +11,8 @@ from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.layers import is_layer
 
 _NAMED = 3
+# Why they are no targets, as the end of a sentence.
+FUSED_EXPERTS = "only experts that a table [experts] of a recipe takes apart can be pruned"
 
 
 def left_out(
@@ -30,7 +32,8 @@ def left_out(
 def expert_weights(block: nn.Module) -> list[str]:
     """Weights of a block that hold several matrices in one tensor, as fused experts do.
 
-    They belong to no layer of a kind that can be pruned, and so are no targets of any recipe.
+    They belong to no layer of a kind that can be pruned, and so are targets of no recipe that does
+    not take them apart.
     """
     of_layers = {id(p) for m in block.modules() if is_layer(m) for p in m.parameters()}
     # Kernels of convolutions of any rank are single matrices.
@@ -65,8 +68,7 @@ def _fused(model: nn.Module, recipe: Recipe) -> Iterator[str]:
     if names:
         yield (
             f"{len(names)} tensors of several matrices each, as those of fused experts "
-            f"({_some(names)}), hold {weights:,} weights and are left dense: they cannot be "
-            "pruned yet."
+            f"({_some(names)}), hold {weights:,} weights and are left dense: {FUSED_EXPERTS}."
         )
 
 

@@ -10,7 +10,7 @@ from prox24_deploy.core.tasks import Task, TaskKind, task_of_class
 from prox24_deploy.model.capacity import bounded
 from prox24_deploy.model.directory import ModelDir, auto_class, quiet_transformers
 from prox24_deploy.model.layers import is_layer
-from prox24_deploy.model.notes import expert_weights
+from prox24_deploy.model.notes import FUSED_EXPERTS, expert_weights
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _ENCODER_DECODER = (
@@ -110,7 +110,7 @@ def _left_out(blocks: nn.ModuleList) -> str:
     share = held / sum(parameter.numel() for parameter in blocks.parameters())
     return (
         f"the experts ({', '.join(names)}), which hold {share:.0%} of the weights of the blocks, "
-        "are left out and stay dense, because experts that are fused cannot be pruned yet"
+        f"are left out and stay dense, for {FUSED_EXPERTS}; copy that of export/qwen3_moe.toml"
     )
 
 

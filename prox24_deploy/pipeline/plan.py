@@ -13,7 +13,7 @@ from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import Sensitivity
 from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import DType, Progress, Quantize
-from prox24_deploy.engines import require_one_graph
+from prox24_deploy.engines import require_fixed_work
 from prox24_deploy.engines.cusparselt.choice import LayerChoice, choose, gemm_obstacle
 from prox24_deploy.engines.cusparselt.formats import gpu_obstacle
 from prox24_deploy.engines.cusparselt.gemm import copy_rate, gpu_profile, measure_layers, uses_at
@@ -104,7 +104,7 @@ def plan(
         Prox24Error: what `build` raises for the same model and options.
     """
     context = read_context(model_dir, None, options, progress)
-    require_one_graph(recipe := context.recipe, "plan")
+    require_fixed_work(recipe := context.recipe, "plan")
     fitted = fitted_shapes(options.engine, context.source.config, recipe)
     shapes = fitted.shapes(images=not recipe.modality.has_length, cached=recipe.cache)
     dtype = _planned_dtype(context, options, saved)

@@ -14,17 +14,20 @@ from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import (
     BlockCall,
     calls_do_without_blocks,
+    expert_inputs,
     find_blocks,
     is_handed,
     layer_input,
     layer_input_and_output,
     layer_runs,
     real_rows,
+    real_tokens,
     record_calls,
     require_one_run,
     run_block,
     skipping,
 )
+from prox24_deploy.model.experts import experts_of, place_of
 from prox24_deploy.model.layers import Layer, layer_at, matrix_shape
 from prox24_deploy.model.offload import bring, device_of, drop
 from prox24_deploy.pruning.hidden_states import HiddenStates, Keep, keep_on_device
@@ -162,8 +165,13 @@ def input_pairs(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows (tokens, d) that a layer reads in the dense and in the pruned block, batch by batch.
 
-    If the dense stream goes on, it is behind the block once all batches have been asked for.
+    If the dense stream goes on, it is behind the block once all batches have been asked for. It
+    does not for a layer of an expert, see `expert_pairs`.
     """
+    if place_of(twin.pruned, name) is not None:
+        for pairs in expert_pairs(twin, [name], activations):
+            yield pairs[0]
+        return
     dense_layer, pruned_layer = (layer_at(block, name) for block in (twin.dense, twin.pruned))
     for i, batch in enumerate(activations.batches):
         call, pruned_call = (
@@ -184,6 +192,60 @@ def input_pairs(
     activations.dense_is_ahead = dense_goes_on
 
 
+def expert_pairs(
+    twin: BlockPair, names: Sequence[str], activations: Activations
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """As `input_pairs`, for layers of experts of one block, of which none reads what another gives.
+
+    The tokens of an expert are those that the pruned block routes to it, for on them it will run;
+    the dense block reads the same tokens, wherever it would route them itself.
+    """
+    pruned_layers, dense_layers = (
+        [layer_at(block, name) for name in names] for block in (twin.pruned, twin.dense)
+    )
+    experts, numbers = experts_of(twin.pruned, names)
+    same, _ = experts_of(twin.dense, names)
+    for i, real in enumerate(activations.real):
+        call, pruned_call = (
+            calls[i][twin.index] for calls in (activations.calls, activations.pruned_calls)
+        )
+        pruned, route = expert_inputs(
+            twin.pruned, pruned_call, activations.pruned[i], experts, pruned_layers
+        )
+        dense, _ = expert_inputs(twin.dense, call, activations.dense[i], same, dense_layers, route)
+        kept = [real_tokens(route, number, real) for number in numbers]
+        yield [(d[k], p[k]) for d, p, k in zip(dense, pruned, kept, strict=True)]
+
+
+def collect_wave(
+    twin: BlockPair,
+    wave: Sequence[Sequence[str]],
+    activations: Activations,
+    *,
+    dense_goes_on: bool = False,
+) -> list[SecondMoments]:
+    """As `collect`, for each group of layers of a wave of `waves`."""
+    names = [group[0] for group in wave]
+    if place_of(twin.pruned, names[0]) is None:
+        return [collect(twin, name, activations, dense_goes_on=dense_goes_on) for name in names]
+    return _collect_experts(twin, names, activations)
+
+
+def _collect_experts(
+    twin: BlockPair, names: Sequence[str], activations: Activations
+) -> list[SecondMoments]:
+    """As `collect`, of several layers of experts in the same forward passes, see `expert_pairs`."""
+    layers = [layer_at(twin.pruned, name) for name in names]
+    found = [
+        SecondMoments.empty(matrix_shape(layer)[1], layer.weight.device, routed=True)
+        for layer in layers
+    ]
+    for pairs in expert_pairs(twin, names, activations):
+        for moments, pair in zip(found, pairs, strict=True):
+            moments.add(*pair)
+    return found
+
+
 def collect(
     twin: BlockPair, name: str, activations: Activations, *, dense_goes_on: bool = False
 ) -> SecondMoments:
@@ -196,6 +258,8 @@ def collect(
         dense_goes_on: the dense stream is not needed in front of the block any more; it is taken
             through the block in the same forward passes.
     """
+    if place_of(twin.pruned, name) is not None:
+        return _collect_experts(twin, [name], activations)[0]
     layer = layer_at(twin.pruned, name)
     moments = SecondMoments.empty(matrix_shape(layer)[1], layer.weight.device)
     for dense, pruned in input_pairs(twin, name, activations, dense_goes_on=dense_goes_on):

@@ -6,6 +6,9 @@ from torch import Tensor
 from prox24_deploy.pruning.second_moments import SecondMoments
 
 _NO_WEIGHTS = "all its weights are zero"
+_NO_TOKENS = (
+    "no calibration token was routed to its expert, so it keeps the largest of its dense weights"
+)
 _NO_INPUTS = (
     "its inputs are all zero on the calibration samples, so which weights it keeps was chosen "
     "blindly"
@@ -40,6 +43,8 @@ def doubt_about(
         return _NO_WEIGHTS
     if not chosen:
         return ""
+    if moments.tokens == 0:
+        return _NO_TOKENS
     if square == 0:
         return _NO_INPUTS
     # The square of a smaller weight is no normal number of float32, in which layers are solved.

@@ -100,12 +100,13 @@ def _solve(
     rows = ranks.rows(len(weight))
     own = weight[rows]
     try:
+        gram, cross, tokens = moments.for_solving(cross=options.target == "asymmetric")
         problem = layer_problem(
             own,
-            moments.pruned,
+            gram,
             damping_for(weight.shape[1], moments.tokens),
-            moments.cross if options.target == "asymmetric" else None,
-            tokens=moments.tokens,
+            cross,
+            tokens=tokens,
         )
     except ValueError as error:
         raise ModelDirError(

@@ -5,6 +5,7 @@ there is less memory a run reads and writes more, and comes to the same bits.
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.host import free_memory
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import find_blocks, target_layers
-from prox24_deploy.model.layers import Layer, matrix_shape
+from prox24_deploy.model.experts import place_of
+from prox24_deploy.model.layers import matrix_shape
 from prox24_deploy.model.offload import float_bytes, free_on
 from prox24_deploy.pruning.hidden_states import Place
+from prox24_deploy.pruning.waves import MOST_GRAM, gram_bytes
 
 _FLOAT, _DOUBLE = 4, 8
 # Matrices of the size of the weights that the solver holds at most: start, linear term, iterate,
@@ -105,22 +108,22 @@ def needs_of(
     parts = [part for part in recipe.parts for _ in find_blocks(model, part)]
     sizes = [float_bytes(block) for block in blocks]
     layers = [
-        list(target_layers(block, part).values()) for block, part in zip(blocks, parts, strict=True)
+        _sized(block, part, _routes(model)) for block, part in zip(blocks, parts, strict=True)
     ]
     # Most layers of a block read as many features as its hidden states have.
-    widths = Counter(matrix_shape(layer)[1] for own in layers for layer in own)
+    widths = Counter(layer.features for own in layers for layer in own)
     width = max(widths, key=lambda each: widths[each], default=0)
     positions = [_positions(batch) for batch in samples]
     states = 2 * _FLOAT * width * sum(positions)
-    outputs = max(sum(matrix_shape(layer)[0] for layer in own) for own in layers)
-    batch = _FLOAT * max(positions) * outputs
+    outputs = max(sum(layer.rows * layer.share for layer in own) for own in layers)
+    batch = math.ceil(_FLOAT * max(positions) * outputs)
     return Needs(
         model=float_bytes(model),
         outside=float_bytes(model) - sum(sizes),
         block=max(sizes),
         blocks=3 if options.reconstructs else 2,
         states=states,
-        working=max(batch, max(_solver(own) for own in layers)),
+        working=max(batch + max(_grams(own) for own in layers), max(map(_solver, layers))),
     )
 
 
@@ -162,20 +165,61 @@ def place(needs: Needs, room: Room, *, whole: str = "") -> Placement:
     )
 
 
-def _solver(layers: Sequence[Layer]) -> int:
+@dataclass(frozen=True, slots=True)
+class _Sized:
+    """A layer that reads `features` and gives `rows`.
+
+    Attributes:
+        features: of its input.
+        rows: of its matrix.
+        expert: path of the expert that it is of; "" for any other layer.
+        share: of the tokens that it reads, where they are spread evenly over the experts.
+    """
+
+    features: int
+    rows: int
+    expert: str
+    share: float
+
+
+def _sized(block: nn.Module, recipe: Recipe, routes: int) -> list[_Sized]:
+    """The targets of a block, where each token is routed to so many experts."""
+    found = []
+    for name, layer in target_layers(block, recipe).items():
+        place = place_of(block, name)
+        rows, features = matrix_shape(layer)
+        expert = name.rpartition(".")[0] if place else ""
+        share = min(routes / len(place.experts), 1.0) if place else 1.0
+        found.append(_Sized(features, rows, expert, share))
+    return found
+
+
+def _routes(model: nn.Module) -> int:
+    """To how many experts each token is routed; more than there are where that is not said."""
+    count = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
+    return count if isinstance(count, int) else sys.maxsize
+
+
+def _grams(layers: Sequence[_Sized]) -> int:
+    """Gram matrices of experts that are collected in one pass; those of one group aside."""
+    sizes = [gram_bytes(layer.features) for layer in layers if layer.expert]
+    return min(sum(sizes), MOST_GRAM) if sizes else 0
+
+
+def _solver(layers: Sequence[_Sized]) -> int:
     """The most that a group of layers with one input takes; those as wide count as one group."""
-    rows: Counter[int] = Counter()
+    rows: Counter[tuple[int, str]] = Counter()
     for layer in layers:
-        n, k = matrix_shape(layer)
-        rows[k] += n
-    return max(
+        rows[layer.features, layer.expert] += layer.rows
+    most = max(
         (
             k * k * (_SQUARE_DOUBLES * _DOUBLE + _SQUARE_FLOATS * _FLOAT)
             + n * k * _SOLVER_MATRICES * _FLOAT
-            for k, n in rows.items()
+            for (k, _), n in rows.items()
         ),
         default=0,
     )
+    return most + _grams(layers)
 
 
 def _positions(batch: Batch) -> int:

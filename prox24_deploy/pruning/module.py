@@ -17,6 +17,7 @@ from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import find_blocks
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.model.layers import is_layer
+from prox24_deploy.model.notes import FUSED_EXPERTS, expert_weights
 from prox24_deploy.pruning.prune import PrunedState, prune_model
 from prox24_deploy.pruning.selection import left_dense
 from prox24_deploy.sparsity.pattern import first_violation
@@ -29,7 +30,8 @@ class PrunedModule:
     """What was done to a module.
 
     Attributes:
-        layers: a record of each layer of its blocks, and of the prunable ones outside.
+        layers: a record of each layer of its blocks, of each tensor of theirs with several experts,
+            which stays dense, and of the prunable layers outside.
         axes: name of each pruned parameter to the axis of its groups.
     """
 
@@ -86,7 +88,25 @@ def prune_module(
         )
     _require_pruned(module, state)
     layers_done = state.layers if withheld else _without_held_out(state.layers)
-    return PrunedModule(layers=layers_done, axes=state.axes)
+    return PrunedModule(layers=(*layers_done, *_fused_experts(module, recipe)), axes=state.axes)
+
+
+def _fused_experts(module: nn.Module, recipe: Recipe) -> Iterator[LayerRecord]:
+    """A record of each tensor with several experts, whose shape is that of all their rows."""
+    for index, block in enumerate(find_blocks(module, recipe)):
+        for name in expert_weights(block):
+            weight = block.get_parameter(name)
+            yield LayerRecord(
+                name=f"{recipe.blocks}.{index}.{name}",
+                shape=(weight.numel() // weight.shape[-1], weight.shape[-1]),
+                status="skipped",
+                reason=FUSED_EXPERTS,
+                method="",
+                relative_error=None,
+                held_out_error=None,
+                iterations=0,
+                seconds=0.0,
+            )
 
 
 @contextmanager

@@ -46,7 +46,7 @@ from prox24_deploy.pruning.activations import (
     BlockStep,
     Resources,
     block_steps,
-    collect,
+    collect_wave,
     not_run_once,
 )
 from prox24_deploy.pruning.doubts import doubt_about
@@ -57,7 +57,7 @@ from prox24_deploy.pruning.memory import Placement, needs_of, place, room_on
 from prox24_deploy.pruning.permutation import OrderStore, Permuted, permute_channels
 from prox24_deploy.pruning.ranks import ALONE, Ranks, during
 from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches
-from prox24_deploy.pruning.second_moments import LayerErrors
+from prox24_deploy.pruning.second_moments import LayerErrors, SecondMoments
 from prox24_deploy.pruning.selection import (
     by_options,
     left_dense,
@@ -68,6 +68,7 @@ from prox24_deploy.pruning.selection import (
 from prox24_deploy.pruning.sensitivity import SensitivityStore, measure_sensitivity, over_budget
 from prox24_deploy.pruning.solvers.problem import damping_for
 from prox24_deploy.pruning.solvers.products import tensor_cores
+from prox24_deploy.pruning.waves import Group, waves
 
 log = logging.getLogger(__name__)
 
@@ -348,7 +349,7 @@ def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
         )
         for batch in job.calibration.batches[:1]:
             require_runs(model, batch, job.recipe.task, directory.path)
-        named = replace(directory, renamed=renamed_tensors(directory, model))
+        named = replace(directory, renamed=renamed_tensors(directory, model, job.recipe))
         if (masks := open_masks(job.options)) is not None:
             fix_masks(model, read_masks(masks, model, named, job.recipe, job.options))
         yield _Opened(
@@ -491,37 +492,49 @@ class _BlockSolver:
         groups = shared_inputs(
             twin.pruned, layers, first.pruned_calls[0][twin.index], first.pruned[0]
         )
-        for group in groups:
+        together = waves(twin.pruned, groups)
+        for wave in together:
             # Nothing but the errors of a reconstruction needs the dense block once more.
-            goes_on = group is groups[-1] and not options.reconstructs
-            inputs = self._inputs(step, group, dense_goes_on=goes_on)
-            for part, own in by_options(twin.prefix, group, recipe, options):
-                done, made = self._solve_group(twin, part, inputs, own)
-                _apply(twin.pruned, done)
-                solved.update(done)
-                records.extend(made)
+            goes_on = wave is together[-1] and not options.reconstructs
+            for group, inputs in self._inputs(step, wave, dense_goes_on=goes_on):
+                for part, own in by_options(twin.prefix, group, recipe, options):
+                    done, made = self._solve_group(twin, part, inputs, own)
+                    _apply(twin.pruned, done)
+                    solved.update(done)
+                    records.extend(made)
         if options.reconstructs:
-            records = self._reconstruct(step, groups, solved, records)
+            records = self._reconstruct(step, together, solved, records)
         left = {name: layer for name, layer in layers.items() if name not in solved}
         reasons = not_run_once(twin, left, first)
         records += [_skipped(f"{twin.prefix}.{n}", left[n], why) for n, why in reasons.items()]
         return solved, tuple(records)
 
     def _inputs(
-        self, step: BlockStep, group: Sequence[str], *, dense_goes_on: bool = False
-    ) -> list[LayerErrors]:
-        """What the input of a group tells in each set of batches, without what only errors need."""
-        twin = step.twin
-        goes_on = dense_goes_on and twin.following is not None
-        layers = {name: layer_at(twin.dense, name) for name in group}
-        before = {name: to_matrix(layer, layer.weight) for name, layer in layers.items()}
+        self, step: BlockStep, wave: Sequence[Group], *, dense_goes_on: bool = False
+    ) -> Iterator[tuple[Group, list[LayerErrors]]]:
+        """Each group of a wave with what its input tells in each set of batches."""
+        goes_on = dense_goes_on and step.twin.following is not None
         found = []
         for number, activations in enumerate(step.sets):
-            moments = collect(twin, group[0], activations, dense_goes_on=goes_on)
-            moments.sum_over(self.ranks)
-            found.append(moments.errors(before))
+            moments = collect_wave(step.twin, wave, activations, dense_goes_on=goes_on)
             # Layers are solved on the first set.
-            moments.give_up(cross=number > 0)
+            found.append(
+                [
+                    self._errors_of(step.twin, group, each, cross=number == 0)
+                    for group, each in zip(wave, moments, strict=True)
+                ]
+            )
+        for group, *inputs in zip(wave, *found, strict=True):
+            yield group, inputs
+
+    def _errors_of(
+        self, twin: BlockPair, group: Group, moments: SecondMoments, *, cross: bool
+    ) -> LayerErrors:
+        """What errors of a group need of its input; what else they do not is given up."""
+        moments.sum_over(self.ranks)
+        layers = {name: layer_at(twin.dense, name) for name in group}
+        found = moments.errors({n: to_matrix(layer, layer.weight) for n, layer in layers.items()})
+        moments.give_up(cross=not cross)
         return found
 
     def _solve_group(
@@ -553,18 +566,19 @@ class _BlockSolver:
                     iterations=found.iterations,
                     seconds=seconds,
                     rows=calibration.tokens,
+                    pull=calibration.pull,
                     note=doubt_about(
                         before, found.weight.dtype, calibration, chosen=found.method != "unchanged"
                     ),
                 )
             )
-            log.info("%s: error %.4f, %.1f s", path, records[-1].relative_error, seconds)
+            log.info("%s: error %.4f, %.1f s", path, records[-1].relative_error or 0.0, seconds)
         return {name: found.weight for name, found in solved.items()}, records
 
     def _reconstruct(
         self,
         step: BlockStep,
-        groups: list[list[str]],
+        together: list[list[Group]],
         solved: dict[str, Tensor],
         records: list[LayerRecord],
     ) -> list[LayerRecord]:
@@ -577,8 +591,7 @@ class _BlockSolver:
         for name in names:
             solved[name] = layer_at(twin.pruned, name).weight.to(solved[name].dtype)
         _apply(twin.pruned, solved)
-        for group in groups:
-            inputs = self._inputs(step, group)
+        for group, inputs in (found for wave in together for found in self._inputs(step, wave)):
             for name in group:
                 layer = layer_at(twin.pruned, name)
                 errors = _errors(inputs, name, to_matrix(layer, layer.weight), known[name].name)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from prox24_deploy.pruning.ranks import Ranks
+from prox24_deploy.pruning.solvers.problem import missing_tokens
 
 # A symmetric product is taken in as many strips of columns, each from its diagonal on: with four
 # of them, in ten sixteenths of the multiplications.
@@ -22,19 +23,48 @@ class SecondMoments:
     Attributes:
         cross: X_dᵀX_p, (d, d), dense against pruned inputs of the same tokens.
         tokens: rows summed.
+        routed: whether a router decides which tokens these are, so that they may be few.
     """
 
     cross: Tensor
     _pruned: "_Symmetric"
     _dense: "_Symmetric"
     tokens: int = 0
+    routed: bool = False
 
     @classmethod
-    def empty(cls, features: int, device: torch.device) -> "SecondMoments":
+    def empty(cls, features: int, device: torch.device, *, routed: bool = False) -> "SecondMoments":
         """All zero, for inputs with `features` columns."""
         cross = torch.zeros(features, features, dtype=torch.float64, device=device)
         pruned, dense = (_Symmetric(torch.zeros_like(cross)) for _ in "12")
-        return cls(cross, pruned, dense)
+        return cls(cross, pruned, dense, routed=routed)
+
+    @property
+    def pull(self) -> float:
+        """Part of what a layer is solved on that pulls it to its dense weights, 0 to 1.
+
+        It is 0 but for an expert with too few tokens, see `missing_tokens`.
+        """
+        missing = missing_tokens(len(self._pruned.total), self.tokens) if self.routed else 0.0
+        return missing / (missing + self.tokens) if missing else 0.0
+
+    def for_solving(self, *, cross: bool) -> tuple[Tensor, Tensor | None, int]:
+        """X_pᵀX_p, X_dᵀX_p if asked for, (d, d), with tokens that are missing, and their number.
+
+        Tokens that an expert lacks have the mean square of the others in every feature, and no two
+        features of them go together: on these the best of the kept weights are the dense ones.
+        Where no feature is ever active that square is 1.
+        """
+        tokens = max(self.tokens, 1)
+        if not self.pull:
+            return self.pruned, self.cross if cross else None, tokens
+        found = [self.pruned / tokens, *([self.cross / tokens] if cross else [])]
+        size = found[0].diagonal().mean()
+        added = self.pull * torch.where(size == 0, 1.0, size)
+        for each in found:
+            each *= 1 - self.pull
+            each.diagonal().add_(added)
+        return found[0], found[1] if cross else None, 1
 
     @property
     def pruned(self) -> Tensor:

@@ -22,6 +22,7 @@ from prox24_deploy.core.types import Progress, QuantizedFormat
 from prox24_deploy.model.batch import Batch, Samples, withhold
 from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
 from prox24_deploy.model.directory import ModelDir, load_model
+from prox24_deploy.model.experts import place_of
 from prox24_deploy.model.layers import Layer, layer_at, reduction_axis
 from prox24_deploy.pruning.activations import BlockPair, BlockStep, block_steps, not_run_once
 from prox24_deploy.pruning.selection import sharing
@@ -177,6 +178,8 @@ def _quantizable(
     layers = target_layers(step.twin.pruned, step.recipe)
     reasons = {name: tied.get(f"{step.twin.prefix}.{name}", "") for name in layers}
     for name, layer in layers.items():
+        if place_of(step.twin.pruned, name) is not None:
+            reasons[name] = "it is a layer of an expert, which stays in 16 bits for now"
         if isinstance(layer, nn.Conv2d) and layer.groups > 1:
             reasons[name] = f"its convolution runs in {layer.groups} groups of channels"
     left = {name: (layers[name], reason) for name, reason in reasons.items() if reason}

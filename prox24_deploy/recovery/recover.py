@@ -155,7 +155,9 @@ def recover_directory(
 def _opened(asked: Recovery, device: torch.device) -> tuple[nn.Module, ModelDir]:
     """The pruned model, and its directory with the names that it has there."""
     sparse = load_model(asked.pruned, asked.recipe, device)
-    return sparse, replace(asked.pruned, renamed=renamed_tensors(asked.pruned, sparse))
+    return sparse, replace(
+        asked.pruned, renamed=renamed_tensors(asked.pruned, sparse, asked.recipe)
+    )
 
 
 def recovered_alone(

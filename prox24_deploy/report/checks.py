@@ -47,6 +47,7 @@ def find_warnings(results: BuildResults) -> tuple[tuple[str, ...], ...]:
         *_text_warnings(prune, results.evaluate),
         *_token_warnings(prune),
         *_doubt_warnings(prune.layers),
+        *_expert_warnings(prune.layers),
         *recovery_warnings(results.recover, results.evaluate),
         *training_warnings(results.quantize),
     )
@@ -130,7 +131,10 @@ def _token_warnings(prune: PruneResult) -> Iterator[str]:
     starved = [
         layer
         for layer in prune.layers
-        if layer.status == "pruned" and layer.rows < TOKENS_PER_FEATURE * layer.shape[1]
+        if layer.status == "pruned"
+        # Of experts with far fewer another warning tells.
+        and not layer.pull
+        and layer.rows < TOKENS_PER_FEATURE * layer.shape[1]
     ]
     if starved:
         worst = max(starved, key=lambda layer: layer.shape[1] / max(layer.rows, 1))
@@ -174,6 +178,18 @@ def _doubt_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
         names = [layer.name for layer in layers if layer.note == note]
         layers_in_words = _counted(len(names), "layer")
         yield f"The error says nothing of {layers_in_words} ({note}): {_named(names)}."
+
+
+def _expert_warnings(layers: Sequence[LayerRecord]) -> Iterator[str]:
+    """Layers of experts to which too few tokens were routed, those with the fewest first."""
+    pulled = sorted((layer for layer in layers if layer.pull), key=lambda layer: -layer.pull)
+    if pulled:
+        names = [f"{each.name} ({each.rows} for {each.shape[1]:,})" for each in pulled]
+        yield (
+            f"{_counted(len(pulled), 'layer')} of experts had fewer than 4/3 calibration tokens "
+            f"per feature and kept closer to the dense weights: {_named(names)}; calibrate on more "
+            "tokens, or leave them dense with --exclude."
+        )
 
 
 def _dtype_warnings(export: ExportResult) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,18 @@ def test_without_a_gpu_cusparselt_is_missing_and_says_what_to_do() -> None:
         f"torch {torch.__version__} finds no CUDA device; pass --backend onnxruntime, or run on a "
         "machine with one."
     )
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_refused_where_layers_must_read_as_many_rows_each_time(family: str) -> None:
+    origin = replace(ORIGIN, recipe=parse_recipe(shipped_recipes()[family], family))
+    told = (
+        rf"Backend 'cusparselt' times each layer .* tokens an expert of recipe {family} reads "
+        "depends on the text; .* pass --backend onnxruntime or tensorrt."
+    )
+    with pytest.raises(UsageError, match=told):
+        backend_by_name("cusparselt", OPTIONS, origin)
+    assert backend_by_name("onnxruntime", OPTIONS, origin).name == "onnxruntime"
 
 
 # Names are matched whole: no case folding, no prefixes, no spaces.

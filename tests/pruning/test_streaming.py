@@ -21,8 +21,8 @@ from prox24_deploy.pruning.reconstruct import AdamOptions
 
 CPU = torch.device("cpu")
 # Plain blocks, blocks that hand each other more than hidden states, an encoder whose blocks run
-# again in front of a decoder, blocks of convolutions with buffers, and a shared embedding.
-ROWS = ["llama", "t5", "bart", "resnet, classes", "gpt2", "gemma2"]
+# again in front of a decoder, blocks of convolutions with buffers, a shared embedding, and experts.
+ROWS = ["llama", "t5", "bart", "resnet, classes", "gpt2", "gemma2", "mixtral"]
 PLACES = [
     Placement(streamed=False, states="disk", bytes=0),
     Placement(streamed=True, states="device", bytes=0),
@@ -58,7 +58,9 @@ def pruned(
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}, result
 
 
-@pytest.mark.parametrize(("row", "tuned"), [*((row, False) for row in ROWS), ("llama", True)])
+@pytest.mark.parametrize(
+    ("row", "tuned"), [*((row, False) for row in ROWS), ("llama", True), ("qwen3_moe", True)]
+)
 def test_where_things_are_kept_changes_no_bit(
     row: str, *, tuned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -520,6 +520,22 @@ def test_layers_whose_error_says_nothing_are_warned_of_by_name() -> None:
     assert f"The error says nothing of 1 layer ({notes[1]}): {second.name}." in report.warnings
 
 
+def test_experts_with_few_tokens_are_named_those_with_the_fewest_first() -> None:
+    records = make_records()
+    first, second, *others = records.prune.layers
+    few, none = replace(first, rows=9, pull=0.5), replace(second, rows=0, pull=1.0)
+    report = replace(records, prune=replace(records.prune, layers=(few, none, *others))).report()
+    (told,) = [text for text in report.warnings if "of experts" in text]
+    assert told.startswith(
+        "2 layers of experts had fewer than 4/3 calibration tokens per feature and kept closer to "
+        f"the dense weights: {second.name} (0 for {second.shape[1]:,}), {first.name} (9 for "
+    )
+    # What all layers lack is not told by an expert that nothing reaches.
+    assert not any(
+        second.name in text or "1,000,000" in text for text in report.warnings if text != told
+    )
+
+
 def test_an_engine_that_is_not_compiled_is_named_with_the_reason() -> None:
     records = make_records()
     engines = tuple(

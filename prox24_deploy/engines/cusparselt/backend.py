@@ -33,7 +33,7 @@ from prox24_deploy.core.records import (
 from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.snapshot import sha256_of
 from prox24_deploy.core.types import DType, QuantizedFormat, Twin, silent
-from prox24_deploy.engines.base import Origin, require_one_graph
+from prox24_deploy.engines.base import Origin, require_fixed_work
 from prox24_deploy.engines.cusparselt import torch_model
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
@@ -374,7 +374,7 @@ def open_backend(_: BackendKind, options: EngineOptions, origin: Origin) -> CuSp
         BackendMissingError: this machine lacks what it needs.
         UsageError: the model has two graphs.
     """
-    require_one_graph(origin.recipe, "Backend 'cusparselt'")
+    require_fixed_work(origin.recipe, "Backend 'cusparselt'")
     torch_model.require_gpu("Backend 'cusparselt'", "--backend onnxruntime")
     return CuSparseLt(
         dense=origin.dense,

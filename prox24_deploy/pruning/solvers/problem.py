@@ -31,6 +31,8 @@ def of_one(value: float) -> float:
 MIN_DAMPING, MAX_DAMPING = 0.01, 0.3
 # Rows of second moments that are normalised at a time.
 _STRIP = 2048
+# Damping that one token per feature asks for.
+_DAMPING = 0.4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,16 @@ class LayerProblem:
 
 def damping_for(features: int, tokens: int) -> float:
     """Damping δ in normalised units: clip(0.4 · d_in / tokens, 0.01, 0.3)."""
-    return min(max(0.4 * features / max(tokens, 1), MIN_DAMPING), MAX_DAMPING)
+    return min(max(_DAMPING * features / max(tokens, 1), MIN_DAMPING), MAX_DAMPING)
+
+
+def missing_tokens(features: int, tokens: int) -> float:
+    """How many tokens a layer lacks that so few were routed to: max(0.4 · d_in - 0.3 · tokens, 0).
+
+    From 4/3 tokens per feature on it is 0. With fewer, damping as strong as they ask for would be
+    beyond its limit; the rest of it, 0.4 · d_in / tokens - 0.3, times the tokens, is this number.
+    """
+    return max(_DAMPING * features - MAX_DAMPING * tokens, 0.0)
 
 
 def layer_problem(
