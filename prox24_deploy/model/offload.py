@@ -4,7 +4,7 @@ Whatever lies outside of the blocks is on the device; a block is read from its w
 float32, when a forward pass reaches it, and given up again behind it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def free_on(device: torch.device, limit: int | None) -> int:
     return free if limit is None else min(free, limit)
 
 
-def fits(structure: nn.Module, count: int, device: torch.device, limit: int | None) -> bool:
+def fits(structure: nn.Module, count: float, device: torch.device, limit: int | None) -> bool:
     """Whether so many models of a structure, and the work of one, fit into memory as a whole."""
     return (count + _WORK) * float_bytes(structure) <= free_on(device, limit)
 
@@ -78,7 +78,6 @@ def bring(block: nn.Module, device: torch.device) -> None:
 
     Changed or not, they never reach the files that they were read from.
     """
-    from accelerate.hooks import remove_hook_from_module
     from accelerate.utils import set_module_tensor_to_device
 
     for module in block.modules():
@@ -87,8 +86,29 @@ def bring(block: nn.Module, device: torch.device) -> None:
             set_module_tensor_to_device(
                 module, name, device, value=value.to(device, torch.float32, copy=True)
             )
-        remove_hook_from_module(module)
+        _unhook(module)
     block.requires_grad_(requires_grad=False)
+
+
+def keep_by(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> None:
+    """Read the weights of a model one by one, and have it hold what `keep` makes of each.
+
+    Parameters come in the dtype that the model holds them in, those outside of its blocks too, and
+    one that modules share comes once. Buffers are read as they are.
+    """
+    # With what each was, so that no other has its identity meanwhile.
+    known: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for module in model.modules():
+        values = dict(_offloaded(module))
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if id(parameter) not in known:
+                value = keep(values.get(name, parameter).to(parameter.dtype))
+                known[id(parameter)] = parameter, nn.Parameter(value, requires_grad=False)
+            setattr(module, name, known[id(parameter)][1])
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            if name in values:
+                setattr(module, name, values[name].to(buffer.dtype, copy=True))
+        _unhook(module)
 
 
 def read(module: nn.Module, name: str) -> Tensor:
@@ -99,6 +119,16 @@ def read(module: nn.Module, name: str) -> Tensor:
 def drop(block: nn.Module) -> None:
     """Give up the weights of a block that was brought and will not run again."""
     block.to(META)
+
+
+def _unhook(module: nn.Module) -> None:
+    from accelerate.hooks import remove_hook_from_module
+
+    remove_hook_from_module(module)
+    # It leaves the method of the class as one of the module.
+    own = vars(module).get("forward")
+    if getattr(own, "__func__", None) is type(module).forward:
+        del module.forward
 
 
 def _offloaded(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

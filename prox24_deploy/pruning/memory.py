@@ -15,7 +15,7 @@ from torch import nn
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.host import free_memory
+from prox24_deploy.core.host import free_memory, gib
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.layers import Layer, matrix_shape
@@ -83,8 +83,7 @@ class Placement:
         model = "one block in memory at a time" if self.streamed else "the whole model in memory"
         where = {"device": "in memory", "host": "in the memory of the host", "disk": "on disk"}
         return (
-            f"about {_gib(self.bytes)} on {device.type}: {model}, hidden states "
-            f"{where[self.states]}"
+            f"about {gib(self.bytes)} on {device.type}: {model}, hidden states {where[self.states]}"
         )
 
 
@@ -152,10 +151,10 @@ def place(needs: Needs, room: Room, *, whole: str = "") -> Placement:
                 return Placement(streamed=streamed, states=states, bytes=own + beside)
     least = needs.held() if whole else needs.streamed()
     advice = (
-        f"; {whole} needs the whole model, without it {_gib(needs.streamed())} do" if whole else ""
+        f"; {whole} needs the whole model, without it {gib(needs.streamed())} do" if whole else ""
     )
     raise UsageError(
-        f"Pruning takes at least {_gib(least)} of memory, and {_gib(room.device)} are free or "
+        f"Pruning takes at least {gib(least)} of memory, and {gib(room.device)} are free or "
         f"allowed by --memory-limit; free some, raise the limit or take a larger device{advice}."
     )
 
@@ -183,7 +182,3 @@ def _positions(batch: Batch) -> int:
     values = max((tensor.numel() for tensor in batch.inputs.values()), default=0)
     # The smallest patches in use have this many values: 8 by 8 pixels of three colours.
     return math.ceil(values / 192)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
