@@ -3,21 +3,23 @@
     python benchmarks/memory.py
     python benchmarks/memory.py --memory-limit 1 --quantize int8 --tied
 
-A random Llama is made on the spot, in float16 and in shards of a block, and `build` runs in a
-process of its own, which another one watches in /proc. `held` is anonymous memory, which nothing
-but swap could take from the process; `mapped` are pages of files, which the kernel gives up when
-it needs them. `multiple` is what was held, less what the libraries alone hold, by the bytes of the
-checkpoint; `all` the same of both together.
+A random Llama is made on the spot, in float16 and in shards of two blocks, and `build` runs in a
+process of its own, which this one watches in /proc. `held` is anonymous memory, which nothing but
+swap could take from the process; `mapped` are pages of files, which the kernel gives up when it
+needs them. `multiple` is what was held, by the bytes of the checkpoint, less what the same stage
+holds of a model of next to no weights: the libraries and what they make of a graph.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from tiny_directories import VOCABULARY, write_byte_tokenizer, write_prose
@@ -28,9 +30,10 @@ from prox24_deploy.config.options import BuildOptions, EngineOptions, PruneOptio
 from prox24_deploy.core.types import silent
 from prox24_deploy.pipeline.run import build
 
-_SECONDS = 0.004
+_SECONDS = 0.01
 _MIB = 2**20
-_HEAD = f"{'stage':>10} {'s':>6} {'held MiB':>9} {'mapped MiB':>11} {'multiple':>9} {'all':>6}"
+_FEW = {"hidden": 64, "inner": 64, "heads": 2, "vocabulary": 256}
+_HEAD = f"{'stage':>10} {'s':>6} {'held MiB':>9} {'mapped MiB':>11} {'multiple':>9}"
 
 
 def main() -> None:
@@ -48,12 +51,27 @@ def main() -> None:
 
 def measure(asked: argparse.Namespace, folder: Path) -> None:
     """Build in a folder; stages that an earlier run has finished there are not run again."""
+    rest = at_rest(asked, folder / "rest")
     if not (folder / "text.txt").exists():
         make_model(asked, folder / "model")
     size = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
     print(f"weights: {size / _MIB:.0f} MiB", _HEAD, sep="\n", file=sys.stderr)
-    for line in measured(folder, size):
+    for line in measured(folder, [*sys.argv[1:], "--inner-of", str(folder)]):
+        line["multiple"] = round((line["held"] - rest.get(line["stage"], 0)) / size, 2)
         print(json.dumps(line) if asked.json else row(line), flush=True)
+
+
+def at_rest(asked: argparse.Namespace, folder: Path) -> dict[str, int]:
+    """What each stage holds of a model of next to no weights."""
+    known = folder / "held.json"
+    if not known.exists():
+        few = argparse.Namespace(**{**vars(asked), **_FEW})
+        make_model(few, folder / "model")
+        words = [*sys.argv[1:], "--inner-of", str(folder)]
+        lines = list(measured(folder, words))
+        known.write_text(json.dumps({line["stage"]: line["held"] for line in lines}))
+    found: dict[str, int] = json.loads(known.read_text())
+    return found
 
 
 def arguments() -> argparse.Namespace:
@@ -98,64 +116,51 @@ def make_model(asked: argparse.Namespace, out: Path) -> None:
     write_prose(out.parent / "text.txt", paragraphs=asked.tokens // 8)
 
 
-def measured(folder: Path, size: int) -> Iterator[dict[str, float | str]]:
-    """Each stage with its seconds and its peaks."""
-    words = [sys.executable, __file__, *sys.argv[1:], "--inner-of", str(folder)]
+def measured(folder: Path, words: list[str]) -> Iterator[dict[str, Any]]:
+    """Each stage of a build in another process, with its seconds and peaks."""
     log = folder / "stages"
     log.write_text("", encoding="utf-8")
-    child = subprocess.Popen(words)
-    now, peak, rest, began = "", (0, 0, 0), 0, time.perf_counter()
+    # Tensors then come from the system one by one and go back to it, as those of large models do.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(_MIB)}
+    child = subprocess.Popen([sys.executable, __file__, *words], env=environment)
+    now, peak, began = "", (0, 0), time.perf_counter()
     while child.poll() is None:
-        found = memory_of(child.pid)
         stage = log.read_text(encoding="utf-8")
         if stage != now:
             if now:
-                yield line_of(now, time.perf_counter() - began, peak, rest, size)
-            else:
-                rest = peak[0]
-            now, peak, began = stage, (0, 0, 0), time.perf_counter()
-        peak = tuple(map(max, peak, found))  # type: ignore[assignment]
+                yield line_of(now, time.perf_counter() - began, peak)
+            now, peak, began = stage, (0, 0), time.perf_counter()
+        found = memory_of(child.pid)
+        peak = max(peak[0], found[0]), max(peak[1], found[1])
         time.sleep(_SECONDS)
-    yield line_of(now, time.perf_counter() - began, peak, rest, size)
+    yield line_of(now, time.perf_counter() - began, peak)
     if child.returncode:
         raise SystemExit(child.returncode)
 
 
-def memory_of(process: int) -> tuple[int, int, int]:
-    """Bytes that a process holds, those of files that it has mapped, and both."""
+def memory_of(process: int) -> tuple[int, int]:
+    """Bytes that a process holds, and those of files that it has mapped."""
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return 0, 0, 0
+        return 0, 0
     values = dict(line.split(":", 1) for line in lines)
     held, mapped = (
         sum(int(values.get(name, "0").split()[0]) * 1024 for name in names)
         for names in (("RssAnon", "RssShmem"), ("RssFile",))
     )
-    return held, mapped, held + mapped
+    return held, mapped
 
 
-def line_of(
-    stage: str, seconds: float, peak: tuple[int, int, int], rest: int, size: int
-) -> dict[str, float | str]:
-    """What is printed of a stage."""
-    return {
-        "stage": stage,
-        "seconds": round(seconds, 1),
-        "held": peak[0],
-        "mapped": peak[1],
-        "multiple": round((peak[0] - rest) / size, 2),
-        "all": round((peak[2] - rest) / size, 2),
-    }
+def line_of(stage: str, seconds: float, peak: tuple[int, int]) -> dict[str, Any]:
+    """What is told of a stage."""
+    return {"stage": stage, "seconds": round(seconds, 1), "held": peak[0], "mapped": peak[1]}
 
 
-def row(line: dict[str, float | str]) -> str:
+def row(line: dict[str, Any]) -> str:
     """The same for people."""
-    held, mapped = (round(float(line[name]) / _MIB) for name in ("held", "mapped"))
-    return (
-        f"{line['stage']:>10} {line['seconds']:>6} {held:>9} {mapped:>11} "
-        f"{line['multiple']:>9} {line['all']:>6}"
-    )
+    held, mapped = (round(line[name] / _MIB) for name in ("held", "mapped"))
+    return f"{line['stage']:>10} {line['seconds']:>6} {held:>9} {mapped:>11} {line['multiple']:>9}"
 
 
 def build_noted(asked: argparse.Namespace) -> None:
@@ -173,7 +178,6 @@ def build_noted(asked: argparse.Namespace) -> None:
         made.replace(folder / "stages")
 
     Bundle.run = noted  # type: ignore[method-assign]
-    import_all()
     note("open")
     text = (folder / "text.txt",)
     options = BuildOptions(
@@ -188,14 +192,6 @@ def build_noted(asked: argparse.Namespace) -> None:
         memory_limit_gib=asked.memory_limit,
     )  # fmt: skip
     build(folder / "model", folder / "bundle", options, fresh=False, progress=silent)
-
-
-def import_all() -> None:
-    """Have the libraries in memory, and wait until the watcher has seen it."""
-    import onnxruntime  # noqa: F401
-    import torch.onnx._internal.exporter._core  # noqa: F401
-
-    time.sleep(1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ deleted once it is mapped, so that it goes with the tensor, or with the process.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkstemp
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import make_folder, writing
+from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.directory import ModelDir, load_model, structure_of
 from prox24_deploy.model.offload import fits, keep_by
 
@@ -62,15 +63,18 @@ class Memory:
         folder: on a disk; made when it is needed.
         limit: bytes that may be taken where models run; None for all that are free.
         models: that would be held at once in float32, those that are not PyTorch's too.
+        samples: batches, of which each model has one at a time.
     """
 
     folder: Path
     limit: int | None
     models: float
+    samples: Sequence[Batch] = ()
 
     def suffices(self, directory: ModelDir, recipe: Recipe, device: torch.device) -> bool:
         """Whether models of a directory fit into memory as a whole."""
-        return fits(structure_of(directory, recipe), self.models, device, self.limit)
+        structure = structure_of(directory, recipe)
+        return fits(structure, self.models, device, self.limit, samples=self.samples)
 
     def load(
         self, directory: ModelDir, recipe: Recipe, device: torch.device, *, changes: bool = False

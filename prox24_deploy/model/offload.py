@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.host import free_memory
+from prox24_deploy.model.batch import Batch
 
 META = torch.device("meta")
 # What a batch takes on its way through a model, as a share of the weights.
@@ -57,15 +58,40 @@ def float_bytes(module: nn.Module) -> int:
     return 4 * sum(parameter.numel() for parameter in module.parameters())
 
 
+def logits_bytes(structure: nn.Module, samples: Iterable[Batch]) -> int:
+    """Bytes, in float32, of what a model with a vocabulary predicts for its largest batch; else 0.
+
+    Args:
+        structure: of the model, on any device.
+        samples: batches.
+    """
+    of = getattr(structure, "get_output_embeddings", None)
+    head = of() if of else None
+    if head is None:
+        return 0
+    return 4 * len(head.weight) * max((batch.positions for batch in samples), default=0)
+
+
 def free_on(device: torch.device, limit: int | None) -> int:
     """Bytes that are free on a device, and no more than `limit`."""
     free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     return free if limit is None else min(free, limit)
 
 
-def fits(structure: nn.Module, count: float, device: torch.device, limit: int | None) -> bool:
-    """Whether so many models of a structure, and the work of one, fit into memory as a whole."""
-    return (count + _WORK) * float_bytes(structure) <= free_on(device, limit)
+def fits(
+    structure: nn.Module,
+    count: float,
+    device: torch.device,
+    limit: int | None,
+    *,
+    samples: Iterable[Batch] = (),
+) -> bool:
+    """Whether so many models of a structure, and the work of one, fit into memory as a whole.
+
+    Each then predicts for the same batch, of which `samples` are all, at a time.
+    """
+    whole = (count + _WORK) * float_bytes(structure)
+    return whole + count * logits_bytes(structure, samples) <= free_on(device, limit)
 
 
 def is_offloaded(model: nn.Module) -> bool:

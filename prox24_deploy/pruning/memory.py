@@ -4,7 +4,6 @@ Weights and hidden states may be kept in several places, the arithmetic is the s
 there is less memory a run reads and writes more, and comes to the same bits.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from prox24_deploy.core.host import free_memory, gib
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.layers import Layer, matrix_shape
-from prox24_deploy.model.offload import float_bytes, free_on
+from prox24_deploy.model.offload import float_bytes, free_on, logits_bytes
 from prox24_deploy.pruning.hidden_states import Place
 
 _FLOAT, _DOUBLE = 4, 8
@@ -42,7 +41,8 @@ class Needs:
         block: those of the largest block.
         blocks: of which so many are in memory at once.
         states: hidden states of all samples, dense and pruned.
-        working: Gram matrices and the solver, or one batch on its way through a block.
+        working: Gram matrices and the solver, or one batch on its way through a block, or what the
+            model as a whole predicts for one.
     """
 
     model: int
@@ -107,7 +107,7 @@ def needs_of(
     # Most layers of a block read as many features as its hidden states have.
     widths = Counter(matrix_shape(layer)[1] for own in layers for layer in own)
     width = max(widths, key=lambda each: widths[each], default=0)
-    positions = [_positions(batch) for batch in samples]
+    positions = [batch.positions for batch in samples]
     states = 2 * _FLOAT * width * sum(positions)
     outputs = max(sum(matrix_shape(layer)[0] for layer in own) for own in layers)
     batch = _FLOAT * max(positions) * outputs
@@ -117,7 +117,7 @@ def needs_of(
         block=max(sizes),
         blocks=3 if options.reconstructs else 2,
         states=states,
-        working=max(batch, max(_solver(own) for own in layers)),
+        working=max(batch, logits_bytes(model, samples), max(_solver(own) for own in layers)),
     )
 
 
@@ -173,12 +173,3 @@ def _solver(layers: Sequence[Layer]) -> int:
         ),
         default=0,
     )
-
-
-def _positions(batch: Batch) -> int:
-    """Positions of hidden states, as far as the samples tell; those of an image are few."""
-    if batch.real.ndim > 1:
-        return batch.real.numel() + (0 if batch.targets is None else batch.targets.numel())
-    values = max((tensor.numel() for tensor in batch.inputs.values()), default=0)
-    # The smallest patches in use have this many values: 8 by 8 pixels of three colours.
-    return math.ceil(values / 192)

@@ -298,10 +298,9 @@ class _Job:
         """Batches to measure errors on."""
         return thin(self.held_out, _HELD_OUT_TOKENS)
 
-    def placement(self, memory_limit: int | None) -> Placement:
+    def placement(self, structure: nn.Module, memory_limit: int | None) -> Placement:
         """Where weights and hidden states are kept, by what there is room for."""
         shares = map(self.ranks.share, (self.calibration.batches, self.measured))
-        structure = structure_of(self.directory, self.recipe)
         needs = needs_of(structure, self.recipe, [b for each in shares for b in each], self.options)
         room = room_on(self.device, memory_limit)
         return place(needs, room, whole=self.needs_whole)
@@ -338,12 +337,17 @@ class _Opened:
 @contextmanager
 def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
     """Open the model as the memory allows."""
-    directory, placement = job.directory, job.placement(memory_limit)
+    directory, structure = job.directory, structure_of(job.directory, job.recipe)
+    placement = job.placement(structure, memory_limit)
     memory = placement.sentence(job.device)
     log.info("pruning takes %s", memory)
     with _scratch(job.solved) as scratch:
         model, unused = load_with_rest(
-            directory, job.recipe, job.device, offload=scratch if placement.streamed else None
+            directory,
+            job.recipe,
+            job.device,
+            offload=scratch if placement.streamed else None,
+            structure=structure,
         )
         for batch in job.calibration.batches[:1]:
             require_runs(model, batch, job.recipe.task, directory.path)

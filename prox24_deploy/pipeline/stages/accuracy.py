@@ -133,7 +133,9 @@ def _request(inputs: EngineAccuracyInputs, scratch: Path) -> "EvaluationRequest"
     directories = {"dense": inputs.source, "sparse": open_model_dir(inputs.pruned.path)}
     device = torch.device(inputs.device)
     # The engine on a CPU has the weights once more.
-    memory = Memory(folder=scratch, limit=inputs.memory_limit, models=2)
+    memory = Memory(
+        folder=scratch, limit=inputs.memory_limit, models=2, samples=inputs.held_out.batches
+    )
     return EvaluationRequest(
         recipe=inputs.recipe,
         load=lambda twin: load_quantized(

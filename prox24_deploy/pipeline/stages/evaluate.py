@@ -110,7 +110,7 @@ def compare_models(
 
     place = torch.device(device)
     with TemporaryDirectory(dir=scratch) as folder:
-        memory = Memory(folder=Path(folder), limit=memory_limit, models=2)
+        memory = Memory(folder=Path(folder), limit=memory_limit, models=2, samples=held_out.batches)
 
         def opened(directory: "ModelDir", *, changes: bool = False) -> "nn.Module":
             return memory.load(directory, recipe, place, changes=changes)
