@@ -108,5 +108,16 @@ def load_mapped(directory: ModelDir, recipe: Recipe, folder: Path) -> nn.Module:
     """
     make_folder(folder)
     model = load_model(directory, recipe, _CPU, offload=folder)
-    keep_by(model, MappedFiles(folder).keep)
+    map_weights(model, folder)
     return model
+
+
+def map_weights(model: nn.Module, folder: Path) -> None:
+    """Put the weights of a model on the CPU whose blocks are in its checkpoint into mapped files.
+
+    It is then a whole one, which may change.
+
+    Raises:
+        OSError: there is no room on the disk.
+    """
+    keep_by(model, MappedFiles(folder).keep)

@@ -39,6 +39,7 @@ from prox24_deploy.model.layers import (
     reduction_axis,
     to_matrix,
 )
+from prox24_deploy.model.mapped import map_weights
 from prox24_deploy.model.notes import left_out
 from prox24_deploy.pruning.activations import (
     IN_MEMORY,
@@ -303,7 +304,12 @@ class _Job:
         shares = map(self.ranks.share, (self.calibration.batches, self.measured))
         needs = needs_of(structure, self.recipe, [b for each in shares for b in each], self.options)
         room = room_on(self.device, memory_limit)
-        return place(needs, room, whole=self.needs_whole)
+        return place(needs, room, whole="" if self.maps else self.needs_whole)
+
+    @property
+    def maps(self) -> bool:
+        """Whether a model that must be there as a whole may lie in mapped files."""
+        return self.device.type == "cpu" and bool(self.needs_whole)
 
     @property
     def permutes(self) -> bool:
@@ -349,6 +355,9 @@ def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
             offload=scratch if placement.streamed else None,
             structure=structure,
         )
+        streamed = placement.streamed and not job.maps
+        if placement.streamed and job.maps:
+            map_weights(model, scratch)
         for batch in job.calibration.batches[:1]:
             require_runs(model, batch, job.recipe.task, directory.path)
         named = replace(directory, renamed=renamed_tensors(directory, model))
@@ -361,7 +370,7 @@ def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
             memory,
             Resources(
                 keep=keeper(placement.states, scratch),
-                streamed=placement.streamed,
+                streamed=streamed,
                 look_ahead=job.options.reconstructs,
                 ranks=job.ranks,
             ),
