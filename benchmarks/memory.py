@@ -32,7 +32,7 @@ from prox24_deploy.pipeline.run import build
 
 _SECONDS = 0.01
 _MIB = 2**20
-_FEW = {"hidden": 64, "inner": 64, "heads": 2, "vocabulary": 256}
+_FEW = {"hidden": 64, "inner": 64, "heads": 2}
 _HEAD = f"{'stage':>10} {'s':>6} {'held MiB':>9} {'mapped MiB':>11} {'multiple':>9}"
 
 

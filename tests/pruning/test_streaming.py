@@ -53,7 +53,12 @@ def pruned(
     source = TextSource(kind="file", sha256="0" * 64, tokens=1, samples=1, paths=())
     samples = Samples(batches=(batch(recipe), batch(recipe)), source=source)
     asked: list[str] = []
-    monkeypatch.setattr(prune, "place", lambda *_, whole: asked.append(whole) or placement)
+
+    def placed(*_: object, whole: str) -> Placement:
+        asked.append(whole)
+        return placement
+
+    monkeypatch.setattr(prune, "place", placed)
     result = prune.prune_directory(
         open_model_dir(out / "model"),
         recipe,
@@ -100,9 +105,12 @@ def test_what_needs_the_whole_model_has_it_in_files_on_a_cpu(
     expected, whole = pruned(row, tmp_path / "held", monkeypatch, HELD, options=options)
     kept: list[Tensor] = []
     keep = mapped.MappedFiles.keep
-    monkeypatch.setattr(
-        mapped.MappedFiles, "keep", lambda self, one: kept.append(keep(self, one)) or kept[-1]
-    )
+
+    def noted(files: mapped.MappedFiles, one: Tensor) -> Tensor:
+        kept.append(keep(files, one))
+        return kept[-1]
+
+    monkeypatch.setattr(mapped.MappedFiles, "keep", noted)
     found, result = pruned(row, tmp_path / "files", monkeypatch, PLACES[-1], options=options)
     assert kept
     assert found == expected
