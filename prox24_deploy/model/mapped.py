@@ -120,4 +120,5 @@ def map_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         OSError: there is no room on the disk.
     """
-    keep_by(model, MappedFiles(folder).keep)
+    files = MappedFiles(folder)
+    keep_by(model, lambda _, tensor: files.keep(tensor))

@@ -116,19 +116,21 @@ def bring(block: nn.Module, device: torch.device) -> None:
     block.requires_grad_(requires_grad=False)
 
 
-def keep_by(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> None:
+def keep_by(model: nn.Module, keep: Callable[[str, Tensor], Tensor]) -> None:
     """Read the weights of a model one by one, and have it hold what `keep` makes of each.
 
-    Parameters come in the dtype that the model holds them in, those outside of its blocks too, and
-    one that modules share comes once. Buffers are read as they are.
+    That is called with the name of a parameter and its value in the dtype that the model holds it
+    in, for those outside of its blocks too; one that modules share comes once. Buffers are read as
+    they are.
     """
     # With what each was, so that no other has its identity meanwhile.
     known: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         values = dict(_offloaded(module))
         for name, parameter in [*module.named_parameters(recurse=False)]:
             if id(parameter) not in known:
-                value = keep(values.get(name, parameter).to(parameter.dtype))
+                value = values.get(name, parameter).to(parameter.dtype)
+                value = keep(f"{path}.{name}" if path else name, value)
                 known[id(parameter)] = parameter, nn.Parameter(value, requires_grad=False)
             setattr(module, name, known[id(parameter)][1])
         for name, buffer in [*module.named_buffers(recurse=False)]:
