@@ -416,12 +416,28 @@ def _pruned(
         resources=opened.resources,
     )
     _require_pruned(state, recipe, opened.directory.path)
-    moved = {
-        name: value.to(stored_dtype(opened.directory, name))
-        for name, value in permuted.tensors(model).items()
-        if name not in state.weights
-    }
-    return replace(state, moved=moved, orders=permuted.orders), sensitivity
+    tensors = permuted.tensors(model)
+    moved = {name: tensors[name] for name in tensors if name not in state.weights}
+    return replace(
+        state, moved=_Stored(moved, opened.directory), orders=permuted.orders
+    ), sensitivity
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored(Mapping[str, Tensor]):
+    """Tensors of a model, each in the dtype of the checkpoint when it is asked for."""
+
+    tensors: Mapping[str, Tensor]
+    directory: ModelDir
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].to(stored_dtype(self.directory, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def _permuted(job: _Job, opened: _Opened, dense: Mapping[str, str], progress: Progress) -> Permuted:
