@@ -27,7 +27,7 @@ def write_directory(path: Path, row: str, **options: Any) -> Path:
         size = {"height": 32, "width": 32}
         transformers.ViTImageProcessor(size=size).save_pretrained(path)
         return path
-    _byte_tokenizer().save_pretrained(path)
+    write_byte_tokenizer(path)
     if row == "whisper":
         # As many frames as the tiny encoder takes.
         transformers.WhisperFeatureExtractor(
@@ -70,14 +70,14 @@ def _sees(row: str) -> bool:
     return row.startswith(("vit", "deit", "swin", "resnet", "convnext", "clip, image"))
 
 
-def _byte_tokenizer() -> Any:
+def write_byte_tokenizer(path: Path) -> None:
     """One token per byte of text, after the special tokens."""
     tokens = [*SPECIAL, *sorted(ByteLevel.alphabet())]
     tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    return transformers.PreTrainedTokenizerFast(
+    transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>"
-    )
+    ).save_pretrained(path)
 
 
 def quiet() -> None:

@@ -584,8 +584,8 @@ MemoryOpt = Annotated[
     float | None,
     typer.Option(
         min=0.1,
-        help="Memory that pruning and evaluation may take where they run, GiB; default: all that "
-        "is free. Results do not depend on it.",
+        help="Memory that a stage may take for models where it runs, GiB; default: all that is "
+        "free. Results do not depend on it.",
     ),
 ]
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]

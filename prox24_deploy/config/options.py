@@ -251,7 +251,7 @@ class BuildOptions:
     model and against `baseline`, by `limits_file` before the limits of the recipe, and may differ
     from the baseline in what `allow` names. `accept_loss` has names of metrics and how much worse
     than the dense model each may be, "25%" or a number. `memory_limit_gib` bounds what
-    pruning and evaluation take on their device, `gpus` is how many processes share the pruning,
+    models take where a stage runs, `gpus` is how many processes share the pruning,
     one on each GPU; neither changes a result.
     """
 
@@ -275,7 +275,7 @@ class BuildOptions:
 
     @property
     def memory_limit(self) -> int | None:
-        """Bytes that pruning and evaluation may take where they run; None for all that are free."""
+        """Bytes that models may take where a stage runs; None for all that are free."""
         return None if self.memory_limit_gib is None else int(self.memory_limit_gib * 2**30)
 
     def __post_init__(self) -> None:

@@ -43,6 +43,11 @@ def gpu() -> dict[str, str]:
         pynvml.nvmlShutdown()
 
 
+def gib(size: float) -> str:
+    """A number of bytes as people say it."""
+    return f"{size / 2**30:.1f} GiB"
+
+
 def free_memory(cgroup: Path = CGROUP) -> int:
     """Bytes that a process on this host, or in this container, may still take."""
     free = int(psutil.virtual_memory().available)

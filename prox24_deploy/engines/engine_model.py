@@ -18,6 +18,7 @@ from prox24_deploy.core.errors import EngineError
 from prox24_deploy.core.types import DType
 from prox24_deploy.engines.base import Array, Feeds
 from prox24_deploy.graph.export.module import RecipeModule
+from prox24_deploy.model.offload import device_of
 
 _PAST, _PRESENT = "past_key_values.", "present."
 _DECODER = "decoder_"
@@ -56,7 +57,7 @@ class TorchGraph:
     def infer(self, feeds: Feeds) -> dict[str, Array]:
         """Run once; inputs and outputs by graph name, without what the graph caches."""
         signature = self._module.signature
-        device = next(self._module.parameters()).device
+        device = device_of(self._module)
         inputs = (torch.from_numpy(feeds[spec.name]).to(device) for spec in signature.inputs)
         outputs = self._module(*inputs)
         return {

@@ -92,10 +92,12 @@ def next_logits(model: nn.Module, batch: Batch) -> Tensor:
 def window_nll(logits: Tensor, batch: Batch) -> Tensor:
     """Mean negative log-likelihood of what follows, per window: (windows,), float64."""
     targets = _next_tokens(batch).to(logits.device)
-    loss = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
-    )
-    return _window_mean(loss.view(targets.shape).double(), targets)
+    # Window by window, because what is made on the way is as large as what is predicted.
+    losses = [
+        nn.functional.cross_entropy(own.float(), ids, reduction="none", ignore_index=IGNORED)
+        for own, ids in zip(logits, targets, strict=True)
+    ]
+    return _window_mean(torch.stack(losses).double(), targets)
 
 
 def _next_tokens(batch: Batch) -> Tensor:

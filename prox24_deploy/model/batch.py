@@ -1,6 +1,7 @@
 """What a model reads at once, and all that it is calibrated or judged on."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from prox24_deploy.core.records import TextSource
 # Marks a position of `Batch.targets` where nothing is expected; torch's own sign for that.
 IGNORED = -100
 _WITHHELD = 8
+# Values of the smallest patches in use: 8 by 8 pixels of three colours.
+_PATCH = 192
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,14 @@ class Batch:
     def has_padding(self) -> bool:
         """Whether its samples are rows of tokens; images and recordings are all real."""
         return self.real.ndim == 2
+
+    @property
+    def positions(self) -> int:
+        """Positions of hidden states, as far as the samples tell; those of an image are few."""
+        if self.has_padding:
+            return self.real.numel() + (0 if self.targets is None else self.targets.numel())
+        values = max((tensor.numel() for tensor in self.inputs.values()), default=0)
+        return math.ceil(values / _PATCH)
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:

@@ -146,22 +146,26 @@ def record_calls(
 
 
 def calls_do_without_blocks(
-    model: nn.Module, blocks: nn.ModuleList, batch: Batch, task: str
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    batch: Batch,
+    task: str,
+    recorded: tuple[Tensor, list[BlockCall]],
 ) -> bool:
     """Whether a model passes its blocks the same things when none of them computes anything.
 
-    Where that holds for one batch, `record_calls` within `skipping` needs to run no block for the
-    others. It does not where a block hands on more than hidden states, or these in another shape.
+    Where that holds for one batch, of which `recorded` is what `record_calls` gave, that needs to
+    run no block for the others, within `skipping`. It does not where a block hands on more than
+    hidden states, or these in another shape.
     """
-    first, calls = record_calls(model, blocks, batch, task)
     try:
         with skipping(blocks):
-            again, others = record_calls(model, blocks, batch, task)
+            again = record_calls(model, blocks, batch, task)
     except Exception:
         # Hidden states of one block may not fit the next, with whatever error that gives.
         log.debug("%s does not run without its blocks", type(model).__name__, exc_info=True)
         return False
-    return _equal((first, calls), (again, others))
+    return _equal(recorded, again)
 
 
 @contextmanager

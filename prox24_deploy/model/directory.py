@@ -204,9 +204,17 @@ def load_model(
 
 
 def load_with_rest(
-    directory: ModelDir, recipe: Recipe, device: torch.device, *, offload: Path | None = None
+    directory: ModelDir,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    offload: Path | None = None,
+    structure: nn.Module | None = None,
 ) -> tuple[nn.Module, list[str]]:
-    """As `load_model`; also the tensors of the checkpoint that the model has no place for."""
+    """As `load_model`; also the tensors of the checkpoint that the model has no place for.
+
+    A `structure_of` the model that is there already is not built again.
+    """
     with (
         _opening(directory, recipe) as auto,
         experts_apart(recipe.experts),
@@ -225,7 +233,7 @@ def load_with_rest(
             ignore_mismatched_sizes=True,
             attn_implementation=None if recipe.attention == "default" else recipe.attention,
             output_loading_info=True,
-            **({} if offload is None else _on_disk(directory, recipe, device, offload)),
+            **({} if offload is None else _on_disk(directory, recipe, device, offload, structure)),
         )
     _check_loading(directory, recipe, info)
     attach_sentence_modules(model, directory.path, recipe)
@@ -267,14 +275,19 @@ def structure_of(directory: ModelDir, recipe: Recipe) -> nn.Module:
 
 
 def _on_disk(
-    directory: ModelDir, recipe: Recipe, device: torch.device, folder: Path
+    directory: ModelDir,
+    recipe: Recipe,
+    device: torch.device,
+    folder: Path,
+    structure: nn.Module | None,
 ) -> dict[str, Any]:
     """What has transformers leave the blocks in the checkpoint."""
     # Its advice is for those who did not ask for it.
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-    empty = build_untrained(directory.path, recipe, META, sentence=False)
+    if structure is None:
+        structure = build_untrained(directory.path, recipe, META, sentence=False)
     blocks = [part.blocks for part in recipe.parts]
-    return {"device_map": block_map(empty, blocks, device), "offload_folder": folder}
+    return {"device_map": block_map(structure, blocks, device), "offload_folder": folder}
 
 
 def build_untrained(

@@ -4,13 +4,14 @@ Whatever lies outside of the blocks is on the device; a block is read from its w
 float32, when a forward pass reaches it, and given up again behind it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prox24_deploy.core.host import free_memory
+from prox24_deploy.model.batch import Batch
 
 META = torch.device("meta")
 # What a batch takes on its way through a model, as a share of the weights.
@@ -57,15 +58,40 @@ def float_bytes(module: nn.Module) -> int:
     return 4 * sum(parameter.numel() for parameter in module.parameters())
 
 
+def logits_bytes(structure: nn.Module, samples: Iterable[Batch]) -> int:
+    """Bytes, in float32, of what a model with a vocabulary predicts for its largest batch; else 0.
+
+    Args:
+        structure: of the model, on any device.
+        samples: batches.
+    """
+    of = getattr(structure, "get_output_embeddings", None)
+    head = of() if of else None
+    if head is None:
+        return 0
+    return 4 * len(head.weight) * max((batch.positions for batch in samples), default=0)
+
+
 def free_on(device: torch.device, limit: int | None) -> int:
     """Bytes that are free on a device, and no more than `limit`."""
     free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     return free if limit is None else min(free, limit)
 
 
-def fits(structure: nn.Module, count: int, device: torch.device, limit: int | None) -> bool:
-    """Whether so many models of a structure, and the work of one, fit into memory as a whole."""
-    return (count + _WORK) * float_bytes(structure) <= free_on(device, limit)
+def fits(
+    structure: nn.Module,
+    count: float,
+    device: torch.device,
+    limit: int | None,
+    *,
+    samples: Iterable[Batch] = (),
+) -> bool:
+    """Whether so many models of a structure, and the work of one, fit into memory as a whole.
+
+    Each then predicts for the same batch, of which `samples` are all, at a time.
+    """
+    whole = (count + _WORK) * float_bytes(structure)
+    return whole + count * logits_bytes(structure, samples) <= free_on(device, limit)
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -78,7 +104,6 @@ def bring(block: nn.Module, device: torch.device) -> None:
 
     Changed or not, they never reach the files that they were read from.
     """
-    from accelerate.hooks import remove_hook_from_module
     from accelerate.utils import set_module_tensor_to_device
 
     for module in block.modules():
@@ -87,8 +112,31 @@ def bring(block: nn.Module, device: torch.device) -> None:
             set_module_tensor_to_device(
                 module, name, device, value=value.to(device, torch.float32, copy=True)
             )
-        remove_hook_from_module(module)
+        _unhook(module)
     block.requires_grad_(requires_grad=False)
+
+
+def keep_by(model: nn.Module, keep: Callable[[str, Tensor], Tensor]) -> None:
+    """Read the weights of a model one by one, and have it hold what `keep` makes of each.
+
+    That is called with the name of a parameter and its value in the dtype that the model holds it
+    in, for those outside of its blocks too; one that modules share comes once. Buffers are read as
+    they are.
+    """
+    # With what each was, so that no other has its identity meanwhile.
+    known: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for path, module in model.named_modules():
+        values = dict(_offloaded(module))
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if id(parameter) not in known:
+                value = values.get(name, parameter).to(parameter.dtype)
+                value = keep(f"{path}.{name}" if path else name, value)
+                known[id(parameter)] = parameter, nn.Parameter(value, requires_grad=False)
+            setattr(module, name, known[id(parameter)][1])
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            if name in values:
+                setattr(module, name, values[name].to(buffer.dtype, copy=True))
+        _unhook(module)
 
 
 def read(module: nn.Module, name: str) -> Tensor:
@@ -99,6 +147,16 @@ def read(module: nn.Module, name: str) -> Tensor:
 def drop(block: nn.Module) -> None:
     """Give up the weights of a block that was brought and will not run again."""
     block.to(META)
+
+
+def _unhook(module: nn.Module) -> None:
+    from accelerate.hooks import remove_hook_from_module
+
+    remove_hook_from_module(module)
+    # It leaves the method of the class as one of the module.
+    own = vars(module).get("forward")
+    if getattr(own, "__func__", None) is type(module).forward:
+        del module.forward
 
 
 def _offloaded(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -54,7 +54,7 @@ def build(
     context = read_context(model_dir, out, options, progress)
     model = context.model
     dtype = _settled_dtype(context.source, context.recipe, options.dtype)
-    options = replace(options, dtype=dtype)
+    options, limit = replace(options, dtype=dtype), options.memory_limit
     stages.tasks.require_usable(options.harness, context.recipe)
     shipped = PRUNED if options.recover is None else RECOVERED
     backends = open_backends(options.engine, model, shipped)
@@ -71,7 +71,7 @@ def build(
         recovered = stages.recover.run(bundle, context, options, progress)
         quantized = stages.quantize.run(bundle, context, pruned, options, progress)
         exported = stages.export.run(
-            bundle, context.source, context.recipe, pruned, dtype, progress
+            bundle, context.source, context.recipe, pruned, dtype, progress, memory_limit=limit
         )
         compiled = stages.compile.run(bundle, exported, context.recipe, backends, progress)
         results = BuildResults(
@@ -82,7 +82,7 @@ def build(
             compile=compiled,
             bench=stages.bench.run(bundle, model, compiled, backends, options.engine, progress),
             evaluate=stages.evaluate.run(
-                bundle, context, options.device, progress, memory_limit=options.memory_limit
+                bundle, context, options.device, progress, memory_limit=limit
             ),
             accuracy=stages.accuracy.run(bundle, context, compiled, backends, options, progress),
             tasks=stages.tasks.run(bundle, context, options, progress),

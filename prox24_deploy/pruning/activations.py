@@ -86,6 +86,7 @@ def record_activations(
     *,
     name: str = "",
     keep: Keep = keep_on_device,
+    known: bool = False,
 ) -> Activations:
     """Run the batches up to the first block of a model of which nothing is pruned yet.
 
@@ -96,11 +97,12 @@ def record_activations(
         batches: samples.
         name: tells these streams from others that are kept.
         keep: where hidden states are kept.
+        known: that the model runs each block once, from other batches.
 
     Raises:
         RecipeError: the model runs a block more than once, or not at all.
     """
-    for batch in batches[:1]:
+    for batch in () if known else batches[:1]:
         require_one_run(model, blocks, batch, recipe)
     recorded = _recorded(model, blocks, recipe, batches)
     hidden = [first for first, _ in recorded]
@@ -118,9 +120,12 @@ def _recorded(
     Blocks run only where the calls of later ones depend on it, as found out on the first batch.
     """
     task = recipe.task
-    skips = all(calls_do_without_blocks(model, blocks, batch, task) for batch in batches[:1])
+    found = [record_calls(model, blocks, batch, task) for batch in batches[:1]]
+    if not batches[1:]:
+        return found
+    skips = calls_do_without_blocks(model, blocks, batches[0], task, found[0])
     with skipping(blocks) if skips else nullcontext():
-        return [record_calls(model, blocks, batch, task) for batch in batches]
+        return found + [record_calls(model, blocks, batch, task) for batch in batches[1:]]
 
 
 def after_pruning(
@@ -335,7 +340,13 @@ def block_steps(
     starts = [
         [
             record_activations(
-                model, blocks, part, text, name=f"{part.blocks}-{i}", keep=resources.keep
+                model,
+                blocks,
+                part,
+                text,
+                name=f"{part.blocks}-{i}",
+                keep=resources.keep,
+                known=i > 0,
             )
             for i, text in enumerate(map(resources.ranks.share, texts))
         ]

@@ -16,12 +16,12 @@ from torch import nn
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.host import free_memory
+from prox24_deploy.core.host import free_memory, gib
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.experts import place_of
 from prox24_deploy.model.layers import matrix_shape
-from prox24_deploy.model.offload import float_bytes, free_on
+from prox24_deploy.model.offload import float_bytes, free_on, logits_bytes
 from prox24_deploy.pruning.hidden_states import Place
 from prox24_deploy.pruning.waves import MOST_GRAM, gram_bytes
 
@@ -47,7 +47,8 @@ class Needs:
         block: those of the largest block.
         blocks: of which so many are in memory at once.
         states: hidden states of all samples, dense and pruned.
-        working: Gram matrices and the solver, or one batch on its way through a block.
+        working: Gram matrices and the solver, or one batch on its way through a block, or what the
+            model as a whole predicts for one.
     """
 
     model: int
@@ -88,8 +89,7 @@ class Placement:
         model = "one block in memory at a time" if self.streamed else "the whole model in memory"
         where = {"device": "in memory", "host": "in the memory of the host", "disk": "on disk"}
         return (
-            f"about {_gib(self.bytes)} on {device.type}: {model}, hidden states "
-            f"{where[self.states]}"
+            f"about {gib(self.bytes)} on {device.type}: {model}, hidden states {where[self.states]}"
         )
 
 
@@ -113,7 +113,7 @@ def needs_of(
     # Most layers of a block read as many features as its hidden states have.
     widths = Counter(layer.features for own in layers for layer in own)
     width = max(widths, key=lambda each: widths[each], default=0)
-    positions = [_positions(batch) for batch in samples]
+    positions = [batch.positions for batch in samples]
     states = 2 * _FLOAT * width * sum(positions)
     outputs = max(sum(layer.rows * layer.share for layer in own) for own in layers)
     batch = math.ceil(_FLOAT * max(positions) * outputs)
@@ -123,7 +123,11 @@ def needs_of(
         block=max(sizes),
         blocks=3 if options.reconstructs else 2,
         states=states,
-        working=max(batch + max(_grams(own) for own in layers), max(map(_solver, layers))),
+        working=max(
+            batch + max(_grams(own) for own in layers),
+            logits_bytes(model, samples),
+            max(map(_solver, layers)),
+        ),
     )
 
 
@@ -157,10 +161,10 @@ def place(needs: Needs, room: Room, *, whole: str = "") -> Placement:
                 return Placement(streamed=streamed, states=states, bytes=own + beside)
     least = needs.held() if whole else needs.streamed()
     advice = (
-        f"; {whole} needs the whole model, without it {_gib(needs.streamed())} do" if whole else ""
+        f"; {whole} needs the whole model, without it {gib(needs.streamed())} do" if whole else ""
     )
     raise UsageError(
-        f"Pruning takes at least {_gib(least)} of memory, and {_gib(room.device)} are free or "
+        f"Pruning takes at least {gib(least)} of memory, and {gib(room.device)} are free or "
         f"allowed by --memory-limit; free some, raise the limit or take a larger device{advice}."
     )
 
@@ -220,16 +224,3 @@ def _solver(layers: Sequence[_Sized]) -> int:
         default=0,
     )
     return most + _grams(layers)
-
-
-def _positions(batch: Batch) -> int:
-    """Positions of hidden states, as far as the samples tell; those of an image are few."""
-    if batch.real.ndim > 1:
-        return batch.real.numel() + (0 if batch.targets is None else batch.targets.numel())
-    values = max((tensor.numel() for tensor in batch.inputs.values()), default=0)
-    # The smallest patches in use have this many values: 8 by 8 pixels of three colours.
-    return math.ceil(values / 192)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

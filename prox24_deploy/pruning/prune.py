@@ -39,6 +39,7 @@ from prox24_deploy.model.layers import (
     reduction_axis,
     to_matrix,
 )
+from prox24_deploy.model.mapped import map_weights
 from prox24_deploy.model.notes import left_out
 from prox24_deploy.pruning.activations import (
     IN_MEMORY,
@@ -300,13 +301,17 @@ class _Job:
         """Batches to measure errors on."""
         return thin(self.held_out, _HELD_OUT_TOKENS)
 
-    def placement(self, memory_limit: int | None) -> Placement:
+    def placement(self, structure: nn.Module, memory_limit: int | None) -> Placement:
         """Where weights and hidden states are kept, by what there is room for."""
         shares = map(self.ranks.share, (self.calibration.batches, self.measured))
-        structure = structure_of(self.directory, self.recipe)
         needs = needs_of(structure, self.recipe, [b for each in shares for b in each], self.options)
         room = room_on(self.device, memory_limit)
-        return place(needs, room, whole=self.needs_whole)
+        return place(needs, room, whole="" if self.maps else self.needs_whole)
+
+    @property
+    def maps(self) -> bool:
+        """Whether a model that must be there as a whole may lie in mapped files."""
+        return self.device.type == "cpu" and bool(self.needs_whole)
 
     @property
     def permutes(self) -> bool:
@@ -340,13 +345,21 @@ class _Opened:
 @contextmanager
 def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
     """Open the model as the memory allows."""
-    directory, placement = job.directory, job.placement(memory_limit)
+    directory, structure = job.directory, structure_of(job.directory, job.recipe)
+    placement = job.placement(structure, memory_limit)
     memory = placement.sentence(job.device)
     log.info("pruning takes %s", memory)
     with _scratch(job.solved) as scratch:
         model, unused = load_with_rest(
-            directory, job.recipe, job.device, offload=scratch if placement.streamed else None
+            directory,
+            job.recipe,
+            job.device,
+            offload=scratch if placement.streamed else None,
+            structure=structure,
         )
+        streamed = placement.streamed and not job.maps
+        if placement.streamed and job.maps:
+            map_weights(model, scratch)
         for batch in job.calibration.batches[:1]:
             require_runs(model, batch, job.recipe.task, directory.path)
         named = replace(directory, renamed=renamed_tensors(directory, model, job.recipe))
@@ -359,7 +372,7 @@ def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
             memory,
             Resources(
                 keep=keeper(placement.states, scratch),
-                streamed=placement.streamed,
+                streamed=streamed,
                 look_ahead=job.options.reconstructs,
                 ranks=job.ranks,
             ),
@@ -406,12 +419,28 @@ def _pruned(
             resources=opened.resources,
         )
     _require_pruned(state, recipe, opened.directory.path)
-    moved = {
-        name: value.to(stored_dtype(opened.directory, name))
-        for name, value in permuted.tensors(model).items()
-        if name not in state.weights
-    }
-    return replace(state, moved=moved, orders=permuted.orders), sensitivity
+    tensors = permuted.tensors(model)
+    moved = {name: tensors[name] for name in tensors if name not in state.weights}
+    return replace(
+        state, moved=_Stored(moved, opened.directory), orders=permuted.orders
+    ), sensitivity
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored(Mapping[str, Tensor]):
+    """Tensors of a model, each in the dtype of the checkpoint when it is asked for."""
+
+    tensors: Mapping[str, Tensor]
+    directory: ModelDir
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].to(stored_dtype(self.directory, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def _permuted(job: _Job, opened: _Opened, dense: Mapping[str, str], progress: Progress) -> Permuted:

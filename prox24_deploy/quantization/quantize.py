@@ -24,7 +24,16 @@ from prox24_deploy.model.blocks import find_blocks, shared_inputs, target_layers
 from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.model.experts import place_of
 from prox24_deploy.model.layers import Layer, layer_at, reduction_axis
-from prox24_deploy.pruning.activations import BlockPair, BlockStep, block_steps, not_run_once
+from prox24_deploy.model.mapped import Memory
+from prox24_deploy.model.offload import is_offloaded
+from prox24_deploy.pruning.activations import (
+    IN_MEMORY,
+    BlockPair,
+    BlockStep,
+    Resources,
+    block_steps,
+    not_run_once,
+)
 from prox24_deploy.pruning.selection import sharing
 from prox24_deploy.quantization.aware import Through, train_through, zeros_of
 from prox24_deploy.quantization.formats import FORMATS, NumberFormat, exact_scale
@@ -72,6 +81,7 @@ def quantize_model(
     *,
     sparse: Collection[str],
     progress: Progress,
+    resources: Resources = IN_MEMORY,
 ) -> tuple[QuantizedModel, tuple[LayerQuantization, ...], int]:
     """Quantise all target layers of `model` in place; its layers then round what they read.
 
@@ -82,6 +92,7 @@ def quantize_model(
         form: of weights and activations.
         sparse: paths of the layers that are 2:4.
         progress: called with (label, done, total) after each block.
+        resources: of the run over all blocks.
 
     Returns:
         What was quantised, a record of every target, and the number of withheld samples.
@@ -96,7 +107,7 @@ def quantize_model(
     layers: dict[str, QuantizedLayer] = {}
     folded: dict[str, Tensor] = {}
     records: list[LayerQuantization] = []
-    for number, step in enumerate(block_steps(model, recipe, sets)):
+    for number, step in enumerate(block_steps(model, recipe, sets, resources)):
         progress("quantize", number, count)
         records += _quantize_block(step, FORMATS[form], tied, layers, folded)
     progress("quantize", count, count)
@@ -211,6 +222,7 @@ def quantize_directory(
     out: Path,
     progress: Progress,
     training: Through | None = None,
+    memory: Memory | None = None,
 ) -> QuantizeResult:
     """Quantise a model directory, and write the tensors to the file `out`.
 
@@ -224,6 +236,7 @@ def quantize_directory(
         out: file to write.
         progress: see `quantize_model`.
         training: by what the numbers are trained once they are decided; None for not at all.
+        memory: where the model is kept if it does not fit; None for a model that does.
 
     Raises:
         CalibrationError: there are too few samples.
@@ -232,10 +245,16 @@ def quantize_directory(
     """
     began = time.perf_counter()
     require_samples(calibration)
-    model = load_model(directory, recipe, device)
+    model = load_quantized(directory, recipe, device, None, memory, changes=training is not None)
     zeros = zeros_of(model, [*sparse]) if training else {}
     made, records, withheld = quantize_model(
-        model, recipe, calibration.batches, form, sparse=sparse, progress=progress
+        model,
+        recipe,
+        calibration.batches,
+        form,
+        sparse=sparse,
+        progress=progress,
+        resources=Resources(streamed=is_offloaded(model)),
     )
     through = None
     if training is not None:
@@ -273,13 +292,23 @@ def _require_sparse(path: Path) -> None:
 
 
 def load_quantized(
-    directory: ModelDir, recipe: Recipe, device: torch.device, tensors: Path | None
+    directory: ModelDir,
+    recipe: Recipe,
+    device: torch.device,
+    tensors: Path | None,
+    memory: Memory | None = None,
+    *,
+    changes: bool = False,
 ) -> nn.Module:
     """As `load_model`, with the weights and the rounding that a file of tensors has.
 
-    Without a file, it is the model as it is.
+    Without a file, it is the model as it is. Where there is too little `memory`, it is kept as that
+    says, of a model that `changes` as a whole, too.
     """
-    model = load_model(directory, recipe, device)
+    if memory is None:
+        model = load_model(directory, recipe, device)
+    else:
+        model = memory.load(directory, recipe, device, changes=changes or tensors is not None)
     if tensors is not None:
         apply_quantized(model, tensors)
     return model

@@ -57,7 +57,11 @@ UNKEYED = {
     ("PruneInputs", "memory_limit"): "where weights are kept",
     ("PruneInputs", "ranks"): "who takes part",
     ("WriteInputs", "memory_limit"): "whether there is room",
+    ("QuantizeInputs", "memory_limit"): "where weights are kept",
+    ("ExportInputs", "memory_limit"): "where weights are kept",
     ("EvaluateInputs", "memory_limit"): "where weights are kept",
+    ("EngineAccuracyInputs", "memory_limit"): "where weights are kept",
+    ("TaskInputs", "memory_limit"): "where weights are kept",
     ("RecoverOptions", "processes"): "steps are the same",
 }
 OPTIONS = BuildOptions(
@@ -313,10 +317,11 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
         },
         "quantize": {
             "pruned", "layers", "recipe", "calibration", "format", "device", "versions",
-            "training", "source", "seed",
+            "training", "source", "seed", "memory_limit",
         },
         "export": {
             "source", "pruned", "quantized", "layers", "recipe", "dtype", "seed", "versions",
+            "memory_limit",
         },
         "compile": {
             "dense", "sparse", "sparsity", "onnx", "pruned", "quantized", "blocks", "backends",
@@ -334,10 +339,11 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
         "accuracy": {
             "source", "pruned", "quantized", "onnx", "compiled", "engines", "backends", "held_out",
             "recipe", "tokens", "batches", "sequences", "decodes", "device", "machine", "versions",
+            "memory_limit",
         },
         "tasks": {
             "source", "pruned", "quantized", "tasks", "data", "limit", "recipe", "device",
-            "harness", "versions",
+            "harness", "versions", "memory_limit",
         },
         "write": {
             "source", "recipe", "tokens", "length", "seed", "device", "versions", "memory_limit",
@@ -371,6 +377,7 @@ def tasks_of(evaluated: stages.evaluate.EvaluateInputs) -> stages.tasks.TaskInpu
         device="cpu",
         harness="0.4",
         versions={"torch": "2"},
+        memory_limit=2**40,
     )
 
 
@@ -416,8 +423,8 @@ def test_two_kinds_of_backend_with_the_same_fields_have_different_keys() -> None
 
 def test_what_no_key_has_is_listed_with_its_reason(take: Callable[..., Taken]) -> None:
     inputs, found = take().inputs, {}
-    written = write_of(inputs["evaluate"])
-    for value in (*inputs.values(), written, samples(), *backends(inputs["prune"].recipe)):
+    others = [make(inputs["evaluate"]) for make in (write_of, tasks_of)]
+    for value in (*inputs.values(), *others, samples(), *backends(inputs["prune"].recipe)):
         for kind in dataclasses_in(value):
             for field in fields(kind):
                 if is_unkeyed(field):

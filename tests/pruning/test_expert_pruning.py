@@ -112,7 +112,7 @@ def test_memory_is_asked_for_one_expert_at_a_time() -> None:
     assert needs[1].working == needs[0].working
     # A down projection, its problem, and the Gram matrices of calibration and held-out samples.
     square = 8192**2
-    assert needs[0].working == 56 * square + 32 * 8192 * 56 + waves.MOST_GRAM
+    assert needs[0].working == 48 * square + 32 * 8192 * 72 + waves.MOST_GRAM
 
 
 def test_tokens_are_missing_where_damping_would_be_beyond_its_limit() -> None:

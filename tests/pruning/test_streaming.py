@@ -1,16 +1,19 @@
 """A model that does not fit into memory is pruned to the same bits as one that does."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from family_batches import batch, recipe_of
 from tiny_families import tiny_model
+from torch import Tensor
 
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import PruneResult, TextSource
+from prox24_deploy.model import mapped
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.directory import load_model, open_model_dir, structure_of
 from prox24_deploy.model.offload import bring, drop, is_offloaded
@@ -23,6 +26,8 @@ CPU = torch.device("cpu")
 # Plain blocks, blocks that hand each other more than hidden states, an encoder whose blocks run
 # again in front of a decoder, blocks of convolutions with buffers, a shared embedding, and experts.
 ROWS = ["llama", "t5", "bart", "resnet, classes", "gpt2", "gemma2", "mixtral"]
+PLAIN = PruneOptions(method="wanda", preset="fast", permute="none")
+HELD = Placement(streamed=False, states="device", bytes=0)
 PLACES = [
     Placement(streamed=False, states="disk", bytes=0),
     Placement(streamed=True, states="device", bytes=0),
@@ -32,7 +37,13 @@ PLACES = [
 
 
 def pruned(
-    row: str, out: Path, monkeypatch: pytest.MonkeyPatch, placement: Placement, *, tuned: bool
+    row: str,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    placement: Placement,
+    *,
+    tuned: bool = False,
+    options: PruneOptions = PLAIN,
 ) -> tuple[dict[str, str], PruneResult]:
     """Hashes of the weight files of a pruned tiny model, and the record."""
     torch.manual_seed(0)
@@ -41,18 +52,25 @@ def pruned(
     model.save_pretrained(out / "model")  # type: ignore[operator]
     source = TextSource(kind="file", sha256="0" * 64, tokens=1, samples=1, paths=())
     samples = Samples(batches=(batch(recipe), batch(recipe)), source=source)
-    monkeypatch.setattr(prune, "place", lambda *_, **__: placement)
+    asked: list[str] = []
+
+    def placed(*_: object, whole: str) -> Placement:
+        asked.append(whole)
+        return placement
+
+    monkeypatch.setattr(prune, "place", placed)
     result = prune.prune_directory(
         open_model_dir(out / "model"),
         recipe,
         samples,
         samples,
-        PruneOptions(method="wanda", preset="fast", reconstruct=tuned, permute="none"),
+        replace(options, reconstruct=tuned),
         device=CPU,
         solved=out / "solved",
         out=out / "pruned",
         progress=lambda *_: None,
     )
+    assert asked == [""]
     assert not (out / "solved" / "scratch").exists()
     files = sorted((out / "pruned").glob("*.safetensors"))
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}, result
@@ -65,14 +83,49 @@ def test_where_things_are_kept_changes_no_bit(
     row: str, *, tuned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(reconstruct.SCHEDULES, "fast", AdamOptions(steps=8, check_every=4))
-    held = Placement(streamed=False, states="device", bytes=0)
-    expected, whole = pruned(row, tmp_path / "held", monkeypatch, held, tuned=tuned)
+    expected, whole = pruned(row, tmp_path / "held", monkeypatch, HELD, tuned=tuned)
     for number, placement in enumerate(PLACES if row == "llama" else PLACES[-1:]):
         found, result = pruned(row, tmp_path / str(number), monkeypatch, placement, tuned=tuned)
         assert found == expected, placement
         assert result.memory != whole.memory
         names = [(layer.name, layer.relative_error) for layer in result.layers]
         assert names == [(layer.name, layer.relative_error) for layer in whole.layers]
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ("llama", replace(PLAIN, permute="auto")),
+        ("bart", replace(PLAIN, permute="auto")),
+        ("llama", replace(PLAIN, max_layers=3)),
+    ],
+)
+def test_what_needs_the_whole_model_has_it_in_files_on_a_cpu(
+    row: str, options: PruneOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "_LEAST_BYTES", 1)
+    expected, whole = pruned(row, tmp_path / "held", monkeypatch, HELD, options=options)
+    kept: list[Tensor] = []
+    keep = mapped.MappedFiles.keep
+
+    def noted(files: mapped.MappedFiles, one: Tensor) -> Tensor:
+        kept.append(keep(files, one))
+        return kept[-1]
+
+    monkeypatch.setattr(mapped.MappedFiles, "keep", noted)
+    found, result = pruned(row, tmp_path / "files", monkeypatch, PLACES[-1], options=options)
+    assert kept
+    assert found == expected
+    assert result.orders == whole.orders
+    assert bool(result.orders) == (options.permute == "auto")
+
+
+def test_a_mask_needs_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned("llama", tmp_path / "first", monkeypatch, HELD)
+    masked = PruneOptions(preset="fast", permute="none", mask=tmp_path / "first" / "pruned")
+    expected, _ = pruned("llama", tmp_path / "held", monkeypatch, HELD, options=masked)
+    found, _ = pruned("llama", tmp_path / "files", monkeypatch, PLACES[-1], options=masked)
+    assert found == expected
 
 
 def test_a_block_comes_and_goes_and_its_file_stays(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,12 @@ from prox24_deploy.core.errors import CalibrationError, ModelDirError, RecipeErr
 from prox24_deploy.core.quantized import LayerQuantization
 from prox24_deploy.core.records import TextSource
 from prox24_deploy.core.types import QuantizedFormat
+from prox24_deploy.model import mapped
 from prox24_deploy.model.batch import Batch, Samples, withhold
 from prox24_deploy.model.blocks import run_model
+from prox24_deploy.model.directory import load_model
 from prox24_deploy.model.layers import is_layer, layer_at, reduction_axis
+from prox24_deploy.model.mapped import Memory
 from prox24_deploy.quantization.formats import FORMATS
 from prox24_deploy.quantization.quantize import (
     load_quantized,
@@ -30,6 +34,7 @@ from prox24_deploy.quantization.quantize import (
 from prox24_deploy.quantization.tensors import QuantizedModel, read_quantized
 from prox24_deploy.sparsity.pattern import is_24, project_24
 
+CPU = torch.device("cpu")
 BOTH: list[QuantizedFormat] = ["fp8", "int8"]
 Made = tuple[QuantizedModel, tuple[LayerQuantization, ...], int]
 
@@ -124,6 +129,31 @@ def test_the_file_gives_back_the_model_that_was_measured_bit_for_bit(
         read_quantized(out).folded.keys()
         | {f"{name}.weight" for name in read_quantized(out).layers}
     )
+
+
+def test_where_the_model_lies_changes_no_bit(
+    tiny_llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory, in mapped files, and block by block in the checkpoint as on a GPU."""
+    opened = open_tiny(tiny_llama, prose)
+    source = TextSource(kind="file", paths=(), sha256="", samples=64, tokens=4096)
+    samples = Samples(batches=opened.batches, source=source)
+    monkeypatch.setattr(mapped, "_LEAST_BYTES", 1)
+
+    def offloaded(*args: Any, **_: object) -> nn.Module:
+        return load_model(*args, offload=tmp_path / "offload")
+
+    found: list[Any] = []
+    for limit in (None, 1, 1):
+        memory = Memory(folder=tmp_path / "files", limit=limit, models=1)
+        result = quantize_directory(
+            opened.directory, opened.recipe, samples, "int8", sparse=(), device=CPU,
+            out=tmp_path / str(len(found)), progress=silent, memory=memory,
+        )  # fmt: skip
+        found.append(result.state_sha256)
+        if len(found) == 2:
+            monkeypatch.setattr(mapped, "load_mapped", lambda *args: offloaded(*args[:2], CPU))
+    assert found == [found[0]] * 3
 
 
 @pytest.mark.parametrize("row", ["bart", "t5", "resnet, classes", "vit"])

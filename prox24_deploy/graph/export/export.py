@@ -27,7 +27,14 @@ from prox24_deploy.graph.check.judgement import require_expected
 from prox24_deploy.graph.check.modules import MODULE_KEY
 from prox24_deploy.graph.export.annotate import annotate, settle_signature
 from prox24_deploy.graph.export.branches import AllFinite
-from prox24_deploy.graph.export.module import TORCH_DTYPES, RecipeModule, copy_with, to_dtype
+from prox24_deploy.graph.export.module import (
+    TORCH_DTYPES,
+    Keep,
+    RecipeModule,
+    copy_with,
+    kept_by,
+    to_dtype,
+)
 from prox24_deploy.graph.export.quantize import own_layers, quantise_graph
 from prox24_deploy.graph.export.stored import require_stored
 from prox24_deploy.quantization.tensors import QuantizedModel, RoundedInput
@@ -67,6 +74,7 @@ def export_graphs(
     dtype: DType,
     sparse: Sequence[str] = (),
     quantized: QuantizedModel | None = None,
+    keep: Keep | None = None,
 ) -> tuple[Path, ...]:
     """Write every graph of a recipe with its external data; the same input, same bytes.
 
@@ -86,6 +94,7 @@ def export_graphs(
             hold one converted copy while exporting.
         sparse: module paths in `model` whose weights must be 2:4 along their reduction axis.
         quantized: layers that are to compute in 8 bits; `model` has the values of `apply_weights`.
+        keep: where to have that copy; None for memory.
 
     Returns:
         The paths of the graphs, in the order of `recipe.parts`.
@@ -98,11 +107,9 @@ def export_graphs(
         BundleError: `out` holds something other than an earlier export.
         OSError: the file cannot be written, for example because the disk is full.
     """
-    _require_modules(model, recipe, sparse, "2:4")
-    _require_modules(model, recipe, list(quantized.layers) if quantized else (), "quantised")
-    _require_unrounded(model)
+    _require_usable(model, recipe, sparse, quantized)
     _require_replaceable(out)
-    converted = copy_with(model, to_dtype(dtype))
+    converted = copy_with(model, kept_by(keep, to_dtype(dtype)))
     graphs = {
         part.graph: _graph_of(converted, model, part, dtype, sparse, quantized)
         for part in recipe.parts
@@ -150,6 +157,14 @@ def own_modules(recipe: Recipe, names: Sequence[str]) -> list[str]:
     """The module paths that concern a graph: all of a single one, else those in its blocks."""
     whole = recipe.graph == "model"
     return [name for name in names if whole or name.startswith(f"{recipe.blocks}.")]
+
+
+def _require_usable(
+    model: nn.Module, recipe: Recipe, sparse: Sequence[str], quantized: QuantizedModel | None
+) -> None:
+    _require_modules(model, recipe, sparse, "2:4")
+    _require_modules(model, recipe, list(quantized.layers) if quantized else (), "quantised")
+    _require_unrounded(model)
 
 
 def _require_modules(model: nn.Module, recipe: Recipe, names: Sequence[str], what: str) -> None:

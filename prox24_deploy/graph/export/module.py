@@ -21,6 +21,8 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {
 }
 
 Convert = Callable[[str, torch.Tensor], torch.Tensor]
+# Gives back the same tensor, in another place.
+Keep = Callable[[torch.Tensor], torch.Tensor]
 
 
 class RecipeModule(nn.Module):
@@ -113,6 +115,18 @@ def copy_with(model: nn.Module, convert: Convert) -> nn.Module:
         memo[id(buffer)] = convert(name, buffer) if converts else buffer
     copy: nn.Module = deepcopy(model, memo)
     return copy.eval()
+
+
+def kept_by(keep: Keep | None, convert: Convert) -> Convert:
+    """The same conversion, with what it makes kept elsewhere than in memory, if it is to be."""
+    if keep is None:
+        return convert
+
+    def converted(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        made = convert(name, tensor)
+        return tensor if made is tensor else keep(made)
+
+    return converted
 
 
 def to_dtype(dtype: DType) -> Convert:

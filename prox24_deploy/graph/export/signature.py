@@ -81,7 +81,8 @@ def _run_once(recipe: Recipe, model: nn.Module) -> Any:
 
     A decoder of two reads one made-up state, so that it does not matter what its encoder reads.
     """
-    weight = next(model.parameters())
+    # Others may be read when they are needed.
+    weight = next(parameter for parameter in model.parameters() if not parameter.is_meta)
     one = torch.zeros((1, 1), dtype=torch.int64, device=weight.device)
     feeds: dict[str, Any] = {"input_ids": one}
     if recipe.is_decoder:

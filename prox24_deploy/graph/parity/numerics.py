@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from prox24_deploy.core.errors import ExportError
 from prox24_deploy.core.records import NumericsCheck
 from prox24_deploy.core.types import DType, Twin
 from prox24_deploy.graph.check.model_file import load_onnx
-from prox24_deploy.graph.export.module import RecipeModule, copy_with, rounded_to
+from prox24_deploy.graph.export.module import Keep, RecipeModule, copy_with, kept_by, rounded_to
 from prox24_deploy.graph.export.signature import Signature
 from prox24_deploy.graph.parity.activations import range_guard, watched
 from prox24_deploy.graph.parity.bisect import first_difference, session_for, session_options
@@ -54,6 +55,7 @@ def compare_with_torch(
     vocabulary: int,
     seed: int = 0,
     quantized: QuantizedModel | None = None,
+    keep: Keep | None = None,
 ) -> tuple[NumericsCheck, ...]:
     """Run the file in ONNX Runtime on CPU and the module in PyTorch on the same random inputs.
 
@@ -77,6 +79,7 @@ def compare_with_torch(
         vocabulary: token ids are drawn from [0, vocabulary).
         seed: of the random inputs.
         quantized: what of `model` is quantised, as for `export_graphs`.
+        keep: where to have weights that are converted for the comparison; None for memory.
 
     Returns:
         One passed check per output, or nothing for bfloat16.
@@ -88,12 +91,10 @@ def compare_with_torch(
     """
     if dtype == "bfloat16":
         return ()
-    reference = RecipeModule(copy_with(model, rounded_to(dtype)), recipe).eval()
-    generator = np.random.default_rng(seed)
-    sizes = _sizes(reference.signature)
-    feeds = [_feeds(reference.signature, each, vocabulary, generator) for each in sizes]
+    reference = RecipeModule(copy_with(model, kept_by(keep, rounded_to(dtype))), recipe).eval()
+    feeds = _all_feeds(reference.signature, vocabulary, seed)
     opened = _opened(path, reference.signature, dtype, quantized)
-    return _compared(opened, reference, feeds, twin)
+    return _compared(opened, reference, feeds, twin, keep)
 
 
 def _compared(
@@ -101,12 +102,15 @@ def _compared(
     reference: RecipeModule,
     feeds: Sequence[dict[str, Array]],
     twin: Twin,
+    keep: Keep | None,
 ) -> tuple[NumericsCheck, ...]:
     """Hold the file against the module on all of the inputs, output by output."""
     path, dtype, signature = opened.path, opened.dtype, reference.signature
     for each in feeds if opened.quantized else ():
         opened.require_rounding(reference, _unpadded(signature, each, dtype))
     runs = [_differences(opened, reference, each) for each in feeds]
+    # What follows opens sessions of its own.
+    opened.close()
 
     def culprit(run: int) -> str:
         row = _unpadded(signature, feeds[run], dtype)
@@ -116,7 +120,7 @@ def _compared(
     if dtype == "float16":
         require_finite(path, _unpadded(signature, feeds[0], dtype))
 
-    noise = _Noise(reference, feeds) if dtype == "float32" and not opened.quantized else None
+    noise = _Noise(reference, feeds, keep) if dtype == "float32" and not opened.quantized else None
     return tuple(
         _judge([run[i] for run in runs], spec.name, path, _RELATIVE[dtype], twin, culprit, noise)
         for i, spec in enumerate(signature.outputs)
@@ -126,8 +130,13 @@ def _compared(
 class _Noise:
     """How far float32 takes the outputs of a module from those in float64, on the same inputs."""
 
-    def __init__(self, reference: RecipeModule, feeds: Sequence[dict[str, Array]]) -> None:
-        self._reference, self._feeds = reference, feeds
+    def __init__(
+        self,
+        reference: RecipeModule,
+        feeds: Sequence[dict[str, Array]],
+        keep: Keep | None,
+    ) -> None:
+        self._reference, self._feeds, self._keep = reference, feeds, keep
         self._known: dict[str, float] | None = None
 
     def of(self, output: str) -> float:
@@ -145,7 +154,7 @@ class _Noise:
 
     def _measured(self) -> dict[str, float]:
         signature = self._reference.signature
-        exact = self._reference.with_weights(_doubled)
+        exact = self._reference.with_weights(kept_by(self._keep, _doubled))
         found: dict[str, float] = {}
         for feeds in self._feeds:
             inputs = [torch.from_numpy(feed) for feed in feeds.values()]
@@ -172,25 +181,31 @@ class _Difference:
     scale: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Opened:
-    """A file in ONNX Runtime.
+    """A file in ONNX Runtime, in a session that is opened when it is needed.
 
     `read` names what is rounded at quantised layers, and what becomes of it.
     """
 
     path: Path
     dtype: DType
-    session: ort.InferenceSession
+    open: Callable[[], ort.InferenceSession]
     outputs: tuple[str, ...]
     quantized: QuantizedModel | None
     read: Mapping[Place, Sequence[tuple[str, str]]]
+    _session: ort.InferenceSession | None = None
+
+    def close(self) -> None:
+        """Give up the memory of the session."""
+        self._session = None
 
     def run(self, given: Mapping[str, Array]) -> tuple[list[Array], dict[Place, list[Read]]]:
         """The outputs, and what is rounded at quantised layers."""
         pairs = [pair for each in self.read.values() for pair in each]
         inner = list(dict.fromkeys(name for pair in pairs for name in pair))
-        found = self.session.run([*self.outputs, *inner], dict(given))
+        self._session = self._session or self.open()
+        found = self._session.run([*self.outputs, *inner], dict(given))
         known = dict(zip(inner, found[len(self.outputs) :], strict=True))
         read = {
             place: [(known[raw], known[rounded]) for raw, rounded in each]
@@ -221,7 +236,8 @@ class _Opened:
 def _opened(
     path: Path, signature: Signature, dtype: DType, quantized: QuantizedModel | None
 ) -> _Opened:
-    session, read = _open(path), {}
+    read: dict[Place, list[tuple[str, str]]] = {}
+    make = partial(ort.InferenceSession, path, session_options(), providers=[_PROVIDER])
     if quantized is not None:
         model = load_onnx(path)
         values = rounded_values(model)
@@ -230,20 +246,20 @@ def _opened(
             for place, each in values.items()
         }
         pairs = [pair for each in values.values() for pair in each]
-        session = session_for(model, path, [value for pair in pairs for value in pair])
+        make = partial(session_for, model, path, [value for pair in pairs for value in pair])
     return _Opened(
         path=path,
         dtype=dtype,
-        session=session,
+        open=partial(_open, path, make),
         outputs=tuple(spec.name for spec in signature.outputs),
         quantized=quantized,
         read=read,
     )
 
 
-def _open(path: Path) -> ort.InferenceSession:
+def _open(path: Path, make: Callable[[], ort.InferenceSession]) -> ort.InferenceSession:
     try:
-        session = ort.InferenceSession(path, session_options(), providers=[_PROVIDER])
+        session = make()
     except Exception as error:  # ONNX Runtime's own types derive from nothing in common
         lines = str(error).splitlines() or [type(error).__name__]
         raise ExportError(
@@ -254,6 +270,11 @@ def _open(path: Path) -> ort.InferenceSession:
             f"ONNX Runtime opened {path} on {session.get_providers()}, expected {_PROVIDER} alone."
         )
     return session
+
+
+def _all_feeds(signature: Signature, vocabulary: int, seed: int) -> list[dict[str, Array]]:
+    generator = np.random.default_rng(seed)
+    return [_feeds(signature, each, vocabulary, generator) for each in _sizes(signature)]
 
 
 def _sizes(signature: Signature) -> list[dict[str, int]]:

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.bundle import Bundle
@@ -12,7 +13,9 @@ from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.accuracy import EngineAccuracy, EngineAccuracyResult
+from prox24_deploy.core.atomic import make_folder
 from prox24_deploy.core.errors import BackendMissingError, EngineError
+from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.records import CompileResult, Engine, NotMeasured
 from prox24_deploy.core.types import Progress
 from prox24_deploy.engines.base import Backend
@@ -46,6 +49,9 @@ class EngineAccuracyInputs:
     device: str
     machine: Mapping[str, str]
     versions: Mapping[str, str]
+    memory_limit: int | None = field(
+        default=None, metadata=unkeyed("says where weights are kept, not what they are")
+    )
 
 
 def run(
@@ -79,6 +85,7 @@ def run(
         device=torch_device(options.device).type,
         machine=machine(),
         versions=versions(),
+        memory_limit=options.memory_limit,
     )
     return bundle.run(STAGE, inputs, progress)
 
@@ -89,7 +96,8 @@ def _measure(
     from prox24_deploy.pipeline.stages.engine_metrics import measure_accuracy
 
     began = time.perf_counter()
-    request = _request(inputs)
+    make_folder(work.kept)
+    request = _request(inputs, work.kept)
     least = min(inputs.batches)
     found: list[EngineAccuracy] = []
     missing: list[NotMeasured] = []
@@ -111,21 +119,28 @@ def _measure(
 STAGE = Stage(name="accuracy", result=EngineAccuracyResult, run=_measure)
 
 
-def _request(inputs: EngineAccuracyInputs) -> "EvaluationRequest":
+def _request(inputs: EngineAccuracyInputs, scratch: Path) -> "EvaluationRequest":
     """How to open the PyTorch models, and the samples, in shapes that engines were compiled for."""
     import torch
 
     from prox24_deploy.evaluation.subset import EngineShapes
     from prox24_deploy.model.directory import open_model_dir
+    from prox24_deploy.model.mapped import Memory
     from prox24_deploy.pipeline.stages.engine_metrics import EvaluationRequest
     from prox24_deploy.quantization.quantize import load_quantized
 
     tensors = {"dense": None, "sparse": tensors_of(inputs.quantized)}
     directories = {"dense": inputs.source, "sparse": open_model_dir(inputs.pruned.path)}
     device = torch.device(inputs.device)
+    # The engine on a CPU has the weights once more.
+    memory = Memory(
+        folder=scratch, limit=inputs.memory_limit, models=2, samples=inputs.held_out.batches
+    )
     return EvaluationRequest(
         recipe=inputs.recipe,
-        load=lambda twin: load_quantized(directories[twin], inputs.recipe, device, tensors[twin]),
+        load=lambda twin: load_quantized(
+            directories[twin], inputs.recipe, device, tensors[twin], memory
+        ),
         directory=inputs.source.path,
         held_out=inputs.held_out,
         tokens=inputs.tokens,
@@ -136,4 +151,5 @@ def _request(inputs: EngineAccuracyInputs) -> "EvaluationRequest":
             longest=max(inputs.sequences),
         ),
         decodes=inputs.decodes,
+        scratch=scratch,
     )

@@ -14,6 +14,7 @@ from prox24_deploy.config.options import BenchOptions, EngineOptions
 from prox24_deploy.config.recipe import dynamic_names
 from prox24_deploy.core.errors import BackendMissingError
 from prox24_deploy.core.fingerprint import unkeyed
+from prox24_deploy.core.host import free_memory, gib
 from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
@@ -148,6 +149,7 @@ def _time_graph(
 
     own = [e for e in inputs.engines if (e.backend, e.graph) == (backend.name, graph)]
     pair = {engine.twin: engine for engine in own}
+    _require_room(backend, list(pair.values()))
     graph_inputs = read_inputs(root / pair["dense"].onnx)
     axes = dynamic_names(graph_inputs)
     return measure_latency(
@@ -162,6 +164,25 @@ def _time_graph(
         options=inputs.measure,
         after_shape=advance,
     )
+
+
+def _require_room(backend: Backend, engines: Sequence[Engine]) -> None:
+    """Refuse to time engines on the CPU that do not fit beside each other into its memory.
+
+    They run in turns, so that both have to be there; and the disk must not be timed.
+    """
+    if backend.on_gpu:
+        return
+    # Whatever a file holds, the CPU computes in float32; 8-bit weights stand for as many values.
+    needed = len(engines) * max(
+        engine.size_bytes * (1 if engine.dtype == "float32" else 2) for engine in engines
+    )
+    if (free := free_memory()) < needed:
+        raise BackendMissingError(
+            f"The engines of {backend.name} take about {gib(needed)} of memory together, which "
+            f"they must to be timed in turns, and {gib(free)} are free; free some, or build for a "
+            "GPU with --backend."
+        )
 
 
 STAGE = Stage(name="bench", result=BenchResult, run=_bench)

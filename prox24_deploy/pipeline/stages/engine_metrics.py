@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from prox24_deploy.core.records import Engine, Metric
 from prox24_deploy.core.types import TWINS, DType, Progress, Twin, silent
 from prox24_deploy.engines.base import Backend
 from prox24_deploy.engines.engine_model import EngineModel, Graph, TorchGraph
+from prox24_deploy.engines.recorded import Recorded
 from prox24_deploy.evaluation.equal_rows import equal_rows
 from prox24_deploy.evaluation.evaluate import evaluate_models
 from prox24_deploy.evaluation.language import evaluate_text_generation
@@ -40,7 +42,8 @@ class EvaluationRequest:
     `load` opens a PyTorch twin in float32, one at a time to spare memory, and `directory` says how
     embeddings are pooled.
     `tokens` bounds how much is run, and `shapes` are those that engines on a GPU were compiled for.
-    With `decodes` the engines are asked to decode, too.
+    With `decodes` the engines are asked to decode, too. In `scratch`, a folder, there is room for
+    what the engines answer; None for that of the system.
     """
 
     recipe: Recipe
@@ -50,6 +53,7 @@ class EvaluationRequest:
     tokens: int
     shapes: EngineShapes
     decodes: bool = False
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,12 +116,12 @@ def measure_accuracy(
     reading = _Question(samples=samples, ask=_evaluator(request, samples, progress))
     questions = [reading, *([_decoding(request, shapes)] if request.decodes else ())]
     again = _again(backend, request, samples, engines[0].dtype)
-    with ExitStack() as until:
 
-        def opened(twin: Twin) -> list[Graph]:
-            return [_opened(backend, bundle, e, rows, until) for e in engines if e.twin == twin]
+    def opened(twin: Twin, until: ExitStack) -> list[Graph]:
+        return [_opened(backend, bundle, e, rows, until) for e in engines if e.twin == twin]
 
-        (whole, *decoded), checked = _answers(request, opened, questions, again)
+    with TemporaryDirectory(dir=request.scratch) as folder:
+        (whole, *decoded), checked = _answers(request, opened, questions, again, Path(folder))
     return EngineAccuracy(
         backend=backend.name,
         device=engines[0].device,
@@ -142,28 +146,35 @@ def _again(backend: Backend, request: EvaluationRequest, samples: Samples, dtype
 
 def _answers(
     request: EvaluationRequest,
-    opened: Callable[[Twin], list[Graph]],
+    opened: Callable[[Twin, ExitStack], list[Graph]],
     questions: Sequence[_Question],
     again: _Again,
+    folder: Path,
 ) -> tuple[list[_Answer], tuple[RowsCheck, ...]]:
-    """The engines against each other, and each against PyTorch, which is open for one at a time.
+    """Each twin against PyTorch, one engine and one model at a time, and then the twins.
 
-    And each against itself, asked the same `again` in one batch.
+    And each against itself, asked the same `again` in one batch. What they answer is kept in the
+    folder.
     """
-    models: dict[Twin, list[EngineModel]] = {}
+    models: dict[Twin, list[Recorded]] = {}
     parity: list[list[ParityCheck]] = [[] for _ in questions]
     rows: list[RowsCheck] = []
     for i, twin in enumerate(TWINS):
-        graphs = opened(twin)
-        # After the engines, of which the first to be missing saves the loading.
-        model = request.load(twin)
-        models[twin] = [EngineModel(graphs, model.config, one.steps) for one in questions]
-        rows += again.check(models[twin][0], twin)
-        reference = _reference(model, request.recipe, twin)
-        for question, engine, found in zip(questions, models[twin], parity, strict=True):
-            compared = question.ask(reference, engine, i)
-            found += [parity_of(twin, metric, again.dtype) for metric in compared]
-        del model, reference
+        with ExitStack() as until:
+            graphs = opened(twin, until)
+            # After the engines, of which the first to be missing saves the loading.
+            model = request.load(twin)
+            engines = [EngineModel(graphs, model.config, one.steps) for one in questions]
+            models[twin] = [
+                Recorded(engine, folder / f"{twin}-{number}")
+                for number, engine in enumerate(engines)
+            ]
+            rows += again.check(engines[0], twin)
+            reference = _reference(model, request.recipe, twin)
+            for question, engine, found in zip(questions, models[twin], parity, strict=True):
+                compared = question.ask(reference, engine, i)
+                found += [parity_of(twin, metric, again.dtype) for metric in compared]
+            del model, reference, graphs, engines
     pairs = zip(questions, models["dense"], models["sparse"], parity, strict=True)
     answers = [
         _Answer(metrics=one.ask(dense, sparse, len(TWINS)), parity=tuple(found))

@@ -101,20 +101,19 @@ def compare_models(
 
     The model as it was `before` it was recovered is compared first, if it is given. With `tensors`,
     the sparse one is compared once more, quantised as they say. Where two models do not fit into
-    memory, or into `memory_limit` bytes, blocks are read from the checkpoint when they run.
+    memory, or into `memory_limit` bytes, they are kept as `Memory` says.
     """
     import torch
 
     from prox24_deploy.evaluation.evaluate import evaluate_models
-    from prox24_deploy.model.directory import load_model, structure_of
-    from prox24_deploy.model.offload import fits
+    from prox24_deploy.model.mapped import Memory
 
     place = torch.device(device)
-    held = fits(structure_of(source, recipe), 2, place, memory_limit)
     with TemporaryDirectory(dir=scratch) as folder:
+        memory = Memory(folder=Path(folder), limit=memory_limit, models=2, samples=held_out.batches)
 
-        def opened(directory: "ModelDir", *, whole: bool = held) -> "nn.Module":
-            return load_model(directory, recipe, place, offload=None if whole else Path(folder))
+        def opened(directory: "ModelDir", *, changes: bool = False) -> "nn.Module":
+            return memory.load(directory, recipe, place, changes=changes)
 
         dense = opened(source)
         found = [
@@ -140,7 +139,7 @@ def _steps(
     if before is not None:
         yield "pruned", opened(before)
     # What is quantised is written into the weights of the model.
-    model = opened(sparse, whole=True) if tensors else opened(sparse)
+    model = opened(sparse, changes=tensors is not None)
     yield "recovered" if before else "pruned", model
     if tensors is not None:
         apply_quantized(model, tensors)

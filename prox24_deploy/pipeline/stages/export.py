@@ -1,8 +1,9 @@
 """The stage that exports the dense and the sparse twin, compared with PyTorch and proven."""
 
+import gc
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from prox24_deploy.bundle.layout import ONNX
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import make_folder
+from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.records import (
     ExportResult,
     NumericsCheck,
@@ -39,6 +41,9 @@ class ExportInputs:
     dtype: DType
     seed: int
     versions: Mapping[str, str]
+    memory_limit: int | None = field(
+        default=None, metadata=unkeyed("says where weights are kept, not what they are")
+    )
 
 
 def run(
@@ -48,6 +53,8 @@ def run(
     pruned: PruneResult,
     dtype: DType,
     progress: Progress,
+    *,
+    memory_limit: int | None = None,
 ) -> ExportResult:
     """Export dense and sparse twins to `onnx/`, prove 2:4 and compare numerics."""
     inputs = ExportInputs(
@@ -59,6 +66,7 @@ def run(
         dtype=dtype,
         seed=bundle.manifest.seed,
         versions=numeric_versions(),
+        memory_limit=memory_limit,
     )
     return bundle.run(STAGE, inputs, progress)
 
@@ -73,8 +81,10 @@ def _export(inputs: ExportInputs, work: Workspace, progress: Progress) -> Export
     numerics: list[NumericsCheck] = []
     for i, twin in enumerate(TWINS):
         progress("export", i, len(TWINS))
-        exported[twin], found = _export_twin(inputs, twin, directories[twin], work.partial)
+        exported[twin], found = _export_twin(inputs, twin, directories[twin], work)
         numerics += found
+        # What the exporter leaves behind holds the weights in circles of references.
+        gc.collect()
     progress("export", len(TWINS), len(TWINS))
     files = [work.partial / model.path for model in exported["sparse"]]
     sparsity = tuple(check for file in files for check in check_onnx(file))
@@ -89,24 +99,27 @@ def _export(inputs: ExportInputs, work: Workspace, progress: Progress) -> Export
 
 
 def _export_twin(
-    inputs: ExportInputs, twin: Twin, directory: "ModelDir", partial: Path
+    inputs: ExportInputs, twin: Twin, directory: "ModelDir", work: Workspace
 ) -> tuple[tuple[OnnxModel, ...], list[NumericsCheck]]:
-    """Export one twin below `partial`, and compare each graph with PyTorch.
+    """Export one twin, and compare each graph with PyTorch.
 
     The sparse twin is quantised where that was asked for; the dense one is what it is held against.
     """
     from prox24_deploy.graph.export.export import export_graphs
     from prox24_deploy.graph.parity.numerics import compare_with_torch
-    from prox24_deploy.model.directory import load_model
+    from prox24_deploy.model.mapped import Memory
     from prox24_deploy.quantization.tensors import apply_weights, read_quantized
 
     recipe = inputs.recipe
-    module = load_model(directory, recipe, torch_device("cpu"))
+    # The model, a copy of it in another dtype, and the file in ONNX Runtime.
+    memory = Memory(folder=work.kept, limit=inputs.memory_limit, models=3)
+    module = memory.load(directory, recipe, torch_device("cpu"), changes=True)
+    keep = memory.keep(directory, recipe)
     tensors = tensors_of(inputs.quantized) if twin == "sparse" else None
     quantized = read_quantized(tensors) if tensors else None
     if quantized:
         apply_weights(module, quantized)
-    folder = partial / ONNX / twin
+    folder = work.partial / ONNX / twin
     make_folder(folder.parent)
     paths = export_graphs(
         module,
@@ -115,6 +128,7 @@ def _export_twin(
         dtype=inputs.dtype,
         sparse=inputs.layers if twin == "sparse" else (),
         quantized=quantized,
+        keep=keep,
     )
     numerics: list[NumericsCheck] = []
     for part, path in zip(recipe.parts, paths, strict=True):
@@ -127,6 +141,7 @@ def _export_twin(
             vocabulary=vocabulary_of(inputs.source.config),
             seed=inputs.seed,
             quantized=quantized,
+            keep=keep,
         )
     return tuple(_described(path, twin, inputs) for path in paths), numerics
 

@@ -1,7 +1,7 @@
 """The stage that quantises the pruned model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from prox24_deploy.config.options import BuildOptions, RecoverOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.quantized import QuantizeResult
 from prox24_deploy.core.records import PruneResult
 from prox24_deploy.core.types import Progress, QuantizedFormat
@@ -47,6 +48,9 @@ class QuantizeInputs:
     training: RecoverOptions | None = None
     source: "ModelDir | None" = None
     seed: int | None = None
+    memory_limit: int | None = field(
+        default=None, metadata=unkeyed("says where weights are kept, not what they are")
+    )
 
 
 def require_usable(options: BuildOptions, context: RunContext, backends: Sequence[Backend]) -> None:
@@ -110,6 +114,7 @@ def run(
         training=training,
         source=context.source if training else None,
         seed=options.text.seed if training else None,
+        memory_limit=options.memory_limit,
     )
     result = bundle.run(STAGE, inputs, progress)
     # The same samples may come from another place than when ranges were found on them.
@@ -158,6 +163,7 @@ def _quantize(inputs: QuantizeInputs, work: Workspace, progress: Progress) -> Qu
     import torch
 
     from prox24_deploy.model.directory import open_model_dir
+    from prox24_deploy.model.mapped import Memory
     from prox24_deploy.quantization.quantize import quantize_directory
 
     directory = open_model_dir(inputs.pruned.path)
@@ -171,6 +177,7 @@ def _quantize(inputs: QuantizeInputs, work: Workspace, progress: Progress) -> Qu
         out=work.partial / QUANTIZED_TENSORS,
         progress=progress,
         training=_through(inputs, directory, work.kept),
+        memory=Memory(folder=work.kept, limit=inputs.memory_limit, models=1),
     )
     write_atomic(work.partial / QUANTIZATION_FILE, _RECORD.dump_json(result, indent=1) + b"\n")
     return result

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from prox24_deploy.config.options import BuildOptions, HarnessOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.accuracy import TaskScores
 from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.snapshot import Snapshot, take_snapshot
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import RunContext, torch_device
@@ -62,6 +63,9 @@ class TaskInputs:
     device: str
     harness: str
     versions: Mapping[str, str]
+    memory_limit: int | None = field(
+        default=None, metadata=unkeyed("says where weights are kept, not what they are")
+    )
 
     @property
     def options(self) -> HarnessOptions:
@@ -129,6 +133,7 @@ def run(
         device=torch_device(options.device).type,
         harness=harness_version(),
         versions=versions(),
+        memory_limit=options.memory_limit,
     )
     return bundle.run(STAGE, inputs, progress)
 
@@ -138,12 +143,14 @@ def _score(inputs: TaskInputs, work: Workspace, progress: Progress) -> TaskScore
 
     from prox24_deploy.evaluation.harness import open_tasks, run_tasks, task_metrics
     from prox24_deploy.model.directory import open_model_dir
+    from prox24_deploy.model.mapped import Memory
     from prox24_deploy.model.processors import load_tokenizer
     from prox24_deploy.quantization.quantize import load_quantized
 
     began = time.perf_counter()
     tokenizer = load_tokenizer(inputs.source)
     device = torch.device(inputs.device)
+    memory = Memory(folder=work.kept, limit=inputs.memory_limit, models=1)
     results: list[Mapping[str, Any]] = []
     with open_tasks(inputs.options, work.partial / "lm-eval") as load:
         twins = (
@@ -152,8 +159,10 @@ def _score(inputs: TaskInputs, work: Workspace, progress: Progress) -> TaskScore
         )
         for directory, tensors in twins:
             progress(STAGE.name, len(results), 2)
-            model = load_quantized(directory, inputs.recipe, device, tensors)
+            # The harness moves a model as a whole.
+            model = load_quantized(directory, inputs.recipe, device, tensors, memory, changes=True)
             results.append(run_tasks(model, tokenizer, load(), inputs.limit))
+            del model
     progress(STAGE.name, 2, 2)
     metrics, left_out, documents = task_metrics(*results)
     seconds = time.perf_counter() - began
