@@ -24,6 +24,7 @@ from prox24_deploy.pipeline.stages.recover import shipped_of
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
+    from prox24_deploy.graph.export.trace import Traces
     from prox24_deploy.model.directory import ModelDir
 
 
@@ -65,15 +66,17 @@ def run(
 
 def _export(inputs: ExportInputs, work: Workspace, progress: Progress) -> ExportResult:
     from prox24_deploy.graph.check.check import check_onnx
+    from prox24_deploy.graph.export.trace import Traces
     from prox24_deploy.model.directory import open_model_dir
 
     began = time.perf_counter()
     directories = {"dense": inputs.source, "sparse": open_model_dir(inputs.pruned.path)}
     exported: dict[Twin, tuple[OnnxModel, ...]] = {}
     numerics: list[NumericsCheck] = []
+    traces = Traces()
     for i, twin in enumerate(TWINS):
         progress("export", i, len(TWINS))
-        exported[twin], found = _export_twin(inputs, twin, directories[twin], work.partial)
+        exported[twin], found = _export_twin(inputs, twin, directories[twin], work.partial, traces)
         numerics += found
     progress("export", len(TWINS), len(TWINS))
     files = [work.partial / model.path for model in exported["sparse"]]
@@ -89,7 +92,7 @@ def _export(inputs: ExportInputs, work: Workspace, progress: Progress) -> Export
 
 
 def _export_twin(
-    inputs: ExportInputs, twin: Twin, directory: "ModelDir", partial: Path
+    inputs: ExportInputs, twin: Twin, directory: "ModelDir", partial: Path, traces: "Traces"
 ) -> tuple[tuple[OnnxModel, ...], list[NumericsCheck]]:
     """Export one twin below `partial`, and compare each graph with PyTorch.
 
@@ -115,6 +118,7 @@ def _export_twin(
         dtype=inputs.dtype,
         sparse=inputs.layers if twin == "sparse" else (),
         quantized=quantized,
+        traces=traces,
     )
     numerics: list[NumericsCheck] = []
     for part, path in zip(recipe.parts, paths, strict=True):
