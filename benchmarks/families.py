@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,6 +51,7 @@ from prox24_deploy.engines.tensorrt.backend import open_tensorrt
 from prox24_deploy.graph.check.check import check_path, require_24
 from prox24_deploy.graph.export.export import export_graphs
 from prox24_deploy.graph.export.module import TORCH_DTYPES
+from prox24_deploy.graph.export.trace import Traces
 from prox24_deploy.graph.parity.numerics import compare_with_torch
 from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.checkpoint import checkpoint_name, renamed_tensors
@@ -99,7 +101,13 @@ def measure(family: str, dtype: DType) -> Row:
         root = Path(folder)
         directory, recipe, names = write_pruned(root / "model", family, dtype)
         model = load_model(directory, recipe, torch.device("cpu"))
-        paths = export_graphs(model, recipe, root / "onnx", dtype=dtype, sparse=names)
+        # As in a build: what another model of the same form was traced for.
+        traces = Traces()
+        export_graphs(twin_of(model), recipe, root / "twin", dtype=dtype, traces=traces)
+        paths = export_graphs(
+            model, recipe, root / "onnx", dtype=dtype, sparse=names, traces=traces
+        )
+        assert len(traces) == len(paths), f"{family} is not traced once for both twins"
         require_24(report := check_path(root / "onnx"))
         checks = [
             check
@@ -123,6 +131,14 @@ def measure(family: str, dtype: DType) -> Row:
             refused_plans(paths, dtype) if recipe.experts else build_plans(paths, dtype),
             time.perf_counter() - began,
         )
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy with other values in all its parameters."""
+    twin = deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.data.mul_(0.5)
+    return twin
 
 
 def refusal(family: str) -> str:

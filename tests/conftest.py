@@ -15,6 +15,8 @@ from longest_files import LONGEST
 from tiny_models import write_tiny_bert, write_tiny_gpt2, write_tiny_llama, write_tiny_qwen3
 from untraced import untraced
 
+from prox24_deploy.graph.export.trace import Traces
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 # No test finds what another run has timed, or leaves something behind.
@@ -33,15 +35,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _untraced_exporter() -> Iterator[None]:
     """Hide torch's exporter, in which tests spend most of their time."""
-    export = torch.onnx.export
+    export, optimize = torch.onnx.export, torch.onnx.ONNXProgram.optimize
 
     def faster(*args: Any, **options: Any) -> Any:
         with untraced():
             return export(*args, **options)
 
+    def optimize_faster(program: torch.onnx.ONNXProgram) -> None:
+        with untraced():
+            optimize(program)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", faster)
+        patch.setattr(torch.onnx.ONNXProgram, "optimize", optimize_faster)
         yield
+
+
+_TRACE_ANEW = Traces.__init__
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """All tests of a worker share what was traced, as the twins of one build do."""
+    traced = Traces()
+
+    def share(self: Traces) -> None:
+        vars(self).update(vars(traced))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Traces, "__init__", share)
+        yield
+
+
+@pytest.fixture
+def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that is about tracing itself."""
+    monkeypatch.setattr(Traces, "__init__", _TRACE_ANEW)
 
 
 @pytest.fixture(scope="session")

@@ -371,6 +371,7 @@ def test_a_changed_stage_file_is_made_again(copy: Path, tiny_bert: Path, prose: 
     assert run_cli("verify", copy).code == 0
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_the_same_seed_gives_the_same_bits(
     encoder: Path, tiny_bert: Path, prose: Path, tmp_path: Path
 ) -> None:

@@ -28,9 +28,13 @@ from prox24_deploy.model.experts import Experts
 from prox24_deploy.report.schema import load_report
 
 # Families whose graphs have nothing that is not in one of another family: Llama, Mixtral, Gemma 2
-# and 3, Phi, GPT-2, BERT, XLM-R and ViT have it all. With every family its targets are pruned
-# (tests/pruning/test_family_pruning.py); `make bench` exports all, with their heads and variants.
-ALIKE = {"mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "opt", "roberta", "distilbert", "deit"}
+# and 3, Phi, GPT-2, BERT, Whisper, ViT and ConvNeXt V2 have it all. With every family, what its
+# recipe names is pruned (tests/pruning/test_family_pruning.py); `make bench` exports all, with
+# their heads and variants.
+ALIKE = {
+    "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "opt", "roberta", "xlm-roberta",
+    "distilbert", "bart", "deit", "convnext",
+}  # fmt: skip
 # Of which experts are exported on the tokens that are routed to them.
 ROUTED = {"mixtral"}
 # One row of each family.
@@ -179,7 +183,7 @@ def test_an_encoder_decoder_is_built_as_two_graphs(prose: Path, tmp_path: Path) 
 def rows() -> dict[str, Row]:
     """One dtype of the table, made by the command that prints all of it in all three."""
     command = Path(__file__).parents[1] / "benchmarks" / "families.py"
-    line = [sys.executable, str(command), *HALVES, "--dtype", "float16"]
+    line = [sys.executable, str(command), *HALVES, "--dtype", "float16", "--jobs", "1"]
     ran = subprocess.run(line, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = [Row(**row) for row in json.loads(ran.stdout.splitlines()[-1])["families"]]

@@ -173,6 +173,7 @@ def test_solvers_know_nothing_but_torch_and_the_compilers_of_their_loops() -> No
         assert not roots & {"pathlib", "logging", "os", "io"}, path
 
 
+@cache
 def modules_imported(path: Path) -> set[Path]:
     """Files of the package that a module imports as it is loaded, without those for types alone."""
     tree = tree_of(path)
@@ -189,10 +190,16 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     TopologicalSorter(graph).prepare()
 
 
+@cache
+def libraries_of(path: Path) -> frozenset[str]:
+    """Libraries that a module imports itself."""
+    return frozenset(name.split(".")[0] for name in imports(path, top_level=True))
+
+
 def loaded_by(path: Path, seen: set[Path]) -> set[str]:
     """Libraries that come with a module when it is imported."""
     seen.add(path)
-    found = {name.split(".")[0] for name in imports(path, top_level=True)}
+    found = set(libraries_of(path))
     for other in modules_imported(path) - seen:
         found |= loaded_by(other, seen)
     return found

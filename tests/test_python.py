@@ -77,7 +77,7 @@ PLAN = "p24.plan({model!r}, options, gpu_profile='h100.json', sensitivity=False)
 
 
 @pytest.mark.parametrize(
-    ("before", "call"), [("", PRUNE), ("", PLAN), ("import transformers", PRUNE)]
+    ("before", "call"), [("", f"{PRUNE}; {PLAN}"), ("import transformers", PRUNE)]
 )
 def test_no_function_asks_a_model_hub(
     before: str, call: str, tiny_bert: Path, prose: Path, tmp_path: Path

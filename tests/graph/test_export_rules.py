@@ -192,6 +192,7 @@ def test_export_that_cannot_be_is_one_sentence_and_silent(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_full_disk_while_tracing_stays_an_oserror(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +207,7 @@ def test_full_disk_while_tracing_stays_an_oserror(
     assert caught.value is full
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_exporter_that_returns_nothing_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +216,7 @@ def test_exporter_that_returns_nothing_is_an_error(
         export_onnx(Toy(), toy_recipe(), tmp_path / "onnx", dtype="float32")
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_export_is_silent_and_leaves_logging_and_warnings_alone(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,10 +15,9 @@ from typing import Any, TextIO
 import ml_dtypes  # noqa: F401 - makes "bfloat16" a dtype that numpy knows
 import numpy as np
 import onnx_ir as ir
-import torch
 from torch import nn
 
-from prox24_deploy.config.recipe import Recipe, TensorSpec, dynamic_names, shape_of
+from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import make_folder, writing
 from prox24_deploy.core.errors import BundleError, ExportError
 from prox24_deploy.core.types import DType
@@ -26,17 +25,10 @@ from prox24_deploy.graph.check.check import check_path
 from prox24_deploy.graph.check.judgement import require_expected
 from prox24_deploy.graph.check.modules import MODULE_KEY
 from prox24_deploy.graph.export.annotate import annotate, settle_signature
-from prox24_deploy.graph.export.branches import AllFinite
-from prox24_deploy.graph.export.module import (
-    TORCH_DTYPES,
-    Keep,
-    RecipeModule,
-    copy_with,
-    kept_by,
-    to_dtype,
-)
+from prox24_deploy.graph.export.module import Keep, RecipeModule, copy_with, kept_by, to_dtype
 from prox24_deploy.graph.export.quantize import own_layers, quantise_graph
 from prox24_deploy.graph.export.stored import require_stored
+from prox24_deploy.graph.export.trace import Traces
 from prox24_deploy.quantization.tensors import QuantizedModel, RoundedInput
 
 _SUFFIX, _DATA_SUFFIX = ".onnx", ".onnx.data"
@@ -46,9 +38,6 @@ _GRAPHS = ("model", "encoder", "decoder")
 
 _logger = logging.getLogger(__name__)
 
-# Tracing sizes of the first dynamic axes; different from each other and from 0 and 1, which the
-# exporter would take for constants.
-_TRACE_SIZES = (2, 7, 3, 5)
 _HASH_CHUNK = 1 << 24
 
 
@@ -60,9 +49,12 @@ def export_onnx(
     dtype: DType,
     sparse: Sequence[str] = (),
     quantized: QuantizedModel | None = None,
+    traces: Traces | None = None,
 ) -> Path:
     """Write the one graph of a recipe as `out/model.onnx`; see `export_graphs`."""
-    (path,) = export_graphs(model, recipe, out, dtype=dtype, sparse=sparse, quantized=quantized)
+    (path,) = export_graphs(
+        model, recipe, out, dtype=dtype, sparse=sparse, quantized=quantized, traces=traces
+    )
     return path
 
 
@@ -75,6 +67,7 @@ def export_graphs(
     sparse: Sequence[str] = (),
     quantized: QuantizedModel | None = None,
     keep: Keep | None = None,
+    traces: Traces | None = None,
 ) -> tuple[Path, ...]:
     """Write every graph of a recipe with its external data; the same input, same bytes.
 
@@ -95,6 +88,7 @@ def export_graphs(
         sparse: module paths in `model` whose weights must be 2:4 along their reduction axis.
         quantized: layers that are to compute in 8 bits; `model` has the values of `apply_weights`.
         keep: where to have that copy; None for memory.
+        traces: of earlier exports, which this one uses and adds to; the bytes are the same without.
 
     Returns:
         The paths of the graphs, in the order of `recipe.parts`.
@@ -110,10 +104,13 @@ def export_graphs(
     _require_usable(model, recipe, sparse, quantized)
     _require_replaceable(out)
     converted = copy_with(model, kept_by(keep, to_dtype(dtype)))
-    graphs = {
-        part.graph: _graph_of(converted, model, part, dtype, sparse, quantized)
-        for part in recipe.parts
-    }
+    traces = Traces() if traces is None else traces
+    graphs = {}
+    for part in recipe.parts:
+        graph = _to_onnx(module := RecipeModule(converted, part).eval(), part, dtype, traces)
+        settle_signature(graph.graph, module.signature)
+        _finish(graph, model, part, dtype, sparse, quantized)
+        graphs[part.graph] = graph
     proof = _Proof(out=out, model=model, recipe=recipe, sparse=sparse, quantized=quantized)
     return _publish(graphs, out, proof)
 
@@ -132,25 +129,21 @@ def hash_onnx(path: Path) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def _graph_of(
-    converted: nn.Module,
+def _finish(
+    graph: ir.Model,
     model: nn.Module,
     recipe: Recipe,
     dtype: DType,
     sparse: Sequence[str],
     quantized: QuantizedModel | None,
-) -> ir.Model:
-    """The graph of a recipe, or of one part of it, with the 2:4 weights among its own blocks."""
-    module = RecipeModule(converted, recipe).eval()
-    graph = _to_onnx(module, recipe, dtype)
-    settle_signature(graph.graph, module.signature)
+) -> None:
+    """Name what is in a graph, declare the 2:4 weights among its own blocks, and quantise it."""
     # A half of which nothing is pruned says so: a file that says nothing must be 2:4 throughout.
     annotate(graph, model, own_modules(recipe, sparse) if sparse or quantized else None)
     _require_one_dtype(graph, dtype)
     if quantized:
         own = own_modules(recipe, list(quantized.layers))
         quantise_graph(graph, model, own_layers(quantized, own))
-    return graph
 
 
 def own_modules(recipe: Recipe, names: Sequence[str]) -> list[str]:
@@ -207,43 +200,14 @@ def _require_replaceable(out: Path) -> None:
         )
 
 
-def _to_onnx(module: RecipeModule, recipe: Recipe, dtype: DType) -> ir.Model:
-    signature = module.signature
-    names = dynamic_names(signature.inputs)
-    sizes = dict(zip(names, _trace_sizes(len(names)), strict=True))
-    dims = {name: torch.export.Dim(name) for name in names}
-    device = next(module.parameters()).device
-    examples = tuple(
-        torch.ones(
-            shape_of(spec, sizes),
-            dtype=torch.int64 if spec.dtype == "int64" else TORCH_DTYPES[dtype],
-            device=device,
-        )
-        for spec in signature.inputs
-    )
-    # One more tuple, since `forward` takes its inputs as one variadic parameter.
-    shapes = (tuple(_dynamic_axes(spec, dims) for spec in signature.inputs),)
+def _to_onnx(module: RecipeModule, recipe: Recipe, dtype: DType, traces: Traces) -> ir.Model:
     try:
-        with _quiet(), AllFinite():
-            program = torch.onnx.export(
-                module,
-                examples,
-                dynamo=True,
-                verbose=False,
-                opset_version=recipe.opset,
-                input_names=[spec.name for spec in signature.inputs],
-                output_names=[spec.name for spec in signature.outputs],
-                dynamic_shapes=shapes,
-            )
-    except OSError:
+        with _quiet():
+            return traces.graph_of(module, recipe, dtype)
+    except (OSError, ExportError):
         raise
     except Exception as error:  # the exporter raises types of many kinds
         raise ExportError(_failure(error, recipe)) from error
-    if program is None:
-        raise ExportError(
-            f"torch.onnx.export returned nothing for family {recipe.family!r}; try another opset."
-        )
-    return program.model
 
 
 def _require_one_dtype(graph: ir.Model, dtype: DType) -> None:
@@ -261,18 +225,6 @@ def _require_one_dtype(graph: ir.Model, dtype: DType) -> None:
                 f"{dtype}; "
                 "export with --dtype float16 or float32."
             )
-
-
-def _dynamic_axes(
-    spec: TensorSpec, dims: dict[str, torch.export.Dim]
-) -> dict[int, torch.export.Dim | str]:
-    """The exporter's dimensions by axis; it finds out itself what a sum is equal to."""
-    return {i: dims.get(axis, axis) for i, axis in enumerate(spec.axes) if isinstance(axis, str)}
-
-
-def _trace_sizes(count: int) -> list[int]:
-    extra = max(0, count - len(_TRACE_SIZES))
-    return [*_TRACE_SIZES[:count], *range(11, 11 + extra)]
 
 
 class _OtherThreads:

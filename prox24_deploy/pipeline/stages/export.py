@@ -26,6 +26,7 @@ from prox24_deploy.pipeline.stages.recover import shipped_of
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
+    from prox24_deploy.graph.export.trace import Traces
     from prox24_deploy.model.directory import ModelDir
 
 
@@ -73,15 +74,17 @@ def run(
 
 def _export(inputs: ExportInputs, work: Workspace, progress: Progress) -> ExportResult:
     from prox24_deploy.graph.check.check import check_onnx
+    from prox24_deploy.graph.export.trace import Traces
     from prox24_deploy.model.directory import open_model_dir
 
     began = time.perf_counter()
     directories = {"dense": inputs.source, "sparse": open_model_dir(inputs.pruned.path)}
     exported: dict[Twin, tuple[OnnxModel, ...]] = {}
     numerics: list[NumericsCheck] = []
+    traces = Traces()
     for i, twin in enumerate(TWINS):
         progress("export", i, len(TWINS))
-        exported[twin], found = _export_twin(inputs, twin, directories[twin], work)
+        exported[twin], found = _export_twin(inputs, twin, directories[twin], work, traces)
         numerics += found
         # What the exporter leaves behind holds the weights in circles of references.
         gc.collect()
@@ -99,7 +102,7 @@ def _export(inputs: ExportInputs, work: Workspace, progress: Progress) -> Export
 
 
 def _export_twin(
-    inputs: ExportInputs, twin: Twin, directory: "ModelDir", work: Workspace
+    inputs: ExportInputs, twin: Twin, directory: "ModelDir", work: Workspace, traces: "Traces"
 ) -> tuple[tuple[OnnxModel, ...], list[NumericsCheck]]:
     """Export one twin, and compare each graph with PyTorch.
 
@@ -129,6 +132,7 @@ def _export_twin(
         sparse=inputs.layers if twin == "sparse" else (),
         quantized=quantized,
         keep=keep,
+        traces=traces,
     )
     numerics: list[NumericsCheck] = []
     for part, path in zip(recipe.parts, paths, strict=True):
