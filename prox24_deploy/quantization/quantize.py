@@ -241,33 +241,23 @@ def quantize_directory(
     Raises:
         CalibrationError: there are too few samples.
         SparsityLostError: a weight read back from disk is not 2:4.
-        ModelDirError, RecipeError: what `quantize_model` raises.
+        ModelDirError, RecipeError: see `quantize_model`.
     """
     began = time.perf_counter()
     require_samples(calibration)
     model = load_quantized(directory, recipe, device, None, memory, changes=training is not None)
     zeros = zeros_of(model, [*sparse]) if training else {}
     made, records, withheld = quantize_model(
-        model,
-        recipe,
-        calibration.batches,
-        form,
-        sparse=sparse,
-        progress=progress,
-        resources=Resources(streamed=is_offloaded(model)),
-    )
+        model, recipe, calibration.batches, form,
+        sparse=sparse, progress=progress, resources=Resources(streamed=is_offloaded(model)),
+    )  # fmt: skip
     through = None
     if training is not None:
         made, through = train_through(model, made, zeros, training, began=began, progress=progress)
     return QuantizeResult(
-        format=form,
-        layers=records,
-        calibration=calibration.source,
-        withheld=withheld,
-        state_sha256=_written(made, out),
-        seconds=time.perf_counter() - began,
-        training=through,
-    )
+        format=form, layers=records, calibration=calibration.source, withheld=withheld,
+        state_sha256=_written(made, out), seconds=time.perf_counter() - began, training=through,
+    )  # fmt: skip
 
 
 def _written(made: QuantizedModel, out: Path) -> str:

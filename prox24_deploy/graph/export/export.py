@@ -71,13 +71,11 @@ def export_graphs(
 ) -> tuple[Path, ...]:
     """Write every graph of a recipe with its external data; the same input, same bytes.
 
-    That is `out/model.onnx` with `out/model.onnx.data`, or for an encoder-decoder `encoder.onnx`
-    and `decoder.onnx`, each with its data.
-
-    Inputs, outputs and dynamic axes are those of the recipe. Nodes carry their module path under
-    the metadata key `prox24.module`; `sparse` is written to the file as its 2:4 declaration and
-    proven on the file before `out` appears, all at once, by a rename. So are the numbers and scales
-    of quantised layers (`graph.export.quantize`).
+    That is `model.onnx` or, for an encoder-decoder, `encoder.onnx` and `decoder.onnx`. Inputs,
+    outputs and dynamic axes are those of the recipe. Nodes carry their module path under the
+    metadata key `prox24.module`; `sparse` is written to the file as its 2:4 declaration and proven
+    on the file before `out` appears, all at once, by a rename. So are the numbers and scales of
+    quantised layers (`graph.export.quantize`).
 
     Args:
         model: float32 module in eval mode, as opened for `recipe.task`; it is not changed.
@@ -99,20 +97,28 @@ def export_graphs(
         SparsityLostError: a weight named in `sparse` is not 2:4 in the file.
         SparsityUnprovenError: a weight named in `sparse` is not there, or cannot be followed.
         BundleError: `out` holds something other than an earlier export.
-        OSError: the file cannot be written, for example because the disk is full.
+        OSError: the file cannot be written.
     """
     _require_usable(model, recipe, sparse, quantized)
     _require_replaceable(out)
     converted = copy_with(model, kept_by(keep, to_dtype(dtype)))
-    traces = Traces() if traces is None else traces
-    graphs = {}
+    graphs = _traced(converted, recipe, dtype, Traces() if traces is None else traces)
     for part in recipe.parts:
-        graph = _to_onnx(module := RecipeModule(converted, part).eval(), part, dtype, traces)
-        settle_signature(graph.graph, module.signature)
-        _finish(graph, model, part, dtype, sparse, quantized)
-        graphs[part.graph] = graph
+        _finish(graphs[part.graph], model, part, dtype, sparse, quantized)
     proof = _Proof(out=out, model=model, recipe=recipe, sparse=sparse, quantized=quantized)
     return _publish(graphs, out, proof)
+
+
+def _traced(
+    converted: nn.Module, recipe: Recipe, dtype: DType, traces: Traces
+) -> dict[str, ir.Model]:
+    """Every graph of a recipe by its name, with the inputs and outputs of the recipe."""
+    graphs = {}
+    for part in recipe.parts:
+        module = RecipeModule(converted, part).eval()
+        graph = graphs[part.graph] = _to_onnx(module, part, dtype, traces)
+        settle_signature(graph.graph, module.signature)
+    return graphs
 
 
 def hash_onnx(path: Path) -> tuple[str, int]:
