@@ -6,7 +6,7 @@
 A language model loses log-perplexity, an embedder cosine to the dense embeddings, each beyond what
 the model lost before it was quantised; a vision transformer, trained here in seconds on the digits
 of scikit-learn, must choose the same classes as before. Subjects without a directory are left out.
-`--prune prox` makes the 2:4 models as a release is made; a model that is 2:4 already counts as dense.
+`--prune prox` makes 2:4 models as a release is made; a model that is 2:4 already counts as dense.
 Prints a table and one JSON line, and fails where a bar is missed.
 """
 
