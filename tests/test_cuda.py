@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.cusparselt.compile_trial import try_elsewhere
-from prox24_deploy.engines.cusparselt.gemm import gpu_profile, measure_gemms
+from prox24_deploy.engines.cusparselt.gemm import copy_rate, gpu_profile, measure_gemms
 from prox24_deploy.engines.cusparselt.inductor import try_compiling
 from prox24_deploy.engines.cusparselt.planning import read_plan, write_plan
 from prox24_deploy.engines.cusparselt.prepare import prepare
@@ -207,6 +207,11 @@ def test_a_step_in_static_buffers_gives_what_a_growing_cache_gives(
                 torch.testing.assert_close(own, other, atol=2e-2, rtol=2e-2)
         assert session.latencies_ms(feeds, runs=3, warmup=1).min() > 0
         session.close()
+
+
+def test_a_copy_moves_what_memory_can_move() -> None:
+    """Bytes per microsecond: from a small card's half a terabyte a second to twenty."""
+    assert 2e5 < copy_rate() < 2e7
 
 
 def test_a_large_gemm_is_faster_sparse(planned: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ class MetricKind:
         judged_by: the evaluations that give it.
         higher_is_better: which of two values is the better one.
         direct: it compares the two models with each other, and neither has a value of its own.
-        bounded: the value of every sample lies between 0 and 1.
+        bounded: the value of every sample lies between 0 and 1; an error rate may go above, where
+            more is wrong than there is.
         labelled: it needs labels or transcripts of the user.
         against_dense: its limit against the dense model, as a file of limits has it; a metric
             without informs.
