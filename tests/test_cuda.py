@@ -210,7 +210,7 @@ def test_a_step_in_static_buffers_gives_what_a_growing_cache_gives(
 
 
 def test_a_copy_moves_what_memory_can_move() -> None:
-    """Bytes per microsecond: from a small card's half a terabyte a second to twenty."""
+    """Bytes per microsecond: from a fifth of a terabyte a second to twenty."""
     assert 2e5 < copy_rate() < 2e7
 
 
