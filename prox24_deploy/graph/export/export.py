@@ -6,7 +6,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,6 +107,13 @@ def export_graphs(
         _finish(graphs[part.graph], model, part, dtype, sparse, quantized)
     proof = _Proof(out=out, model=model, recipe=recipe, sparse=sparse, quantized=quantized)
     return _publish(graphs, out, proof)
+
+
+def _drop_weights(graphs: Iterable[ir.Model]) -> None:
+    """Give up what graphs hold; the rules that the exporter rewrites by remember the last ones."""
+    for graph in graphs:
+        for value in graph.graph.initializers.values():
+            value.const_value = None
 
 
 def _traced(
@@ -307,7 +314,7 @@ class _Proof:
 def _publish(
     graphs: Mapping[str, ir.Model], out: Path, prove: Callable[[Path], None]
 ) -> tuple[Path, ...]:
-    """Write beside `out`, prove what was written, then rename."""
+    """Write beside `out`, prove what was written, then rename; the graphs give up their weights."""
     partial = out.with_name(f".{out.name}.partial")
     replaced = out.with_name(f".{out.name}.replaced")
     for leftover in (partial, replaced):
@@ -324,6 +331,7 @@ def _publish(
                 out.rename(replaced)
             partial.rename(out)
     finally:
+        _drop_weights(graphs.values())
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
     paths = tuple(out / f"{name}{_SUFFIX}" for name in graphs)

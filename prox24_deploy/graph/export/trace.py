@@ -63,7 +63,13 @@ class Traces:
         stored = program.model.graph.initializers
         tensors = _tensors(module)
         program.apply_weights({name: tensors[name] for name in tensors if name in stored})
+        weights = list(stored.values())
         program.optimize()
+        # The rules of the optimiser remember what they matched last.
+        kept = {id(value) for value in program.model.graph.initializers.values()}
+        for value in weights:
+            if id(value) not in kept:
+                value.const_value = None
         return program.model
 
 
