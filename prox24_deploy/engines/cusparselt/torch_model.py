@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Self
 
 import torch
@@ -26,7 +25,6 @@ from prox24_deploy.engines.cusparselt.runner import EngineModule, padded
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.graph.export.module import RecipeModule, copy_with, to_dtype
 from prox24_deploy.model.directory import ModelDir, build_untrained, load_model
-from prox24_deploy.model.offload import keep_by
 from prox24_deploy.quantization.tensors import QuantizedModel
 
 # Largest difference to the same weights multiplied dense, as a share of the largest output.
@@ -171,11 +169,7 @@ def open_torch_model(source: ModelDir, recipe: Recipe, dtype: DType) -> TorchMod
         raise EngineError(
             f"cuSPARSELt has no {dtype} kernels; export with --dtype float16 or --dtype bfloat16."
         )
-    device, convert = torch.device(cuda_graph.DEVICE), to_dtype(dtype)
-    with TemporaryDirectory() as folder:
-        model = load_model(source, recipe, device, offload=Path(folder))
-        # Weight by weight, for all of them in float32 take twice the room.
-        keep_by(model, lambda name, tensor: convert(name, tensor.to(device)))
+    model = load_model(source, recipe, torch.device(cuda_graph.DEVICE))
     vocabulary = int(source.config.get("vocab_size", 1))
     blueprint = Blueprint(path=source.path, recipe=recipe, dtype=dtype, vocabulary=vocabulary)
     return _in_half(model, blueprint)
