@@ -26,7 +26,6 @@ from prox24_deploy.model.layers import Layer, layer_at, reduction_axis
 from prox24_deploy.model.mapped import Memory
 from prox24_deploy.model.offload import is_offloaded
 from prox24_deploy.pruning.activations import (
-    IN_MEMORY,
     BlockPair,
     BlockStep,
     Resources,
@@ -80,18 +79,16 @@ def quantize_model(
     *,
     sparse: Collection[str],
     progress: Progress,
-    resources: Resources = IN_MEMORY,
 ) -> tuple[QuantizedModel, tuple[LayerQuantization, ...], int]:
     """Quantise all target layers of `model` in place; its layers then round what they read.
 
     Args:
-        model: float32, evaluation mode.
+        model: float32, evaluation mode; its blocks may be in the checkpoint.
         recipe: says where blocks and targets are.
         calibration: batches, some of which are withheld, see `withhold`.
         form: of weights and activations.
         sparse: paths of the layers that are 2:4.
         progress: called with (label, done, total) after each block.
-        resources: of the run over all blocks.
 
     Returns:
         What was quantised, a record of every target, and the number of withheld samples.
@@ -106,6 +103,7 @@ def quantize_model(
     layers: dict[str, QuantizedLayer] = {}
     folded: dict[str, Tensor] = {}
     records: list[LayerQuantization] = []
+    resources = Resources(streamed=is_offloaded(model))
     for number, step in enumerate(block_steps(model, recipe, sets, resources)):
         progress("quantize", number, count)
         records += _quantize_block(step, FORMATS[form], tied, layers, folded)
@@ -245,16 +243,10 @@ def quantize_directory(
     model = load_quantized(directory, recipe, device, None, memory, changes=training is not None)
     zeros = zeros_of(model, [*sparse]) if training else {}
     made, records, withheld = quantize_model(
-        model,
-        recipe,
-        calibration.batches,
-        form,
-        sparse=sparse,
-        progress=progress,
-        resources=Resources(streamed=is_offloaded(model)),
+        model, recipe, calibration.batches, form, sparse=sparse, progress=progress
     )
     through = None
-    if training is not None:
+    if training:
         made, through = train_through(model, made, zeros, training, began=began, progress=progress)
     return QuantizeResult(
         format=form,

@@ -6,7 +6,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from prox24_deploy.graph.export.annotate import annotate, settle_signature
 from prox24_deploy.graph.export.branches import AllFinite
 from prox24_deploy.graph.export.module import (
     TORCH_DTYPES,
+    Convert,
     Keep,
     RecipeModule,
     copy_with,
@@ -79,12 +80,10 @@ def export_graphs(
     """Write every graph of a recipe with its external data; the same input, same bytes.
 
     That is `out/model.onnx` with `out/model.onnx.data`, or for an encoder-decoder `encoder.onnx`
-    and `decoder.onnx`, each with its data.
-
-    Inputs, outputs and dynamic axes are those of the recipe. Nodes carry their module path under
-    the metadata key `prox24.module`; `sparse` is written to the file as its 2:4 declaration and
-    proven on the file before `out` appears, all at once, by a rename. So are the numbers and scales
-    of quantised layers (`graph.export.quantize`).
+    and `decoder.onnx`, each with its data. Inputs, outputs and dynamic axes are those of the
+    recipe. Nodes carry their module path under the metadata key `prox24.module`; `sparse` is
+    written to the file as its 2:4 declaration and proven on the file before `out` appears, all at
+    once, by a rename. So are the numbers and scales of quantised layers (`graph.export.quantize`).
 
     Args:
         model: float32 module in eval mode, as opened for `recipe.task`; it is not changed.
@@ -107,15 +106,34 @@ def export_graphs(
         BundleError: `out` holds something other than an earlier export.
         OSError: the file cannot be written, for example because the disk is full.
     """
-    _require_usable(model, recipe, sparse, quantized)
-    _require_replaceable(out)
-    converted = copy_with(model, kept_by(keep, to_dtype(dtype)))
+    _require_usable(model, recipe, sparse, quantized, out)
+    converted = _converted(model, kept_by(keep, to_dtype(dtype)))
     graphs = {
         part.graph: _graph_of(converted, model, part, dtype, sparse, quantized)
         for part in recipe.parts
     }
     proof = _Proof(out=out, model=model, recipe=recipe, sparse=sparse, quantized=quantized)
-    return _publish(graphs, out, proof)
+    try:
+        return _publish(graphs, out, proof)
+    finally:
+        _drop_weights(converted, graphs.values())
+
+
+def _converted(model: nn.Module, convert: Convert) -> nn.Module:
+    """A copy of a model with parameters of its own, though their values may be those of `model`."""
+    return copy_with(model, lambda name, tensor: convert(name, tensor).detach())
+
+
+def _drop_weights(converted: nn.Module, graphs: Iterable[ir.Model]) -> None:
+    """Give up what was exported: the rules that the exporter rewrites by remember the last graph.
+
+    That has the parameters among what once were its inputs.
+    """
+    for graph in graphs:
+        for value in graph.graph.initializers.values():
+            value.const_value = None
+    for parameter in converted.parameters():
+        parameter.data = parameter.data.new_empty(0)
 
 
 def hash_onnx(path: Path) -> tuple[str, int]:
@@ -160,11 +178,16 @@ def own_modules(recipe: Recipe, names: Sequence[str]) -> list[str]:
 
 
 def _require_usable(
-    model: nn.Module, recipe: Recipe, sparse: Sequence[str], quantized: QuantizedModel | None
+    model: nn.Module,
+    recipe: Recipe,
+    sparse: Sequence[str],
+    quantized: QuantizedModel | None,
+    out: Path,
 ) -> None:
     _require_modules(model, recipe, sparse, "2:4")
     _require_modules(model, recipe, list(quantized.layers) if quantized else (), "quantised")
     _require_unrounded(model)
+    _require_replaceable(out)
 
 
 def _require_modules(model: nn.Module, recipe: Recipe, names: Sequence[str], what: str) -> None:
