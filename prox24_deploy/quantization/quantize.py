@@ -234,9 +234,8 @@ def quantize_directory(
         memory: where the model is kept if it does not fit; None for a model that does.
 
     Raises:
-        CalibrationError: there are too few samples.
+        CalibrationError, ModelDirError, RecipeError: too few samples, or as `quantize_model`.
         SparsityLostError: a weight read back from disk is not 2:4.
-        ModelDirError, RecipeError: what `quantize_model` raises.
     """
     began = time.perf_counter()
     require_samples(calibration)
