@@ -8,11 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prox24_deploy.core.atomic import make_folder, writing
+from prox24_deploy.core.atomic import make_folder
 from prox24_deploy.engines.engine_model import EngineModel
+from prox24_deploy.model.checkpoint import write_tensors
 
 
 class Recorded(nn.Module):
@@ -38,8 +39,7 @@ class Recorded(nn.Module):
         file = self._folder / f"{_digest(inputs)}.safetensors"
         if not file.exists():
             found = vars(self._engine(**inputs))
-            with writing(file):
-                save_file({name: each.contiguous() for name, each in found.items()}, file)
+            write_tensors(file, {name: each.contiguous() for name, each in found.items()}, {})
             return SimpleNamespace(**found)
         return SimpleNamespace(**load_file(file))
 

@@ -216,15 +216,16 @@ class Training:
         order = self.schedule.batches(sizes, self.seed)
         losses: list[float] = []
         for chosen in islice(order, state.taken, None):
+            # A run that goes on may have come so far before.
+            if state.taken - state.kept >= PATIENCE * self.schedule.check_every:
+                log.info("no better model since step %d, training ends", state.kept)
+                break
             progress("recover", state.taken, self.schedule.steps)
             losses.append(self._step(chosen, state))
             state.taken += 1
             if self.schedule.is_check(state.taken):
                 self._check(state, losses)
                 losses = []
-                if state.taken - state.kept >= PATIENCE * self.schedule.check_every:
-                    log.info("no better model since step %d, training ends", state.kept)
-                    break
         progress("recover", self.schedule.steps, self.schedule.steps)
 
     def _step(self, chosen: Sequence[int], state: TrainingState) -> float:

@@ -270,6 +270,18 @@ def test_minutes_become_steps_once(llama: Recovery, tmp_path: Path) -> None:
     assert again.curve == first.curve
 
 
+def test_a_run_that_ended_early_goes_no_further(llama: Recovery, tmp_path: Path) -> None:
+    # So small a rate moves no weight by a bit.
+    options = RecoverOptions(steps=100, step_tokens=512, learning_rate=1e-12, write=False)
+    first = recover(replace(llama, options=options), tmp_path / "a")
+    assert first.taken < 100
+    again = recover_directory(
+        replace(llama, options=options),
+        kept=tmp_path / "a" / "kept", out=tmp_path / "b", progress=silent,
+    )  # fmt: skip
+    assert (again.taken, again.curve) == (first.taken, first.curve)
+
+
 def test_a_teacher_of_another_kind_is_refused(
     llama: Recovery, tmp_path: Path, tiny_gpt2: Path, tiny_llama: Path
 ) -> None:
