@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.documents import reason_of
@@ -40,6 +41,18 @@ class BlockCall:
 
 class _StopForwardError(Exception):
     """Ends a forward pass once what it was run for has been seen."""
+
+
+@contextmanager
+def _stopping(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """A forward pass that one of these hooks ends; they are removed behind it."""
+    try:
+        yield
+    except _StopForwardError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def find_blocks(model: nn.Module, recipe: Recipe) -> nn.ModuleList:
@@ -135,13 +148,8 @@ def record_calls(
             raise _StopForwardError
 
     handles = [b.register_forward_pre_hook(record, with_kwargs=True) for b in blocks]
-    try:
+    with _stopping(handles):
         run_model(model, batch, task)
-    except _StopForwardError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return first[0], calls
 
 
@@ -263,14 +271,9 @@ def _watched(
         if stop:
             raise _StopForwardError
 
-    handle = layer.register_forward_pre_hook(record)
     output = None
-    try:
+    with _stopping([layer.register_forward_pre_hook(record)]):
         output = run_block(block, call, hidden)
-    except _StopForwardError:
-        pass
-    finally:
-        handle.remove()
     return input_rows(layer, seen[0]), output
 
 
@@ -304,14 +307,8 @@ def expert_inputs(
             raise _StopForwardError
 
     handles = [layer.register_forward_pre_hook(record) for layer in layers]
-    with experts.routed(route) as routes:
-        try:
-            run_block(block, call, hidden)
-        except _StopForwardError:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+    with experts.routed(route) as routes, _stopping(handles):
+        run_block(block, call, hidden)
     return [seen[layer] for layer in layers], routes[0]
 
 
