@@ -173,10 +173,26 @@ def input_pairs(
     If the dense stream goes on, it is behind the block once all batches have been asked for. It
     does not for a layer of an expert, see `expert_pairs`.
     """
-    if place_of(twin.pruned, name) is not None:
-        for pairs in expert_pairs(twin, [name], activations):
-            yield pairs[0]
+    for (pair,) in _wave_pairs(twin, [name], activations, dense_goes_on=dense_goes_on):
+        yield pair
+
+
+def _wave_pairs(
+    twin: BlockPair, names: Sequence[str], activations: Activations, *, dense_goes_on: bool
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """As `input_pairs`, for layers that take the same passes: one layer, or some of experts."""
+    if place_of(twin.pruned, names[0]) is not None:
+        yield from expert_pairs(twin, names, activations)
         return
+    (name,) = names
+    for pair in _layer_pairs(twin, name, activations, dense_goes_on=dense_goes_on):
+        yield [pair]
+
+
+def _layer_pairs(
+    twin: BlockPair, name: str, activations: Activations, *, dense_goes_on: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `input_pairs`, for a layer that reads all tokens of its block."""
     dense_layer, pruned_layer = (layer_at(block, name) for block in (twin.dense, twin.pruned))
     for i, batch in enumerate(activations.batches):
         call, pruned_call = (
@@ -222,6 +238,13 @@ def expert_pairs(
         yield [(d[k], p[k]) for d, p, k in zip(dense, pruned, kept, strict=True)]
 
 
+def collect(
+    twin: BlockPair, name: str, activations: Activations, *, dense_goes_on: bool = False
+) -> SecondMoments:
+    """Gram matrices of one layer's input over all batches of one set; see `collect_wave`."""
+    return collect_wave(twin, [[name]], activations, dense_goes_on=dense_goes_on)[0]
+
+
 def collect_wave(
     twin: BlockPair,
     wave: Sequence[Sequence[str]],
@@ -229,47 +252,26 @@ def collect_wave(
     *,
     dense_goes_on: bool = False,
 ) -> list[SecondMoments]:
-    """As `collect`, for each group of layers of a wave of `waves`."""
-    names = [group[0] for group in wave]
-    if place_of(twin.pruned, names[0]) is None:
-        return [collect(twin, name, activations, dense_goes_on=dense_goes_on) for name in names]
-    return _collect_experts(twin, names, activations)
-
-
-def _collect_experts(
-    twin: BlockPair, names: Sequence[str], activations: Activations
-) -> list[SecondMoments]:
-    """As `collect`, of several layers of experts in the same forward passes, see `expert_pairs`."""
-    layers = [layer_at(twin.pruned, name) for name in names]
-    found = [
-        SecondMoments.empty(matrix_shape(layer)[1], layer.weight.device, routed=True)
-        for layer in layers
-    ]
-    for pairs in expert_pairs(twin, names, activations):
-        for moments, pair in zip(found, pairs, strict=True):
-            moments.add(*pair)
-    return found
-
-
-def collect(
-    twin: BlockPair, name: str, activations: Activations, *, dense_goes_on: bool = False
-) -> SecondMoments:
-    """Gram matrices of one layer's input over all batches of one set.
+    """Gram matrices of the input of each group of layers over all batches of one set.
 
     Args:
         twin: the block.
-        name: path of the layer in it.
+        wave: of `waves`: one group, or some of layers of experts.
         activations: in front of the block.
         dense_goes_on: the dense stream is not needed in front of the block any more; it is taken
-            through the block in the same forward passes.
+            through the block in the same forward passes, but for experts, see `expert_pairs`.
     """
-    if place_of(twin.pruned, name) is not None:
-        return _collect_experts(twin, [name], activations)[0]
-    layer = layer_at(twin.pruned, name)
-    moments = SecondMoments.empty(matrix_shape(layer)[1], layer.weight.device)
-    for dense, pruned in input_pairs(twin, name, activations, dense_goes_on=dense_goes_on):
-        moments.add(dense, pruned)
-    return moments
+    names = [group[0] for group in wave]
+    layers = [layer_at(twin.pruned, name) for name in names]
+    routed = place_of(twin.pruned, names[0]) is not None
+    found = [
+        SecondMoments.empty(matrix_shape(layer)[1], layer.weight.device, routed=routed)
+        for layer in layers
+    ]
+    for pairs in _wave_pairs(twin, names, activations, dense_goes_on=dense_goes_on):
+        for moments, pair in zip(found, pairs, strict=True):
+            moments.add(*pair)
+    return found
 
 
 def not_run_once(
