@@ -85,6 +85,21 @@ class LayerRecord:
     note: str = ""
     pull: float = 0.0
 
+    @classmethod
+    def skipped(cls, name: str, shape: tuple[int, int], reason: str) -> "LayerRecord":
+        """That of a layer, of a matrix of this shape, that was left as it is."""
+        return cls(
+            name=name,
+            shape=shape,
+            status="skipped",
+            reason=reason,
+            method="",
+            relative_error=None,
+            held_out_error=None,
+            iterations=0,
+            seconds=0.0,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:

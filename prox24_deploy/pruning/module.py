@@ -96,17 +96,8 @@ def _fused_experts(module: nn.Module, recipe: Recipe) -> Iterator[LayerRecord]:
     for index, block in enumerate(find_blocks(module, recipe)):
         for name in expert_weights(block):
             weight = block.get_parameter(name)
-            yield LayerRecord(
-                name=f"{recipe.blocks}.{index}.{name}",
-                shape=(weight.numel() // weight.shape[-1], weight.shape[-1]),
-                status="skipped",
-                reason=FUSED_EXPERTS,
-                method="",
-                relative_error=None,
-                held_out_error=None,
-                iterations=0,
-                seconds=0.0,
-            )
+            shape = (weight.numel() // weight.shape[-1], weight.shape[-1])
+            yield LayerRecord.skipped(f"{recipe.blocks}.{index}.{name}", shape, FUSED_EXPERTS)
 
 
 @contextmanager

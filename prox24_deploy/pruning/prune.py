@@ -677,14 +677,4 @@ def _layers_outside(model: nn.Module, recipe: Recipe, known: set[str]) -> list[L
 
 
 def _skipped(name: str, layer: Layer, reason: str) -> LayerRecord:
-    return LayerRecord(
-        name=name,
-        shape=matrix_shape(layer),
-        status="skipped",
-        reason=reason,
-        method="",
-        relative_error=None,
-        held_out_error=None,
-        iterations=0,
-        seconds=0.0,
-    )
+    return LayerRecord.skipped(name, matrix_shape(layer), reason)
