@@ -20,17 +20,15 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from recovery import losses_of, ratio_of, shown
+from recovery import asking, dense_loss, losses_of, opened, ratio_of, shown
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
+from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.core.types import silent
-from prox24_deploy.data.text import thin
-from prox24_deploy.evaluation.losses import loss_against
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
-from prox24_deploy.pipeline.context import RunContext, read_context, torch_device
+from prox24_deploy.pipeline.context import RunContext
 from prox24_deploy.pruning import prune
 from prox24_deploy.pruning.prune import prune_directory
 from prox24_deploy.pruning.solvers import products
@@ -97,31 +95,15 @@ def same_masks(first: ModelDir, second: ModelDir, context: RunContext) -> float:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", type=Path, action="append", default=[])
-    parser.add_argument("--evaluation", type=Path, action="append", default=[])
-    parser.add_argument("--calibration-tokens", type=int, default=65536)
-    parser.add_argument("--evaluation-tokens", type=int, default=131072)
+    parser = asking(__doc__)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--device", default="auto")
     return parser.parse_args()
 
 
 def main() -> None:
     asked, console = parsed(), Console(width=120)
-    text = TextOptions(
-        calibration=tuple(asked.calibration),
-        evaluation=tuple(asked.evaluation),
-        calibration_tokens=asked.calibration_tokens,
-        evaluation_tokens=asked.evaluation_tokens,
-    )
-    context = read_context(asked.model, None, BuildOptions(text=text))
-    device = torch_device(asked.device)
-    with torch.no_grad():
-        dense = load_model(context.source, context.recipe, device)
-        held_out = thin(context.held_out, asked.evaluation_tokens)
-        loss = loss_against(dense, context.recipe.task, held_out)
+    context, device = opened(asked)
+    loss = dense_loss(context, asked.evaluation_tokens, device)
     table = Table("variant", "s", "layer error", loss.name, "ratio", "same mask", box=None)
     losses: list[Tensor] = []
     first: Pruned | None = None

@@ -95,13 +95,38 @@ def ratio_of(first: Tensor, second: Tensor) -> tuple[float, float]:
     return ratio, float(spread / second.mean())
 
 
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+def asking(description: str | None) -> argparse.ArgumentParser:
+    """A parser of the arguments that `opened` reads: a model, texts and a device."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", type=Path, action="append", default=[])
     parser.add_argument("--evaluation", type=Path, action="append", default=[])
     parser.add_argument("--calibration-tokens", type=int, default=65536)
     parser.add_argument("--evaluation-tokens", type=int, default=131072)
+    parser.add_argument("--device", default="auto")
+    return parser
+
+
+def opened(asked: argparse.Namespace) -> tuple[RunContext, torch.device]:
+    """The model and the texts that were asked for, and where to run."""
+    text = TextOptions(
+        calibration=tuple(asked.calibration),
+        evaluation=tuple(asked.evaluation),
+        calibration_tokens=asked.calibration_tokens,
+        evaluation_tokens=asked.evaluation_tokens,
+    )
+    return read_context(asked.model, None, BuildOptions(text=text)), torch_device(asked.device)
+
+
+@torch.no_grad()
+def dense_loss(context: RunContext, tokens: int, device: torch.device) -> Loss:
+    """The loss against the dense model on so many tokens of the evaluation text."""
+    dense = load_model(context.source, context.recipe, device)
+    return loss_against(dense, context.recipe.task, thin(context.held_out, tokens))
+
+
+def parsed() -> argparse.Namespace:
+    parser = asking(__doc__)
     parser.add_argument("--pruned", type=Path, help="a pruned model directory; else prune here")
     parser.add_argument("--method", default="prox")
     parser.add_argument("--prune-tokens", type=int, default=65536)
@@ -111,20 +136,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01])
     parser.add_argument("--optimizers", nargs="+", choices=KINDS, default=["adamw"])
     parser.add_argument("--no-write", action="store_true")
-    parser.add_argument("--device", default="auto")
     return parser.parse_args()
 
 
 def main() -> None:
     asked, console = parsed(), Console(width=120)
-    text = TextOptions(
-        calibration=tuple(asked.calibration),
-        evaluation=tuple(asked.evaluation),
-        calibration_tokens=asked.calibration_tokens,
-        evaluation_tokens=asked.evaluation_tokens,
-    )
-    context = read_context(asked.model, None, BuildOptions(text=text))
-    device = torch_device(asked.device)
+    context, device = opened(asked)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         student = (
@@ -132,10 +149,7 @@ def main() -> None:
             if asked.pruned
             else pruned_model(context, asked.method, asked.prune_tokens, folder, device)
         )
-        dense = load_model(context.source, context.recipe, device)
-        held_out = thin(context.held_out, asked.evaluation_tokens)
-        with torch.no_grad():
-            loss = loss_against(dense, context.recipe.task, held_out)
+        loss = dense_loss(context, asked.evaluation_tokens, device)
         before = losses_of(student, context, loss, device)
         console.print(f"{loss.name} of the pruned model: {shown(before)}, {len(before)} samples")
         recovery = Recovery(

@@ -10,8 +10,7 @@ time, beside the largest that a product in the precision of the solver's steps r
 `--parts`, the parts of the work are timed, for which the GPU is waited for. Both take time
 themselves. A run of few blocks tells of a model of more: each block takes as long as the last of
 these, opening and writing grow with the weights; that a larger model may have to be kept elsewhere
-(`--memory-limit`) is not in it. Bytes are those that
-the process asked for, caches included.
+(`--memory-limit`) is not in it. Bytes are those that the process asked for, caches included.
 """
 
 import argparse
