@@ -9,6 +9,7 @@ from prox24_deploy.bundle.layout import PRUNED
 from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptions
 from prox24_deploy.config.recipe import Recipe, parse_recipe, select_recipe
 from prox24_deploy.core.errors import BackendMissingError, BundleError, UsageError
+from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.records import ModelInfo
 from prox24_deploy.core.types import Progress, silent
 from prox24_deploy.model.config_file import longest_of, read_config, whole_number
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
     from prox24_deploy.pruning.masks import MaskFiles
+
+# Of what a stage may take of memory, which is therefore in the key of none.
+MEMORY_LIMIT = unkeyed("says where weights are kept, not what they are")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,11 +15,10 @@ from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.accuracy import EngineAccuracy, EngineAccuracyResult
 from prox24_deploy.core.atomic import make_folder
 from prox24_deploy.core.errors import BackendMissingError, EngineError
-from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.records import CompileResult, Engine, NotMeasured
 from prox24_deploy.core.types import Progress
 from prox24_deploy.engines.base import Backend
-from prox24_deploy.pipeline.context import RunContext, fitted_shapes, torch_device
+from prox24_deploy.pipeline.context import MEMORY_LIMIT, RunContext, fitted_shapes, torch_device
 from prox24_deploy.pipeline.stages.quantize import quantized_of, tensors_of
 from prox24_deploy.pipeline.stages.recover import shipped_of
 
@@ -49,9 +48,7 @@ class EngineAccuracyInputs:
     device: str
     machine: Mapping[str, str]
     versions: Mapping[str, str]
-    memory_limit: int | None = field(
-        default=None, metadata=unkeyed("says where weights are kept, not what they are")
-    )
+    memory_limit: int | None = field(default=None, metadata=MEMORY_LIMIT)
 
 
 def run(

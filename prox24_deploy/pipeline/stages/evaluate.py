@@ -11,10 +11,9 @@ from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import DeviceChoice
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import make_folder
-from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.records import AccuracyStep, EvaluateResult, StepName
 from prox24_deploy.core.types import Progress
-from prox24_deploy.pipeline.context import RunContext, torch_device
+from prox24_deploy.pipeline.context import MEMORY_LIMIT, RunContext, torch_device
 from prox24_deploy.pipeline.stages.quantize import quantized_of, tensors_of
 from prox24_deploy.pipeline.stages.recover import pruned_before, shipped_of
 from prox24_deploy.pipeline.stages.versions import numeric_versions
@@ -38,9 +37,7 @@ class EvaluateInputs:
     recipe: Recipe
     device: str
     versions: Mapping[str, str]
-    memory_limit: int | None = field(
-        default=None, metadata=unkeyed("says where weights are kept, not what they are")
-    )
+    memory_limit: int | None = field(default=None, metadata=MEMORY_LIMIT)
 
 
 def run(

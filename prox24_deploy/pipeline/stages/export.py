@@ -12,7 +12,6 @@ from prox24_deploy.bundle.layout import ONNX
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import make_folder
-from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.records import (
     ExportResult,
     NumericsCheck,
@@ -20,7 +19,7 @@ from prox24_deploy.core.records import (
     PruneResult,
 )
 from prox24_deploy.core.types import TWINS, DType, Progress, Twin
-from prox24_deploy.pipeline.context import torch_device, vocabulary_of
+from prox24_deploy.pipeline.context import MEMORY_LIMIT, torch_device, vocabulary_of
 from prox24_deploy.pipeline.stages.quantize import quantized_of, tensors_of
 from prox24_deploy.pipeline.stages.recover import shipped_of
 from prox24_deploy.pipeline.stages.versions import numeric_versions
@@ -42,9 +41,7 @@ class ExportInputs:
     dtype: DType
     seed: int
     versions: Mapping[str, str]
-    memory_limit: int | None = field(
-        default=None, metadata=unkeyed("says where weights are kept, not what they are")
-    )
+    memory_limit: int | None = field(default=None, metadata=MEMORY_LIMIT)
 
 
 def run(

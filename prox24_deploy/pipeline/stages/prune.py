@@ -16,7 +16,7 @@ from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.fingerprint import fields_of, unkeyed
 from prox24_deploy.core.records import PruneResult
 from prox24_deploy.core.types import Progress
-from prox24_deploy.pipeline.context import RunContext, torch_device
+from prox24_deploy.pipeline.context import MEMORY_LIMIT, RunContext, torch_device
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ class PruneInputs:
     masks: "MaskFiles | None"
     device: str
     versions: Mapping[str, str]
-    memory_limit: int | None = field(
-        default=None, metadata=unkeyed("says where weights are kept, not what they become")
-    )
+    memory_limit: int | None = field(default=None, metadata=MEMORY_LIMIT)
     ranks: "Ranks | None" = field(
         default=None, metadata=unkeyed("says who takes part, not what comes of it")
     )

@@ -14,12 +14,11 @@ from prox24_deploy.config.options import BuildOptions, RecoverOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.quantized import QuantizeResult
 from prox24_deploy.core.records import PruneResult
 from prox24_deploy.core.types import Progress, QuantizedFormat
 from prox24_deploy.engines.base import Backend, Quantizing
-from prox24_deploy.pipeline.context import RunContext, torch_device
+from prox24_deploy.pipeline.context import MEMORY_LIMIT, RunContext, torch_device
 from prox24_deploy.pipeline.stages.recover import shipped_of
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
@@ -48,9 +47,7 @@ class QuantizeInputs:
     training: RecoverOptions | None = None
     source: "ModelDir | None" = None
     seed: int | None = None
-    memory_limit: int | None = field(
-        default=None, metadata=unkeyed("says where weights are kept, not what they are")
-    )
+    memory_limit: int | None = field(default=None, metadata=MEMORY_LIMIT)
 
 
 def require_usable(options: BuildOptions, context: RunContext, backends: Sequence[Backend]) -> None:

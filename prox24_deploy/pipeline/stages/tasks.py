@@ -15,10 +15,9 @@ from prox24_deploy.config.options import BuildOptions, HarnessOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.accuracy import TaskScores
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.snapshot import Snapshot, take_snapshot
 from prox24_deploy.core.types import Progress
-from prox24_deploy.pipeline.context import RunContext, torch_device
+from prox24_deploy.pipeline.context import MEMORY_LIMIT, RunContext, torch_device
 from prox24_deploy.pipeline.stages.quantize import quantized_of, tensors_of
 from prox24_deploy.pipeline.stages.recover import shipped_of
 
@@ -63,9 +62,7 @@ class TaskInputs:
     device: str
     harness: str
     versions: Mapping[str, str]
-    memory_limit: int | None = field(
-        default=None, metadata=unkeyed("says where weights are kept, not what they are")
-    )
+    memory_limit: int | None = field(default=None, metadata=MEMORY_LIMIT)
 
     @property
     def options(self) -> HarnessOptions:
