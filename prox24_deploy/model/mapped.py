@@ -93,8 +93,10 @@ class Memory:
 
     def keep(self, directory: ModelDir, recipe: Recipe) -> Callable[[Tensor], Tensor] | None:
         """Where to have what is made of the weights on the CPU; None for memory."""
-        enough = self.suffices(directory, recipe, _CPU)
-        return None if enough else MappedFiles(self.folder).keep
+        if self.suffices(directory, recipe, _CPU):
+            return None
+        make_folder(self.folder)
+        return MappedFiles(self.folder).keep
 
 
 def load_mapped(directory: ModelDir, recipe: Recipe, folder: Path) -> nn.Module:

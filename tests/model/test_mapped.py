@@ -123,3 +123,13 @@ def test_predictions_of_a_vocabulary_count(tmp_path: Path) -> None:
     assert fits(structure, 2, CPU, room, samples=samples)
     assert not fits(structure, 2, CPU, room - 1, samples=samples)
     assert logits_bytes(nn.Linear(3, 4), samples) == 0
+
+
+def test_what_a_model_in_memory_is_turned_into_has_a_folder_for_files(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    directory = open_model_dir(tmp_path / "model")
+    memory = Memory(folder=tmp_path / "files", limit=1, models=1)
+    keep = memory.keep(directory, recipe_of(model))
+    assert keep is not None
+    assert torch.equal(keep(torch.ones(3)), torch.ones(3))

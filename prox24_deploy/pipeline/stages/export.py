@@ -113,8 +113,9 @@ def _export_twin(
     recipe = inputs.recipe
     # The model, a copy of it in another dtype, and the file in ONNX Runtime.
     memory = Memory(folder=work.kept, limit=inputs.memory_limit, models=3)
-    module = memory.load(directory, recipe, torch_device("cpu"), changes=True)
+    # Before the model takes what is free, for it counts among the three.
     keep = memory.keep(directory, recipe)
+    module = memory.load(directory, recipe, torch_device("cpu"), changes=True)
     tensors = tensors_of(inputs.quantized) if twin == "sparse" else None
     quantized = read_quantized(tensors) if tensors else None
     if quantized:
