@@ -357,8 +357,7 @@ def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
             offload=scratch if placement.streamed else None,
             structure=structure,
         )
-        streamed = placement.streamed and not job.maps
-        if placement.streamed and job.maps:
+        if mapped := placement.streamed and job.maps:
             map_weights(model, scratch)
         for batch in job.calibration.batches[:1]:
             require_runs(model, batch, job.recipe.task, directory.path)
@@ -372,7 +371,7 @@ def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
             memory,
             Resources(
                 keep=keeper(placement.states, scratch),
-                streamed=streamed,
+                streamed=placement.streamed and not mapped,
                 look_ahead=job.options.reconstructs,
                 ranks=job.ranks,
             ),

@@ -141,8 +141,8 @@ def _normalised(moments: Tensor, scale: Tensor, tokens: int) -> Tensor:
     In strips, for a matrix of a wide layer in float64 is large.
     """
     result = torch.empty_like(moments, dtype=torch.float32)
-    for rows in torch.arange(len(scale)).split(_STRIP):
-        strip = slice(int(rows[0]), int(rows[-1]) + 1)
+    for begin in range(0, len(scale), _STRIP):
+        strip = slice(begin, begin + _STRIP)
         outer = scale[strip, None] * scale[None, :]
         result[strip] = (moments[strip].double() / tokens / outer).float()
     return result
