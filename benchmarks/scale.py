@@ -92,6 +92,9 @@ def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device = torch.device(asked.device)
     peak = matrix_peak(device)
     parts = timed_parts(device) if asked.parts else {}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     steps = Steps()
     before = traffic()
     counter = FlopCounterMode(display=False) if asked.count else None

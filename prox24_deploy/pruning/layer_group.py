@@ -13,13 +13,8 @@ from prox24_deploy.pruning.activations import BlockPair
 from prox24_deploy.pruning.masks import fixed_mask
 from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.pruning.second_moments import SecondMoments
-from prox24_deploy.pruning.solvers.problem import damping_for, layer_problem
-from prox24_deploy.pruning.solvers.solver import (
-    PRESETS,
-    LayerSolution,
-    is_solved,
-    solve_layer,
-)
+from prox24_deploy.pruning.solvers.problem import LayerProblem, damping_for, layer_problem
+from prox24_deploy.pruning.solvers.solver import PRESETS, LayerSolution, is_solved, solve_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +39,8 @@ def solve_group(
     options: PruneOptions,
     stored_dtype: Callable[[str], torch.dtype],
     ranks: Ranks = ALONE,
+    *,
+    last: bool = False,
 ) -> dict[str, SolvedLayer]:
     """Prune layers of the block from the weights they have in `twin.pruned`, which stay.
 
@@ -54,27 +51,31 @@ def solve_group(
         options: method, preset and target.
         stored_dtype: parameter name to the dtype in which the checkpoint stores it.
         ranks: the processes that each solve some of the rows.
+        last: that no other layer is solved on these moments, so that their cross sum may go.
 
     Raises:
         ModelDirError: weights or activations are NaN or infinite.
     """
     layers = [layer_at(twin.pruned, name) for name in group]
     matrices = [to_matrix(layer, layer.weight) for layer in layers]
-    paths = [f"{twin.prefix}.{name}" for name in group]
     masks = [_mask_matrix(layer) for layer in layers]
+    stacked = torch.cat(matrices)
+    rows = ranks.rows(len(stacked))
+    problem = _problem(stacked[rows], moments, options, f"{twin.prefix}.{group[0]}")
+    if last:
+        moments.give_up(cross=True)
     known = [mask for mask in masks if mask is not None]
-    fixed = torch.cat(known) if known else None
-    solution, weight = _solve(torch.cat(matrices), moments, options, paths[0], fixed, ranks)
-    parts = weight.split([len(matrix) for matrix in matrices])
+    fixed = torch.cat(known)[rows] if known else None
+    solution = _solution(stacked[rows], problem, options, fixed, ranks)
+    sizes = [len(matrix) for matrix in matrices]
+    parts = ranks.gathered(solution.weight, len(stacked)).split(sizes)
     solved = {}
-    for name, path, layer, mask, before, after in zip(
-        group, paths, layers, masks, matrices, parts, strict=True
-    ):
+    for name, layer, mask, before, after in zip(group, layers, masks, matrices, parts, strict=True):
         # Solved with its group or not, a layer that is 2:4 already keeps its bits.
         unchanged = is_solved(before, mask)
         own = from_matrix(layer, before if unchanged else after)
         solved[name] = SolvedLayer(
-            own.to(stored_dtype(f"{path}.weight")),
+            own.to(stored_dtype(f"{twin.prefix}.{name}.weight")),
             "unchanged" if unchanged else solution.used,
             0 if unchanged else solution.iterations,
         )
@@ -86,39 +87,32 @@ def _mask_matrix(layer: Layer) -> Tensor | None:
     return None if mask is None else to_matrix(layer, mask)
 
 
-def _solve(
-    weight: Tensor,
-    moments: SecondMoments,
-    options: PruneOptions,
-    path: str,
-    fixed: Tensor | None,
-    ranks: Ranks,
-) -> tuple[LayerSolution, Tensor]:
-    """The solution of the rows of this process, and the weights of all rows."""
-    if options.method == "none":
-        raise ValueError(f"layer {path} is not to be pruned")
-    rows = ranks.rows(len(weight))
-    own = weight[rows]
+def _problem(
+    weight: Tensor, moments: SecondMoments, options: PruneOptions, path: str
+) -> LayerProblem:
+    """What is to be solved for some rows of a group."""
     try:
         gram, cross, tokens = moments.for_solving(cross=options.target == "asymmetric")
-        problem = layer_problem(
-            own,
-            gram,
-            damping_for(weight.shape[1], moments.tokens),
-            cross,
-            tokens=tokens,
-        )
+        damping = damping_for(weight.shape[1], moments.tokens)
+        return layer_problem(weight, gram, damping, cross, tokens=tokens)
     except ValueError as error:
         raise ModelDirError(
             f"Layer {path}: {error}; its activations overflow or the checkpoint is damaged."
         ) from error
-    solution = solve_layer(
-        own,
+
+
+def _solution(
+    weight: Tensor, problem: LayerProblem, options: PruneOptions, mask: Tensor | None, ranks: Ranks
+) -> LayerSolution:
+    """The rows of this process, solved together with the others."""
+    if options.method == "none":
+        raise ValueError("layers are not to be pruned")
+    return solve_layer(
+        weight,
         problem,
         method=options.method,
         options=PRESETS[options.preset],
         refinement=options.refinement,
-        fixed=None if fixed is None else fixed[rows],
+        fixed=mask,
         total=ranks.total,
     )
-    return solution, ranks.gathered(solution.weight, len(weight))

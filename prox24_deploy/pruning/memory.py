@@ -30,9 +30,10 @@ _FLOAT, _DOUBLE = 4, 8
 # dual, the best so far, its mask, what steps make on their way, and in float64 for both sets of
 # samples what errors need.
 _SOLVER_MATRICES = 18
-# Second moments in float64 while a layer is solved; curvature, inverse, its factor and what exact
-# products take. While they are summed there are five of the former and few of the latter.
-_SQUARE_DOUBLES, _SQUARE_FLOATS = 3, 6
+# Second moments in float64 of both sets of samples while a layer is solved; curvature, inverse, its
+# factor and what exact products take. While they are summed there are four of the former, and few
+# of the latter.
+_SQUARE_DOUBLES, _SQUARE_FLOATS = 2, 6
 # What PyTorch, its libraries and the allocator take beside the tensors.
 _OVERHEAD = 2**29
 

@@ -525,8 +525,10 @@ class _BlockSolver:
             # Nothing but the errors of a reconstruction needs the dense block once more.
             goes_on = wave is together[-1] and not options.reconstructs
             for group, inputs in self._inputs(step, wave, dense_goes_on=goes_on):
-                for part, own in by_options(twin.prefix, group, recipe, options):
-                    done, made = self._solve_group(twin, part, inputs, own)
+                parts = by_options(twin.prefix, group, recipe, options)
+                for part, own in parts:
+                    last = part is parts[-1][0]
+                    done, made = self._solve_group(twin, part, inputs, own, last=last)
                     _apply(twin.pruned, done)
                     solved.update(done)
                     records.extend(made)
@@ -542,17 +544,18 @@ class _BlockSolver:
     ) -> Iterator[tuple[Group, list[LayerErrors]]]:
         """Each group of a wave with what its input tells in each set of batches."""
         goes_on = dense_goes_on and step.twin.following is not None
-        found = []
-        for number, activations in enumerate(step.sets):
+        found: list[list[LayerErrors]] = []
+        # Layers are solved on the first set, which comes last, for it keeps more.
+        for activations in reversed(step.sets):
             moments = collect_wave(step.twin, wave, activations, dense_goes_on=goes_on)
-            # Layers are solved on the first set.
+            solved_on = activations is step.sets[0]
             found.append(
                 [
-                    self._errors_of(step.twin, group, each, cross=number == 0)
+                    self._errors_of(step.twin, group, each, cross=solved_on)
                     for group, each in zip(wave, moments, strict=True)
                 ]
             )
-        for group, *inputs in zip(wave, *found, strict=True):
+        for group, *inputs in zip(wave, *reversed(found), strict=True):
             yield group, inputs
 
     def _errors_of(
@@ -571,11 +574,15 @@ class _BlockSolver:
         group: list[str],
         inputs: Sequence[LayerErrors],
         options: PruneOptions,
+        *,
+        last: bool,
     ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
-        """Solve layers that share one input and measure their errors."""
+        """Solve layers that share one input, the last or not, and measure their errors."""
         began = time.perf_counter()
         calibration = inputs[0].moments
-        solved = solve_group(twin, group, calibration, options, self.stored_dtype, self.ranks)
+        solved = solve_group(
+            twin, group, calibration, options, self.stored_dtype, self.ranks, last=last
+        )
         seconds = (time.perf_counter() - began) / len(group)
         records = []
         for name, found in solved.items():

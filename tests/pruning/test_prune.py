@@ -166,9 +166,9 @@ def test_a_resumed_run_gives_the_same_bits_and_solves_only_the_rest(
     blocks: list[int] = []
     solve = solve_group
 
-    def watch(twin: BlockPair, *arguments: Any) -> dict[str, SolvedLayer]:
+    def watch(twin: BlockPair, *arguments: Any, **options: Any) -> dict[str, SolvedLayer]:
         blocks.append(twin.index)
-        return solve(twin, *arguments)
+        return solve(twin, *arguments, **options)
 
     monkeypatch.setattr(prune, "solve_group", watch)
     resumed = prune_opened(open_tiny(family, prose), tmp_path)

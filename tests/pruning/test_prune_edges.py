@@ -266,7 +266,7 @@ def test_a_stored_block_is_used_as_it_is(
     recipe = RECIPES["bert"]
     first = run(load(tiny_bert, recipe), recipe, tmp_path)
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("solved again")
 
     monkeypatch.setattr(prune, "solve_group", refuse)

@@ -10,7 +10,7 @@ with C = X_dᵀX_p / tokens; C = H gives the symmetric target (dense weights on 
 of W are independent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ def of_one(value: float) -> float:
 
 
 MIN_DAMPING, MAX_DAMPING = 0.01, 0.3
-# Rows of second moments that are normalised at a time.
+# Columns of second moments that are normalised at a time.
 _STRIP = 2048
 # Damping that one token per feature asks for.
 _DAMPING = 0.4
@@ -115,14 +115,18 @@ def layer_problem(
         raise ValueError("the gram matrix has a negative diagonal")
     dead = diagonal == 0
     scale = torch.where(dead, 1.0, diagonal.sqrt())
-    normal = _normalised(gram, scale, tokens)
     start = (weight.double() * scale).float().masked_fill(dead, 0.0)
-    target = normal if cross is None else _normalised(cross, scale, tokens)
-    linear = ExactFactor.of(target).after(start).masked_fill(dead, 0.0) + damping * start
+    linear = torch.empty_like(start)
+    for strip, target in _normalised(gram if cross is None else cross, scale, tokens):
+        linear[:, strip] = ExactFactor.of(target).after(start)
+    curvature = torch.empty_like(gram, dtype=torch.float32)
+    for strip, normal in _normalised(gram, scale, tokens):
+        curvature[:, strip] = normal
+    curvature.diagonal().add_(damping)
     return LayerProblem(
         start=start,
-        curvature=plus_diagonal(normal, damping),
-        linear=linear,
+        curvature=curvature,
+        linear=linear.masked_fill_(dead, 0.0).add_(damping * start),
         scale=scale.float(),
         dead=dead,
     )
@@ -135,14 +139,12 @@ def plus_diagonal(matrix: Tensor, value: float) -> Tensor:
     return result
 
 
-def _normalised(moments: Tensor, scale: Tensor, tokens: int) -> Tensor:
+def _normalised(moments: Tensor, scale: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor]]:
     """Second moments (d, d) in units of the scale of either feature, float32.
 
-    In strips, for a matrix of a wide layer in float64 is large.
+    Some columns at a time, for a matrix of a wide layer is large.
     """
-    result = torch.empty_like(moments, dtype=torch.float32)
     for begin in range(0, len(scale), _STRIP):
-        strip = slice(begin, begin + _STRIP)
-        outer = scale[strip, None] * scale[None, :]
-        result[strip] = (moments[strip].double() / tokens / outer).float()
-    return result
+        strip = slice(begin, min(begin + _STRIP, len(scale)))
+        outer = scale[:, None] * scale[None, strip]
+        yield strip, (moments[:, strip].double() / tokens / outer).float()
