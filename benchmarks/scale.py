@@ -45,7 +45,7 @@ _PEAK_SIZE, _PEAK_RUNS = {"cpu": 2048, "cuda": 8192}, 5
 _PARTS = {
     "record calls": (activations, "record_activations"),
     "advance": (activations, "advance"),
-    "Gram matrices": (prune, "collect"),
+    "Gram matrices": (prune, "collect_wave"),
     "problem": (layer_group, "layer_problem"),
     "ADMM": (solver, "prox_admm"),
     "SparseGPT": (solver, "sparsegpt"),

@@ -18,7 +18,13 @@ from prox24_deploy.engines.cusparselt.planning import read_plan, write_plan
 from prox24_deploy.engines.cusparselt.prepare import prepare
 from prox24_deploy.engines.cusparselt.profile import GemmShape, GemmTiming, write_profile
 from prox24_deploy.engines.cusparselt.torch_model import open_torch_model
+from prox24_deploy.model.batch import rows_of
+from prox24_deploy.model.directory import load_model
 from prox24_deploy.pruning.solvers.prox import objective_24, prox_24
+from prox24_deploy.recovery.objective import objective_for
+from prox24_deploy.recovery.step_graph import StepGraph
+from prox24_deploy.recovery.student import Trained
+from prox24_deploy.recovery.training import Lesson, trainable
 from prox24_deploy.sparsity.pattern import is_24
 
 pytestmark = pytest.mark.gpu
@@ -212,6 +218,47 @@ def test_a_step_in_static_buffers_gives_what_a_growing_cache_gives(
 def test_a_copy_moves_what_memory_can_move() -> None:
     """Bytes per microsecond: from a fifth of a terabyte a second to twenty."""
     assert 2e5 < copy_rate() < 2e7
+
+
+def test_a_step_as_a_cuda_graph_adds_the_gradients_of_single_kernels(
+    tiny_llama: Path, prose: Path
+) -> None:
+    tiny = open_tiny(tiny_llama, prose)
+    dense, sparse = (load_model(tiny.directory, tiny.recipe, torch.device("cuda")) for _ in "12")
+    trained = [
+        Trained(names=("",), parameter=p, zeros=None, axis=None, dtype=torch.float32, scale=1.0)
+        for p in sparse.parameters()
+    ]
+    with torch.no_grad():
+        for each in trained:
+            each.parameter.mul_(1 + 0.3 * torch.randn_like(each.parameter))
+    batches = [batch for batch in tiny.batches if bool(batch.real.all())][:4]
+    batches = [rows_of(batch, slice(2)) for batch in batches]
+    padded = replace(batches[0], real=batches[0].real.clone())
+    padded.real[:, -1] = False
+    lesson = Lesson(
+        dense=dense, sparse=sparse, trained=trained, objective=objective_for(tiny.recipe.task),
+        batches=[*batches, padded], withheld=(), unit=1,
+    )  # fmt: skip
+
+    def gradients(chosen: list[int], graph: StepGraph) -> tuple[float, list[torch.Tensor]]:
+        for each in trained:
+            each.parameter.grad.zero_()  # type: ignore[union-attr]  # there in `trainable`
+        return lesson.gradient(chosen, graph), [each.parameter.grad.clone() for each in trained]  # type: ignore[union-attr]
+
+    with trainable(lesson) as graph:
+        for chosen in ([0], [1, 2], [3, 4], [0]):
+            loss, found = gradients(chosen, graph)
+            assert graph.captured
+            alone, expected = gradients(chosen, StepGraph(lesson.backward, None))
+            assert loss == pytest.approx(alone, rel=1e-2)
+            largest = max(float(each.abs().max()) for each in expected)
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=0.05, atol=0.01 * largest)
+        before, _ = gradients([0], graph)
+        with torch.no_grad():
+            trained[0].parameter.mul_(2)
+        assert gradients([0], graph)[0] != pytest.approx(before, rel=1e-4)
 
 
 def test_a_large_gemm_is_faster_sparse(planned: Path, tmp_path: Path) -> None:

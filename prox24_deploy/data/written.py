@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 SHORTEST = 16
 MOST_OF_ONE = 0.5
 LEAST_DIFFERENT = 0.5
-# Memory for keys and values while rows are written, and rows at once.
-_CACHE_BYTES = 4 * 2**30
-_MOST_ROWS = {"cuda": 512, "cpu": 32}
+# Memory for keys and values while rows are written, on a GPU as a share of all, and rows at once.
+_CACHE_BYTES, _CACHE_SHARE = 4 * 2**30, 8
+_MOST_ROWS = {"cuda": 2048, "cpu": 32}
 _TIMED = 32
 # Between seeds; a generator on a CPU looks at the lower 32 bits alone.
 _SPREAD, _SEEDS = 1_000_003, 2**32
@@ -68,7 +68,10 @@ class Author:
     def rows(self) -> int:
         """How many are written at once."""
         most = _MOST_ROWS.get(self._device.type, _MOST_ROWS["cpu"])
-        fitting = _CACHE_BYTES // max(1, _cache_bytes(self.model.config) * self.length)
+        limit = _CACHE_BYTES
+        if self._device.type == "cuda":
+            limit = torch.cuda.get_device_properties(self._device).total_memory // _CACHE_SHARE
+        fitting = limit // max(1, _cache_bytes(self.model) * self.length)
         return max(1, min(most, fitting))
 
     def write(self, index: int) -> list[list[int]]:
@@ -264,9 +267,11 @@ def _ids(token: Any) -> set[int]:
     return {int(each) for each in token} if isinstance(token, list | tuple) else {int(token)}
 
 
-def _cache_bytes(config: Any) -> int:
-    """Bytes of keys and values of one token, in float32."""
+def _cache_bytes(model: nn.Module) -> int:
+    """Bytes of keys and values of one token, in the type of the weights."""
+    config: Any = model.config
+    size = next(model.parameters()).dtype.itemsize
     heads = int(config.num_attention_heads)
     groups = int(getattr(config, "num_key_value_heads", None) or heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2 * 4 * int(config.num_hidden_layers) * groups * width
+    return 2 * size * int(config.num_hidden_layers) * groups * width

@@ -66,13 +66,18 @@ def _compare_logits(
     expected, given = dense.logits, sparse.logits
     if expected.ndim == 3:
         real = batch.real if batch.targets is None else batch.targets != IGNORED
-        expected, given = (part[real.to(part.device)] for part in (expected, given))
+        expected, given = (_where(real, part) for part in (expected, given))
     expected, given = expected.float(), given.float()
     if expected.shape[-1] == 1:
         # A single score has no distribution.
         return (given - expected).square().sum(), len(expected)
     losses = divergences(expected / temperature, given / temperature, top_k)
     return temperature**2 * losses.sum(), len(losses)
+
+
+def _where(real: Tensor, values: Tensor) -> Tensor:
+    """Values (batch, sequence, n) of real positions, (positions, n), in the order of the batch."""
+    return values.flatten(0, 1) if bool(real.all()) else values[real.to(values.device)]
 
 
 def divergences(expected: Tensor, given: Tensor, top_k: int | None = None) -> Tensor:
@@ -101,7 +106,7 @@ def _compare_states(dense: Any, sparse: Any, batch: Batch, model: nn.Module) -> 
     away = 1 - functional.cosine_similarity(pooled[1], pooled[0], dim=-1)
     states = [part.last_hidden_state.float() for part in (dense, sparse)]
     if batch.has_padding:
-        states = [part[batch.real.to(part.device)] for part in states]
+        states = [_where(batch.real, part) for part in states]
     wrong = (states[1] - states[0]).square().sum() / states[0].square().sum()
     return away.sum() + samples * wrong, samples
 

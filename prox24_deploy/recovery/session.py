@@ -136,6 +136,8 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
         batches=session.regrouped(trained_on),
         withheld=session.regrouped(withheld),
         unit=session.unit,
+        # What is computed twice restores random states, which a capture cannot.
+        captures=not session.options.checkpointing,
         crew=session.crew,
     )
     written: WrittenText | None = None
@@ -194,15 +196,15 @@ def _timed_steps(session: Session, lesson: Lesson) -> int:
 
 
 def _step_seconds(session: Session, lesson: Lesson) -> float:
-    """Seconds of a step; on a GPU the first of two loads its kernels and is not counted."""
+    """Seconds of a step; on a GPU the first of two prepares its kernels and is not counted."""
     tries = 2 if lesson.device.type == "cuda" else 1
     plan = Schedule(steps=tries, step_tokens=session.step_tokens, check_every=1)
     sizes = [tokens_of([batch], session.unit) for batch in lesson.batches]
     seconds = 0.0
-    with trainable(lesson):
+    with trainable(lesson) as graph:
         for chosen in plan.batches(sizes, session.seed):
             began = time.perf_counter()
-            lesson.gradient(chosen)
+            lesson.gradient(chosen, graph)
             seconds = time.perf_counter() - began
     return seconds
 

@@ -24,6 +24,7 @@ from prox24_deploy.recovery.optimizer import make_optimizer, moments_of, put_mom
 from prox24_deploy.recovery.processes import Crew
 from prox24_deploy.recovery.schedule import PATIENCE, Schedule
 from prox24_deploy.recovery.state import StateFile, TrainingState
+from prox24_deploy.recovery.step_graph import StepGraph
 from prox24_deploy.recovery.student import Trained, put, values_of
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Lesson:
         batches: to train on.
         withheld: to tell by when to stop.
         unit: what an entry of `Batch.real` counts for.
+        captures: whether passes over a GPU may become CUDA graphs.
         crew: the processes that share each batch.
     """
 
@@ -61,6 +63,7 @@ class Lesson:
     batches: Sequence[Batch]
     withheld: Sequence[Batch]
     unit: int
+    captures: bool = True
     crew: Crew = field(default_factory=Crew)
 
     @property
@@ -79,28 +82,31 @@ class Lesson:
         total, whole = self.crew.sums(total, count)
         return total / whole
 
-    def gradient(self, chosen: Sequence[int]) -> float:
+    def gradient(self, chosen: Sequence[int], graph: StepGraph) -> float:
         """Add the gradient of the mean loss of some batches; returns that loss."""
         whole = [self.batches[i] for i in chosen]
         total = sum(int(batch.real.sum()) for batch in whole)
         loss_of_all = 0.0
         for batch in self.crew.shares(whole):
-            with half_precision(self.device):
-                loss, number = self.objective(self.dense, self.sparse, batch)
             # Batches count by what is real in them.
-            part = loss / number * (int(batch.real.sum()) / total)
-            part.backward()
-            loss_of_all += float(part.detach())
+            loss_of_all += float(graph.add(batch, int(batch.real.sum()) / total, self.device))
         self._add_up()
         return self.crew.sums(loss_of_all)[0]
+
+    def backward(self, batch: Batch, factor: Tensor) -> Tensor:
+        """Add the gradient of the mean loss of a batch, times a factor; returns their product."""
+        with half_precision(self.device):
+            loss, number = self.objective(self.dense, self.sparse, batch)
+        part = loss / number * factor
+        part.backward()
+        return part.detach()
 
     def _add_up(self) -> None:
         """Let each process have the gradients of all."""
         for each in self.trained if self.crew.size > 1 else ():
             own = each.parameter.grad
-            each.parameter.grad = self.crew.sum(
-                torch.zeros_like(each.parameter) if own is None else own
-            )
+            assert own is not None
+            own.copy_(self.crew.sum(own))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,17 +135,24 @@ class Outcome:
 @contextmanager
 def half_precision(device: torch.device) -> Iterator[None]:
     """bfloat16 products on a GPU; a CPU computes in float32."""
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+    # What the cache keeps would not be there when a graph is replayed.
+    enabled = device.type == "cuda"
+    with torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False):
         yield
 
 
 @contextmanager
-def trainable(lesson: Lesson) -> Iterator[None]:
-    """Let gradients reach what is trained, and nothing else."""
+def trainable(lesson: Lesson) -> Iterator[StepGraph]:
+    """Let gradients, which are zero, reach what is trained, and nothing else.
+
+    Gives the pass that adds to them; it must not be used any more behind this.
+    """
     for each in lesson.trained:
         each.parameter.requires_grad = True
+        each.parameter.grad = torch.zeros_like(each.parameter)
+    batches = lesson.batches if lesson.captures else ()
     try:
-        yield
+        yield StepGraph.of(lesson.backward, batches, lesson.device)
     finally:
         for each in lesson.trained:
             each.parameter.requires_grad = False
@@ -168,11 +181,11 @@ class Training:
         state = self.file.load(len(first))
         try:
             state = state or self._begin(first)
-            with trainable(self.lesson):
+            with trainable(self.lesson) as graph:
                 self._resume(state)
                 # Those of now are in the model.
                 state.now = []
-                self._train(state, progress)
+                self._train(state, graph, progress)
         except _DivergedError as error:
             put(self.lesson.trained, first)
             return self._diverged(state, str(error))
@@ -211,7 +224,7 @@ class Training:
             put_moments(self._optimizer, self.lesson.trained, state.moments)
             state.moments = []
 
-    def _train(self, state: TrainingState, progress: Progress) -> None:
+    def _train(self, state: TrainingState, graph: StepGraph, progress: Progress) -> None:
         sizes = [batch.real.numel() * self.lesson.unit for batch in self.lesson.batches]
         order = self.schedule.batches(sizes, self.seed)
         losses: list[float] = []
@@ -221,17 +234,17 @@ class Training:
                 log.info("no better model since step %d, training ends", state.kept)
                 break
             progress("recover", state.taken, self.schedule.steps)
-            losses.append(self._step(chosen, state))
+            losses.append(self._step(chosen, state, graph))
             state.taken += 1
             if self.schedule.is_check(state.taken):
                 self._check(state, losses)
                 losses = []
         progress("recover", self.schedule.steps, self.schedule.steps)
 
-    def _step(self, chosen: Sequence[int], state: TrainingState) -> float:
+    def _step(self, chosen: Sequence[int], state: TrainingState, graph: StepGraph) -> float:
         rate = self.learning_rate * self.schedule.rate(state.taken)
         set_rates(self._optimizer, self.lesson.trained, rate)
-        loss = self.lesson.gradient(chosen)
+        loss = self.lesson.gradient(chosen, graph)
         start = state.curve[0].withheld or 0.0
         if not loss <= max(_FAR_STEP * start, _NO_LOSS):
             raise _DivergedError(
@@ -239,12 +252,12 @@ class Training:
                 f"given {start:.3g}"
             )
         parameters = [each.parameter for each in self.lesson.trained]
-        for each in self.lesson.trained:
-            if each.parameter.grad is not None:
-                each.clear(each.parameter.grad)
+        for parameter, each in zip(parameters, self.lesson.trained, strict=True):
+            assert parameter.grad is not None
+            each.clear(parameter.grad)
         nn.utils.clip_grad_norm_(parameters, _MOST_GRADIENT)
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._optimizer.zero_grad(set_to_none=False)
         with torch.no_grad():
             for each in self.lesson.trained:
                 each.clear(each.parameter)
