@@ -5,10 +5,13 @@ and compares both with the dense model on the same evaluation samples: the rise 
 log-perplexity (decoders), 1 - cosine of the embeddings (encoders) or the divergence (classifiers).
 
     python benchmarks/recovery.py MODEL_DIR --calibration F --evaluation F --minutes 5
-        [--pruned DIR] [--no-write] [--rates 0.005 0.01 0.02] [--optimizers adamw adafactor]
+        [--pruned DIR] [--texts written calibration] [--rates 0.005 0.01 0.02]
+        [--optimizers adamw adafactor] [--rival]
 
-Prints a row for each optimiser and learning rate, with paired errors, the curves, and one JSON
-line; asserts that no zero of a weight was lost and that nothing became worse on withheld samples.
+Prints a row for each optimiser, learning rate and kind of text (what the model writes itself beside
+the calibration text, or that alone), with paired errors, the curves, and one JSON line; asserts
+that no zero of a weight was lost and that nothing became worse on withheld samples. `--rival`
+prunes with SparseGPT as published, too, and prints what each loss is of the loss of that.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -43,6 +47,9 @@ from prox24_deploy.pruning.prune import prune_directory
 from prox24_deploy.recovery.recover import Recovery, recover_directory
 
 KINDS = get_args(RecoverOptimizer)
+# Frantar and Alistarh, arXiv 2301.00774: dense weights on the inputs of the pruned model.
+SPARSEGPT = PruneOptions(method="sparsegpt", refinement="none", target="symmetric", permute="none")
+COLUMNS = ("optimiser", "rate", "steps", "kept", "written", "withheld", "loss", "ratio", "s")
 
 
 def progress(label: str, done: int, total: int) -> None:
@@ -51,16 +58,16 @@ def progress(label: str, done: int, total: int) -> None:
 
 
 def pruned_model(
-    context: RunContext, method: str, tokens: int, folder: Path, device: torch.device
+    context: RunContext, options: PruneOptions, tokens: int, folder: Path, device: torch.device
 ) -> ModelDir:
-    """The model pruned here, with the default preset, on some of the calibration text."""
+    """The model pruned here on some of the calibration text."""
     calibration = replace(context.calibration, batches=thin(context.calibration, tokens))
     prune_directory(
         context.source,
         context.recipe,
         calibration,
         context.held_out,
-        PruneOptions(method=method),  # type: ignore[arg-type]
+        options,
         device=device,
         solved=folder / "solved",
         out=folder / "pruned",
@@ -135,73 +142,79 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--step-tokens", type=int)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01])
     parser.add_argument("--optimizers", nargs="+", choices=KINDS, default=["adamw"])
-    parser.add_argument("--no-write", action="store_true")
+    parser.add_argument("--texts", nargs="+", choices=["written", "calibration"],
+                        default=["written"])  # fmt: skip
+    parser.add_argument("--rival", action="store_true")
     return parser.parse_args()
 
 
 def main() -> None:
-    asked, console = parsed(), Console(width=120)
+    asked, console = parsed(), Console(width=140)
     context, device = opened(asked)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        own = PruneOptions(method=asked.method)
         student = (
             open_model_dir(asked.pruned)
             if asked.pruned
-            else pruned_model(context, asked.method, asked.prune_tokens, folder, device)
+            else pruned_model(context, own, asked.prune_tokens, folder / "own", device)
         )
         loss = dense_loss(context, asked.evaluation_tokens, device)
         before = losses_of(student, context, loss, device)
         console.print(f"{loss.name} of the pruned model: {shown(before)}, {len(before)} samples")
-        recovery = Recovery(
-            dense=context.source,
-            pruned=student,
-            recipe=context.recipe,
-            calibration=context.calibration,
-            options=RecoverOptions(
-                minutes=None if asked.steps else asked.minutes,
-                steps=asked.steps,
-                step_tokens=asked.step_tokens,
-                write=not asked.no_write,
-            ),
-            seed=0,
-            device=device,
-        )
-        rows = []
-        table = Table(
-            "optimiser",
-            "rate",
-            "steps",
-            "kept",
-            "written",
-            "withheld",
-            "loss",
-            "ratio",
-            "s",
-            box=None,
-        )
-        for kind, rate in product(asked.optimizers, asked.rates):
-            options = replace(recovery.options, learning_rate=rate, optimizer=kind)
-            place = folder / f"{kind} {rate}"
-            result = recover_directory(
-                replace(recovery, options=options),
-                kept=place / "kept", out=place / "out", progress=progress,
-            )  # fmt: skip
-            made = open_model_dir(place / "out")
+        rival = None
+        if asked.rival:
+            made = pruned_model(context, SPARSEGPT, asked.prune_tokens, folder / "rival", device)
+            rival = losses_of(made, context, loss, device)
+            console.print(f"{loss.name} of SparseGPT: {shown(rival)}")
+        rows: list[dict[str, object]] = []
+        table = Table(*COLUMNS, box=None)
+        for run in runs(asked, context, student, device):
+            result, made = recovered(run, folder / f"run {len(rows)}")
             require_same_zeros(student, made, context)
             after = losses_of(made, context, loss, device)
-            ratio = ratio_of(after, before)
             worse = (result.after or 0.0) > (result.before or 0.0)
             assert result.warning or not worse
-            table.add_row(*cells(rate, result, after, ratio))
-            rows.append(
-                {"rate": rate, "loss": float(after.mean()), "ratio": ratio, **asdict(result)}
-            )
+            ratios = [ratio_of(after, each) for each in (before, rival) if each is not None]
+            table.add_row(*cells(run.options.learning_rate, result, after, ratios))
+            rows.append({"rate": run.options.learning_rate, "loss": float(after.mean()),
+                         "ratios": ratios, **asdict(result)})  # fmt: skip
         console.print(table)
     print(json.dumps({"loss": loss.name, "before": float(before.mean()), "rows": rows}))
 
 
+def runs(
+    asked: argparse.Namespace, context: RunContext, student: ModelDir, device: torch.device
+) -> Iterator[Recovery]:
+    """The recoveries that were asked for."""
+    for kind, rate, text in product(asked.optimizers, asked.rates, asked.texts):
+        options = RecoverOptions(
+            minutes=None if asked.steps else asked.minutes,
+            steps=asked.steps,
+            step_tokens=asked.step_tokens,
+            write=text == "written",
+            learning_rate=rate,
+            optimizer=kind,
+        )
+        yield Recovery(
+            dense=context.source,
+            pruned=student,
+            recipe=context.recipe,
+            calibration=context.calibration,
+            options=options,
+            seed=0,
+            device=device,
+        )
+
+
+def recovered(run: Recovery, folder: Path) -> tuple[RecoverResult, ModelDir]:
+    """What a recovery came to, and its model."""
+    result = recover_directory(run, kept=folder / "kept", out=folder / "out", progress=progress)
+    return result, open_model_dir(folder / "out")
+
+
 def cells(
-    rate: float, result: RecoverResult, after: Tensor, ratio: tuple[float, float]
+    rate: float, result: RecoverResult, after: Tensor, ratios: Sequence[tuple[float, float]]
 ) -> list[str]:
     written = result.written.tokens if result.written else 0
     withheld = f"{result.before or math.nan:.4f} -> {result.after or math.nan:.4f}"
@@ -215,7 +228,8 @@ def cells(
         withheld,
         shown(after),
     ]
-    return [*parts, f"{ratio[0]:.3f} ± {ratio[1]:.3f}", f"{result.seconds:.0f}"]
+    told = " ".join(f"{ratio:.3f} ± {spread:.3f}" for ratio, spread in ratios)
+    return [*parts, told, f"{result.seconds:.0f}"]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,8 +49,11 @@ def _stopping(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     """A forward pass that one of these hooks ends; they are removed behind it."""
     try:
         yield
-    except _StopForwardError:
-        pass
+    except _StopForwardError as error:
+        # Where its frames are part of a cycle, they and their callers would keep all that they
+        # know, Gram matrices too, until the next collection.
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
     finally:
         for handle in handles:
             handle.remove()

@@ -13,6 +13,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from prox24_deploy.pruning.solvers.prox import has_triton
+
 _GROUP = 4
 # Each split of eight channels once: the first stays in the first group.
 _SPLITS = [
@@ -100,17 +102,32 @@ def _improved(flat: Tensor, groups: Tensor, generator: torch.Generator) -> Tenso
 
 def _split(flat: Tensor, paired: Tensor) -> tuple[Tensor, float]:
     """The best split of each pair of groups, (pairs, 8) channels, and what all gain."""
+    splits = torch.tensor([one + other for one, other in _SPLITS], device=flat.device)
+    if has_triton(flat):
+        from prox24_deploy.pruning.permute_search_cuda import kept_cuda
+
+        sums = kept_cuda(flat, paired, splits)
+    else:
+        sums = kept(flat, paired)
+    best, chosen = sums.max(0)
+    return paired.gather(1, splits[chosen]), float((best - sums[0]).sum())
+
+
+def kept(flat: Tensor, paired: Tensor) -> Tensor:
+    """What the best two of four keep in both groups of each split, (splits, pairs).
+
+    Args:
+        flat: score (channels, rows).
+        paired: channels (pairs, 8).
+    """
     values = [flat[channel] for channel in paired.unbind(1)]
     larger = {(i, j): torch.maximum(values[i], values[j]) for i, j in combinations(range(8), 2)}
     both = {(i, j): values[i] + values[j] for i, j in combinations(range(8), 2)}
 
-    def kept(four: tuple[int, ...]) -> Tensor:
-        # The best two of four come from its first two, from its last two, or one from each.
+    def two_of(four: tuple[int, ...]) -> Tensor:
+        # They come from its first two, from its last two, or one from each.
         first, last = (four[0], four[1]), (four[2], four[3])
         mixed = larger[first] + larger[last]
         return torch.maximum(mixed, torch.maximum(both[first], both[last])).sum(1)
 
-    sums = torch.stack([kept(one) + kept(other) for one, other in _SPLITS])
-    best, chosen = sums.max(0)
-    splits = torch.tensor([one + other for one, other in _SPLITS], device=flat.device)
-    return paired.gather(1, splits[chosen]), float((best - sums[0]).sum())
+    return torch.stack([two_of(one) + two_of(other) for one, other in _SPLITS])

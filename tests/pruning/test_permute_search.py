@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prox24_deploy.pruning.permute_search import reordered, retained, search_order
+from prox24_deploy.pruning import permute_search
+from prox24_deploy.pruning.permute_search import kept, reordered, retained, search_order
 
 
 def scores(sets: int, rows: int, channels: int, seed: int) -> Tensor:
@@ -63,3 +64,17 @@ def test_weights_that_can_be_24_in_another_order_lose_nothing() -> None:
 def test_channels_that_leave_a_rest_are_refused() -> None:
     with pytest.raises(ValueError, match="6 channels do not divide into groups of 4"):
         search_order(torch.ones(1, 2, 6))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 255, 256, 1000])
+def test_the_kernel_keeps_what_single_operations_keep(rows: int) -> None:
+    from prox24_deploy.pruning.permute_search_cuda import kept_cuda
+
+    generator = torch.Generator().manual_seed(rows)
+    # Whole numbers, whose sums are exact in any order.
+    flat = torch.randint(100, (64, rows), generator=generator).float()
+    paired = torch.randperm(64, generator=generator).view(8, 8)
+    splits = torch.tensor([one + other for one, other in permute_search._SPLITS])
+    found = kept_cuda(flat.cuda(), paired.cuda(), splits.cuda())
+    assert torch.equal(found.cpu(), kept(flat, paired))
