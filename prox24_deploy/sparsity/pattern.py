@@ -62,7 +62,7 @@ def first_violation(
     given.
     """
     axis %= weight.ndim
-    bad = (_groups(weight, axis, group) != 0).sum(-1) > kept
+    bad = _nonzeros(weight, axis, group) > kept
     if not bool(bad.any()):
         return None
     *outer, number = (int(i) for i in bad.nonzero()[0])
@@ -71,7 +71,7 @@ def first_violation(
 
 def unconverged_groups(weight: Tensor) -> int:
     """Number of groups along the last axis with more than two non-zeros."""
-    return int(((_groups(weight, -1, 4) != 0).sum(-1) > 2).sum())
+    return int((_nonzeros(weight, -1, 4) > 2).sum())
 
 
 def final_mask(iterate: Tensor, fallback: Tensor) -> Tensor:
@@ -82,6 +82,15 @@ def final_mask(iterate: Tensor, fallback: Tensor) -> Tensor:
     kept = mask_24(iterate.abs()) & (iterate != 0)
     # Two comparisons: one sum of both sizes would round away what tells tiny weights apart.
     return mask_24(fallback.abs().masked_fill(kept, torch.inf))
+
+
+def _nonzeros(weight: Tensor, axis: int, group: int) -> Tensor:
+    """How many of each group are not zero, (..., length / group), in the smallest type that does.
+
+    torch sums flags in 64 bits unless told otherwise, which takes three times as long.
+    """
+    dtype = torch.int8 if group < 128 else torch.int64
+    return (_groups(weight, axis, group) != 0).sum(-1, dtype=dtype)
 
 
 def _groups(tensor: Tensor, axis: int, group: int) -> Tensor:
