@@ -41,9 +41,9 @@ _FREE, _LOOK = 0.5, 5
 _CLIP = 1.0
 
 
-def recovered(lab: Lab, pruned: nn.Module) -> tuple[nn.Module, Figures]:
-    """A pruned model, recovered."""
-    model = deepcopy(pruned)
+def recovered(lab: Lab) -> tuple[nn.Module, Figures]:
+    """The model as the default prunes it, recovered."""
+    model = deepcopy(lab.pruned)
     with tempfile.TemporaryDirectory() as folder:
         found = recover_model(_session(lab, model, Path(folder)), silent)
     figures = {"before": found.outcome.before or 0.0, "withheld": found.outcome.after or 0.0}

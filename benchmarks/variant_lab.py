@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -38,6 +38,7 @@ class Lab:
         lessons: text to train on.
         steps: of training.
         turns: steps of the search for rotations.
+        made: models of variants that others go on from, by name.
     """
 
     context: RunContext
@@ -48,6 +49,7 @@ class Lab:
     lessons: Samples
     steps: int
     turns: int
+    made: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -90,6 +92,13 @@ class Lab:
                 dense={**left_dense(self.recipe, copy, self.options), **dense},
             )
         return copy
+
+    @property
+    def pruned(self) -> nn.Module:
+        """The model as the default prunes it, once."""
+        if "default" not in self.made:
+            self.made["default"] = self.prune()
+        return self.made["default"]
 
     @torch.no_grad()
     def losses(self, model: nn.Module) -> Tensor:

@@ -37,7 +37,7 @@ Made = tuple[nn.Module, Figures]
 # As many weights as v_proj has in the model that this was made for.
 _FEW, _MANY = 1 / 24, 1 / 8
 VARIANTS: dict[str, Callable[[Lab], Made]] = {
-    "default": lambda lab: (lab.prune(), {}),
+    "default": lambda lab: (lab.pruned, {}),
     "rows": partial(with_rows, share=_FEW),
     "more-rows": partial(with_rows, share=_MANY),
     "values-dense": partial(with_layers, name="v_proj"),
@@ -48,7 +48,7 @@ VARIANTS: dict[str, Callable[[Lab], Made]] = {
     "tokens": partial(with_weights, power=1.0),
     "tokens-root": partial(with_weights, power=0.5),
     "swaps": with_swaps,
-    "recovered": lambda lab: recovered(lab, lab.prune()),
+    "recovered": recovered,
     "joint": partial(learned, normalised=False),
     "joint-normalised": partial(learned, normalised=True),
 }
@@ -81,7 +81,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--preset", choices=("fast", "default", "best"), default="default")
     parser.add_argument("--include", nargs="+", default=[], help="globs of the layers to prune")
     parser.add_argument("--recovery-tokens", type=int, default=495_000, help="text to train on")
-    parser.add_argument("--steps", type=int, default=400, help="of training")
+    parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--turns", type=int, default=200, help="steps of a search for rotations")
     return parser.parse_args()
 
