@@ -96,9 +96,9 @@ def costs(share: float, profiles: Sequence[str], least: int) -> list[Figures]:
     """What dense rows cost in time: speed-up of a layer without, with, and with no concatenation.
 
     The dense and the 2:4 part are taken to run at the rates of the whole matrix, and the outputs to
-    be moved once at the rate of the memory. Small products are slower than that, so that this is
-    the least that rows cost. Geometric means over shapes of at least so many rows of activations
-    for which 2:4 pays on a GPU that was measured.
+    be moved once at the rate of the memory. Small products are slower than that; outputs that a
+    cache holds are moved faster. Geometric means over measured shapes of at least so many rows of
+    activations for which 2:4 pays.
     """
     found: list[Figures] = []
     for name in profiles:

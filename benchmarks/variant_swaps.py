@@ -30,7 +30,7 @@ _FIRST, _ROUNDS = 1 / 16, 16
 # A gain below this part of the row's loss is rounding.
 _LEAST = 1e-5
 # Matrices of half the features that are held for a row, and their bytes on each kind of device.
-_HELD, _ROOM = 8, {"cuda": 2**32, "cpu": 2**28}
+_HELD, _ROOM = 7, {"cuda": 2**32, "cpu": 2**28}
 
 
 def with_swaps(lab: Lab) -> tuple[nn.Module, Figures]:
@@ -138,15 +138,13 @@ def _exact(curvature: Tensor, linear: Tensor, mask: Tensor) -> tuple[Tensor, ...
     factor = torch.linalg.cholesky(own)
     eye = torch.eye(kept.shape[1], device=own.device, dtype=own.dtype).expand_as(own)
     root = torch.linalg.solve_triangular(factor, eye, upper=False)
-    inverse = root.mT @ root
     wanted = linear.gather(1, kept)[:, :, None]
-    x = inverse @ wanted
+    x = root.mT @ (root @ wanted)
     # One step of refinement, for an inverse in float32 is not as exact as a solution.
-    x = x + inverse @ (wanted - own @ x)
+    x = x + root.mT @ (root @ (wanted - own @ x))
     loss = -0.5 * (wanted * x).sum((1, 2))
     pull = linear.gather(1, left) - (mixed * x).sum(1)
-    answer = inverse @ mixed
-    block, cell = _block_of_cell(curvature, left, mixed, answer, inverse)
+    block, cell = _block_of_cell(curvature, left, root, root @ mixed)
     free = block[:, :, 2:, 2:] @ pull.unflatten(1, (-1, 2))[..., None]
     first = x.unflatten(1, (-1, 2)) - cell @ free
     cost = _costs(torch.cat([first, free], 2)[..., 0], block)
@@ -157,26 +155,32 @@ def _exact(curvature: Tensor, linear: Tensor, mask: Tensor) -> tuple[Tensor, ...
 
 
 def _block_of_cell(
-    curvature: Tensor, left: Tensor, mixed: Tensor, answer: Tensor, inverse: Tensor
+    curvature: Tensor, left: Tensor, root: Tensor, mixed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """K of each cell, its kept weights first, (rows, cells, 4, 4), and (A_SS)⁻¹ A_SQ there."""
-    schur = torch.empty(*left.unflatten(1, (-1, 2)).shape, 2, device=left.device, dtype=mixed.dtype)
-    for i in range(2):
-        for j in range(2):
-            direct = curvature[left[:, i::2], left[:, j::2]]
-            schur[:, :, i, j] = direct - (mixed[:, :, i::2] * answer[:, :, j::2]).sum(1)
-    corner = _inverse(schur)
-    cell, own = (_diagonal(each) for each in (answer, inverse))
+    """K of each cell, its kept weights first, (rows, cells, 4, 4), and (A_SS)⁻¹ A_SQ there.
+
+    Args:
+        curvature: A.
+        left: columns that are not kept, (rows, d / 2).
+        root: R with RᵀR = (A_SS)⁻¹.
+        mixed: R A_SQ for all that is not kept.
+    """
+    pairs = left.unflatten(1, (-1, 2))
+    direct = curvature[pairs[..., :, None], pairs[..., None, :]]
+    corner = _inverse(direct - _blocks(mixed, mixed))
+    cell = _blocks(root, mixed)
     side = -cell @ corner
-    whole = torch.cat([own - side @ cell.mT, side], 3), torch.cat([side.mT, corner], 3)
-    return torch.cat(whole, 2), cell
+    upper = torch.cat([_blocks(root, root) - side @ cell.mT, side], 3)
+    return torch.cat([upper, torch.cat([side.mT, corner], 3)], 2), cell
 
 
-def _diagonal(matrix: Tensor) -> Tensor:
-    """The 2 × 2 blocks on the diagonal of matrices (rows, n, n): (rows, n / 2, 2, 2)."""
-    blocks = matrix.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
-    found: Tensor = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-    return found
+def _blocks(first: Tensor, second: Tensor) -> Tensor:
+    """The 2 × 2 blocks on the diagonal of XᵀY, for X and Y (rows, n, n): (rows, n / 2, 2, 2)."""
+    parts = [
+        torch.stack([(first[:, :, i::2] * second[:, :, j::2]).sum(1) for j in range(2)], -1)
+        for i in range(2)
+    ]
+    return torch.stack(parts, -2)
 
 
 def _inverse(matrix: Tensor) -> Tensor:
