@@ -30,7 +30,7 @@ _FIRST, _ROUNDS = 1 / 16, 16
 # A gain below this part of the row's loss is rounding.
 _LEAST = 1e-5
 # Matrices of half the features that are held for a row, and their bytes on each kind of device.
-_HELD, _ROOM = 7, {"cuda": 2**32, "cpu": 2**28}
+_HELD, _ROOM = 7, {"cuda": 2**33, "cpu": 2**28}
 
 
 def with_swaps(lab: Lab) -> tuple[nn.Module, Figures]:

@@ -38,9 +38,9 @@ Made = tuple[nn.Module, Figures]
 _FEW, _MANY = 1 / 24, 1 / 8
 VARIANTS: dict[str, Callable[[Lab], Made]] = {
     "default": lambda lab: (lab.pruned, {}),
+    "values-dense": partial(with_layers, name="v_proj"),
     "rows": partial(with_rows, share=_FEW),
     "more-rows": partial(with_rows, share=_MANY),
-    "values-dense": partial(with_layers, name="v_proj"),
     "hadamard": partial(rotated, stream="hadamard", heads=False),
     "rotated": partial(rotated, stream="learned", heads=False),
     "rotated-heads": partial(rotated, stream="none", heads=True),
@@ -116,7 +116,8 @@ def main() -> None:
     lab = lab_of(asked)
     losses: dict[str, Tensor] = {}
     table = Table("variant", "s", lab.loss.name, "ratio", "ratio to its rival", box=None)
-    for name in asked.variants:
+    # Each comes after what it is measured against.
+    for name in (each for each in VARIANTS if each in asked.variants):
         row = run(lab, name, losses)
         ratios = [
             f"{row[key]:.4f} ± {row[f'{key}_error']:.4f}" if key in row else ""
