@@ -61,7 +61,7 @@ def main() -> None:
     asked = arguments()
     with TemporaryDirectory(dir=asked.folder) as folder:
         line = measured(asked, Path(folder))
-    print(json.dumps(line))
+        print(json.dumps(line), flush=True)
     if asked.plot:
         draw(line, asked.plot)
 

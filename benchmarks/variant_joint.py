@@ -30,6 +30,7 @@ from prox24_deploy.recovery.objective import objective_for
 from prox24_deploy.recovery.optimizer import make_optimizer, set_rates
 from prox24_deploy.recovery.schedule import Schedule, schedule, tokens_of
 from prox24_deploy.recovery.session import Session, recover_model
+from prox24_deploy.recovery.step_graph import StepGraph
 from prox24_deploy.recovery.student import Trained, find_trained, put, values_of
 from prox24_deploy.recovery.training import Lesson, trainable
 from prox24_deploy.sparsity.pattern import final_mask, is_24, project_24, unconverged_groups
@@ -178,10 +179,10 @@ class _Learning:
         sizes = [tokens_of([batch], lesson.unit) for batch in lesson.batches]
         best: tuple[float, int, list[Tensor]] | None = None
         fixed, left = 0, 0.0
-        with trainable(lesson):
+        with trainable(lesson) as graph:
             for step, chosen in enumerate(self.plan.batches(sizes, 0)):
                 set_rates(optimizer, lesson.trained, self.rate * self.plan.rate(step))
-                self._step(optimizer, chosen)
+                self._step(optimizer, chosen, graph)
                 if not fixed:
                     self._shrink(_START * growth**step)
                     if (step + 1) % _LOOK == 0 or step + 1 == until:
@@ -205,16 +206,18 @@ class _Learning:
             mean = rows.abs().mean(1, keepdim=True)
             each.base = 1 / mean.where(mean > 0, 1.0)
 
-    def _step(self, optimizer: torch.optim.Optimizer, chosen: Sequence[int]) -> None:
+    def _step(
+        self, optimizer: torch.optim.Optimizer, chosen: Sequence[int], graph: StepGraph
+    ) -> None:
         trained = self.lesson.trained
-        self.lesson.gradient(chosen)
+        self.lesson.gradient(chosen, graph)
         with torch.no_grad():
             for each in trained:
                 if each.parameter.grad is not None:
                     each.clear(each.parameter.grad)
         nn.utils.clip_grad_norm_([each.parameter for each in trained], _CLIP)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         with torch.no_grad():
             for each in trained:
                 each.clear(each.parameter)

@@ -85,9 +85,9 @@ class Author:
         return self._cut(rows)
 
     def seconds_per_token(self) -> float:
-        """How long a token takes, by the first few of a batch; the first of all warm up."""
-        self._sample(0, 2)
+        """How long a token takes, by the first few of a batch; those of another warm up."""
         length = min(_TIMED, self.length)
+        self._sample(0, length).cpu()
         began = time.perf_counter()
         self._sample(0, length).cpu()
         return (time.perf_counter() - began) / (length * self.rows)
