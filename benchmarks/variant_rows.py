@@ -58,7 +58,9 @@ def dense_rows(share: float) -> Iterator[list[int]]:
         options: PruneOptions,
         dtype: Callable[[str], torch.dtype],
         ranks: Ranks,
+        **_: bool,
     ) -> dict[str, SolvedLayer]:
+        # The moments are asked for once more below, whatever else is solved on them.
         solved = solve_group(twin, group, moments, options, dtype, ranks)
         for name, found in solved.items():
             layer = layer_at(twin.pruned, name)

@@ -19,8 +19,9 @@ _MOST_CHECKS, _FEWEST_CHECKS = 20, 2
 # A check runs both models forward, a step also the sparse one backward, at twice the price: checks
 # may take this share of what the steps take.
 _CHECK_COST, _STEP_COST, CHECK_SHARE = 2, 4, 0.2
-# Checks without a better model until training ends.
-PATIENCE = 5
+# Checks without a better model until training ends, and the rate above which it does not: while the
+# rate is large the loss on withheld samples often stands still, and falls with the rate.
+_PATIENCE, _LARGE_RATE = 5, 0.5
 
 
 def require_samples(samples: Samples) -> None:
@@ -90,6 +91,11 @@ class Schedule:
     def is_check(self, taken: int) -> bool:
         """Whether to look at withheld samples after so many steps."""
         return taken % self.check_every == 0 or taken == self.steps
+
+    def ends(self, taken: int, kept: int) -> bool:
+        """Whether training ends after so many steps, of which the best model had `kept`."""
+        waited = taken - kept >= _PATIENCE * self.check_every
+        return taken == self.steps or (waited and self.rate(taken) < _LARGE_RATE)
 
     def batches(self, sizes: Sequence[int], seed: int) -> Iterator[list[int]]:
         """For each step the batches to train on: all once in seeded order, then all anew."""

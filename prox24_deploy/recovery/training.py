@@ -22,7 +22,7 @@ from prox24_deploy.model.batch import Batch
 from prox24_deploy.recovery.objective import Objective
 from prox24_deploy.recovery.optimizer import make_optimizer, moments_of, put_moments, set_rates
 from prox24_deploy.recovery.processes import Crew
-from prox24_deploy.recovery.schedule import PATIENCE, Schedule
+from prox24_deploy.recovery.schedule import Schedule
 from prox24_deploy.recovery.state import StateFile, TrainingState
 from prox24_deploy.recovery.step_graph import StepGraph
 from prox24_deploy.recovery.student import Trained, put, values_of
@@ -230,7 +230,7 @@ class Training:
         losses: list[float] = []
         for chosen in islice(order, state.taken, None):
             # A run that goes on may have come so far before.
-            if state.taken - state.kept >= PATIENCE * self.schedule.check_every:
+            if self.schedule.ends(state.taken, state.kept):
                 log.info("no better model since step %d, training ends", state.kept)
                 break
             progress("recover", state.taken, self.schedule.steps)

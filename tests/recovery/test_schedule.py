@@ -33,6 +33,13 @@ def test_rates_rise_and_then_fall_to_nothing() -> None:
     assert Schedule(steps=1, step_tokens=1, check_every=1).rate(0) == 1
 
 
+def test_training_ends_for_want_of_a_better_model_only_when_the_rate_has_fallen() -> None:
+    plan = Schedule(steps=100, step_tokens=1, check_every=5)
+    assert [taken for taken in range(1, 101) if plan.ends(taken, 0)] == [*range(53, 101)]
+    assert not plan.ends(60, 40)
+    assert plan.ends(65, 40)
+
+
 @pytest.mark.parametrize(
     ("steps", "withheld", "every"),
     [(2000, 8192, 100), (30, 8192, 10), (9, 8192, 5), (1, 1, 1), (30, 100, 2)],
