@@ -9,8 +9,9 @@ With `--count`, speed is that of all matrix products, as PyTorch counts them, ov
 time, beside the largest that a product in the precision of the solver's steps reaches here. With
 `--parts`, the parts of the work are timed, for which the GPU is waited for. Both take time
 themselves. A run of few blocks tells of a model of more: each block takes as long as the last of
-these, opening and writing grow with the weights; that a larger model may have to be kept elsewhere
-(`--memory-limit`) is not in it. Bytes are those that the process asked for, caches included.
+these, opening and writing grow with the weights, and taking the samples to the first block, which
+is a part of opening, does not; that a larger model may have to be kept elsewhere (`--memory-limit`)
+is not in it. Bytes are those that the process asked for, caches included.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -42,8 +43,9 @@ from prox24_deploy.pruning.solvers.products import tensor_cores
 
 _PEAK_SIZE, _PEAK_RUNS = {"cpu": 2048, "cuda": 8192}, 5
 # Where the functions are looked up that `--parts` times; the solution holds those of the solver.
+_RECORD = "record calls"
 _PARTS = {
-    "record calls": (activations, "record_activations"),
+    _RECORD: (activations, "record_activations"),
     "advance": (activations, "advance"),
     "Gram matrices": (prune, "collect_wave"),
     "problem": (layer_group, "layer_problem"),
@@ -91,7 +93,7 @@ def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     made = made_model(asked, folder / "model")
     device = torch.device(asked.device)
     peak = matrix_peak(device)
-    parts = timed_parts(device) if asked.parts else {}
+    parts = timed_parts(device, _PARTS if asked.parts else {_RECORD: _PARTS[_RECORD]})
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -112,7 +114,7 @@ def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seconds": seconds,
         "parts": parts,
         "total_seconds": total,
-        "whole_seconds": whole(seconds, made, asked.whole),
+        "whole_seconds": whole(seconds, parts[_RECORD], made, asked.whole),
         "estimate": result.memory,
         "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "peak_gpu_gib": (
@@ -209,14 +211,15 @@ class Steps:
         return {"open": spans[0], **blocks, "write": spans[-1]}
 
 
-def whole(seconds: dict[str, float], made: Made, count: int | None) -> float | None:
+def whole(seconds: dict[str, float], record: float, made: Made, count: int | None) -> float | None:
     """Of a model of so many blocks, by the assumptions at the top."""
     if count is None:
         return None
     *_, last = (span for name, span in seconds.items() if name.startswith("block"))
     weights = made.outside + count * made.block
     grown = weights / (made.outside + made.blocks * made.block)
-    return (seconds["open"] + seconds["write"]) * grown + last * count
+    growing = seconds["open"] - record + seconds["write"]
+    return growing * grown + record + last * count
 
 
 def matrix_peak(device: torch.device) -> float:
@@ -232,9 +235,9 @@ def matrix_peak(device: torch.device) -> float:
     return best
 
 
-def timed_parts(device: torch.device) -> dict[str, float]:
-    """Time the functions of `_PARTS` from now on; seconds by part, which grow."""
-    seconds = dict.fromkeys(_PARTS, 0.0)
+def timed_parts(device: torch.device, parts: Mapping[str, tuple[Any, str]]) -> dict[str, float]:
+    """Time functions from now on; seconds by part, which grow."""
+    seconds = dict.fromkeys(parts, 0.0)
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **options: Any) -> Any:
@@ -247,7 +250,7 @@ def timed_parts(device: torch.device) -> dict[str, float]:
 
         return run
 
-    for part, (module, name) in _PARTS.items():
+    for part, (module, name) in parts.items():
         setattr(module, name, timed(part, getattr(module, name)))
     return seconds
 

@@ -40,7 +40,12 @@ MAX_LINES = 50
 OURS = "prox24_deploy."
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "safetensors"}
 # What is imported there may not be installed: Triton, and the extra for bills of materials.
-SPARED = {"pruning/solvers/baselines.py", "pruning/solvers/prox.py", "packaging/package.py"}
+SPARED = {
+    "pruning/permute_search.py",
+    "pruning/solvers/baselines.py",
+    "pruning/solvers/prox.py",
+    "packaging/package.py",
+}
 _OPTIONS = "each option of the command is a parameter, and is handed on by its name"
 # Longer functions, by file and name, and why they are.
 LONG = {
