@@ -93,9 +93,9 @@ class Schedule:
         return taken % self.check_every == 0 or taken == self.steps
 
     def ends(self, taken: int, kept: int) -> bool:
-        """Whether training ends after so many steps, of which the best model had `kept`."""
+        """Whether training ends before its time after so many steps; the best model had `kept`."""
         waited = taken - kept >= _PATIENCE * self.check_every
-        return taken == self.steps or (waited and self.rate(taken) < _LARGE_RATE)
+        return waited and self.rate(taken) < _LARGE_RATE
 
     def batches(self, sizes: Sequence[int], seed: int) -> Iterator[list[int]]:
         """For each step the batches to train on: all once in seeded order, then all anew."""
