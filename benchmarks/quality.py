@@ -179,7 +179,7 @@ def _solve_group(
     for name, solve in LAYER_METHODS.items():
         began = time.perf_counter()
         own = OWN_DAMPING.get(name, damping)
-        problem = layer_problem(stacked, moments.pruned / moments.tokens, own)
+        problem = layer_problem(stacked, moments.pruned, own, tokens=moments.tokens)
         parts = solve(stacked, problem).split([len(weight) for weight in weights])
         seconds[name] += time.perf_counter() - began
         for layer, before, after in zip(group, weights, parts, strict=True):
