@@ -91,14 +91,7 @@ def measure_sensitivity(
         CalibrationError: there are fewer than two batches.
         UsageError: even the least harmful layer costs more than `max_loss`.
     """
-    if len(calibration) < 2:
-        raise CalibrationError(
-            "A budget needs at least two batches of calibration text, one to solve on and one to "
-            "measure on, got one; pass more text or raise --calibration-tokens."
-        )
-    solving = tuple(batch for i, batch in enumerate(calibration) if i % _WITHHELD)
-    withheld = calibration[::_WITHHELD]
-    measuring = withheld[:: -(-len(withheld) // _MOST_BATCHES)]
+    solving, measuring = _parts(calibration)
     # Sensitivity is about the order of layers, for which the fast schedule is as good as any.
     own = replace(options, preset="fast", target="symmetric")
     solved = _solve_all(model, recipe, solving, own, dense, stored_dtype, progress, keep)
@@ -115,6 +108,18 @@ def measure_sensitivity(
         max_layers=options.max_layers,
         chosen=chosen,
     )
+
+
+def _parts(calibration: Sequence[Batch]) -> tuple[tuple[Batch, ...], Sequence[Batch]]:
+    """The batches to solve on, and those to measure on."""
+    if len(calibration) < 2:
+        raise CalibrationError(
+            "A budget needs at least two batches of calibration text, one to solve on and one to "
+            "measure on, got one; pass more text or raise --calibration-tokens."
+        )
+    withheld = calibration[::_WITHHELD]
+    solving = tuple(batch for i, batch in enumerate(calibration) if i % _WITHHELD)
+    return solving, withheld[:: -(-len(withheld) // _MOST_BATCHES)]
 
 
 def over_budget(found: Sensitivity) -> dict[str, str]:
