@@ -37,25 +37,24 @@ def masked_conjugate_gradient(
     """
     curvature = ExactFactor.of(problem.curvature)
     keep = mask.to(start.dtype)
-    first = start * keep
-    residual = (problem.linear - curvature.after(first)).mul_(keep)
-    first_loss = -0.5 * (first * (problem.linear + residual)).sum(1)
+    x, at = start.masked_fill(~mask, 0.0), torch.arange(len(start), device=start.device)
+    residual = (problem.linear - curvature.after(x)).mul_(keep)
+    first_loss = -0.5 * (x * (problem.linear + residual)).sum(1)
     goal = tolerance**2 * (problem.linear * keep).square().sum(1)
-    x, at = first.clone(), torch.arange(len(start), device=start.device)
-    rows = _Rows(first.clone(), residual, residual.clone(), keep, residual.square().sum(1), goal)
+    rows = _Rows(x, residual, residual.clone(), keep, residual.square().sum(1), goal)
     for _ in range(iterations):
         active = rows.energy > rows.goal
         count = int(active.sum())
         if count == 0:
             break
         if count <= _FEW * len(active):
-            x[at] = rows.x
+            x = x.index_copy(0, at, rows.x)
             at, rows = at[active], rows.of(active)
             active = torch.ones_like(active[:count])
         rows.step(curvature, active)
-    x[at] = rows.x
+    x = x.index_copy(0, at, rows.x)
     improved = problem.loss(x) <= first_loss
-    return torch.where(improved[:, None] & mask, x, first.masked_fill(~mask, 0.0))
+    return torch.where(improved[:, None] & mask, x, start.masked_fill(~mask, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
