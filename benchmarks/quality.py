@@ -1,12 +1,13 @@
 """Quality of every pruning method on one model, layer by layer and end to end.
 
 Layer by layer, every method gets the same weights and the same Gram matrices of the dense model;
-the loss is the relative squared output error on held-out text. End to end, every method prunes a
+the loss is the relative squared output error on held-out text, and the seconds of its solver are
+those of the processor on a CPU. End to end, every method prunes a
 fresh copy of the model; the loss is the rise of the log-perplexity (decoders) or 1 - cosine of the
 embeddings (encoders) on evaluation text, and ratios have paired standard errors.
 
     python benchmarks/quality.py MODEL_DIR [--calibration F --evaluation F] [--part layers|model]
-        [--plot FILE]
+        [--layer-methods METHOD ...] [--plot FILE]
 
 Prints tables, the bars that hold for all-MiniLM-L6-v2 (layers) and for decoders (model) beside what
 was reached, and one JSON line. --plot draws both parts; it needs the `bench` extra.
@@ -50,6 +51,7 @@ from prox24_deploy.pruning.activations import (
 from prox24_deploy.pruning.prune import prune_model
 from prox24_deploy.pruning.solvers.ista import IstaOptions
 from prox24_deploy.pruning.solvers.problem import LayerProblem, damping_for, layer_problem
+from prox24_deploy.pruning.solvers.prox import COMPILED_FROM, prox_24
 from prox24_deploy.pruning.solvers.refine import masked_conjugate_gradient
 from prox24_deploy.pruning.solvers.solver import PRESETS, solve_layer
 
@@ -140,17 +142,19 @@ SOLVER_SECONDS = 60.0
 
 @torch.no_grad()
 def layer_losses(
-    context: RunContext, device: torch.device
+    context: RunContext, methods: list[str], device: torch.device
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Held-out loss by method and layer, and solver seconds by method."""
+    # Compiled before anything is timed.
+    prox_24(torch.zeros(4 * COMPILED_FROM, device=device), 1.0)
     model = load_model(context.source, context.recipe, device)
     blocks = find_blocks(model, context.recipe)
     sets = [
         record_activations(model, blocks, context.recipe, batches)
         for batches in (context.calibration.batches, thin(context.held_out, 32768))
     ]
-    losses: dict[str, dict[str, float]] = {name: {} for name in LAYER_METHODS}
-    seconds = dict.fromkeys(LAYER_METHODS, 0.0)
+    losses: dict[str, dict[str, float]] = {name: {} for name in methods}
+    seconds = dict.fromkeys(methods, 0.0)
     for index, block in enumerate(blocks):
         twin = BlockPair(
             index=index, prefix=f"{context.recipe.blocks}.{index}", dense=block, pruned=block
@@ -176,12 +180,13 @@ def _solve_group(
     stacked = torch.cat(weights)
     moments, held_out = (collect(twin, group[0], activations) for activations in sets)
     damping = damping_for(stacked.shape[1], moments.tokens)
-    for name, solve in LAYER_METHODS.items():
-        began = time.perf_counter()
+    clock = time.process_time if stacked.device.type == "cpu" else time.perf_counter
+    for name in seconds:
+        began = clock()
         own = OWN_DAMPING.get(name, damping)
-        problem = layer_problem(stacked, moments.pruned / moments.tokens, own)
-        parts = solve(stacked, problem).split([len(weight) for weight in weights])
-        seconds[name] += time.perf_counter() - began
+        problem = layer_problem(stacked, moments.pruned, own, tokens=moments.tokens)
+        parts = LAYER_METHODS[name](stacked, problem).split([len(weight) for weight in weights])
+        seconds[name] += clock() - began
         for layer, before, after in zip(group, weights, parts, strict=True):
             losses[name][f"{twin.prefix}.{layer}"] = held_out.errors({layer: before}).of(
                 layer, after
@@ -228,16 +233,18 @@ def paired_ratio(first: Tensor, second: Tensor) -> tuple[float, float]:
     return ratio, float(spread / second.mean())
 
 
-def report_layers(context: RunContext, device: torch.device, console: Console) -> dict[str, object]:
+def report_layers(
+    context: RunContext, methods: list[str], device: torch.device, console: Console
+) -> dict[str, object]:
     """Print the table and the bars of the layer-wise part."""
-    losses, seconds = layer_losses(context, device)
+    losses, seconds = layer_losses(context, methods, device)
 
     def ratios(method: str, rival: str) -> list[float]:
         return [losses[method][layer] / losses[rival][layer] for layer in losses[rival]]
 
     table = Table("method", "mean loss", "/ sparsegpt", "worst layer", "solver s", box=None)
     rows: dict[str, dict[str, Any]] = {}
-    for name in LAYER_METHODS:
+    for name in methods:
         against = ratios(name, "sparsegpt")
         rows[name] = {
             "loss": statistics.fmean(losses[name].values()),
@@ -250,10 +257,17 @@ def report_layers(context: RunContext, device: torch.device, console: Console) -
         table.add_row(name, *cells, f"{seconds[name]:.1f}")
     console.print(table)
     bars = [
-        *((bar, "mean", geometric_mean(ratios(bar.method, bar.rival))) for bar in LAYER_BARS),
-        *((bar, "worst layer", max(ratios(bar.method, bar.rival))) for bar in WORST_BARS),
-        (Bar("prox default", "seconds of solver", SOLVER_SECONDS), "", seconds["prox default"]),
+        (bar, kind, of(ratios(bar.method, bar.rival)))
+        for all_bars, kind, of in (
+            (LAYER_BARS, "mean", geometric_mean),
+            (WORST_BARS, "worst layer", max),
+        )
+        for bar in all_bars
+        if {bar.method, bar.rival} <= losses.keys()
     ]
+    if "prox default" in seconds:
+        bar = Bar("prox default", "seconds of solver", SOLVER_SECONDS)
+        bars.append((bar, "", seconds["prox default"]))
     return {"methods": rows, "bars": _print_bars(bars, console)}
 
 
@@ -347,6 +361,9 @@ def main() -> None:
     parser.add_argument("--evaluation-tokens", type=int, default=32768)
     parser.add_argument("--part", choices=("layers", "model", "both"), default="both")
     parser.add_argument("--methods", nargs="+", choices=MODEL_METHODS, default=[*MODEL_METHODS])
+    parser.add_argument(
+        "--layer-methods", nargs="+", choices=LAYER_METHODS, default=[*LAYER_METHODS]
+    )
     parser.add_argument("--recipe", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
@@ -372,7 +389,8 @@ def main() -> None:
         "device": arguments.device,
     }
     if arguments.part != "model":
-        result["layers"] = report_layers(context, device, console)
+        methods = [n for n in LAYER_METHODS if n in {*arguments.layer_methods, "sparsegpt"}]
+        result["layers"] = report_layers(context, methods, device, console)
     if arguments.part != "layers":
         methods = [n for n in MODEL_METHODS if n in {*arguments.methods, "sparsegpt"}]
         result["end_to_end"] = report_model(context, methods, device, console)

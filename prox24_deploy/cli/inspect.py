@@ -40,6 +40,7 @@ def plan(
     gpu_profile: arguments.ProfileOpt = None,
     save_profile: arguments.SaveProfileOpt = None,
     device: arguments.DeviceOpt = "auto",
+    memory_limit: arguments.MemoryOpt = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Time dense against sparse GEMMs on this GPU and say which layers are worth pruning."""
@@ -56,6 +57,7 @@ def plan(
         ),
         prune=PruneOptions(max_loss=max_loss, max_layers=layers),
         device=device,
+        memory_limit_gib=memory_limit,
         dtype=dtype,
         engine=arguments.engine_options(backends=["cusparselt"], shapes=shapes, eager=eager),
     )

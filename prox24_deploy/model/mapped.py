@@ -6,7 +6,7 @@ deleted once it is mapped, so that it goes with the tensor, or with the process.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkstemp
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import make_folder, writing
 from prox24_deploy.model.batch import Batch
-from prox24_deploy.model.directory import ModelDir, load_model, structure_of
+from prox24_deploy.model.directory import ModelDir, load_model, load_with_rest, structure_of
 from prox24_deploy.model.offload import fits, keep_by
 
 _CPU = torch.device("cpu")
@@ -70,10 +70,12 @@ class Memory:
     limit: int | None
     models: float
     samples: Sequence[Batch] = ()
+    # By directory; to build one takes longer than to look at it.
+    _structures: dict[Path, nn.Module] = field(default_factory=dict, compare=False, repr=False)
 
     def suffices(self, directory: ModelDir, recipe: Recipe, device: torch.device) -> bool:
         """Whether models of a directory fit into memory as a whole."""
-        structure = structure_of(directory, recipe)
+        structure = self._structure(directory, recipe)
         return fits(structure, self.models, device, self.limit, samples=self.samples)
 
     def load(
@@ -87,7 +89,8 @@ class Memory:
         if self.suffices(directory, recipe, device):
             return load_model(directory, recipe, device)
         if device.type == "cpu":
-            return load_mapped(directory, recipe, self.folder)
+            structure = self._structure(directory, recipe)
+            return load_mapped(directory, recipe, self.folder, structure=structure)
         make_folder(self.folder)
         return load_model(directory, recipe, device, offload=None if changes else self.folder)
 
@@ -98,18 +101,26 @@ class Memory:
         make_folder(self.folder)
         return MappedFiles(self.folder).keep
 
+    def _structure(self, directory: ModelDir, recipe: Recipe) -> nn.Module:
+        if directory.path not in self._structures:
+            self._structures[directory.path] = structure_of(directory, recipe)
+        return self._structures[directory.path]
 
-def load_mapped(directory: ModelDir, recipe: Recipe, folder: Path) -> nn.Module:
+
+def load_mapped(
+    directory: ModelDir, recipe: Recipe, folder: Path, *, structure: nn.Module | None = None
+) -> nn.Module:
     """As `load_model` on the CPU, with its weights in files in `folder`, made if it is not there.
 
-    No more than a block is in other memory on the way, and what lies outside of the blocks.
+    No more than a block is in other memory on the way, and what lies outside of the blocks. A
+    `structure_of` the model that is there already is not built again.
 
     Raises:
         ModelDirError: what `load_model` raises.
         OSError: there is no room on the disk.
     """
     make_folder(folder)
-    model = load_model(directory, recipe, _CPU, offload=folder)
+    model, _ = load_with_rest(directory, recipe, _CPU, offload=folder, structure=structure)
     map_weights(model, folder)
     return model
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -45,9 +46,9 @@ from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.graph.export.module import RecipeModule
 from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.checkpoint import stored_dtype
-from prox24_deploy.model.directory import load_model
 from prox24_deploy.model.dtypes import settled_dtype
 from prox24_deploy.model.layers import obstacle
+from prox24_deploy.model.mapped import Memory
 from prox24_deploy.pipeline.context import (
     RunContext,
     fitted_shapes,
@@ -111,7 +112,7 @@ def plan(
     if saved is None:
         timed = _measured(context, options, shapes, dtype, quantize, progress)
     else:
-        timed = _estimated(context, shapes, saved, half_format(dtype), quantize)
+        timed = _estimated(context, options, shapes, saved, half_format(dtype), quantize)
     choices = _choices(timed, dtype)
     layers = plan_layers(choices, {}, {}, _eight_bit(timed), quantize)
     found = None
@@ -226,7 +227,12 @@ def _timed_dtype(context: RunContext, options: BuildOptions) -> DType:
 
 
 def _estimated(
-    context: RunContext, shapes: Shapes, saved: GpuProfile, half: GemmFormat, quantize: Quantize
+    context: RunContext,
+    options: BuildOptions,
+    shapes: Shapes,
+    saved: GpuProfile,
+    half: GemmFormat,
+    quantize: Quantize,
 ) -> _Timed:
     """Look the GEMMs up in a saved profile; the model runs once, small, on the CPU."""
     if wanting := [f for f in (half, quantize) if f not in (*saved.formats, "none")]:
@@ -235,12 +241,14 @@ def _estimated(
             f"{', '.join(saved.formats) or 'no format at all'}; plan for one of them, or for "
             "another profile."
         )
-    model = load_model(context.source, context.recipe, torch.device("cpu"))
-    probe = _probe(model, context)
-    probed = [_scaled(use, context, shapes) for use in layer_uses(model, [probe])]
-    single = [use for use in probed if use]
-    groups = shared_layers(model, probe)
-    uses, targets = _products(single, groups, _targets(model, context))
+    with TemporaryDirectory() as folder:
+        memory = Memory(folder=Path(folder), limit=options.memory_limit, models=1)
+        model = memory.load(context.source, context.recipe, torch.device("cpu"))
+        probe = _probe(model, context)
+        probed = [_scaled(use, context, shapes) for use in layer_uses(model, [probe])]
+        single = [use for use in probed if use]
+        groups = shared_layers(model, probe)
+        uses, targets = _products(single, groups, _targets(model, context))
     return _Timed(
         uses=uses,
         targets=targets,
@@ -258,17 +266,30 @@ def _sensitivity(
     progress: Progress,
 ) -> Sensitivity:
     """What each layer that pays costs when it alone is pruned, and what a budget makes of it."""
-    model = load_model(context.source, context.recipe, torch_device(options.device))
-    dense = left_dense(context.recipe, model, options.prune)
-    return measure_sensitivity(
-        model,
-        context.recipe,
-        context.calibration.batches,
-        options.prune,
-        dense={**{c.name: c.reason for c in choices if c.name not in paying}, **dense},
-        stored_dtype=lambda name: stored_dtype(context.source, name),
-        progress=progress,
-    )
+    source, recipe, device = context.source, context.recipe, torch_device(options.device)
+    batches = context.calibration.batches
+    with TemporaryDirectory() as folder:
+        memory = Memory(folder=Path(folder), limit=options.memory_limit, models=1, samples=batches)
+        fits = memory.suffices(source, recipe, device)
+        if device.type != "cpu" and not fits:
+            raise UsageError(
+                f"Model {source.path} must fit into the memory of the GPU as a whole for its "
+                "sensitivity to be measured there; pass --device cpu, where it may lie in files, "
+                "or --no-sensitivity."
+            )
+        keep = None if fits else memory.keep(source, recipe)
+        model = memory.load(source, recipe, device, changes=True)
+        dense = left_dense(recipe, model, options.prune)
+        return measure_sensitivity(
+            model,
+            recipe,
+            batches,
+            options.prune,
+            dense={**{c.name: c.reason for c in choices if c.name not in paying}, **dense},
+            stored_dtype=lambda name: stored_dtype(source, name),
+            progress=progress,
+            keep=keep,
+        )
 
 
 def _targets(model: nn.Module, context: RunContext) -> set[str]:

@@ -39,7 +39,7 @@ from prox24_deploy.model.layers import (
     reduction_axis,
     to_matrix,
 )
-from prox24_deploy.model.mapped import map_weights
+from prox24_deploy.model.mapped import MappedFiles, map_weights
 from prox24_deploy.model.notes import left_out
 from prox24_deploy.pruning.activations import (
     IN_MEMORY,
@@ -333,13 +333,17 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A model as it is pruned, and its directory with the names that the model gives tensors."""
+    """A model as it is pruned, and its directory with the names that the model gives tensors.
+
+    What is made of its weights goes where `keep` says; None for memory.
+    """
 
     model: nn.Module
     directory: ModelDir
     notes: tuple[str, ...]
     memory: str
     resources: Resources
+    keep: Callable[[Tensor], Tensor] | None
 
 
 @contextmanager
@@ -375,6 +379,7 @@ def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
                 look_ahead=job.options.reconstructs,
                 ranks=job.ranks,
             ),
+            MappedFiles(scratch).keep if mapped else None,
         )
 
 
@@ -490,6 +495,7 @@ def _sensitivity(
             dense=dense,
             stored_dtype=lambda name: stored_dtype(opened.directory, name),
             progress=progress,
+            keep=opened.keep,
         )
         opened.directory.require_untouched()
         store.save(found)

@@ -73,6 +73,7 @@ def measure_sensitivity(
     dense: Mapping[str, str],
     stored_dtype: Callable[[str], torch.dtype],
     progress: Progress,
+    keep: Callable[[Tensor], Tensor] | None = None,
 ) -> Sensitivity:
     """Measure what pruning costs and choose as many layers as the budget of `options` allows.
 
@@ -84,22 +85,16 @@ def measure_sensitivity(
         dense: targets that stay dense whatever they cost.
         stored_dtype: parameter name to the dtype in which the checkpoint stores it.
         progress: called with ("sensitivity", done, total).
+        keep: where to have the pruned weights of all layers; None for memory.
 
     Raises:
         CalibrationError: there are fewer than two batches.
         UsageError: even the least harmful layer costs more than `max_loss`.
     """
-    if len(calibration) < 2:
-        raise CalibrationError(
-            "A budget needs at least two batches of calibration text, one to solve on and one to "
-            "measure on, got one; pass more text or raise --calibration-tokens."
-        )
-    solving = tuple(batch for i, batch in enumerate(calibration) if i % _WITHHELD)
-    withheld = calibration[::_WITHHELD]
-    measuring = withheld[:: -(-len(withheld) // _MOST_BATCHES)]
+    solving, measuring = _parts(calibration)
     # Sensitivity is about the order of layers, for which the fast schedule is as good as any.
     own = replace(options, preset="fast", target="symmetric")
-    solved = _solve_all(model, recipe, solving, own, dense, stored_dtype, progress)
+    solved = _solve_all(model, recipe, solving, own, dense, stored_dtype, progress, keep)
     loss = loss_against(model, recipe.task, measuring)
     layers = _each_alone(model, solved, loss, progress)
     prefixes = _Prefixes(model, layers, solved, loss, progress)
@@ -113,6 +108,18 @@ def measure_sensitivity(
         max_layers=options.max_layers,
         chosen=chosen,
     )
+
+
+def _parts(calibration: Sequence[Batch]) -> tuple[tuple[Batch, ...], Sequence[Batch]]:
+    """The batches to solve on, and those to measure on."""
+    if len(calibration) < 2:
+        raise CalibrationError(
+            "A budget needs at least two batches of calibration text, one to solve on and one to "
+            "measure on, got one; pass more text or raise --calibration-tokens."
+        )
+    withheld = calibration[::_WITHHELD]
+    solving = tuple(batch for i, batch in enumerate(calibration) if i % _WITHHELD)
+    return solving, withheld[:: -(-len(withheld) // _MOST_BATCHES)]
 
 
 def over_budget(found: Sensitivity) -> dict[str, str]:
@@ -136,6 +143,7 @@ def _solve_all(
     dense: Mapping[str, str],
     stored_dtype: Callable[[str], torch.dtype],
     progress: Progress,
+    keep: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, Tensor]:
     """Every layer pruned alone, by full path, in the dtype of the checkpoint."""
     solved: dict[str, Tensor] = {}
@@ -154,7 +162,9 @@ def _solve_all(
                 moments = collect(twin, group[0], activations)
                 for names, own in by_options(twin.prefix, group, part, options):
                     found = solve_group(twin, names, moments, own, stored_dtype)
-                    solved |= {f"{twin.prefix}.{n}": layer.weight for n, layer in found.items()}
+                    for name, layer in found.items():
+                        weight = layer.weight if keep is None else keep(layer.weight)
+                        solved[f"{twin.prefix}.{name}"] = weight
             if index + 1 < len(blocks):
                 advance(twin, [activations])
     return solved

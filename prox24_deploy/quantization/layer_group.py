@@ -226,4 +226,4 @@ def _problem(group: _Group, trial: Trial, span: InputRange, moved: Moved | None)
         cross += same.T @ read
         tokens += len(read)
     damping = damping_for(width, tokens)
-    return layer_problem(trial.weight, gram / tokens, damping, cross / tokens)
+    return layer_problem(trial.weight, gram, damping, cross, tokens=tokens)

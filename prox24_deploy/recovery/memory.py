@@ -103,9 +103,13 @@ def need_of(
 
 
 def require_memory(
-    directory: ModelDir, recipe: Recipe, options: RecoverOptions, device: torch.device
+    directory: ModelDir,
+    recipe: Recipe,
+    options: RecoverOptions,
+    device: torch.device,
+    limit: int | None = None,
 ) -> Need:
-    """Refuse a recovery for which the memory of a device does not do.
+    """Refuse a recovery for which the memory of a device, or `limit` bytes of it, do not do.
 
     Each process on a GPU has one of its own; those on a CPU share its memory.
 
@@ -113,7 +117,7 @@ def require_memory(
         UsageError: says what is needed, what is free, and which option needs less.
     """
     needs, host = needs_of(directory, recipe, options, device.type), device.type != "cuda"
-    found, free = needs[options.optimizer], free_on(device, None)
+    found, free = needs[options.optimizer], free_on(device, limit)
     times = options.processes if host else 1
     if times * found.total <= free:
         return found
@@ -121,7 +125,8 @@ def require_memory(
     raise UsageError(
         f"Recovery of {directory.path} needs {found} before activations"
         f"{f' in each of {times} processes' if times > 1 else ''}, and {where} has "
-        f"{free / GIB:.3g} GiB free; {_remedy(options, times, needs, free)}."
+        f"{free / GIB:.3g} GiB free or allowed by --memory-limit; "
+        f"{_remedy(options, times, needs, free)}."
     )
 
 

@@ -10,6 +10,7 @@ from family_batches import batch, recipe_of
 from tiny_families import tiny_model
 from torch import nn
 
+from prox24_deploy.model import directory as directories
 from prox24_deploy.model import mapped
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.directory import load_model, open_model_dir, structure_of
@@ -108,6 +109,23 @@ def test_a_model_is_mapped_where_it_does_not_fit(
     assert (mapped_bytes() > before) == files
     directory = open_model_dir(tmp_path / "model")
     assert (memory.keep(directory, recipe_of(model)) is not None) == files
+
+
+def test_the_structure_is_built_once_for_all_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+
+    def noted(path: Path, *rest: object, **more: object) -> nn.Module:
+        built.append(path)
+        return untrained(path, *rest, **more)  # type: ignore[arg-type]
+
+    untrained = directories.build_untrained
+    monkeypatch.setattr(directories, "build_untrained", noted)
+    memory = Memory(folder=tmp_path / "files", limit=1, models=1)
+    model = opened(memory, tmp_path / "model")
+    assert memory.keep(open_model_dir(tmp_path / "model"), recipe_of(model)) is not None
+    assert built == [tmp_path / "model"]
 
 
 def test_predictions_of_a_vocabulary_count(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from command_line import ANY_EMBEDDING, run_cli
 
 import prox24_deploy as p24
+from prox24_deploy.engines.cusparselt.planning import read_plan
 from prox24_deploy.engines.cusparselt.profile import (
     GemmFormat,
     GemmShape,
@@ -16,6 +17,8 @@ from prox24_deploy.engines.cusparselt.profile import (
     GpuProfile,
     write_profile,
 )
+from prox24_deploy.model import mapped, offload
+from prox24_deploy.pipeline import plan as planner
 
 SHAPES = ("--shapes", "batch=1,2", "sequence=16")
 SMALL = ("--calibration-tokens", "4096", *SHAPES)
@@ -88,6 +91,40 @@ def test_a_plan_has_times_losses_and_a_reason_for_every_layer(planned: Path) -> 
     # Twelve GEMMs of 10 us, two of which take 5: the layers alone, as nothing was run.
     assert {shape["dense_ms"] for shape in plan["shapes"]} == {None}
     assert [shape["speedup"] for shape in plan["shapes"]] == pytest.approx([120 / 110] * 2)
+
+
+def test_a_model_that_does_not_fit_is_planned_from_files(
+    planned: Path, tiny_bert: Path, prose: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[torch.dtype] = []
+    keep = mapped.MappedFiles.keep
+
+    def noted(files: mapped.MappedFiles, one: torch.Tensor) -> torch.Tensor:
+        kept.append(one.dtype)
+        return keep(files, one)
+
+    monkeypatch.setattr(mapped, "_LEAST_BYTES", 1)
+    monkeypatch.setattr(mapped.MappedFiles, "keep", noted)
+    options = p24.BuildOptions(
+        text=p24.TextOptions(calibration=(prose,), calibration_tokens=4096),
+        engine=p24.EngineOptions(backends=("cusparselt",), batches=(1, 2), sequences=(16,)),
+        memory_limit_gib=1e-6,
+    )
+    found = p24.plan(tiny_bert, options, gpu_profile=profile)
+    assert kept
+    assert found.layers == read_plan(planned).layers
+
+
+def test_a_sensitivity_that_does_not_fit_into_a_gpu_is_refused(
+    tiny_bert: Path, prose: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = torch.device("cuda")
+    # The probe of a saved profile runs on the CPU.
+    monkeypatch.setattr(offload, "free_on", lambda device, _: 0 if device == cuda else 2**40)
+    monkeypatch.setattr(planner, "torch_device", lambda _: cuda)
+    options = p24.BuildOptions(text=p24.TextOptions(calibration=(prose,), calibration_tokens=1024))
+    with pytest.raises(p24.UsageError, match=r"memory of the GPU .* pass --device cpu, .* --no-se"):
+        p24.plan(tiny_bert, options, gpu_profile=profile)
 
 
 def test_a_build_prunes_what_the_plan_says_and_gives_its_reasons(

@@ -17,6 +17,7 @@ from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.recovery import WrittenText
 from prox24_deploy.data import written
 from prox24_deploy.data.written import read_written
+from prox24_deploy.model import mapped, offload
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.checkpoint import write_tensors
 from prox24_deploy.pipeline import run as pipeline
@@ -106,9 +107,43 @@ def test_a_large_model_on_a_cpu_takes_the_built_in_text(
     assert not (tmp_path / "bundle" / "written").exists()
 
 
-def test_a_model_that_does_not_fit_is_not_asked_to_write(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="must fit into memory as a whole; pass text of your own"):
-        prune(tiny_llama, tmp_path / "bundle", memory_limit_gib=1e-6)
+def test_a_model_that_does_not_fit_writes_the_same_from_files(
+    bundle: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Path] = []
+    load = mapped.load_mapped
+
+    def noted(directory: Any, recipe: Any, folder: Path, **more: Any) -> Any:
+        kept.append(folder)
+        return load(directory, recipe, folder, **more)
+
+    monkeypatch.setattr(mapped, "load_mapped", noted)
+    # What it wrote is there when pruning, which comes next, is refused.
+    with pytest.raises(UsageError, match="Pruning takes at least"):
+        prune(tiny_llama, tmp_path / "small", memory_limit_gib=1e-6)
+    assert len(kept) == 1
+    assert (tmp_path / "small") in kept[0].parents
+    found, expected = (
+        load_file(folder / "written" / "tokens.safetensors")["tokens"]
+        for folder in (tmp_path / "small", bundle)
+    )
+    assert torch.equal(found, expected)
+
+
+def test_a_model_that_does_not_fit_into_a_gpu_is_not_asked_to_write(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+
+    def none_free(device: torch.device, _: int | None) -> int:
+        asked.append(device)
+        return 0
+
+    monkeypatch.setattr(offload, "free_on", none_free)
+    monkeypatch.setattr(stages.write, "torch_device", lambda _: torch.device("cuda"))
+    with pytest.raises(UsageError, match="memory of the GPU as a whole; pass text of your own"):
+        prune(tiny_llama, tmp_path / "bundle")
+    assert asked == [torch.device("cuda")]
 
 
 def test_a_model_that_repeats_itself_takes_the_built_in_text(

@@ -152,7 +152,7 @@ def test_where_the_model_lies_changes_no_bit(
         )  # fmt: skip
         found.append(result.state_sha256)
         if len(found) == 2:
-            monkeypatch.setattr(mapped, "load_mapped", lambda *args: offloaded(*args[:2], CPU))
+            monkeypatch.setattr(mapped, "load_mapped", lambda *args, **_: offloaded(*args[:2], CPU))
     assert found == [found[0]] * 3
 
 

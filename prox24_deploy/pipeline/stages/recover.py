@@ -59,10 +59,12 @@ def require_usable(options: BuildOptions, context: RunContext) -> None:
     from prox24_deploy.recovery.schedule import require_samples
 
     require_samples(context.calibration)
-    _need(context, options.recover, device)
+    _need(context, options.recover, device, options.memory_limit)
 
 
-def _need(context: RunContext, options: RecoverOptions, device: "torch.device") -> int:
+def _need(
+    context: RunContext, options: RecoverOptions, device: "torch.device", limit: int | None
+) -> int:
     """Bytes that the recovery takes, which are there, as are the processes.
 
     Raises:
@@ -73,7 +75,7 @@ def _need(context: RunContext, options: RecoverOptions, device: "torch.device") 
     from prox24_deploy.recovery.processes import require_processes
 
     require_processes(options.processes, device)
-    need = require_memory(context.source, context.recipe, options, device)
+    need = require_memory(context.source, context.recipe, options, device, limit)
     log.info("recovery takes %s before activations", need)
     return need.total
 

@@ -105,18 +105,20 @@ def _write(inputs: WriteInputs, work: Workspace, progress: Progress) -> WrittenT
     import torch
 
     from prox24_deploy.data.written import write_calibration
-    from prox24_deploy.model.directory import load_model, structure_of
-    from prox24_deploy.model.offload import fits
+    from prox24_deploy.model.mapped import Memory
     from prox24_deploy.model.processors import load_tokenizer
 
-    device = torch.device(inputs.device)
-    if not fits(structure_of(inputs.source, inputs.recipe), 1, device, inputs.memory_limit):
+    source, recipe, device = inputs.source, inputs.recipe, torch.device(inputs.device)
+    memory = Memory(folder=work.kept, limit=inputs.memory_limit, models=1)
+    if device.type != "cpu" and not memory.suffices(source, recipe, device):
+        # All blocks would be read again for each token.
         raise UsageError(
-            f"Model {inputs.source.path} would write the text that it is calibrated on, for which "
-            "it must fit into memory as a whole; pass text of your own with --calibration PATH."
+            f"Model {source.path} would write the text that it is calibrated on, for which it "
+            "must fit into the memory of the GPU as a whole; pass text of your own with "
+            "--calibration PATH."
         )
     return write_calibration(
-        load_model(inputs.source, inputs.recipe, device),
+        memory.load(source, recipe, device),
         load_tokenizer(inputs.source),
         inputs.tokens,
         length=inputs.length,

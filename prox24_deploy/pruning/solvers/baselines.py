@@ -56,15 +56,17 @@ def _prune_block(weight: Tensor, mask: Tensor, factor: Tensor, begin: int, end: 
         from prox24_deploy.pruning.solvers.sparsegpt_cuda import prune_block_cuda
 
         return prune_block_cuda(weight, mask, factor, begin, end)
-    errors = torch.zeros_like(weight[:, begin:end])
-    diagonal = factor.diagonal()
-    for column in range(begin, end):
+    # By columns, which then are contiguous.
+    block, factor = weight[:, begin:end].T.contiguous(), factor[begin:end, begin:end]
+    kept = torch.zeros_like(block, dtype=torch.bool)
+    errors, diagonal = torch.zeros_like(block), factor.diagonal()
+    for column in range(end - begin):
         if column % _GROUP == 0:
             group = slice(column, column + _GROUP)
-            mask[:, group] = mask_24((weight[:, group] / diagonal[group]).square())
-        kept = weight[:, column].masked_fill(~mask[:, column], 0.0)
-        error = (weight[:, column] - kept) / diagonal[column]
-        weight[:, column] = kept
-        weight[:, column + 1 : end] -= error[:, None] * factor[column, column + 1 : end]
-        errors[:, column - begin] = error
-    return errors
+            kept[group] = mask_24((block[group] / diagonal[group, None]).square(), axis=0)
+        pruned = block[column] * ~kept[column]
+        errors[column] = pruned / diagonal[column]
+        block[column] -= pruned
+        block[column + 1 :] -= factor[column, column + 1 :, None] * errors[column]
+    weight[:, begin:end], mask[:, begin:end] = block.T, kept.T
+    return errors.T

@@ -127,8 +127,8 @@ def admm_step(
         return admm_step_cuda(weight, dual, linear, lam.reshape(-1), rho)
     target = weight + dual
     split = prox_24(target, lam, newton_iterations=newton_iterations)
-    dual = target - split
-    return split, dual, linear + rho * (split - dual)
+    dual = target.sub_(split)
+    return split, dual, (split - dual).mul_(rho).add_(linear)
 
 
 def has_triton(tensor: Tensor) -> bool:

@@ -51,6 +51,8 @@ PRESETS: dict[Preset, AdmmOptions] = {
 
 
 _PAPER = IstaOptions()
+# Iterates are projected and compared from where no more than this share of groups is not 2:4 yet.
+_FEW = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +188,8 @@ def prox_admm(
     """Minimise the quadratic plus λ R with λ growing until every group is 2:4.
 
     ADMM on a function that is not convex need not descend. Of the iterates at which convergence is
-    tested, projected to 2:4, each row takes the one with the lowest loss.
+    tested, projected to 2:4, each row takes the one with the lowest loss. An iterate of which much
+    is not 2:4 yet is not among them: projected it is worse than those after it.
 
     Returns:
         (weights, mask, iterations): normalised weights (rows, d), not yet refined, masked.
@@ -208,13 +211,15 @@ def prox_admm(
             weight, dual, problem.linear, lam / rho, rho, newton_iterations=steps
         )
         iterations += 1
-        if iterations % options.check_every == 0:
-            best.offer(split, weight)
+        last = iterations == options.max_iterations
+        if iterations % options.check_every == 0 or last:
+            left = total(unconverged_groups(split))
             # With a fraction of zero, until there is none.
-            if total(unconverged_groups(split)) < max(options.unconverged_fraction * groups, 1):
-                break
-    if iterations % options.check_every:
-        best.offer(split, weight)
+            last |= left < max(options.unconverged_fraction * groups, 1)
+            if last or left <= _FEW * groups:
+                best.offer(split, weight)
+        if last:
+            break
     return best.weight, best.mask, iterations
 
 

@@ -1,9 +1,13 @@
 """Masked conjugate gradients against dense least squares."""
 
+import pytest
 import torch
 from layers import correlated_layer
 from oracles import least_squares_on_mask
+from torch import Tensor
 
+from prox24_deploy.pruning.solvers.baselines import wanda_mask
+from prox24_deploy.pruning.solvers.products import ExactFactor
 from prox24_deploy.pruning.solvers.refine import masked_conjugate_gradient
 from prox24_deploy.sparsity.pattern import mask_24
 
@@ -59,3 +63,27 @@ def test_a_solved_start_is_kept() -> None:
     mask = torch.ones_like(problem.start, dtype=torch.bool)
     result = masked_conjugate_gradient(problem, mask, problem.start)
     assert torch.allclose(result, problem.start, atol=1e-5)
+
+
+def test_rows_that_are_done_leave_the_products_and_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = correlated_layer(rows=20, features=64, seed=5).problem()
+    mask = wanda_mask(problem)
+    start = problem.start.masked_fill(~mask, torch.nan)
+    best = masked_conjugate_gradient(problem, mask, start, iterations=200)
+    start[::2] = best[::2]
+    products: list[int] = []
+    after = ExactFactor.after
+
+    def noted(factor: ExactFactor, rows: Tensor) -> Tensor:
+        products.append(len(rows))
+        return after(factor, rows)
+
+    monkeypatch.setattr(ExactFactor, "after", noted)
+    found = masked_conjugate_gradient(problem, mask, start, iterations=200, tolerance=1e-5)
+    assert products[0] == 20
+    assert products[1] == 10
+    assert products[-1] < 10
+    torch.testing.assert_close(problem.loss(found), problem.loss(best), rtol=1e-5, atol=0.0)
+    assert torch.equal(found[::2], best[::2])

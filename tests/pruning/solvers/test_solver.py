@@ -194,11 +194,14 @@ def test_an_asymmetric_target_is_met_better_when_asked_for() -> None:
 
 
 def test_more_iterations_never_end_with_a_worse_row() -> None:
-    """A penalty this small makes ADMM swing; the best iterate is kept whatever comes after it."""
+    """A penalty this small makes ADMM swing; the best iterate is kept whatever comes after it.
+
+    After ten iterations a quarter of the groups is left, from where iterates are compared.
+    """
     problem = correlated_layer(rows=24, features=64, seed=3).problem()
     losses = []
-    for cap in range(5, 80, 5):
-        options = replace(PRESETS["default"], rho=0.05, growth=1.02, max_iterations=cap)
+    for cap in range(10, 50, 5):
+        options = replace(PRESETS["default"], rho=0.05, growth=1.05, max_iterations=cap)
         weight, mask, iterations = prox_admm(problem, options)
         assert iterations == cap
         assert bool((weight[~mask] == 0).all())
