@@ -11,8 +11,10 @@ bytes of weights, graphs and engines, the same figures, `verify` with 0, MODEL_D
 temporary file; and a run that cannot go on says so in one sentence with exit code 2.
 
 Most runs are forked from this process, which has imported the libraries, so that the work is struck
-and not the imports. Such a run also has the hashes of strings of its parent and ends without the
-interpreter's own end. "kill a fresh process" therefore starts real ones, and goes on in real ones.
+and not the imports. Nor is tracing: it takes most of an export and writes nothing, so that what the
+undisturbed builds traced is handed to all others. Such a run also has the hashes of strings of its
+parent and ends without the interpreter's own end. "kill a fresh process" therefore starts real
+ones, which trace themselves, and goes on in real ones.
 Of `--kills` signals a fifteenth goes to those, a tenth are interrupts (Ctrl-C) and a tenth SIGTERM.
 `--tries` replaces the number of tries of every other class.
 
@@ -49,7 +51,10 @@ from fault_kills import KILLS
 from fault_machine import MACHINE
 from fault_room import CHANGES, OPTIONS, Result, Room, Sound, write_world
 from fault_runs import differences
+from shared_traces import SharedTraces
 from tiny_directories import quiet
+
+from prox24_deploy.graph.export.trace import Traces
 
 Try = Callable[[Room, Random, int], Result]
 CLASSES: dict[str, tuple[Try, int]] = {**KILLS, **MACHINE, **USERS, **BUNDLES}
@@ -90,6 +95,7 @@ def prepare(root: Path, classes: Sequence[str]) -> Room:
         RuntimeError: another input or option gives the same bundle, and so would show nothing.
     """
     write_world(root / "world")
+    traced = share_traces(root / "traces")
     room = Room(root / "reference", root / "world", {})
     for name in ("a", *dict.fromkeys(need for each in classes for need in _NEEDS.get(each, ()))):
         room.reset()
@@ -99,9 +105,19 @@ def prepare(root: Path, classes: Sequence[str]) -> Room:
         shutil.copytree(room.out, room.references / name)
         print(f"undisturbed, {name}: {room.sound[name].seconds:.1f} s", file=sys.stderr)
         _require_other(name, room.sound)
+    traced.settle()
     records = sorted((room.references / "a" / "stages").glob("*.json"), key=_written)
     room.stages = tuple(path.stem for path in records)
     return room
+
+
+def share_traces(folder: Path) -> SharedTraces:
+    """Hand every export of this process, and of those forked from it, what others traced."""
+    folder.mkdir()
+    traced = SharedTraces(folder)
+    given = vars(traced.given())
+    Traces.__init__ = lambda self: vars(self).update(given)  # type: ignore[method-assign]
+    return traced
 
 
 def _require_other(name: str, sound: dict[str, Sound]) -> None:

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -38,7 +38,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from fuzz_seeds import ROOMS
-from fuzz_targets import TARGETS, Target, choose
+from fuzz_targets import TARGETS, SoundRun, Target, choose, sound_cases
 from fuzz_workers import Outcome, Pool, drawn, in_child, require_sound
 from tiny_directories import quiet
 
@@ -99,11 +99,11 @@ class Row:
 
 def fuzz(options: argparse.Namespace, rooms: Path) -> list[Row]:
     """Try every parser that was asked for."""
-    rows = []
+    rows, tried = [], set[SoundRun]()
     names = list(dict.fromkeys(options.parser or TARGETS))
     end = time.monotonic() + options.minutes * 60
     for position, name in enumerate(names):
-        room = sound_inputs(TARGETS[name], rooms)
+        room = sound_inputs(TARGETS[name], rooms, tried)
         now = time.monotonic()
         until = now + (end - now) / (len(names) - position)
         rows.append(fuzz_parser(options, name, room, until))
@@ -127,21 +127,29 @@ def fuzz_parser(options: argparse.Namespace, name: str, room: Path, until: float
     return row
 
 
-def sound_inputs(target: Target, rooms: Path) -> Path:
-    """The folder with the sound inputs of a parser; made once, in a process of its own."""
+def sound_inputs(target: Target, rooms: Path, tried: set[SoundRun]) -> Path:
+    """The folder with the sound inputs of a parser; made once, in a process of its own.
+
+    Adds to `tried` the runs on sound inputs that were accepted; none is made twice.
+    """
     room = rooms / target.room.replace(" ", "-")
     if not room.exists():
         room.mkdir()
         in_child(lambda: ROOMS[target.room](room))
+    cases = sound_cases(target, room)
+    new = {run: files for run, files in cases.items() if run not in tried}
     loaded = rooms / "modules.json"
-    in_child(lambda: try_sound(target, room, rooms, loaded))
+    in_child(lambda: try_sound(target, room, new, loaded))
+    tried |= new.keys()
     warm_up(json.loads(loaded.read_bytes()))
     return room
 
 
-def try_sound(target: Target, room: Path, rooms: Path, loaded: Path) -> None:
+def try_sound(
+    target: Target, room: Path, cases: Mapping[SoundRun, tuple[Path, Path]], loaded: Path
+) -> None:
     """Require that sound inputs are accepted, and tell which modules that takes."""
-    require_sound(target, room, rooms)
+    require_sound(target, room, cases, room.parent)
     loaded.write_text(json.dumps(sorted(sys.modules)), encoding="utf-8")
 
 
@@ -175,7 +183,7 @@ def reproduce(options: argparse.Namespace, rooms: Path) -> bool:
     """Run one input alone, leave its folder, and say how the command line is given it."""
     (name,) = options.parser
     target, folder = TARGETS[name], options.save / f"{name}-{options.only}-room"
-    room = sound_inputs(target, rooms)
+    room = sound_inputs(target, rooms, set())
     seed = f"{options.seed}/{name}"
     (outcome,) = Pool(target, room, rooms, seed, 1).run(options.only, 1)
     _, file, (data, story) = choose(target, room, drawn(seed, options.only))

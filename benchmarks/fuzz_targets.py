@@ -77,8 +77,9 @@ class Target:
 
     `room` is where its inputs come from, `command` what reproduces it. `prints` says that every
     other input is asked for JSON, and `writes_room` that a run may change other files of its room.
-    `ways` is in how many ways inputs are read, by their numbers, and `share` how many of the inputs
-    that are asked for it gets, where each takes long.
+    `ways` is in how many ways inputs are read, by their numbers, `whole` that a run reads the whole
+    folder of its file whichever file that is, and `share` how many of the inputs that are asked for
+    it gets, where each takes long.
     """
 
     room: str
@@ -88,7 +89,12 @@ class Target:
     prints: bool = True
     writes_room: bool = False
     ways: int = 1
+    whole: bool = False
     share: float = 1.0
+
+
+# The room, what runs, what is read and its number.
+SoundRun = tuple[str, Callable[[Case], None], str, int]
 
 
 def unspoilt(target: Target, room: Path) -> Iterator[tuple[Path, Path]]:
@@ -96,6 +102,16 @@ def unspoilt(target: Target, room: Path) -> Iterator[tuple[Path, Path]]:
     for victim in target.victims:
         for source in sorted(room.glob(victim.glob)) if victim.sound else ():
             yield source, room / victim.place if victim.place else source
+
+
+def sound_cases(target: Target, room: Path) -> dict[SoundRun, tuple[Path, Path]]:
+    """The same for every run on what is not spoilt, by all that tells it from others."""
+    found: dict[SoundRun, tuple[Path, Path]] = {}
+    for source, place in unspoilt(target, room):
+        read = place.relative_to(room).parts[0] if target.whole else f"{source} as {place}"
+        for number in range(target.ways):
+            found.setdefault((target.room, target.run, read, number), (source, place))
+    return found
 
 
 def choose(target: Target, room: Path, draw: Random) -> tuple[Path, Path, Spoiled]:
@@ -121,7 +137,7 @@ def _index(case: Case) -> None:
         open_model_dir(case.room)
 
 
-# Of so many inputs one is pruned, which takes ten times as long as to read all that it needs.
+# Of so many inputs the first is pruned, which takes ten times as long as to read all that it needs.
 _ONE_IN = 8
 
 
@@ -304,7 +320,8 @@ TARGETS: dict[str, Target] = {
         ),
         _prune,
         _GIVEN,
-        ways=_ONE_IN,
+        ways=2,
+        whole=True,
     ),
     "tokenizer": Target(
         "models",
@@ -314,10 +331,11 @@ TARGETS: dict[str, Target] = {
         ),
         _prune,
         _GIVEN,
-        ways=_ONE_IN,
+        ways=2,
+        whole=True,
     ),
     "recipe": Target(
-        "models", (Victim("*/recipe.toml", spoil_toml),), _prune, _GIVEN, ways=_ONE_IN
+        "models", (Victim("*/recipe.toml", spoil_toml),), _prune, _GIVEN, ways=2, whole=True
     ),
     "preprocessor": Target(
         "models",
@@ -325,7 +343,8 @@ TARGETS: dict[str, Target] = {
         _prune,
         _GIVEN,
         share=0.2,
-        ways=_ONE_IN,
+        ways=2,
+        whole=True,
     ),
     "modules": Target(
         "models",
@@ -337,7 +356,8 @@ TARGETS: dict[str, Target] = {
         _prune,
         _GIVEN,
         share=0.2,
-        ways=_ONE_IN,
+        ways=2,
+        whole=True,
     ),
     "limits": Target(
         "bundle",

@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,7 +23,7 @@ from random import Random
 from typing import Any
 
 from fuzz_answers import PACKAGE, Watch, answered
-from fuzz_targets import Case, Target, choose, clear_output, unspoilt
+from fuzz_targets import Case, SoundRun, Target, choose, clear_output
 
 MOST_CPU_S = 10
 MOST_BYTES = 2 * 2**30
@@ -170,7 +170,9 @@ class Pool:
         )
 
 
-def require_sound(target: Target, room: Path, scratch: Path) -> None:
+def require_sound(
+    target: Target, room: Path, cases: Mapping[SoundRun, tuple[Path, Path]], scratch: Path
+) -> None:
     """Require that what is not spoilt is accepted: else nothing deep would ever be reached.
 
     Raises:
@@ -178,15 +180,14 @@ def require_sound(target: Target, room: Path, scratch: Path) -> None:
     """
     folder = Path(tempfile.mkdtemp(dir=scratch))
     copy, watch = folder / "room", Watch(folder)
-    for source, place in unspoilt(target, room):
-        for number in range(target.ways):
-            shutil.copytree(room, copy)
-            file = copy / place.relative_to(room)
-            shutil.copyfile(source, file)
-            answer, where, detail = answered(target, Case(copy, file, number), watch)
-            if answer != "accepted":
-                raise RuntimeError(f"{source} as it is: {answer} {where} {detail}")
-            shutil.rmtree(copy)
+    for (*_, number), (source, place) in cases.items():
+        shutil.copytree(room, copy)
+        file = copy / place.relative_to(room)
+        shutil.copyfile(source, file)
+        answer, where, detail = answered(target, Case(copy, file, number), watch)
+        if answer != "accepted":
+            raise RuntimeError(f"{source} as it is: {answer} {where} {detail}")
+        shutil.rmtree(copy)
     shutil.rmtree(folder)
 
 

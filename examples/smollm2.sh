@@ -14,5 +14,5 @@ fi
 # 20 of 210 layers, and little text, so that it is a matter of minutes; give a release more of both.
 build "$MODELS/SmolLM2-135M-Instruct" --include '*layers.1[0-9].mlp.gate_proj' \
     --include '*layers.1[0-9].mlp.up_proj' --preset fast \
-    --calibration-tokens 2048 --evaluation-tokens 2048 --engine-tokens 1024 \
+    --calibration-tokens 2048 --evaluation-tokens 2048 --engine-tokens 2048 \
     --shapes batch=1 sequence=64 past=64 "$@"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from chromium import find_chromium
 from longest_files import LONGEST
+from shared_traces import SharedTraces
 from tiny_models import write_tiny_bert, write_tiny_gpt2, write_tiny_llama, write_tiny_qwen3
 from untraced import untraced
 
@@ -55,9 +56,12 @@ _TRACE_ANEW = Traces.__init__
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _traced_once() -> Iterator[None]:
-    """All tests of a worker share what was traced, as the twins of one build do."""
-    traced = Traces()
+def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All tests share what was traced, as the twins of one build do, and so do all workers."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "traces"
+    folder.mkdir(exist_ok=True)
+    traced = SharedTraces(folder).given()
 
     def share(self: Traces) -> None:
         vars(self).update(vars(traced))

@@ -39,7 +39,9 @@ def test_prefill_and_decoding_are_rows_of_their_own(bundle: Path) -> None:
     row = "onnxruntime, batch 2, sequence 1, past 24, sparse"
     assert {f"{row} median", f"{row} per token"} <= {*names}
     assert "tokens/s" in (bundle / "summary.md").read_text().lower()
-    assert "Tokens/s, sparse" in (bundle / "report.html").read_text()
+    page = (bundle / "report.html").read_text()
+    assert "Tokens/s, sparse" in page
+    assert "batch 1, sequence 1, past 24: " in page.partition('class="note">onnxruntime')[2]
 
 
 def test_time_per_token_and_pace_follow_from_the_median(bundle: Path) -> None:

@@ -72,8 +72,8 @@ def commands_in(page: Path) -> Iterator[list[str]]:
         *(t.content for t in tokens(page) if t.type == "code_block"),
     ):
         for line in block.replace("\\\n", " ").splitlines():
-            # Behind `||` stands what a failure may be.
-            words = shlex.split(line.partition("||")[0], comments=True)
+            # Behind `||` stands what a failure may be, behind `|` what reads the output.
+            words = shlex.split(line.partition("|")[0], comments=True)
             if PROGRAM in words and not {"docker", "pip"} & set(words):
                 yield words[words.index(PROGRAM) + 1 :]
             for i, word in enumerate(words):

@@ -15,7 +15,7 @@ import fuzz_documents
 import pytest
 from fuzz_documents import Spoiled, to_json, to_toml
 from fuzz_onnx_seeds import onnx_seeds
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_directories import write_recordings
@@ -39,11 +39,13 @@ TABLES = st.dictionaries(
 
 
 @given(PLAIN)
+@settings(max_examples=30, deadline=None)
 def test_documents_are_written_as_json_reads_them(value: Any) -> None:
     assert json.loads(to_json(value)) == value
 
 
 @given(TABLES)
+@settings(max_examples=30, deadline=None)
 def test_documents_are_written_as_toml_reads_them(value: dict[str, Any]) -> None:
     assert tomllib.loads(to_toml(value)) == value
 

@@ -1,6 +1,7 @@
 """What is traced once serves models that differ in their weights alone, and no others."""
 
 import gc
+import shutil
 import warnings
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from graph_models import Toy, shipped_recipe, tiny_bert, toy_recipe
+from shared_traces import SharedTraces
 from torch import nn
 from transformers import BertConfig
 
@@ -85,6 +87,26 @@ def test_a_twin_is_not_traced_and_has_the_bytes_of_its_own_export(
     again = export_onnx(dense, recipe, tmp_path / "again", dtype="float16", traces=traces)
     assert len(traced) == 2
     assert files(again) == files(first)
+
+
+def test_what_another_process_traced_gives_the_same_bytes(
+    tmp_path: Path, traced: list[object]
+) -> None:
+    """As the workers of these tests and the forks of `faults.py` share it."""
+    folder = tmp_path / "traces"
+    folder.mkdir()
+
+    def exported(name: str, known: SharedTraces) -> list[bytes]:
+        out, traces = tmp_path / name, known.given()
+        return files(export_onnx(Toy(), toy_recipe(), out, dtype="float16", traces=traces))
+
+    first = exported("first", SharedTraces(folder))
+    assert exported("looks", SharedTraces(folder)) == first
+    settled = SharedTraces(folder)
+    settled.settle()
+    shutil.rmtree(folder)
+    assert exported("settled", settled) == first
+    assert len(traced) == 1
 
 
 class Scaled(Toy):
