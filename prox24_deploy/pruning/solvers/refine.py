@@ -38,8 +38,7 @@ def masked_conjugate_gradient(
     curvature = ExactFactor.of(problem.curvature)
     keep = mask.to(start.dtype)
     x, at = start.masked_fill(~mask, 0.0), torch.arange(len(start), device=start.device)
-    residual = (problem.linear - curvature.after(x)).mul_(keep)
-    first_loss = -0.5 * (x * (problem.linear + residual)).sum(1)
+    residual, first_loss = _residual_and_loss(problem, curvature, x, keep)
     goal = tolerance**2 * (problem.linear * keep).square().sum(1)
     rows = _Rows(x, residual, residual.clone(), keep, residual.square().sum(1), goal)
     for _ in range(iterations):
@@ -53,8 +52,20 @@ def masked_conjugate_gradient(
             active = torch.ones_like(active[:count])
         rows.step(curvature, active)
     x = x.index_copy(0, at, rows.x)
-    improved = problem.loss(x) <= first_loss
+    _, loss = _residual_and_loss(problem, curvature, x, keep)
+    improved = loss <= first_loss
     return torch.where(improved[:, None] & mask, x, start.masked_fill(~mask, 0.0))
+
+
+def _residual_and_loss(
+    problem: LayerProblem, curvature: ExactFactor, x: Tensor, keep: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What is left of the linear term on the mask, (rows, d), and the loss, (rows,), of weights.
+
+    As exact as the steps are, where `LayerProblem.loss` may round its products to TF32.
+    """
+    residual = (problem.linear - curvature.after(x)).mul_(keep)
+    return residual, -0.5 * (x * (problem.linear + residual)).sum(1)
 
 
 @dataclass(frozen=True, slots=True)
