@@ -110,9 +110,9 @@ def test_memory_is_asked_for_one_expert_at_a_time() -> None:
         needs.append(needs_of(model, recipe, [batch(recipe)], PruneOptions()))
     assert needs[1].block > 3 * needs[0].block
     assert needs[1].working == needs[0].working
-    # A down projection, its problem, and the Gram matrices of calibration and held-out samples.
+    # A down projection, its problem, and the Gram matrices of both sets of samples.
     square = 8192**2
-    assert needs[0].working == 48 * square + 32 * 8192 * 72 + waves.MOST_GRAM
+    assert needs[0].working == 40 * square + 32 * 8192 * 72 + waves.MOST_GRAM
 
 
 def test_tokens_are_missing_where_damping_would_be_beyond_its_limit() -> None:
