@@ -30,16 +30,14 @@ from prox24_deploy.recovery.objective import objective_for
 from prox24_deploy.recovery.optimizer import make_optimizer, set_rates
 from prox24_deploy.recovery.schedule import Schedule, schedule, tokens_of
 from prox24_deploy.recovery.session import Session, recover_model
-from prox24_deploy.recovery.step_graph import StepGraph
 from prox24_deploy.recovery.student import Trained, find_trained, put, values_of
-from prox24_deploy.recovery.training import Lesson, trainable
+from prox24_deploy.recovery.training import Lesson, masked_step, trainable
 from prox24_deploy.sparsity.pattern import final_mask, is_24, project_24, unconverged_groups
 
 # λ in the first step and where the masks are fixed at the latest, over 1 / mean |W̃_row|.
 _START, _END = 1e-3, 2.0
 # Share of the steps by which the masks are fixed, and steps between two looks at all cells.
 _FREE, _LOOK = 0.5, 5
-_CLIP = 1.0
 
 
 def recovered(lab: Lab) -> tuple[nn.Module, Figures]:
@@ -182,7 +180,8 @@ class _Learning:
         with trainable(lesson) as graph:
             for step, chosen in enumerate(self.plan.batches(sizes, 0)):
                 set_rates(optimizer, lesson.trained, self.rate * self.plan.rate(step))
-                self._step(optimizer, chosen, graph)
+                self.lesson.gradient(chosen, graph)
+                masked_step(optimizer, self.lesson.trained)
                 if not fixed:
                     self._shrink(_START * growth**step)
                     if (step + 1) % _LOOK == 0 or step + 1 == until:
@@ -205,22 +204,6 @@ class _Learning:
             rows = each.seen(self.lesson.trained[each.trained].parameter)
             mean = rows.abs().mean(1, keepdim=True)
             each.base = 1 / mean.where(mean > 0, 1.0)
-
-    def _step(
-        self, optimizer: torch.optim.Optimizer, chosen: Sequence[int], graph: StepGraph
-    ) -> None:
-        trained = self.lesson.trained
-        self.lesson.gradient(chosen, graph)
-        with torch.no_grad():
-            for each in trained:
-                if each.parameter.grad is not None:
-                    each.clear(each.parameter.grad)
-        nn.utils.clip_grad_norm_([each.parameter for each in trained], _CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        with torch.no_grad():
-            for each in trained:
-                each.clear(each.parameter)
 
     @torch.no_grad()
     def _shrink(self, lam: float) -> None:

@@ -159,6 +159,20 @@ def trainable(lesson: Lesson) -> Iterator[StepGraph]:
             each.parameter.grad = None
 
 
+def masked_step(optimizer: torch.optim.Optimizer, trained: Sequence[Trained]) -> None:
+    """Move what is trained by its gradients, which are zero behind this; zeros stay zero."""
+    parameters = [each.parameter for each in trained]
+    for parameter, each in zip(parameters, trained, strict=True):
+        assert parameter.grad is not None
+        each.clear(parameter.grad)
+    nn.utils.clip_grad_norm_(parameters, _MOST_GRADIENT)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    with torch.no_grad():
+        for each in trained:
+            each.clear(each.parameter)
+
+
 @dataclass(slots=True, kw_only=True)
 class Training:
     """One run; `learning_rate` is relative to the scale of each parameter."""
@@ -251,16 +265,7 @@ class Training:
                 f"the loss of step {state.taken + 1} is {loss:.3g}, that of the model that was "
                 f"given {start:.3g}"
             )
-        parameters = [each.parameter for each in self.lesson.trained]
-        for parameter, each in zip(parameters, self.lesson.trained, strict=True):
-            assert parameter.grad is not None
-            each.clear(parameter.grad)
-        nn.utils.clip_grad_norm_(parameters, _MOST_GRADIENT)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=False)
-        with torch.no_grad():
-            for each in self.lesson.trained:
-                each.clear(each.parameter)
+        masked_step(self._optimizer, self.lesson.trained)
         return loss
 
     def _check(self, state: TrainingState, losses: Sequence[float]) -> None:
