@@ -22,10 +22,10 @@ from prox24_deploy.engines.cusparselt.profile import GemmTiming, GpuProfile, rea
 from prox24_deploy.model.layers import from_matrix, layer_at, to_matrix
 from prox24_deploy.pruning import prune
 from prox24_deploy.pruning.activations import BlockPair
-from prox24_deploy.pruning.layer_group import SolvedLayer, solve_group
+from prox24_deploy.pruning.layer_group import SolvedLayer, group_problem, solve_group
 from prox24_deploy.pruning.ranks import Ranks
 from prox24_deploy.pruning.second_moments import SecondMoments
-from prox24_deploy.pruning.solvers.problem import LayerProblem, damping_for, layer_problem
+from prox24_deploy.pruning.solvers.problem import LayerProblem
 
 # Bytes of an output of a product in 16 bits that a concatenation reads and writes.
 _MOVED = 4
@@ -64,7 +64,7 @@ def dense_rows(share: float) -> Iterator[list[int]]:
         solved = solve_group(twin, group, moments, options, dtype, ranks)
         for name, found in solved.items():
             layer = layer_at(twin.pruned, name)
-            problem = _problem(to_matrix(layer, layer.weight), moments, options)
+            problem = group_problem(to_matrix(layer, layer.weight), moments, options, name)
             with full_float32():
                 after = _filled(to_matrix(layer, found.weight).float(), problem, share)
             counts[0] += round(share * len(after)) * after.shape[1]
@@ -75,12 +75,6 @@ def dense_rows(share: float) -> Iterator[list[int]]:
 
     with patch.object(prune, "solve_group", solve):
         yield counts
-
-
-def _problem(weight: Tensor, moments: SecondMoments, options: PruneOptions) -> LayerProblem:
-    gram, cross, tokens = moments.for_solving(cross=options.target == "asymmetric")
-    damping = damping_for(weight.shape[1], moments.tokens)
-    return layer_problem(weight, gram, damping, cross, tokens=tokens)
 
 
 def _filled(pruned: Tensor, problem: LayerProblem, share: float) -> Tensor:

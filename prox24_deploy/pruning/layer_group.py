@@ -61,7 +61,7 @@ def solve_group(
     masks = [_mask_matrix(layer) for layer in layers]
     stacked = torch.cat(matrices)
     rows = ranks.rows(len(stacked))
-    problem = _problem(stacked[rows], moments, options, f"{twin.prefix}.{group[0]}")
+    problem = group_problem(stacked[rows], moments, options, f"{twin.prefix}.{group[0]}")
     if last:
         moments.give_up(cross=True)
     known = [mask for mask in masks if mask is not None]
@@ -87,10 +87,14 @@ def _mask_matrix(layer: Layer) -> Tensor | None:
     return None if mask is None else to_matrix(layer, mask)
 
 
-def _problem(
+def group_problem(
     weight: Tensor, moments: SecondMoments, options: PruneOptions, path: str
 ) -> LayerProblem:
-    """What is to be solved for some rows of a group."""
+    """What is to be solved for some rows (rows, d) of a group; `path` names it in an error.
+
+    Raises:
+        ModelDirError: weights or activations are NaN or infinite.
+    """
     try:
         gram, cross, tokens = moments.for_solving(cross=options.target == "asymmetric")
         damping = damping_for(weight.shape[1], moments.tokens)
