@@ -12,8 +12,9 @@ temporary file; and a run that cannot go on says so in one sentence with exit co
 
 Most runs are forked from this process, which has imported the libraries, so that the work is struck
 and not the imports. Nor is tracing: it takes most of an export and writes nothing, so that what the
-undisturbed builds traced is handed to all others. Such a run also has the hashes of strings of its
-parent and ends without the interpreter's own end. "kill a fresh process" therefore starts real
+undisturbed builds traced is handed to all others; and latency, by which nothing is compared, is
+timed in a tenth of the rounds. Such a run also has the hashes of strings of its parent and ends
+without the interpreter's own end. "kill a fresh process" therefore starts real
 ones, which trace themselves, and goes on in real ones.
 Of `--kills` signals a fifteenth goes to those, a tenth are interrupts (Ctrl-C) and a tenth SIGTERM.
 `--tries` replaces the number of tries of every other class.
@@ -45,6 +46,7 @@ os.environ.update(
     ORT_DISABLE_TELEMETRY="1",
 )
 
+from brief_timing import timed_briefly
 from fault_bundles import BUNDLES
 from fault_changes import USERS, change
 from fault_kills import KILLS
@@ -55,6 +57,7 @@ from shared_traces import SharedTraces
 from tiny_directories import quiet
 
 from prox24_deploy.graph.export.trace import Traces
+from prox24_deploy.pipeline.stages import bench
 
 Try = Callable[[Room, Random, int], Result]
 CLASSES: dict[str, tuple[Try, int]] = {**KILLS, **MACHINE, **USERS, **BUNDLES}
@@ -96,6 +99,7 @@ def prepare(root: Path, classes: Sequence[str]) -> Room:
     """
     write_world(root / "world")
     traced = share_traces(root / "traces")
+    vars(bench)["measure_latency"] = timed_briefly
     room = Room(root / "reference", root / "world", {})
     for name in ("a", *dict.fromkeys(need for each in classes for need in _NEEDS.get(each, ()))):
         room.reset()

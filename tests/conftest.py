@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from brief_timing import timed_briefly
 from chromium import find_chromium
 from longest_files import LONGEST
 from shared_traces import SharedTraces
@@ -17,6 +18,7 @@ from tiny_models import write_tiny_bert, write_tiny_gpt2, write_tiny_llama, writ
 from untraced import untraced
 
 from prox24_deploy.graph.export.trace import Traces
+from prox24_deploy.pipeline.stages import bench
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -75,6 +77,14 @@ def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a test that is about tracing itself."""
     monkeypatch.setattr(Traces, "__init__", _TRACE_ANEW)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _timed_briefly() -> Iterator[None]:
+    """Time tiny models in a tenth of the rounds, since hardly a test is about the figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "measure_latency", timed_briefly)
+        yield
 
 
 @pytest.fixture(scope="session")
