@@ -4,13 +4,13 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 import yaml
+from schema_lint import lint
 from test_docs import DOCS, blocks
 
 from prox24_deploy.cli.main import app
@@ -30,12 +30,12 @@ def step(name: str) -> dict[str, Any]:
 
 
 def test_it_fits_the_schema_of_its_host(tmp_path: Path) -> None:
-    lint = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-actions"]
-    ran = subprocess.run([*lint, str(ACTION)], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    schema = ("--builtin-schema", "vendor.github-actions")
+    ran = lint(ACTION, *schema)
+    assert ran.exit_code == 0, ran.output
     wrong = tmp_path / "action.yml"
     wrong.write_text(ACTION.read_text(encoding="utf-8").replace("using: composite", "using: 1"))
-    assert subprocess.run([*lint, str(wrong)], capture_output=True, check=False).returncode == 1
+    assert lint(wrong, *schema).exit_code == 1
 
 
 def test_its_inputs_are_used_and_what_it_uses_is_an_input() -> None:

@@ -15,6 +15,7 @@ import typer
 import yaml
 from groovy_parser.parser import parse_and_digest_groovy_content
 from lark.exceptions import LarkError
+from schema_lint import lint
 from untraced import untraced
 
 from prox24_deploy import __version__
@@ -30,19 +31,14 @@ SCHEMAS = {
 COMMANDS = ["build", "verify", "check", "compare", "package"]
 
 
-def lint(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "check_jsonschema", *options, str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_pipeline_fits_the_schema_of_its_host(name: str, tmp_path: Path) -> None:
     ran = lint(FOLDER / name, *SCHEMAS[name])
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.exit_code == 0, ran.output
     wrong = tmp_path / name
     text = (FOLDER / name).read_text(encoding="utf-8")
     wrong.write_text(re.sub(r"^( +)timeout(-minutes)?:.*$", r"\1timeout: [1]", text, flags=re.M))
-    assert lint(wrong, *SCHEMAS[name]).returncode == 1
+    assert lint(wrong, *SCHEMAS[name]).exit_code == 1
 
 
 def leaves(node: dict[str, Any]) -> Iterator[str]:

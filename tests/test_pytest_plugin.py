@@ -82,19 +82,21 @@ def test_limits_and_allow_reach_the_comparison(project: Path) -> None:
     write_pair(project, after=0.5, before=0.95)
     (project / "limits.toml").write_text('["embedding cosine"]\n', encoding="utf-8")
     (project / "test_it.py").write_text(
-        TEST.format(limits="limits.toml", allow=("gpu",)), encoding="utf-8"
-    )
-    assert run_pytest(project).returncode == 0
-    report = json.loads((project / "report.json").read_bytes())
-    report["environment"]["gpu"] = "other"
-    (project / "report.json").write_text(json.dumps(report), encoding="utf-8")
-    assert run_pytest(project).returncode == 0
-    (project / "test_it.py").write_text(
         TEST.format(limits="limits.toml", allow=()), encoding="utf-8"
     )
-    refused = run_pytest(project)
-    assert refused.returncode == 1
-    assert "--allow gpu" in refused.stdout
+    elsewhere = project / "elsewhere"
+    elsewhere.mkdir()
+    report = json.loads((project / "report.json").read_bytes())
+    report["environment"]["gpu"] = "other"
+    (elsewhere / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    for name, allow in (("test_allowed.py", ("gpu",)), ("test_refused.py", ())):
+        text = TEST.format(limits="limits.toml", allow=allow)
+        text = text.replace('"report.json"', '"elsewhere/report.json"')
+        (project / name).write_text(text, encoding="utf-8")
+    ran = run_pytest(project)
+    assert "1 failed, 2 passed" in ran.stdout
+    assert "FAILED test_refused.py::test_release" in ran.stdout
+    assert "--allow gpu" in ran.stdout
 
 
 def test_whoever_does_not_use_it_loads_nothing(project: Path) -> None:

@@ -122,21 +122,22 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_reconstruction_lowers_the_loss_of_the_decoder(tmp_path: Path) -> None:
-    recipe = recipe_of(tiny_model("bart"))
+    small = {"encoder_layers": 1, "decoder_layers": 1}
+    recipe = recipe_of(tiny_model("bart", **small))
     first = batch(recipe)
     flipped = {name: value.flip(0) for name, value in first.inputs.items()}
     assert first.targets is not None
     second = replace(first, inputs=flipped, real=first.real.flip(0), targets=first.targets.flip(0))
     models = {}
     for reconstruct in (False, True):
-        model = tiny_model("bart")
+        model = tiny_model("bart", **small)
         options = PruneOptions(preset="fast", reconstruct=reconstruct)
         prune(model, recipe, (first, second), tmp_path / str(reconstruct), options)
         models[reconstruct] = model
     with torch.no_grad():
         dense, plain, tuned = (
             run_model(model, first, recipe.task).logits[first.targets >= 0]
-            for model in (tiny_model("bart"), models[False], models[True])
+            for model in (tiny_model("bart", **small), models[False], models[True])
         )
     assert 0 < (tuned - dense).norm() < (plain - dense).norm()
     for name, parameter in models[True].named_parameters():

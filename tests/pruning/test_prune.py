@@ -183,7 +183,7 @@ def test_a_resumed_run_gives_the_same_bits_and_solves_only_the_rest(
 def test_every_method_prunes_a_whole_model(
     tiny_bert: Path, prose: Path, tmp_path: Path, method: Method
 ) -> None:
-    options = PruneOptions(method=method)
+    options = PruneOptions(method=method, preset="fast")
     state = prune_opened(open_tiny(tiny_bert, prose), tmp_path, options)
     assert all(is_24(weight) for weight in state.weights.values())
     assert {r.method for r in state.layers if r.status == "pruned"} == {method}

@@ -13,6 +13,7 @@ from prox24_deploy.core.errors import CalibrationError
 from prox24_deploy.model.blocks import find_blocks, run_block, run_model
 from prox24_deploy.model.layers import layer_at as linear
 from prox24_deploy.pruning.activations import Activations, BlockPair, record_activations
+from prox24_deploy.pruning.prune import PrunedState
 from prox24_deploy.pruning.reconstruct import AdamOptions, Reconstruction, reconstruct_block
 from prox24_deploy.sparsity.pattern import is_24, project_24
 
@@ -24,6 +25,15 @@ TUNED = PruneOptions(preset="fast", reconstruct=True)
 def family(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(request.param)
     return path
+
+
+@pytest.fixture(scope="module")
+def tuned_llama(
+    tiny_llama: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Opened, PrunedState]:
+    """Pruned and reconstructed whole; only read."""
+    opened = open_tiny(tiny_llama, prose)
+    return opened, prune_opened(opened, tmp_path_factory.mktemp("tuned"), TUNED)
 
 
 def first_block(opened: Opened, dense: Opened) -> tuple[BlockPair, Activations]:
@@ -107,13 +117,12 @@ def test_the_same_bits_come_out_twice(tiny_llama: Path, prose: Path) -> None:
 
 
 def test_the_whole_model_comes_nearer_to_the_dense_one(
-    family: Path, prose: Path, tmp_path: Path
+    tiny_llama: Path, tuned_llama: tuple[Opened, PrunedState], prose: Path, tmp_path: Path
 ) -> None:
-    dense = open_tiny(family, prose)
+    dense, plain = open_tiny(tiny_llama, prose), open_tiny(tiny_llama, prose)
     distance = {}
-    for name, options in {"plain": PLAIN, "tuned": TUNED}.items():
-        opened = open_tiny(family, prose)
-        state = prune_opened(opened, tmp_path / name, options)
+    plainly = (plain, prune_opened(plain, tmp_path, PLAIN))
+    for name, (opened, state) in {"plain": plainly, "tuned": tuned_llama}.items():
         assert all(is_24(weight) for weight in state.weights.values())
         with torch.no_grad():
             outputs = [run_model(o.model, o.batches[0], o.recipe.task)[0] for o in (dense, opened)]
@@ -122,11 +131,10 @@ def test_the_whole_model_comes_nearer_to_the_dense_one(
 
 
 def test_recorded_errors_belong_to_the_tuned_weights(
-    tiny_llama: Path, prose: Path, tmp_path: Path
+    tiny_llama: Path, tuned_llama: tuple[Opened, PrunedState], prose: Path
 ) -> None:
     """The first group of a model sees the same inputs in both models: recompute its error."""
-    opened, dense = open_tiny(tiny_llama, prose), open_tiny(tiny_llama, prose)
-    state = prune_opened(opened, tmp_path, TUNED)
+    dense, (_, state) = open_tiny(tiny_llama, prose), tuned_llama
     blocks = find_blocks(dense.model, dense.recipe)
     activations = record_activations(dense.model, blocks, dense.recipe, dense.batches[1:])
     inputs = torch.cat([
@@ -144,7 +152,7 @@ def test_recorded_errors_belong_to_the_tuned_weights(
 def test_layers_that_were_24_already_keep_their_bits(
     tiny_bert: Path, prose: Path, tmp_path: Path
 ) -> None:
-    opened = open_tiny(tiny_bert, prose)
+    opened = open_tiny(tiny_bert, prose, tokens=2000)
     layer = opened.model.get_submodule("encoder.layer.1.output.dense")
     layer.get_parameter("weight").copy_(project_24(layer.get_parameter("weight")))
     before = layer.get_parameter("weight").clone()
