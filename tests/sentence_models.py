@@ -12,8 +12,8 @@ Vectors = npt.NDArray[np.float64]
 
 
 def write_tiny_embedder(path: Path, *modules: Module, **text: Any) -> Path:
-    """A tiny BERT encoder with these modules behind it."""
-    return write_modules(write_tiny_bert(path), *modules, **text)
+    """A tiny BERT encoder of one block with these modules behind it."""
+    return write_modules(write_tiny_bert(path, layers=1), *modules, **text)
 
 
 def pooled(mode: str, states: Vectors) -> Vectors:

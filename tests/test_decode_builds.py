@@ -11,7 +11,10 @@ from tiny_models import write_tiny_bart
 
 from prox24_deploy.report.schema import load_report
 
-SMALL = ("--calibration-tokens", "2048", "--evaluation-tokens", "1024", "--engine-tokens", "1024")
+SMALL = (
+    "--calibration-tokens", "2048", "--evaluation-tokens", "1024", "--engine-tokens", "1024",
+    "--method", "magnitude",
+)  # fmt: skip
 DECODE = ("--shapes", "batch=1,2", "sequence=16", "past=24")
 PASSED = {0, 3, 5}
 

@@ -155,14 +155,14 @@ def _byte_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     )
 
 
-def write_tiny_bart(path: Path, *, seed: int = 0) -> Path:
-    """A BART encoder-decoder, two blocks of six layers and two of ten; float32."""
+def write_tiny_bart(path: Path, *, seed: int = 0, layers: int = 2) -> Path:
+    """A BART encoder-decoder, `layers` blocks of six layers and as many of ten; float32."""
     torch.manual_seed(seed)
     config = BartConfig(
         vocab_size=VOCABULARY,
         d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
+        encoder_layers=layers,
+        decoder_layers=layers,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
         encoder_ffn_dim=64,

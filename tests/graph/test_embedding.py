@@ -83,7 +83,7 @@ def test_the_graph_ends_in_what_the_recipe_asks_for(
     tmp_path: Path, mode: str, *, normalize: bool
 ) -> None:
     recipe = asking(Embedding.model_validate({"pooling": mode, "normalize": normalize}), EMBEDDING)
-    model = load_model(open_model_dir(write_tiny_bert(tmp_path / "model")), recipe, CPU)
+    model = load_model(open_model_dir(write_tiny_bert(tmp_path / "model", layers=1)), recipe, CPU)
     hidden, embedding = run(export_onnx(model, recipe, tmp_path / "onnx", dtype="float32"))
     expected = expected_of(mode, hidden)
     if normalize:
@@ -93,6 +93,6 @@ def test_the_graph_ends_in_what_the_recipe_asks_for(
 
 def test_an_embedding_that_nothing_makes_is_refused(tmp_path: Path) -> None:
     recipe = asking(None, EMBEDDING)
-    model = load_model(open_model_dir(write_tiny_bert(tmp_path / "model")), recipe, CPU)
+    model = load_model(open_model_dir(write_tiny_bert(tmp_path / "model", layers=1)), recipe, CPU)
     with pytest.raises(ExportError, match=f"The model has no output tensor '{EMBEDDING}'"):
         export_onnx(model, recipe, tmp_path / "onnx", dtype="float32")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from graph_models import pruned, shipped_recipe
 from tiny_families import tiny_model
+from torch import nn
 
 from prox24_deploy.core.errors import ExportError, SparsityLostError
 from prox24_deploy.graph.check.check import check_onnx, check_path, require_24
@@ -13,11 +14,16 @@ from prox24_deploy.graph.export.export import export_graphs
 from prox24_deploy.sparsity.pattern import mask_24
 
 
+def tiny_bart() -> nn.Module:
+    """One block in either half."""
+    return tiny_model("bart", encoder_layers=1, decoder_layers=1)
+
+
 def test_each_graph_of_an_encoder_decoder_declares_and_proves_its_own_weights(
     tmp_path: Path,
 ) -> None:
-    model, recipe = pruned(tiny_model("bart")), shipped_recipe("bart")
-    names = ["model.encoder.layers.0.fc1", "model.decoder.layers.1.encoder_attn.k_proj"]
+    model, recipe = pruned(tiny_bart()), shipped_recipe("bart")
+    names = ["model.encoder.layers.0.fc1", "model.decoder.layers.0.encoder_attn.k_proj"]
     out = tmp_path / "onnx"
     paths = export_graphs(model, recipe, out, dtype="float32", sparse=names)
     assert sorted(path.name for path in out.iterdir()) == [
@@ -29,14 +35,14 @@ def test_each_graph_of_an_encoder_decoder_declares_and_proves_its_own_weights(
     # Neither file carries the weights of the other half.
     modules = [{check.module for check in check_onnx(path)} for path in paths]
     for half, found in zip(("encoder", "decoder"), modules, strict=True):
-        assert len(own := {name for name in found if name.startswith("model.")}) >= 12
+        assert len(own := {name for name in found if name.startswith("model.")}) >= 6
         assert all(name.startswith(f"model.{half}.") for name in own)
     again = export_graphs(model, recipe, out, dtype="float32", sparse=names)
     assert again == paths
 
 
 def test_a_half_of_which_nothing_is_pruned_says_so_and_passes(tmp_path: Path) -> None:
-    model, recipe = tiny_model("bart"), shipped_recipe("bart")
+    model, recipe = tiny_bart(), shipped_recipe("bart")
     name = "model.decoder.layers.0.fc2"
     weight = model.get_submodule(name).get_parameter("weight")
     weight.data = torch.where(mask_24(weight.data.abs(), 1), weight.data, 0.0)
@@ -59,13 +65,13 @@ def test_a_weight_that_neither_graph_would_prove_is_refused(tmp_path: Path) -> N
     )
     with pytest.raises(ExportError, match=message):
         export_graphs(
-            tiny_model("bart"), shipped_recipe("bart"), tmp_path / "o", dtype="float32",
+            tiny_bart(), shipped_recipe("bart"), tmp_path / "o", dtype="float32",
             sparse=["lm_head"],
         )  # fmt: skip
 
 
 def test_a_dense_weight_in_the_second_graph_leaves_no_file(tmp_path: Path) -> None:
-    model = tiny_model("bart")
+    model = tiny_bart()
     with pytest.raises(SparsityLostError, match=r"decoder\.onnx, .*decoder\.layers\.0\.fc2"):
         export_graphs(
             model, shipped_recipe("bart"), tmp_path / "o", dtype="float32",

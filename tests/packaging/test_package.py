@@ -62,8 +62,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory, prose: Path) -> Path:
 def decoder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, prose: Path) -> Path:
     out = tmp_path_factory.mktemp("decoder") / "out"
     run = run_cli(
-        "build", tiny_llama, "-o", out, "--calibration", prose, "--dtype", "float16", *FAST,
-        "--shapes", "batch=2", "sequence=16", *ANY_TEXT,
+        "build", tiny_llama, "-o", out, "--calibration", prose, "--dtype", "float16", *FAST[2:],
+        "--method", "magnitude", "--shapes", "batch=2", "sequence=16", *ANY_TEXT,
     )  # fmt: skip
     assert run.code == 0, run.err
     return out
@@ -86,7 +86,7 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
     run = run_cli(
         "build", folder / "vit", "-o", folder / "out", "--calibration", folder / "images",
-        "--preset", "fast", "--shapes", "batch=2", *ANY_CLASS,
+        "--method", "magnitude", "--shapes", "batch=2", *ANY_CLASS,
     )  # fmt: skip
     assert run.code == 0, run.err
     return folder / "out"
