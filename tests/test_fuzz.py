@@ -15,6 +15,7 @@ import fuzz_documents
 import pytest
 from fuzz_documents import Spoiled, to_json, to_toml
 from fuzz_onnx_seeds import onnx_seeds
+from fuzz_targets import TARGETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -148,13 +149,19 @@ def test_every_kind_of_answer_is_judged() -> None:
     }
 
 
+# Parsers whose sound inputs take seconds each; malformed ones are in model/test_token_files.py,
+# data/test_images.py and bundle/test_bundle.py.
+SLOW = {"tokenizer", "preprocessor", "stages"}
+
+
 def test_no_spoilt_input_meets_anything_but_a_documented_answer() -> None:
-    done = run(BENCHMARKS / "fuzz.py", "--inputs", "15", "--seed", "16", "--workers", "1")
+    only = [word for name in TARGETS if name not in SLOW for word in ("--parser", name)]
+    done = run(BENCHMARKS / "fuzz.py", *only, "--inputs", "10", "--seed", "16", "--workers", "1")
     assert done.returncode == 0, done.stdout
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["wrong"] == 0
     assert len(found["parsers"]) >= 13
-    assert all(parser["inputs"] >= 3 for parser in found["parsers"])
+    assert all(parser["inputs"] >= 2 for parser in found["parsers"])
 
 
 def test_the_time_is_shared_and_a_line_tells_how_far_each_parser_came() -> None:
