@@ -150,8 +150,8 @@ def test_every_kind_of_answer_is_judged() -> None:
 
 
 # Parsers whose sound inputs take seconds each; malformed ones are in model/test_token_files.py,
-# data/test_images.py and bundle/test_bundle.py.
-SLOW = {"tokenizer", "preprocessor", "stages"}
+# data/test_images.py, config/test_recipe.py, bundle/test_manifest.py and bundle/test_bundle.py.
+SLOW = {"tokenizer", "preprocessor", "recipe", "manifest", "stages"}
 
 
 def test_no_spoilt_input_meets_anything_but_a_documented_answer() -> None:

@@ -33,7 +33,8 @@ from prox24_deploy.quantization.tensors import QuantizedLayer, QuantizedModel, w
 
 SHAPES = ("--shapes", "batch=1,2", "sequence=16")
 SMALL = (
-    "--calibration-tokens", "4096", "--evaluation-tokens", "1024", *SHAPES, *ANY_EMBEDDING,
+    "--calibration-tokens", "4096", "--evaluation-tokens", "1024", "--method", "magnitude", *SHAPES,
+    *ANY_EMBEDDING,
 )  # fmt: skip
 LAYERS = 12
 # Queries, keys and values of both blocks are one product each.
@@ -338,6 +339,7 @@ def test_a_plan_is_measured_on_the_gpu(
     run = run_cli(
         "plan", tiny_bert, "-o", tmp_path / "plan.json", "--calibration", prose, "--device", "cpu",
         "--calibration-tokens", "4096", "--save-profile", tmp_path / "gpu.json", *SHAPES,
+        "--method", "magnitude",
     )  # fmt: skip
     assert run.code == 0, run.err
     assert f"Prune {LAYERS} of {LAYERS} layers on {CARD} in float16." in run.out

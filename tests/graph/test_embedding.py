@@ -77,7 +77,12 @@ def asking(embedding: Embedding | None, *outputs: str) -> Recipe:
 
 @pytest.mark.parametrize(
     ("mode", "normalize"),
-    [("mean", True), ("cls", False), ("mean_sqrt_len_tokens", False)],
+    [
+        # These two are in whole builds too, test_sentence_builds.py and test_families.py.
+        pytest.param("mean", True, marks=pytest.mark.large),
+        pytest.param("cls", False, marks=pytest.mark.large),
+        ("mean_sqrt_len_tokens", False),
+    ],
 )
 def test_the_graph_ends_in_what_the_recipe_asks_for(
     tmp_path: Path, mode: str, *, normalize: bool

@@ -99,7 +99,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, prose: Path
     return out
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def take(built: Path, tiny_bert: Path, prose: Path) -> Callable[..., Taken]:
     """Build with other options, model or text, up to what each stage is handed."""
 
@@ -125,6 +125,12 @@ def take(built: Path, tiny_bert: Path, prose: Path) -> Callable[..., Taken]:
         return Taken(inputs)
 
     return taken
+
+
+@pytest.fixture(scope="module")
+def plainly(take: Callable[..., Taken]) -> Taken:
+    """What the options of all tests here hand to the stages."""
+    return take()
 
 
 def samples() -> Samples:
@@ -543,12 +549,12 @@ def test_every_option_is_in_one_of_the_two_tables() -> None:
 
 @pytest.mark.parametrize("name", OTHER_OPTIONS)
 def test_an_option_moves_the_keys_of_the_stages_that_see_it(
-    name: str, take: Callable[..., Taken]
+    name: str, take: Callable[..., Taken], plainly: Taken
 ) -> None:
     value, expected = OTHER_OPTIONS[name]
     first, _, last = name.partition(".")
     part = replace(getattr(OPTIONS, first), **{last: value}) if last else value
-    assert moved(take(), take(replace(OPTIONS, **{first: part}))) == expected
+    assert moved(plainly, take(replace(OPTIONS, **{first: part}))) == expected
 
 
 def moved(before: Taken, after: Taken) -> set[str]:

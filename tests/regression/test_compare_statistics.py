@@ -89,7 +89,9 @@ def verdicts_of(
     return found
 
 
-@pytest.mark.parametrize("rounds", [DEFAULT_OPTIONS.min_rounds, 60])
+@pytest.mark.parametrize(
+    "rounds", [DEFAULT_OPTIONS.min_rounds, pytest.param(60, marks=pytest.mark.large)]
+)
 def test_no_change_fails_in_at_most_5_percent_even_without_any_tolerance(
     plain: Report, rounds: int
 ) -> None:
@@ -119,7 +121,9 @@ def test_no_change_never_fails_the_default_limits_and_drift_of_the_machine_does_
     assert failed <= RUNS / 3 * 0.05
 
 
-@pytest.mark.parametrize("rounds", [DEFAULT_OPTIONS.min_rounds, 60])
+@pytest.mark.parametrize(
+    "rounds", [DEFAULT_OPTIONS.min_rounds, pytest.param(60, marks=pytest.mark.large)]
+)
 def test_three_percent_slower_is_found_or_left_open_at_the_default_limit(
     plain: Report, rounds: int
 ) -> None:
