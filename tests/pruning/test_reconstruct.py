@@ -152,7 +152,7 @@ def test_recorded_errors_belong_to_the_tuned_weights(
 def test_layers_that_were_24_already_keep_their_bits(
     tiny_bert: Path, prose: Path, tmp_path: Path
 ) -> None:
-    opened = open_tiny(tiny_bert, prose, tokens=2000)
+    opened = open_tiny(tiny_bert, prose)
     layer = opened.model.get_submodule("encoder.layer.1.output.dense")
     layer.get_parameter("weight").copy_(project_24(layer.get_parameter("weight")))
     before = layer.get_parameter("weight").clone()
