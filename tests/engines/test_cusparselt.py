@@ -339,7 +339,6 @@ def test_a_plan_is_measured_on_the_gpu(
     run = run_cli(
         "plan", tiny_bert, "-o", tmp_path / "plan.json", "--calibration", prose, "--device", "cpu",
         "--calibration-tokens", "4096", "--save-profile", tmp_path / "gpu.json", *SHAPES,
-        "--method", "magnitude",
     )  # fmt: skip
     assert run.code == 0, run.err
     assert f"Prune {LAYERS} of {LAYERS} layers on {CARD} in float16." in run.out
