@@ -72,6 +72,8 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, prose: 
         "HOME": str(places["home"]),
         "XDG_CACHE_HOME": str(places["home"] / ".cache"),
         "TMPDIR": str(places["tmp"]),
+        # Sets and names in another order.
+        "PYTHONHASHSEED": "12345",
     }
     command = [
         sys.executable, "-m", "prox24_deploy", "build", str(root / "model"), "-o",

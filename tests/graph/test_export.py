@@ -218,11 +218,10 @@ print(hash_onnx(Path(out) / "model.onnx")[0])
 """
 
 
+# A whole build in another process is in test_build.py, for BERT in float32.
+@pytest.mark.large
 @pytest.mark.parametrize(
-    "export",
-    [("bert", "float16"), pytest.param(("llama", "float16"), marks=pytest.mark.large)],
-    indirect=True,
-    ids="-".join,
+    "export", [("bert", "float16"), ("llama", "float16")], indirect=True, ids="-".join
 )
 def test_another_process_writes_the_same_bytes(export: Export, tmp_path: Path) -> None:
     here, again = str(Path(__file__).parent), str(tmp_path / "again")
