@@ -137,17 +137,21 @@ def test_a_fault_is_counted_and_told() -> None:
     assert " ".join(line.split()) == "full disk 2 1 1 exit 1, 1 fitted"
 
 
-# One of each kind that takes little time; the whole takes half an hour. SIGTERM to a process of its
-# own is tests/test_interrupted.py.
+# One of each kind that takes little time; the whole takes half an hour.
 SHARE = (
     "kill", "interrupt", "full disk", "memory", "unwritable", "readable by others", "read-only",
     "two builds", "old version", "foreign file",
 )  # fmt: skip
+# SIGTERM to a process of its own is in tests/test_interrupted.py.
+MORE = ("kill", "kill a fresh process", "terminate", "file size")
 
 
 @pytest.mark.slow
-def test_whatever_strikes_a_build_the_next_run_completes_it() -> None:
-    only = [word for name in SHARE for word in ("--only", name)]
+@pytest.mark.parametrize(
+    "share", [SHARE, pytest.param(MORE, marks=pytest.mark.large)], ids=["share", "more"]
+)
+def test_whatever_strikes_a_build_the_next_run_completes_it(share: tuple[str, ...]) -> None:
+    only = [word for name in share for word in ("--only", name)]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", FAULTS, "--kills", "3", "--tries", "1", "--seed", "26",
          "--workers", "1", *only],
@@ -156,6 +160,6 @@ def test_whatever_strikes_a_build_the_next_run_completes_it() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     rows = {row["class"]: row for row in found["classes"]}
-    assert set(rows) == set(SHARE)
+    assert set(rows) == set(share)
     # A signal that hit nothing would show nothing.
     assert rows["kill"]["outcomes"].keys() <= {"struck 1 ×", "struck 2 ×"}
