@@ -69,15 +69,19 @@ def read_context(
     Raises:
         ModelDirError, RecipeError, CalibrationError: the input cannot be used.
         UsageError: the name that was asked for is none.
-        BundleError: `out` lies in the model directory.
+        BundleError: `out` lies in the model directory, or in another folder that is read.
     """
     from prox24_deploy.model.directory import open_model_dir
     from prox24_deploy.model.recipe_template import advise
 
     name = source_name(model_dir, options.name)
     source = open_model_dir(model_dir)
-    if out and out.resolve().is_relative_to(model_dir.resolve()):
-        raise BundleError(f"Output {out} lies in the model directory {model_dir}; pass another -o.")
+    if out:
+        require_apart(out, model_dir, "the model directory")
+        for path in (*options.text.calibration, *options.text.evaluation):
+            require_apart(out, path, "the folder of samples")
+        if options.prune.mask is not None:
+            require_apart(out, options.prune.mask, "the folder of masks")
     recipe, recipe_text = select_recipe(
         model_dir, source.model_type, options.recipe, lambda: advise(source)
     )
@@ -93,6 +97,16 @@ def read_context(
         name=name,
         masks=masks,
     )
+
+
+def require_apart(out: Path, folder: Path, what: str) -> None:
+    """Refuse an output inside of what is read, which would not be what it was.
+
+    Raises:
+        BundleError: names both.
+    """
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"Output {out} lies in {what} {folder}; pass another -o.")
 
 
 def _masks(source: "ModelDir", recipe: Recipe, options: BuildOptions) -> "MaskFiles | None":

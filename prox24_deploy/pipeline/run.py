@@ -134,30 +134,31 @@ def recover(
     """Run only the stage that recovers: on the bundle `pruned`, or on any into the bundle `out`.
 
     Raises:
+        BundleError: `out` holds a model that was pruned there, or lies in what is read.
         ModelDirError: `teacher` is not what `pruned` was pruned from.
         UsageError: `options` say nothing of recovery, or there is nowhere to write.
         Prox24Error: what `build` raises for the same model and options.
     """
     if (asked := options.recover) is None:
         raise UsageError("There is no budget for the recovery; pass RecoverOptions(minutes=5).")
-    if out is None and not (pruned / MANIFEST_FILE).is_file():
-        raise UsageError(
-            f"{pruned} is not a bundle that the recovered model could go to; pass another folder "
-            "with -o."
-        )
     from prox24_deploy.model.directory import open_model_dir
     from prox24_deploy.recovery.recover import require_pair
 
-    if out is None:
-        stages.recover.require_pruned_here(pruned, read_manifest(pruned))
+    own = stages.recover.is_own(pruned, out)
     context = read_context(teacher, out or pruned, options, progress)
     stages.recover.require_usable(options, context)
-    student = open_model_dir(pruned / PRUNED if out is None else _sparse_path(pruned))
+    if own:
+        stages.recover.require_teacher(pruned, context.source)
+    student = open_model_dir(pruned / PRUNED if own else _sparse_path(pruned))
     require_pair(context.source, student, context.recipe)
-    with open_bundle(out or pruned, existing=out is None) as bundle:
-        given = bundle.artifact(PRUNED) if out is None else student
-        context = stages.write.run(bundle, context, options, progress)
-        return stages.recover.run_on(bundle, given, context, options, asked, progress)
+    with open_bundle(out or pruned, existing=own) as bundle:
+        given = bundle.artifact(PRUNED) if own else student
+        if not options.text.calibration:
+            # Text that the model wrote to be pruned on stays where other text is given.
+            context = stages.write.run(bundle, context, options, progress)
+        result = stages.recover.run_on(bundle, given, context, options, asked, progress)
+        stages.recover.note_options(bundle, asked)
+        return result
 
 
 def export(
