@@ -142,7 +142,8 @@ def recover(
     if (asked := options.recover) is None:
         raise UsageError("There is no budget for the recovery; pass RecoverOptions(minutes=5).")
     from prox24_deploy.model.directory import open_model_dir
-    from prox24_deploy.recovery.recover import require_pair
+    from prox24_deploy.recovery.pair import require_pair
+    from prox24_deploy.recovery.student import require_sparse
 
     own = stages.recover.is_own(pruned, out)
     context = read_context(teacher, out or pruned, options, progress)
@@ -151,6 +152,7 @@ def recover(
         stages.recover.require_teacher(pruned, context.source)
     student = open_model_dir(pruned / PRUNED if own else _sparse_path(pruned))
     require_pair(context.source, student, context.recipe)
+    require_sparse(student, context.recipe)
     with open_bundle(out or pruned, existing=own) as bundle:
         given = bundle.artifact(PRUNED) if own else student
         if not options.text.calibration:
