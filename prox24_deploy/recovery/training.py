@@ -173,6 +173,22 @@ def masked_step(optimizer: torch.optim.Optimizer, trained: Sequence[Trained]) ->
             each.clear(each.parameter)
 
 
+def _why_not(loss: float | None) -> str:
+    """Why no step is taken from a model with this loss on withheld samples; "" where it is."""
+    if loss is None:
+        return (
+            "Recovery cannot begin: on withheld samples the loss of the model that was given is "
+            "not finite, so that it is kept as it was; compare both models with evaluate."
+        )
+    if loss <= _NO_LOSS:
+        return (
+            "There is nothing to recover: on withheld samples the loss of the model that was given "
+            f"is {loss:.3g}, so that it is kept as it was; pass the dense model as teacher if this "
+            "is another."
+        )
+    return ""
+
+
 @dataclass(slots=True, kw_only=True)
 class Training:
     """One run; `learning_rate` is relative to the scale of each parameter."""
@@ -189,12 +205,15 @@ class Training:
         """Train, and leave the best weights in the model, rounded as the checkpoint stores them.
 
         Goes on from the state in the file, if there is one. Where the loss is not finite or far
-        above the first, the weights in the model are those that it had, as after any error.
+        above the first, the weights in the model are those that it had, as after any error, and
+        so they are without a step where there is no loss, or none that is finite.
         """
         first = values_of(self.lesson.trained, stored=True)
         state = self.file.load(len(first))
         try:
             state = state or self._begin(first)
+            if failure := _why_not(state.curve[0].withheld):
+                return Outcome(curve=tuple(state.curve), failure=failure)
             with trainable(self.lesson) as graph:
                 self._resume(state)
                 # Those of now are in the model.
@@ -219,15 +238,15 @@ class Training:
 
     def _begin(self, first: list[Tensor]) -> TrainingState:
         loss = self.lesson.withheld_loss()
-        if not math.isfinite(loss):
-            raise _DivergedError("the loss of the model that was given is not finite")
         return TrainingState(
             taken=0,
             kept=0,
             best=first,
             now=first,
             moments=[],
-            curve=[RecoveryPoint(step=0, trained=None, withheld=loss)],
+            curve=[
+                RecoveryPoint(step=0, trained=None, withheld=loss if math.isfinite(loss) else None)
+            ],
         )
 
     def _resume(self, state: TrainingState) -> None:
