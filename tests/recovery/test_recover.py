@@ -225,6 +225,16 @@ def test_a_model_without_a_finite_loss_is_left_without_a_step(
     assert "loss of the model that was given is not finite" in found.warning
 
 
+def test_text_that_is_harder_than_what_is_withheld_is_no_divergence(
+    llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As is text that a model writes where it was pruned on text of one domain."""
+    monkeypatch.setattr(Lesson, "withheld_loss", lambda _: 1e-4)
+    found = recover(llama, tmp_path)
+    assert (found.taken, found.warning) == (found.steps, "")
+    assert all(p.trained > 1e-2 for p in found.curve if p.trained is not None)
+
+
 def test_steps_that_only_harm_are_not_kept(llama: Recovery, tmp_path: Path) -> None:
     """A rate that is too large, but not so large that the loss leaves for good."""
     first = recover(replace(llama, options=replace(FAST, learning_rate=1e-9)), tmp_path / "a")
