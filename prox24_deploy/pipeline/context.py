@@ -1,5 +1,6 @@
 """The model to build and what to build it with, read and checked before any work."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
     from prox24_deploy.pruning.masks import MaskFiles
+
+log = logging.getLogger(__name__)
 
 # Of what a stage may take of memory, which is therefore in the key of none.
 MEMORY_LIMIT = unkeyed("says where weights are kept, not what they are")
@@ -157,6 +160,23 @@ def fitted_shapes(options: EngineOptions, config: dict[str, Any], recipe: Recipe
     _require_past(options, config, recipe)
     longest = longest_of(config, recipe.sequence_length)
     return replace(options, sequences=tuple(min(length, longest) for length in options.sequences))
+
+
+def warn_of_lengths(options: EngineOptions, model: ModelContext) -> None:
+    """Say which lengths that were asked for are not those that are run."""
+    if options.sequences == EngineOptions().sequences:
+        return
+    if not model.recipe.modality.has_length:
+        log.warning(
+            "--shapes sequence has no effect on a model of %ss.", model.recipe.modality.unit
+        )
+        return
+    longest = longest_of(model.config, model.recipe.sequence_length)
+    if longer := [length for length in options.sequences if length > longest]:
+        log.warning(
+            "--shapes sequence=%s is longer than the %d tokens that the model accepts, which are "
+            "taken in its place.", ",".join(map(str, longer)), longest,
+        )  # fmt: skip
 
 
 def _require_past(options: EngineOptions, config: dict[str, Any], recipe: Recipe) -> None:

@@ -22,8 +22,19 @@ from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import DType, Progress, Quantize
 from prox24_deploy.pipeline import finish, stages
 from prox24_deploy.pipeline.backends import backends_of, open_backends
-from prox24_deploy.pipeline.context import open_model, read_context, source_of, torch_device
-from prox24_deploy.pipeline.demands import check_demands, read_demands, warn_of_few_samples
+from prox24_deploy.pipeline.context import (
+    open_model,
+    read_context,
+    source_of,
+    torch_device,
+    warn_of_lengths,
+)
+from prox24_deploy.pipeline.demands import (
+    check_demands,
+    read_demands,
+    warn_beforehand,
+    warn_of_idle,
+)
 from prox24_deploy.pipeline.ranks import (
     prune_by_processes,
     require_leader,
@@ -63,7 +74,7 @@ def build(
     check_demands(demands, context, [backend.name for backend in backends], options)
     begun = _begun_by_processes(model_dir, out, options, fresh=fresh, progress=progress)
     with open_bundle(out, fresh=fresh and not begun) as bundle:
-        warn_of_few_samples(context)
+        warn_beforehand(context, options)
         stages.tasks.verify(bundle, options.harness)
         context = stages.write.run(bundle, context, options, progress)
         with shared(options) as ranks:
@@ -98,6 +109,7 @@ def prune(
     context = read_context(model_dir, out, options, progress)
     begun = _begun_by_processes(model_dir, out, options, fresh=fresh, progress=progress)
     with open_bundle(out, fresh=fresh and not begun) as bundle:
+        warn_of_idle(options, context.recipe)
         context = stages.write.run(bundle, context, options, progress)
         with shared(options) as ranks:
             result = stages.prune.run(bundle, context, options, progress, ranks)
@@ -200,6 +212,7 @@ def compile_engines(
         stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         exported = bundle.load(stages.export.STAGE)
         model = open_model(bundle)
+        warn_of_lengths(options, model)
         backends = open_backends(options, model, shipped_folder(bundle.manifest.files))
         return stages.compile.run(bundle, exported, model.recipe, backends, progress)
 
@@ -220,6 +233,7 @@ def bench(
         stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         compiled = bundle.load(stages.compile.STAGE)
         model = open_model(bundle)
+        warn_of_lengths(options, model)
         shipped = shipped_folder(bundle.manifest.files)
         backends, missing = backends_of(compiled, options, model, shipped)
         result = stages.bench.run(

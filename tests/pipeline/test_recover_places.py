@@ -79,3 +79,13 @@ def test_no_output_lies_in_samples_or_masks(tiny_bert: Path, tmp_path: Path, par
     options = BuildOptions(**{part: found[part]})
     with pytest.raises(BundleError, match=r"out lies in the folder of \w+ .*read; pass another -o"):
         read_context(tiny_bert, read / "out", options)
+
+
+@pytest.mark.parametrize("option", [{"top_k": 5}, {"temperature": 2.0}])
+def test_options_of_logits_are_refused_where_there_are_none(
+    tiny_bert: Path, option: dict[str, Any]
+) -> None:
+    options = BuildOptions(recover=RecoverOptions(steps=1, **option), device="cpu")
+    context = read_context(tiny_bert, None, options)
+    with pytest.raises(UsageError, match=r"--recover-\S+ \d has no effect on a model for feature-"):
+        recover.require_usable(options, context)

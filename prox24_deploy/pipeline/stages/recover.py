@@ -21,6 +21,7 @@ from prox24_deploy.config.options import BuildOptions, RecoverOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import BundleError, ModelDirError, UsageError
 from prox24_deploy.core.recovery import RecoverResult
+from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import RunContext, require_apart, torch_device
 from prox24_deploy.pipeline.stages import prune
@@ -64,10 +65,25 @@ def require_usable(options: BuildOptions, context: RunContext) -> None:
         raise UsageError(
             "--method none prunes nothing that --recover could recover; leave one of them out."
         )
+    _require_logits(options.recover, context.recipe)
     from prox24_deploy.recovery.schedule import require_samples
 
     require_samples(context.calibration)
     _need(context, options.recover, device, options.memory_limit)
+
+
+def _require_logits(options: RecoverOptions, recipe: Recipe) -> None:
+    """Refuse options of the comparison of logits for a model that gives none."""
+    if TASKS[recipe.task].judged_by != "embeddings":
+        return
+    idle = [f"--recover-top-k {options.top_k}"] if options.top_k is not None else []
+    if options.temperature != 1:
+        idle.append(f"--recover-temperature {options.temperature:g}")
+    if idle:
+        raise UsageError(
+            f"{idle[0]} has no effect on a model for {recipe.task}, which gives no logits; leave "
+            "it out."
+        )
 
 
 def _need(
