@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prox24_deploy.bundle.bundle import Bundle
-from prox24_deploy.bundle.layout import PRUNED
+from prox24_deploy.bundle.layout import MANIFEST_FILE, PRUNED
 from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptions
 from prox24_deploy.config.recipe import Recipe, parse_recipe, select_recipe
 from prox24_deploy.core.errors import BackendMissingError, BundleError, UsageError
@@ -116,6 +116,9 @@ def _masks(source: "ModelDir", recipe: Recipe, options: BuildOptions) -> "MaskFi
     """Masks that were made elsewhere, held to the structure of the model."""
     if options.prune.mask is None:
         return None
+    mask = options.prune.mask
+    if (mask / MANIFEST_FILE).is_file():
+        raise UsageError(f"--mask {mask} is a bundle; pass the model in it, {mask / PRUNED}.")
     import torch
 
     from prox24_deploy.model.directory import build_untrained
