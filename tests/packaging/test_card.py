@@ -136,7 +136,7 @@ def test_a_model_that_was_not_pruned_is_not_called_sparse() -> None:
     assert metadata(card)["tags"] == ["prox24-deploy"]
     assert metadata(card)["model-index"][0]["name"] == "all-MiniLM-L6-v2, dense"
     assert "as it is: no layer of it was pruned." in card.text
-    for word in ("2:4", "How it was pruned", "zeros"):
+    for word in ("2:4", "How it was pruned", "zeros", "sparse model on"):
         assert word not in card.text.split("**", 4)[-1].replace("prox24", "")
 
 
