@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ from prox24_deploy.core.records import (
     TensorCheck,
     TextSource,
 )
-from prox24_deploy.core.recovery import RecoverResult
+from prox24_deploy.core.recovery import RecoverResult, RecoveryPoint, WrittenText
 from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import Verdict
 from prox24_deploy.latency.measure import PairSamples, latency_verdict, speedup_interval, timing
@@ -115,6 +115,24 @@ def quantised(records: Records, reason: str = "") -> Records:
         ),
         evaluate=replace(records.evaluate, steps=(before,)),
     )  # fmt: skip
+
+
+def recovery(**changes: Any) -> RecoverResult:
+    """A recovery that kept the second of its three points."""
+    records = make_records(2)
+    curve = (
+        RecoveryPoint(step=0, trained=None, withheld=0.62),
+        RecoveryPoint(step=10, trained=0.41, withheld=0.33),
+        RecoveryPoint(step=20, trained=0.22, withheld=0.35),
+    )
+    found = RecoverResult(
+        loss="KL(dense, sparse)", steps=20, step_tokens=8192, taken=20, kept=10, before=0.62,
+        after=0.33, curve=curve, learning_rate=0.01, layers=12, vectors=30, parameters=4_000_000,
+        calibration=records.prune.calibration, withheld=16,
+        written=WrittenText(written=512, samples=500, tokens=256_000, sha256="0" * 64),
+        warning="", device="cuda", peak_gib=3.5, state_sha256="0" * 64, seconds=80.0,
+    )  # fmt: skip
+    return replace(found, **changes)
 
 
 def make_records(blocks: int = 6, *, gated: bool = False) -> Records:

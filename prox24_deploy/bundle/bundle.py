@@ -111,7 +111,8 @@ class Bundle:
         parts = list(checked_parts(inputs))
         self._begin(stage.name, stage.outputs)
         began = time.perf_counter()
-        result = stage.run(inputs, self._workspace(stage.name, key), progress)
+        workspace = self._workspace(stage.name, key)
+        result = stage.run(inputs, workspace, progress)
         seconds = round(time.perf_counter() - began, 3)
         for part in parts:
             part.require_unchanged()
@@ -129,6 +130,8 @@ class Bundle:
                 finished=datetime.now(UTC).isoformat(timespec="seconds"),
             ),
         )
+        # As large as the model several times over, and of no use to a stage that has ended.
+        remove(workspace.kept)
         # What a later run will read, so that both go on from the same values in the same order.
         return adapter.validate_json(text)
 

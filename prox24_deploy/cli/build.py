@@ -365,10 +365,7 @@ def export(
     if as_json:
         print_json(asdict(result))
         return
-    proven = sum(check.expected and check.is_24 for check in result.sparsity)
-    worst = max((c.max_abs_difference for c in result.numerics), default=float("nan"))
-    files = " and ".join(str(bundle / model.path) for model in result.sparse)
-    say(f"{proven} weights proven 2:4 in {files}; largest difference to PyTorch {worst:.2g}.")
+    say(tables.export_line(result, bundle))
 
 
 def compile_engines(

@@ -1,6 +1,7 @@
 """What the command line shows, as rich tables and lines."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -11,6 +12,7 @@ from prox24_deploy.core.backends import NVFP4
 from prox24_deploy.core.records import (
     ChannelOrder,
     Estimate,
+    ExportResult,
     LatencyRow,
     LayerRecord,
     Metric,
@@ -86,6 +88,19 @@ def step_lines(report: "Report") -> list[str]:
     done = sum(not layer.reason for layer in layers)
     form = report.quantization.format.upper()
     return [f"Quantised: {done} of {len(layers)} layers to {form}; {found}"]
+
+
+def export_line(found: ExportResult, bundle: Path) -> str:
+    """What is proven of the files, and how near to PyTorch they are, if that was compared."""
+    proven = sum(check.expected and check.is_24 for check in found.sparsity)
+    files = " and ".join(str(bundle / model.path) for model in found.sparse)
+    differences = [check.max_abs_difference for check in found.numerics]
+    near = (
+        f"largest difference to PyTorch {max(differences):.2g}"
+        if differences
+        else f"not compared with PyTorch, for nothing runs {found.sparse[0].dtype} on a CPU"
+    )
+    return f"{proven} weights proven 2:4 in {files}; {near}."
 
 
 def recovery_lines(found: "RecoverResult") -> list[str]:

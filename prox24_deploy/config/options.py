@@ -85,6 +85,30 @@ class PruneOptions:
     def __post_init__(self) -> None:
         _make_paths(self, "mask")
 
+    def idle(self, *, overridden: bool) -> str:
+        """What was asked for of the pruning and has no effect, as a sentence; "" where all has.
+
+        `overridden` says that a recipe prunes some layers by another method.
+        """
+        if self.method == "none":
+            asked = [
+                f"--{name.replace('_', '-')}"
+                for name in ("preset", "target", "refinement", "reconstruct", "include", "exclude")
+                if getattr(self, name) != getattr(PruneOptions(), name)
+            ]
+            asked += ["--max-loss"] * (self.max_loss is not None)
+            asked += ["--layers"] * (self.max_layers is not None)
+            verb = "has" if len(asked) == 1 else "have"
+            return f"{', '.join(asked)} {verb} no effect with --method none." if asked else ""
+        chosen = self.mask is None and self.method == "prox"
+        if self.preset != "default" and not (chosen or overridden or self.reconstructs):
+            why = "--mask" if self.mask else f"--method {self.method}"
+            return (
+                f"--preset {self.preset} has no effect with {why} unless blocks are tuned as a "
+                "whole; add --reconstruct."
+            )
+        return ""
+
     @property
     def has_budget(self) -> bool:
         """Whether the sensitivity of each layer decides which are pruned."""

@@ -9,7 +9,7 @@ https://huggingface.co/docs/hub/model-cards says what the metadata means.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from prox24_deploy import __version__
+from prox24_deploy.bundle.layout import PRUNED, RECOVERED
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.documents import Document, read_object, reason_of
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.core.metrics import METRICS
 from prox24_deploy.core.printable import printable
-from prox24_deploy.core.records import TextSource
+from prox24_deploy.core.records import Metric, TextSource
 from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.report.escape import code
 from prox24_deploy.report.render import render_markdown
@@ -31,6 +32,7 @@ from prox24_deploy.report.schema import Report
 
 CARD_FILE = "README.md"
 TAGS = ["2:4-sparsity", "semi-structured", "pruned", "prox24-deploy"]
+_DENSE_TAGS = TAGS[-1:]
 
 # Metadata of the source model that stays true of the pruned one.
 _KEPT = ("license", "license_name", "license_link", "language")
@@ -96,6 +98,48 @@ def _read_object(file: Path) -> dict[str, Any]:
     return read_object(file, document, finite=False)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardFigures:
+    """Accuracy of one model of the release; `heading` says which, "" where there is but one.
+
+    `suffix` tells names of its metrics from those of the others.
+    """
+
+    heading: str
+    suffix: str
+    metrics: tuple[Metric, ...]
+    tasks: tuple[Metric, ...]
+
+
+def card_figures(report: Report) -> list[CardFigures]:
+    """What the model beside the card scored, then what its 8-bit numbers do, where there are any.
+
+    These are in other files of the release, and their figures are not those of the weights that
+    the card is of.
+    """
+    accuracy, quantized = report.accuracy, report.quantization
+    tasks = accuracy.tasks.metrics if accuracy.tasks else ()
+    last = CardFigures(heading="", suffix="", metrics=accuracy.metrics, tasks=tasks)
+    if quantized is None or not accuracy.steps:
+        return [last]
+    form, stored = quantized.format.upper(), report.model.source_dtype
+    folder = RECOVERED if report.recovery else PRUNED
+    return [
+        CardFigures(
+            heading=f"The model in `{folder}/` of the release, in {stored}:",
+            suffix="",
+            metrics=accuracy.steps[-1].metrics,
+            tasks=(),
+        ),
+        replace(
+            last,
+            heading=f"The same with its layers in {form}, as ONNX files and engines of the release "
+            f"have it, and what is packaged of it for vLLM; the verdict is of this one:",
+            suffix=f" in {form}",
+        ),
+    ]
+
+
 def render_card(report: Report, source: SourceCard) -> str:
     """Text of the card; the same report and source give the same text."""
     name = report.model.title
@@ -106,6 +150,10 @@ def render_card(report: Report, source: SourceCard) -> str:
     view = {
         "report": report,
         "totals": report.pruning.totals,
+        "kind": _kind(report),
+        "recovery": report.recovery,
+        "trained": bool(report.recovery and report.recovery.kept),
+        "figures": card_figures(report),
         "name": name,
         "tool_version": __version__,
         "opened_by": source.opened_by,
@@ -138,6 +186,10 @@ def _metadata(written: str) -> tuple[dict[str, Any], str]:
     return metadata, ""
 
 
+def _kind(report: Report) -> str:
+    return "2:4 sparse" if report.pruning.totals.pruned else "dense"
+
+
 def _front_matter(report: Report, source: SourceCard) -> ModelCardData:
     """The metadata; what of the source's stays true may be anything that YAML has."""
     title, task = report.model.title, report.model.task
@@ -146,33 +198,39 @@ def _front_matter(report: Report, source: SourceCard) -> ModelCardData:
         base_model=title if "/" in title else None,
         library_name="sentence-transformers" if source.opened_by else "transformers",
         pipeline_tag=TASKS[task].hub_name or task,
-        tags=TAGS,
-        model_name=f"{printable(title).rpartition('/')[2]}, 2:4 sparse",
+        tags=TAGS if report.pruning.totals.pruned else _DENSE_TAGS,
+        model_name=f"{printable(title).rpartition('/')[2]}, {_kind(report)}",
         eval_results=[*_index(report)],
     )
 
 
 def _index(report: Report) -> Iterator[EvalResult]:
     """What was measured of the sparse model, or of it against the dense one, for the Hub."""
-    task = report.model.task
-    kind = TASKS[task].hub_name or task
-    data = _samples(report.accuracy.evaluation)
-    tasks = report.accuracy.tasks.metrics if report.accuracy.tasks else ()
-    for metric in (*report.accuracy.metrics, *tasks):
-        found, of_harness = metric.sparse or metric.agreement, metric in tasks
-        if found is None or not math.isfinite(found.value):
-            continue
-        known = METRICS.get(metric.name)
-        # On one line: a line of its own might end the metadata.
-        group, _, measure = printable(metric.name).rpartition("/")
-        yield EvalResult(
-            task_type=kind,
-            dataset_type="lm-evaluation-harness" if of_harness else "custom",
-            dataset_name=group if of_harness else data,
-            metric_type=(known and known.hub_name) or measure,
-            metric_name=printable(metric.name),
-            metric_value=found.value,
-        )
+    for part in card_figures(report):
+        for metric in part.metrics:
+            yield from _result(report, metric, part.suffix, of_harness=False)
+        for metric in part.tasks:
+            yield from _result(report, metric, part.suffix, of_harness=True)
+
+
+def _result(
+    report: Report, metric: Metric, suffix: str, *, of_harness: bool
+) -> Iterator[EvalResult]:
+    """One figure, unless there is none."""
+    found = metric.sparse or metric.agreement
+    if found is None or not math.isfinite(found.value):
+        return
+    task, known = report.model.task, METRICS.get(metric.name)
+    # On one line: a line of its own might end the metadata.
+    group, _, measure = printable(metric.name).rpartition("/")
+    yield EvalResult(
+        task_type=TASKS[task].hub_name or task,
+        dataset_type="lm-evaluation-harness" if of_harness else "custom",
+        dataset_name=group if of_harness else _samples(report.accuracy.evaluation),
+        metric_type=(known and known.hub_name) or measure,
+        metric_name=printable(metric.name) + suffix,
+        metric_value=found.value,
+    )
 
 
 def _samples(text: TextSource) -> str:

@@ -1,11 +1,12 @@
 """The model to build and what to build it with, read and checked before any work."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prox24_deploy.bundle.bundle import Bundle
-from prox24_deploy.bundle.layout import PRUNED
+from prox24_deploy.bundle.layout import MANIFEST_FILE, PRUNED
 from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptions
 from prox24_deploy.config.recipe import Recipe, parse_recipe, select_recipe
 from prox24_deploy.core.errors import BackendMissingError, BundleError, UsageError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from prox24_deploy.model.batch import Samples
     from prox24_deploy.model.directory import ModelDir
     from prox24_deploy.pruning.masks import MaskFiles
+
+log = logging.getLogger(__name__)
 
 # Of what a stage may take of memory, which is therefore in the key of none.
 MEMORY_LIMIT = unkeyed("says where weights are kept, not what they are")
@@ -69,15 +72,19 @@ def read_context(
     Raises:
         ModelDirError, RecipeError, CalibrationError: the input cannot be used.
         UsageError: the name that was asked for is none.
-        BundleError: `out` lies in the model directory.
+        BundleError: `out` lies in the model directory, or in another folder that is read.
     """
     from prox24_deploy.model.directory import open_model_dir
     from prox24_deploy.model.recipe_template import advise
 
     name = source_name(model_dir, options.name)
     source = open_model_dir(model_dir)
-    if out and out.resolve().is_relative_to(model_dir.resolve()):
-        raise BundleError(f"Output {out} lies in the model directory {model_dir}; pass another -o.")
+    if out:
+        require_apart(out, model_dir, "the model directory")
+        for path in (*options.text.calibration, *options.text.evaluation):
+            require_apart(out, path, "the folder of samples")
+        if options.prune.mask is not None:
+            require_apart(out, options.prune.mask, "the folder of masks")
     recipe, recipe_text = select_recipe(
         model_dir, source.model_type, options.recipe, lambda: advise(source)
     )
@@ -95,10 +102,23 @@ def read_context(
     )
 
 
+def require_apart(out: Path, folder: Path, what: str) -> None:
+    """Refuse an output inside of what is read, which would not be what it was.
+
+    Raises:
+        BundleError: names both.
+    """
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"Output {out} lies in {what} {folder}; pass another -o.")
+
+
 def _masks(source: "ModelDir", recipe: Recipe, options: BuildOptions) -> "MaskFiles | None":
     """Masks that were made elsewhere, held to the structure of the model."""
     if options.prune.mask is None:
         return None
+    mask = options.prune.mask
+    if (mask / MANIFEST_FILE).is_file():
+        raise UsageError(f"--mask {mask} is a bundle; pass the model in it, {mask / PRUNED}.")
     import torch
 
     from prox24_deploy.model.directory import build_untrained
@@ -143,6 +163,23 @@ def fitted_shapes(options: EngineOptions, config: dict[str, Any], recipe: Recipe
     _require_past(options, config, recipe)
     longest = longest_of(config, recipe.sequence_length)
     return replace(options, sequences=tuple(min(length, longest) for length in options.sequences))
+
+
+def warn_of_lengths(options: EngineOptions, model: ModelContext) -> None:
+    """Say which lengths that were asked for are not those that are run."""
+    if options.sequences == EngineOptions().sequences:
+        return
+    if not model.recipe.modality.has_length:
+        log.warning(
+            "--shapes sequence has no effect on a model of %ss.", model.recipe.modality.unit
+        )
+        return
+    longest = longest_of(model.config, model.recipe.sequence_length)
+    if longer := [length for length in options.sequences if length > longest]:
+        log.warning(
+            "--shapes sequence=%s is longer than the %d tokens that the model accepts, which are "
+            "taken in its place.", ",".join(map(str, longer)), longest,
+        )  # fmt: skip
 
 
 def _require_past(options: EngineOptions, config: dict[str, Any], recipe: Recipe) -> None:

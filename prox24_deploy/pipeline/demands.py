@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from prox24_deploy.config.limits import AGAINST_DENSE, GivenLimits, accepted_loss, read_limits
 from prox24_deploy.config.options import BuildOptions
+from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.pipeline.context import RunContext
+from prox24_deploy.pipeline.context import RunContext, warn_of_lengths
 from prox24_deploy.regression.baseline import Gate, read_gate
 from prox24_deploy.regression.figures import figures_of
 from prox24_deploy.report.binding import expected_metrics, require_expected
@@ -55,10 +56,19 @@ def check_demands(
     require_expected(demands.given, recipe.limits, metrics, backends, known)
 
 
-def warn_of_few_samples(context: RunContext) -> None:
-    """Say before any work that the samples will decide little, or nothing."""
+def warn_of_idle(options: BuildOptions, recipe: Recipe) -> None:
+    """Say before any work which options of the pruning have no effect."""
+    overridden = any(override.method is not None for override in recipe.overrides)
+    if idle := options.prune.idle(overridden=overridden):
+        log.warning("%s", idle)
+
+
+def warn_beforehand(context: RunContext, options: BuildOptions) -> None:
+    """Say before any work what will decide little, or nothing, or is not what was asked for."""
     if (few := few_samples(context.held_out.source)) is not None:
         log.warning("%s", few)
+    warn_of_idle(options, context.recipe)
+    warn_of_lengths(options.engine, context.model)
 
 
 def _require_effect(options: BuildOptions, given: GivenLimits) -> None:

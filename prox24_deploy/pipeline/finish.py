@@ -112,6 +112,7 @@ def quantize(
     options = replace(stored_options(bundle), quantize=asked)
     context = read_context(source.path, bundle.root, options, progress)
     stages.quantize.require_usable(options, context, ())
+    context = stages.write.run(bundle, context, options, progress)
     stages.quantize.run(bundle, context, pruned, options, progress)
     bundle.manifest.options = {**bundle.manifest.options, "quantize": asked}
     bundle.save()

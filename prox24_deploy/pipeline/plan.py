@@ -55,6 +55,7 @@ from prox24_deploy.pipeline.context import (
     read_context,
     torch_device,
     vocabulary_of,
+    warn_of_lengths,
 )
 from prox24_deploy.pruning.selection import left_dense
 from prox24_deploy.pruning.sensitivity import measure_sensitivity, over_budget
@@ -105,9 +106,8 @@ def plan(
         Prox24Error: what `build` raises for the same model and options.
     """
     context = read_context(model_dir, None, options, progress)
-    require_fixed_work(recipe := context.recipe, "plan")
-    fitted = fitted_shapes(options.engine, context.source.config, recipe)
-    shapes = fitted.shapes(images=not recipe.modality.has_length, cached=recipe.cache)
+    require_fixed_work(context.recipe, "plan")
+    shapes = _shapes(context, options)
     dtype = _planned_dtype(context, options, saved)
     if saved is None:
         timed = _measured(context, options, shapes, dtype, quantize, progress)
@@ -131,6 +131,14 @@ def plan(
         layers=layers,
         profile=timed.profile,
     )
+
+
+def _shapes(context: RunContext, options: BuildOptions) -> Shapes:
+    """What is timed, with lengths that the model accepts."""
+    recipe = context.recipe
+    warn_of_lengths(options.engine, context.model)
+    fitted = fitted_shapes(options.engine, context.source.config, recipe)
+    return fitted.shapes(images=not recipe.modality.has_length, cached=recipe.cache)
 
 
 def _choices(timed: _Timed, dtype: DType) -> tuple[LayerChoice, ...]:

@@ -22,8 +22,19 @@ from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import DType, Progress, Quantize
 from prox24_deploy.pipeline import finish, stages
 from prox24_deploy.pipeline.backends import backends_of, open_backends
-from prox24_deploy.pipeline.context import open_model, read_context, source_of, torch_device
-from prox24_deploy.pipeline.demands import check_demands, read_demands, warn_of_few_samples
+from prox24_deploy.pipeline.context import (
+    open_model,
+    read_context,
+    source_of,
+    torch_device,
+    warn_of_lengths,
+)
+from prox24_deploy.pipeline.demands import (
+    check_demands,
+    read_demands,
+    warn_beforehand,
+    warn_of_idle,
+)
 from prox24_deploy.pipeline.ranks import (
     prune_by_processes,
     require_leader,
@@ -63,7 +74,7 @@ def build(
     check_demands(demands, context, [backend.name for backend in backends], options)
     begun = _begun_by_processes(model_dir, out, options, fresh=fresh, progress=progress)
     with open_bundle(out, fresh=fresh and not begun) as bundle:
-        warn_of_few_samples(context)
+        warn_beforehand(context, options)
         stages.tasks.verify(bundle, options.harness)
         context = stages.write.run(bundle, context, options, progress)
         with shared(options) as ranks:
@@ -98,6 +109,7 @@ def prune(
     context = read_context(model_dir, out, options, progress)
     begun = _begun_by_processes(model_dir, out, options, fresh=fresh, progress=progress)
     with open_bundle(out, fresh=fresh and not begun) as bundle:
+        warn_of_idle(options, context.recipe)
         context = stages.write.run(bundle, context, options, progress)
         with shared(options) as ranks:
             result = stages.prune.run(bundle, context, options, progress, ranks)
@@ -134,30 +146,33 @@ def recover(
     """Run only the stage that recovers: on the bundle `pruned`, or on any into the bundle `out`.
 
     Raises:
+        BundleError: `out` holds a model that was pruned there, or lies in what is read.
         ModelDirError: `teacher` is not what `pruned` was pruned from.
         UsageError: `options` say nothing of recovery, or there is nowhere to write.
         Prox24Error: what `build` raises for the same model and options.
     """
     if (asked := options.recover) is None:
         raise UsageError("There is no budget for the recovery; pass RecoverOptions(minutes=5).")
-    if out is None and not (pruned / MANIFEST_FILE).is_file():
-        raise UsageError(
-            f"{pruned} is not a bundle that the recovered model could go to; pass another folder "
-            "with -o."
-        )
     from prox24_deploy.model.directory import open_model_dir
-    from prox24_deploy.recovery.recover import require_pair
+    from prox24_deploy.recovery.pair import require_pair
+    from prox24_deploy.recovery.student import require_sparse
 
-    if out is None:
-        stages.recover.require_pruned_here(pruned, read_manifest(pruned))
+    own = stages.recover.is_own(pruned, out)
     context = read_context(teacher, out or pruned, options, progress)
     stages.recover.require_usable(options, context)
-    student = open_model_dir(pruned / PRUNED if out is None else _sparse_path(pruned))
+    if own:
+        stages.recover.require_teacher(pruned, context.source)
+    student = open_model_dir(pruned / PRUNED if own else _sparse_path(pruned))
     require_pair(context.source, student, context.recipe)
-    with open_bundle(out or pruned, existing=out is None) as bundle:
-        given = bundle.artifact(PRUNED) if out is None else student
-        context = stages.write.run(bundle, context, options, progress)
-        return stages.recover.run_on(bundle, given, context, options, asked, progress)
+    require_sparse(student, context.recipe)
+    with open_bundle(out or pruned, existing=own) as bundle:
+        given = bundle.artifact(PRUNED) if own else student
+        if not options.text.calibration:
+            # Text that the model wrote to be pruned on stays where other text is given.
+            context = stages.write.run(bundle, context, options, progress)
+        result = stages.recover.run_on(bundle, given, context, options, asked, progress)
+        stages.recover.note_options(bundle, asked)
+        return result
 
 
 def export(
@@ -197,6 +212,7 @@ def compile_engines(
         stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         exported = bundle.load(stages.export.STAGE)
         model = open_model(bundle)
+        warn_of_lengths(options, model)
         backends = open_backends(options, model, shipped_folder(bundle.manifest.files))
         return stages.compile.run(bundle, exported, model.recipe, backends, progress)
 
@@ -217,6 +233,7 @@ def bench(
         stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         compiled = bundle.load(stages.compile.STAGE)
         model = open_model(bundle)
+        warn_of_lengths(options, model)
         shipped = shipped_folder(bundle.manifest.files)
         backends, missing = backends_of(compiled, options, model, shipped)
         result = stages.bench.run(

@@ -1,6 +1,7 @@
 """Masks that were made elsewhere: read from a file or a model directory, and held to the model."""
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,13 @@ from prox24_deploy.model.shards import find_shards
 from prox24_deploy.pruning.selection import left_dense, target_paths
 from prox24_deploy.sparsity.pattern import first_violation, mask_24
 
+log = logging.getLogger(__name__)
+
+# What tools that make masks call that of LAYER.weight, besides that name.
+_SPELLINGS = ("{0}.weight", "{0}.weight_mask", "{0}.mask", "{0}")
+# Weights of two models of one origin are at a smaller angle than this cosine, also far trained
+# ones; those of strangers, or of channels in another order, are at right angles.
+_LEAST_ALIKE = 0.1
 # A buffer of a layer, on its device, and no part of what is saved of it.
 _BUFFER = "fixed_mask"
 
@@ -85,11 +93,12 @@ def read_masks(
     files say is checked.
 
     Raises:
-        UsageError: a layer has no mask, or one of another shape, or a group keeps more than two.
+        UsageError: a layer has no mask, or one of another shape or with NaN, or a group keeps more
+            than two.
     """
     dense = left_dense(recipe, model, options)
     where = _names_of(files)
-    found = {}
+    found, strangers, used = {}, [], set()
     for path in target_paths(recipe, model):
         layer = layer_at(model, path)
         if path in dense or obstacle(layer):
@@ -97,9 +106,54 @@ def read_masks(
         if layer.weight.is_meta and not stored_names(directory, f"{path}.weight"):
             # Known under another name, which the values of the model will tell.
             continue
-        name = _name_of(f"{path}.weight", directory, where, files.path)
-        found[path] = _mask(files.path, where[name], name, path, layer)
+        name = _name_of(path, directory, where, files.path)
+        given = _tensor(files.path, where[name], name, path, layer)
+        used.add(name)
+        found[path] = _mask(given != 0, layer)
+        if not layer.weight.is_meta and not _is_alike(given, layer.weight):
+            strangers.append(path)
+    _warn(files.path, strangers, _idle(where, used, directory) if _is_structure(model) else [])
     return found
+
+
+def _is_structure(model: nn.Module) -> bool:
+    return next(model.parameters()).is_meta
+
+
+def _warn(path: Path, strangers: Sequence[str], idle: Sequence[str]) -> None:
+    """Say what makes one doubt that these are masks of this model."""
+    if strangers:
+        log.warning(
+            "Mask %s has weights for %d layers, first for %s, that have nothing to do with those "
+            "of the model: it is of another model, or of one whose channels were put into another "
+            "order, as prune does without --permute none.", path, len(strangers), strangers[0],
+        )  # fmt: skip
+    if idle:
+        log.warning(
+            "Mask %s has %d tensors that no layer to prune has a use for, first %s.",
+            path, len(idle), idle[0],
+        )  # fmt: skip
+
+
+def _idle(where: Mapping[str, Path], used: Collection[str], directory: ModelDir) -> list[str]:
+    """Masks of no layer that is pruned; what a model has besides layers is none."""
+    found = []
+    for name in sorted(where.keys() - used):
+        with safe_open(where[name], framework="pt") as handle:
+            is_mask = handle.get_slice(name).get_dtype() == "BOOL"
+        if is_mask or not names_like(name, directory.tensors):
+            found.append(name)
+    return found
+
+
+def _is_alike(given: Tensor, weight: Tensor) -> bool:
+    """Whether weights of a 2:4 model may be those of the model; of booleans nothing tells."""
+    values = given.float()
+    kept = values[values != 0]
+    if not len(kept) or bool((kept == kept[0]).all()):
+        return True
+    own = weight.detach().cpu().float()[values != 0]
+    return bool(torch.dot(kept, own) >= _LEAST_ALIKE * kept.norm() * own.norm())
 
 
 def fix_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -130,14 +184,16 @@ def _names_of(files: MaskFiles) -> dict[str, Path]:
     return found
 
 
-def _name_of(parameter: str, directory: ModelDir, names: Iterable[str], path: Path) -> str:
-    """Which tensor of the files is meant by a parameter of the model."""
-    known = [*names]
-    candidates = [parameter, *stored_names(directory, parameter)]
+def _name_of(layer: str, directory: ModelDir, names: Iterable[str], path: Path) -> str:
+    """Which tensor of the files is the mask of a layer of the model."""
+    known, parameter = [*names], f"{layer}.weight"
+    stored = [name.removesuffix(".weight") for name in stored_names(directory, parameter)]
+    candidates = [form.format(each) for form in _SPELLINGS for each in (layer, *stored)]
     exact = next((name for name in candidates if name in known), None)
-    alike = [exact] if exact else names_like(parameter, known)
+    alike = [exact] if exact else []
+    for form in _SPELLINGS:
+        alike = alike or names_like(form.format(layer), known)
     if len(alike) != 1:
-        layer = parameter.removesuffix(".weight")
         raise UsageError(
             f"Mask {path} has {len(alike) or 'no'} tensors for {parameter}, expected one; add it, "
             f"or leave the layer dense with --exclude {layer}."
@@ -145,22 +201,34 @@ def _name_of(parameter: str, directory: ModelDir, names: Iterable[str], path: Pa
     return alike[0]
 
 
-def _mask(path: Path, file: Path, name: str, layer_path: str, layer: Layer) -> Tensor:
+def _tensor(path: Path, file: Path, name: str, layer_path: str, layer: Layer) -> Tensor:
+    """What a file has for a layer, in the layout of its weight."""
     with safe_open(file, framework="pt") as handle:
-        kept: Tensor = handle.get_tensor(name) != 0
-    if kept.shape != layer.weight.shape:
+        given: Tensor = handle.get_tensor(name)
+    # Not every float of eight bits can be compared.
+    given = given.float() if given.dtype.itemsize == 1 and given.is_floating_point() else given
+    if given.shape != layer.weight.shape:
         raise UsageError(
-            f"Mask {name} of {path} has the shape {tuple(kept.shape)}, expected "
+            f"Mask {name} of {path} has the shape {tuple(given.shape)}, expected "
             f"{tuple(layer.weight.shape)} as the weight of layer {layer_path}; pass the masks of "
             "this model."
         )
+    if bool(given.isnan().any()):
+        raise UsageError(
+            f"Mask {name} of {path} holds NaN, which says neither kept nor not; make it anew."
+        )
     axis = reduction_axis(layer)
-    if (bad := first_violation(kept, axis)) is not None:
+    if (bad := first_violation(given != 0, axis)) is not None:
         raise UsageError(
             f"Mask {name} of {path} keeps more than two of the four weights from {bad} along axis "
             f"{axis}; make it 2:4, or leave the layer dense with --exclude {layer_path}."
         )
+    return given
+
+
+def _mask(kept: Tensor, layer: Layer) -> Tensor:
+    """As many kept in each group as a 2:4 kernel multiplies, the largest besides those given."""
     if layer.weight.is_meta:
         return kept
     size = layer.weight.detach().abs().cpu()
-    return mask_24(size.masked_fill(kept, torch.inf), axis)
+    return mask_24(size.masked_fill(kept, torch.inf), reduction_axis(layer))

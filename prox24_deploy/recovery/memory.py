@@ -125,7 +125,7 @@ def require_memory(
     raise UsageError(
         f"Recovery of {directory.path} needs {found} before activations"
         f"{f' in each of {times} processes' if times > 1 else ''}, and {where} has "
-        f"{free / GIB:.3g} GiB free or allowed by --memory-limit; "
+        f"{free / GIB:.3g} GiB {'free' if limit is None else 'allowed by --memory-limit'}; "
         f"{_remedy(options, times, needs, free)}."
     )
 

@@ -14,8 +14,6 @@ from torch import nn
 from prox24_deploy.config.options import RecoverOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import write_atomic
-from prox24_deploy.core.errors import ModelDirError
-from prox24_deploy.core.modalities import TEXT
 from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.types import Progress
 from prox24_deploy.data.written import author_of
@@ -27,6 +25,7 @@ from prox24_deploy.model.dtypes import settled_dtype
 from prox24_deploy.model.processors import load_tokenizer
 from prox24_deploy.recovery.memory import GIB
 from prox24_deploy.recovery.objective import objective_for
+from prox24_deploy.recovery.pair import require_pair
 from prox24_deploy.recovery.processes import Crew, run_together
 from prox24_deploy.recovery.schedule import Schedule, require_samples
 from prox24_deploy.recovery.session import Recovered, Session, recover_model, state_file
@@ -41,46 +40,6 @@ _OUTCOME = "outcome.json"
 _NOBODY_ELSE = Crew()
 # What torch says where the memory of the machine, and not of a GPU, does not do.
 _NO_MEMORY = "DefaultCPUAllocator"
-
-
-def require_pair(dense: ModelDir, pruned: ModelDir, recipe: Recipe) -> None:
-    """Refuse a model that was not pruned from another.
-
-    Raises:
-        ModelDirError: they differ in architecture, vocabulary or the size of a tensor.
-    """
-    remedy = "pass the model that it was pruned from as --teacher."
-    if dense.architecture != pruned.architecture:
-        raise ModelDirError(
-            f"The teacher {dense.path} is a {dense.architecture}, and {pruned.path} a "
-            f"{pruned.architecture}; {remedy}"
-        )
-    sizes = [whole_number(each.config, "vocab_size", 0) for each in (dense, pruned)]
-    if sizes[0] != sizes[1]:
-        raise ModelDirError(
-            f"The teacher {dense.path} has a vocabulary of {sizes[0]} tokens, and {pruned.path} of "
-            f"{sizes[1]}; {remedy}"
-        )
-    if recipe.modality is TEXT and _vocabulary(dense) != _vocabulary(pruned):
-        raise ModelDirError(
-            f"The tokenizers of {dense.path} and {pruned.path} have other tokens; {remedy}"
-        )
-    for name in sorted(dense.tensors.keys() | pruned.tensors.keys()):
-        sizes = [_values(each, name) for each in (dense, pruned)]
-        if sizes[0] != sizes[1]:
-            raise ModelDirError(
-                f"Tensor {name} has {sizes[0]} values in the teacher {dense.path} and {sizes[1]} "
-                f"in {pruned.path}; {remedy}"
-            )
-
-
-def _values(directory: ModelDir, name: str) -> int:
-    return directory.tensors[name].numel if name in directory.tensors else 0
-
-
-def _vocabulary(directory: ModelDir) -> dict[str, int]:
-    found: dict[str, int] = load_tokenizer(directory).get_vocab()
-    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from prox24_deploy.config.recipe import SENTENCE_MODULES, Recipe
 from prox24_deploy.core.errors import SparsityLostError, UsageError
 from prox24_deploy.model.checkpoint import declared_sparse, stored_names
-from prox24_deploy.model.directory import ModelDir
+from prox24_deploy.model.directory import ModelDir, structure_of
 from prox24_deploy.model.layers import layer_at, obstacle, reduction_axis
 from prox24_deploy.pruning.selection import sharing, target_paths
 from prox24_deploy.sparsity.pattern import first_violation
@@ -147,8 +148,34 @@ def _tables(
     return found
 
 
+def require_sparse(directory: ModelDir, recipe: Recipe) -> None:
+    """Refuse a model that is not 2:4 by its files alone, before it is loaded.
+
+    What the files call otherwise than the model is looked at once that is loaded.
+
+    Raises:
+        SparsityLostError, UsageError: as for `find_trained`.
+    """
+    model = structure_of(directory, recipe)
+    for path in _sparse_paths(model, directory, recipe):
+        names = stored_names(directory, f"{path}.weight")
+        layer = layer_at(model, path)
+        if len(names) == 1 and directory.tensors[names[0]].numel == layer.weight.numel():
+            with safe_open(directory.tensors[names[0]].shard, framework="pt") as handle:
+                _require_24(handle.get_tensor(names[0]), reduction_axis(layer), path, directory)
+
+
 def _sparse_layers(model: nn.Module, directory: ModelDir, recipe: Recipe) -> list[str]:
-    """Paths of the 2:4 layers: those that the files declare, else every target."""
+    """Paths of the 2:4 layers, whose weights are."""
+    paths = _sparse_paths(model, directory, recipe)
+    for path in paths:
+        layer = layer_at(model, path)
+        _require_24(layer.weight, reduction_axis(layer), path, directory)
+    return paths
+
+
+def _sparse_paths(model: nn.Module, directory: ModelDir, recipe: Recipe) -> list[str]:
+    """Paths of the layers that must be 2:4: those that the files declare, else every target."""
     declared = declared_sparse(directory)
     shared = sharing(recipe, model)
     paths = [
@@ -158,20 +185,20 @@ def _sparse_layers(model: nn.Module, directory: ModelDir, recipe: Recipe) -> lis
     ]
     if declared:
         paths = [p for p in paths if declared & {*stored_names(directory, f"{p}.weight")}]
-    for path in paths:
-        layer = layer_at(model, path)
-        if (bad := first_violation(layer.weight, reduction_axis(layer))) is not None:
-            raise SparsityLostError(
-                f"Layer {path} of {directory.path} is not 2:4: the group at {bad} of its weight "
-                "has more than two non-zeros; pass a model that prune made, or whose targets "
-                "are all 2:4."
-            )
     if not paths:
         raise UsageError(
             f"{directory.path} has no 2:4 layer to recover; prune the model first, without "
             "--method none."
         )
     return paths
+
+
+def _require_24(weight: Tensor, axis: int, path: str, directory: ModelDir) -> None:
+    if (bad := first_violation(weight, axis)) is not None:
+        raise SparsityLostError(
+            f"Layer {path} of {directory.path} is not 2:4: the group at {bad} of its weight has "
+            "more than two non-zeros; pass a model that prune made, or whose targets are all 2:4."
+        )
 
 
 def _names(model: nn.Module) -> dict[int, tuple[str, ...]]:

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 _MOST_GRADIENT = 1.0
 # Losses above the first one by this much are no noise: of withheld samples, and of one step.
 _FAR_WITHHELD, _FAR_STEP = 2.0, 10.0
+# Batches to train on that the first loss of a step is told by.
+_MOST_TRIED = 8
 # Below this a loss is rounding.
 _NO_LOSS = 1e-6
 
@@ -71,11 +73,23 @@ class Lesson:
         """Where the models are."""
         return self.trained[0].parameter.device
 
-    @torch.no_grad()
     def withheld_loss(self) -> float:
         """Mean loss on the withheld batches; NaN or infinite where it is."""
+        return self._loss_on(self.withheld)
+
+    def hardest_loss(self) -> float:
+        """The largest finite mean loss of some batches to train on, evenly spaced; else 0.
+
+        Text that the model wrote may be far harder for it than the text that it was pruned on.
+        """
+        some = self.batches[:: -(-len(self.batches) // _MOST_TRIED)]
+        losses = (self._loss_on([batch]) for batch in some)
+        return max(filter(math.isfinite, losses), default=0.0)
+
+    @torch.no_grad()
+    def _loss_on(self, batches: Sequence[Batch]) -> float:
         total, count = 0.0, 0
-        for batch in self.crew.shares(self.withheld):
+        for batch in self.crew.shares(batches):
             with half_precision(self.device):
                 loss, number = self.objective(self.dense, self.sparse, batch)
             total, count = total + float(loss), count + number
@@ -173,6 +187,22 @@ def masked_step(optimizer: torch.optim.Optimizer, trained: Sequence[Trained]) ->
             each.clear(each.parameter)
 
 
+def _why_not(loss: float | None) -> str:
+    """Why no step is taken from a model with this loss on withheld samples; "" where it is."""
+    if loss is None:
+        return (
+            "Recovery cannot begin: on withheld samples the loss of the model that was given is "
+            "not finite, so that it is kept as it was; compare both models with evaluate."
+        )
+    if loss <= _NO_LOSS:
+        return (
+            "There is nothing to recover: on withheld samples the loss of the model that was given "
+            f"is {loss:.3g}, so that it is kept as it was; pass the dense model as teacher if this "
+            "is another."
+        )
+    return ""
+
+
 @dataclass(slots=True, kw_only=True)
 class Training:
     """One run; `learning_rate` is relative to the scale of each parameter."""
@@ -184,17 +214,23 @@ class Training:
     file: StateFile
     optimizer: RecoverOptimizer = "adamw"
     _optimizer: torch.optim.Optimizer = field(init=False)
+    # What a step has of the model that was given, at most.
+    _first_step: float = field(init=False)
 
     def run(self, progress: Progress) -> Outcome:
         """Train, and leave the best weights in the model, rounded as the checkpoint stores them.
 
         Goes on from the state in the file, if there is one. Where the loss is not finite or far
-        above the first, the weights in the model are those that it had, as after any error.
+        above the first, the weights in the model are those that it had, as after any error, and
+        so they are without a step where there is no loss, or none that is finite.
         """
         first = values_of(self.lesson.trained, stored=True)
         state = self.file.load(len(first))
         try:
             state = state or self._begin(first)
+            if failure := _why_not(state.curve[0].withheld):
+                return Outcome(curve=tuple(state.curve), failure=failure)
+            self._first_step = max(state.curve[0].withheld or 0.0, self.lesson.hardest_loss())
             with trainable(self.lesson) as graph:
                 self._resume(state)
                 # Those of now are in the model.
@@ -219,15 +255,15 @@ class Training:
 
     def _begin(self, first: list[Tensor]) -> TrainingState:
         loss = self.lesson.withheld_loss()
-        if not math.isfinite(loss):
-            raise _DivergedError("the loss of the model that was given is not finite")
         return TrainingState(
             taken=0,
             kept=0,
             best=first,
             now=first,
             moments=[],
-            curve=[RecoveryPoint(step=0, trained=None, withheld=loss)],
+            curve=[
+                RecoveryPoint(step=0, trained=None, withheld=loss if math.isfinite(loss) else None)
+            ],
         )
 
     def _resume(self, state: TrainingState) -> None:
@@ -259,11 +295,10 @@ class Training:
         rate = self.learning_rate * self.schedule.rate(state.taken)
         set_rates(self._optimizer, self.lesson.trained, rate)
         loss = self.lesson.gradient(chosen, graph)
-        start = state.curve[0].withheld or 0.0
-        if not loss <= max(_FAR_STEP * start, _NO_LOSS):
+        if not loss <= max(_FAR_STEP * self._first_step, _NO_LOSS):
             raise _DivergedError(
                 f"the loss of step {state.taken + 1} is {loss:.3g}, that of the model that was "
-                f"given {start:.3g}"
+                f"given {self._first_step:.3g}"
             )
         masked_step(self._optimizer, self.lesson.trained)
         return loss

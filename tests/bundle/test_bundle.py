@@ -411,6 +411,19 @@ def test_a_stage_goes_on_from_what_it_kept_and_from_nothing_else(tmp_path: Path)
     assert found == [([], False), ([kept], True), ([], False)]
 
 
+def test_a_stage_that_has_ended_leaves_nothing_of_what_it_would_have_gone_on_from(
+    tmp_path: Path,
+) -> None:
+    def made(_: Words, work: Workspace, __: Progress) -> Made:
+        work.kept.mkdir()
+        (work.kept / "state").write_text("large", encoding="utf-8")
+        return Made(text="done")
+
+    with open_bundle(tmp_path) as bundle:
+        bundle.run(Stage(name="make", result=Made, run=made), Words(text="one"), silent)
+        assert not list(bundle.partial.iterdir())
+
+
 def die_at(change: int) -> None:
     """End this process by SIGKILL just before its n-th change of the file system from now on.
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import make_records
 from command_line import run_cli
 from safetensors.torch import load_file, save_file
 
 from prox24_deploy.bundle.environment import abilities, diagnose
+from prox24_deploy.cli import tables
 from prox24_deploy.config.options import BenchOptions
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.latency.measure import DEFAULT_OPTIONS
@@ -182,3 +184,14 @@ def test_bench_times_as_many_rounds_as_it_is_told(pruned: tuple[Path, int]) -> N
     shown = run_cli(*line).out
     assert "sparse p99" in shown
     assert "tokens/s" in shown
+
+
+def test_an_export_that_nothing_was_compared_with_says_so() -> None:
+    export = make_records(2).export
+    said = tables.export_line(export, Path("out"))
+    assert "weights proven 2:4 in out/onnx/sparse/model.onnx; largest difference to PyTorch" in said
+    models = tuple(replace(model, dtype="bfloat16") for model in export.sparse)
+    half = replace(export, sparse=models, numerics=())
+    assert tables.export_line(half, Path("out")).endswith(
+        "; not compared with PyTorch, for nothing runs bfloat16 on a CPU."
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import make_records, with_numerics_failed
+from builders import make_records, quantised, recovery, with_numerics_failed
 from huggingface_hub import ModelCard, ModelCardData
 
 from prox24_deploy.core.records import ChannelOrder
@@ -92,6 +92,52 @@ def test_the_card_says_what_was_put_into_another_order() -> None:
     assert "the masks were made elsewhere" in render_card(
         replace(records, prune=mask).report(), PLAIN
     )
+
+
+def test_the_card_says_how_kept_weights_were_trained() -> None:
+    records = replace(make_records(2), recover=recovery())
+    text = render_card(records.report(), PLAIN)
+    assert "Then the kept weights of 12 layers, 30 norms and biases were trained against" in text
+    assert "KL(dense, sparse) went from 0.62 to 0.33." in text
+    assert "Every tensor that was neither pruned nor trained has the bytes" in text
+    idle = render_card(replace(records, recover=recovery(kept=0)).report(), PLAIN)
+    assert "That gave nothing better, and the weights are those of pruning." in idle
+    assert "Every tensor that was not pruned has the bytes" in idle
+
+
+def test_figures_of_8_bit_numbers_are_not_those_of_the_weights_beside_the_card() -> None:
+    """`pruned/` has 16-bit weights, whatever files and engines of the release compute in."""
+    records = quantised(make_records())
+    (own,) = records.evaluate.steps
+    changed = [
+        replace(m, agreement=replace(m.agreement, value=0.5)) for m in own.metrics if m.agreement
+    ]
+    assert changed
+    step = replace(own, metrics=tuple(changed))
+    report = replace(records, evaluate=replace(records.evaluate, steps=(step,))).report()
+    card = ModelCard(render_card(report, PLAIN))
+    assert isinstance(card.data, ModelCardData)
+    values = {each.metric_name: each.metric_value for each in card.data.eval_results or ()}
+    last = {metric.name: metric.agreement for metric in report.accuracy.metrics}
+    for metric in changed:
+        found = last[metric.name]
+        assert found is not None
+        assert values[metric.name] == 0.5
+        assert values[f"{metric.name} in FP8"] == found.value
+    assert "The model in `pruned/` of the release, in float32:" in card.text
+    assert "The same with its layers in FP8, as ONNX files and engines" in card.text
+
+
+def test_a_model_that_was_not_pruned_is_not_called_sparse() -> None:
+    records = make_records(2)
+    none = [replace(layer, status="skipped", reason="asked") for layer in records.prune.layers]
+    prune = replace(records.prune, layers=tuple(none), method="none")
+    card = ModelCard(render_card(replace(quantised(records), prune=prune).report(), PLAIN))
+    assert metadata(card)["tags"] == ["prox24-deploy"]
+    assert metadata(card)["model-index"][0]["name"] == "all-MiniLM-L6-v2, dense"
+    assert "as it is: no layer of it was pruned." in card.text
+    for word in ("2:4", "How it was pruned", "zeros", "sparse model on"):
+        assert word not in card.text.split("**", 4)[-1].replace("prox24", "")
 
 
 def test_a_verdict_other_than_pass_is_said() -> None:

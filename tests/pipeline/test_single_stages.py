@@ -3,13 +3,17 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from command_line import ANY_EMBEDDING, run_cli
 
+from prox24_deploy.bundle.bundle import open_bundle
+from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.pipeline import stages
+from prox24_deploy.core.types import silent
+from prox24_deploy.pipeline import finish, stages
 
 SAMPLES = ("--calibration-tokens", "2048", "--evaluation-tokens", "1024")
 SHAPES = ("--shapes", "batch=2", "sequence=8")
@@ -62,6 +66,25 @@ def test_single_stages_quantise_on_what_the_bundle_was_pruned_on(
         assert options.quantize == "int8"
         assert context.calibration.source.sha256 == pruned.calibration.sha256
     assert len(seen) == 2
+
+
+def test_a_decoder_is_quantised_on_the_text_that_it_wrote_to_be_pruned_on(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, written = SimpleNamespace(), SimpleNamespace()
+    seen: list[Any] = []
+    monkeypatch.setattr(finish, "stored_options", lambda _: BuildOptions())
+    monkeypatch.setattr(finish, "read_context", lambda *_: given)
+    monkeypatch.setattr(stages.quantize, "require_usable", lambda *_: None)
+    monkeypatch.setattr(
+        stages.write, "run", lambda _, context, *__: {id(given): written}[id(context)]
+    )
+    monkeypatch.setattr(stages.quantize, "run", lambda *found: seen.append(found[1]))
+    with open_bundle(tmp_path / "out") as bundle:
+        source: Any = SimpleNamespace(path=tiny_bert)
+        pruned: Any = None
+        finish.quantize(bundle, pruned, source, "int8", silent)
+    assert seen == [written]
 
 
 @pytest.mark.large

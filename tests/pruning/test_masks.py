@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from opened import open_tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from prox24_deploy.core.errors import Prox24Error, UsageError
 from prox24_deploy.core.fingerprint import fingerprint
 from prox24_deploy.core.records import PruneResult
 from prox24_deploy.pipeline.context import read_context
-from prox24_deploy.pruning.masks import open_masks
+from prox24_deploy.pruning.masks import open_masks, read_masks
 from prox24_deploy.pruning.prune import prune_directory
 from prox24_deploy.pruning.reconstruct import SCHEDULES, AdamOptions
 from prox24_deploy.pruning.solvers.problem import layer_problem
@@ -122,6 +123,10 @@ _GATE = "model.layers.0.mlp.gate_proj.weight"
     [
         (lambda m: without(m, _GATE), rf"has no tensors for {_GATE}, expected one; add it, or "),
         (lambda m: {**m, _GATE: m[_GATE][:, :8]}, r"has the shape \(\d+, 8\), expected"),
+        (
+            lambda m: {**m, _GATE: m[_GATE].float() / m[_GATE]},
+            r"gate_proj.weight of .* holds NaN, which says neither",
+        ),
         (lambda m: third(m, _GATE), r"keeps more than two of the four weights from \(1, 4\) along"),
     ],
 )
@@ -232,3 +237,52 @@ def test_a_group_that_keeps_one_keeps_the_largest_other(
     assert bool((kept.sum(-1) == 2).all())
     assert bool(kept[..., 0].all())
     assert torch.equal(kept[..., 1:].int().argmax(-1), size[..., 1:].argmax(-1))
+
+
+@pytest.mark.parametrize("spelling", ["{}", "{}.mask", "{}.weight_mask", "model.{}.weight"])
+def test_masks_are_found_by_the_names_that_tools_give_them(
+    spelling: str, tiny_llama: Path, prose: Path, tmp_path: Path
+) -> None:
+    masks = random_masks(tiny_llama)
+    named = {spelling.format(name.removesuffix(".weight")): mask for name, mask in masks.items()}
+    save_file(named, tmp_path / "masks.safetensors")
+    assert read_context(tiny_llama, None, options_for(prose, tmp_path / "masks.safetensors")).masks
+
+
+def test_a_bundle_is_no_mask_but_has_one(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"is a bundle; pass the model in it, .*pruned\."):
+        read_context(tiny_llama, None, options_for(prose, tmp_path))
+
+
+def test_masks_that_are_of_no_layer_are_said(
+    tiny_llama: Path, prose: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    masks = random_masks(tiny_llama)
+    more = {"model.layers.7.mlp.up_proj.weight": masks[_GATE].clone()}
+    save_file({**masks, **more}, tmp_path / "masks.safetensors")
+    read_context(tiny_llama, None, options_for(prose, tmp_path / "masks.safetensors"))
+    assert "1 tensors that no layer to prune has a use for, first model.layers.7" in caplog.text
+
+
+def test_weights_of_another_model_are_doubted_as_masks(
+    tiny_llama: Path, prose: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = open_tiny(tiny_llama, prose, tokens=1024)
+    masks = random_masks(tiny_llama)
+    own = {name: (weights(tiny_llama)[name] * mask) for name, mask in masks.items()}
+    ones = {name: mask.bfloat16() for name, mask in masks.items()}
+    others = {name: torch.randn(mask.shape) * mask for name, mask in masks.items()}
+    # As channels in another order leave it.
+    moved = {name: t.roll(8, 1) for name, t in own.items()}
+    eights = {name: t.to(torch.float8_e4m3fn) for name, t in own.items()}
+    for number, (given, said) in enumerate(
+        ((own, ""), (ones, ""), (masks, ""), (eights, ""), (others, "that"), (moved, "that"))
+    ):
+        save_file(given, file := tmp_path / f"{number}.safetensors")
+        options = PruneOptions(mask=file)
+        files = open_masks(options)
+        assert files is not None
+        caplog.clear()
+        read_masks(files, opened.model, opened.directory, opened.recipe, options)
+        assert bool(said) == ("that have nothing to do with those of the model" in caplog.text)

@@ -72,7 +72,7 @@ def test_what_cannot_fit_is_refused_with_what_does(
     with pytest.raises(UsageError, match="use a device with more memory, or leave recovery out"):
         asked(ONE, lean - 1)
     monkeypatch.undo()
-    with pytest.raises(UsageError, match=r"has 1e-06 GiB free or allowed by --memory-limit; "):
+    with pytest.raises(UsageError, match=r"has 1e-06 GiB allowed by --memory-limit; "):
         require_memory(opened.directory, opened.recipe, ONE, CPU, int(1e-6 * GIB) + 1)
     two = replace(ONE, processes=2, optimizer="adafactor")
     with pytest.raises(UsageError, match=r"in each of 2 processes, .* a smaller --recover-proc"):

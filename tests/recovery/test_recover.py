@@ -1,5 +1,7 @@
 """Recovery of tiny models: what may change, what may not, and how a run ends."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,10 @@ from prox24_deploy.core.types import silent
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.pruning.prune import prune_directory
+from prox24_deploy.recovery.pair import require_pair
 from prox24_deploy.recovery.recover import Recovery, recover_directory
-from prox24_deploy.recovery.training import Training
+from prox24_deploy.recovery.student import require_sparse
+from prox24_deploy.recovery.training import Lesson, Training
 
 CPU = torch.device("cpu")
 FAST = RecoverOptions(steps=12, step_tokens=512, learning_rate=0.02)
@@ -201,6 +205,36 @@ def test_a_diverging_run_ends_with_what_it_was_given_and_says_what_to_change(
     assert all(torch.equal(given[name], left[name]) for name in given)
 
 
+def test_a_model_that_does_what_its_teacher_does_is_left_without_a_step(
+    llama: Recovery, tmp_path: Path
+) -> None:
+    found = recover(replace(llama, dense=llama.pruned), tmp_path)
+    assert (found.taken, found.kept, found.before) == (0, 0, 0.0)
+    assert found.warning == (
+        "There is nothing to recover: on withheld samples the loss of the model that was given is "
+        "0, so that it is kept as it was; pass the dense model as teacher if this is another."
+    )
+
+
+def test_a_model_without_a_finite_loss_is_left_without_a_step(
+    llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lesson, "withheld_loss", lambda _: float("nan"))
+    found = recover(llama, tmp_path)
+    assert (found.taken, found.kept, found.before, found.after) == (0, 0, None, None)
+    assert "loss of the model that was given is not finite" in found.warning
+
+
+def test_text_that_is_harder_than_what_is_withheld_is_no_divergence(
+    llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As is text that a model writes where it was pruned on text of one domain."""
+    monkeypatch.setattr(Lesson, "withheld_loss", lambda _: 1e-4)
+    found = recover(llama, tmp_path)
+    assert (found.taken, found.warning) == (found.steps, "")
+    assert all(p.trained > 1e-2 for p in found.curve if p.trained is not None)
+
+
 def test_steps_that_only_harm_are_not_kept(llama: Recovery, tmp_path: Path) -> None:
     """A rate that is too large, but not so large that the loss leaves for good."""
     first = recover(replace(llama, options=replace(FAST, learning_rate=1e-9)), tmp_path / "a")
@@ -298,9 +332,31 @@ def test_a_teacher_of_another_kind_is_refused(
         recover(replace(llama, pruned=less), tmp_path)
 
 
-def test_other_tokens_are_refused(llama: Recovery, tmp_path: Path) -> None:
-    import shutil
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}, "head_dim 4, .* 8"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu', .* 'silu'"),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "rope_theta 500000.0"),
+        ({"attention_dropout": 0.5, "dtype": "float32", "transformers_version": "5.0.0"}, ""),
+    ],
+)
+def test_a_teacher_that_computes_otherwise_is_refused(
+    llama: Recovery, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(llama.dense.path, copy)
+    file = copy / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **change}))
+    dense = open_model_dir(copy)
+    if not said:
+        require_pair(dense, llama.pruned, llama.recipe)
+        return
+    with pytest.raises(ModelDirError, match=f"The teacher .* has .*{said}.*; pass the model that"):
+        require_pair(dense, llama.pruned, llama.recipe)
 
+
+def test_other_tokens_are_refused(llama: Recovery, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(llama.pruned.path, copy)
     file = copy / "tokenizer.json"
@@ -312,6 +368,10 @@ def test_other_tokens_are_refused(llama: Recovery, tmp_path: Path) -> None:
 def test_a_student_that_is_not_sparse_is_refused(llama: Recovery, tmp_path: Path) -> None:
     with pytest.raises(SparsityLostError, match=r"Layer model.layers.0.self_attn.q_proj of .* 2:4"):
         recover(replace(llama, pruned=llama.dense), tmp_path)
+    # By its files alone.
+    with pytest.raises(SparsityLostError, match=r"Layer model.layers.0.self_attn.q_proj of .* 2:4"):
+        require_sparse(llama.dense, llama.recipe)
+    require_sparse(llama.pruned, llama.recipe)
 
 
 def test_too_little_text_to_withhold_some_is_refused(llama: Recovery, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import make_records, quantised
+from builders import make_records, quantised, recovery
 from command_line import ANY_TEXT, run_cli, snapshot
 
 import prox24_deploy as p24
@@ -15,7 +15,6 @@ from prox24_deploy.cli.tables import report_head
 from prox24_deploy.config.options import parse_budget
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import AccuracyStep
-from prox24_deploy.core.recovery import RecoverResult, RecoveryPoint, WrittenText
 from prox24_deploy.pipeline import run as pipeline
 from prox24_deploy.report.assemble import load_report, write_report
 from prox24_deploy.report.render import render_html, render_summary
@@ -178,23 +177,6 @@ def test_budgets_are_steps_or_minutes(word: str, found: tuple[int | None, float 
 def test_other_budgets_are_refused(word: str) -> None:
     with pytest.raises(UsageError, match="expected a number of steps or of minutes such as"):
         parse_budget(word)
-
-
-def recovery(**changes: Any) -> RecoverResult:
-    records = make_records(2)
-    curve = (
-        RecoveryPoint(step=0, trained=None, withheld=0.62),
-        RecoveryPoint(step=10, trained=0.41, withheld=0.33),
-        RecoveryPoint(step=20, trained=0.22, withheld=0.35),
-    )
-    found = RecoverResult(
-        loss="KL(dense, sparse)", steps=20, step_tokens=8192, taken=20, kept=10, before=0.62,
-        after=0.33, curve=curve, learning_rate=0.01, layers=12, vectors=30, parameters=4_000_000,
-        calibration=records.prune.calibration, withheld=16,
-        written=WrittenText(written=512, samples=500, tokens=256_000, sha256="0" * 64),
-        warning="", device="cuda", peak_gib=3.5, state_sha256="0" * 64, seconds=80.0,
-    )  # fmt: skip
-    return replace(found, **changes)
 
 
 def test_the_report_shows_each_step_and_the_curve(tmp_path: Path) -> None:

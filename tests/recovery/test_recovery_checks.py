@@ -4,8 +4,7 @@ import html
 from dataclasses import replace
 
 import pytest
-from builders import make_records, quantised
-from test_recover_stage import recovery
+from builders import make_records, quantised, recovery
 
 from prox24_deploy.core.quantized import StraightThrough
 from prox24_deploy.core.records import AccuracyStep, Estimate, EvaluateResult, PairedMetric

@@ -1,21 +1,30 @@
 """The stage that trains the kept weights of the pruned model against the dense one."""
 
+import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prox24_deploy.bundle.bundle import Bundle
-from prox24_deploy.bundle.layout import PRUNED, RECOVERED, RECOVERED_RECIPE, shipped_folder
-from prox24_deploy.bundle.manifest import Manifest, unpruned
+from prox24_deploy.bundle.layout import (
+    MANIFEST_FILE,
+    PRUNED,
+    RECOVERED,
+    RECOVERED_RECIPE,
+    shipped_folder,
+)
+from prox24_deploy.bundle.manifest import Manifest, read_manifest, unpruned
 from prox24_deploy.bundle.stage import Artifact, Stage, Workspace
 from prox24_deploy.config.options import BuildOptions, RecoverOptions
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.errors import BundleError, UsageError
+from prox24_deploy.core.errors import BundleError, ModelDirError, UsageError
 from prox24_deploy.core.recovery import RecoverResult
+from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.core.types import Progress
-from prox24_deploy.pipeline.context import RunContext, torch_device
+from prox24_deploy.pipeline.context import RunContext, require_apart, torch_device
+from prox24_deploy.pipeline.stages import prune
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
 if TYPE_CHECKING:
@@ -56,10 +65,25 @@ def require_usable(options: BuildOptions, context: RunContext) -> None:
         raise UsageError(
             "--method none prunes nothing that --recover could recover; leave one of them out."
         )
+    _require_logits(options.recover, context.recipe)
     from prox24_deploy.recovery.schedule import require_samples
 
     require_samples(context.calibration)
     _need(context, options.recover, device, options.memory_limit)
+
+
+def _require_logits(options: RecoverOptions, recipe: Recipe) -> None:
+    """Refuse options of the comparison of logits for a model that gives none."""
+    if TASKS[recipe.task].judged_by != "embeddings":
+        return
+    idle = [f"--recover-top-k {options.top_k}"] if options.top_k is not None else []
+    if options.temperature != 1:
+        idle.append(f"--recover-temperature {options.temperature:g}")
+    if idle:
+        raise UsageError(
+            f"{idle[0]} has no effect on a model for {recipe.task}, which gives no logits; leave "
+            "it out."
+        )
 
 
 def _need(
@@ -118,6 +142,13 @@ def run_on(
     return replace(result, calibration=context.calibration.source)
 
 
+def note_options(bundle: Bundle, recover: RecoverOptions) -> None:
+    """Enter in the manifest what a bundle was recovered by, as that of one build would have it."""
+    asked = json.loads(json.dumps(asdict(recover)))
+    bundle.manifest.options = {**bundle.manifest.options, "recover": asked}
+    bundle.save()
+
+
 def _forget_stale(bundle: Bundle) -> None:
     """Remove what was made of the pruned model while that was the one to ship."""
     stages = dict(bundle.manifest.stages)
@@ -125,6 +156,56 @@ def _forget_stale(bundle: Bundle) -> None:
         stale = PRUNED in entry.reads and RECOVERED not in entry.reads and name != STAGE.name
         if stale and name in bundle.manifest.stages:
             bundle.forget(name)
+
+
+def is_own(pruned: Path, out: Path | None) -> bool:
+    """Whether what is recovered belongs to the bundle that it goes to; else `out` is another.
+
+    Raises:
+        BundleError: `out` holds a model that was pruned there, which the recovered one is not of,
+            or lies in `pruned`.
+        ModelDirError: there is no `pruned`.
+        UsageError: there is nowhere to write.
+    """
+    if not pruned.is_dir():
+        kind = "is a file" if pruned.exists() else "does not exist"
+        raise ModelDirError(f"{pruned} {kind}; pass a bundle or a model directory that is 2:4.")
+    is_bundle = (pruned / MANIFEST_FILE).is_file()
+    if is_bundle and (out is None or out.resolve() == pruned.resolve()):
+        require_pruned_here(pruned, read_manifest(pruned))
+        return True
+    if out is None:
+        raise UsageError(
+            f"{pruned} is not a bundle that the recovered model could go to; pass another folder "
+            "with -o."
+        )
+    require_apart(out, pruned, "what is recovered,")
+    if (out / MANIFEST_FILE).is_file() and prune.STAGE.name in read_manifest(out).stages:
+        raise BundleError(
+            f"Output {out} holds a model that was pruned there, and {pruned} is another; pass a "
+            f"new folder with -o, or recover {out} itself."
+        )
+    return False
+
+
+def require_teacher(root: Path, teacher: "ModelDir") -> None:
+    """Refuse a teacher with other weights than the model that a bundle was pruned from.
+
+    Raises:
+        ModelDirError: what is reported of the bundle would be held against another model.
+    """
+    entry = read_manifest(root).stages[prune.STAGE.name]
+    if _weights(entry.inputs["source"]) != _weights(teacher.fingerprint()):
+        raise ModelDirError(
+            f"Bundle {root} was pruned from other weights than those of the teacher "
+            f"{teacher.path}; pass the model that it was pruned from as --teacher, or recover "
+            f"{root / PRUNED} into a bundle of its own with -o."
+        )
+
+
+def _weights(fingerprint: Any) -> set[str]:
+    """Hashes of the weight files that the fingerprint of a model directory names."""
+    return {digest for name, digest in fingerprint.items() if name.endswith(".safetensors")}
 
 
 def require_pruned_here(root: Path, manifest: Manifest) -> None:
