@@ -153,7 +153,7 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
         outcome = Training(
             lesson=lesson,
             schedule=plan,
-            learning_rate=session.options.learning_rate,
+            rates=session.options.rates,
             seed=session.seed,
             optimizer=session.options.optimizer,
             file=state_file(session.folder, session.guard),
