@@ -17,7 +17,7 @@ from prox24_deploy.model.checkpoint import write_tensors
 _CURVE = TypeAdapter(tuple[RecoveryPoint, ...])
 _SETBACKS = TypeAdapter(tuple[Setback, ...])
 # Share of the time that may go into saving: of a large model it takes longer than many steps.
-_SHARE = 0.05
+SAVING_SHARE = 0.05
 _MOMENT = "moment"
 
 
@@ -62,7 +62,7 @@ class StateFile:
         began = time.perf_counter()
         self._save(state)
         now = time.perf_counter()
-        self._due = now + (now - began) * (1 - _SHARE) / _SHARE
+        self._due = now + (now - began) * (1 - SAVING_SHARE) / SAVING_SHARE
 
     def _save(self, state: TrainingState) -> None:
         self.guard()
