@@ -1,8 +1,9 @@
 """When a training run does what: its steps, its learning rate, its checks and its batches."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -115,6 +116,23 @@ def schedule(steps: int, step_tokens: int, withheld: int) -> Schedule:
     return Schedule(
         steps=steps, step_tokens=step_tokens, check_every=max(1, math.ceil(steps / checks))
     )
+
+
+@dataclass(slots=True)
+class Deadline:
+    """When training has to be done, by `time.perf_counter`."""
+
+    end: float
+    _first: tuple[float, int] | None = field(default=None, init=False)
+
+    def fitting(self, taken: int) -> int | None:
+        """How many steps still fit after so many, by the pace since the first call; None then."""
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (now, taken)
+            return None
+        began, before = self._first
+        return int((self.end - now) * (taken - before) / (now - began))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

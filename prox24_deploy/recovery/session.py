@@ -26,6 +26,7 @@ from prox24_deploy.recovery.optimizer import make_optimizer, set_rates
 from prox24_deploy.recovery.processes import Crew
 from prox24_deploy.recovery.schedule import (
     READS,
+    Deadline,
     Pace,
     Schedule,
     check_seconds,
@@ -146,7 +147,7 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
     )
     written: WrittenText | None = None
     with _checkpointed(session):
-        plan = _planned(session, lesson)
+        plan, deadline = _planned(session, lesson)
         given = tokens_of(lesson.batches, session.unit)
         wanted = wanted_text(plan.steps, plan.step_tokens, given)
         if session.author is not None and wanted:
@@ -154,27 +155,32 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
             with session.crew.one_by_one():
                 own, written = write_text(session.author, wanted, names, session.padding, progress)
             lesson = replace(lesson, batches=(*lesson.batches, *session.regrouped(own)))
-        outcome = Training(
+        training = Training(
             lesson=lesson,
             schedule=plan,
             rates=session.options.rates,
             seed=session.seed,
             optimizer=session.options.optimizer,
             file=state_file(session.folder, session.guard),
-        ).run(progress)
+            deadline=deadline,
+        )
+        outcome = training.run(progress)
     count = sum(len(batch.real) for batch in withheld)
-    return Recovered(schedule=plan, outcome=outcome, withheld=count, written=written)
+    return Recovered(schedule=training.schedule, outcome=outcome, withheld=count, written=written)
 
 
-def _planned(session: Session, lesson: Lesson) -> Schedule:
-    """The schedule; minutes are turned into steps once, and a run that goes on keeps those."""
+def _planned(session: Session, lesson: Lesson) -> tuple[Schedule, Deadline | None]:
+    """The schedule; minutes are turned into steps once, and a run that goes on keeps those.
+
+    A run that does not go on has until these minutes are over.
+    """
     file = session.folder / "plan.json"
     withheld = tokens_of(lesson.withheld, session.unit)
     if session.options.steps is not None:
-        return schedule(session.options.steps, session.step_tokens, withheld)
+        return schedule(session.options.steps, session.step_tokens, withheld), None
     if file.is_file():
         try:
-            return _SCHEDULE.validate_json(file.read_bytes())
+            return _SCHEDULE.validate_json(file.read_bytes()), None
         except ValidationError:
             log.warning("%s is damaged; the steps are timed again", file)
     # Clocks of several processes differ; all take the same number of steps.
@@ -182,7 +188,7 @@ def _planned(session: Session, lesson: Lesson) -> Schedule:
     plan = schedule(max(1, int(timed)), session.step_tokens, withheld)
     if session.crew.leads:
         write_atomic(file, _SCHEDULE.dump_json(plan))
-    return plan
+    return plan, Deadline(session.began + 60 * (session.options.minutes or 0.0))
 
 
 def _timed_steps(session: Session, lesson: Lesson) -> int:

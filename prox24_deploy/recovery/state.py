@@ -26,6 +26,7 @@ class TrainingState:
     """Where a run is; lists of tensors have one for each trained parameter.
 
     Attributes:
+        steps: steps that are planned.
         taken: steps that were taken.
         kept: step of the best weights.
         best: those weights, as the checkpoint stores them.
@@ -35,6 +36,7 @@ class TrainingState:
         setbacks: where training diverged until now.
     """
 
+    steps: int
     taken: int
     kept: int
     best: list[Tensor]
@@ -74,6 +76,7 @@ class StateFile:
         # A file has no two names for one tensor.
         tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
         known = {
+            "steps": state.steps,
             "taken": state.taken,
             "kept": state.kept,
             "curve": [asdict(point) for point in state.curve],
@@ -98,6 +101,7 @@ class StateFile:
                     if kind == _MOMENT:
                         moments[int(index)][rest] = handle.get_tensor(name)
                 return TrainingState(
+                    steps=int(known["steps"]),
                     taken=int(known["taken"]),
                     kept=int(known["kept"]),
                     best=read("best"),

@@ -23,7 +23,7 @@ from prox24_deploy.model.batch import Batch
 from prox24_deploy.recovery.objective import Objective
 from prox24_deploy.recovery.optimizer import make_optimizer, moments_of, put_moments, set_rates
 from prox24_deploy.recovery.processes import Crew
-from prox24_deploy.recovery.schedule import Schedule
+from prox24_deploy.recovery.schedule import Deadline, Schedule
 from prox24_deploy.recovery.state import StateFile, TrainingState
 from prox24_deploy.recovery.step_graph import StepGraph
 from prox24_deploy.recovery.student import Trained, put, values_of
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 _MOST_GRADIENT = 1.0
 # Losses above the first one by this much are no noise: of withheld samples, and of one step.
 _FAR_WITHHELD, _FAR_STEP = 2.0, 10.0
+# Share of the steps that may lie beyond the deadline.
+_LATE = 0.1
 # Below this a loss is rounding.
 _NO_LOSS = 1e-6
 
@@ -182,7 +184,8 @@ class Training:
     """One run.
 
     Of its learning `rates`, relative to the scale of each parameter, each is taken once training
-    has diverged at the one before it.
+    has diverged at the one before it. The `schedule` has fewer steps in the end where all of them
+    would have gone far beyond the `deadline`.
     """
 
     lesson: Lesson
@@ -191,6 +194,7 @@ class Training:
     seed: int
     file: StateFile
     optimizer: RecoverOptimizer = "adamw"
+    deadline: Deadline | None = None
     _optimizer: torch.optim.Optimizer = field(init=False)
 
     def run(self, progress: Progress) -> Outcome:
@@ -243,6 +247,7 @@ class Training:
         if not math.isfinite(loss):
             raise _DivergedError("the loss of the model that was given is not finite")
         return TrainingState(
+            steps=self.schedule.steps,
             taken=0,
             kept=0,
             best=first,
@@ -252,7 +257,8 @@ class Training:
         )
 
     def _resume(self, state: TrainingState) -> None:
-        """Put weights and optimiser where they were."""
+        """Put weights, optimiser and schedule where they were."""
+        self.schedule = replace(self.schedule, steps=state.steps)
         put(self.lesson.trained, state.now)
         self._optimizer = make_optimizer(self.optimizer, self.lesson.trained)
         if state.taken:
@@ -264,6 +270,8 @@ class Training:
         order = self.schedule.batches(sizes, self.seed)
         losses: list[float] = []
         for chosen in islice(order, state.taken, None):
+            if state.taken >= self.schedule.steps:
+                break
             # A run that goes on may have come so far before.
             if self.schedule.ends(state.taken, state.kept):
                 log.info("no better model since step %d, training ends", state.kept)
@@ -274,6 +282,7 @@ class Training:
                 losses.append(self._step(chosen, state, graph))
                 if self.schedule.is_check(state.taken):
                     self._check(state, losses)
+                    self._shorten(state)
                     losses = []
             except _DivergedError as error:
                 self._slow_down(state, error)
@@ -281,6 +290,19 @@ class Training:
         if self.lesson.crew.leads:
             self._save(state, values_of(self.lesson.trained))
         progress("recover", self.schedule.steps, self.schedule.steps)
+
+    def _shorten(self, state: TrainingState) -> None:
+        """Plan fewer steps where those that are planned would end too late."""
+        fitting = self.deadline.fitting(state.taken) if self.deadline else None
+        if fitting is None:
+            return
+        crew, left = self.lesson.crew, self.schedule.steps - state.taken
+        # Clocks of several processes differ; all take the same number of steps.
+        fitting = int(crew.sums(fitting)[0] / crew.size)
+        if left and fitting < (1 - _LATE) * left:
+            state.steps = state.taken + max(1, fitting)
+            log.info("steps take longer than timed: %d of %d fit", state.steps, self.schedule.steps)
+            self.schedule = replace(self.schedule, steps=state.steps)
 
     def _slow_down(self, state: TrainingState, error: _DivergedError) -> None:
         """Go back to the best weights and on at the next rate; raises the error if it was the last.

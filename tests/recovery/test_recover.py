@@ -295,6 +295,16 @@ def test_minutes_become_steps_once(llama: Recovery, tmp_path: Path) -> None:
     assert again.curve == first.curve
 
 
+def test_minutes_hold_where_steps_take_longer_than_timed(
+    llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prox24_deploy.recovery.session._timed_steps", lambda *_: 1000)
+    options = RecoverOptions(minutes=0.03, step_tokens=512, learning_rate=0.005, write=False)
+    result = recover(replace(llama, options=options), tmp_path)
+    assert 100 <= result.taken == result.steps < 1000
+    assert result.curve[-1].step == result.steps
+
+
 def test_a_run_that_ended_early_goes_no_further(llama: Recovery, tmp_path: Path) -> None:
     # So small a rate moves no weight by a bit.
     options = RecoverOptions(steps=100, step_tokens=512, learning_rate=1e-12, write=False)
