@@ -1,6 +1,6 @@
 """Time dense against 2:4 GEMMs of the layer sizes that people ship, on the GPU at hand.
 
-    python benchmarks/gemm_profile.py OUT [--formats float16,bfloat16,fp8,int8] [--layers 15]
+    python benchmarks/gemm_profile.py OUT [--formats float16,bfloat16,fp8,int8] [--layers 17]
         [--rows 16,128,512,1024,4096,16384] [--algorithms 5,6,22]
 
 Writes a profile for `plan --gpu-profile OUT`, after each layer what is known by then, and prints a
@@ -27,11 +27,13 @@ from prox24_deploy.engines.cusparselt.profile import (
 )
 
 ROWS = (16, 128, 512, 1024, 4096, 16384)
-# (N, K) of the layers of encoders of width 768 and 1024, and of decoders from 1 to 70 billion.
+# (N, K) of the layers of encoders of width 768 and 1024, and of decoders from 1 to 70 billion. The
+# fourth is q, k and v of a decoder of 8 billion, the fifth its gate and up, as the engine merges
+# them.
 LAYERS = (
-    (4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (768, 768), (3072, 768), (768, 3072),
-    (8192, 8192), (2048, 2048), (8192, 2048), (2048, 8192), (1024, 1024), (4096, 1024),
-    (28672, 8192), (8192, 28672),
+    (4096, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (28672, 4096), (1024, 4096),
+    (768, 768), (3072, 768), (768, 3072), (8192, 8192), (2048, 2048), (8192, 2048),
+    (2048, 8192), (1024, 1024), (4096, 1024), (28672, 8192), (8192, 28672),
 )  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--steps", type=int, help="in the place of minutes")
     parser.add_argument("--step-tokens", type=int)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.01])
+    parser.add_argument("--rates", type=float, nargs="+", default=[None])
     parser.add_argument("--optimizers", nargs="+", choices=KINDS, default=["adamw"])
     parser.add_argument("--texts", nargs="+", choices=["written", "calibration"],
                         default=["written"])  # fmt: skip
@@ -176,8 +176,8 @@ def main() -> None:
             worse = (result.after or 0.0) > (result.before or 0.0)
             assert result.warning or not worse
             ratios = [ratio_of(after, each) for each in (before, rival) if each is not None]
-            table.add_row(*cells(run.options.learning_rate, result, after, ratios))
-            rows.append({"rate": run.options.learning_rate, "loss": float(after.mean()),
+            table.add_row(*cells(result.learning_rate, result, after, ratios))
+            rows.append({"rate": result.learning_rate, "loss": float(after.mean()),
                          "ratios": ratios, **asdict(result)})  # fmt: skip
         console.print(table)
     print(json.dumps({"loss": loss.name, "before": float(before.mean()), "rows": rows}))

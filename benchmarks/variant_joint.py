@@ -40,9 +40,9 @@ _START, _END = 1e-3, 2.0
 _FREE, _LOOK = 0.5, 5
 
 
-def recovered(lab: Lab) -> tuple[nn.Module, Figures]:
-    """The model as the default prunes it, recovered."""
-    model = deepcopy(lab.pruned)
+def recovered(lab: Lab, pruned: nn.Module) -> tuple[nn.Module, Figures]:
+    """A copy of a pruned model, recovered."""
+    model = deepcopy(pruned)
     with tempfile.TemporaryDirectory() as folder:
         found = recover_model(_session(lab, model, Path(folder)), silent)
     figures = {"before": found.outcome.before or 0.0, "withheld": found.outcome.after or 0.0}
@@ -107,7 +107,7 @@ def learned(lab: Lab, *, normalised: bool) -> tuple[nn.Module, Figures]:
     )
     tokens = tokens_of(lesson.withheld, session.unit)
     plan = schedule(lab.steps, session.step_tokens, tokens)
-    run = _Learning(lesson=lesson, cells=cells, plan=plan, rate=session.options.learning_rate)
+    run = _Learning(lesson=lesson, cells=cells, plan=plan, rate=session.options.rates[0])
     figures = run.go()
     for path in lab.targets:
         assert is_24(layer_at(model, path).weight), path

@@ -48,14 +48,27 @@ VARIANTS: dict[str, Callable[[Lab], Made]] = {
     "tokens": partial(with_weights, power=1.0),
     "tokens-root": partial(with_weights, power=0.5),
     "swaps": with_swaps,
-    "recovered": recovered,
+    "recovered": lambda lab: recovered(lab, lab.pruned),
+    "rotated-recovered": lambda lab: recovered(lab, made(lab, "rotated")),
     "joint": partial(learned, normalised=False),
     "joint-normalised": partial(learned, normalised=True),
 }
 # What a variant is measured against beside the default.
-RIVALS = {"rows": "values-dense", "joint": "recovered", "joint-normalised": "recovered"}
+RIVALS = {
+    "rows": "values-dense",
+    "rotated-recovered": "recovered",
+    "joint": "recovered",
+    "joint-normalised": "recovered",
+}
 # Rows of activations from which on a prefill has them.
 _PREFILL = 1024
+
+
+def made(lab: Lab, name: str) -> nn.Module:
+    """The model of a variant, made here if it was not made yet."""
+    if name not in lab.made:
+        lab.made[name] = VARIANTS[name](lab)[0]
+    return lab.made[name]
 
 
 def lab_of(asked: argparse.Namespace) -> Lab:
@@ -90,6 +103,7 @@ def run(lab: Lab, name: str, losses: dict[str, Tensor]) -> Figures:
     """Make one variant, measure it and print its line."""
     began = time.perf_counter()
     model, figures = VARIANTS[name](lab)
+    lab.made[name] = model
     if lab.device.type == "cuda":
         torch.cuda.synchronize(lab.device)
     seconds = time.perf_counter() - began

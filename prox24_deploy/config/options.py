@@ -120,24 +120,29 @@ class PruneOptions:
         return self.preset == "best" if self.reconstruct is None else self.reconstruct
 
 
+# Learning rates of a recovery that was given none; smaller ones follow where training diverges.
+_RATES = (0.01, 0.0025, 0.000625)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoverOptions:
     """How to train the kept weights of a pruned model to do what the dense one does.
 
     Either `steps` or `minutes` is the budget; minutes are turned into steps once, by timing the
-    first. `learning_rate` is relative to the root mean square of the kept weights of each layer.
-    `step_tokens` None means 8192 on a GPU and 2048 on a CPU. `temperature` divides the logits of
-    both models; `top_k` compares only the likeliest tokens of the dense model one by one, and the
-    others in sum. `write` lets a language model write text to train on besides the calibration
-    text. `checkpointing` computes activations twice to hold fewer of them. `optimizer` "adafactor"
-    keeps hardly any state beside the weights. `embeddings` trains embedding tables and the output
-    layer, too. `quantized` is a number of steps that train the numbers of a quantised model.
+    first. `learning_rate` is relative to the root mean square of the kept weights of each layer;
+    None begins with 0.01 and falls to a quarter wherever that diverges. `step_tokens` None means
+    8192 on a GPU and 2048 on a CPU. `temperature` divides the logits of both models; `top_k`
+    compares only the likeliest tokens of the dense model one by one, and the others in sum.
+    `write` lets a language model write text to train on besides the calibration text.
+    `checkpointing` computes activations twice to hold fewer of them. `optimizer` "adafactor" keeps
+    hardly any state beside the weights. `embeddings` trains embedding tables and the output layer,
+    too. `quantized` is a number of steps that train the numbers of a quantised model.
     `processes` train on a share of each step, on a GPU with one GPU each.
     """
 
     steps: int | None = None
     minutes: float | None = None
-    learning_rate: float = 0.01
+    learning_rate: float | None = None
     step_tokens: int | None = None
     temperature: float = 1.0
     top_k: int | None = None
@@ -149,6 +154,11 @@ class RecoverOptions:
     processes: int = field(
         default=1, metadata=unkeyed("steps are the same, however many share them")
     )
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates to take, each once the one before it made training diverge."""
+        return _RATES if self.learning_rate is None else (self.learning_rate,)
 
     def require_usable(self) -> None:
         """Refuse a budget that is none, and a rate or temperature that is not above 0.
@@ -162,10 +172,11 @@ class RecoverOptions:
                 f"Recovery takes a number of steps or of minutes above 0, got {self.steps} steps "
                 f"and {self.minutes} minutes; pass one, for example 200steps or 5min."
             )
-        if not (0 < self.learning_rate < math.inf and 0 < self.temperature < math.inf):
+        rate, temperature = self.rates[0], self.temperature
+        if not (0 < rate < math.inf and 0 < temperature < math.inf):
             raise UsageError(
-                f"Recovery takes a learning rate and a temperature above 0, got "
-                f"{self.learning_rate} and {self.temperature}."
+                f"Recovery takes a learning rate and a temperature above 0, got {rate} and "
+                f"{temperature}."
             )
 
 

@@ -22,6 +22,15 @@ class RecoveryPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Setback:
+    """A step at which training diverged, at which rate and how, and went on at a smaller one."""
+
+    step: int
+    rate: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenText:
     """Text that the dense model wrote itself, and how much of it was dropped as unusable.
 
@@ -46,7 +55,8 @@ class RecoverResult:
         before: loss of the model that was given, on withheld samples; None if not measured.
         after: of the model that is kept, as it is stored; None likewise.
         curve: measurements along the way, the first before any step.
-        learning_rate: of the largest step, relative to the root mean square of kept weights.
+        learning_rate: of the largest step, relative to the root mean square of kept weights; the
+            last one where training diverged at others before.
         layers: 2:4 layers that were trained.
         vectors: norms and biases that were.
         parameters: values that were free to change.
@@ -63,6 +73,7 @@ class RecoverResult:
             it was not.
         peak_gib: most memory of a GPU that was in use, None on a CPU.
         state_sha256: hashes every weight file that was written.
+        setbacks: where it diverged and went on from the best weights so far, at a smaller rate.
     """
 
     loss: str
@@ -89,3 +100,4 @@ class RecoverResult:
     optimizer: RecoverOptimizer = "adamw"
     processes: int = 1
     needed_gib: float | None = None
+    setbacks: tuple[Setback, ...] = ()

@@ -10,7 +10,8 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class Author:
         limit = _CACHE_BYTES
         if self._device.type == "cuda":
             limit = torch.cuda.get_device_properties(self._device).total_memory // _CACHE_SHARE
-        fitting = limit // max(1, _cache_bytes(self.model) * self.length)
+        fitting = limit // max(1, _cache_bytes(self.model, self._dtype) * self.length)
         return max(1, min(most, fitting))
 
     def write(self, index: int) -> list[list[int]]:
@@ -79,7 +80,8 @@ class Author:
         path = self.folder / f"written-{index:05d}.safetensors"
         if (known := _load(path)) is not None:
             return self._cut(known)
-        rows = self._sample(index, self.length).cpu()
+        with self._writing():
+            rows = self._sample(index, self.length).cpu()
         make_folder(self.folder)
         write_tensors(path, {"rows": rows.int()}, {"format": "pt"})
         return self._cut(rows)
@@ -87,14 +89,35 @@ class Author:
     def seconds_per_token(self) -> float:
         """How long a token takes, by the first few of a batch; those of another warm up."""
         length = min(_TIMED, self.length)
-        self._sample(0, length).cpu()
-        began = time.perf_counter()
-        self._sample(0, length).cpu()
-        return (time.perf_counter() - began) / (length * self.rows)
+        with self._writing():
+            self._sample(0, length).cpu()
+            began = time.perf_counter()
+            for row in self._sample(0, length).tolist():
+                is_degenerate(row)
+            seconds = time.perf_counter() - began
+        return seconds / (length * self.rows)
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """In which it writes: its own, but on a GPU no longer one than training computes in."""
+        own = next(self.model.parameters()).dtype
+        return torch.bfloat16 if self._device.type == "cuda" and own == torch.float32 else own
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Let the model have weights of `_dtype`."""
+        own = [(each, each.data) for each in self.model.parameters()]
+        try:
+            for parameter, data in own:
+                parameter.data = data.to(self._dtype)
+            yield
+        finally:
+            for parameter, data in own:
+                parameter.data = data
 
     @torch.no_grad()
     def _sample(self, index: int, length: int) -> Tensor:
@@ -267,10 +290,10 @@ def _ids(token: Any) -> set[int]:
     return {int(each) for each in token} if isinstance(token, list | tuple) else {int(token)}
 
 
-def _cache_bytes(model: nn.Module) -> int:
-    """Bytes of keys and values of one token, in the type of the weights."""
+def _cache_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of one token."""
     config: Any = model.config
-    size = next(model.parameters()).dtype.itemsize
+    size = dtype.itemsize
     heads = int(config.num_attention_heads)
     groups = int(getattr(config, "num_key_value_heads", None) or heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)

@@ -256,7 +256,7 @@ def _record(
         before=outcome.before,
         after=outcome.after,
         curve=outcome.curve,
-        learning_rate=asked.options.learning_rate,
+        learning_rate=outcome.rate or asked.options.rates[0],
         layers=sum(each.zeros is not None for each in trained),
         vectors=sum(each.is_vector for each in trained),
         embeddings=sum(each.is_embedding for each in trained),
@@ -271,6 +271,7 @@ def _record(
         peak_gib=found.peak_gib,
         needed_gib=asked.needed / GIB if asked.needed else None,
         state_sha256=digest,
+        setbacks=outcome.setbacks,
         seconds=time.perf_counter() - began,
     )
 

@@ -1,14 +1,16 @@
 """When a training run does what: its steps, its learning rate, its checks and its batches."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from prox24_deploy.core.errors import CalibrationError
 from prox24_deploy.model.batch import Batch, Samples, rows_of
+from prox24_deploy.recovery.state import SAVING_SHARE
 
 LEAST_SAMPLES = 8
 # Text is written until nothing need be read more often than this: from many more times on, what is
@@ -116,12 +118,37 @@ def schedule(steps: int, step_tokens: int, withheld: int) -> Schedule:
     )
 
 
+@dataclass(slots=True)
+class Deadline:
+    """When training has to be done, by `time.perf_counter`."""
+
+    end: float
+    _first: tuple[float, int] | None = field(default=None, init=False)
+
+    def fitting(self, taken: int) -> int | None:
+        """How many steps still fit after so many, by the pace since the first call; None then."""
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (now, taken)
+            return None
+        began, before = self._first
+        return int((self.end - now) * (taken - before) / (now - began))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """Seconds that a step takes, that a look at the withheld samples and a written token take."""
+    """Seconds that things take.
+
+    Attributes:
+        step: a step.
+        check: a look at the withheld samples.
+        copy: the copies of all values that belong to a look.
+        token: a written token.
+    """
 
     step: float
     check: float
+    copy: float
     token: float
 
 
@@ -135,6 +162,7 @@ def steps_within(seconds: float, pace: Pace, step_tokens: int, given: int) -> in
 
     `given` tokens are there to begin with; `wanted_text` says how many are written.
     """
+    seconds = seconds * (1 - SAVING_SHARE) - _MOST_CHECKS * pace.copy
     # One look comes before all steps, and the checks are two or take a fifth of the steps.
     few = seconds - (1 + _FEWEST_CHECKS) * pace.check
     many = (seconds - pace.check) / (1 + CHECK_SHARE)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -21,9 +22,11 @@ from prox24_deploy.data.written import Author, write_text
 from prox24_deploy.model.batch import Batch, Samples, withhold
 from prox24_deploy.model.blocks import find_blocks
 from prox24_deploy.recovery.objective import objective_for
+from prox24_deploy.recovery.optimizer import make_optimizer, set_rates
 from prox24_deploy.recovery.processes import Crew
 from prox24_deploy.recovery.schedule import (
     READS,
+    Deadline,
     Pace,
     Schedule,
     check_seconds,
@@ -34,8 +37,8 @@ from prox24_deploy.recovery.schedule import (
     wanted_text,
 )
 from prox24_deploy.recovery.state import StateFile
-from prox24_deploy.recovery.student import Trained
-from prox24_deploy.recovery.training import Lesson, Outcome, Training, trainable
+from prox24_deploy.recovery.student import Trained, put, values_of
+from prox24_deploy.recovery.training import Lesson, Outcome, Training, masked_step, trainable
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,8 @@ _STEP_TOKENS_ELSEWHERE = 2048
 # Logits in one forward pass: of a large vocabulary fewer tokens are run at once.
 _MOST_LOGITS = 2**27
 _FEWEST_AT_ONCE = 512
+# Steps that are not counted and that are, where steps are timed; on other devices one, which is.
+_TIMED_STEPS = {"cuda": (1, 3)}
 _SCHEDULE = TypeAdapter(Schedule)
 
 
@@ -142,7 +147,7 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
     )
     written: WrittenText | None = None
     with _checkpointed(session):
-        plan = _planned(session, lesson)
+        plan, deadline = _planned(session, lesson)
         given = tokens_of(lesson.batches, session.unit)
         wanted = wanted_text(plan.steps, plan.step_tokens, given)
         if session.author is not None and wanted:
@@ -150,27 +155,32 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
             with session.crew.one_by_one():
                 own, written = write_text(session.author, wanted, names, session.padding, progress)
             lesson = replace(lesson, batches=(*lesson.batches, *session.regrouped(own)))
-        outcome = Training(
+        training = Training(
             lesson=lesson,
             schedule=plan,
-            learning_rate=session.options.learning_rate,
+            rates=session.options.rates,
             seed=session.seed,
             optimizer=session.options.optimizer,
             file=state_file(session.folder, session.guard),
-        ).run(progress)
+            deadline=deadline,
+        )
+        outcome = training.run(progress)
     count = sum(len(batch.real) for batch in withheld)
-    return Recovered(schedule=plan, outcome=outcome, withheld=count, written=written)
+    return Recovered(schedule=training.schedule, outcome=outcome, withheld=count, written=written)
 
 
-def _planned(session: Session, lesson: Lesson) -> Schedule:
-    """The schedule; minutes are turned into steps once, and a run that goes on keeps those."""
+def _planned(session: Session, lesson: Lesson) -> tuple[Schedule, Deadline | None]:
+    """The schedule; minutes are turned into steps once, and a run that goes on keeps those.
+
+    A run that does not go on has until these minutes are over.
+    """
     file = session.folder / "plan.json"
     withheld = tokens_of(lesson.withheld, session.unit)
     if session.options.steps is not None:
-        return schedule(session.options.steps, session.step_tokens, withheld)
+        return schedule(session.options.steps, session.step_tokens, withheld), None
     if file.is_file():
         try:
-            return _SCHEDULE.validate_json(file.read_bytes())
+            return _SCHEDULE.validate_json(file.read_bytes()), None
         except ValidationError:
             log.warning("%s is damaged; the steps are timed again", file)
     # Clocks of several processes differ; all take the same number of steps.
@@ -178,35 +188,62 @@ def _planned(session: Session, lesson: Lesson) -> Schedule:
     plan = schedule(max(1, int(timed)), session.step_tokens, withheld)
     if session.crew.leads:
         write_atomic(file, _SCHEDULE.dump_json(plan))
-    return plan
+    return plan, Deadline(session.began + 60 * (session.options.minutes or 0.0))
 
 
 def _timed_steps(session: Session, lesson: Lesson) -> int:
-    """How many steps the minutes allow, from the times of one step and of some written tokens."""
+    """How many steps the minutes allow, from the times of a few steps and some written tokens."""
     given = tokens_of(lesson.batches, session.unit)
-    step = _step_seconds(session, lesson)
+    first = values_of(lesson.trained)
+    try:
+        step = _step_seconds(session, lesson)
+    finally:
+        put(lesson.trained, first)
     withheld = tokens_of(lesson.withheld, session.unit)
     check = check_seconds(step, session.step_tokens, withheld)
+    copy = _copy_seconds(lesson)
     minutes = session.options.minutes or 0.0
     left = max(0.0, 60 * minutes - (time.perf_counter() - session.began))
     token = 0.0
     if session.author is not None and left / step * session.step_tokens > READS * given:
         token = session.author.seconds_per_token()
-    return steps_within(left, Pace(step=step, check=check, token=token), session.step_tokens, given)
+    pace = Pace(step=step, check=check, copy=copy, token=token)
+    return steps_within(left, pace, session.step_tokens, given)
 
 
 def _step_seconds(session: Session, lesson: Lesson) -> float:
-    """Seconds of a step; on a GPU the first of two prepares its kernels and is not counted."""
-    tries = 2 if lesson.device.type == "cuda" else 1
-    plan = Schedule(steps=tries, step_tokens=session.step_tokens, check_every=1)
+    """Seconds of a step at a rate of 0; on a GPU a first one prepares kernels and is left out."""
+    cold, timed = _TIMED_STEPS.get(lesson.device.type, (0, 1))
+    plan = Schedule(steps=cold + timed, step_tokens=session.step_tokens, check_every=1)
     sizes = [tokens_of([batch], session.unit) for batch in lesson.batches]
-    seconds = 0.0
+    optimizer = make_optimizer(session.options.optimizer, lesson.trained)
+    began = time.perf_counter()
     with trainable(lesson) as graph:
-        for chosen in plan.batches(sizes, session.seed):
-            began = time.perf_counter()
+        for number, chosen in enumerate(plan.batches(sizes, session.seed)):
+            if number == cold:
+                _wait(lesson.device)
+                began = time.perf_counter()
+            set_rates(optimizer, lesson.trained, 0.0)
             lesson.gradient(chosen, graph)
-            seconds = time.perf_counter() - began
-    return seconds
+            masked_step(optimizer, lesson.trained)
+        _wait(lesson.device)
+        return (time.perf_counter() - began) / timed
+
+
+def _copy_seconds(lesson: Lesson) -> float:
+    """Seconds that a check takes to copy all values, and to round them and put them back."""
+    began = time.perf_counter()
+    values = values_of(lesson.trained)
+    put(lesson.trained, values, rounded=True)
+    put(lesson.trained, values)
+    _wait(lesson.device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    """Until a GPU has done what it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager

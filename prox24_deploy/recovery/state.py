@@ -1,6 +1,7 @@
 """The state of a training run in one file, so that a killed run goes on where it was."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,10 +11,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prox24_deploy.core.atomic import make_folder
-from prox24_deploy.core.recovery import RecoveryPoint
+from prox24_deploy.core.recovery import RecoveryPoint, Setback
 from prox24_deploy.model.checkpoint import write_tensors
 
 _CURVE = TypeAdapter(tuple[RecoveryPoint, ...])
+_SETBACKS = TypeAdapter(tuple[Setback, ...])
+# Share of the time that may go into saving: of a large model it takes longer than many steps.
+SAVING_SHARE = 0.05
 _MOMENT = "moment"
 
 
@@ -22,31 +26,47 @@ class TrainingState:
     """Where a run is; lists of tensors have one for each trained parameter.
 
     Attributes:
+        steps: steps that are planned.
         taken: steps that were taken.
         kept: step of the best weights.
         best: those weights, as the checkpoint stores them.
         now: weights.
         moments: what the optimiser keeps of each, by name.
         curve: measurements until now.
+        setbacks: where training diverged until now.
     """
 
+    steps: int
     taken: int
     kept: int
     best: list[Tensor]
     now: list[Tensor]
     moments: list[dict[str, Tensor]]
     curve: list[RecoveryPoint] = field(default_factory=list)
+    setbacks: list[Setback] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StateFile:
     """A file for the state; `guard` raises if what is trained on has changed since."""
 
     path: Path
     guard: Callable[[], None]
+    _due: float = field(default=0.0, init=False)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether so much time has passed that saving takes little of it; so at first."""
+        return time.perf_counter() >= self._due
 
     def save(self, state: TrainingState) -> None:
         """Replace the file at once."""
+        began = time.perf_counter()
+        self._save(state)
+        now = time.perf_counter()
+        self._due = now + (now - began) * (1 - SAVING_SHARE) / SAVING_SHARE
+
+    def _save(self, state: TrainingState) -> None:
         self.guard()
         make_folder(self.path.parent)
         lists = {"best": state.best, "now": state.now}
@@ -55,8 +75,13 @@ class StateFile:
             tensors |= {f"{_MOMENT}.{i}.{name}": tensor for name, tensor in moments.items()}
         # A file has no two names for one tensor.
         tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        points = [asdict(point) for point in state.curve]
-        known = {"taken": state.taken, "kept": state.kept, "curve": points}
+        known = {
+            "steps": state.steps,
+            "taken": state.taken,
+            "kept": state.kept,
+            "curve": [asdict(point) for point in state.curve],
+            "setbacks": [asdict(setback) for setback in state.setbacks],
+        }
         write_tensors(self.path, tensors, {"state": json.dumps(known)})
 
     def load(self, count: int) -> TrainingState | None:
@@ -76,12 +101,14 @@ class StateFile:
                     if kind == _MOMENT:
                         moments[int(index)][rest] = handle.get_tensor(name)
                 return TrainingState(
+                    steps=int(known["steps"]),
                     taken=int(known["taken"]),
                     kept=int(known["kept"]),
                     best=read("best"),
                     now=read("now"),
                     moments=moments,
                     curve=list(_CURVE.validate_python(known["curve"])),
+                    setbacks=list(_SETBACKS.validate_python(known["setbacks"])),
                 )
         except (SafetensorError, IndexError, KeyError, TypeError, ValueError):
             # Not written by this version, or damaged: beginning anew loses only time.

@@ -21,6 +21,9 @@ from prox24_deploy.model.layers import layer_at, obstacle, reduction_axis
 from prox24_deploy.pruning.selection import sharing, target_paths
 from prox24_deploy.sparsity.pattern import first_violation
 
+# Of the root mean square of a norm's weights, what its scale is at most.
+_NORM_SHARE = 1 / 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
@@ -32,7 +35,7 @@ class Trained:
         zeros: bool of its shape, where it stays 0; None for what is not 2:4.
         axis: of its groups of four; None likewise.
         dtype: in which the checkpoint stores it.
-        scale: what a relative learning rate is multiplied by.
+        scale: what a relative learning rate is multiplied by, see `_scale` and `_vector_scale`.
     """
 
     names: tuple[str, ...]
@@ -103,7 +106,7 @@ def find_trained(
             zeros=None,
             axis=None,
             dtype=_dtype(directory, known),
-            scale=scale,
+            scale=_vector_scale(parameter, known, scale),
         )
         for parameter in model.parameters()
         if parameter.ndim == 1 and (known := _stored(directory, names[id(parameter)]))
@@ -114,6 +117,17 @@ def find_trained(
 def _scale(weight: Tensor) -> float:
     """Root mean square of what is not 0; of a weight that is all zero, nothing moves."""
     return float(weight[weight != 0].square().mean().sqrt()) if weight.any() else 0.0
+
+
+def _vector_scale(vector: Tensor, names: Sequence[str], usual: float) -> float:
+    """The usual scale of the layers; less for a norm whose weights are so small that it is large.
+
+    A weight of a norm moves a whole column of the matrices behind it at once, so that it must move
+    by far less of what it is than a weight of these.
+    """
+    if all(name.endswith("bias") for name in names) or not vector.any():
+        return usual
+    return min(usual, _NORM_SHARE * _scale(vector))
 
 
 def _tables(

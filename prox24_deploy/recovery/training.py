@@ -4,6 +4,7 @@ AdamW or Adafactor on the mean loss of each step, its gradient clipped to norm 1
 masked before the optimiser sees them and weights after it moved them, so that what it keeps of
 single weights is zero, too, wherever a weight is. Withheld samples are looked at
 with the weights as the checkpoint stores them; the best of these, or the first, are what remains.
+Where training diverges and there is a smaller rate left to take, it goes on with that from them.
 """
 
 import logging
@@ -16,13 +17,13 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from prox24_deploy.core.recovery import RecoveryPoint
+from prox24_deploy.core.recovery import RecoveryPoint, Setback
 from prox24_deploy.core.types import Progress, RecoverOptimizer
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.recovery.objective import Objective
 from prox24_deploy.recovery.optimizer import make_optimizer, moments_of, put_moments, set_rates
 from prox24_deploy.recovery.processes import Crew
-from prox24_deploy.recovery.schedule import Schedule
+from prox24_deploy.recovery.schedule import Deadline, Schedule
 from prox24_deploy.recovery.state import StateFile, TrainingState
 from prox24_deploy.recovery.step_graph import StepGraph
 from prox24_deploy.recovery.student import Trained, put, values_of
@@ -34,6 +35,8 @@ _MOST_GRADIENT = 1.0
 _FAR_WITHHELD, _FAR_STEP = 2.0, 10.0
 # Batches to train on that the first loss of a step is told by.
 _MOST_TRIED = 8
+# Share of the steps that may lie beyond the deadline.
+_LATE = 0.1
 # Below this a loss is rounding.
 _NO_LOSS = 1e-6
 
@@ -128,12 +131,15 @@ class Outcome:
     """How a run went: steps taken, the step that is kept (0: the first weights) and the curve.
 
     `failure` says why the first weights had to be kept, and what to change; "" where they had not.
+    `rate` is the learning rate of the end, `setbacks` say where it was a larger one before.
     """
 
     taken: int = 0
     kept: int = 0
     curve: tuple[RecoveryPoint, ...] = ()
     failure: str = ""
+    rate: float = 0.0
+    setbacks: tuple[Setback, ...] = ()
 
     @property
     def before(self) -> float | None:
@@ -205,14 +211,20 @@ def _why_not(loss: float | None) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class Training:
-    """One run; `learning_rate` is relative to the scale of each parameter."""
+    """One run.
+
+    Of its learning `rates`, relative to the scale of each parameter, each is taken once training
+    has diverged at the one before it. The `schedule` has fewer steps in the end where all of them
+    would have gone far beyond the `deadline`.
+    """
 
     lesson: Lesson
     schedule: Schedule
-    learning_rate: float
+    rates: Sequence[float]
     seed: int
     file: StateFile
     optimizer: RecoverOptimizer = "adamw"
+    deadline: Deadline | None = None
     _optimizer: torch.optim.Optimizer = field(init=False)
     # What a step has of the model that was given, at most.
     _first_step: float = field(init=False)
@@ -221,16 +233,16 @@ class Training:
         """Train, and leave the best weights in the model, rounded as the checkpoint stores them.
 
         Goes on from the state in the file, if there is one. Where the loss is not finite or far
-        above the first, the weights in the model are those that it had, as after any error, and
-        so they are without a step where there is no loss, or none that is finite.
+        above the first at the last of the rates, too, the weights in the model are those that it
+        had, as after any error, and so they are without a step where there is no loss, or none
+        that is finite.
         """
         first = values_of(self.lesson.trained, stored=True)
-        state = self.file.load(len(first))
+        state = self.file.load(len(first)) or self._begin(first)
+        if failure := _why_not(state.curve[0].withheld):
+            return Outcome(curve=tuple(state.curve), failure=failure)
+        self._first_step = max(state.curve[0].withheld or 0.0, self.lesson.hardest_loss())
         try:
-            state = state or self._begin(first)
-            if failure := _why_not(state.curve[0].withheld):
-                return Outcome(curve=tuple(state.curve), failure=failure)
-            self._first_step = max(state.curve[0].withheld or 0.0, self.lesson.hardest_loss())
             with trainable(self.lesson) as graph:
                 self._resume(state)
                 # Those of now are in the model.
@@ -243,19 +255,32 @@ class Training:
             put(self.lesson.trained, first)
             raise
         put(self.lesson.trained, state.best)
-        return Outcome(taken=state.taken, kept=state.kept, curve=tuple(state.curve))
-
-    def _diverged(self, state: TrainingState | None, how: str) -> Outcome:
         return Outcome(
-            taken=state.taken if state else 0,
-            curve=tuple(state.curve) if state else (),
+            taken=state.taken,
+            kept=state.kept,
+            curve=tuple(state.curve),
+            rate=self._rate(state),
+            setbacks=tuple(state.setbacks),
+        )
+
+    def _rate(self, state: TrainingState) -> float:
+        return self.rates[len(state.setbacks)]
+
+    def _diverged(self, state: TrainingState, how: str) -> Outcome:
+        rate = self._rate(state)
+        return Outcome(
+            taken=state.taken,
+            curve=tuple(state.curve),
             failure=f"Recovery diverged ({how}), so that the model is kept as it was; "
-            f"pass a smaller --recover-rate than {self.learning_rate:g}.",
+            f"pass a smaller --recover-rate than {rate:g}.",
+            rate=rate,
+            setbacks=tuple(state.setbacks),
         )
 
     def _begin(self, first: list[Tensor]) -> TrainingState:
         loss = self.lesson.withheld_loss()
         return TrainingState(
+            steps=self.schedule.steps,
             taken=0,
             kept=0,
             best=first,
@@ -267,7 +292,8 @@ class Training:
         )
 
     def _resume(self, state: TrainingState) -> None:
-        """Put weights and optimiser where they were."""
+        """Put weights, optimiser and schedule where they were."""
+        self.schedule = replace(self.schedule, steps=state.steps)
         put(self.lesson.trained, state.now)
         self._optimizer = make_optimizer(self.optimizer, self.lesson.trained)
         if state.taken:
@@ -279,32 +305,84 @@ class Training:
         order = self.schedule.batches(sizes, self.seed)
         losses: list[float] = []
         for chosen in islice(order, state.taken, None):
+            if state.taken >= self.schedule.steps:
+                break
             # A run that goes on may have come so far before.
             if self.schedule.ends(state.taken, state.kept):
                 log.info("no better model since step %d, training ends", state.kept)
                 break
             progress("recover", state.taken, self.schedule.steps)
-            losses.append(self._step(chosen, state, graph))
             state.taken += 1
-            if self.schedule.is_check(state.taken):
-                self._check(state, losses)
+            try:
+                losses.append(self._step(chosen, state, graph))
+                if self.schedule.is_check(state.taken):
+                    self._check(state, losses)
+                    self._shorten(state)
+                    losses = []
+            except _DivergedError as error:
+                self._slow_down(state, error)
                 losses = []
+        if self.lesson.crew.leads:
+            self._save(state, values_of(self.lesson.trained))
         progress("recover", self.schedule.steps, self.schedule.steps)
 
+    def _shorten(self, state: TrainingState) -> None:
+        """Plan fewer steps where those that are planned would end too late."""
+        fitting = self.deadline.fitting(state.taken) if self.deadline else None
+        if fitting is None:
+            return
+        crew, left = self.lesson.crew, self.schedule.steps - state.taken
+        # Clocks of several processes differ; all take the same number of steps.
+        fitting = int(crew.sums(fitting)[0] / crew.size)
+        if left and fitting < (1 - _LATE) * left:
+            state.steps = state.taken + max(1, fitting)
+            log.info("steps take longer than timed: %d of %d fit", state.steps, self.schedule.steps)
+            self.schedule = replace(self.schedule, steps=state.steps)
+
+    def _slow_down(self, state: TrainingState, error: _DivergedError) -> None:
+        """Go back to the best weights and on at the next rate; raises the error if it was the last.
+
+        What the optimiser kept of the gradients that led astray is forgotten.
+        """
+        rate = self._rate(state)
+        if len(state.setbacks) + 1 == len(self.rates):
+            raise error
+        state.setbacks.append(Setback(step=state.taken, rate=rate, reason=str(error)))
+        log.warning(
+            "recovery diverged at a rate of %g (%s); it goes on from the weights of step %d at %g",
+            rate, error, state.kept, self._rate(state),
+        )  # fmt: skip
+        self._put_best(state)
+        self._optimizer = make_optimizer(self.optimizer, self.lesson.trained)
+
+    @torch.no_grad()
+    def _put_best(self, state: TrainingState) -> None:
+        """Put the best weights into the model, of all processes, and zero into its gradients."""
+        crew = self.lesson.crew
+        put(self.lesson.trained, state.best)
+        for each in self.lesson.trained:
+            assert each.parameter.grad is not None
+            each.parameter.grad.zero_()
+            if crew.size > 1:
+                # The first process alone has the best weights.
+                own = each.parameter if crew.leads else torch.zeros_like(each.parameter)
+                each.parameter.copy_(crew.sum(own))
+
     def _step(self, chosen: Sequence[int], state: TrainingState, graph: StepGraph) -> float:
-        rate = self.learning_rate * self.schedule.rate(state.taken)
+        """Take the step that makes as many as were `taken`."""
+        rate = self._rate(state) * self.schedule.rate(state.taken - 1)
         set_rates(self._optimizer, self.lesson.trained, rate)
         loss = self.lesson.gradient(chosen, graph)
         if not loss <= max(_FAR_STEP * self._first_step, _NO_LOSS):
             raise _DivergedError(
-                f"the loss of step {state.taken + 1} is {loss:.3g}, that of the model that was "
+                f"the loss of step {state.taken} is {loss:.3g}, that of the model that was "
                 f"given {self._first_step:.3g}"
             )
         masked_step(self._optimizer, self.lesson.trained)
         return loss
 
     def _check(self, state: TrainingState, losses: Sequence[float]) -> None:
-        """Measure the rounded weights; keep them if they are the best, and save the state."""
+        """Measure the rounded weights; keep them if they are the best; save the state if due."""
         now = values_of(self.lesson.trained)
         put(self.lesson.trained, now, rounded=True)
         loss = self.lesson.withheld_loss()
@@ -321,8 +399,10 @@ class Training:
         put(self.lesson.trained, now)
         mean = math.fsum(losses) / len(losses)
         state.curve.append(RecoveryPoint(step=state.taken, trained=mean, withheld=loss))
-        if self.lesson.crew.leads:
-            self.file.save(
-                replace(state, now=now, moments=moments_of(self._optimizer, self.lesson.trained))
-            )
+        if self.lesson.crew.leads and self.file.is_due:
+            self._save(state, now)
         log.info("step %d: trained %.5f, withheld %.5f", state.taken, mean, loss)
+
+    def _save(self, state: TrainingState, now: list[Tensor]) -> None:
+        moments = moments_of(self._optimizer, self.lesson.trained)
+        self.file.save(replace(state, now=now, moments=moments))

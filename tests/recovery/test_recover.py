@@ -235,6 +235,31 @@ def test_text_that_is_harder_than_what_is_withheld_is_no_divergence(
     assert all(p.trained > 1e-2 for p in found.curve if p.trained is not None)
 
 
+def test_a_run_that_diverges_goes_on_from_its_best_weights_at_a_smaller_rate(
+    llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prox24_deploy.config.options._RATES", (1e4, 1e3, 0.005))
+    options = replace(FAST, learning_rate=None, write=False)
+    result = recover(replace(llama, options=options), tmp_path / "whole")
+    assert [setback.rate for setback in result.setbacks] == [1e4, 1e3]
+    assert all("the loss " in setback.reason for setback in result.setbacks)
+    assert (result.learning_rate, result.warning) == (0.005, "")
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after < result.before
+    steps = [point.step for point in result.curve]
+    assert steps == sorted(set(steps))
+    again = recover_directory(
+        replace(llama, options=options),
+        kept=tmp_path / "whole" / "kept", out=tmp_path / "again", progress=silent,
+    )  # fmt: skip
+    assert (again.setbacks, again.curve) == (result.setbacks, result.curve)
+    monkeypatch.setattr("prox24_deploy.config.options._RATES", (1e4, 1e3))
+    lost = recover(replace(llama, options=options), tmp_path / "lost")
+    assert (lost.kept, len(lost.setbacks)) == (0, 1)
+    assert lost.warning.endswith("pass a smaller --recover-rate than 1000.")
+
+
 def test_steps_that_only_harm_are_not_kept(llama: Recovery, tmp_path: Path) -> None:
     """A rate that is too large, but not so large that the loss leaves for good."""
     first = recover(replace(llama, options=replace(FAST, learning_rate=1e-9)), tmp_path / "a")
@@ -302,6 +327,16 @@ def test_minutes_become_steps_once(llama: Recovery, tmp_path: Path) -> None:
     )  # fmt: skip
     assert again.steps == first.steps
     assert again.curve == first.curve
+
+
+def test_minutes_hold_where_steps_take_longer_than_timed(
+    llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prox24_deploy.recovery.session._timed_steps", lambda *_: 1000)
+    options = RecoverOptions(minutes=0.03, step_tokens=512, learning_rate=0.005, write=False)
+    result = recover(replace(llama, options=options), tmp_path)
+    assert 100 <= result.taken == result.steps < 1000
+    assert result.curve[-1].step == result.steps
 
 
 def test_a_run_that_ended_early_goes_no_further(llama: Recovery, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Steps, rates, checks and batches of a training run."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -17,6 +18,7 @@ from prox24_deploy.recovery.schedule import (
     tokens_of,
     wanted_text,
 )
+from prox24_deploy.recovery.state import SAVING_SHARE
 
 
 def batch_of(rows: int, width: int, first: int = 0) -> Batch:
@@ -88,10 +90,10 @@ def test_batches_of_one_shape_are_joined_and_cut_anew() -> None:
 
 
 def test_minutes_pay_for_steps_and_for_the_text_that_they_need() -> None:
-    pace = Pace(step=2.0, check=0.0, token=0.01)
+    pace = Pace(step=2.0, check=0.0, copy=0.0, token=0.01)
     # Ten steps read 1000 tokens, no more than thrice what is given.
-    assert steps_within(24.0, pace, 100, given=400) == 10
-    steps = steps_within(200.0, pace, 100, given=400)
+    assert steps_within(_beside_saving(24.0), pace, 100, given=400) == 10
+    steps = steps_within(_beside_saving(200.0), pace, 100, given=400)
     written = wanted_text(steps, 100, 400)
     assert written > 0
     assert 190 < 1.2 * steps * pace.step + written * pace.token <= 202
@@ -101,6 +103,12 @@ def test_minutes_pay_for_steps_and_for_the_text_that_they_need() -> None:
 
 def test_minutes_pay_for_the_checks_of_a_short_run() -> None:
     """A look before all steps and two on the way, each of five seconds."""
-    pace = Pace(step=2.0, check=check_seconds(2.0, 100, 500), token=0.0)
+    pace = Pace(step=2.0, check=check_seconds(2.0, 100, 500), copy=0.0, token=0.0)
     assert pace.check == 5
-    assert steps_within(25.0, pace, 100, given=10**6) == 5
+    assert steps_within(_beside_saving(25.0), pace, 100, given=10**6) == 5
+    copied = replace(pace, copy=0.5)
+    assert steps_within(_beside_saving(35.0), copied, 100, given=10**6) == 5
+
+
+def _beside_saving(seconds: float) -> float:
+    return seconds / (1 - SAVING_SHARE) + 1e-9
