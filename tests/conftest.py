@@ -12,6 +12,7 @@ import pytest
 import torch
 from brief_timing import timed_briefly
 from chromium import find_chromium
+from hypothesis import settings
 from longest_files import LONGEST
 from shared_traces import SharedTraces
 from tiny_models import write_tiny_bert, write_tiny_gpt2, write_tiny_llama, write_tiny_qwen3
@@ -19,6 +20,10 @@ from untraced import untraced
 
 from prox24_deploy.graph.export.trace import Traces
 from prox24_deploy.pipeline.stages import bench
+
+# On a busy machine an example takes long without being wrong.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"

@@ -40,13 +40,13 @@ TABLES = st.dictionaries(
 
 
 @given(PLAIN)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_documents_are_written_as_json_reads_them(value: Any) -> None:
     assert json.loads(to_json(value)) == value
 
 
 @given(TABLES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_documents_are_written_as_toml_reads_them(value: dict[str, Any]) -> None:
     assert tomllib.loads(to_toml(value)) == value
 

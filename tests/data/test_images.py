@@ -203,7 +203,7 @@ def test_any_other_format_is_refused(kind: str, tmp_path: Path, processor: objec
         make_image_samples(one(path), processor, {}, limit=1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]),
     st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=8),

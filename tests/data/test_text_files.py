@@ -280,7 +280,7 @@ def outcome(path: Path) -> tuple[str, tuple[str, ...]]:
         return str(error), ()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.binary(max_size=80)
     | st.text(alphabet='[]{}",:\\u0dDtex" \n', max_size=80).map(str.encode)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import fake_cuda
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from quantized_layers import formula, stored_weight
 from torch import Tensor, nn
@@ -48,7 +48,6 @@ def test_numbers_are_the_nearest_ties_to_even_and_saturate() -> None:
     assert bool(to_numbers(torch.tensor([torch.nan]), 1.0, torch.float8_e4m3fn).isnan())
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20),
     st.floats(1e-3, 1e3),

@@ -98,7 +98,7 @@ def stored_values(chain: Chain, random: np.random.Generator, *, spoiled: bool) -
     return stored
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(chain=chains(), spoiled=st.booleans(), seed=st.integers(0, 2**32 - 1))
 def test_any_chain_is_proven_exactly_or_says_why_not(
     tmp_path_factory: pytest.TempPathFactory, chain: Chain, *, spoiled: bool, seed: int

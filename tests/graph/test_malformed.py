@@ -201,7 +201,7 @@ def test_the_graph_that_is_broken_was_sound(tmp_path: Path, sound_model: onnx.Mo
     ]  # fmt: skip
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(st.randoms(use_true_random=False), st.integers(1, 4))
 def test_no_broken_graph_raises_anything_but_a_sentence(
     sound_model: onnx.ModelProto,

@@ -285,7 +285,7 @@ def verdict(path: Path) -> str:
     return "2:4"
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(draw=st.randoms(use_true_random=False), weights=st.integers(1, 3), dense=st.booleans())
 def test_no_dense_weight_passes_and_no_pruned_one_is_lost(
     tmp_path_factory: pytest.TempPathFactory, draw: random.Random, weights: int, *, dense: bool

@@ -67,7 +67,7 @@ def step(draw: st.DrawFn, view: Strided, array: Array) -> tuple[Strided, Array]:
     return view.slice(axis, start, cut.shape[axis], stride), cut
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data(), SHAPES)
 def test_a_view_shows_what_numpy_shows(data: st.DataObject, shape: tuple[int, ...]) -> None:
     stored = np.arange(math.prod(shape)).reshape(shape)
@@ -80,7 +80,7 @@ def test_a_view_shows_what_numpy_shows(data: st.DataObject, shape: tuple[int, ..
     assert view.position(index) == array[tuple(index)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data(), SHAPES.filter(bool))
 def test_storage_order_keeps_the_groups_and_reads_forward(
     data: st.DataObject, shape: tuple[int, ...]

@@ -170,7 +170,7 @@ def laid_out(sizes: list[int]) -> tuple[dict[str, object], int]:
     return header, end
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.integers(0, 9), max_size=4),
     st.dictionaries(NAMES, st.one_of(ENTRIES, NUMBERS), max_size=2),

@@ -31,7 +31,7 @@ def test_of_eight_channels_the_best_of_all_splits_is_found(seed: int) -> None:
     assert found.after == pytest.approx(best / float(score.double().sum()), rel=1e-6)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 6), st.integers(0, 99))
 def test_every_set_keeps_its_channels_and_never_keeps_less(
     sets: int, rows: int, groups: int, seed: int

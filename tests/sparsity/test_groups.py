@@ -39,7 +39,7 @@ def cases(draw: st.DrawFn) -> tuple[Array, int]:
     return values.astype(dtype), axis
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_counts_agree_with_the_definition_for_any_rank_axis_and_dtype(
     case: tuple[Array, int],

@@ -14,7 +14,7 @@ from prox24_deploy.sparsity.pattern import first_violation, is_24, mask_24, proj
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3).map(lambda n: 4 * n), st.integers(1, 3))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shape=SHAPES, seed=st.integers(0, 1000), levels=st.sampled_from([2, 3, 100]))
 def test_the_mask_keeps_the_best_pair_of_every_group(
     shape: tuple[int, int, int], seed: int, levels: int
@@ -67,7 +67,7 @@ def test_projection_is_idempotent() -> None:
     assert torch.equal(project_24(once), once)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shape=SHAPES, seed=st.integers(0, 1000))
 def test_the_first_violation_is_the_one_a_loop_finds(
     shape: tuple[int, int, int], seed: int

@@ -158,14 +158,14 @@ def test_the_objective_is_that_of_the_definition() -> None:
     assert np.allclose(found.numpy()[:, 0], expected, rtol=1e-14)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(group=CELL, lam=LAM, signs=st.lists(st.sampled_from([-1.0, 1.0]), min_size=4, max_size=4))
 def test_signs_carry_through(group: list[float], lam: float, signs: list[float]) -> None:
     z, s = np.array(group), np.array(signs)
     assert np.array_equal(solve(s * z, lam), s * solve(z, lam))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(group=CELL, lam=LAM, order=st.permutations(range(4)))
 def test_the_order_of_a_group_does_not_matter(
     group: list[float], lam: float, order: list[int]
@@ -177,7 +177,7 @@ def test_the_order_of_a_group_does_not_matter(
         assert np.allclose(permuted, direct[order], rtol=1e-12, atol=0)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(group=CELL, lam=LAM, exponent=st.integers(-30, 30))
 def test_a_power_of_two_scales_out(group: list[float], lam: float, exponent: int) -> None:
     """prox(c z, λ / c) = c prox(z, λ), exactly so in binary arithmetic."""
@@ -185,7 +185,7 @@ def test_a_power_of_two_scales_out(group: list[float], lam: float, exponent: int
     assert np.allclose(solve(c * z, lam / c), c * solve(z, lam), rtol=1e-12, atol=0)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(group=CELL, lam=LAM, factor=st.floats(1.001, 10.0))
 @example(group=[0.0, 1.0, 1.0, 1.93], lam=0.625, factor=2.0)
 def test_a_larger_lambda_never_has_the_larger_regulariser(
