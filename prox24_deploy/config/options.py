@@ -349,12 +349,12 @@ def parse_dtype(word: str) -> DType:
 
 
 def parse_budget(word: str) -> tuple[int | None, float | None]:
-    """`200steps` or `5min` as steps and minutes, of which one is None.
+    """`200steps`, or `5min` or `5`, as steps and minutes, of which one is None.
 
     Raises:
         UsageError: the word is neither.
     """
-    match = re.fullmatch(r"([0-9]{1,9}) ?steps?|([0-9]{1,6}(?:\.[0-9]{1,6})?) ?min", word.strip())
+    match = re.fullmatch(r"([0-9]{1,9}) ?steps?|([0-9]{1,6}(?:\.[0-9]{1,6})?)(?: ?min)?", word.strip())
     if match is None or not float(match[1] or match[2]):
         raise UsageError(
             f"--recover {word} is not understood, expected a number of steps or of minutes such as "

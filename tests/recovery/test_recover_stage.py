@@ -167,13 +167,13 @@ def test_a_budget_without_options_is_five_minutes(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("word", "found"),
-    [("200steps", (200, None)), ("1 step", (1, None)), ("5min", (None, 5.0))],
+    [("200steps", (200, None)), ("1 step", (1, None)), ("5min", (None, 5.0)), ("0.5", (None, 0.5))],
 )
 def test_budgets_are_steps_or_minutes(word: str, found: tuple[int | None, float | None]) -> None:
     assert parse_budget(word) == found
 
 
-@pytest.mark.parametrize("word", ["", "5", "0steps", "0min", "-1min", "5 hours", "1e3steps"])
+@pytest.mark.parametrize("word", ["", "5m", "0", "0steps", "0min", "-1min", "5 hours", "1e3steps"])
 def test_other_budgets_are_refused(word: str) -> None:
     with pytest.raises(UsageError, match="expected a number of steps or of minutes such as"):
         parse_budget(word)
