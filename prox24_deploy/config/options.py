@@ -354,7 +354,8 @@ def parse_budget(word: str) -> tuple[int | None, float | None]:
     Raises:
         UsageError: the word is neither.
     """
-    match = re.fullmatch(r"([0-9]{1,9}) ?steps?|([0-9]{1,6}(?:\.[0-9]{1,6})?)(?: ?min)?", word.strip())
+    steps, minutes = r"([0-9]{1,9}) ?steps?", r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(?: ?min)?"
+    match = re.fullmatch(f"{steps}|{minutes}", word.strip())
     if match is None or not float(match[1] or match[2]):
         raise UsageError(
             f"--recover {word} is not understood, expected a number of steps or of minutes such as "
