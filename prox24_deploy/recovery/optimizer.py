@@ -5,6 +5,7 @@ Adafactor (Shazeer and Stern, arXiv 1804.04235) keeps one for each row and colum
 none of past gradients. Neither decays weights. Both are those of torch.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,30 +19,46 @@ _BETAS = (0.9, 0.95)
 # Adafactor of torch squares the first, and 1e-30 of the paper squared is 0 in float32. Steps are
 # relative to the root mean square of a parameter, or to the second where that is larger.
 _EPSILONS = (1e-16, 1e-3)
+# Scales are rounded to so many in an octave, so that one kernel moves many parameters.
+_IN_AN_OCTAVE = 4
+_SCALE = "scale"
 
 
 def make_optimizer(name: RecoverOptimizer, trained: Sequence[Trained]) -> torch.optim.Optimizer:
-    """An optimiser with a group for each parameter."""
-    groups: list[dict[str, Any]] = [{"params": [each.parameter]} for each in trained]
+    """An optimiser whose groups are of parameters with about the same scale; or of one each."""
     if name == "adafactor":
+        groups: list[dict[str, Any]] = [
+            {"params": [each.parameter], _SCALE: each.scale} for each in trained
+        ]
         # Over many tensors at once, it would hold their updates all at once, too.
         return torch.optim.Adafactor(groups, eps=_EPSILONS, weight_decay=0.0, foreach=False)
+    alike: dict[float, list[Tensor]] = {}
+    for each in trained:
+        alike.setdefault(_rounded(each.scale), []).append(each.parameter)
+    groups = [{"params": parameters, _SCALE: scale} for scale, parameters in alike.items()]
     # One kernel for each group, where there is one, in the place of a dozen.
     fused = all(each.parameter.is_cuda for each in trained)
     return torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0, fused=fused)
 
 
+def _rounded(scale: float) -> float:
+    """The nearest scale of those that groups have; 0 stays 0."""
+    if not scale:
+        return 0.0
+    return float(2.0 ** (round(_IN_AN_OCTAVE * math.log2(scale)) / _IN_AN_OCTAVE))
+
+
 @torch.no_grad()
 def set_rates(optimizer: torch.optim.Optimizer, trained: Sequence[Trained], rate: float) -> None:
     """Let a step move each parameter by `rate` times its scale, in root mean square at most."""
-    sizes = [1.0] * len(trained)
+    sizes = [1.0] * len(optimizer.param_groups)
     if isinstance(optimizer, torch.optim.Adafactor):
         # It multiplies by what the parameter is.
         norms = torch.stack([each.parameter.norm() for each in trained]).tolist()
         means = (n / each.parameter.numel() ** 0.5 for n, each in zip(norms, trained, strict=True))
         sizes = [max(_EPSILONS[1], mean) for mean in means]
-    for group, each, size in zip(optimizer.param_groups, trained, sizes, strict=True):
-        group["lr"] = rate * each.scale / size
+    for group, size in zip(optimizer.param_groups, sizes, strict=True):
+        group["lr"] = rate * group[_SCALE] / size
 
 
 def moments_of(

@@ -1,5 +1,6 @@
 """What of a pruned model is trained."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from opened import Opened, open_tiny
 from prox24_deploy.core.errors import SparsityLostError
 from prox24_deploy.model.layers import layer_at
 from prox24_deploy.pruning.selection import target_paths
+from prox24_deploy.recovery.optimizer import make_optimizer, set_rates
 from prox24_deploy.recovery.student import find_trained, put, values_of
 from prox24_deploy.sparsity.pattern import project_24
 
@@ -80,3 +82,33 @@ def test_values_are_put_back_as_they_were_or_as_they_are_stored(opened: Opened) 
     assert torch.equal(trained[0].parameter.half().float(), trained[0].parameter)
     put(trained, first)
     assert all(torch.equal(e.parameter, v) for e, v in zip(trained, first, strict=True))
+
+
+def test_norms_with_small_weights_move_by_less(opened: Opened) -> None:
+    def scales() -> dict[str, float]:
+        found = find_trained(opened.model, opened.directory, opened.recipe)
+        return {each.names[0]: each.scale for each in found}
+
+    before = scales()
+    name = next(name for name in before if name.endswith("norm.weight"))
+    opened.model.get_parameter(name).fill_(1e-3)
+    after = scales()
+    assert after[name] == pytest.approx(1e-3 / 16)
+    assert after[name] < before[name]
+    assert {n: s for n, s in after.items() if n != name} == {
+        n: s for n, s in before.items() if n != name
+    }
+
+
+def test_parameters_of_about_one_scale_share_a_group(opened: Opened) -> None:
+    trained = find_trained(opened.model, opened.directory, opened.recipe)
+    adam = make_optimizer("adamw", trained)
+    assert len(adam.param_groups) < len(trained) / 2
+    set_rates(adam, trained, 0.5)
+    rates = {id(p): group["lr"] for group in adam.param_groups for p in group["params"]}
+    assert len(rates) == len(trained)
+    for each in trained:
+        assert rates[id(each.parameter)] == pytest.approx(0.5 * each.scale, rel=0.1)
+    still = replace(trained[0], scale=0.0)
+    set_rates(adam := make_optimizer("adamw", [still]), [still], 0.5)
+    assert adam.param_groups[0]["lr"] == 0.0
