@@ -256,7 +256,7 @@ def _record(
         before=outcome.before,
         after=outcome.after,
         curve=outcome.curve,
-        learning_rate=outcome.rate or asked.options.rates[0],
+        learning_rate=asked.options.rates[len(outcome.setbacks)],
         layers=sum(each.zeros is not None for each in trained),
         vectors=sum(each.is_vector for each in trained),
         embeddings=sum(each.is_embedding for each in trained),

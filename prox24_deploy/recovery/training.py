@@ -131,14 +131,13 @@ class Outcome:
     """How a run went: steps taken, the step that is kept (0: the first weights) and the curve.
 
     `failure` says why the first weights had to be kept, and what to change; "" where they had not.
-    `rate` is the learning rate of the end, `setbacks` say where it was a larger one before.
+    `setbacks` say where training diverged and went on at the next of its rates.
     """
 
     taken: int = 0
     kept: int = 0
     curve: tuple[RecoveryPoint, ...] = ()
     failure: str = ""
-    rate: float = 0.0
     setbacks: tuple[Setback, ...] = ()
 
     @property
@@ -259,7 +258,6 @@ class Training:
             taken=state.taken,
             kept=state.kept,
             curve=tuple(state.curve),
-            rate=self._rate(state),
             setbacks=tuple(state.setbacks),
         )
 
@@ -267,13 +265,11 @@ class Training:
         return self.rates[len(state.setbacks)]
 
     def _diverged(self, state: TrainingState, how: str) -> Outcome:
-        rate = self._rate(state)
         return Outcome(
             taken=state.taken,
             curve=tuple(state.curve),
             failure=f"Recovery diverged ({how}), so that the model is kept as it was; "
-            f"pass a smaller --recover-rate than {rate:g}.",
-            rate=rate,
+            f"pass a smaller --recover-rate than {self._rate(state):g}.",
             setbacks=tuple(state.setbacks),
         )
 
