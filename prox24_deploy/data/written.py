@@ -110,10 +110,10 @@ class Author:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Let the model have weights of `_dtype`."""
-        own = [(each, each.data) for each in self.model.parameters()]
+        dtype, own = self._dtype, [(each, each.data) for each in self.model.parameters()]
         try:
             for parameter, data in own:
-                parameter.data = data.to(self._dtype)
+                parameter.data = data.to(dtype)
             yield
         finally:
             for parameter, data in own:
