@@ -3,20 +3,21 @@
     python benchmarks/gemm_profile.py OUT [--formats float16,bfloat16,fp8,int8] [--layers 17]
         [--rows 16,128,512,1024,4096,16384] [--algorithms 5,6,22]
 
-Writes a profile for `plan --gpu-profile OUT`, after each layer what is known by then, and prints a
-table of speed-ups for each format. What OUT holds already, of the same GPU and versions, is not
-timed again. `--algorithms` times these alone, where all are known to be worse.
+Writes a profile for `plan --gpu-profile OUT`, after each layer what is known by then and with the
+rate of a copy, and prints a table of speed-ups for each format. What OUT holds already, of the same
+GPU and versions, is not timed again. `--algorithms` times these alone, where all are known to be worse.
 """
 
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from prox24_deploy.engines.cusparselt.gemm import gpu_profile, measure_gemms
+from prox24_deploy.engines.cusparselt.gemm import copy_rate, gpu_profile, measure_gemms
 from prox24_deploy.engines.cusparselt.profile import (
     GEMM_FORMATS,
     GemmFormat,
@@ -68,7 +69,7 @@ def main() -> None:
     asked = arguments.formats.split(",")
     formats = [format for format in GEMM_FORMATS if format in asked]
     rows = [int(m) for m in arguments.rows.split(",")]
-    profile = known_at(arguments.out)
+    profile = replace(known_at(arguments.out), copy_rate=copy_rate())
     console = Console(width=100)
     for n, k in LAYERS[: arguments.layers]:
         for format in formats:

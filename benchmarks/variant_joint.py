@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -107,7 +108,7 @@ def learned(lab: Lab, *, normalised: bool) -> tuple[nn.Module, Figures]:
     )
     tokens = tokens_of(lesson.withheld, session.unit)
     plan = schedule(lab.steps, session.step_tokens, tokens)
-    run = _Learning(lesson=lesson, cells=cells, plan=plan, rate=session.options.rates[0])
+    run = _Learning(lesson=lesson, cells=cells, plan=plan, rate=session.options.rates(lab.steps)[0])
     figures = run.go()
     for path in lab.targets:
         assert is_24(layer_at(model, path).weight), path
@@ -178,7 +179,8 @@ class _Learning:
         best: tuple[float, int, list[Tensor]] | None = None
         fixed, left = 0, 0.0
         with trainable(lesson) as graph:
-            for step, chosen in enumerate(self.plan.batches(sizes, 0)):
+            order = islice(self.plan.batches(sizes, 0), steps)
+            for step, chosen in enumerate(order):
                 set_rates(optimizer, lesson.trained, self.rate * self.plan.rate(step))
                 self.lesson.gradient(chosen, graph)
                 masked_step(optimizer, self.lesson.trained)

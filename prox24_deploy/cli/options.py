@@ -345,8 +345,8 @@ RecoverRateOpt = Annotated[
     float | None,
     typer.Option(
         min=0,
-        help="Recovery: learning rate, relative to the size of weights; default: 0.01, and a "
-        "quarter of it from where that diverges.",
+        help="Recovery: learning rate, relative to the size of weights; default: 0.01, "
+        "less for few steps, and a quarter from where that diverges.",
         rich_help_panel=_RECOVERY,
     ),
 ]

@@ -120,8 +120,9 @@ class PruneOptions:
         return self.preset == "best" if self.reconstruct is None else self.reconstruct
 
 
-# Learning rates of a recovery that was given none; smaller ones follow where training diverges.
-_RATES = (0.01, 0.0025, 0.000625)
+# Learning rates of a recovery of many steps that was given none; smaller ones follow where training
+# diverges. With fewer steps they fall with a power of these: docs/results.md.
+_RATES, _MANY_STEPS, _POWER = (0.01, 0.0025, 0.000625), 5000, 1 / 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,14 +131,14 @@ class RecoverOptions:
 
     Either `steps` or `minutes` is the budget; minutes are turned into steps once, by timing the
     first. `learning_rate` is relative to the root mean square of the kept weights of each layer;
-    None begins with 0.01 and falls to a quarter wherever that diverges. `step_tokens` None means
-    8192 on a GPU and 2048 on a CPU. `temperature` divides the logits of both models; `top_k`
-    compares only the likeliest tokens of the dense model one by one, and the others in sum.
-    `write` lets a language model write text to train on besides the calibration text.
-    `checkpointing` computes activations twice to hold fewer of them. `optimizer` "adafactor" keeps
-    hardly any state beside the weights. `embeddings` trains embedding tables and the output layer,
-    too. `quantized` is a number of steps that train the numbers of a quantised model.
-    `processes` train on a share of each step, on a GPU with one GPU each.
+    None is what `rates` says. `step_tokens` None means 8192 on a GPU and 2048 on a CPU.
+    `temperature` divides the logits of both models; `top_k` compares only the likeliest tokens of
+    the dense model one by one, and the others in sum. `write` lets a language model write text to
+    train on besides the calibration text. `checkpointing` computes activations twice to hold fewer
+    of them. `optimizer` "adafactor" keeps hardly any state beside the weights. `embeddings` trains
+    embedding tables and the output layer, too. `quantized` is a number of steps that train the
+    numbers of a quantised model. `processes` train on a share of each step, on a GPU with one GPU
+    each.
     """
 
     steps: int | None = None
@@ -155,10 +156,16 @@ class RecoverOptions:
         default=1, metadata=unkeyed("steps are the same, however many share them")
     )
 
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Learning rates to take, each once the one before it made training diverge."""
-        return _RATES if self.learning_rate is None else (self.learning_rate,)
+    def rates(self, steps: int) -> tuple[float, ...]:
+        """Learning rates to take, each once the one before it made training diverge.
+
+        They are 0.01 and quarters of it from 5000 steps on, and less where there are fewer: 0.0058
+        for 1000 steps, 0.0027 for 100.
+        """
+        if self.learning_rate is not None:
+            return (self.learning_rate,)
+        share = min(1.0, steps / _MANY_STEPS) ** _POWER
+        return tuple(float(f"{share * rate:.2g}") for rate in _RATES)
 
     def require_usable(self) -> None:
         """Refuse a budget that is none, and a rate or temperature that is not above 0.
@@ -172,8 +179,8 @@ class RecoverOptions:
                 f"Recovery takes a number of steps or of minutes above 0, got {self.steps} steps "
                 f"and {self.minutes} minutes; pass one, for example 200steps or 5min."
             )
-        rate, temperature = self.rates[0], self.temperature
-        if not (0 < rate < math.inf and 0 < temperature < math.inf):
+        rate, temperature = self.learning_rate, self.temperature
+        if not ((rate is None or 0 < rate < math.inf) and 0 < temperature < math.inf):
             raise UsageError(
                 f"Recovery takes a learning rate and a temperature above 0, got {rate} and "
                 f"{temperature}."

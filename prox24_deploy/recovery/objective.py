@@ -114,4 +114,8 @@ def _compare_states(dense: Any, sparse: Any, batch: Batch, model: nn.Module) -> 
 def _pooled(result: Any, batch: Batch, model: nn.Module) -> Tensor:
     if not batch.has_padding:
         return image_states(result)
-    return embedding_of(model, result, batch.real)
+    real = batch.real
+    if bool(real.all()):
+        # Made where it is needed, for a CUDA graph cannot copy it there.
+        real = torch.ones_like(real, device=result.last_hidden_state.device)
+    return embedding_of(model, result, real)

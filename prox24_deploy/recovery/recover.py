@@ -155,9 +155,14 @@ def _recovered(
             "--recover-checkpointing, --recover-optimizer adafactor, a smaller --recover-tokens, "
             "or a device with more memory."
         )
-        nothing = Schedule(steps=asked.options.steps or 0, step_tokens=0, check_every=1)
-        outcome = Outcome(failure=failure)
-        return Recovered(schedule=nothing, outcome=outcome, withheld=0, written=None)
+        steps = asked.options.steps or 0
+        return Recovered(
+            schedule=Schedule(steps=steps, step_tokens=0, check_every=1),
+            outcome=Outcome(failure=failure),
+            withheld=0,
+            written=None,
+            rate=asked.options.rates(steps)[0],
+        )
 
 
 def _alone(
@@ -256,7 +261,7 @@ def _record(
         before=outcome.before,
         after=outcome.after,
         curve=outcome.curve,
-        learning_rate=asked.options.rates[len(outcome.setbacks)],
+        learning_rate=found.rate,
         layers=sum(each.zeros is not None for each in trained),
         vectors=sum(each.is_vector for each in trained),
         embeddings=sum(each.is_embedding for each in trained),

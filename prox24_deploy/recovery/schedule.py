@@ -100,9 +100,9 @@ class Schedule:
         return waited and self.rate(taken) < _LARGE_RATE
 
     def batches(self, sizes: Sequence[int], seed: int) -> Iterator[list[int]]:
-        """For each step the batches to train on: all once in seeded order, then all anew."""
+        """For each step, without end, the batches to train on: all in seeded order, then anew."""
         drawn = _shuffled(len(sizes), seed)
-        for _ in range(self.steps):
+        while True:
             chosen: list[int] = []
             while sum(sizes[i] for i in chosen) < self.step_tokens:
                 chosen.append(next(drawn))
@@ -125,12 +125,16 @@ class Deadline:
     end: float
     _first: tuple[float, int] | None = field(default=None, init=False)
 
-    def fitting(self, taken: int) -> int | None:
-        """How many steps still fit after so many, by the pace since the first call; None then."""
-        now = time.perf_counter()
+    def passed(self, taken: int) -> None:
+        """Say that so many steps are done; the pace is taken from the first call on."""
         if self._first is None:
-            self._first = (now, taken)
+            self._first = (time.perf_counter(), taken)
+
+    def fitting(self, taken: int) -> int | None:
+        """How many steps still fit after so many, by the pace so far; None where it is unknown."""
+        if self._first is None or self._first[1] == taken:
             return None
+        now = time.perf_counter()
         began, before = self._first
         return int((self.end - now) * (taken - before) / (now - began))
 

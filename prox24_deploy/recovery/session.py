@@ -1,11 +1,13 @@
 """One recovery of two loaded models: on what, for how many steps, and what came of it."""
 
 import logging
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -47,8 +49,8 @@ _STEP_TOKENS_ELSEWHERE = 2048
 # Logits in one forward pass: of a large vocabulary fewer tokens are run at once.
 _MOST_LOGITS = 2**27
 _FEWEST_AT_ONCE = 512
-# Steps that are not counted and that are, where steps are timed; on other devices one, which is.
-_TIMED_STEPS = {"cuda": (1, 3)}
+# Steps are timed for this share of the minutes, so many at most and at least one.
+_TIMING_SHARE, _MOST_TIMED = 0.02, 16
 _SCHEDULE = TypeAdapter(Schedule)
 
 
@@ -112,12 +114,16 @@ class Session:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovered:
-    """What came of a session; the weights are in the model. `peak_gib` is of a GPU."""
+    """What came of a session; the weights are in the model.
+
+    `rate` is the learning rate that was last taken, and `peak_gib` is of a GPU.
+    """
 
     schedule: Schedule
     outcome: Outcome
     withheld: int
     written: WrittenText | None
+    rate: float
     peak_gib: float | None = None
 
 
@@ -155,10 +161,11 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
             with session.crew.one_by_one():
                 own, written = write_text(session.author, wanted, names, session.padding, progress)
             lesson = replace(lesson, batches=(*lesson.batches, *session.regrouped(own)))
+        rates = session.options.rates(plan.steps)
         training = Training(
             lesson=lesson,
             schedule=plan,
-            rates=session.options.rates,
+            rates=rates,
             seed=session.seed,
             optimizer=session.options.optimizer,
             file=state_file(session.folder, session.guard),
@@ -166,7 +173,13 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
         )
         outcome = training.run(progress)
     count = sum(len(batch.real) for batch in withheld)
-    return Recovered(schedule=training.schedule, outcome=outcome, withheld=count, written=written)
+    return Recovered(
+        schedule=training.schedule,
+        outcome=outcome,
+        withheld=count,
+        written=written,
+        rate=rates[len(outcome.setbacks)],
+    )
 
 
 def _planned(session: Session, lesson: Lesson) -> tuple[Schedule, Deadline | None]:
@@ -212,22 +225,24 @@ def _timed_steps(session: Session, lesson: Lesson) -> int:
 
 
 def _step_seconds(session: Session, lesson: Lesson) -> float:
-    """Seconds of a step at a rate of 0; on a GPU a first one prepares kernels and is left out."""
-    cold, timed = _TIMED_STEPS.get(lesson.device.type, (0, 1))
-    plan = Schedule(steps=cold + timed, step_tokens=session.step_tokens, check_every=1)
+    """Seconds of a step at a rate of 0, the median of some; batches of a new shape take longer."""
+    plan = Schedule(steps=_MOST_TIMED, step_tokens=session.step_tokens, check_every=1)
     sizes = [tokens_of([batch], session.unit) for batch in lesson.batches]
     optimizer = make_optimizer(session.options.optimizer, lesson.trained)
-    began = time.perf_counter()
+    until = time.perf_counter() + 60 * _TIMING_SHARE * (session.options.minutes or 0.0)
+    found: list[float] = []
     with trainable(lesson) as graph:
-        for number, chosen in enumerate(plan.batches(sizes, session.seed)):
-            if number == cold:
-                _wait(lesson.device)
-                began = time.perf_counter()
+        for chosen in islice(plan.batches(sizes, session.seed), plan.steps):
+            began = time.perf_counter()
             set_rates(optimizer, lesson.trained, 0.0)
             lesson.gradient(chosen, graph)
             masked_step(optimizer, lesson.trained)
-        _wait(lesson.device)
-        return (time.perf_counter() - began) / timed
+            _wait(lesson.device)
+            found.append(time.perf_counter() - began)
+            # Several processes take each step together, so that all end with the same one.
+            if session.crew.sums(float(time.perf_counter() < until))[0] < session.crew.size:
+                break
+    return statistics.median(found)
 
 
 def _copy_seconds(lesson: Lesson) -> float:

@@ -23,7 +23,7 @@ from prox24_deploy.model.batch import Batch
 from prox24_deploy.recovery.objective import Objective
 from prox24_deploy.recovery.optimizer import make_optimizer, moments_of, put_moments, set_rates
 from prox24_deploy.recovery.processes import Crew
-from prox24_deploy.recovery.schedule import Deadline, Schedule
+from prox24_deploy.recovery.schedule import READS, Deadline, Schedule
 from prox24_deploy.recovery.state import StateFile, TrainingState
 from prox24_deploy.recovery.step_graph import StepGraph
 from prox24_deploy.recovery.student import Trained, put, values_of
@@ -35,8 +35,8 @@ _MOST_GRADIENT = 1.0
 _FAR_WITHHELD, _FAR_STEP = 2.0, 10.0
 # Batches to train on that the first loss of a step is told by.
 _MOST_TRIED = 8
-# Share of the steps that may lie beyond the deadline.
-_LATE = 0.1
+# Share of the steps that may lie beyond the deadline, or that might still be taken before it.
+_OFF = 0.1
 # Below this a loss is rounding.
 _NO_LOSS = 1e-6
 
@@ -214,7 +214,7 @@ class Training:
 
     Of its learning `rates`, relative to the scale of each parameter, each is taken once training
     has diverged at the one before it. The `schedule` has fewer steps in the end where all of them
-    would have gone far beyond the `deadline`.
+    would have gone far beyond the `deadline`, and more where they would have ended long before it.
     """
 
     lesson: Lesson
@@ -311,9 +311,12 @@ class Training:
             state.taken += 1
             try:
                 losses.append(self._step(chosen, state, graph))
+                if self.deadline:
+                    # The first step prepares kernels, and does not count.
+                    self.deadline.passed(state.taken)
                 if self.schedule.is_check(state.taken):
                     self._check(state, losses)
-                    self._shorten(state)
+                    self._replan(state, sum(sizes))
                     losses = []
             except _DivergedError as error:
                 self._slow_down(state, error)
@@ -322,18 +325,28 @@ class Training:
             self._save(state, values_of(self.lesson.trained))
         progress("recover", self.schedule.steps, self.schedule.steps)
 
-    def _shorten(self, state: TrainingState) -> None:
-        """Plan fewer steps where those that are planned would end too late."""
+    def _replan(self, state: TrainingState, tokens: int) -> None:
+        """Plan fewer steps where those that are planned would end too late, or more if too early.
+
+        There are more in the first half alone, where the rate is large, and while the `tokens` of
+        the text are not read too often.
+        """
         fitting = self.deadline.fitting(state.taken) if self.deadline else None
         if fitting is None:
             return
         crew, left = self.lesson.crew, self.schedule.steps - state.taken
         # Clocks of several processes differ; all take the same number of steps.
         fitting = int(crew.sums(fitting)[0] / crew.size)
-        if left and fitting < (1 - _LATE) * left:
-            state.steps = state.taken + max(1, fitting)
-            log.info("steps take longer than timed: %d of %d fit", state.steps, self.schedule.steps)
-            self.schedule = replace(self.schedule, steps=state.steps)
+        steps = self.schedule.steps
+        if left and fitting < (1 - _OFF) * left:
+            steps = state.taken + max(1, fitting)
+        elif state.taken <= left + 1 and fitting > (1 + _OFF) * left:
+            most = READS * tokens // self.schedule.step_tokens
+            steps = max(steps, min(state.taken + fitting, most))
+        if steps != self.schedule.steps:
+            log.info("steps take another time than at first: %d fit, not %d", steps, state.steps)
+            state.steps = steps
+            self.schedule = replace(self.schedule, steps=steps)
 
     def _slow_down(self, state: TrainingState, error: _DivergedError) -> None:
         """Go back to the best weights and on at the next rate; raises the error if it was the last.

@@ -239,6 +239,7 @@ def test_a_run_that_diverges_goes_on_from_its_best_weights_at_a_smaller_rate(
     llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prox24_deploy.config.options._RATES", (1e4, 1e3, 0.005))
+    monkeypatch.setattr("prox24_deploy.config.options._MANY_STEPS", 4)
     options = replace(FAST, learning_rate=None, write=False)
     result = recover(replace(llama, options=options), tmp_path / "whole")
     assert [setback.rate for setback in result.setbacks] == [1e4, 1e3]
@@ -336,6 +337,19 @@ def test_minutes_hold_where_steps_take_longer_than_timed(
     options = RecoverOptions(minutes=0.03, step_tokens=512, learning_rate=0.005, write=False)
     result = recover(replace(llama, options=options), tmp_path)
     assert 100 <= result.taken == result.steps < 1000
+    assert result.curve[-1].step == result.steps
+
+
+def test_minutes_are_used_where_steps_take_less_than_timed(
+    llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prox24_deploy.recovery.session._timed_steps", lambda *_: 40)
+    options = RecoverOptions(minutes=0.5, step_tokens=64, learning_rate=0.005, write=False)
+    result = recover(replace(llama, options=options), tmp_path)
+    source = result.calibration
+    given = source.tokens * (source.samples - result.withheld) // source.samples
+    # None is read more than three times.
+    assert result.taken == result.steps == 3 * given // 64 > 40
     assert result.curve[-1].step == result.steps
 
 
