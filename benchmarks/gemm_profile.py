@@ -5,7 +5,8 @@
 
 Writes a profile for `plan --gpu-profile OUT`, after each layer what is known by then and with the
 rate of a copy, and prints a table of speed-ups for each format. What OUT holds already, of the same
-GPU and versions, is not timed again. `--algorithms` times these alone, where all are known to be worse.
+GPU and versions, is not timed again. `--algorithms` times these alone, where all
+others are known to be worse.
 """
 
 import argparse

@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from digits import trained_on_digits
 from family_batches import recipe_of
 from rich.console import Console
 from rich.table import Table
@@ -106,42 +106,19 @@ def from_directory(name: str, path: Path, text: TextOptions) -> Subject:
     return Subject(name, loss.name, model, context.recipe, batches, change)
 
 
-def digits(steps: int = 300) -> Subject:
+def digits() -> Subject:
     """A vision transformer that tells digits apart, trained on two thirds of 1797 images."""
-    from sklearn.datasets import load_digits
-    from transformers import ViTConfig, ViTForImageClassification
-
-    torch.manual_seed(0)
-    known = load_digits()
-    pixels = torch.tensor(known.images, dtype=torch.float32)[:, None] / 8 - 1
-    pixels = nn.functional.interpolate(pixels, scale_factor=2.0, mode="bilinear")
-    labels = torch.tensor(known.target)
-    order = torch.randperm(len(labels))
-    seen, held_out = order[:1200], order[1200:]
-    sizes: dict[str, Any] = {"image_size": 16, "patch_size": 4, "num_channels": 1, "num_labels": 10}
-    sizes |= {"hidden_size": 64, "intermediate_size": 256}
-    config = ViTConfig(num_hidden_layers=4, num_attention_heads=4, **sizes)
-    model = ViTForImageClassification(config)
-    best = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    for _ in range(steps):
-        rows = seen[torch.randint(len(seen), (64,))]
-        model(pixel_values=pixels[rows], labels=labels[rows]).loss.backward()
-        best.step()
-        best.zero_grad()
-    model.eval().requires_grad_(requires_grad=False)
-    recipe = recipe_of(model)
-    given = [_images(pixels[part]) for part in held_out.split(64)]
-    right = torch.cat([_logits(model, each, recipe).argmax(-1) for each in given])
-    share = float((right == labels[held_out]).float().mean())
-    print(f"images: trained to an accuracy of {share:.3f}", file=sys.stderr)
+    made = trained_on_digits()
+    recipe = recipe_of(made.model)
+    given = [_images(part) for part in made.pixels[made.seen :].split(64)]
 
     def change(before: nn.Module, after: nn.Module) -> Tensor:
         pairs = [[_logits(m, each, recipe) for m in (before, after)] for each in given]
         figures = [class_figures(a, b, g.real) for (a, b), g in zip(pairs, given, strict=True)]
         return 1 - torch.cat(figures, dim=1)[0]
 
-    calibration = tuple(_images(pixels[part]) for part in seen[:256].split(32))
-    return Subject("images", "1 - top-1 agreement", model, recipe, calibration, change)
+    calibration = tuple(_images(part) for part in made.pixels[:256].split(32))
+    return Subject("images", "1 - top-1 agreement", made.model, recipe, calibration, change)
 
 
 def _images(pixels: Tensor) -> Batch:
