@@ -97,12 +97,14 @@ def learned(lab: Lab, *, normalised: bool) -> tuple[nn.Module, Figures]:
             layer_at(model, path).weight.copy_(layer_at(lab.dense, path).weight)
     trained = [replace(each, zeros=None, scale=_size(each)) for each in session.trained]
     trained_on, withheld = withhold(session.calibration.batches)
+    batches = session.regrouped(trained_on)
     lesson = Lesson(
         dense=lab.dense,
         sparse=model,
         trained=trained,
         objective=objective_for(lab.recipe.task),
-        batches=session.regrouped(trained_on),
+        batches=batches,
+        given=len(batches),
         withheld=session.regrouped(withheld),
         unit=session.unit,
     )

@@ -238,7 +238,7 @@ def test_a_step_as_a_cuda_graph_adds_the_gradients_of_single_kernels(
     padded.real[:, -1] = False
     lesson = Lesson(
         dense=dense, sparse=sparse, trained=trained, objective=objective_for(tiny.recipe.task),
-        batches=[*batches, padded], withheld=(), unit=1,
+        batches=[*batches, padded], given=len(batches) + 1, withheld=(), unit=1,
     )  # fmt: skip
 
     def gradients(chosen: list[int], graph: StepGraph) -> tuple[float, list[torch.Tensor]]:

@@ -26,6 +26,8 @@ from prox24_deploy.core.snapshot import sha256_of
 SCHEMA_VERSION: Literal[1] = 1
 
 
+# Commands that each run a stage behind pruning, in order; `report` ends a run of them.
+_COMMANDS = ("export", "compile", "bench", "evaluate")
 # Of Linux, in bytes, with some left for the folder of the bundle.
 _LONGEST_PATH = 3072
 
@@ -201,11 +203,22 @@ def unpruned(manifest: Manifest) -> str:
     )
 
 
+def _unfinished(manifest: Manifest) -> str:
+    """How to finish a bundle, which may have been pruned and recovered by single commands."""
+    again = "run the same build again"
+    if "recover" in manifest.stages:
+        again += ", with --recover, without which the recovered model goes"
+    if "prune" not in manifest.stages:
+        return again
+    missing = [name for name in _COMMANDS if name not in manifest.stages]
+    return f"{again}; or run {', '.join((*missing, 'report'))} on it"
+
+
 def faults(root: Path, manifest: Manifest) -> Iterator[str]:
     """What in a bundle is not as this manifest says: one sentence for each, every file hashed."""
     if not manifest.complete:
-        rest = "run the same build again"
-        yield f"{MANIFEST_FILE} belongs to an unfinished build; {unpruned(manifest) or rest}."
+        rest = unpruned(manifest) or _unfinished(manifest)
+        yield f"{MANIFEST_FILE} belongs to an unfinished build; {rest}."
     links = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink()}
     yield from (f"{name} is a link, expected the file itself." for name in sorted(links))
     for name, entry in sorted(manifest.files.items()):

@@ -54,6 +54,8 @@ class RecoverResult:
         kept: the step whose weights are kept; 0 where those that were given are.
         before: loss of the model that was given, on withheld samples; None if not measured.
         after: of the model that is kept, as it is stored; None likewise.
+        fitted: of that on some of the given samples that it was trained on, not on written ones;
+            None where the model is the one that was given.
         curve: measurements along the way, the first before any step.
         learning_rate: of the largest step, relative to the root mean square of kept weights; the
             last one where training diverged at others before.
@@ -101,3 +103,4 @@ class RecoverResult:
     processes: int = 1
     needed_gib: float | None = None
     setbacks: tuple[Setback, ...] = ()
+    fitted: float | None = None

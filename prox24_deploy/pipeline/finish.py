@@ -1,7 +1,7 @@
 """The end of a run in single stages: accuracy of what a bundle holds, and its report."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from prox24_deploy.bundle.bundle import Bundle, open_bundle
 from prox24_deploy.bundle.layout import shipped_folder
-from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptions
+from prox24_deploy.bundle.manifest import Manifest, read_manifest
+from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptions, TextOptions
 from prox24_deploy.core.accuracy import EngineAccuracyResult
 from prox24_deploy.core.documents import first_problem
 from prox24_deploy.core.errors import BundleError
@@ -124,12 +125,30 @@ def stored_options(bundle: Bundle) -> BuildOptions:
     Raises:
         BundleError: they are not those of a build by this version.
     """
+    return _options_in(bundle.manifest, bundle.root)
+
+
+def text_as_pruned(root: Path, asked: TextOptions) -> TextOptions:
+    """Text that was asked for; without any that a bundle was pruned on, but for what is no default.
+
+    Raises:
+        BundleError: the options of the bundle are not those of a build by this version.
+    """
+    if asked.calibration:
+        return asked
+    known = _options_in(read_manifest(root), root).text
+    given = {each.name: getattr(asked, each.name) for each in fields(asked)}
+    defaults = {each.name: each.default for each in fields(asked)}
+    return replace(known, **{name: v for name, v in given.items() if v != defaults[name]})
+
+
+def _options_in(manifest: Manifest, root: Path) -> BuildOptions:
     try:
-        return TypeAdapter(BuildOptions).validate_json(json.dumps(bundle.manifest.options))
+        return TypeAdapter(BuildOptions).validate_json(json.dumps(manifest.options))
     except ValidationError as error:
         where, what = first_problem(error)
         raise BundleError(
-            f"The options in {bundle.root} are damaged at {where!r}: {what}; run prune again."
+            f"The options in {root} are damaged at {where!r}: {what}; run prune again."
         ) from error
 
 

@@ -158,6 +158,8 @@ def recover(
     from prox24_deploy.recovery.student import require_sparse
 
     own = stages.recover.is_own(pruned, out)
+    if own:
+        options = replace(options, text=finish.text_as_pruned(pruned, options.text))
     context = read_context(teacher, out or pruned, options, progress)
     stages.recover.require_usable(options, context)
     if own:

@@ -277,6 +277,7 @@ def _record(
         needed_gib=asked.needed / GIB if asked.needed else None,
         state_sha256=digest,
         setbacks=outcome.setbacks,
+        fitted=outcome.fitted,
         seconds=time.perf_counter() - began,
     )
 

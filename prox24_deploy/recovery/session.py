@@ -135,6 +135,7 @@ def state_file(folder: Path, guard: Callable[[], None] = lambda: None) -> StateF
 def recover_model(session: Session, progress: Progress) -> Recovered:
     """Train `session.sparse` in place; it ends with weights that are no worse, or as it was."""
     trained_on, withheld = withhold(session.calibration.batches)
+    batches = session.regrouped(trained_on)
     lesson = Lesson(
         dense=session.dense,
         sparse=session.sparse,
@@ -144,7 +145,8 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
             temperature=session.options.temperature,
             top_k=session.options.top_k,
         ),
-        batches=session.regrouped(trained_on),
+        batches=batches,
+        given=len(batches),
         withheld=session.regrouped(withheld),
         unit=session.unit,
         # What is computed twice restores random states, which a capture cannot.

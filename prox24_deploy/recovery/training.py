@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _MOST_GRADIENT = 1.0
 # Losses above the first one by this much are no noise: of withheld samples, and of one step.
 _FAR_WITHHELD, _FAR_STEP = 2.0, 10.0
-# Batches to train on that the first loss of a step is told by.
+# Batches to train on that the first loss of a step, and what came of them, are told by.
 _MOST_TRIED = 8
 # Share of the steps that may lie beyond the deadline, or that might still be taken before it.
 _OFF = 0.1
@@ -54,7 +54,7 @@ class Lesson:
         sparse: the model to train, evaluation mode.
         trained: its parameters that may change.
         objective: the loss between both.
-        batches: to train on.
+        batches: to train on; those that were written come behind those that were `given`.
         withheld: to tell by when to stop.
         unit: what an entry of `Batch.real` counts for.
         captures: whether passes over a GPU may become CUDA graphs.
@@ -66,6 +66,7 @@ class Lesson:
     trained: Sequence[Trained]
     objective: Objective
     batches: Sequence[Batch]
+    given: int
     withheld: Sequence[Batch]
     unit: int
     captures: bool = True
@@ -85,9 +86,12 @@ class Lesson:
 
         Text that the model wrote may be far harder for it than the text that it was pruned on.
         """
-        some = self.batches[:: -(-len(self.batches) // _MOST_TRIED)]
-        losses = (self._loss_on([batch]) for batch in some)
+        losses = (self._loss_on([batch]) for batch in _some(self.batches))
         return max(filter(math.isfinite, losses), default=0.0)
+
+    def fitted_loss(self) -> float:
+        """Mean loss on some of the given batches to train on, evenly spaced."""
+        return self._loss_on(_some(self.batches[: self.given]))
 
     @torch.no_grad()
     def _loss_on(self, batches: Sequence[Batch]) -> float:
@@ -126,12 +130,17 @@ class Lesson:
             own.copy_(self.crew.sum(own))
 
 
+def _some(batches: Sequence[Batch]) -> Sequence[Batch]:
+    return batches[:: -(-len(batches) // _MOST_TRIED)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How a run went: steps taken, the step that is kept (0: the first weights) and the curve.
 
     `failure` says why the first weights had to be kept, and what to change; "" where they had not.
-    `setbacks` say where training diverged and went on at the next of its rates.
+    `setbacks` say where training diverged and went on at the next of its rates, and `fitted` is the
+    loss of the kept weights on given samples that were trained on, None for the first weights.
     """
 
     taken: int = 0
@@ -139,6 +148,7 @@ class Outcome:
     curve: tuple[RecoveryPoint, ...] = ()
     failure: str = ""
     setbacks: tuple[Setback, ...] = ()
+    fitted: float | None = None
 
     @property
     def before(self) -> float | None:
@@ -247,6 +257,7 @@ class Training:
                 # Those of now are in the model.
                 state.now = []
                 self._train(state, graph, progress)
+                fitted = self._fitted(state)
         except _DivergedError as error:
             put(self.lesson.trained, first)
             return self._diverged(state, str(error))
@@ -259,7 +270,15 @@ class Training:
             kept=state.kept,
             curve=tuple(state.curve),
             setbacks=tuple(state.setbacks),
+            fitted=fitted,
         )
+
+    def _fitted(self, state: TrainingState) -> float | None:
+        if not state.kept:
+            return None
+        self._put_best(state)
+        loss = self.lesson.fitted_loss()
+        return loss if math.isfinite(loss) else None
 
     def _rate(self, state: TrainingState) -> float:
         return self.rates[len(state.setbacks)]

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 from prox24_deploy.core.quantized import QuantizeResult
 from prox24_deploy.core.records import EvaluateResult, Metric
-from prox24_deploy.core.recovery import RecoverResult, RecoveryPoint
+from prox24_deploy.core.recovery import RecoverResult
 
-# Above this ratio of the loss on withheld samples to that on those trained on, what was learnt is
-# for the most part what these samples have in particular.
+# Above this ratio of the loss on withheld samples to that on given ones that were trained on, what
+# was learnt is for the most part what these have in particular. Text that the model wrote is not of
+# them: it may be far harder or easier.
 MOST_APART = 1.5
 # A rise of the loss on withheld samples by this share after the kept step is no noise.
 _RISEN = 1.1
@@ -43,13 +44,12 @@ def training_warnings(found: QuantizeResult | None) -> Iterator[str]:
 
 
 def _overfitting(found: RecoverResult) -> Iterator[str]:
-    best = next((point for point in found.curve if point.step == found.kept), None)
     last, more = found.curve[-1], "pass more text with --calibration and --calibration-tokens"
-    if best is not None and _apart(best) > MOST_APART:
+    if found.fitted and found.after and found.after > MOST_APART * found.fitted:
         yield (
-            f"Recovery fits the samples that it was trained on ({found.loss} {best.trained:.3g}) "
-            f"far better than withheld ones ({best.withheld:.3g}): there are too few of them; "
-            f"{more}."
+            f"Recovery fits the given samples that it was trained on ({found.loss} "
+            f"{found.fitted:.3g}) far better than withheld ones ({found.after:.3g}): there are too "
+            f"few of them; {more}."
         )
     elif last.withheld and found.after and last.withheld > _RISEN * found.after:
         yield (
@@ -57,12 +57,6 @@ def _overfitting(found: RecoverResult) -> Iterator[str]:
             f"{found.loss} on withheld samples rose from {found.after:.3g} to "
             f"{last.withheld:.3g}; {more}, or pass fewer steps."
         )
-
-
-def _apart(point: RecoveryPoint) -> float:
-    if not (point.trained and point.withheld):
-        return 0.0
-    return point.withheld / point.trained
 
 
 def _other_domain(evaluate: EvaluateResult) -> Iterator[str]:

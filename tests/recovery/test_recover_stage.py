@@ -81,9 +81,14 @@ def test_the_command_recovers_a_bundle_or_into_another(
     assert pruned.code == 0
     longer = ("--recover", "20steps", "--recover-tokens", "512", "--no-recover-write")
     both = (*longer, *text, "--teacher", tiny_llama)
-    found = run_cli("recover", bundle, *both)
+    # The text of a bundle is that which it was pruned on.
+    found = run_cli("recover", bundle, *longer, "--teacher", tiny_llama)
     assert found.code == 0, found.err
     assert "Recovered: KL(dense, sparse) on withheld samples" in found.out
+    rest = run_cli("verify", bundle)
+    assert "with --recover, without which the recovered model goes; or run export, compile, " in (
+        rest.err
+    )
     for given in (bundle / "pruned", bundle):
         out = tmp_path / f"out-{given.name}"
         other = run_cli("recover", given, "-o", out, "--json", *both)
