@@ -24,8 +24,8 @@ class Digits:
     seen: int = _SEEN
 
 
-def trained_on_digits(steps: int = 300, channels: int = 1) -> Digits:
-    """Four blocks, 64 wide; prints how many of the other images it knows."""
+def trained_on_digits(steps: int = 300, channels: int = 1, width: int = 64) -> Digits:
+    """Four blocks of this width; prints how many of the other images it knows."""
     from sklearn.datasets import load_digits
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -36,7 +36,7 @@ def trained_on_digits(steps: int = 300, channels: int = 1) -> Digits:
     order = torch.randperm(len(pixels))
     pixels, labels = pixels[order].repeat(1, channels, 1, 1), torch.tensor(known.target)[order]
     sizes: dict[str, Any] = {"image_size": 16, "patch_size": 4, "num_labels": 10}
-    sizes |= {"hidden_size": 64, "intermediate_size": 256, "num_channels": channels}
+    sizes |= {"hidden_size": width, "intermediate_size": 4 * width, "num_channels": channels}
     model = ViTForImageClassification(
         ViTConfig(num_hidden_layers=4, num_attention_heads=4, **sizes)
     )

@@ -1,5 +1,6 @@
 """Image models from a directory and a folder of images to a proven bundle."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,16 @@ def test_an_image_model_without_images_or_processor_is_refused(
     assert "has no image processor that opens" in refused.err
     assert "add preprocessor_config.json" in refused.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "resnet"])
+def test_an_image_model_is_recovered(name: str, images: Path, tmp_path: Path) -> None:
+    """Also one whose tensors have other names in the file than in the model."""
+    model_dir, out = write_model(tmp_path / "model", name), tmp_path / "out"
+    pruned = run_cli("prune", model_dir, "-o", out, "--calibration", images, "--method", "wanda")
+    assert pruned.code == 0, pruned.err
+    found = run_cli("recover", out, "--teacher", model_dir, "--recover", "3steps", "--json")
+    assert found.code == 0, found.err
+    said = json.loads(found.out)
+    assert (said["layers"], said["taken"]) == (MODELS[name][2], 3)
+    assert run_cli("check", out / "recovered").code == 0

@@ -62,7 +62,9 @@ def whole_number(config: Mapping[str, Any], key: str, default: int) -> int:
     Raises:
         ModelDirError: it says something else.
     """
-    value = config.get(key) or default
+    value = config.get(key)
+    if not value:
+        return default
     if type(value) is not int or value < 1:
         raise ModelDirError(
             f"{CONFIG_FILE} has {key} {value!r}, expected a whole number from 1 on; restore it."

@@ -171,7 +171,11 @@ def require_sparse(directory: ModelDir, recipe: Recipe) -> None:
         SparsityLostError, UsageError: as for `find_trained`.
     """
     model = structure_of(directory, recipe)
-    for path in _sparse_paths(model, directory, recipe):
+    targets = _targets(model, recipe)
+    paths = _declared(targets, directory)
+    if not paths and all(len(stored_names(directory, f"{p}.weight")) == 1 for p in targets):
+        raise _no_layer(directory)
+    for path in paths:
         names = stored_names(directory, f"{path}.weight")
         layer = layer_at(model, path)
         if len(names) == 1 and directory.tensors[names[0]].numel == layer.weight.numel():
@@ -181,30 +185,38 @@ def require_sparse(directory: ModelDir, recipe: Recipe) -> None:
 
 def _sparse_layers(model: nn.Module, directory: ModelDir, recipe: Recipe) -> list[str]:
     """Paths of the 2:4 layers, whose weights are."""
-    paths = _sparse_paths(model, directory, recipe)
+    paths = _declared(_targets(model, recipe), directory)
+    if not paths:
+        raise _no_layer(directory)
     for path in paths:
         layer = layer_at(model, path)
         _require_24(layer.weight, reduction_axis(layer), path, directory)
     return paths
 
 
-def _sparse_paths(model: nn.Module, directory: ModelDir, recipe: Recipe) -> list[str]:
-    """Paths of the layers that must be 2:4: those that the files declare, else every target."""
-    declared = declared_sparse(directory)
+def _targets(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Paths of the layers that can be 2:4."""
     shared = sharing(recipe, model)
-    paths = [
+    return [
         path
         for path in target_paths(recipe, model)
         if path not in shared and not obstacle(layer_at(model, path))
     ]
-    if declared:
-        paths = [p for p in paths if declared & {*stored_names(directory, f"{p}.weight")}]
-    if not paths:
-        raise UsageError(
-            f"{directory.path} has no 2:4 layer to recover; prune the model first, without "
-            "--method none."
-        )
-    return paths
+
+
+def _declared(targets: list[str], directory: ModelDir) -> list[str]:
+    """Those of the targets that must be 2:4: that the files declare, else every one."""
+    declared = declared_sparse(directory)
+    if not declared:
+        return targets
+    return [path for path in targets if declared & {*stored_names(directory, f"{path}.weight")}]
+
+
+def _no_layer(directory: ModelDir) -> UsageError:
+    return UsageError(
+        f"{directory.path} has no 2:4 layer to recover; prune the model first, without --method "
+        "none."
+    )
 
 
 def _require_24(weight: Tensor, axis: int, path: str, directory: ModelDir) -> None:
