@@ -32,6 +32,7 @@ from prox24_deploy.report.against_dense import Group, Judged, by_name, groups_of
 from prox24_deploy.report.binding import require_named, unmatched_checks
 from prox24_deploy.report.checks import find_checks, find_warnings
 from prox24_deploy.report.engine_checks import engine_checks, engine_warnings
+from prox24_deploy.report.recovery_checks import remedies
 from prox24_deploy.report.render import render_benchmark, render_html, render_junit, render_summary
 from prox24_deploy.report.sample_checks import sample_warnings
 from prox24_deploy.report.schema import (
@@ -157,6 +158,7 @@ def _warnings(results: BuildResults, judged: Sequence[Judged]) -> tuple[str, ...
     """By weight: what leaves accuracy open, then speed, then what was left out and why."""
     accuracy, speed, rest = find_warnings(results)
     return (
+        *remedies(results, judged),
         *sample_warnings(judged, results.evaluate.evaluation, results.accuracy.engines),
         *accuracy,
         *engine_warnings(results.accuracy, results.evaluate.metrics),

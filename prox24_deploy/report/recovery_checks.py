@@ -1,10 +1,12 @@
 """Whether what was recovered holds on other samples: warnings about training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prox24_deploy.core.quantized import QuantizeResult
 from prox24_deploy.core.records import EvaluateResult, Metric
 from prox24_deploy.core.recovery import RecoverResult
+from prox24_deploy.core.results import BuildResults
+from prox24_deploy.report.against_dense import Judged
 
 # Above this ratio of the loss on withheld samples to that on given ones that were trained on, what
 # was learnt is for the most part what these have in particular. Text that the model wrote is not of
@@ -29,6 +31,17 @@ def recovery_warnings(found: RecoverResult | None, evaluate: EvaluateResult) -> 
     else:
         yield from _overfitting(found)
         yield from _other_domain(evaluate)
+
+
+def remedies(results: BuildResults, judged: Sequence[Judged]) -> Iterator[str]:
+    """What to try where the loss is too large, and nothing was done about it yet."""
+    failed = any(one.check.verdict == "fail" for one in judged)
+    pruned = any(layer.status == "pruned" for layer in results.prune.layers)
+    if failed and pruned and results.recover is None:
+        yield (
+            "Accuracy is below its limit and nothing was recovered: --recover 5min trains the kept "
+            "weights against the dense model; or prune fewer layers, by --max-loss or --exclude."
+        )
 
 
 def training_warnings(found: QuantizeResult | None) -> Iterator[str]:

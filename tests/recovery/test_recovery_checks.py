@@ -4,7 +4,15 @@ import html
 from dataclasses import replace
 
 import pytest
-from builders import make_records, quantised, recovery
+from builders import (
+    Records,
+    all_skipped,
+    make_records,
+    perplexities,
+    quantised,
+    recovery,
+    with_metrics,
+)
 
 from prox24_deploy.core.quantized import StraightThrough
 from prox24_deploy.core.records import AccuracyStep, Estimate, EvaluateResult, PairedMetric
@@ -37,6 +45,19 @@ def test_a_loss_that_rises_after_the_kept_step_is_overfitting() -> None:
     assert "after step 10, whose weights are kept" in said
     assert "rose from 0.33 to 0.4; pass more text" in said
     assert warnings(replace(found, curve=curve(*points, (20, 0.2, 0.34)))) == []
+
+
+def test_a_loss_that_is_too_large_names_recovery_where_there_was_none() -> None:
+    def told(records: Records, sparse: float) -> bool:
+        metrics = perplexities(11.7, sparse, 64, spread=0.01)
+        said = with_metrics(records, "text-generation", *metrics).report().warnings
+        return any("--recover 5min trains the kept weights" in one for one in said)
+
+    records = make_records(2)
+    assert told(records, 33.6)
+    assert not told(records, 11.8)
+    assert not told(replace(records, recover=recovery()), 33.6)
+    assert not told(all_skipped(records), 33.6)
 
 
 def test_numbers_that_training_left_as_they_were_are_a_warning() -> None:
