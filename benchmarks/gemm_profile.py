@@ -3,8 +3,8 @@
     python benchmarks/gemm_profile.py OUT [--formats float16,bfloat16,fp8,int8] [--layers 17]
         [--rows 16,128,512,1024,4096,16384] [--algorithms 5,6,22]
 
-Writes a profile for `plan --gpu-profile OUT`, after each layer what is known by then and with the
-rate of a copy, and prints a table of speed-ups for each format. What OUT holds already, of the same
+Writes a profile for `plan --gpu-profile OUT`, after each layer what is known so far, with the rate
+of a copy, and prints a table of speed-ups for each format. What OUT holds already, of the same
 GPU and versions, is not timed again. `--algorithms` times these alone, where all
 others are known to be worse.
 """
@@ -70,7 +70,8 @@ def main() -> None:
     asked = arguments.formats.split(",")
     formats = [format for format in GEMM_FORMATS if format in asked]
     rows = [int(m) for m in arguments.rows.split(",")]
-    profile = replace(known_at(arguments.out), copy_rate=copy_rate())
+    profile = known_at(arguments.out)
+    profile = replace(profile, copy_rate=profile.copy_rate or copy_rate())
     console = Console(width=100)
     for n, k in LAYERS[: arguments.layers]:
         for format in formats:

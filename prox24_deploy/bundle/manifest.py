@@ -207,7 +207,7 @@ def _unfinished(manifest: Manifest) -> str:
     """How to finish a bundle, which may have been pruned and recovered by single commands."""
     again = "run the same build again"
     if "recover" in manifest.stages:
-        again += ", with --recover, without which the recovered model goes"
+        again += ", with its --recover options, for without them the recovered model is removed"
     if "prune" not in manifest.stages:
         return again
     missing = [name for name in _COMMANDS if name not in manifest.stages]

@@ -302,7 +302,7 @@ def recover(
     recover_embeddings: arguments.RecoverEmbeddingsOpt = False,
     recover_processes: arguments.RecoverProcessesOpt = 1,
     recipe: arguments.RecipeOpt = None,
-    calibration: arguments.CalibrationOpt = None,
+    calibration: arguments.RecoverCalibrationOpt = None,
     column: arguments.ColumnOpt = None,
     target_column: arguments.TargetColumnOpt = None,
     calibration_tokens: arguments.TokensOpt = _TEXT.calibration_tokens,

@@ -99,6 +99,16 @@ CalibrationOpt = Annotated[
         rich_help_panel=_DATA,
     ),
 ]
+RecoverCalibrationOpt = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--calibration",
+        help="Text, JSON, CSV, Parquet, or folder of images or recordings to train on; repeatable. "
+        "Default: what the bundle was pruned on, with its settings; for another model as in build.",
+        readable=False,
+        rich_help_panel=_DATA,
+    ),
+]
 EvaluationOpt = Annotated[
     list[Path] | None,
     typer.Option(

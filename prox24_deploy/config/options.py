@@ -159,13 +159,14 @@ class RecoverOptions:
     def rates(self, steps: int) -> tuple[float, ...]:
         """Learning rates to take, each once the one before it made training diverge.
 
-        They are 0.01 and quarters of it from 5000 steps on, and less where there are fewer: 0.0058
-        for 1000 steps, 0.0027 for 100.
+        They are 0.01 and quarters of it from 5000 planned steps on, and less where there are
+        fewer: 0.0058 for 1000 steps, 0.0027 for 100.
         """
         if self.learning_rate is not None:
             return (self.learning_rate,)
         share = min(1.0, steps / _MANY_STEPS) ** _POWER
-        return tuple(float(f"{share * rate:.2g}") for rate in _RATES)
+        share = float(f"{share * _RATES[0]:.2g}") / _RATES[0]
+        return tuple(share * rate for rate in _RATES)
 
     def require_usable(self) -> None:
         """Refuse a budget that is none, and a rate or temperature that is not above 0.

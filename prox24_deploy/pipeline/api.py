@@ -114,7 +114,8 @@ def recover(
         pruned: a bundle, or a model directory that is 2:4 already.
         teacher: the dense model directory that it was pruned from.
         out: the bundle that gets the model in `recovered/`; by default the bundle `pruned`.
-        options: `recover`, five minutes by default; recipe, text and device.
+        options: `recover`, five minutes by default; recipe, text and device. Without calibration
+            the bundle `pruned`, if nothing else is written, is recovered on its own text.
         progress: called with (label, done, total).
 
     Raises:

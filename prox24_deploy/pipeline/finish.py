@@ -129,13 +129,11 @@ def stored_options(bundle: Bundle) -> BuildOptions:
 
 
 def text_as_pruned(root: Path, asked: TextOptions) -> TextOptions:
-    """Text that was asked for; without any that a bundle was pruned on, but for what is no default.
+    """The text that a bundle was pruned on, but for settings that are not at their defaults.
 
     Raises:
         BundleError: the options of the bundle are not those of a build by this version.
     """
-    if asked.calibration:
-        return asked
     known = _options_in(read_manifest(root), root).text
     given = {each.name: getattr(asked, each.name) for each in fields(asked)}
     defaults = {each.name: each.default for each in fields(asked)}

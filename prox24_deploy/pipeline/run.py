@@ -9,7 +9,12 @@ from prox24_deploy.bundle.layout import MANIFEST_FILE, PRUNED, RECOVERED, shippe
 from prox24_deploy.bundle.manifest import read_manifest
 from prox24_deploy.config.options import BenchOptions, BuildOptions, EngineOptions
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.errors import BackendMissingError, ModelDirError, UsageError
+from prox24_deploy.core.errors import (
+    BackendMissingError,
+    CalibrationError,
+    ModelDirError,
+    UsageError,
+)
 from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
@@ -23,6 +28,7 @@ from prox24_deploy.core.types import DType, Progress, Quantize
 from prox24_deploy.pipeline import finish, stages
 from prox24_deploy.pipeline.backends import backends_of, open_backends
 from prox24_deploy.pipeline.context import (
+    RunContext,
     open_model,
     read_context,
     source_of,
@@ -145,8 +151,11 @@ def recover(
 ) -> RecoverResult:
     """Run only the stage that recovers: on the bundle `pruned`, or on any into the bundle `out`.
 
+    Without calibration in the options, a bundle that keeps what is recovered is on its own text.
+
     Raises:
-        BundleError: `out` holds a model that was pruned there, or lies in what is read.
+        BundleError: `out` holds a model that was pruned there, or lies in what is read, or the
+            bundle `pruned` does not say on what text it was pruned.
         ModelDirError: `teacher` is not what `pruned` was pruned from.
         UsageError: `options` say nothing of recovery, or there is nowhere to write.
         Prox24Error: what `build` raises for the same model and options.
@@ -158,9 +167,11 @@ def recover(
     from prox24_deploy.recovery.student import require_sparse
 
     own = stages.recover.is_own(pruned, out)
-    if own:
+    if own and not options.text.calibration:
         options = replace(options, text=finish.text_as_pruned(pruned, options.text))
-    context = read_context(teacher, out or pruned, options, progress)
+        context = _on_its_own_text(pruned, teacher, options, progress)
+    else:
+        context = read_context(teacher, out or pruned, options, progress)
     stages.recover.require_usable(options, context)
     if own:
         stages.recover.require_teacher(pruned, context.source)
@@ -175,6 +186,19 @@ def recover(
         result = stages.recover.run_on(bundle, given, context, options, asked, progress)
         stages.recover.note_options(bundle, asked)
         return result
+
+
+def _on_its_own_text(
+    bundle: Path, teacher: Path, options: BuildOptions, progress: Progress
+) -> RunContext:
+    try:
+        return read_context(teacher, bundle, options, progress)
+    except CalibrationError as error:
+        if not options.text.calibration:
+            raise
+        raise CalibrationError(
+            f"The text that {bundle} was pruned on cannot be used: {error} Or pass --calibration."
+        ) from error
 
 
 def export(

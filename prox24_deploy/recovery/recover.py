@@ -155,13 +155,13 @@ def _recovered(
             "--recover-checkpointing, --recover-optimizer adafactor, a smaller --recover-tokens, "
             "or a device with more memory."
         )
-        steps = asked.options.steps or 0
+        steps = asked.options.steps
         return Recovered(
-            schedule=Schedule(steps=steps, step_tokens=0, check_every=1),
+            schedule=Schedule(steps=steps or 0, step_tokens=0, check_every=1),
             outcome=Outcome(failure=failure),
             withheld=0,
             written=None,
-            rate=asked.options.rates(steps)[0],
+            rate=asked.options.rates(steps or 1)[0],
         )
 
 

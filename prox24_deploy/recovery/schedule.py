@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ LEAST_SAMPLES = 8
 READS = 3
 _WARM_UP = 0.05
 _MOST_CHECKS, _FEWEST_CHECKS = 20, 2
+# Steps by which it is told what one reads.
+_TRIED_STEPS = 64
 # A check runs both models forward, a step also the sparse one backward, at twice the price: checks
 # may take this share of what the steps take.
 _CHECK_COST, _STEP_COST, CHECK_SHARE = 2, 4, 0.2
@@ -109,6 +112,13 @@ class Schedule:
             yield chosen
 
 
+def mean_step(sizes: Sequence[int], step_tokens: int) -> float:
+    """Tokens that a step reads: whole batches of these sizes, until they are `step_tokens`."""
+    plan = Schedule(steps=_TRIED_STEPS, step_tokens=step_tokens, check_every=1)
+    drawn = islice(plan.batches(sizes, 0), plan.steps)
+    return sum(sizes[i] for chosen in drawn for i in chosen) / plan.steps
+
+
 def schedule(steps: int, step_tokens: int, withheld: int) -> Schedule:
     """A schedule whose checks on so many withheld tokens take a fifth of its time at most."""
     budget = CHECK_SHARE * steps * step_tokens * _STEP_COST / (_CHECK_COST * max(withheld, 1))
@@ -156,12 +166,12 @@ class Pace:
     token: float
 
 
-def check_seconds(step: float, step_tokens: int, withheld: int) -> float:
-    """What a look at so many withheld tokens takes, from what a step takes."""
+def check_seconds(step: float, step_tokens: float, withheld: int) -> float:
+    """What a look at so many withheld tokens takes, from what a step of others takes."""
     return step * _CHECK_COST * withheld / (_STEP_COST * step_tokens)
 
 
-def steps_within(seconds: float, pace: Pace, step_tokens: int, given: int) -> int:
+def steps_within(seconds: float, pace: Pace, step_tokens: float, given: int) -> int:
     """How many steps fit in a time, with checks and the text to be written; at least one.
 
     `given` tokens are there to begin with; `wanted_text` says how many are written.
@@ -177,9 +187,9 @@ def steps_within(seconds: float, pace: Pace, step_tokens: int, given: int) -> in
     return max(1, int(left / pace.step))
 
 
-def wanted_text(steps: int, step_tokens: int, given: int) -> int:
+def wanted_text(steps: int, step_tokens: float, given: int) -> int:
     """Tokens to write, so that no token of this and the given text is read over `READS` times."""
-    return max(0, -(-steps * step_tokens // READS) - given)
+    return max(0, math.ceil(steps * step_tokens / READS) - given)
 
 
 def _shuffled(count: int, seed: int) -> Iterator[int]:

@@ -32,6 +32,7 @@ from prox24_deploy.recovery.schedule import (
     Pace,
     Schedule,
     check_seconds,
+    mean_step,
     regroup,
     schedule,
     steps_within,
@@ -49,7 +50,7 @@ _STEP_TOKENS_ELSEWHERE = 2048
 # Logits in one forward pass: of a large vocabulary fewer tokens are run at once.
 _MOST_LOGITS = 2**27
 _FEWEST_AT_ONCE = 512
-# Steps are timed for this share of the minutes, so many at most and at least one.
+# Steps are timed for this share of the minutes, so many at most and at least two.
 _TIMING_SHARE, _MOST_TIMED = 0.02, 16
 _SCHEDULE = TypeAdapter(Schedule)
 
@@ -106,6 +107,10 @@ class Session:
         """The same samples, as many at once as a forward pass takes."""
         return regroup(batches, self.at_once, self.unit)
 
+    def sizes(self, batches: Sequence[Batch]) -> list[int]:
+        """Tokens of each batch, padding included."""
+        return [tokens_of([batch], self.unit) for batch in batches]
+
     @property
     def unit(self) -> int:
         """What an image or a recording counts in tokens; 1 for a token."""
@@ -156,18 +161,17 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
     written: WrittenText | None = None
     with _checkpointed(session):
         plan, deadline = _planned(session, lesson)
-        given = tokens_of(lesson.batches, session.unit)
-        wanted = wanted_text(plan.steps, plan.step_tokens, given)
+        sizes = session.sizes(lesson.batches)
+        wanted = wanted_text(plan.steps, mean_step(sizes, plan.step_tokens), sum(sizes))
         if session.author is not None and wanted:
             names = [spec.name for spec in session.recipe.inputs]
             with session.crew.one_by_one():
                 own, written = write_text(session.author, wanted, names, session.padding, progress)
             lesson = replace(lesson, batches=(*lesson.batches, *session.regrouped(own)))
-        rates = session.options.rates(plan.steps)
         training = Training(
             lesson=lesson,
             schedule=plan,
-            rates=rates,
+            rates=session.options.rates(plan.steps),
             seed=session.seed,
             optimizer=session.options.optimizer,
             file=state_file(session.folder, session.guard),
@@ -180,7 +184,7 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
         outcome=outcome,
         withheld=count,
         written=written,
-        rate=rates[len(outcome.setbacks)],
+        rate=training.rates[len(outcome.setbacks)],
     )
 
 
@@ -208,28 +212,33 @@ def _planned(session: Session, lesson: Lesson) -> tuple[Schedule, Deadline | Non
 
 def _timed_steps(session: Session, lesson: Lesson) -> int:
     """How many steps the minutes allow, from the times of a few steps and some written tokens."""
-    given = tokens_of(lesson.batches, session.unit)
+    sizes = session.sizes(lesson.batches)
+    given, reads = sum(sizes), mean_step(sizes, session.step_tokens)
     first = values_of(lesson.trained)
     try:
         step = _step_seconds(session, lesson)
     finally:
         put(lesson.trained, first)
     withheld = tokens_of(lesson.withheld, session.unit)
-    check = check_seconds(step, session.step_tokens, withheld)
+    check = check_seconds(step, reads, withheld)
     copy = _copy_seconds(lesson)
     minutes = session.options.minutes or 0.0
     left = max(0.0, 60 * minutes - (time.perf_counter() - session.began))
     token = 0.0
-    if session.author is not None and left / step * session.step_tokens > READS * given:
+    if session.author is not None and left / step * reads > READS * given:
         token = session.author.seconds_per_token()
     pace = Pace(step=step, check=check, copy=copy, token=token)
-    return steps_within(left, pace, session.step_tokens, given)
+    return steps_within(left, pace, reads, given)
 
 
 def _step_seconds(session: Session, lesson: Lesson) -> float:
-    """Seconds of a step at a rate of 0, the median of some; batches of a new shape take longer."""
+    """Seconds of a step at a rate of 0.
+
+    That is the median of some, for a batch of a new shape takes longer; the first step prepares
+    kernels and does not count.
+    """
     plan = Schedule(steps=_MOST_TIMED, step_tokens=session.step_tokens, check_every=1)
-    sizes = [tokens_of([batch], session.unit) for batch in lesson.batches]
+    sizes = session.sizes(lesson.batches)
     optimizer = make_optimizer(session.options.optimizer, lesson.trained)
     until = time.perf_counter() + 60 * _TIMING_SHARE * (session.options.minutes or 0.0)
     found: list[float] = []
@@ -242,9 +251,10 @@ def _step_seconds(session: Session, lesson: Lesson) -> float:
             _wait(lesson.device)
             found.append(time.perf_counter() - began)
             # Several processes take each step together, so that all end with the same one.
-            if session.crew.sums(float(time.perf_counter() < until))[0] < session.crew.size:
+            early = session.crew.sums(float(time.perf_counter() < until))[0] == session.crew.size
+            if len(found) > 1 and not early:
                 break
-    return statistics.median(found)
+    return statistics.median(found[1:])
 
 
 def _copy_seconds(lesson: Lesson) -> float:

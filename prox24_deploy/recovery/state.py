@@ -27,6 +27,7 @@ class TrainingState:
 
     Attributes:
         steps: steps that are planned.
+        rates: learning rates of the run, one after the other.
         taken: steps that were taken.
         kept: step of the best weights.
         best: those weights, as the checkpoint stores them.
@@ -37,6 +38,7 @@ class TrainingState:
     """
 
     steps: int
+    rates: tuple[float, ...]
     taken: int
     kept: int
     best: list[Tensor]
@@ -77,6 +79,7 @@ class StateFile:
         tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
         known = {
             "steps": state.steps,
+            "rates": state.rates,
             "taken": state.taken,
             "kept": state.kept,
             "curve": [asdict(point) for point in state.curve],
@@ -102,6 +105,7 @@ class StateFile:
                         moments[int(index)][rest] = handle.get_tensor(name)
                 return TrainingState(
                     steps=int(known["steps"]),
+                    rates=tuple(map(float, known["rates"])),
                     taken=int(known["taken"]),
                     kept=int(known["kept"]),
                     best=read("best"),

@@ -23,7 +23,14 @@ from prox24_deploy.model.batch import Batch
 from prox24_deploy.recovery.objective import Objective
 from prox24_deploy.recovery.optimizer import make_optimizer, moments_of, put_moments, set_rates
 from prox24_deploy.recovery.processes import Crew
-from prox24_deploy.recovery.schedule import READS, Deadline, Schedule
+from prox24_deploy.recovery.schedule import (
+    READS,
+    Deadline,
+    Schedule,
+    mean_step,
+    schedule,
+    tokens_of,
+)
 from prox24_deploy.recovery.state import StateFile, TrainingState
 from prox24_deploy.recovery.step_graph import StepGraph
 from prox24_deploy.recovery.student import Trained, put, values_of
@@ -33,7 +40,7 @@ log = logging.getLogger(__name__)
 _MOST_GRADIENT = 1.0
 # Losses above the first one by this much are no noise: of withheld samples, and of one step.
 _FAR_WITHHELD, _FAR_STEP = 2.0, 10.0
-# Batches to train on that the first loss of a step, and what came of them, are told by.
+# Batches to train on by which the first loss of a step and the loss in the end are measured.
 _MOST_TRIED = 8
 # Share of the steps that may lie beyond the deadline, or that might still be taken before it.
 _OFF = 0.1
@@ -76,6 +83,11 @@ class Lesson:
     def device(self) -> torch.device:
         """Where the models are."""
         return self.trained[0].parameter.device
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each batch to train on, padding included."""
+        return [tokens_of([batch], self.unit) for batch in self.batches]
 
     def withheld_loss(self) -> float:
         """Mean loss on the withheld batches; NaN or infinite where it is."""
@@ -296,6 +308,7 @@ class Training:
         loss = self.lesson.withheld_loss()
         return TrainingState(
             steps=self.schedule.steps,
+            rates=tuple(self.rates),
             taken=0,
             kept=0,
             best=first,
@@ -308,7 +321,8 @@ class Training:
 
     def _resume(self, state: TrainingState) -> None:
         """Put weights, optimiser and schedule where they were."""
-        self.schedule = replace(self.schedule, steps=state.steps)
+        self.rates = state.rates
+        self._plan(state.steps)
         put(self.lesson.trained, state.now)
         self._optimizer = make_optimizer(self.optimizer, self.lesson.trained)
         if state.taken:
@@ -316,7 +330,7 @@ class Training:
             state.moments = []
 
     def _train(self, state: TrainingState, graph: StepGraph, progress: Progress) -> None:
-        sizes = [batch.real.numel() * self.lesson.unit for batch in self.lesson.batches]
+        sizes = self.lesson.sizes
         order = self.schedule.batches(sizes, self.seed)
         losses: list[float] = []
         for chosen in islice(order, state.taken, None):
@@ -334,8 +348,11 @@ class Training:
                     # The first step prepares kernels, and does not count.
                     self.deadline.passed(state.taken)
                 if self.schedule.is_check(state.taken):
-                    self._check(state, losses)
-                    self._replan(state, sum(sizes))
+                    now = self._check(state, losses)
+                    # What is saved has the new plan.
+                    self._replan(state)
+                    if self.lesson.crew.leads and self.file.is_due:
+                        self._save(state, now)
                     losses = []
             except _DivergedError as error:
                 self._slow_down(state, error)
@@ -344,11 +361,18 @@ class Training:
             self._save(state, values_of(self.lesson.trained))
         progress("recover", self.schedule.steps, self.schedule.steps)
 
-    def _replan(self, state: TrainingState, tokens: int) -> None:
+    def _plan(self, steps: int) -> None:
+        """Plan so many steps, with checks for as many; nothing where they are planned already."""
+        if steps == self.schedule.steps:
+            return
+        tokens, unit = self.schedule.step_tokens, self.lesson.unit
+        self.schedule = schedule(steps, tokens, tokens_of(self.lesson.withheld, unit))
+
+    def _replan(self, state: TrainingState) -> None:
         """Plan fewer steps where those that are planned would end too late, or more if too early.
 
-        There are more in the first half alone, where the rate is large, and while the `tokens` of
-        the text are not read too often.
+        There are more in the first half alone, where the rate is large, and while no text is read
+        too often.
         """
         fitting = self.deadline.fitting(state.taken) if self.deadline else None
         if fitting is None:
@@ -359,13 +383,15 @@ class Training:
         steps = self.schedule.steps
         if left and fitting < (1 - _OFF) * left:
             steps = state.taken + max(1, fitting)
+        # A step more than half for an odd number of them.
         elif state.taken <= left + 1 and fitting > (1 + _OFF) * left:
-            most = READS * tokens // self.schedule.step_tokens
+            sizes = self.lesson.sizes
+            most = int(READS * sum(sizes) / mean_step(sizes, self.schedule.step_tokens))
             steps = max(steps, min(state.taken + fitting, most))
         if steps != self.schedule.steps:
-            log.info("steps take another time than at first: %d fit, not %d", steps, state.steps)
+            log.info("steps are faster or slower than timed: %d fit, not %d", steps, state.steps)
             state.steps = steps
-            self.schedule = replace(self.schedule, steps=steps)
+            self._plan(steps)
 
     def _slow_down(self, state: TrainingState, error: _DivergedError) -> None:
         """Go back to the best weights and on at the next rate; raises the error if it was the last.
@@ -409,8 +435,8 @@ class Training:
         masked_step(self._optimizer, self.lesson.trained)
         return loss
 
-    def _check(self, state: TrainingState, losses: Sequence[float]) -> None:
-        """Measure the rounded weights; keep them if they are the best; save the state if due."""
+    def _check(self, state: TrainingState, losses: Sequence[float]) -> list[Tensor]:
+        """Measure the rounded weights, and keep them if they are the best; returns the others."""
         now = values_of(self.lesson.trained)
         put(self.lesson.trained, now, rounded=True)
         loss = self.lesson.withheld_loss()
@@ -427,9 +453,8 @@ class Training:
         put(self.lesson.trained, now)
         mean = math.fsum(losses) / len(losses)
         state.curve.append(RecoveryPoint(step=state.taken, trained=mean, withheld=loss))
-        if self.lesson.crew.leads and self.file.is_due:
-            self._save(state, now)
         log.info("step %d: trained %.5f, withheld %.5f", state.taken, mean, loss)
+        return now
 
     def _save(self, state: TrainingState, now: list[Tensor]) -> None:
         moments = moments_of(self._optimizer, self.lesson.trained)

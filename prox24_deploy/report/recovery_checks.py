@@ -11,7 +11,7 @@ from prox24_deploy.report.against_dense import Judged
 # Above this ratio of the loss on withheld samples to that on given ones that were trained on, what
 # was learnt is for the most part what these have in particular. Text that the model wrote is not of
 # them: it may be far harder or easier.
-MOST_APART = 1.5
+_MOST_APART = 1.5
 # A rise of the loss on withheld samples by this share after the kept step is no noise.
 _RISEN = 1.1
 
@@ -34,8 +34,14 @@ def recovery_warnings(found: RecoverResult | None, evaluate: EvaluateResult) -> 
 
 
 def remedies(results: BuildResults, judged: Sequence[Judged]) -> Iterator[str]:
-    """What to try where the loss is too large, and nothing was done about it yet."""
-    failed = any(one.check.verdict == "fail" for one in judged)
+    """What to try where the loss is too large, and nothing was done about it yet.
+
+    What fails through an engine alone, or has no finite figure, is not of the weights.
+    """
+    failed = any(
+        one.check.verdict == "fail" and one.check.value is not None and not one.group.prefix
+        for one in judged
+    )
     pruned = any(layer.status == "pruned" for layer in results.prune.layers)
     if failed and pruned and results.recover is None:
         yield (
@@ -58,7 +64,7 @@ def training_warnings(found: QuantizeResult | None) -> Iterator[str]:
 
 def _overfitting(found: RecoverResult) -> Iterator[str]:
     last, more = found.curve[-1], "pass more text with --calibration and --calibration-tokens"
-    if found.fitted and found.after and found.after > MOST_APART * found.fitted:
+    if found.fitted is not None and found.after and found.after > _MOST_APART * found.fitted:
         yield (
             f"Recovery fits the given samples that it was trained on ({found.loss} "
             f"{found.fitted:.3g}) far better than withheld ones ({found.after:.3g}): there are too "

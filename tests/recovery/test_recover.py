@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.pruning.prune import prune_directory
 from prox24_deploy.recovery.pair import require_pair
 from prox24_deploy.recovery.recover import Recovery, recover_directory
+from prox24_deploy.recovery.schedule import Pace
 from prox24_deploy.recovery.student import require_sparse
 from prox24_deploy.recovery.training import Lesson, Training
 
@@ -105,6 +107,8 @@ def test_it_comes_nearer_and_only_kept_weights_norms_and_biases_move(
     assert result.before is not None
     assert result.after is not None
     assert result.after < 0.9 * result.before
+    assert result.fitted is not None
+    assert 0.3 * result.after < result.fitted < result.before
     assert result.warning == ""
     before, after = tensors(asked.pruned.path), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -257,7 +261,7 @@ def test_a_run_that_diverges_goes_on_from_its_best_weights_at_a_smaller_rate(
     assert (again.setbacks, again.curve) == (result.setbacks, result.curve)
     monkeypatch.setattr("prox24_deploy.config.options._RATES", (1e4, 1e3))
     lost = recover(replace(llama, options=options), tmp_path / "lost")
-    assert (lost.kept, len(lost.setbacks)) == (0, 1)
+    assert (lost.kept, lost.fitted, len(lost.setbacks)) == (0, None, 1)
     assert lost.warning.endswith("pass a smaller --recover-rate than 1000.")
 
 
@@ -348,9 +352,57 @@ def test_minutes_are_used_where_steps_take_less_than_timed(
     result = recover(replace(llama, options=options), tmp_path)
     source = result.calibration
     given = source.tokens * (source.samples - result.withheld) // source.samples
-    # None is read more than three times.
+    # None is read more than three times, and there are as many checks as for so many steps.
     assert result.taken == result.steps == 3 * given // 64 > 40
+    assert len(result.curve) <= 23
     assert result.curve[-1].step == result.steps
+
+
+def test_the_first_step_is_no_measure_of_the_others(
+    llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, paces = [0.4], []
+    gradient = Lesson.gradient
+
+    def late(*asked: Any) -> float:
+        time.sleep(slow.pop() if slow else 0.0)
+        return gradient(*asked)
+
+    def within(_: float, pace: Pace, *__: Any) -> int:
+        paces.append(pace)
+        return 2
+
+    monkeypatch.setattr(Lesson, "gradient", late)
+    monkeypatch.setattr("prox24_deploy.recovery.session.steps_within", within)
+    options = RecoverOptions(minutes=0.001, step_tokens=512, write=False)
+    recover(replace(llama, options=options), tmp_path)
+    assert len(paces) == 1
+    assert paces[0].step < 0.4
+
+
+def test_a_run_that_was_planned_anew_goes_on_with_that(
+    llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StoppedError(Exception):
+        pass
+
+    planned = []
+
+    def stop(label: str, _: int, total: int) -> None:
+        if label == "recover" and total != 1000:
+            planned.append(total)
+            raise StoppedError
+
+    monkeypatch.setattr("prox24_deploy.recovery.session._timed_steps", lambda *_: 1000)
+    options = RecoverOptions(minutes=0.02, step_tokens=512, write=False)
+    asked = replace(llama, options=options)
+    with pytest.raises(StoppedError):
+        recover_directory(asked, kept=tmp_path / "kept", out=tmp_path / "out", progress=stop)
+    # The rate is that of the steps that were planned at first.
+    monkeypatch.setattr("prox24_deploy.config.options._MANY_STEPS", 1)
+    result = recover(asked, tmp_path)
+    assert [result.taken] == [result.steps] == planned
+    assert result.learning_rate == 0.0058
 
 
 def test_a_run_that_ended_early_goes_no_further(llama: Recovery, tmp_path: Path) -> None:

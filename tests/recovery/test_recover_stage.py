@@ -84,11 +84,14 @@ def test_the_command_recovers_a_bundle_or_into_another(
     # The text of a bundle is that which it was pruned on.
     found = run_cli("recover", bundle, *longer, "--teacher", tiny_llama)
     assert found.code == 0, found.err
+    sources = [
+        json.loads((bundle / "stages" / f"{stage}.json").read_bytes())["calibration"]
+        for stage in ("prune", "recover")
+    ]
+    assert sources[0] == sources[1]
     assert "Recovered: KL(dense, sparse) on withheld samples" in found.out
     rest = run_cli("verify", bundle)
-    assert "with --recover, without which the recovered model goes; or run export, compile, " in (
-        rest.err
-    )
+    assert "without them the recovered model is removed; or run export, compile, " in rest.err
     for given in (bundle / "pruned", bundle):
         out = tmp_path / f"out-{given.name}"
         other = run_cli("recover", given, "-o", out, "--json", *both)

@@ -7,11 +7,13 @@ from itertools import islice
 import pytest
 import torch
 
+from prox24_deploy.config.options import RecoverOptions
 from prox24_deploy.model.batch import Batch, rows_of, withhold
 from prox24_deploy.recovery.schedule import (
     Pace,
     Schedule,
     check_seconds,
+    mean_step,
     regroup,
     schedule,
     steps_within,
@@ -64,6 +66,20 @@ def test_every_batch_is_read_before_any_is_again_and_a_step_is_large_enough() ->
         assert Counter(drawn[start : start + 7]) == Counter(range(7))
     assert list(islice(plan.batches(sizes, seed=3), 10, 30)) == chosen[10:]
     assert list(islice(plan.batches(sizes, seed=4), 30)) != chosen
+
+
+def test_a_step_reads_whole_batches() -> None:
+    assert mean_step([64], 64) == 64
+    assert mean_step([300], 512) == 600
+    assert 512 < mean_step([100, 500], 512) < 700
+
+
+@pytest.mark.parametrize(
+    ("steps", "first"), [(1, 0.00058), (100, 0.0027), (1000, 0.0058), (5000, 0.01), (90_000, 0.01)]
+)
+def test_few_steps_have_a_smaller_rate(steps: int, first: float) -> None:
+    assert RecoverOptions(steps=steps).rates(steps) == pytest.approx((first, first / 4, first / 16))
+    assert RecoverOptions(steps=steps, learning_rate=0.3).rates(steps) == (0.3,)
 
 
 def test_an_eighth_is_withheld() -> None:

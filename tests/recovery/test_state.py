@@ -30,7 +30,9 @@ def test_saving_waits_until_it_takes_a_small_share_of_the_time(
     monkeypatch.setattr("prox24_deploy.recovery.state.write_tensors", slow)
     file = StateFile(tmp_path / "state.safetensors", lambda: None)
     weights = [torch.ones(4)]
-    state = TrainingState(steps=2, taken=1, kept=0, best=weights, now=weights, moments=[])
+    state = TrainingState(
+        steps=2, rates=(0.1,), taken=1, kept=0, best=weights, now=weights, moments=[]
+    )
     assert file.is_due
     file.save(state)
     clock.now += 56.0
