@@ -62,7 +62,11 @@ ModelArg = Annotated[
 ]
 PrunedArg = Annotated[
     Path,
-    typer.Argument(help="A bundle, or a model directory that is 2:4 already.", readable=False),
+    typer.Argument(
+        metavar="PRUNED",
+        help="A bundle, or a model directory that is 2:4 already.",
+        readable=False,
+    ),
 ]
 BundleArg = Annotated[
     Path,
