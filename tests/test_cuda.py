@@ -1,6 +1,7 @@
 """Pruning on a GPU gives what it gives on a CPU, and cuSPARSELt computes what it should."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from prox24_deploy.engines.cusparselt.planning import read_plan, write_plan
 from prox24_deploy.engines.cusparselt.prepare import prepare
 from prox24_deploy.engines.cusparselt.profile import GemmShape, GemmTiming, write_profile
 from prox24_deploy.engines.cusparselt.torch_model import open_torch_model
-from prox24_deploy.model.batch import rows_of
+from prox24_deploy.model.batch import Batch, rows_of
 from prox24_deploy.model.directory import load_model
 from prox24_deploy.pruning.solvers.prox import objective_24, prox_24
 from prox24_deploy.recovery.objective import objective_for
@@ -220,10 +221,21 @@ def test_a_copy_moves_what_memory_can_move() -> None:
     assert 2e5 < copy_rate() < 2e7
 
 
+def four_whole(batches: Sequence[Batch]) -> list[Batch]:
+    """Four batches of one shape without padding."""
+    largest = max(batches, key=lambda batch: len(batch.real))
+    assert len(largest.real) >= 8
+    ones = {n: torch.ones_like(t) for n, t in largest.inputs.items() if n == "attention_mask"}
+    whole = replace(largest, inputs={**largest.inputs, **ones}, real=torch.ones_like(largest.real))
+    return [rows_of(whole, slice(start, start + 2)) for start in range(0, 8, 2)]
+
+
+# An encoder is held to the embedding that it pools, a decoder to its logits.
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_bert"])
 def test_a_step_as_a_cuda_graph_adds_the_gradients_of_single_kernels(
-    tiny_llama: Path, prose: Path
+    name: str, prose: Path, request: pytest.FixtureRequest
 ) -> None:
-    tiny = open_tiny(tiny_llama, prose)
+    tiny = open_tiny(request.getfixturevalue(name), prose)
     dense, sparse = (load_model(tiny.directory, tiny.recipe, torch.device("cuda")) for _ in "12")
     trained = [
         Trained(names=("",), parameter=p, zeros=None, axis=None, dtype=torch.float32, scale=1.0)
@@ -232,8 +244,7 @@ def test_a_step_as_a_cuda_graph_adds_the_gradients_of_single_kernels(
     with torch.no_grad():
         for each in trained:
             each.parameter.mul_(1 + 0.3 * torch.randn_like(each.parameter))
-    batches = [batch for batch in tiny.batches if bool(batch.real.all())][:4]
-    batches = [rows_of(batch, slice(2)) for batch in batches]
+    batches = four_whole(tiny.batches)
     padded = replace(batches[0], real=batches[0].real.clone())
     padded.real[:, -1] = False
     lesson = Lesson(
