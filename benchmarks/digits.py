@@ -13,14 +13,13 @@ _SEEN = 1200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Digits:
-    """The model, and images in [-1, 1], (images, channels, 16, 16), with their labels.
+    """The model, and images in [-1, 1], (images, channels, 16, 16).
 
     Those from `seen` on took no part in its training.
     """
 
     model: nn.Module
     pixels: Tensor
-    labels: Tensor
     seen: int = _SEEN
 
 
@@ -50,4 +49,4 @@ def trained_on_digits(steps: int = 300, channels: int = 1, width: int = 64) -> D
     with torch.no_grad():
         right = model(pixel_values=pixels[_SEEN:]).logits.argmax(-1) == labels[_SEEN:]
     print(f"digits: trained to an accuracy of {float(right.float().mean()):.3f}", file=sys.stderr)
-    return Digits(model=model, pixels=pixels, labels=labels)
+    return Digits(model=model, pixels=pixels)

@@ -4,9 +4,9 @@
         [--rows 16,128,512,1024,4096,16384] [--algorithms 5,6,22]
 
 Writes a profile for `plan --gpu-profile OUT`, after each layer what is known so far, with the rate
-of a copy, and prints a table of speed-ups for each format. What OUT holds already, of the same
-GPU and versions, is not timed again. `--algorithms` times these alone, where all
-others are known to be worse.
+of a copy, and prints a table of speed-ups for each format. What OUT holds already, of the same GPU
+and versions, is not timed again. `--algorithms` times these alone, where all others are known to be
+worse.
 """
 
 import argparse

@@ -80,10 +80,14 @@ def agreement(first: Tensor, second: Tensor) -> tuple[float, float]:
 
 
 def measured(
-    method: Method, context: RunContext, steps: int, device: torch.device, folder: Path
+    method: Method,
+    context: RunContext,
+    dense: Tensor,
+    steps: int,
+    device: torch.device,
+    folder: Path,
 ) -> Row:
-    """Prune by a method and recover, in a folder."""
-    dense = choices(context.source, context, device)
+    """Prune by a method and recover, in a folder; `dense` is what the dense model chooses."""
     tokens = context.calibration.source.tokens
     pruned = pruned_model(context, PruneOptions(method=method), tokens, folder, device)
     asked = Recovery(
@@ -118,7 +122,11 @@ def main() -> None:
         model, seen, others = written(made, Path(name))
         text = TextOptions(calibration=(seen,), evaluation=(others,), images=_IMAGES)
         context = read_context(model, None, BuildOptions(text=text))
-        rows = [measured(m, context, asked.steps, device, Path(name) / m) for m in _METHODS]
+        dense = choices(context.source, context, device)
+        rows = [
+            measured(method, context, dense, asked.steps, device, Path(name) / method)
+            for method in _METHODS
+        ]
     for row in rows:
         shares = [f"{share:.3f} ± {error:.3f}" for share, error in (row.pruned, row.recovered)]
         table.add_row(row.method, *shares, f"{row.seconds:.0f}")

@@ -107,10 +107,6 @@ class Session:
         """The same samples, as many at once as a forward pass takes."""
         return regroup(batches, self.at_once, self.unit)
 
-    def sizes(self, batches: Sequence[Batch]) -> list[int]:
-        """Tokens of each batch, padding included."""
-        return [tokens_of([batch], self.unit) for batch in batches]
-
     @property
     def unit(self) -> int:
         """What an image or a recording counts in tokens; 1 for a token."""
@@ -161,7 +157,7 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
     written: WrittenText | None = None
     with _checkpointed(session):
         plan, deadline = _planned(session, lesson)
-        sizes = session.sizes(lesson.batches)
+        sizes = lesson.sizes
         wanted = wanted_text(plan.steps, mean_step(sizes, plan.step_tokens), sum(sizes))
         if session.author is not None and wanted:
             names = [spec.name for spec in session.recipe.inputs]
@@ -212,7 +208,7 @@ def _planned(session: Session, lesson: Lesson) -> tuple[Schedule, Deadline | Non
 
 def _timed_steps(session: Session, lesson: Lesson) -> int:
     """How many steps the minutes allow, from the times of a few steps and some written tokens."""
-    sizes = session.sizes(lesson.batches)
+    sizes = lesson.sizes
     given, reads = sum(sizes), mean_step(sizes, session.step_tokens)
     first = values_of(lesson.trained)
     try:
@@ -238,7 +234,7 @@ def _step_seconds(session: Session, lesson: Lesson) -> float:
     kernels and does not count.
     """
     plan = Schedule(steps=_MOST_TIMED, step_tokens=session.step_tokens, check_every=1)
-    sizes = session.sizes(lesson.batches)
+    sizes = lesson.sizes
     optimizer = make_optimizer(session.options.optimizer, lesson.trained)
     until = time.perf_counter() + 60 * _TIMING_SHARE * (session.options.minutes or 0.0)
     found: list[float] = []

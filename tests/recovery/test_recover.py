@@ -334,10 +334,15 @@ def test_minutes_become_steps_once(llama: Recovery, tmp_path: Path) -> None:
     assert again.curve == first.curve
 
 
+def mistimed(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Let so many steps be planned, whatever the minutes allow."""
+    monkeypatch.setattr("prox24_deploy.recovery.session._timed_steps", lambda *_: steps)
+
+
 def test_minutes_hold_where_steps_take_longer_than_timed(
     llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prox24_deploy.recovery.session._timed_steps", lambda *_: 1000)
+    mistimed(monkeypatch, 1000)
     options = RecoverOptions(minutes=0.03, step_tokens=512, learning_rate=0.005, write=False)
     result = recover(replace(llama, options=options), tmp_path)
     # They are planned anew at the first check.
@@ -348,7 +353,7 @@ def test_minutes_hold_where_steps_take_longer_than_timed(
 def test_minutes_are_used_where_steps_take_less_than_timed(
     llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prox24_deploy.recovery.session._timed_steps", lambda *_: 40)
+    mistimed(monkeypatch, 40)
     options = RecoverOptions(minutes=0.5, step_tokens=64, learning_rate=0.005, write=False)
     result = recover(replace(llama, options=options), tmp_path)
     source = result.calibration
@@ -394,7 +399,7 @@ def test_a_run_that_was_planned_anew_goes_on_with_that(
             planned.append(total)
             raise StoppedError
 
-    monkeypatch.setattr("prox24_deploy.recovery.session._timed_steps", lambda *_: 1000)
+    mistimed(monkeypatch, 1000)
     options = RecoverOptions(minutes=0.02, step_tokens=512, write=False)
     asked = replace(llama, options=options)
     with pytest.raises(StoppedError):
