@@ -1,7 +1,7 @@
 """Speed of a Llama in 16 and in 8 bits, dense and 2:4, against what `plan` expects of it.
 
     python benchmarks/quantized_speed.py [--layout llama-8b] [--blocks 4] [--dtype float16]
-        [--shape 2x2048] [--models none,fp8+,fp8,int8+] [--algorithms 1,2,5,6,22,26,27]
+        [--shape 2x2048] [--models none,fp8+,fp8,int8+] [--algorithms 1,2,5,6,22,25,26]
 
 The model has random weights, pruned by magnitude, and is rounded to 8 bits by its largest weights
 and activations. Every model is compiled and runs as a CUDA graph; all are timed in turns. A name
@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -32,7 +33,7 @@ from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import Quantize
 from prox24_deploy.engines.cusparselt.choice import choose
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
-from prox24_deploy.engines.cusparselt.gemm import gpu_profile, measure_layers, uses_at
+from prox24_deploy.engines.cusparselt.gemm import copy_rate, gpu_profile, measure_layers, uses_at
 from prox24_deploy.engines.cusparselt.kernels import kernels_by_layer, sparse_kernels
 from prox24_deploy.engines.cusparselt.linear import replace_layers
 from prox24_deploy.engines.cusparselt.planning import LayerPlan, plan_layers, plan_shapes
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--shape", default="2x2048")
     parser.add_argument("--models", default="none,fp8+,fp8,int8+")
-    parser.add_argument("--algorithms", default="1,2,5,6,22,26,27", help="tried in 16 bits")
+    parser.add_argument("--algorithms", default="1,2,5,6,22,25,26,27,29", help="tried in 16 bits")
     arguments = parser.parse_args()
     now, _, past = arguments.shape.partition("+")
     batch, sequence = map(int, now.split("x"))
@@ -182,10 +183,15 @@ def main() -> None:
     for format in (half, *formats):
         only = tried if format == half else None
         profile = measure_layers(profile, uses, names, format, lambda *_: None, only)
+    if formats:
+        profile = replace(profile, copy_rate=copy_rate())
     limits = input_limits(dense, sorted(names), shape)
     choices = [c for c in choose(uses, profile, names, half) if c.name in names]
     eight: dict[str, dict[GemmFormat, tuple[GemmTiming, ...]]] = {
-        use.name: {f: tuple(profile.timing(g, f) for g in use.gemms) for f in formats}
+        use.name: {
+            f: tuple(profile.with_rounding(profile.timing(g, f)) for g in use.gemms)
+            for f in formats
+        }
         for use in uses
         if use.name in names
     }
