@@ -48,11 +48,18 @@ class Crew:
         return self.rank == 0
 
     def shares(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Of each batch every row whose turn it is, without batches of which that leaves none."""
+        """Every row whose turn it is, in their batches, without those of which that leaves none.
+
+        Turns go on from batch to batch, so that batches of one row go round.
+        """
         if self.size == 1:
             return list(batches)
-        parts = (rows_of(batch, slice(self.rank, None, self.size)) for batch in batches)
-        return [part for part in parts if len(part.real)]
+        found, before = [], 0
+        for batch in batches:
+            mine = slice((self.rank - before) % self.size, None, self.size)
+            found.append(rows_of(batch, mine))
+            before += len(batch.real)
+        return [part for part in found if len(part.real)]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, the same in each."""

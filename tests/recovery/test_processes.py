@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from prox24_deploy.core.errors import CalibrationError, EngineError, UsageError
 from prox24_deploy.core.types import Progress, silent
 from prox24_deploy.recovery.processes import Crew, require_processes, run_together
 from prox24_deploy.recovery.recover import Recovery
+from prox24_deploy.recovery.schedule import regroup
 from prox24_deploy.recovery.training import Training
 
 TWO = replace(FAST, processes=2, write=False)
@@ -66,6 +68,15 @@ def test_every_row_has_one_process(llama: Recovery) -> None:
     rows = [len(batch.real) for part in parts for batch in part]
     assert sum(rows) == sum(len(batch.real) for batch in batches)
     assert all(rows)
+
+
+def test_batches_of_one_row_go_round(llama: Recovery) -> None:
+    batches = regroup(llama.calibration.batches[:1], 1, 1)
+    assert {len(batch.real) for batch in batches} == {1}
+    parts = [Crew(rank=rank, size=3).shares(batches) for rank in range(3)]
+    turns = [batch.inputs["input_ids"] for turn in zip_longest(*parts) for batch in turn if batch]
+    assert all(map(torch.equal, turns, (batch.inputs["input_ids"] for batch in batches)))
+    assert len(turns) == len(batches) > 3
 
 
 def failing(error: Exception | None, crew: Crew, device: Any, progress: Progress) -> None:
