@@ -5,7 +5,8 @@
         --whole 80 --tokens 262144 --device cuda --parts
 
 The model is made on the spot, in bfloat16 and in shards of a block, and pruned as `prune` does it.
-With `--count`, speed is that of all matrix products, as PyTorch counts them, over the whole of the
+Started by `torchrun --nproc-per-node N`, N processes share the work, one on each GPU, as they do in
+`build --gpus N`; what is printed is then of the first of them. With `--count`, speed is that of all matrix products, as PyTorch counts them, over the whole of the
 time, beside the largest that a product in the precision of the solver's steps reaches here. With
 `--parts`, the parts of the work are timed, for which the GPU is waited for. Both take time
 themselves. A run of few blocks tells of a model of more: each block takes as long as the last of
@@ -19,8 +20,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,10 +35,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe, parse_recipe, shipped_recipes
 from prox24_deploy.core.records import PruneResult, TextSource
+from prox24_deploy.core.types import Progress
 from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.directory import open_model_dir
+from prox24_deploy.pipeline.ranks import started_by_torchrun
 from prox24_deploy.pruning import activations, layer_group, prune
-from prox24_deploy.pruning.prune import prune_directory
+from prox24_deploy.pruning.prune import help_to_prune, prune_directory
+from prox24_deploy.pruning.ranks import ALONE, Ranks, joined
 from prox24_deploy.pruning.solvers import solver
 from prox24_deploy.pruning.solvers.products import tensor_cores
 
@@ -61,11 +65,36 @@ _PARTS = {
 def main() -> None:
     """Make a model, prune it, and print what that took."""
     asked = arguments()
-    with TemporaryDirectory(dir=asked.folder) as folder:
-        line = measured(asked, Path(folder))
-        print(json.dumps(line), flush=True)
-    if asked.plot:
+    with together(torch.device(asked.device)) as ranks, shared_folder(asked, ranks) as folder:
+        line = measured(asked, folder, ranks)
+        if ranks.writes:
+            print(json.dumps(line), flush=True)
+    if asked.plot and ranks.writes:
         draw(line, asked.plot)
+
+
+@contextmanager
+def together(device: torch.device) -> Iterator[Ranks]:
+    """This process among those that torchrun started, or alone."""
+    if not started_by_torchrun():
+        yield ALONE
+        return
+    with joined(device) as ranks:
+        yield ranks
+
+
+@contextmanager
+def shared_folder(asked: argparse.Namespace, ranks: Ranks) -> Iterator[Path]:
+    """A folder of all processes, which the first makes and removes."""
+    if not ranks.writes:
+        yield Path(ranks.told(""))
+        ranks.told("")
+        return
+    with TemporaryDirectory(dir=asked.folder) as folder:
+        ranks.told(folder)
+        yield Path(folder)
+        # The others are done with it.
+        ranks.told("")
 
 
 def arguments() -> argparse.Namespace:
@@ -88,9 +117,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Prune a model of the shape; what it took."""
-    made = made_model(asked, folder / "model")
+def measured(asked: argparse.Namespace, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Prune a model of the shape; what it took in this process."""
+    made = ranks.told(made_model(asked, folder / "model") if ranks.writes else None)
+    assert made is not None
     device = torch.device(asked.device)
     peak = matrix_peak(device)
     parts = timed_parts(device, _PARTS if asked.parts else {_RECORD: _PARTS[_RECORD]})
@@ -101,7 +131,9 @@ def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     before = traffic()
     counter = FlopCounterMode(display=False) if asked.count else None
     with counter or nullcontext():
-        result = pruned(asked, folder, steps.note)
+        result = pruned(asked, folder, ranks, steps.note)
+    if result is None:
+        return {}
     seconds = steps.seconds()
     total = sum(seconds.values())
     flops = counter.get_total_flops() if counter else None
@@ -115,6 +147,7 @@ def measured(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "parts": parts,
         "total_seconds": total,
         "whole_seconds": whole(seconds, parts[_RECORD], made, asked.whole),
+        "processes": ranks.count,
         "estimate": result.memory,
         "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "peak_gpu_gib": (
@@ -158,8 +191,10 @@ def made_model(asked: argparse.Namespace, out: Path) -> Made:
     return Made(outside=outside, block=block, blocks=asked.blocks)
 
 
-def pruned(asked: argparse.Namespace, folder: Path, progress: Any) -> PruneResult:
-    """Prune it on random windows."""
+def pruned(
+    asked: argparse.Namespace, folder: Path, ranks: Ranks, progress: Progress
+) -> PruneResult | None:
+    """Prune it on random windows; None in a process that helps."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(asked.vocabulary, (asked.tokens // asked.length, asked.length),
                          generator=generator)  # fmt: skip
@@ -173,17 +208,19 @@ def pruned(asked: argparse.Namespace, folder: Path, progress: Any) -> PruneResul
     )
     samples = Samples(batches=batches, source=source)
     limit = None if asked.memory_limit is None else int(asked.memory_limit * 2**30)
-    return prune_directory(
+    given = (
         open_model_dir(folder / "model"),
         llama(),
         samples,
         Samples(batches=batches[:1], source=source),
         PruneOptions(preset=asked.preset, reconstruct=asked.reconstruct, permute="none"),
-        device=torch.device(asked.device),
-        memory_limit=limit,
-        solved=folder / "solved",
-        out=folder / "pruned",
-        progress=progress,
+    )
+    where = {"device": torch.device(asked.device), "memory_limit": limit, "ranks": ranks}
+    if not ranks.writes:
+        help_to_prune(*given, **where)
+        return None
+    return prune_directory(
+        *given, **where, solved=folder / "solved", out=folder / "pruned", progress=progress
     )
 
 
