@@ -1,4 +1,4 @@
-"""How recovery grows: seconds a step and memory of a random Llama of any shape, one JSON line a run.
+"""How recovery grows: seconds a step and memory of a random Llama of any shape.
 
     python benchmarks/recovery_scale.py --hidden 4096 --inner 11008 --heads 32 --kv-heads 32 \\
         --blocks 32 --device cuda --optimizer adafactor --checkpointing [--processes 1 2]
@@ -8,7 +8,7 @@ trained as `recover` trains them, with each number of processes in turn, on a GP
 time of a step is the mean of those between the first and the first check on withheld samples; what
 opening, checks, saving and writing take is in the whole of the seconds. Memory is that of the first
 process on its GPU, beside what is estimated before work. Withheld losses of different numbers of
-processes must agree, for they take the same steps.
+processes must agree, for they take the same steps. Prints a JSON line for each number of them.
 """
 
 import argparse

@@ -6,13 +6,14 @@
 
 The model is made on the spot, in bfloat16 and in shards of a block, and pruned as `prune` does it.
 Started by `torchrun --nproc-per-node N`, N processes share the work, one on each GPU, as they do in
-`build --gpus N`; what is printed is then of the first of them. With `--count`, speed is that of all matrix products, as PyTorch counts them, over the whole of the
-time, beside the largest that a product in the precision of the solver's steps reaches here. With
-`--parts`, the parts of the work are timed, for which the GPU is waited for. Both take time
-themselves. A run of few blocks tells of a model of more: each block takes as long as the last of
-these, opening and writing grow with the weights, and taking the samples to the first block, which
-is a part of opening, does not; that a larger model may have to be kept elsewhere (`--memory-limit`)
-is not in it. Bytes are those that the process asked for, caches included.
+`build --gpus N`; what is printed is then of the first of them. With `--count`, speed is that of all
+matrix products, as PyTorch counts them, over the whole of the time, beside the largest that a
+product in the precision of the solver's steps reaches here. With `--parts`, the parts of the work
+are timed, for which the GPU is waited for. Both take time themselves. A run of few blocks tells of
+a model of more: each block takes as long as the last of these, opening and writing grow with the
+weights, and taking the samples to the first block, which is a part of opening, does not; that a
+larger model may have to be kept elsewhere (`--memory-limit`) is not in it. Bytes are those that the
+process asked for, caches included.
 """
 
 import argparse
@@ -215,7 +216,11 @@ def pruned(
         Samples(batches=batches[:1], source=source),
         PruneOptions(preset=asked.preset, reconstruct=asked.reconstruct, permute="none"),
     )
-    where = {"device": torch.device(asked.device), "memory_limit": limit, "ranks": ranks}
+    where: dict[str, Any] = {
+        "device": torch.device(asked.device),
+        "memory_limit": limit,
+        "ranks": ranks,
+    }
     if not ranks.writes:
         help_to_prune(*given, **where)
         return None

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +30,8 @@ from prox24_deploy.sparsity.declaration import SPARSE_KEY
 from prox24_deploy.sparsity.pattern import first_violation
 
 _RECORDS = TypeAdapter(tuple[LayerRecord, ...])
+# Takes the number of a block, its weights by layer path, and its records.
+SaveBlock = Callable[[int, Mapping[str, Tensor], tuple[LayerRecord, ...]], None]
 
 
 def _unguarded() -> None:
@@ -73,6 +77,31 @@ class BlockStore:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.safetensors"
+
+
+@contextmanager
+def saving(store: BlockStore) -> Iterator[SaveBlock]:
+    """Save each block while the next is solved; gives what takes a block, as `BlockStore.save`.
+
+    What goes wrong with a block is raised when the next is given, or at the end. Without an end, a
+    block that was given is saved all the same.
+    """
+    with ThreadPoolExecutor(1) as writer:
+        begun: list[Future[None]] = []
+
+        def save(
+            index: int, weights: Mapping[str, Tensor], records: tuple[LayerRecord, ...]
+        ) -> None:
+            _finish(begun)
+            begun.append(writer.submit(store.save, index, weights, records))
+
+        yield save
+        _finish(begun)
+
+
+def _finish(begun: "list[Future[None]]") -> None:
+    while begun:
+        begun.pop().result()
 
 
 class SolvedWeights(Mapping[str, Tensor]):

@@ -25,7 +25,9 @@ from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.blocks import find_blocks, require_runs, shared_inputs
 from prox24_deploy.model.checkpoint import (
     BlockStore,
+    SaveBlock,
     renamed_tensors,
+    saving,
     stored_dtype,
     stored_names,
     write_pruned,
@@ -141,19 +143,21 @@ def prune_model(
     solver = _BlockSolver(options, stored_dtype, dense, resources.ranks)
     weights = store.weights()
     records: list[LayerRecord] = []
-    for number, step in enumerate(block_steps(model, recipe, (calibration, held_out), resources)):
-        progress("prune", number, count)
-        done = _block_done(number, step, solver, store)
-        _apply(step.twin.pruned, done[0])
-        weights.add(number, step.twin.prefix, done[0])
-        records.extend(done[1])
+    steps = enumerate(block_steps(model, recipe, (calibration, held_out), resources))
+    with saving(store) as save:
+        for number, step in steps:
+            progress("prune", number, count)
+            done = _block_done(number, step, solver, store, save)
+            _apply(step.twin.pruned, done[0])
+            weights.add(number, step.twin.prefix, done[0])
+            records.extend(done[1])
     progress("prune", count, count)
     records.extend(_layers_outside(model, recipe, {record.name for record in records}))
     return PrunedState(weights, _axes(model, weights), tuple(records))
 
 
 def _block_done(
-    number: int, step: BlockStep, solver: "_BlockSolver", store: BlockStore
+    number: int, step: BlockStep, solver: "_BlockSolver", store: BlockStore, save: SaveBlock
 ) -> tuple[dict[str, Tensor], tuple[LayerRecord, ...]]:
     """Weights and records of one block, as an earlier run kept them, else solved and kept."""
     with during(step.twin.prefix, solver.ranks):
@@ -161,7 +165,7 @@ def _block_done(
         if done is None:
             done = solver.solve(step)
             if solver.ranks.writes:
-                store.save(number, *done)
+                save(number, *done)
     return done
 
 
@@ -570,7 +574,8 @@ class _BlockSolver:
         """What errors of a group need of its input; what else they do not is given up."""
         moments.sum_over(self.ranks)
         layers = {name: layer_at(twin.dense, name) for name in group}
-        found = moments.errors({n: to_matrix(layer, layer.weight) for n, layer in layers.items()})
+        before = {name: to_matrix(layer, layer.weight) for name, layer in layers.items()}
+        found = moments.errors(before, self.ranks)
         moments.give_up(cross=not cross)
         return found
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from prox24_deploy.pruning.ranks import Ranks
+from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.pruning.solvers.problem import missing_tokens
 
 # A symmetric product is taken in as many strips of columns, each from its diagonal on: with four
@@ -92,14 +92,17 @@ class SecondMoments:
             self._pruned.mirror()
             self._dense.mirror()
 
-    def errors(self, before: Mapping[str, Tensor]) -> "LayerErrors":
-        """What tells errors of layers (rows, d) by name, without the sums over dense inputs."""
+    def errors(self, before: Mapping[str, Tensor], ranks: Ranks = ALONE) -> "LayerErrors":
+        """What tells errors of layers (rows, d) by name, without the sums over dense inputs.
+
+        Each process has what is of its rows.
+        """
         references, mixed = {}, {}
         for name, weight in before.items():
-            double = weight.double()
-            references[name] = float(((double @ self.dense) * double).sum())
-            mixed[name] = double @ self.cross
-        return LayerErrors(references, mixed, self)
+            own = weight[ranks.rows(len(weight))].double()
+            references[name] = ranks.total(float(((own @ self.dense) * own).sum()))
+            mixed[name] = own @ self.cross
+        return LayerErrors(references, mixed, self, ranks)
 
     def give_up(self, *, cross: bool) -> None:
         """Free the sum over dense inputs, which errors alone need, and the cross sum if asked."""
@@ -114,21 +117,26 @@ class LayerErrors:
 
     Attributes:
         references: ‖X_d W0ᵀ‖² by name.
-        mixed: W0 X_dᵀX_p by name, (rows, d), float64.
+        mixed: W0 X_dᵀX_p by name, float64, of the rows of this process, (its rows, d).
         moments: of the inputs; only their sum over pruned inputs is read.
+        ranks: the processes that share the rows.
     """
 
     references: Mapping[str, float]
     mixed: Mapping[str, Tensor]
     moments: SecondMoments
+    ranks: Ranks
 
     def of(self, name: str, after: Tensor) -> float:
-        """‖X_d W0ᵀ - X_p Wᵀ‖² / ‖X_d W0ᵀ‖² for weights (rows, d); 0 where the dense output is 0."""
-        weight, reference = after.double(), self.references[name]
-        mixed = float((self.mixed[name] * weight).sum())
-        own = float(((weight @ self.moments.pruned) * weight).sum())
+        """‖X_d W0ᵀ - X_p Wᵀ‖² / ‖X_d W0ᵀ‖² for weights (rows, d); 0 where the dense output is 0.
+
+        All processes must call it.
+        """
+        reference, own = self.references[name], after[self.ranks.rows(len(after))].double()
+        squares = float(((own @ self.moments.pruned) * own).sum())
+        rest = self.ranks.total(squares - 2 * float((self.mixed[name] * own).sum()))
         # Rounding may leave a tiny negative sum; NaN stays NaN, so that nothing broken looks good.
-        return max(reference - 2 * mixed + own, 0.0) / reference if reference != 0 else 0.0
+        return max(reference + rest, 0.0) / reference if reference != 0 else 0.0
 
 
 @dataclass(slots=True)

@@ -32,6 +32,8 @@ from prox24_deploy.model.batch import Batch, rows_of
 # The others wait while the first process writes text.
 _PATIENCE = timedelta(hours=12)
 _START = "forkserver"
+# Seconds between looks at what they told.
+_LOOK_EVERY = 0.05
 _OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "DefaultCPUAllocator")
 
 
@@ -144,7 +146,7 @@ def run_together(
     try:
         done = False
         while not done:
-            done = running.join(timeout=0.2)
+            done = running.join(timeout=_LOOK_EVERY)
             _tell(told, progress)
     except ProcessRaisedException as error:
         _tell(told, progress)

@@ -256,7 +256,7 @@ def _step_seconds(session: Session, lesson: Lesson) -> float:
 def _copy_seconds(lesson: Lesson) -> float:
     """Seconds that a check takes to copy all values, and to round them and put them back."""
     began = time.perf_counter()
-    values = values_of(lesson.trained)
+    values = values_of(lesson.trained, near=True)
     put(lesson.trained, values, rounded=True)
     put(lesson.trained, values)
     _wait(lesson.device)

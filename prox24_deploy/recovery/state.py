@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,8 @@ _CURVE = TypeAdapter(tuple[RecoveryPoint, ...])
 _SETBACKS = TypeAdapter(tuple[Setback, ...])
 # Share of the time that may go into saving: of a large model it takes longer than many steps.
 SAVING_SHARE = 0.05
+# How fast a disk is taken to be until something was saved, and what is not worth waiting for.
+_BYTES_PER_SECOND, _AT_ONCE = 1e9, 1.0
 _MOMENT = "moment"
 
 
@@ -31,8 +33,8 @@ class TrainingState:
         taken: steps that were taken.
         kept: step of the best weights.
         best: those weights, as the checkpoint stores them.
-        now: weights.
-        moments: what the optimiser keeps of each, by name.
+        now: weights; none where the run is over, and the best are what is left.
+        moments: what the optimiser keeps of each, by name; none likewise.
         curve: measurements until now.
         setbacks: where training diverged until now.
     """
@@ -58,15 +60,24 @@ class StateFile:
 
     @property
     def is_due(self) -> bool:
-        """Whether so much time has passed that saving takes little of it; so at first."""
+        """Whether so much time has passed that saving takes little of it."""
         return time.perf_counter() >= self._due
+
+    def expect(self, size: int) -> None:
+        """Say how many bytes will be saved; until then saving is due at once."""
+        seconds = size / _BYTES_PER_SECOND
+        if seconds > _AT_ONCE:
+            self._wait_for(seconds)
 
     def save(self, state: TrainingState) -> None:
         """Replace the file at once."""
         began = time.perf_counter()
         self._save(state)
-        now = time.perf_counter()
-        self._due = now + (now - began) * (1 - SAVING_SHARE) / SAVING_SHARE
+        self._wait_for(time.perf_counter() - began)
+
+    def _wait_for(self, seconds: float) -> None:
+        """Let saving be due once what took so long takes its share of the time."""
+        self._due = time.perf_counter() + seconds * (1 - SAVING_SHARE) / SAVING_SHARE
 
     def _save(self, state: TrainingState) -> None:
         self.guard()
@@ -75,8 +86,7 @@ class StateFile:
         tensors = {f"{name}.{i}": t for name, parts in lists.items() for i, t in enumerate(parts)}
         for i, moments in enumerate(state.moments):
             tensors |= {f"{_MOMENT}.{i}.{name}": tensor for name, tensor in moments.items()}
-        # A file has no two names for one tensor.
-        tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        tensors = _named_once(tensors)
         known = {
             "steps": state.steps,
             "rates": state.rates,
@@ -93,13 +103,13 @@ class StateFile:
             return None
         try:
             with safe_open(self.path, framework="pt") as handle:
-                known = json.loads(handle.metadata()["state"])
+                known, names = json.loads(handle.metadata()["state"]), set(handle.keys())
 
                 def read(name: str) -> list[Tensor]:
                     return [handle.get_tensor(f"{name}.{i}") for i in range(count)]
 
                 moments: list[dict[str, Tensor]] = [{} for _ in range(count)]
-                for name in handle.keys():  # noqa: SIM118
+                for name in names:
                     kind, index, rest = [*name.split(".", 2), ""][:3]
                     if kind == _MOMENT:
                         moments[int(index)][rest] = handle.get_tensor(name)
@@ -109,7 +119,7 @@ class StateFile:
                     taken=int(known["taken"]),
                     kept=int(known["kept"]),
                     best=read("best"),
-                    now=read("now"),
+                    now=read("now") if "now.0" in names else [],
                     moments=moments,
                     curve=list(_CURVE.validate_python(known["curve"])),
                     setbacks=list(_SETBACKS.validate_python(known["setbacks"])),
@@ -117,3 +127,15 @@ class StateFile:
         except (SafetensorError, IndexError, KeyError, TypeError, ValueError):
             # Not written by this version, or damaged: beginning anew loses only time.
             return None
+
+
+def _named_once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same on the CPU; what has a name is copied for another, for a file has one for each."""
+    found: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for name, tensor in tensors.items():
+        held = tensor.detach().cpu()
+        place = held.untyped_storage().data_ptr()
+        found[name] = held.clone() if place in known else held
+        known.add(place)
+    return found

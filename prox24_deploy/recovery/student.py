@@ -18,6 +18,7 @@ from prox24_deploy.core.errors import SparsityLostError, UsageError
 from prox24_deploy.model.checkpoint import declared_sparse, stored_names
 from prox24_deploy.model.directory import ModelDir, structure_of
 from prox24_deploy.model.layers import layer_at, obstacle, reduction_axis
+from prox24_deploy.model.offload import free_on
 from prox24_deploy.pruning.selection import sharing, target_paths
 from prox24_deploy.sparsity.pattern import first_violation
 
@@ -253,16 +254,30 @@ def _dtype(directory: ModelDir, names: Sequence[str]) -> torch.dtype:
 
 
 @torch.no_grad()
-def values_of(trained: Sequence[Trained], *, stored: bool = False) -> list[Tensor]:
+def values_of(
+    trained: Sequence[Trained], *, stored: bool = False, near: bool = False
+) -> list[Tensor]:
     """Copies of all values on the CPU, whose memory a large model leaves.
 
     They are float32, or `stored` as the checkpoint has them, which for values that were read from
-    one, or rounded to it, is the same in less memory.
+    one, or rounded to it, is the same in less memory. If they are to be `near`, for a short time,
+    they stay on the device where it has room for twice as much: to a CPU and back takes far longer.
     """
+    device = trained[0].parameter.device if near and _has_room(trained) else torch.device("cpu")
     return [
-        each.parameter.detach().to("cpu", each.dtype if stored else torch.float32, copy=True)
+        each.parameter.detach().to(device, each.dtype if stored else torch.float32, copy=True)
         for each in trained
     ]
+
+
+def _has_room(trained: Sequence[Trained]) -> bool:
+    """Whether all values fit twice into what a device has free, or keeps for later."""
+    device = trained[0].parameter.device
+    if device.type != "cuda":
+        return True
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    need = 2 * sum(each.parameter.numel() * each.parameter.itemsize for each in trained)
+    return free_on(device, None) + kept >= need
 
 
 @torch.no_grad()

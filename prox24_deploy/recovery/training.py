@@ -21,7 +21,13 @@ from prox24_deploy.core.recovery import RecoveryPoint, Setback
 from prox24_deploy.core.types import Progress, RecoverOptimizer
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.recovery.objective import Objective
-from prox24_deploy.recovery.optimizer import make_optimizer, moments_of, put_moments, set_rates
+from prox24_deploy.recovery.optimizer import (
+    make_optimizer,
+    moments_of,
+    put_moments,
+    set_rates,
+    state_bytes,
+)
 from prox24_deploy.recovery.processes import Crew
 from prox24_deploy.recovery.schedule import (
     READS,
@@ -323,11 +329,20 @@ class Training:
         """Put weights, optimiser and schedule where they were."""
         self.rates = state.rates
         self._plan(state.steps)
-        put(self.lesson.trained, state.now)
+        put(self.lesson.trained, state.now or state.best)
         self._optimizer = make_optimizer(self.optimizer, self.lesson.trained)
-        if state.taken:
+        if state.taken and state.moments:
             put_moments(self._optimizer, self.lesson.trained, state.moments)
             state.moments = []
+        self.file.expect(self._saved_bytes())
+
+    def _saved_bytes(self) -> int:
+        """Of the best weights as they are stored, those of now, and what the optimiser keeps."""
+        trained = self.lesson.trained
+        vectors = sum(each.parameter.numel() for each in trained if each.parameter.ndim < 2)
+        whole = sum(each.parameter.numel() for each in trained)
+        stored = sum(each.parameter.numel() * each.dtype.itemsize for each in trained)
+        return stored + 4 * whole + state_bytes(self.optimizer, whole - vectors, vectors)
 
     def _train(self, state: TrainingState, graph: StepGraph, progress: Progress) -> None:
         sizes = self.lesson.sizes
@@ -358,7 +373,8 @@ class Training:
                 self._slow_down(state, error)
                 losses = []
         if self.lesson.crew.leads:
-            self._save(state, values_of(self.lesson.trained))
+            # It is over, so that the weights of now lead nowhere.
+            self.file.save(replace(state, now=[], moments=[]))
         progress("recover", self.schedule.steps, self.schedule.steps)
 
     def _plan(self, steps: int) -> None:
@@ -437,7 +453,7 @@ class Training:
 
     def _check(self, state: TrainingState, losses: Sequence[float]) -> list[Tensor]:
         """Measure the rounded weights, and keep them if they are the best; returns the others."""
-        now = values_of(self.lesson.trained)
+        now = values_of(self.lesson.trained, near=True)
         put(self.lesson.trained, now, rounded=True)
         loss = self.lesson.withheld_loss()
         known = [point.withheld for point in state.curve if point.withheld is not None]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from prox24_deploy.model import checkpoint
 from prox24_deploy.model.checkpoint import (
     BlockStore,
     checkpoint_name,
+    saving,
     stored_dtype,
     write_pruned,
     write_tensors,
@@ -118,6 +120,33 @@ def test_a_solved_block_comes_back_bit_for_bit(
         assert torch.equal(bits(weights[name]), bits(weight))
     assert store.load(2) is None
     assert [path.name for path in store.folder.iterdir()] == ["block-0003.safetensors"]
+
+
+def save_blocks(store: BlockStore, count: int, solved: Any, error: BaseException | None) -> None:
+    """Give some blocks to be saved, and then fail."""
+    with saving(store) as save:
+        for index in range(count):
+            save(index, *solved)
+        if error is not None:
+            raise error
+
+
+def test_a_block_is_saved_though_what_follows_fails(tmp_path: Path, solved: Any) -> None:
+    store = BlockStore(tmp_path / "blocks")
+    with pytest.raises(KeyboardInterrupt):
+        save_blocks(store, 1, solved, KeyboardInterrupt())
+    assert store.load(0) is not None
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_block_that_cannot_be_saved_is_told(tmp_path: Path, solved: Any, count: int) -> None:
+    def changed() -> None:
+        raise ModelDirError("the model was written meanwhile")
+
+    store = BlockStore(tmp_path / "blocks", changed)
+    with pytest.raises(ModelDirError, match="meanwhile"):
+        save_blocks(store, count, solved, None)
+    assert store.load(0) is None
 
 
 def test_a_block_in_which_nothing_was_pruned_comes_back(tmp_path: Path) -> None:
