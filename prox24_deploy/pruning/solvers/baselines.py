@@ -7,7 +7,6 @@ All three work in normalised units: score, mask and weights refer to W̃ = W n. 
 import torch
 from torch import Tensor
 
-from prox24_deploy.pruning.solvers.factors import upper_factor_of_inverse
 from prox24_deploy.pruning.solvers.problem import LayerProblem
 from prox24_deploy.pruning.solvers.products import ExactFactor
 from prox24_deploy.pruning.solvers.prox import has_triton
@@ -36,8 +35,12 @@ def sparsegpt(problem: LayerProblem) -> tuple[Tensor, Tensor]:
     Returns:
         (weights, mask), normalised weights (rows, d) with +0.0 outside the mask.
     """
-    factor = upper_factor_of_inverse(problem.curvature)
-    weight = ExactFactor.of(factor).after(ExactFactor.of(factor.T).after(problem.linear))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.curvature))
+    weight = ExactFactor.of(inverse).after(problem.linear)
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    del inverse
+    # The kernel goes along rows, and LAPACK leaves columns in a row.
+    factor = factor.contiguous()
     mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     features = weight.shape[1]
     for begin in range(0, features, _BLOCK):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from prox24_deploy.core.types import Method, Preset, Refinement
 from prox24_deploy.pruning.solvers.baselines import magnitude_mask, sparsegpt, wanda_mask
-from prox24_deploy.pruning.solvers.factors import inverse_of
 from prox24_deploy.pruning.solvers.ista import IstaOptions, ista
 from prox24_deploy.pruning.solvers.problem import LayerProblem, Total, of_one, plus_diagonal
 from prox24_deploy.pruning.solvers.prox import admm_step
@@ -196,7 +195,7 @@ def prox_admm(
         (weights, mask, iterations): normalised weights (rows, d), not yet refined, masked.
     """
     rho = options.rho
-    inverse = inverse_of(plus_diagonal(problem.curvature, rho))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(plus_diagonal(problem.curvature, rho)))
     row_scale = problem.start.abs().mean(1, keepdim=True)
     # A zero row has no scale; any finite λ leaves it zero.
     base = options.start / torch.where(row_scale > 0, row_scale, 1.0)
