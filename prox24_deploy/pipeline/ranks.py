@@ -144,5 +144,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 def _last_line(log: IO[bytes]) -> str:
     log.seek(0)
-    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "nothing was said"
+    lines = map(str.strip, log.read().decode(errors="replace").splitlines())
+    # torchrun rules lines off.
+    said = [line for line in lines if line.strip("=-")]
+    return said[-1] if said else "nothing was said"

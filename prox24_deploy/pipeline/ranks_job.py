@@ -5,17 +5,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prox24_deploy.core.errors import Prox24Error
+from prox24_deploy.core.errors import (
+    BackendMissingError,
+    Prox24Error,
+    UsageError,
+    explained,
+)
 from prox24_deploy.engines.child import end_on_termination
 from prox24_deploy.pipeline import run
 from prox24_deploy.pipeline.ranks import ERROR, OPTIONS, PROGRESS, is_helper
+
+# What is raised in the place of an error that is not ours, by the exit code that it asks for.
+_OF_CODE = {kind.exit_code: kind for kind in (Prox24Error, UsageError, BackendMissingError)}
 
 
 def main(file: str) -> None:
     """Prune as the file says; progress and an error go to stdout, a JSON object a line.
 
     Raises:
-        Prox24Error: what pruning raises, once it is told, for torchrun to see that it failed.
+        Exception: what pruning raises, once it is told, for torchrun to see that it failed.
     """
     end_on_termination()
     job = json.loads(Path(file).read_text())
@@ -28,8 +36,10 @@ def main(file: str) -> None:
             run.prune(
                 model_dir, Path(job["out"]), options, fresh=job["fresh"], progress=_tell_progress
             )
-    except Prox24Error as error:
-        _tell(kind=ERROR, type=type(error).__name__, message=str(error))
+    except Exception as error:
+        message, code = explained(error)
+        kind = type(error) if isinstance(error, Prox24Error) else _OF_CODE[code]
+        _tell(kind=ERROR, type=kind.__name__, message=message)
         raise
 
 

@@ -1,5 +1,7 @@
 """Several processes prune as one does, by torchrun and Gloo; one that is lost loses no block."""
 
+import errno
+import json
 import os
 import random
 import signal
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 import torch
@@ -16,11 +19,13 @@ from family_batches import batch, recipe_of
 from safetensors.torch import load_file
 from tiny_families import tiny_model
 
-from prox24_deploy.config.options import PruneOptions
-from prox24_deploy.core.errors import CalibrationError, RankError, UsageError
+from prox24_deploy.config.options import BuildOptions, PruneOptions
+from prox24_deploy.core.errors import CalibrationError, RankError, RecipeError, UsageError
 from prox24_deploy.core.types import silent
 from prox24_deploy.model.checkpoint import BlockStore
+from prox24_deploy.pipeline import ranks_job, run
 from prox24_deploy.pipeline.api import prune
+from prox24_deploy.pipeline.ranks import ERROR, OPTIONS, _last_line
 from prox24_deploy.pruning.activations import Resources
 from prox24_deploy.pruning.prune import prune_model
 from prox24_deploy.pruning.ranks import Ranks, during
@@ -173,3 +178,41 @@ def test_an_ending_is_told_only_where_others_take_part() -> None:
             raise SystemExit(143)
     with pytest.raises(KeyboardInterrupt), during("b.1", Ranks(0, 1, CPU)):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (RuntimeError("a kernel failed"), "Prox24Error", "Internal error, RuntimeError: a kernel"),
+        (OSError(errno.ENOSPC, "full", "block"), "UsageError", "No space left on the disk"),
+        (MemoryError(), "BackendMissingError", "Not enough memory"),
+        (RecipeError("no such target"), "RecipeError", "no such target"),
+    ],
+)
+def test_what_ends_a_process_is_told_to_the_one_that_started_it(
+    error: Exception,
+    kind: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "prune", failing)
+    monkeypatch.setattr(ranks_job, "end_on_termination", lambda: None)
+    file = tmp_path / "job.json"
+    options = OPTIONS.dump_python(BuildOptions(), mode="json")
+    file.write_text(json.dumps({"model_dir": "m", "out": "o", "fresh": False, "options": options}))
+    with pytest.raises(type(error)):
+        ranks_job.main(str(file))
+    told = json.loads(capsys.readouterr().out)
+    assert (told["kind"], told["type"]) == (ERROR, kind)
+    assert said in told["message"]
+
+
+def test_the_last_words_of_torchrun_are_no_rule() -> None:
+    with TemporaryFile() as log:
+        log.write(b"traceback : gone\n========\n------\n\n")
+        assert _last_line(log) == "traceback : gone"
