@@ -148,7 +148,6 @@ def prune_model(
         for number, step in steps:
             progress("prune", number, count)
             done = _block_done(number, step, solver, store, save)
-            _apply(step.twin.pruned, done[0])
             weights.add(number, step.twin.prefix, done[0])
             records.extend(done[1])
     progress("prune", count, count)
@@ -159,13 +158,14 @@ def prune_model(
 def _block_done(
     number: int, step: BlockStep, solver: "_BlockSolver", store: BlockStore, save: SaveBlock
 ) -> tuple[dict[str, Tensor], tuple[LayerRecord, ...]]:
-    """Weights and records of one block, as an earlier run kept them, else solved and kept."""
+    """Prune a block in place; its weights and records, kept by an earlier run or made and kept."""
     with during(step.twin.prefix, solver.ranks):
         done = solver.ranks.told(store.load(number))
         if done is None:
             done = solver.solve(step)
             if solver.ranks.writes:
                 save(number, *done)
+    _apply(step.twin.pruned, done[0])
     return done
 
 
