@@ -123,8 +123,7 @@ def prune_model(
     Args:
         model: float32, evaluation mode; its blocks end up pruned.
         recipe: says where the blocks and targets are.
-        calibration: batches to prune on.
-        held_out: batches to measure errors on, never to choose by.
+        calibration, held_out: batches to prune on, and to measure errors on, never to choose by.
         options: method, preset and target.
         stored_dtype: parameter name to the dtype in which the checkpoint stores it.
         store: solved blocks of an interrupted run of the same inputs and options.
