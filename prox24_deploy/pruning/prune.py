@@ -117,13 +117,14 @@ def prune_model(
 ) -> PrunedState:
     """Prune all target layers of `model` in place.
 
-    Layers that share an input are solved together, in the order of a forward pass; each group sees
-    what those before it, already pruned and rounded to the checkpoint's dtype, feed it.
+    Those that share an input are solved together, in the order of a forward pass, on what layers
+    before them, already pruned and rounded to the checkpoint's dtype, feed them.
 
     Args:
         model: float32, evaluation mode; its blocks end up pruned.
         recipe: says where the blocks and targets are.
-        calibration, held_out: batches to prune on, and to measure errors on, never to choose by.
+        calibration: batches to prune on.
+        held_out: batches to measure errors on, never to choose by.
         options: method, preset and target.
         stored_dtype: parameter name to the dtype in which the checkpoint stores it.
         store: solved blocks of an interrupted run of the same inputs and options.
@@ -140,17 +141,16 @@ def prune_model(
     _require_usable(model, recipe, calibration, options, resources.ranks)
     count = sum(len(find_blocks(model, part)) for part in recipe.parts)
     solver = _BlockSolver(options, stored_dtype, dense, resources.ranks)
-    weights = store.weights()
+    weights, texts = store.weights(), (calibration, held_out)
     records: list[LayerRecord] = []
-    steps = enumerate(block_steps(model, recipe, (calibration, held_out), resources))
     with saving(store) as save:
-        for number, step in steps:
+        for number, step in enumerate(block_steps(model, recipe, texts, resources)):
             progress("prune", number, count)
-            done = _block_done(number, step, solver, store, save)
-            weights.add(number, step.twin.prefix, done[0])
-            records.extend(done[1])
+            solved, made = _block_done(number, step, solver, store, save)
+            weights.add(number, step.twin.prefix, solved)
+            records += made
     progress("prune", count, count)
-    records.extend(_layers_outside(model, recipe, {record.name for record in records}))
+    records += _layers_outside(model, recipe, {record.name for record in records})
     return PrunedState(weights, _axes(model, weights), tuple(records))
 
 
