@@ -47,6 +47,7 @@ from prox24_deploy.pipeline.ranks import (
     shared,
     started_by_torchrun,
 )
+from prox24_deploy.pipeline.room import require_room
 from prox24_deploy.report.assemble import Report
 
 if TYPE_CHECKING:
@@ -73,11 +74,11 @@ def build(
     dtype = _settled_dtype(context.source, context.recipe, options.dtype)
     options, limit = replace(options, dtype=dtype), options.memory_limit
     stages.tasks.require_usable(options.harness, context.recipe)
-    shipped = PRUNED if options.recover is None else RECOVERED
-    backends = open_backends(options.engine, model, shipped)
+    backends = open_backends(options.engine, model, RECOVERED if options.recover else PRUNED)
     stages.recover.require_usable(options, context)
     stages.quantize.require_usable(options, context, backends)
     check_demands(demands, context, [backend.name for backend in backends], options)
+    require_room(out, context, options, exports=True)
     begun = _begun_by_processes(model_dir, out, options, fresh=fresh, progress=progress)
     with open_bundle(out, fresh=fresh and not begun) as bundle:
         warn_beforehand(context, options)
@@ -113,6 +114,7 @@ def prune(
     """Run only the pruning stage: `out` becomes a bundle with `pruned/`."""
     require_leader()
     context = read_context(model_dir, out, options, progress)
+    require_room(out, context, options)
     begun = _begun_by_processes(model_dir, out, options, fresh=fresh, progress=progress)
     with open_bundle(out, fresh=fresh and not begun) as bundle:
         warn_of_idle(options, context.recipe)

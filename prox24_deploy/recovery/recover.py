@@ -40,6 +40,7 @@ _OUTCOME = "outcome.json"
 _NOBODY_ELSE = Crew()
 # What torch says where the memory of the machine, and not of a GPU, does not do.
 _NO_MEMORY = "DefaultCPUAllocator"
+_MAYBE_MEMORY = (MemoryError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,15 +101,15 @@ def recover_directory(
     asked.options.require_usable()
     require_samples(asked.calibration)
     require_pair(asked.dense, asked.pruned, asked.recipe)
-    # Several processes have a model each, and this one only writes it.
-    alone = asked.options.processes == 1
-    sparse, pruned = _opened(asked, asked.device if alone else torch.device("cpu"))
-    embeddings = asked.options.embeddings
-    trained = find_trained(sparse, pruned, asked.recipe, embeddings=embeddings)
-    found = _recovered(asked, sparse, trained, kept, began, progress)
+    if asked.options.processes > 1:
+        found, opened, trained = _together(asked, kept, began, progress)
+    else:
+        sparse, opened = _opened(asked, asked.device)
+        trained = _trained(asked, sparse, opened)
+        found = recovered_alone(asked, sparse, trained, kept, began, progress)
     if found.outcome.failure:
         log.warning("%s", found.outcome.failure)
-    return _record(asked, found, trained, _write(pruned, trained, out), began)
+    return _record(asked, found, trained, _write(opened, trained, out), began)
 
 
 def _opened(asked: Recovery, device: torch.device) -> tuple[nn.Module, ModelDir]:
@@ -117,6 +118,11 @@ def _opened(asked: Recovery, device: torch.device) -> tuple[nn.Module, ModelDir]
     return sparse, replace(
         asked.pruned, renamed=renamed_tensors(asked.pruned, sparse, asked.recipe)
     )
+
+
+def _trained(asked: Recovery, sparse: nn.Module, opened: ModelDir) -> tuple[Trained, ...]:
+    """What is trained of the pruned model."""
+    return find_trained(sparse, opened, asked.recipe, embeddings=asked.options.embeddings)
 
 
 def recovered_alone(
@@ -128,41 +134,33 @@ def recovered_alone(
     progress: Progress,
 ) -> Recovered:
     """Train parameters of an opened model in this process; without memory it is as it was."""
-    only = replace(asked, options=replace(asked.options, processes=1))
-    return _recovered(only, sparse, trained, kept, began, progress)
-
-
-def _recovered(
-    asked: Recovery,
-    sparse: nn.Module,
-    trained: Sequence[Trained],
-    kept: Path,
-    began: float,
-    progress: Progress,
-) -> Recovered:
-    """Train; a model that memory does not suffice for is as it was."""
     first = values_of(trained, stored=True)
     try:
-        if asked.options.processes > 1:
-            return _together(asked, trained, kept, began, progress)
         return _alone(asked, sparse, trained, kept, began, progress)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and _NO_MEMORY not in str(error):
-            raise
+    except _MAYBE_MEMORY as error:
+        found = _without_memory(asked.options, error)
         put(trained, first)
-        failure = (
-            "Recovery ran out of memory, so that the model is kept as it was; pass "
-            "--recover-checkpointing, --recover-optimizer adafactor, a smaller --recover-tokens, "
-            "or a device with more memory."
-        )
-        steps = asked.options.steps
-        return Recovered(
-            schedule=Schedule(steps=steps or 0, step_tokens=0, check_every=1),
-            outcome=Outcome(failure=failure),
-            withheld=0,
-            written=None,
-            rate=asked.options.rates(steps or 1)[0],
-        )
+        return found
+
+
+def _without_memory(options: RecoverOptions, error: BaseException) -> Recovered:
+    """What came of a recovery that ended with an error for want of memory; raises any other."""
+    for_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if not for_memory and _NO_MEMORY not in str(error):
+        raise error
+    steps = options.steps
+    failure = (
+        "Recovery ran out of memory, so that the model is kept as it was; pass "
+        "--recover-checkpointing, --recover-optimizer adafactor, a smaller --recover-tokens, "
+        "or a device with more memory."
+    )
+    return Recovered(
+        schedule=Schedule(steps=steps or 0, step_tokens=0, check_every=1),
+        outcome=Outcome(failure=failure),
+        withheld=0,
+        written=None,
+        rate=options.rates(steps or 1)[0],
+    )
 
 
 def _alone(
@@ -185,15 +183,23 @@ def _alone(
 
 
 def _together(
-    asked: Recovery, trained: Sequence[Trained], kept: Path, began: float, progress: Progress
-) -> Recovered:
-    """Train in several processes, and take the best weights from the state that they leave."""
-    task = partial(_member, asked, kept, began)
-    run_together(task, asked.options.processes, asked.device, progress)
-    found = _RECOVERED.validate_json((kept / _OUTCOME).read_bytes())
+    asked: Recovery, kept: Path, began: float, progress: Progress
+) -> tuple[Recovered, ModelDir, tuple[Trained, ...]]:
+    """Train in several processes, and take the best weights from the state that they leave.
+
+    Each has a model of its own. This one opens it behind them, on the CPU and to write it.
+    """
+    try:
+        task = partial(_member, asked, kept, began)
+        run_together(task, asked.options.processes, asked.device, progress)
+        found = _RECOVERED.validate_json((kept / _OUTCOME).read_bytes())
+    except _MAYBE_MEMORY as error:
+        found = _without_memory(asked.options, error)
+    sparse, opened = _opened(asked, torch.device("cpu"))
+    trained = _trained(asked, sparse, opened)
     if found.outcome.kept and (state := state_file(kept).load(len(trained))):
         put(trained, state.best)
-    return found
+    return found, opened, trained
 
 
 def _member(
@@ -201,9 +207,8 @@ def _member(
 ) -> None:
     """What each of several processes does."""
     own = replace(asked, device=device)
-    sparse, pruned = _opened(own, device)
-    embeddings = asked.options.embeddings
-    trained = find_trained(sparse, pruned, asked.recipe, embeddings=embeddings)
+    sparse, opened = _opened(own, device)
+    trained = _trained(own, sparse, opened)
     found = _alone(own, sparse, trained, kept, began, progress, crew)
     if crew.leads:
         write_atomic(kept / _OUTCOME, _RECOVERED.dump_json(found))

@@ -1,0 +1,110 @@
+"""Whether the disk of OUT has room for what a run is certain to write there."""
+
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prox24_deploy.config.options import BuildOptions
+from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.types import TWINS
+from prox24_deploy.pipeline.context import RunContext
+
+if TYPE_CHECKING:
+    from prox24_deploy.model.directory import ModelDir
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """Bytes that a run writes: the pruned model, the recovered one, and exported twins."""
+
+    pruned: int
+    recovered: int = 0
+    exported: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it; what is only there for a while is not counted."""
+        return self.pruned + self.recovered + self.exported
+
+    def __str__(self) -> str:
+        parts = {
+            "the pruned model": self.pruned,
+            "the recovered model": self.recovered,
+            "exported files": self.exported,
+        }
+        told = ", ".join(f"{name} {size / _GIB:.3g}" for name, size in parts.items() if size)
+        return f"{self.total / _GIB:.3g} GiB ({told})"
+
+
+def require_room(
+    out: Path, context: RunContext, options: BuildOptions, *, exports: bool = False
+) -> None:
+    """Refuse a run into `out` whose disk has no room for it, before any work.
+
+    What `out` has already counts as room, for it is of an earlier run that goes on or is replaced.
+
+    Args:
+        out: the bundle, there or not.
+        context: the model.
+        options: a dtype of None is that of the checkpoint.
+        exports: whether the run exports the model, too.
+
+    Raises:
+        UsageError: says what is needed, what is free, and what to do.
+    """
+    room = shutil.disk_usage(_existing(out)).free + _held(out)
+    needed = _written(context.source, options, _values(context.source) if exports else 0)
+    if exports and needed.total > room:
+        # Not every tensor of a checkpoint needs to be one of the model.
+        needed = _written(context.source, options, _exported_values(context))
+    if needed.total > room:
+        raise UsageError(
+            f"{out} takes {needed} and its disk has {room / _GIB:.3g} GiB of room; pass -o on a "
+            "larger disk, or free some."
+        )
+
+
+def _written(source: "ModelDir", options: BuildOptions, exported: int) -> Written:
+    import torch
+
+    stored = sum(tensor.numel * tensor.dtype.itemsize for tensor in source.tensors.values())
+    # Without a dtype some tensors have that of the checkpoint, of which none has fewer bytes.
+    each = getattr(torch, options.dtype).itemsize if options.dtype else 1
+    if options.quantize is not None:
+        each = 1
+    return Written(
+        pruned=stored,
+        recovered=stored if options.recover else 0,
+        exported=len(TWINS) * each * exported,
+    )
+
+
+def _values(source: "ModelDir") -> int:
+    return sum(tensor.numel for tensor in source.tensors.values())
+
+
+def _exported_values(context: RunContext) -> int:
+    from prox24_deploy.model.directory import structure_of
+    from prox24_deploy.model.offload import float_bytes
+
+    return float_bytes(structure_of(context.source, context.recipe)) // 4
+
+
+def _existing(path: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())
+
+
+def _held(out: Path) -> int:
+    """Bytes of the files in a folder, which another run may just remove."""
+    held = 0
+    for folder, _, names in os.walk(out):
+        for name in names:
+            with suppress(OSError):
+                held += (Path(folder) / name).lstat().st_size
+    return held
