@@ -146,6 +146,7 @@ def measured(asked: argparse.Namespace, folder: Path, ranks: Ranks) -> dict[str,
         "weights": made.outside + made.blocks * made.block,
         "seconds": seconds,
         "parts": parts,
+        "solving": solving(result, made.blocks - 1),
         "total_seconds": total,
         "whole_seconds": whole(seconds, parts[_RECORD], made, asked.whole),
         "processes": ranks.count,
@@ -251,6 +252,15 @@ class Steps:
         spans = [after - before for before, after in pairwise(times)]
         blocks = {f"block {i}": span for i, span in enumerate(spans[1:-1])}
         return {"open": spans[0], **blocks, "write": spans[-1]}
+
+
+def solving(result: PruneResult, block: int) -> dict[str, float]:
+    """Seconds of solving a layer of one block by its shape, outputs by inputs.
+
+    Second moments are not in it. Layers with one input are solved together and share it.
+    """
+    layers = [layer for layer in result.layers if f".{block}." in layer.name]
+    return {f"{layer.shape[0]} x {layer.shape[1]}": layer.seconds for layer in layers}
 
 
 def whole(seconds: dict[str, float], record: float, made: Made, count: int | None) -> float | None:
