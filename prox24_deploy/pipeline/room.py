@@ -47,6 +47,7 @@ def require_room(
     """Refuse a run into `out` whose disk has no room for it, before any work.
 
     What `out` has already counts as room, for it is of an earlier run that goes on or is replaced.
+    A file system that does not say how large it is refuses nothing.
 
     Args:
         out: the bundle, there or not.
@@ -57,7 +58,10 @@ def require_room(
     Raises:
         UsageError: says what is needed, what is free, and what to do.
     """
-    room = shutil.disk_usage(_existing(out)).free + _held(out)
+    disk = shutil.disk_usage(_existing(out))
+    if not disk.total:
+        return
+    room = disk.free + _held(out)
     needed = _written(context.source, options, _values(context.source) if exports else 0)
     if exports and needed.total > room:
         # Not every tensor of a checkpoint needs to be one of the model.

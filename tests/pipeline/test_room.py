@@ -16,7 +16,7 @@ from prox24_deploy.pipeline.room import require_room
 HALF = BuildOptions(dtype="float16")
 RECOVERED = BuildOptions(dtype="float16", recover=RecoverOptions(steps=8))
 EXPORTED = {"exports": True}
-Disk = Callable[[int], None]
+Disk = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,9 @@ def context(tiny_llama: Path, prose: Path) -> RunContext:
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     """Sets how much is free."""
 
-    def set_free(free: int) -> None:
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    def set_free(free: int, total: int = 2**40) -> None:
+        usage = SimpleNamespace(free=free, total=total)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
     return set_free
 
@@ -62,6 +63,13 @@ def test_what_lies_in_out_is_room(
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "file").write_bytes(bytes(size // 2))
     disk(size - size // 2)
+    require_room(tmp_path, context, HALF)
+
+
+def test_a_disk_of_unknown_size_is_not_refused(
+    context: RunContext, disk: Disk, tmp_path: Path
+) -> None:
+    disk(0, total=0)
     require_room(tmp_path, context, HALF)
 
 
