@@ -63,21 +63,21 @@ def rotated(lab: Lab, *, stream: str, heads: bool) -> tuple[nn.Module, Figures]:
     """
     model, figures = _folded(lab.dense), Figures()
     if heads:
-        found = _attention(model, _grams(lab, model))
+        found = _attention(model, grams(lab, model))
         totals = [_rotate_heads(layer, each, lab.turns // 2) for layer, each in found]
         sums = torch.tensor(totals).mean(0).tolist()
         figures |= {"heads_dropped_before": sums[0], "heads_dropped_after": sums[1]}
     if stream != "none":
-        grams = _grams(lab, model)
-        sides = _stream_sides(model, grams)
+        moments = grams(lab, model)
+        sides = _stream_sides(model, moments)
         turn = _learned(sides, lab.turns) if stream == "learned" else _hadamard(sides)
         figures |= {f"dropped_{k}": v for k, v in _scores(sides, turn).items()}
         _rotate_stream(model, turn)
-    figures["difference"] = _require_same(lab, model)
+    figures["difference"] = require_same(lab, model)
     return lab.prune(_stored(model, lab)), figures
 
 
-def _require_same(lab: Lab, model: nn.Module) -> float:
+def require_same(lab: Lab, model: nn.Module) -> float:
     """Largest difference of the logits over the largest logit, on one batch of calibration text."""
     batch = lab.calibration[0]
     with torch.no_grad():
@@ -119,7 +119,7 @@ def _stored(model: nn.Module, lab: Lab) -> nn.Module:
 
 
 @torch.no_grad()
-def _grams(lab: Lab, model: nn.Module) -> dict[int, Tensor]:
+def grams(lab: Lab, model: nn.Module) -> dict[int, Tensor]:
     """E[x xᵀ] of what each layer of the blocks reads, by its identity."""
     found: dict[int, Tensor] = {}
 
@@ -153,14 +153,14 @@ def _stream_sides(model: Any, grams: dict[int, Tensor]) -> list[Side]:
 
 
 def _reader(weight: Tensor, gram: Tensor) -> Side:
-    return Side(weight=weight, moments=gram, energy=_energy(weight, gram))
+    return Side(weight=weight, moments=gram, energy=energy(weight, gram))
 
 
 def _writer(weight: Tensor, gram: Tensor) -> Side:
-    return Side(weight=weight, moments=gram.diagonal(), energy=_energy(weight, gram))
+    return Side(weight=weight, moments=gram.diagonal(), energy=energy(weight, gram))
 
 
-def _energy(weight: Tensor, gram: Tensor) -> float:
+def energy(weight: Tensor, gram: Tensor) -> float:
     return float(((weight @ gram) * weight).sum())
 
 

@@ -3,13 +3,14 @@
     python benchmarks/variants.py MODEL_DIR --calibration F --evaluation F
         [--variants default rows rotated ...] [--device cuda]
 
-Dense rows in a matrix, rotations that the weights absorb, the prox inside the recovery loop, tokens
-weighted by the Fisher information, and swaps; see `variant_*.py`. Every model is pruned with the
-default preset and without a permutation, but for what the variant says, and compared with the dense
-one on the same evaluation samples. Prints one JSON line for each variant as it is done, with the
-ratio of its loss to the default's and to the one it is measured against, and paired standard
-errors; then a table, and what dense rows cost in time on GPUs that were measured. Asserts that
-rotated models compute what the dense one does and that gains of swaps are exact.
+Dense rows in a matrix, orders of channels, rotations that the weights absorb, the prox inside the
+recovery loop, tokens weighted by the Fisher information, and swaps; see `variant_*.py`. Every model
+is pruned with the default preset and without a permutation, but for what the variant says, and
+compared with the dense one on the same evaluation samples. Prints one JSON line for each variant as
+it is done, with the ratio of its loss to the default's and to the one it is measured against, and
+paired standard errors; then a table, and what dense rows cost in time on GPUs that were measured.
+Asserts that rotated and reordered models compute what the dense one does and that gains of swaps
+are exact.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from variant_joint import learned, recovered
 from variant_lab import Figures, Lab
+from variant_order import ordered
 from variant_rotations import rotated
 from variant_rows import costs, with_layers, with_rows
 from variant_swaps import require_exact, with_swaps
@@ -41,6 +43,8 @@ VARIANTS: dict[str, Callable[[Lab], Made]] = {
     "values-dense": partial(with_layers, name="v_proj"),
     "rows": partial(with_rows, share=_FEW),
     "more-rows": partial(with_rows, share=_MANY),
+    "ordered": partial(ordered, stream=False),
+    "ordered-stream": partial(ordered, stream=True),
     "hadamard": partial(rotated, stream="hadamard", heads=False),
     "rotated": partial(rotated, stream="learned", heads=False),
     "rotated-heads": partial(rotated, stream="none", heads=True),
@@ -55,6 +59,7 @@ VARIANTS: dict[str, Callable[[Lab], Made]] = {
 }
 # What a variant is measured against beside the default.
 RIVALS = {
+    "ordered-stream": "ordered",
     "rows": "values-dense",
     "rotated-recovered": "recovered",
     "joint": "recovered",

@@ -1,0 +1,93 @@
+"""An order of the channels of the residual stream, beside that of the channels within blocks.
+
+All layers that read the stream share its order: columns of these layers and of the embeddings, rows
+of the layers that write it, and the weights of the norms move together, so that a Llama computes
+what it did and its output layer may stay tied. Each layer's scores are divided by what its outputs
+are worth, so that all count alike.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from variant_lab import Figures, Lab
+from variant_rotations import energy, grams, require_same
+
+from prox24_deploy.core.types import silent
+from prox24_deploy.data.text import thin
+from prox24_deploy.pruning import permute_search
+from prox24_deploy.pruning.permutation import OrderStore, permute_channels
+from prox24_deploy.pruning.selection import left_dense
+
+# Text that tells how large inputs are, and rows of all layers together that are looked at.
+_ORDER_TOKENS, _ROWS = 16384, 4096
+
+
+def ordered(lab: Lab, *, stream: bool) -> tuple[nn.Module, Figures]:
+    """Order the channels within blocks as the tool does, and those of the stream; prune that."""
+    model, figures = deepcopy(lab.dense), Figures()
+    with tempfile.TemporaryDirectory() as folder:
+        permute_channels(
+            model,
+            lab.recipe,
+            thin(lab.context.calibration, _ORDER_TOKENS),
+            left_dense(lab.recipe, model, lab.options),
+            has_tensor=lambda _: True,
+            store=OrderStore(Path(folder), lambda: None),
+            progress=silent,
+        )
+    if stream:
+        with _more_rows():
+            found = permute_search.search_order(_stream_scores(lab, model))
+        figures |= {"kept_before": found.before, "kept_after": found.after}
+        _move_stream(model, found.order[0])
+    figures["difference"] = require_same(lab, model)
+    return lab.prune(model), figures
+
+
+@contextmanager
+def _more_rows() -> Iterator[None]:
+    """Look at more rows than for the channels of one layer, for here are forty."""
+    before = permute_search._ROWS
+    permute_search._ROWS = _ROWS
+    try:
+        yield
+    finally:
+        permute_search._ROWS = before
+
+
+@torch.no_grad()
+def _stream_scores(lab: Lab, model: Any) -> Tensor:
+    """What weights that read the stream are worth, (1, rows, channels), every layer alike."""
+    moments = grams(lab, model)
+    scores = []
+    for layer in model.model.layers:
+        for reader in _readers(layer):
+            gram = moments[id(reader)]
+            score = reader.weight.square() * gram.diagonal()
+            scores.append(score / energy(reader.weight, gram))
+    return torch.cat(scores)[None]
+
+
+@torch.no_grad()
+def _move_stream(model: Any, order: Tensor) -> None:
+    tables = {id(t.weight): t.weight for t in (model.model.embed_tokens, model.lm_head)}
+    columns, rows = list(tables.values()), [model.model.norm.weight]
+    for layer in model.model.layers:
+        columns += [reader.weight for reader in _readers(layer)]
+        rows += [layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight]
+        rows += [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+    for weight in columns:
+        weight.copy_(weight[:, order])
+    for weight in rows:
+        weight.copy_(weight[order])
+
+
+def _readers(layer: Any) -> tuple[nn.Linear, ...]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
