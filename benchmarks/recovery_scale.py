@@ -23,15 +23,13 @@ from typing import Any, get_args
 
 import torch
 from safetensors import safe_open
-from scale import Made, llama, made_model
+from scale import Made, llama, made_model, random_samples
 from tiny_directories import write_byte_tokenizer
 from torch import Tensor
 
 from prox24_deploy.config.options import RecoverOptions
-from prox24_deploy.core.records import TextSource
 from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.types import RecoverOptimizer
-from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.checkpoint import write_pruned
 from prox24_deploy.model.directory import ModelDir, open_model_dir
 from prox24_deploy.recovery.memory import require_memory
@@ -137,16 +135,6 @@ def trained(
     asked: argparse.Namespace, folder: Path, options: RecoverOptions, times: list[float]
 ) -> RecoverResult:
     """Train on random windows; `times` receives when each step began and the last ended."""
-    generator = torch.Generator().manual_seed(0)
-    batches = tuple(
-        Batch({"input_ids": row[None], "attention_mask": torch.ones_like(row[None])},
-              torch.ones(1, asked.length, dtype=torch.bool))
-        for row in torch.randint(asked.vocabulary, (asked.tokens // asked.length, asked.length),
-                                 generator=generator)
-    )  # fmt: skip
-    source = TextSource(
-        kind="file", sha256="0" * 64, tokens=asked.tokens, samples=len(batches), paths=()
-    )
 
     def note(label: str, done: int, total: int) -> None:
         times.append(time.perf_counter())
@@ -157,7 +145,7 @@ def trained(
         dense=open_model_dir(folder / "dense"),
         pruned=pruned,
         recipe=llama(),
-        calibration=Samples(batches=batches, source=source),
+        calibration=random_samples(asked),
         options=options,
         seed=0,
         device=device,

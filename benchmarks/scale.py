@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -193,10 +193,8 @@ def made_model(asked: argparse.Namespace, out: Path) -> Made:
     return Made(outside=outside, block=block, blocks=asked.blocks)
 
 
-def pruned(
-    asked: argparse.Namespace, folder: Path, ranks: Ranks, progress: Progress
-) -> PruneResult | None:
-    """Prune it on random windows; None in a process that helps."""
+def random_samples(asked: argparse.Namespace) -> Samples:
+    """Windows of random tokens, one in a batch."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(asked.vocabulary, (asked.tokens // asked.length, asked.length),
                          generator=generator)  # fmt: skip
@@ -208,13 +206,20 @@ def pruned(
     source = TextSource(
         kind="file", sha256="0" * 64, tokens=asked.tokens, samples=len(rows), paths=()
     )
-    samples = Samples(batches=batches, source=source)
+    return Samples(batches=batches, source=source)
+
+
+def pruned(
+    asked: argparse.Namespace, folder: Path, ranks: Ranks, progress: Progress
+) -> PruneResult | None:
+    """Prune it on random windows; None in a process that helps."""
+    samples = random_samples(asked)
     limit = None if asked.memory_limit is None else int(asked.memory_limit * 2**30)
     given = (
         open_model_dir(folder / "model"),
         llama(),
         samples,
-        Samples(batches=batches[:1], source=source),
+        replace(samples, batches=samples.batches[:1]),
         PruneOptions(preset=asked.preset, reconstruct=asked.reconstruct, permute="none"),
     )
     where: dict[str, Any] = {
