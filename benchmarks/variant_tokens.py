@@ -105,8 +105,9 @@ def weighing(weights: Weights, calibration: Sequence[Batch]) -> Iterator[None]:
         layer = layer_at(twin.pruned, name)
         moments = SecondMoments.empty(matrix_shape(layer)[1], layer.weight.device)
         pairs = input_pairs(twin, name, activations, dense_goes_on=dense_goes_on)
-        # Only the set that layers are solved on has weights; the other is empty here.
-        for weight, (dense, pruned) in zip(weights[f"{twin.prefix}.{name}"], pairs, strict=False):
+        # Only the set that layers are solved on has weights; the other is empty here. Pairs come
+        # first, for only behind the last of them the dense stream is known to have gone on.
+        for (dense, pruned), weight in zip(pairs, weights[f"{twin.prefix}.{name}"], strict=False):
             root = weight.sqrt()[:, None]
             moments.add(dense * root, pruned * root)
         assert moments.tokens in {0, sum(int(batch.real.sum()) for batch in calibration)}
