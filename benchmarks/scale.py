@@ -33,16 +33,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prox24_deploy.config.options import PruneOptions
+from prox24_deploy.config.options import BuildOptions, PruneOptions
 from prox24_deploy.config.recipe import Recipe, parse_recipe, shipped_recipes
 from prox24_deploy.core.records import PruneResult, TextSource
 from prox24_deploy.core.types import Progress
 from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.directory import open_model_dir
-from prox24_deploy.pipeline.ranks import started_by_torchrun
+from prox24_deploy.pipeline.ranks import shared
 from prox24_deploy.pruning import activations, layer_group, prune
 from prox24_deploy.pruning.prune import help_to_prune, prune_directory
-from prox24_deploy.pruning.ranks import ALONE, Ranks, joined
+from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.pruning.solvers import solver
 from prox24_deploy.pruning.solvers.products import tensor_cores
 
@@ -66,22 +66,14 @@ _PARTS = {
 def main() -> None:
     """Make a model, prune it, and print what that took."""
     asked = arguments()
-    with together(torch.device(asked.device)) as ranks, shared_folder(asked, ranks) as folder:
-        line = measured(asked, folder, ranks)
-        if ranks.writes:
-            print(json.dumps(line), flush=True)
+    with shared(BuildOptions(device=asked.device)) as found:
+        ranks = found or ALONE
+        with shared_folder(asked, ranks) as folder:
+            line = measured(asked, folder, ranks)
+            if ranks.writes:
+                print(json.dumps(line), flush=True)
     if asked.plot and ranks.writes:
         draw(line, asked.plot)
-
-
-@contextmanager
-def together(device: torch.device) -> Iterator[Ranks]:
-    """This process among those that torchrun started, or alone."""
-    if not started_by_torchrun():
-        yield ALONE
-        return
-    with joined(device) as ranks:
-        yield ranks
 
 
 @contextmanager

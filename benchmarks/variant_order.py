@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from variant_lab import Figures, Lab
-from variant_rotations import energy, grams, require_same
+from variant_rotations import energy, grams, readers, require_same, writers
 
 from prox24_deploy.core.types import silent
 from prox24_deploy.data.text import thin
@@ -67,7 +67,7 @@ def _stream_scores(lab: Lab, model: Any) -> Tensor:
     moments = grams(lab, model)
     scores = []
     for layer in model.model.layers:
-        for reader in _readers(layer):
+        for reader in readers(layer):
             gram = moments[id(reader)]
             score = reader.weight.square() * gram.diagonal()
             scores.append(score / energy(reader.weight, gram))
@@ -79,15 +79,10 @@ def _move_stream(model: Any, order: Tensor) -> None:
     tables = {id(t.weight): t.weight for t in (model.model.embed_tokens, model.lm_head)}
     columns, rows = list(tables.values()), [model.model.norm.weight]
     for layer in model.model.layers:
-        columns += [reader.weight for reader in _readers(layer)]
-        rows += [layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight]
+        columns += [reader.weight for reader in readers(layer)]
+        rows += [writer.weight for writer in writers(layer)]
         rows += [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
     for weight in columns:
         weight.copy_(weight[:, order])
     for weight in rows:
         weight.copy_(weight[order])
-
-
-def _readers(layer: Any) -> tuple[nn.Linear, ...]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj

@@ -94,16 +94,15 @@ def _folded(dense: nn.Module) -> nn.Module:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        readers = (attention.q_proj, attention.k_proj, attention.v_proj)
-        _fold(layer.input_layernorm, readers)
+        _fold(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj))
         _fold(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj))
     _fold(model.model.norm, (model.lm_head,))
     folded: nn.Module = model
     return folded
 
 
-def _fold(norm: Any, readers: Sequence[nn.Linear]) -> None:
-    for reader in readers:
+def _fold(norm: Any, behind: Sequence[nn.Linear]) -> None:
+    for reader in behind:
         reader.weight.mul_(norm.weight)
     norm.weight.fill_(1)
 
@@ -139,16 +138,23 @@ def grams(lab: Lab, model: nn.Module) -> dict[int, Tensor]:
     return {key: gram / len(some) for key, gram in found.items()}
 
 
+def readers(layer: Any) -> tuple[nn.Linear, ...]:
+    """What of a block reads the residual stream."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+
+
+def writers(layer: Any) -> tuple[nn.Linear, ...]:
+    """What of a block writes it."""
+    return layer.self_attn.o_proj, layer.mlp.down_proj
+
+
 def _stream_sides(model: Any, grams: dict[int, Tensor]) -> list[Side]:
     """Every matrix of the blocks, as a rotation of the stream changes it."""
     sides = []
     for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        readers = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
-        sides += [_reader(each.weight, grams[id(each)]) for each in readers]
-        sides += [
-            _writer(each.weight, grams[id(each)]) for each in (attention.o_proj, mlp.down_proj)
-        ]
+        sides += [_reader(each.weight, grams[id(each)]) for each in readers(layer)]
+        sides += [_writer(each.weight, grams[id(each)]) for each in writers(layer)]
     return sides
 
 
@@ -169,16 +175,9 @@ def _rotate_stream(model: Any, turn: Tensor) -> None:
     for table in (model.model.embed_tokens, model.lm_head):
         table.weight.copy_(table.weight @ turn)
     for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for each in (
-            attention.q_proj,
-            attention.k_proj,
-            attention.v_proj,
-            mlp.gate_proj,
-            mlp.up_proj,
-        ):
+        for each in readers(layer):
             each.weight.copy_(each.weight @ turn)
-        for each in (attention.o_proj, mlp.down_proj):
+        for each in writers(layer):
             each.weight.copy_(turn.T @ each.weight)
 
 

@@ -1,6 +1,7 @@
 """What the host machine is, in words."""
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -8,6 +9,7 @@ import pynvml
 
 CPUINFO = Path("/proc/cpuinfo")
 CGROUP = Path("/sys/fs/cgroup")
+GIB = 2**30
 
 
 def cpu_model(cpuinfo: Path = CPUINFO) -> str:
@@ -45,7 +47,13 @@ def gpu() -> dict[str, str]:
 
 def gib(size: float) -> str:
     """A number of bytes as people say it."""
-    return f"{size / 2**30:.1f} GiB"
+    return f"{size / GIB:.1f} GiB"
+
+
+def gib_of(parts: Mapping[str, int]) -> str:
+    """What some numbers of bytes come to, and each of them that is not 0, by name."""
+    told = ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts.items() if size)
+    return f"{sum(parts.values()) / GIB:.3g} GiB ({told})"
 
 
 def free_memory(cgroup: Path = CGROUP) -> int:

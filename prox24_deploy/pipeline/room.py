@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.host import GIB, gib_of
 from prox24_deploy.core.types import TWINS
 from prox24_deploy.pipeline.context import RunContext
 
 if TYPE_CHECKING:
     from prox24_deploy.model.directory import ModelDir
-
-_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +31,13 @@ class Written:
         return self.pruned + self.recovered + self.exported
 
     def __str__(self) -> str:
-        parts = {
-            "the pruned model": self.pruned,
-            "the recovered model": self.recovered,
-            "exported files": self.exported,
-        }
-        told = ", ".join(f"{name} {size / _GIB:.3g}" for name, size in parts.items() if size)
-        return f"{self.total / _GIB:.3g} GiB ({told})"
+        return gib_of(
+            {
+                "the pruned model": self.pruned,
+                "the recovered model": self.recovered,
+                "exported files": self.exported,
+            }
+        )
 
 
 def require_room(
@@ -68,7 +67,7 @@ def require_room(
         needed = _written(context.source, options, _exported_values(context))
     if needed.total > room:
         raise UsageError(
-            f"{out} takes {needed} and its disk has {room / _GIB:.3g} GiB of room; pass -o on a "
+            f"{out} takes {needed} and its disk has {room / GIB:.3g} GiB of room; pass -o on a "
             "larger disk, or free some."
         )
 

@@ -13,14 +13,13 @@ from safetensors import safe_open
 from prox24_deploy.config.options import RecoverOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.host import GIB, gib_of
 from prox24_deploy.core.types import RecoverOptimizer
 from prox24_deploy.model.config_file import whole_number
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.dtypes import settled_dtype
 from prox24_deploy.model.offload import free_on
 from prox24_deploy.recovery.optimizer import state_bytes
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +47,15 @@ class Need:
         return self.models + self.gradients + self.optimizer + self.masks + self.copies
 
     def __str__(self) -> str:
-        parts = {
-            "both models": self.models,
-            "gradients": self.gradients,
-            "optimiser": self.optimizer,
-            "masks": self.masks,
-            "copies": self.copies,
-        }
-        told = ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts.items() if size)
-        return f"{self.total / GIB:.3g} GiB ({told})"
+        return gib_of(
+            {
+                "both models": self.models,
+                "gradients": self.gradients,
+                "optimiser": self.optimizer,
+                "masks": self.masks,
+                "copies": self.copies,
+            }
+        )
 
 
 def sizes_of(directory: ModelDir, *, embeddings: bool) -> Sizes:

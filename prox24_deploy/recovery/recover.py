@@ -14,6 +14,7 @@ from torch import nn
 from prox24_deploy.config.options import RecoverOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.atomic import write_atomic
+from prox24_deploy.core.host import GIB
 from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.types import Progress
 from prox24_deploy.data.written import author_of
@@ -23,7 +24,6 @@ from prox24_deploy.model.config_file import whole_number
 from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.model.dtypes import settled_dtype
 from prox24_deploy.model.processors import load_tokenizer
-from prox24_deploy.recovery.memory import GIB
 from prox24_deploy.recovery.objective import objective_for
 from prox24_deploy.recovery.pair import require_pair
 from prox24_deploy.recovery.processes import Crew, run_together

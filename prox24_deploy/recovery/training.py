@@ -331,7 +331,7 @@ class Training:
         self._plan(state.steps)
         put(self.lesson.trained, state.now or state.best)
         self._optimizer = make_optimizer(self.optimizer, self.lesson.trained)
-        if state.taken and state.moments:
+        if state.taken:
             put_moments(self._optimizer, self.lesson.trained, state.moments)
             state.moments = []
         self.file.expect(self._saved_bytes())

@@ -12,12 +12,11 @@ from test_recover import CPU
 
 from prox24_deploy.config.options import RecoverOptions
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.host import free_memory
+from prox24_deploy.core.host import GIB, free_memory
 from prox24_deploy.model.directory import load_model
 from prox24_deploy.model.offload import free_on
 from prox24_deploy.recovery import memory
 from prox24_deploy.recovery.memory import (
-    GIB,
     Sizes,
     need_of,
     require_memory,
