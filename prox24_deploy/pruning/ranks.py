@@ -72,9 +72,9 @@ class Ranks:
         each = -(-count // self.count)
         padded = part.new_zeros(each, *part.shape[1:])
         padded[: len(part)] = part
-        parts = [torch.empty_like(padded) for _ in range(self.count)]
-        self._exchange(partial(dist.all_gather, parts, padded))
-        return torch.cat(parts)[:count]
+        whole = part.new_empty(self.count * each, *part.shape[1:])
+        self._exchange(partial(dist.all_gather_into_tensor, whole, padded))
+        return whole[:count]
 
     def owner(self, item: int) -> int:
         """Which process has an item, by its place among all."""

@@ -7,6 +7,7 @@ All three work in normalised units: score, mask and weights refer to W̃ = W n. 
 import torch
 from torch import Tensor
 
+from prox24_deploy.pruning.solvers.factors import inverse_factor
 from prox24_deploy.pruning.solvers.problem import LayerProblem
 from prox24_deploy.pruning.solvers.products import ExactFactor
 from prox24_deploy.pruning.solvers.prox import has_triton
@@ -35,12 +36,8 @@ def sparsegpt(problem: LayerProblem) -> tuple[Tensor, Tensor]:
     Returns:
         (weights, mask), normalised weights (rows, d) with +0.0 outside the mask.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.curvature))
-    weight = ExactFactor.of(inverse).after(problem.linear)
-    factor = torch.linalg.cholesky(inverse, upper=True)
-    del inverse
-    # The kernel goes along rows, and LAPACK leaves columns in a row.
-    factor = factor.contiguous()
+    factor = inverse_factor(problem.curvature)
+    weight = ExactFactor.of(factor).after(ExactFactor.of(factor.T).after(problem.linear))
     mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     features = weight.shape[1]
     for begin in range(0, features, _BLOCK):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prox24_deploy.pruning.solvers.problem import LayerProblem, Total, of_one
+from prox24_deploy.pruning.ranks import ALONE, Ranks
+from prox24_deploy.pruning.solvers.problem import LayerProblem
 from prox24_deploy.pruning.solvers.products import ExactFactor
 from prox24_deploy.pruning.solvers.prox import prox_24
 from prox24_deploy.sparsity.pattern import final_mask, unconverged_groups
@@ -38,7 +39,7 @@ class IstaOptions:
 
 
 def ista(
-    problem: LayerProblem, options: IstaOptions, total: Total = of_one
+    problem: LayerProblem, options: IstaOptions, ranks: Ranks = ALONE
 ) -> tuple[Tensor, Tensor, int]:
     """Minimise the quadratic plus λ R with λ growing until every group is 2:4.
 
@@ -58,7 +59,7 @@ def ista(
         descended = ahead - step * (curvature.after(ahead) - own.linear)
         weight = prox_24(descended, base * (options.growth**iterations * step))
         iterations += 1
-        if iterations % options.check_every == 0 and total(unconverged_groups(weight)) == 0:
+        if iterations % options.check_every == 0 and ranks.total(unconverged_groups(weight)) == 0:
             break
     mask = final_mask(weight, previous)
     normalised = weight * (problem.scale / own.scale)

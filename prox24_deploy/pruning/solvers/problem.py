@@ -10,23 +10,13 @@ with C = X_dᵀX_p / tokens; C = H gives the symmetric target (dense weights on 
 of W are independent.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from prox24_deploy.pruning.solvers.products import ExactFactor
-
-# Sums a number over all processes that have rows of one problem; what concerns the problem as a
-# whole is decided by sums alone, so that all decide the same.
-Total = Callable[[float], float]
-
-
-def of_one(value: float) -> float:
-    """The total where one process has all rows."""
-    return value
-
 
 MIN_DAMPING, MAX_DAMPING = 0.01, 0.3
 # Columns of second moments that are normalised at a time.

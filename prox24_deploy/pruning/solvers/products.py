@@ -30,6 +30,17 @@ def tensor_cores(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Round nothing to TF32, in solving with a triangle neither, whatever holds outside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @dataclass(frozen=True, slots=True)
 class ExactFactor:
     """A matrix that others are multiplied by as exactly as float32 allows.

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from prox24_deploy.core.types import Method, Preset, Refinement
+from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.pruning.solvers.baselines import magnitude_mask, sparsegpt, wanda_mask
+from prox24_deploy.pruning.solvers.factors import inverse_of
 from prox24_deploy.pruning.solvers.ista import IstaOptions, ista
-from prox24_deploy.pruning.solvers.problem import LayerProblem, Total, of_one, plus_diagonal
+from prox24_deploy.pruning.solvers.problem import LayerProblem, plus_diagonal
 from prox24_deploy.pruning.solvers.prox import admm_step
 from prox24_deploy.pruning.solvers.refine import masked_conjugate_gradient, masked_gradient
 from prox24_deploy.sparsity.pattern import final_mask, is_24, mask_24, unconverged_groups
@@ -82,7 +84,7 @@ def solve_layer(
     ista_options: IstaOptions = _PAPER,
     refinement: Refinement = "auto",
     fixed: Tensor | None = None,
-    total: Total = of_one,
+    ranks: Ranks = ALONE,
 ) -> LayerSolution:
     """Prune the rows of one problem to 2:4.
 
@@ -96,8 +98,9 @@ def solve_layer(
             steps of the paper, or "none", which leaves the method's own weights. "auto" takes the
             gradient for "ista" and conjugate gradients for all others.
         fixed: a mask made elsewhere, (rows, d) bool, which takes the place of the method.
-        total: sums a number over the processes that solve the other rows of the same layers, if
-            `weight` holds only some; all must call this function.
+        ranks: the processes that solve the other rows of the same layers, if `weight` holds only
+            some; all must call this function. What concerns all rows is decided by sums over
+            all processes, so that all decide the same.
 
     Returns:
         The solution. Weights that are 2:4 already, by `fixed` if there is one, come back
@@ -106,7 +109,7 @@ def solve_layer(
     Raises:
         ValueError: d is not a multiple of four.
     """
-    if total(0.0 if is_solved(weight, fixed) else 1.0) == 0:
+    if ranks.total(0.0 if is_solved(weight, fixed) else 1.0) == 0:
         mask = mask_24(weight.abs()) if fixed is None else fixed
         return LayerSolution(weight=weight, mask=mask, iterations=0, used="unchanged")
     if fixed is not None:
@@ -115,20 +118,20 @@ def solve_layer(
         return _solution(problem, fixed, _refine(problem, fixed, start, kind), 0, "mask")
     if refinement == "auto":
         refinement = "gradient" if method == "ista" else "conjugate-gradient"
-    candidate, mask, iterations = _propose(problem, method, options, ista_options, total)
+    candidate, mask, iterations = _propose(problem, method, options, ista_options, ranks)
     found = _solution(
         problem, mask, _refine(problem, mask, candidate, refinement), iterations, method
     )
-    return _guarded(problem, found, refinement, total) if method == "prox" else found
+    return _guarded(problem, found, refinement, ranks) if method == "prox" else found
 
 
 def _guarded(
-    problem: LayerProblem, found: LayerSolution, refinement: Refinement, total: Total
+    problem: LayerProblem, found: LayerSolution, refinement: Refinement, ranks: Ranks
 ) -> LayerSolution:
     """The solution, or that of SparseGPT, refined alike, where it has the lower damped loss."""
     rival, mask = sparsegpt(problem)
     own = found.weight * problem.scale
-    losses = [total(float(problem.loss(each).sum())) for each in (rival, own)]
+    losses = [ranks.total(float(problem.loss(each).sum())) for each in (rival, own)]
     if losses[0] >= losses[1]:
         return found
     better = _refine(problem, mask, rival, refinement)
@@ -156,14 +159,14 @@ def _propose(
     method: Method,
     options: AdmmOptions,
     ista_options: IstaOptions,
-    total: Total,
+    ranks: Ranks,
 ) -> tuple[Tensor, Tensor, int]:
     """Return normalised weights, mask and iterations of one method, before refinement."""
     match method:
         case "prox":
-            return prox_admm(problem, options, total)
+            return prox_admm(problem, options, ranks)
         case "ista":
-            return ista(problem, ista_options, total)
+            return ista(problem, ista_options, ranks)
         case "sparsegpt":
             weight, mask = sparsegpt(problem)
             return weight, mask, 0
@@ -183,7 +186,7 @@ def _refine(problem: LayerProblem, mask: Tensor, start: Tensor, kind: Refinement
 
 
 def prox_admm(
-    problem: LayerProblem, options: AdmmOptions, total: Total = of_one
+    problem: LayerProblem, options: AdmmOptions, ranks: Ranks = ALONE
 ) -> tuple[Tensor, Tensor, int]:
     """Minimise the quadratic plus λ R with λ growing until every group is 2:4.
 
@@ -195,7 +198,7 @@ def prox_admm(
         (weights, mask, iterations): normalised weights (rows, d), not yet refined, masked.
     """
     rho = options.rho
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(plus_diagonal(problem.curvature, rho)))
+    inverse = inverse_of(plus_diagonal(problem.curvature, rho), ranks)
     row_scale = problem.start.abs().mean(1, keepdim=True)
     # A zero row has no scale; any finite λ leaves it zero.
     base = options.start / torch.where(row_scale > 0, row_scale, 1.0)
@@ -203,7 +206,7 @@ def prox_admm(
     dual, target = torch.zeros_like(split), problem.linear + rho * split
     steps, iterations = options.newton_iterations, 0
     best = _Best(problem)
-    groups = total(split.numel() / 4)
+    groups = ranks.total(split.numel() / 4)
     while iterations < options.max_iterations:
         lam = base * options.growth**iterations
         weight = target @ inverse
@@ -213,7 +216,7 @@ def prox_admm(
         iterations += 1
         last = iterations == options.max_iterations
         if iterations % options.check_every == 0 or last:
-            left = total(unconverged_groups(split))
+            left = ranks.total(unconverged_groups(split))
             # With a fraction of zero, until there is none.
             last |= left < max(options.unconverged_fraction * groups, 1)
             if last or left <= _FEW * groups:

@@ -1,0 +1,56 @@
+"""Inverses and their factors are those of float64, whatever is rounded outside and who solves."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from layers import correlated_layer
+from torch import Tensor
+
+from prox24_deploy.pruning.ranks import Ranks
+from prox24_deploy.pruning.solvers import factors
+from prox24_deploy.pruning.solvers.factors import inverse_factor, inverse_of
+from prox24_deploy.pruning.solvers.products import tensor_cores
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Of float32, times how much the curvature of these layers magnifies it.
+_EXACT = 1e-4
+
+
+def departure(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right).norm() / right.norm())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("strip", [20, 96, 200])
+def test_a_factor_is_that_of_the_inverse(
+    device: str, strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factors, "_STRIP", strip)
+    curvature = correlated_layer(features=96).problem().curvature.to(device)
+    right = torch.linalg.cholesky(torch.linalg.inv(curvature.double()), upper=True)
+    with tensor_cores(curvature.device):
+        found = inverse_factor(curvature)
+    assert departure(found, right) < _EXACT
+    assert torch.equal(found, found.triu())
+    assert found.is_contiguous()
+
+
+def part_of(matrix: Tensor, number: int, count: int) -> Tensor:
+    """What one of some processes gives the others, which are not there."""
+    own = Ranks(number, count, matrix.device)
+    alone: Any = SimpleNamespace(rows=own.rows, gathered=lambda part, _: part)
+    return inverse_of(matrix, alone)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+# With seven, the last has no column.
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_processes_share_an_inverse(device: str, count: int) -> None:
+    curvature = correlated_layer(features=36).problem().curvature.to(device)
+    right = torch.linalg.inv(curvature.double())
+    with tensor_cores(curvature.device):
+        found = torch.cat([part_of(curvature, number, count) for number in range(count)])
+    assert found.shape == right.shape
+    assert departure(found, right) < _EXACT
