@@ -8,6 +8,7 @@ for losses that are no sum over tokens the weights of samples within a batch.
 
 import logging
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -135,7 +136,9 @@ def run_together(
     told: SimpleQueue[Any] = context.SimpleQueue()
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     arguments = (
-        task,
+        # As bytes, for each tensor would be shared by a file descriptor of its own, and no more
+        # than some 250 can be sent.
+        pickle.dumps(task),
         processes,
         device.type,
         place,
@@ -196,7 +199,7 @@ def _tell(told: "SimpleQueue[Any]", progress: Progress) -> None:
 
 def _work(
     rank: int,
-    task: Callable[[Crew, torch.device, Progress], None],
+    packed: bytes,
     size: int,
     kind: str,
     place: dict[str, str],
@@ -218,6 +221,7 @@ def _work(
         if rank == 0:
             told.put((label, done, total))
 
+    task: Callable[[Crew, torch.device, Progress], None] = pickle.loads(packed)
     try:
         task(Crew(rank=rank, size=size), state.device, progress)
     except Prox24Error as error:

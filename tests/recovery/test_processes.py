@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_recover import CPU, FAST, case, recover, tensors
+from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from prox24_deploy.core.errors import CalibrationError, EngineError, UsageError
@@ -79,8 +80,15 @@ def test_batches_of_one_row_go_round(llama: Recovery) -> None:
     assert len(turns) == len(batches) > 3
 
 
-def failing(error: Exception | None, crew: Crew, device: Any, progress: Progress) -> None:
+# Those of as many batches of one row.
+MANY = [torch.full((3,), float(i)) for i in range(300)]
+
+
+def failing(
+    error: Exception | None, samples: list[Tensor], crew: Crew, device: Any, progress: Progress
+) -> None:
     """A task whose second process fails, which the first would wait for."""
+    assert all(map(torch.equal, samples, MANY))
     progress("told", crew.rank, 2)
     logging.getLogger("prox24_deploy.recovery").warning("said by %d", crew.rank)
     if error is None:
@@ -96,7 +104,10 @@ def test_what_one_process_raises_ends_all(caplog: pytest.LogCaptureFixture) -> N
     told: list[Any] = []
     with pytest.raises(CalibrationError, match="too few"):
         run_together(
-            partial(failing, CalibrationError("too few")), 2, CPU, lambda *each: told.append(each)
+            partial(failing, CalibrationError("too few"), MANY),
+            2,
+            CPU,
+            lambda *each: told.append(each),
         )
     assert told == [("told", 0, 2)]
     assert [r.getMessage() for r in caplog.records if "prox24" in r.name] == ["said by 0"]
@@ -116,7 +127,7 @@ def test_a_lack_of_memory_is_told_from_other_faults(
     ended = ProcessRaisedException(raised, 1, 0)
     monkeypatch.setattr(f"{run_together.__module__}.start_processes", lambda *_, **__: Ended(ended))
     with pytest.raises(kind, match=said):
-        run_together(partial(failing, None), 2, CPU, silent)
+        run_together(partial(failing, None, MANY), 2, CPU, silent)
 
 
 def test_a_process_that_was_killed_is_an_error_with_a_remedy(
@@ -125,7 +136,7 @@ def test_a_process_that_was_killed_is_an_error_with_a_remedy(
     ended = ProcessExitedException("signal SIGKILL", 1, 0, -9, "SIGKILL")
     monkeypatch.setattr(f"{run_together.__module__}.start_processes", lambda *_, **__: Ended(ended))
     with pytest.raises(EngineError, match=r"ended without a word \(signal SIGKILL\); .* goes on"):
-        run_together(partial(failing, None), 2, CPU, silent)
+        run_together(partial(failing, None, MANY), 2, CPU, silent)
 
 
 class Ended:

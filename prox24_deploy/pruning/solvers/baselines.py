@@ -37,7 +37,9 @@ def sparsegpt(problem: LayerProblem) -> tuple[Tensor, Tensor]:
         (weights, mask), normalised weights (rows, d) with +0.0 outside the mask.
     """
     factor = inverse_factor(problem.curvature)
-    weight = ExactFactor.of(factor).after(ExactFactor.of(factor.T).after(problem.linear))
+    # B UᵀU; the wide factor is not transposed, for that would be one more copy of it.
+    half = ExactFactor.of(problem.linear.T).after(factor).T
+    weight = ExactFactor.of(factor).after(half)
     mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     features = weight.shape[1]
     for begin in range(0, features, _BLOCK):
