@@ -118,5 +118,5 @@ def _solution(
         options=PRESETS[options.preset],
         refinement=options.refinement,
         fixed=mask,
-        ranks=ranks,
+        shares=ranks,
     )

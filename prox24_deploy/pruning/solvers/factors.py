@@ -7,14 +7,14 @@ inverse do not depend on each other, so that processes that share a run share th
 import torch
 from torch import Tensor
 
-from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.pruning.solvers.products import float32_products
+from prox24_deploy.pruning.solvers.shares import WHOLE, Shares
 
 # Columns of a triangular inverse that are solved for at a time; above them all is zero.
 _STRIP = 2048
 
 
-def inverse_of(matrix: Tensor, ranks: Ranks = ALONE) -> Tensor:
+def inverse_of(matrix: Tensor, shares: Shares = WHOLE) -> Tensor:
     """The inverse of a positive definite matrix (d, d); each process solves for some columns.
 
     All processes have the same matrix and must call this function.
@@ -23,11 +23,11 @@ def inverse_of(matrix: Tensor, ranks: Ranks = ALONE) -> Tensor:
         torch.linalg.LinAlgError: the matrix is not positive definite.
     """
     lower = torch.linalg.cholesky(matrix)
-    own = ranks.rows(len(matrix))
+    own = shares.rows(len(matrix))
     columns = torch.zeros_like(lower[:, own])
     columns[own].fill_diagonal_(1.0)
     # Symmetric, so that columns are rows.
-    return ranks.gathered(torch.cholesky_solve(columns, lower).T.contiguous(), len(matrix))
+    return shares.gathered(torch.cholesky_solve(columns, lower).T.contiguous(), len(matrix))
 
 
 def inverse_factor(matrix: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.pruning.solvers.problem import LayerProblem
 from prox24_deploy.pruning.solvers.products import ExactFactor
 from prox24_deploy.pruning.solvers.prox import prox_24
+from prox24_deploy.pruning.solvers.shares import WHOLE, Shares
 from prox24_deploy.sparsity.pattern import final_mask, unconverged_groups
 
 
@@ -39,7 +39,7 @@ class IstaOptions:
 
 
 def ista(
-    problem: LayerProblem, options: IstaOptions, ranks: Ranks = ALONE
+    problem: LayerProblem, options: IstaOptions, shares: Shares = WHOLE
 ) -> tuple[Tensor, Tensor, int]:
     """Minimise the quadratic plus λ R with λ growing until every group is 2:4.
 
@@ -59,7 +59,7 @@ def ista(
         descended = ahead - step * (curvature.after(ahead) - own.linear)
         weight = prox_24(descended, base * (options.growth**iterations * step))
         iterations += 1
-        if iterations % options.check_every == 0 and ranks.total(unconverged_groups(weight)) == 0:
+        if iterations % options.check_every == 0 and shares.total(unconverged_groups(weight)) == 0:
             break
     mask = final_mask(weight, previous)
     normalised = weight * (problem.scale / own.scale)

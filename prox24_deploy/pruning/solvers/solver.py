@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from prox24_deploy.core.types import Method, Preset, Refinement
-from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.pruning.solvers.baselines import magnitude_mask, sparsegpt, wanda_mask
 from prox24_deploy.pruning.solvers.factors import inverse_of
 from prox24_deploy.pruning.solvers.ista import IstaOptions, ista
 from prox24_deploy.pruning.solvers.problem import LayerProblem, plus_diagonal
 from prox24_deploy.pruning.solvers.prox import admm_step
 from prox24_deploy.pruning.solvers.refine import masked_conjugate_gradient, masked_gradient
+from prox24_deploy.pruning.solvers.shares import WHOLE, Shares
 from prox24_deploy.sparsity.pattern import final_mask, is_24, mask_24, unconverged_groups
 
 
@@ -84,7 +84,7 @@ def solve_layer(
     ista_options: IstaOptions = _PAPER,
     refinement: Refinement = "auto",
     fixed: Tensor | None = None,
-    ranks: Ranks = ALONE,
+    shares: Shares = WHOLE,
 ) -> LayerSolution:
     """Prune the rows of one problem to 2:4.
 
@@ -98,9 +98,8 @@ def solve_layer(
             steps of the paper, or "none", which leaves the method's own weights. "auto" takes the
             gradient for "ista" and conjugate gradients for all others.
         fixed: a mask made elsewhere, (rows, d) bool, which takes the place of the method.
-        ranks: the processes that solve the other rows of the same layers, if `weight` holds only
-            some; all must call this function. What concerns all rows is decided by sums over
-            all processes, so that all decide the same.
+        shares: the part of this process, if `weight` holds only some rows of the layers; all
+            processes must call this function.
 
     Returns:
         The solution. Weights that are 2:4 already, by `fixed` if there is one, come back
@@ -109,7 +108,7 @@ def solve_layer(
     Raises:
         ValueError: d is not a multiple of four.
     """
-    if ranks.total(0.0 if is_solved(weight, fixed) else 1.0) == 0:
+    if shares.total(0.0 if is_solved(weight, fixed) else 1.0) == 0:
         mask = mask_24(weight.abs()) if fixed is None else fixed
         return LayerSolution(weight=weight, mask=mask, iterations=0, used="unchanged")
     if fixed is not None:
@@ -118,20 +117,20 @@ def solve_layer(
         return _solution(problem, fixed, _refine(problem, fixed, start, kind), 0, "mask")
     if refinement == "auto":
         refinement = "gradient" if method == "ista" else "conjugate-gradient"
-    candidate, mask, iterations = _propose(problem, method, options, ista_options, ranks)
+    candidate, mask, iterations = _propose(problem, method, options, ista_options, shares)
     found = _solution(
         problem, mask, _refine(problem, mask, candidate, refinement), iterations, method
     )
-    return _guarded(problem, found, refinement, ranks) if method == "prox" else found
+    return _guarded(problem, found, refinement, shares) if method == "prox" else found
 
 
 def _guarded(
-    problem: LayerProblem, found: LayerSolution, refinement: Refinement, ranks: Ranks
+    problem: LayerProblem, found: LayerSolution, refinement: Refinement, shares: Shares
 ) -> LayerSolution:
     """The solution, or that of SparseGPT, refined alike, where it has the lower damped loss."""
     rival, mask = sparsegpt(problem)
     own = found.weight * problem.scale
-    losses = [ranks.total(float(problem.loss(each).sum())) for each in (rival, own)]
+    losses = [shares.total(float(problem.loss(each).sum())) for each in (rival, own)]
     if losses[0] >= losses[1]:
         return found
     better = _refine(problem, mask, rival, refinement)
@@ -159,14 +158,14 @@ def _propose(
     method: Method,
     options: AdmmOptions,
     ista_options: IstaOptions,
-    ranks: Ranks,
+    shares: Shares,
 ) -> tuple[Tensor, Tensor, int]:
     """Return normalised weights, mask and iterations of one method, before refinement."""
     match method:
         case "prox":
-            return prox_admm(problem, options, ranks)
+            return prox_admm(problem, options, shares)
         case "ista":
-            return ista(problem, ista_options, ranks)
+            return ista(problem, ista_options, shares)
         case "sparsegpt":
             weight, mask = sparsegpt(problem)
             return weight, mask, 0
@@ -186,7 +185,7 @@ def _refine(problem: LayerProblem, mask: Tensor, start: Tensor, kind: Refinement
 
 
 def prox_admm(
-    problem: LayerProblem, options: AdmmOptions, ranks: Ranks = ALONE
+    problem: LayerProblem, options: AdmmOptions, shares: Shares = WHOLE
 ) -> tuple[Tensor, Tensor, int]:
     """Minimise the quadratic plus λ R with λ growing until every group is 2:4.
 
@@ -198,7 +197,7 @@ def prox_admm(
         (weights, mask, iterations): normalised weights (rows, d), not yet refined, masked.
     """
     rho = options.rho
-    inverse = inverse_of(plus_diagonal(problem.curvature, rho), ranks)
+    inverse = inverse_of(plus_diagonal(problem.curvature, rho), shares)
     row_scale = problem.start.abs().mean(1, keepdim=True)
     # A zero row has no scale; any finite λ leaves it zero.
     base = options.start / torch.where(row_scale > 0, row_scale, 1.0)
@@ -206,7 +205,7 @@ def prox_admm(
     dual, target = torch.zeros_like(split), problem.linear + rho * split
     steps, iterations = options.newton_iterations, 0
     best = _Best(problem)
-    groups = ranks.total(split.numel() / 4)
+    groups = shares.total(split.numel() / 4)
     while iterations < options.max_iterations:
         lam = base * options.growth**iterations
         weight = target @ inverse
@@ -216,7 +215,7 @@ def prox_admm(
         iterations += 1
         last = iterations == options.max_iterations
         if iterations % options.check_every == 0 or last:
-            left = ranks.total(unconverged_groups(split))
+            left = shares.total(unconverged_groups(split))
             # With a fraction of zero, until there is none.
             last |= left < max(options.unconverged_fraction * groups, 1)
             if last or left <= _FEW * groups:

@@ -40,8 +40,8 @@ def test_a_factor_is_that_of_the_inverse(
 def part_of(matrix: Tensor, number: int, count: int) -> Tensor:
     """What one of some processes gives the others, which are not there."""
     own = Ranks(number, count, matrix.device)
-    alone: Any = SimpleNamespace(rows=own.rows, gathered=lambda part, _: part)
-    return inverse_of(matrix, alone)
+    shares: Any = SimpleNamespace(rows=own.rows, gathered=lambda part, _: part)
+    return inverse_of(matrix, shares)
 
 
 @pytest.mark.parametrize("device", DEVICES)
