@@ -28,6 +28,7 @@ from tiny_directories import write_byte_tokenizer
 from torch import Tensor
 
 from prox24_deploy.config.options import RecoverOptions
+from prox24_deploy.core.host import GIB
 from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.types import RecoverOptimizer
 from prox24_deploy.model.checkpoint import write_pruned
@@ -138,9 +139,13 @@ def trained(
 
     def note(label: str, done: int, total: int) -> None:
         times.append(time.perf_counter())
-        print(f"{time.strftime('%H:%M:%S')} {label} {done}/{total}", file=sys.stderr, flush=True)
+        since = times[-1] - times[-2] if done else 0.0
+        # A run that is ended has told what its steps took.
+        peak = f", {torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if alone_on_gpu else ""
+        print(f"{label} {done}/{total}, {since:.3f} s{peak}", file=sys.stderr, flush=True)
 
     pruned, device = open_model_dir(folder / "sparse"), torch.device(asked.device)
+    alone_on_gpu = device.type == "cuda" and options.processes == 1
     run = Recovery(
         dense=open_model_dir(folder / "dense"),
         pruned=pruned,

@@ -1,8 +1,7 @@
 """What all variants of pruning share: a dense model, its texts, and how it is pruned."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +13,19 @@ from torch import Tensor, nn
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.types import silent
+from prox24_deploy.data.text import thin
 from prox24_deploy.evaluation.losses import Loss
 from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
 from prox24_deploy.pipeline.context import RunContext
+from prox24_deploy.pruning.permutation import OrderStore, permute_channels
 from prox24_deploy.pruning.prune import prune_model
 from prox24_deploy.pruning.selection import left_dense, target_paths
 from prox24_deploy.pruning.solvers.products import tensor_cores
 
 Figures = dict[str, float | int | str]
+# Text that tells how large inputs are.
+_ORDER_TOKENS = 16384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,12 +109,15 @@ class Lab:
         return self.loss.of(model).cpu()
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Round no product to TF32, for inverses and what is told by small differences."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def order_channels(lab: Lab, model: nn.Module) -> None:
+    """Put the channels within blocks into a better order, in place, as the tool does."""
+    with tempfile.TemporaryDirectory() as folder:
+        permute_channels(
+            model,
+            lab.recipe,
+            thin(lab.context.calibration, _ORDER_TOKENS),
+            left_dense(lab.recipe, model, lab.options),
+            has_tensor=lambda _: True,
+            store=OrderStore(Path(folder), lambda: None),
+            progress=silent,
+        )

@@ -6,41 +6,26 @@ what it did and its output layer may stay tied. Each layer's scores are divided 
 are worth, so that all count alike.
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from variant_lab import Figures, Lab
+from variant_lab import Figures, Lab, order_channels
 from variant_rotations import energy, grams, readers, require_same, writers
 
-from prox24_deploy.core.types import silent
-from prox24_deploy.data.text import thin
 from prox24_deploy.pruning import permute_search
-from prox24_deploy.pruning.permutation import OrderStore, permute_channels
-from prox24_deploy.pruning.selection import left_dense
 
-# Text that tells how large inputs are, and rows of all layers together that are looked at.
-_ORDER_TOKENS, _ROWS = 16384, 4096
+# Rows of all layers together that are looked at.
+_ROWS = 4096
 
 
 def ordered(lab: Lab, *, stream: bool) -> tuple[nn.Module, Figures]:
     """Order the channels within blocks as the tool does, and those of the stream; prune that."""
     model, figures = deepcopy(lab.dense), Figures()
-    with tempfile.TemporaryDirectory() as folder:
-        permute_channels(
-            model,
-            lab.recipe,
-            thin(lab.context.calibration, _ORDER_TOKENS),
-            left_dense(lab.recipe, model, lab.options),
-            has_tensor=lambda _: True,
-            store=OrderStore(Path(folder), lambda: None),
-            progress=silent,
-        )
+    order_channels(lab, model)
     if stream:
         with _more_rows():
             found = permute_search.search_order(_stream_scores(lab, model))

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from variant_lab import Figures, Lab, full_float32
+from variant_lab import Figures, Lab
 
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.engines.cusparselt.profile import GemmTiming, GpuProfile, read_profile
@@ -26,6 +26,7 @@ from prox24_deploy.pruning.layer_group import SolvedLayer, group_problem, solve_
 from prox24_deploy.pruning.ranks import Ranks
 from prox24_deploy.pruning.second_moments import SecondMoments
 from prox24_deploy.pruning.solvers.problem import LayerProblem
+from prox24_deploy.pruning.solvers.products import float32_products
 
 # Bytes of an output of a product in 16 bits that a concatenation reads and writes.
 _MOVED = 4
@@ -65,7 +66,7 @@ def dense_rows(share: float) -> Iterator[list[int]]:
         for name, found in solved.items():
             layer = layer_at(twin.pruned, name)
             problem = group_problem(to_matrix(layer, layer.weight), moments, options, name)
-            with full_float32():
+            with float32_products():
                 after = _filled(to_matrix(layer, found.weight).float(), problem, share)
             counts[0] += round(share * len(after)) * after.shape[1]
             counts[1] += after.numel()

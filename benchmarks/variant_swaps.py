@@ -16,10 +16,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from variant_lab import Figures, Lab, full_float32
+from variant_lab import Figures, Lab
 
 from prox24_deploy.pruning import layer_group
 from prox24_deploy.pruning.solvers.problem import LayerProblem, layer_problem
+from prox24_deploy.pruning.solvers.products import float32_products
 from prox24_deploy.pruning.solvers.refine import masked_conjugate_gradient
 from prox24_deploy.pruning.solvers.solver import LayerSolution, solve_layer
 from prox24_deploy.sparsity.pattern import mask_24
@@ -51,7 +52,7 @@ def swapping() -> Iterator[list[tuple[float, float]]]:
         if found.used == "unchanged":
             return found
         own = found.weight * problem.scale
-        with full_float32():
+        with float32_products():
             better, mask = polished(problem, own, found.mask)
             best = torch.linalg.solve(problem.curvature, problem.linear.T).T
             losses = [float(problem.loss(each).double().sum()) for each in (own, better, best)]

@@ -47,6 +47,7 @@ VARIANTS: dict[str, Callable[[Lab], Made]] = {
     "ordered-stream": partial(ordered, stream=True),
     "hadamard": partial(rotated, stream="hadamard", heads=False),
     "rotated": partial(rotated, stream="learned", heads=False),
+    "rotated-ordered": partial(rotated, stream="learned", heads=False, order=True),
     "rotated-heads": partial(rotated, stream="none", heads=True),
     "rotated-both": partial(rotated, stream="learned", heads=True),
     "tokens": partial(with_weights, power=1.0),

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         prune,
         recover,
         report_bundle,
+        rotate,
         verify,
     )
     from prox24_deploy.pruning.module import prune_module
@@ -95,6 +96,7 @@ __all__ = [
     "prune_module",
     "recover",
     "report_bundle",
+    "rotate",
     "verify",
 ]
 
@@ -124,6 +126,7 @@ _HOMES = {
         "prune",
         "recover",
         "report_bundle",
+        "rotate",
         "verify",
     ],
     "pruning.module": ["prune_module"],

@@ -103,6 +103,7 @@ MAY_IMPORT = {
     "evaluation": {"config", "model"},
     "data": {"config", "model", "evaluation"},
     "pruning": {"config", "sparsity", "solvers", "model", "evaluation", "data"},
+    "rotation": {"config", "solvers", "model", "data"},
     "recovery": {"config", "sparsity", "model", "evaluation", "data", "pruning"},
     "quantization": {"config", "sparsity", "solvers", "model", "pruning", "recovery"},
     "graph": {"config", "sparsity", "quantization"},
@@ -117,7 +118,7 @@ MAY_IMPORT = {
     },
     "pipeline": {
         "config", "model", "evaluation", "data", "pruning", "recovery", "quantization", "graph",
-        "engines", "latency", "bundle", "report", "regression", "packaging",
+        "engines", "latency", "bundle", "report", "regression", "packaging", "rotation",
     },
     "cli": {
         "__version__", "config", "graph", "engines", "bundle", "report", "regression", "packaging",

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from prox24_deploy import __version__
-from prox24_deploy.cli import build, compare, inspect, package
+from prox24_deploy.cli import build, compare, inspect, package, rotate
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli.terminal import (
     close_log_files,
@@ -48,6 +48,7 @@ app = typer.Typer(
     ),
 )
 app.command()(build.build)
+app.command()(rotate.rotate)
 app.command()(build.prune)
 app.command()(build.recover)
 app.command()(build.export)

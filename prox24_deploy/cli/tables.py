@@ -28,6 +28,7 @@ _MOST_OF_A_CELL = 600
 if TYPE_CHECKING:
     from prox24_deploy.bundle.environment import Diagnosis
     from prox24_deploy.core.recovery import RecoverResult
+    from prox24_deploy.core.rotation import RotateResult
     from prox24_deploy.engines.cusparselt.planning import LayerPlan, ModelTime, Plan
     from prox24_deploy.graph.check.judgement import CheckReport
     from prox24_deploy.regression.baseline import BaselineFile
@@ -114,6 +115,24 @@ def recovery_lines(found: "RecoverResult") -> list[str]:
         lines.append(
             f"Trained also on {found.written.tokens:,} tokens that the dense model wrote, "
             f"{found.written.samples} of {found.written.written} rows of which were usable"
+        )
+    return lines
+
+
+def rotation_lines(found: "RotateResult") -> list[str]:
+    """What rotating a model gave, a sentence each."""
+    lines = [
+        f"Residual stream of {found.channels} channels rotated: 2:4 now drops "
+        f"{found.dropped_after:.1%} of what layers compute, where it dropped "
+        f"{found.dropped_before:.1%}.",
+        f"It computes what it did: predictions differ by {found.difference:.1g} of the largest in "
+        f"float32, and as stored the most likely token is the same at {found.agreement:.2%} of "
+        "positions.",
+    ]
+    if found.gained:
+        lines.append(
+            "Note: The output layer shared the weights of the embeddings and now has its own, "
+            f"{found.gained / 1e6:,.1f} million weights more."
         )
     return lines
 

@@ -81,6 +81,28 @@ class Channels(_Table):
     heads: str | None = None
 
 
+class NormReaders(_Table):
+    """A norm, and globs over the layers that read what it gives, which nothing else does."""
+
+    norm: str
+    reads: Annotated[list[str], Field(min_length=1)]
+
+
+class Stream(_Table):
+    """What reads and writes the residual stream, so that it may come in any orthonormal basis.
+
+    `tables` are the embeddings, `last` the norm behind the blocks with what reads it, such as the
+    output layer; both are paths in the model. `norms` and `writes`, globs over the layers that add
+    to the stream, are paths inside a block. Norms must take no mean and multiply each channel by
+    a weight.
+    """
+
+    tables: Annotated[list[str], Field(min_length=1)]
+    norms: Annotated[list[NormReaders], Field(min_length=1)]
+    writes: Annotated[list[str], Field(min_length=1)]
+    last: NormReaders
+
+
 class ExpertLayers(_Table):
     """Where the blocks of a model have experts, and what the layers of each are called.
 
@@ -183,10 +205,11 @@ class Recipe(_Table):
 
     `blocks` is the dotted path of the list of repeated blocks in the model that `task` opens;
     `targets` and `ignore` are glob patterns over module paths relative to a block; `overrides`
-    prune some of the targets in another way. `channels` have a free order. `experts` says that
-    blocks have some, each of which reads the tokens routed to it. Weights matching
-    `optional_weights` (globs over full names) may be absent from a checkpoint. `sequence_length` is
-    that of calibration and evaluation samples, in tokens, where the model allows as many.
+    prune some of the targets in another way. `channels` have a free order; the `stream` has a free
+    basis, in models without one of the `heads`. `experts` says that blocks have some, each of which
+    reads the tokens routed to it. Weights matching `optional_weights` (globs over full names) may
+    be absent from a checkpoint. `sequence_length` is that of calibration and evaluation samples, in
+    tokens, where the model allows as many.
 
     With `cache` the graph also takes `past_key_values.N.key` and `.value`, (batch, heads, past,
     head size), where `past` may be 0, and gives `present.N.key` and `.value`; pruning and
@@ -208,6 +231,7 @@ class Recipe(_Table):
     targets: Annotated[list[str], Field(min_length=1)]
     ignore: list[str] = []
     channels: list[Channels] = []
+    stream: Stream | None = None
     experts: ExpertLayers | None = None
     overrides: list[Override] = []
     optional_weights: list[str] = []
@@ -298,7 +322,7 @@ class Recipe(_Table):
             del update["inputs"]
         else:
             update["cache"] = _CACHE_AXIS in dynamic_names(head.inputs)
-        return self.model_copy(update=update | {"heads": [], "embedding": None})
+        return self.model_copy(update=update | {"heads": [], "embedding": None, "stream": None})
 
     @property
     def kind(self) -> TaskKind:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -50,6 +51,24 @@ def copy_file(source: Path, target: Path) -> None:
                     written.write(block)
             with writing(target):
                 written.close()
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, which must not be there, that takes its name at the end.
+
+    Raises:
+        OSError: one of both cannot be made.
+    """
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        make_folder(partial)
+        yield partial
+        with writing(out):
+            partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -62,6 +62,11 @@ def default_out(model_dir: Path) -> Path:
     return Path(f"{Path(folder_name(model_dir)).name}-prox24")
 
 
+def rotated_out(model_dir: Path) -> Path:
+    """A model directory that is written from another, likewise."""
+    return Path(f"{Path(folder_name(model_dir)).name}-rotated")
+
+
 def _names_in_card(model_dir: Path) -> Iterator[str]:
     """Names that a card gives its model: in its metadata, then in its first heading."""
     file = model_dir / CARD_FILE

@@ -7,14 +7,13 @@ of it runs sparse, in which version.
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prox24_deploy.bundle.layout import QUANTIZED_TENSORS, RECIPES, shipped_folder
 from prox24_deploy.bundle.manifest import FileEntry, Manifest, hash_file
-from prox24_deploy.core.atomic import copy_file, make_folder, write_atomic, writing
+from prox24_deploy.core.atomic import appearing, copy_file, make_folder, write_atomic
 from prox24_deploy.core.documents import Document, read_object
 from prox24_deploy.core.errors import BundleError, UsageError
 from prox24_deploy.core.types import QuantizedFormat
@@ -68,16 +67,9 @@ def vllm_directory(
     if out.exists():
         raise UsageError(f"Output {out} exists already; remove it, or pass another.")
     writer = _Writer(bundle, manifest, sparse=sparse)
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        make_folder(partial)
+    with appearing(out) as partial:
         writer.write(partial)
         require_24(check_path(partial))
-        with writing(out):
-            partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out, tuple(writer.notes(out))
 
 

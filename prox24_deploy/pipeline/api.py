@@ -29,13 +29,16 @@ from prox24_deploy.core.records import (
     PruneResult,
 )
 from prox24_deploy.core.recovery import RecoverResult
+from prox24_deploy.core.rotation import RotateResult
 from prox24_deploy.core.types import DType, Progress, Quantize, silent
 from prox24_deploy.engines.cusparselt.profile import read_profile
 from prox24_deploy.packaging import package as packaging
-from prox24_deploy.packaging.naming import default_out
+from prox24_deploy.packaging.naming import default_out, rotated_out
 from prox24_deploy.packaging.package import Packaged
 from prox24_deploy.packaging.triton import TritonOptions
 from prox24_deploy.pipeline import finish, run
+from prox24_deploy.pipeline.rotate import TURNS
+from prox24_deploy.pipeline.rotate import rotate as run_rotate
 from prox24_deploy.regression.compare import compare_files
 from prox24_deploy.report.schema import Comparison, Report
 
@@ -97,6 +100,33 @@ def prune(
     root = _bundle_of(model_dir, out)
     return run.prune(
         Path(model_dir), root, options or BuildOptions(), fresh=fresh, progress=progress
+    )
+
+
+def rotate(
+    model_dir: StrPath,
+    out: StrPath | None = None,
+    options: BuildOptions | None = None,
+    *,
+    turns: int = TURNS,
+    progress: Progress = silent,
+) -> RotateResult:
+    """Write a dense decoder that computes what another does, of which 2:4 drops less.
+
+    Args:
+        model_dir: the dense model directory.
+        out: the model directory to write; by default MODEL_DIR's name with `-rotated`.
+        options: recipe, text to search on, device and memory.
+        turns: steps of the search.
+        progress: called with (label, done, total).
+
+    Raises:
+        Prox24Error: the model, its recipe or the text cannot be used, or `out` is there.
+    """
+    _keep_private()
+    where = rotated_out(Path(model_dir)) if out is None else Path(out)
+    return run_rotate(
+        Path(model_dir), where, options or BuildOptions(), turns=turns, progress=progress
     )
 
 

@@ -135,16 +135,9 @@ def run_together(
     context.set_forkserver_preload(["prox24_deploy.recovery.recover", "accelerate"])
     told: SimpleQueue[Any] = context.SimpleQueue()
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    arguments = (
-        # As bytes, for each tensor would be shared by a file descriptor of its own, and no more
-        # than some 250 can be sent.
-        pickle.dumps(task),
-        processes,
-        device.type,
-        place,
-        told,
-        logging.getLogger("prox24_deploy").level,
-    )
+    # As bytes: a tensor that is shared is a file descriptor, and no more than some 250 can be sent.
+    packed, level = pickle.dumps(task), logging.getLogger("prox24_deploy").level
+    arguments = (packed, processes, device.type, place, told, level)
     running = start_processes(_work, arguments, processes, join=False, start_method=_START)
     try:
         done = False
