@@ -132,7 +132,7 @@ def rotation_lines(found: "RotateResult") -> list[str]:
     if found.gained:
         lines.append(
             "Note: The output layer shared the weights of the embeddings and now has its own, "
-            f"{found.gained / 1e6:,.1f} million weights more."
+            f"{found.gained:,} weights more."
         )
     return lines
 

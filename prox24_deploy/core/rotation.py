@@ -1,6 +1,14 @@
-"""The record of a rotation."""
+"""The record of a rotation, which lies in the model directory that it made."""
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from prox24_deploy.core.documents import Document, read_json
+from prox24_deploy.core.errors import ModelDirError
+
+ROTATION_FILE = "rotation.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,3 +42,25 @@ class RotateResult:
     turns: int
     device: str
     seconds: float
+
+
+_RECORD = TypeAdapter(RotateResult)
+
+
+def read_rotation(model_dir: Path) -> RotateResult | None:
+    """The record in a model directory, or None if it was not rotated here.
+
+    Raises:
+        ModelDirError: there is one that is none.
+    """
+    path = model_dir / ROTATION_FILE
+    if not path.is_file():
+        return None
+    document = Document(str(path), ModelDirError, "rotate the model again, or remove the file")
+    found = read_json(path, document)
+    try:
+        return _RECORD.validate_python(found)
+    except ValidationError as error:
+        raise ModelDirError(
+            f"{path} is no record of a rotation; rotate the model again, or remove the file."
+        ) from error

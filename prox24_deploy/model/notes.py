@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.rotation import read_rotation
 from prox24_deploy.model.blocks import find_blocks
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.layers import is_layer
@@ -20,13 +21,15 @@ def left_out(
 ) -> tuple[str, ...]:
     """One sentence for each part of a checkpoint that is not exported, or not pruned unseen.
 
+    Also that it is a rotated one, so that what is called dense is not the first model.
+
     Args:
         directory: the checkpoint.
         model: as opened for the task of the recipe.
         recipe: says where the blocks are.
         unused: tensors of the checkpoint that the model has no place for.
     """
-    return (*_unused(directory, recipe, unused), *_fused(model, recipe))
+    return (*_rotated(directory), *_unused(directory, recipe, unused), *_fused(model, recipe))
 
 
 def expert_weights(block: nn.Module) -> list[str]:
@@ -46,6 +49,15 @@ def expert_weights(block: nn.Module) -> list[str]:
 
 
 _KERNELS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
+def _rotated(directory: ModelDir) -> Iterator[str]:
+    if found := read_rotation(directory.path):
+        yield (
+            "The dense model is a rotated one: as stored, its most likely token is that of the "
+            f"model that it was made from, sha256 {found.source_sha256[:8]}, at "
+            f"{found.agreement:.2%} of positions."
+        )
 
 
 def _unused(directory: ModelDir, recipe: Recipe, unused: Sequence[str]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from prox24_deploy.core.atomic import (
 )
 from prox24_deploy.core.errors import RecipeError, UsageError
 from prox24_deploy.core.host import gib
-from prox24_deploy.core.rotation import RotateResult
+from prox24_deploy.core.rotation import ROTATION_FILE, RotateResult
 from prox24_deploy.core.types import Progress
 from prox24_deploy.data.text import thin
 from prox24_deploy.model.batch import Batch, Samples
@@ -44,7 +44,6 @@ from prox24_deploy.pruning.solvers.products import float32_products, tensor_core
 from prox24_deploy.rotation.learning import learned, score_of, sides_of
 from prox24_deploy.rotation.stream import find_stream, fold_norms, rotate_stream
 
-RECORD_FILE = "rotation.json"
 # Text that tells how large inputs and outputs of each layer are.
 _TOKENS = 16384
 # Largest difference of predictions, over the largest: rounding in float32 is far below, and a model
@@ -100,7 +99,7 @@ def rotate_directory(
             seconds=time.perf_counter() - began,
         )
         directory.require_untouched()
-        write_atomic(made / RECORD_FILE, f"{json.dumps(asdict(result), indent=2)}\n".encode())
+        write_atomic(made / ROTATION_FILE, f"{json.dumps(asdict(result), indent=2)}\n".encode())
     return result
 
 

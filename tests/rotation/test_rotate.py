@@ -123,6 +123,11 @@ def test_a_rotated_directory_computes_the_same_and_is_pruned_like_any_other(
         "--method", "wanda", "--refinement", "none", "--permute", "none",
     )  # fmt: skip
     assert pruned.code == 0, pruned.err
+    assert "Note: The dense model is a rotated one" in pruned.out
+    (out / "rotation.json").write_text('{"channels": 32}')
+    spoiled = run_cli("prune", out, "-o", tmp_path / "other", "--calibration", prose)
+    assert spoiled.code == 2
+    assert "rotation.json is no record of a rotation" in spoiled.err
 
 
 def test_what_cannot_be_rotated_is_refused_and_nothing_is_written(
