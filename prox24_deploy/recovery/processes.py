@@ -1,9 +1,9 @@
 """Several processes that train one model together, each on a share of every batch.
 
-The process group, the device of each process and the sums over all are accelerate's. A step adds
-up the gradients of all, so that every process takes the same step from the same weights. Batches,
-their order and the state on disk are those of one process: how many there are changes rounding, and
-for losses that are no sum over tokens the weights of samples within a batch.
+The process group and the device of each process are accelerate's. A step adds up the gradients of
+all, so that every process takes the same step from the same weights. Batches, their order and the
+state on disk are those of one process: how many there are changes rounding, and for losses that are
+no sum over tokens the weights of samples within a batch.
 """
 
 import logging
@@ -64,21 +64,18 @@ class Crew:
             before += len(batch.real)
         return [part for part in found if len(part.real)]
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, the same in each."""
-        if self.size == 1:
-            return tensor
-        from accelerate.utils import reduce
-
-        summed: Tensor = reduce(tensor, "sum")
-        return summed
+    def add_up(self, tensor: Tensor) -> None:
+        """Sum a tensor over all processes, in place: that of accelerate copies it twice."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
 
     def sums(self, *numbers: float) -> list[float]:
         """Sums of numbers over all processes."""
         if self.size == 1:
             return list(numbers)
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        summed = self.sum(torch.tensor(numbers, dtype=torch.float64, device=device))
+        summed = torch.tensor(numbers, dtype=torch.float64, device=device)
+        self.add_up(summed)
         found: list[float] = summed.tolist()
         return found
 

@@ -142,10 +142,9 @@ class Lesson:
 
     def _add_up(self) -> None:
         """Let each process have the gradients of all."""
-        for each in self.trained if self.crew.size > 1 else ():
-            own = each.parameter.grad
-            assert own is not None
-            own.copy_(self.crew.sum(own))
+        for each in self.trained:
+            assert each.parameter.grad is not None
+            self.crew.add_up(each.parameter.grad)
 
 
 def _some(batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -433,10 +432,10 @@ class Training:
         for each in self.lesson.trained:
             assert each.parameter.grad is not None
             each.parameter.grad.zero_()
-            if crew.size > 1:
+            if not crew.leads:
                 # The first process alone has the best weights.
-                own = each.parameter if crew.leads else torch.zeros_like(each.parameter)
-                each.parameter.copy_(crew.sum(own))
+                each.parameter.zero_()
+            crew.add_up(each.parameter)
 
     def _step(self, chosen: Sequence[int], state: TrainingState, graph: StepGraph) -> float:
         """Take the step that makes as many as were `taken`."""
