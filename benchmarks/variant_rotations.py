@@ -116,11 +116,12 @@ def writers(layer: Any) -> tuple[nn.Linear, ...]:
 
 
 def _reader(weight: Tensor, gram: Tensor) -> Side:
-    return Side(weight=weight, moments=gram, energy=energy(weight, gram))
+    return Side(weights=(weight,), moments=gram, energies=(energy(weight, gram),))
 
 
 def _writer(weight: Tensor, gram: Tensor) -> Side:
-    return Side(weight=weight, moments=gram.diagonal(), energy=energy(weight, gram))
+    moments = gram.diagonal()
+    return Side(weights=(weight,), moments=moments, energies=(energy(weight, gram),))
 
 
 def energy(weight: Tensor, gram: Tensor) -> float:

@@ -11,7 +11,7 @@ from prox24_deploy.cli import tables
 from prox24_deploy.cli.progress import progress as shown
 from prox24_deploy.cli.terminal import print_json, say, stderr
 from prox24_deploy.config.options import BuildOptions, TextOptions
-from prox24_deploy.pipeline.rotate import TURNS
+from prox24_deploy.pipeline.rotate import STEPS
 
 _TEXT = TextOptions()
 
@@ -36,7 +36,7 @@ def rotate(
         ),
     ] = None,
     column: arguments.ColumnOpt = None,
-    turns: Annotated[int, typer.Option(min=1, help="Steps of the search.")] = TURNS,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the search.")] = STEPS,
     device: arguments.DeviceOpt = "auto",
     memory_limit: arguments.MemoryOpt = None,
     as_json: arguments.JsonOpt = False,
@@ -54,7 +54,7 @@ def rotate(
     model_dir = arguments.local_model(model_dir)
     where = out or rotated_out(model_dir)
     with shown(stderr, where) as progress:
-        found = run(model_dir, where, options, turns=turns, progress=progress)
+        found = run(model_dir, where, options, steps=steps, progress=progress)
     if as_json:
         print_json(asdict(found))
         return

@@ -126,8 +126,8 @@ def rotation_lines(found: "RotateResult") -> list[str]:
         f"{found.dropped_after:.1%} of what layers compute, where it dropped "
         f"{found.dropped_before:.1%}.",
         f"It computes what it did: predictions differ by {found.difference:.1g} of the largest in "
-        f"float32, and as stored the most likely token is the same at {found.agreement:.2%} of "
-        "positions.",
+        f"float32. As stored they differ by {found.rounded:.1g}, and the most likely token is the "
+        f"same at {found.agreement:.2%} of positions.",
     ]
     if found.gained:
         lines.append(

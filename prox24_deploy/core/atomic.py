@@ -55,18 +55,21 @@ def copy_file(source: Path, target: Path) -> None:
 
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, which must not be there, that takes its name at the end.
+    """A folder beside `out` to be made, which takes its name at the end, durably.
+
+    `out` must not be there. Where the work fails nothing is left of it.
 
     Raises:
-        OSError: one of both cannot be made.
+        OSError: it cannot be written.
     """
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    make_folder(out.parent)
+    partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        make_folder(partial)
         yield partial
         with writing(out):
+            sync_tree(partial)
             partial.rename(out)
+            sync_tree(out.parent, deep=False)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

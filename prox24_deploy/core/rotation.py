@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from prox24_deploy.core.documents import Document, read_json
 from prox24_deploy.core.errors import ModelDirError
 
-ROTATION_FILE = "rotation.json"
+ROTATION_FILE = "prox24_rotation.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,12 +20,12 @@ class RotateResult:
         channels: of its residual stream.
         dropped_before: mean share that 2:4 drops of what layers compute, by w² E[x²].
         dropped_after: the same in the new basis.
-        difference: of the predictions in float32, the largest over the largest.
+        difference: of the predictions for one batch in float32, the largest over the largest.
         rounded: the same as the weights are stored, read back from disk.
-        agreement: share of positions whose most likely token is the same, as stored.
+        agreement: share of its positions whose most likely token is the same, as stored.
         gained: weights that the model has more, of an output layer that it shared.
         tokens: of the text that it was searched on.
-        turns: steps of the search.
+        steps: of the search.
         device: of the search.
         seconds: of it all.
     """
@@ -39,7 +39,7 @@ class RotateResult:
     agreement: float
     gained: int
     tokens: int
-    turns: int
+    steps: int
     device: str
     seconds: float
 

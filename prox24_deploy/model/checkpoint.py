@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prox24_deploy.config.recipe import RECIPE_FILE, SENTENCE_MODULES, Recipe
-from prox24_deploy.core.atomic import copy_file, make_folder, writing
+from prox24_deploy.core.atomic import copy_file, make_folder, write_atomic, writing
 from prox24_deploy.core.errors import ModelDirError, RecipeError, SparsityLostError
 from prox24_deploy.core.records import LayerRecord
 from prox24_deploy.core.tensor_names import names_like
@@ -292,6 +292,7 @@ def write_pruned(
     *,
     axes: Mapping[str, int] = MappingProxyType({}),
     dense: Mapping[str, Tensor] = MappingProxyType({}),
+    added: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> str:
     """Copy a model directory with some weights replaced by 2:4 ones, and prove it.
 
@@ -305,6 +306,7 @@ def write_pruned(
         out: a folder that does not exist yet.
         axes: parameter name to the axis of its groups, where that is not 1.
         dense: as `weights`, of parameters that are not 2:4.
+        added: tensors that the checkpoint does not have, for its last weight file.
 
     Returns:
         sha256 over all weight files.
@@ -319,19 +321,48 @@ def write_pruned(
     replaced |= {checkpoint_name(directory, name): _Replacement(dense, name) for name in dense}
     with writing(out):
         out.mkdir(parents=True)
+    _copy_companions(directory, out, added)
+    digest = hashlib.sha256()
+    for shard in directory.shards:
+        more = added if shard == directory.shards[-1] else {}
+        _rewrite_shard(shard, replaced, out / shard.name, more)
+        with (out / shard.name).open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _copy_companions(directory: ModelDir, out: Path, added: Mapping[str, Tensor]) -> None:
     late = {directory.path / CARD_FILE, directory.path / RECIPE_FILE}
     for file in (file for file in companion_files(directory.path) if file not in late):
         target = out / file.relative_to(directory.path)
         make_folder(target.parent)
         copy_file(file, target)
-    if not is_single(directory.shards):
-        copy_file(directory.path / INDEX_FILE, out / INDEX_FILE)
-    digest = hashlib.sha256()
-    for shard in directory.shards:
-        _rewrite_shard(shard, replaced, out / shard.name)
-        with (out / shard.name).open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+    if is_single(directory.shards):
+        return
+    copy_file(directory.path / INDEX_FILE, out / INDEX_FILE)
+    if added:
+        index = json.loads((out / INDEX_FILE).read_bytes())
+        index["weight_map"] |= dict.fromkeys(added, directory.shards[-1].name)
+        # What nobody needs, and would be wrong.
+        index.get("metadata", {}).pop("total_size", None)
+        write_atomic(out / INDEX_FILE, f"{json.dumps(index, indent=2)}\n".encode())
+
+
+@dataclass(frozen=True, slots=True)
+class AsStored(Mapping[str, Tensor]):
+    """Tensors of a model, each in the dtype of the checkpoint when it is asked for."""
+
+    tensors: Mapping[str, Tensor]
+    directory: ModelDir
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].to(stored_dtype(self.directory, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,8 +377,13 @@ class _Replacement:
         return self.values[self.name]
 
 
-def _rewrite_shard(shard: Path, replaced: Mapping[str, _Replacement], target: Path) -> None:
-    """Write one weight file with the new values that it has of those in `replaced`, by name."""
+def _rewrite_shard(
+    shard: Path,
+    replaced: Mapping[str, _Replacement],
+    target: Path,
+    added: Mapping[str, Tensor],
+) -> None:
+    """Write one weight file with the new values that it has of those in `replaced`, and more."""
     with safe_open(shard, framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         metadata = dict(handle.metadata() or {"format": "pt"})
@@ -363,6 +399,7 @@ def _rewrite_shard(shard: Path, replaced: Mapping[str, _Replacement], target: Pa
     pruned = {name: axis for name, axis in known.items() if axis is not None}
     if pruned:
         metadata[SPARSE_KEY] = json.dumps(pruned)
+    tensors |= {name: tensor.contiguous().cpu() for name, tensor in added.items()}
     write_tensors(target, tensors, metadata)
     with safe_open(target, framework="pt") as handle:
         for name, axis in pruned.items():

@@ -19,6 +19,7 @@ from prox24_deploy.config.recipe import RECIPE_FILE, SENTENCE_MODULES, Recipe
 from prox24_deploy.core.documents import files_below, reason_of
 from prox24_deploy.core.errors import ModelDirError, RecipeError
 from prox24_deploy.core.records import ModelInfo
+from prox24_deploy.core.rotation import ROTATION_FILE
 from prox24_deploy.core.snapshot import Snapshot, take_snapshot
 from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.model.capacity import no_larger, require_counts, require_size
@@ -46,9 +47,9 @@ from prox24_deploy.model.shards import (
 log = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
-# Files of a model directory that say nothing of what the model computes: its card, and a recipe,
-# whose meaning counts wherever it comes from.
-_NOT_THE_MODEL = frozenset({CARD_FILE, RECIPE_FILE})
+# Files of a model directory that say nothing of what the model computes: its card, how it was made,
+# and a recipe, whose meaning counts wherever it comes from.
+_NOT_THE_MODEL = frozenset({CARD_FILE, RECIPE_FILE, ROTATION_FILE})
 # What else belongs to a model directory: configuration, tokenizer, documentation. Never code.
 _COMPANIONS = {
     ".json", ".txt", ".model", ".md", ".jinja", ".toml", ".vocab", ".spm", ".codes", ".bpe",

@@ -7,6 +7,7 @@ of it runs sparse, in which version.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,11 @@ def vllm_directory(
         SparsityLostError: a weight that was written is not 2:4.
     """
     require_outside(bundle, out)
-    if out.exists():
+    if os.path.lexists(out):
         raise UsageError(f"Output {out} exists already; remove it, or pass another.")
     writer = _Writer(bundle, manifest, sparse=sparse)
     with appearing(out) as partial:
+        make_folder(partial)
         writer.write(partial)
         require_24(check_path(partial))
     return out, tuple(writer.notes(out))

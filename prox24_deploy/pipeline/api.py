@@ -37,7 +37,7 @@ from prox24_deploy.packaging.naming import default_out, rotated_out
 from prox24_deploy.packaging.package import Packaged
 from prox24_deploy.packaging.triton import TritonOptions
 from prox24_deploy.pipeline import finish, run
-from prox24_deploy.pipeline.rotate import TURNS
+from prox24_deploy.pipeline.rotate import STEPS
 from prox24_deploy.pipeline.rotate import rotate as run_rotate
 from prox24_deploy.regression.compare import compare_files
 from prox24_deploy.report.schema import Comparison, Report
@@ -108,7 +108,7 @@ def rotate(
     out: StrPath | None = None,
     options: BuildOptions | None = None,
     *,
-    turns: int = TURNS,
+    steps: int = STEPS,
     progress: Progress = silent,
 ) -> RotateResult:
     """Write a dense decoder that computes what another does, of which 2:4 drops less.
@@ -117,7 +117,7 @@ def rotate(
         model_dir: the dense model directory.
         out: the model directory to write; by default MODEL_DIR's name with `-rotated`.
         options: recipe, text to search on, device and memory.
-        turns: steps of the search.
+        steps: of the search.
         progress: called with (label, done, total).
 
     Raises:
@@ -126,7 +126,7 @@ def rotate(
     _keep_private()
     where = rotated_out(Path(model_dir)) if out is None else Path(out)
     return run_rotate(
-        Path(model_dir), where, options or BuildOptions(), turns=turns, progress=progress
+        Path(model_dir), where, options or BuildOptions(), steps=steps, progress=progress
     )
 
 

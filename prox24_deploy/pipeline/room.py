@@ -1,5 +1,6 @@
 """Whether the disk of OUT has room for what a run is certain to write there."""
 
+import math
 import os
 import shutil
 from contextlib import suppress
@@ -19,20 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """Bytes that a run writes: the pruned model, the recovered one, and exported twins."""
+    """Bytes that a run writes: a rotated, pruned or recovered model, and exported twins."""
 
-    pruned: int
+    rotated: int = 0
+    pruned: int = 0
     recovered: int = 0
     exported: int = 0
 
     @property
     def total(self) -> int:
         """All of it; what is only there for a while is not counted."""
-        return self.pruned + self.recovered + self.exported
+        return self.rotated + self.pruned + self.recovered + self.exported
 
     def __str__(self) -> str:
         return gib_of(
             {
+                "the rotated model": self.rotated,
                 "the pruned model": self.pruned,
                 "the recovered model": self.recovered,
                 "exported files": self.exported,
@@ -57,14 +60,26 @@ def require_room(
     Raises:
         UsageError: says what is needed, what is free, and what to do.
     """
-    disk = shutil.disk_usage(_existing(out))
-    if not disk.total:
-        return
-    room = disk.free + _held(out)
+    room = _room(out)
     needed = _written(context.source, options, _values(context.source) if exports else 0)
     if exports and needed.total > room:
         # Not every tensor of a checkpoint needs to be one of the model.
         needed = _written(context.source, options, _exported_values(context))
+    _require(out, needed, room)
+
+
+def require_room_for_copy(out: Path, source: "ModelDir") -> None:
+    """Refuse to write another model of the size of one, likewise."""
+    _require(out, Written(rotated=_stored(source)), _room(out))
+
+
+def _room(out: Path) -> float:
+    """Bytes that may be written into a folder."""
+    disk = shutil.disk_usage(_existing(out))
+    return disk.free + _held(out) if disk.total else math.inf
+
+
+def _require(out: Path, needed: Written, room: float) -> None:
     if needed.total > room:
         raise UsageError(
             f"{out} takes {needed} and its disk has {room / GIB:.3g} GiB of room; pass -o on a "
@@ -75,7 +90,7 @@ def require_room(
 def _written(source: "ModelDir", options: BuildOptions, exported: int) -> Written:
     import torch
 
-    stored = sum(tensor.numel * tensor.dtype.itemsize for tensor in source.tensors.values())
+    stored = _stored(source)
     # Without a dtype some tensors have that of the checkpoint, of which none has fewer bytes.
     each = getattr(torch, options.dtype).itemsize if options.dtype else 1
     if options.quantize is not None:
@@ -85,6 +100,10 @@ def _written(source: "ModelDir", options: BuildOptions, exported: int) -> Writte
         recovered=stored if options.recover else 0,
         exported=len(TWINS) * each * exported,
     )
+
+
+def _stored(source: "ModelDir") -> int:
+    return sum(tensor.numel * tensor.dtype.itemsize for tensor in source.tensors.values())
 
 
 def _values(source: "ModelDir") -> int:

@@ -1,5 +1,6 @@
 """The command before all others: a dense model in a basis in which pruning drops less."""
 
+import os
 from pathlib import Path
 
 from prox24_deploy.config.options import BuildOptions
@@ -7,24 +8,26 @@ from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.rotation import RotateResult
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import read_context, torch_device
+from prox24_deploy.pipeline.room import require_room_for_copy
 
-TURNS = 200
+STEPS = 200
 
 
 def rotate(
-    model_dir: Path, out: Path, options: BuildOptions, *, turns: int, progress: Progress
+    model_dir: Path, out: Path, options: BuildOptions, *, steps: int, progress: Progress
 ) -> RotateResult:
     """Write a dense model directory `out` that computes what another does; see `rotate_directory`.
 
     Raises:
-        UsageError: `out` is there, or `turns` is no positive number.
+        UsageError: `out` is there, or `steps` is no positive number.
         Prox24Error: what `prune` raises for the same model and text, and `rotate_directory`.
     """
-    if turns < 1:
-        raise UsageError(f"A search takes 1 step or more, got {turns}.")
-    if out.exists():
+    if steps < 1:
+        raise UsageError(f"A search takes 1 step or more, got {steps}.")
+    if os.path.lexists(out):
         raise UsageError(f"Output {out} exists already; remove it, or pass another -o.")
     context = read_context(model_dir, out, options, progress)
+    require_room_for_copy(out, context.source)
     from prox24_deploy.rotation.rotate import rotate_directory
 
     return rotate_directory(
@@ -34,6 +37,6 @@ def rotate(
         out,
         device=torch_device(options.device),
         memory_limit=options.memory_limit,
-        turns=turns,
+        steps=steps,
         progress=progress,
     )

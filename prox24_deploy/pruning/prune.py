@@ -24,6 +24,7 @@ from prox24_deploy.data.text import thin
 from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.blocks import find_blocks, require_runs, shared_inputs
 from prox24_deploy.model.checkpoint import (
+    AsStored,
     BlockStore,
     SaveBlock,
     renamed_tensors,
@@ -429,25 +430,8 @@ def _pruned(
     tensors = permuted.tensors(model)
     moved = {name: tensors[name] for name in tensors if name not in state.weights}
     return replace(
-        state, moved=_Stored(moved, opened.directory), orders=permuted.orders
+        state, moved=AsStored(moved, opened.directory), orders=permuted.orders
     ), sensitivity
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored(Mapping[str, Tensor]):
-    """Tensors of a model, each in the dtype of the checkpoint when it is asked for."""
-
-    tensors: Mapping[str, Tensor]
-    directory: ModelDir
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name].to(stored_dtype(self.directory, name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
 
 def _permuted(job: _Job, opened: _Opened, dense: Mapping[str, str], progress: Progress) -> Permuted:

@@ -28,30 +28,34 @@ _GROUP = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """A matrix as a rotation Q of the channels changes it.
+    """Matrices that read the stream behind one norm, or one that writes it, under a rotation Q.
 
     Attributes:
-        weight: (rows, channels) of a layer that reads, W Q; (channels, inputs) of one that writes,
-            Qᵀ W.
-        moments: E[x xᵀ] of what a reader reads, (channels, channels); E[x²] of what a writer
-            reads, (inputs,).
-        energy: E‖y‖² of its output.
+        weights: (rows, channels) of layers that read, W Q; (channels, inputs) of the one that
+            writes, Qᵀ W.
+        moments: E[x xᵀ] of what readers read, (channels, channels); E[x²] of what a writer reads,
+            (inputs,).
+        energies: E‖y‖² of the output of each, without its bias.
     """
 
-    weight: Tensor
+    weights: tuple[Tensor, ...]
     moments: Tensor
-    energy: float
+    energies: tuple[float, ...]
 
     def dropped(self, turn: Tensor, part: slice) -> Tensor:
-        """What 2:4 drops of the score of some of its groups, over its energy."""
+        """What 2:4 drops of the scores of some of its groups over their energies, summed."""
         if self.moments.ndim == 2:
             sizes = ((self.moments @ turn) * turn).sum(0)
-            squares = (self.weight[part] @ turn).square() * sizes
+            squares = [(weight[part] @ turn).square() * sizes for weight in self.weights]
         else:
-            groups = self.weight.unflatten(1, (-1, _GROUP))[:, part].flatten(1)
             sizes = self.moments.unflatten(0, (-1, _GROUP))[part].flatten()
-            squares = (turn.T @ groups).square() * sizes
-        return _two_smallest(squares).sum() / self.energy
+            groups = [w.unflatten(1, (-1, _GROUP))[:, part].flatten(1) for w in self.weights]
+            squares = [(turn.T @ each).square() * sizes for each in groups]
+        shares = [
+            _two_smallest(each).sum() / energy
+            for each, energy in zip(squares, self.energies, strict=True)
+        ]
+        return torch.stack(shares).sum()
 
 
 @torch.no_grad()
@@ -60,8 +64,8 @@ def sides_of(
 ) -> list[Side]:
     """Every matrix of the blocks with what it reads and gives on the tokens of some batches.
 
-    A layer whose output is always zero is left out, and one that writes and whose inputs are no
-    multiple of four, for it is not pruned.
+    What gives nothing but zeros, or does not run, is left out, and what writes and whose inputs are
+    no multiple of four, for it is not pruned.
     """
     watch = _Watch(stream)
     with watch.hooked():
@@ -69,17 +73,26 @@ def sides_of(
             watch.real = batch.real
             run_model(model, batch, task)
     sides = []
-    for index, reading in enumerate(stream.readings):
-        gram = watch.grams[index] / watch.tokens[index]
-        for layer in reading.layers:
-            energy = float(((layer.weight @ gram) * layer.weight).sum())
-            sides.append(Side(weight=layer.weight, moments=gram, energy=energy))
-    for index, writer in enumerate(stream.writers):
-        count = watch.written[index]
-        moments, energy = watch.squares[index] / count, watch.energies[index] / count
-        if len(moments) % _GROUP == 0:
-            sides.append(Side(weight=writer.weight, moments=moments, energy=energy))
-    return [side for side in sides if side.energy > 0]
+    for index, gram in watch.grams.items():
+        moments = gram / watch.tokens[index]
+        weights = [layer.weight for layer in stream.readings[index].layers]
+        energies = [float(((weight @ moments) * weight).sum()) for weight in weights]
+        sides.append(_side(weights, moments, energies))
+    for index, squares in watch.squares.items():
+        if len(squares) % _GROUP == 0:
+            count, weight = watch.written[index], stream.writers[index].weight
+            sides.append(_side([weight], squares / count, [watch.energies[index] / count]))
+    return [side for side in sides if side.weights]
+
+
+def _side(weights: Sequence[Tensor], moments: Tensor, energies: Sequence[float]) -> Side:
+    """Those of some matrices that give something."""
+    kept = [(w, energy) for w, energy in zip(weights, energies, strict=True) if energy > 0]
+    return Side(
+        weights=tuple(weight for weight, _ in kept),
+        moments=moments,
+        energies=tuple(energy for _, energy in kept),
+    )
 
 
 class _Watch:
@@ -130,25 +143,29 @@ def _add(sums: dict[int, Tensor], index: int, more: Tensor) -> None:
 
 @torch.no_grad()
 def score_of(sides: Sequence[Side], turn: Tensor) -> float:
-    """Mean over the sides of what 2:4 drops, as a share of their energy."""
-    return sum(float(side.dropped(turn, slice(None))) for side in sides) / len(sides)
+    """Mean over all matrices of what 2:4 drops, as a share of their energy."""
+    return sum(float(side.dropped(turn, slice(None))) for side in sides) / _count(sides)
 
 
-def learned(sides: Sequence[Side], width: int, turns: int, progress: Progress) -> Tensor:
+def _count(sides: Sequence[Side]) -> int:
+    return sum(len(side.weights) for side in sides)
+
+
+def learned(sides: Sequence[Side], width: int, steps: int, progress: Progress) -> Tensor:
     """An orthonormal matrix, (width, width), float64, that many steps of descent lead to."""
-    eye = torch.eye(width, device=sides[0].weight.device)
+    eye = torch.eye(width, device=sides[0].moments.device)
     turn, momentum = eye, torch.zeros_like(eye)
-    for number in range(turns):
-        progress("rotate", number, turns)
+    for number in range(steps):
+        progress("rotate", number, steps)
         tangent = turn.T @ _gradient(sides, turn, number % _STRIDE)
         momentum = _MOMENTUM * momentum + tangent - tangent.T
-        length = _STEP * (0.5 + 0.5 * math.cos(math.pi * number / turns))
+        length = _STEP * (0.5 + 0.5 * math.cos(math.pi * number / steps))
         scale = float(momentum.square().mean().sqrt()) * math.sqrt(width)
         if scale == 0:
             break
         step = -0.5 * length * momentum / scale
         turn = turn @ torch.linalg.solve(eye - step, eye + step)
-    progress("rotate", turns, turns)
+    progress("rotate", steps, steps)
     # Rounding of many products is taken out: the nearest orthonormal matrix.
     left, _, right = torch.linalg.svd(turn.double())
     nearest: Tensor = left @ right
@@ -161,7 +178,7 @@ def _gradient(sides: Sequence[Side], turn: Tensor, begin: int) -> Tensor:
     free = turn.detach().requires_grad_()
     total = torch.zeros_like(turn)
     for side in sides:
-        dropped = side.dropped(free, slice(begin, None, _STRIDE)) * (_STRIDE / len(sides))
+        dropped = side.dropped(free, slice(begin, None, _STRIDE)) * (_STRIDE / _count(sides))
         total += torch.autograd.grad(dropped, free)[0]
     return total
 

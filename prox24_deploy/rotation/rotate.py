@@ -1,57 +1,49 @@
 """Stage: write a dense model that computes what another does, in a basis that suits 2:4 better."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.atomic import (
-    appearing,
-    copy_file,
-    make_folder,
-    make_readable,
-    write_atomic,
-    writing,
-)
-from prox24_deploy.core.errors import RecipeError, UsageError
+from prox24_deploy.config.recipe import RECIPE_FILE, Recipe
+from prox24_deploy.core.atomic import appearing, copy_file, write_atomic
+from prox24_deploy.core.errors import ModelDirError, RecipeError, UsageError
 from prox24_deploy.core.host import gib
 from prox24_deploy.core.rotation import ROTATION_FILE, RotateResult
 from prox24_deploy.core.types import Progress
 from prox24_deploy.data.text import thin
 from prox24_deploy.model.batch import Batch, Samples
-from prox24_deploy.model.blocks import real_rows, run_model
-from prox24_deploy.model.checkpoint import stored_names
+from prox24_deploy.model.blocks import real_rows, require_runs, run_model
+from prox24_deploy.model.checkpoint import AsStored, checkpoint_name, stored_names, write_pruned
 from prox24_deploy.model.config_file import CONFIG_FILE, read_config
 from prox24_deploy.model.directory import (
-    CARD_FILE,
     ModelDir,
-    companion_files,
     load_model,
+    load_with_rest,
     open_model_dir,
-    quiet_transformers,
     structure_of,
 )
-from prox24_deploy.model.dtypes import settled_dtype
 from prox24_deploy.model.offload import device_of, float_bytes, free_on, logits_bytes
 from prox24_deploy.pruning.solvers.products import float32_products, tensor_cores
 from prox24_deploy.rotation.learning import learned, score_of, sides_of
-from prox24_deploy.rotation.stream import find_stream, fold_norms, rotate_stream
+from prox24_deploy.rotation.stream import ResidualStream, find_stream, fold_norms, rotate_stream
+
+log = logging.getLogger(__name__)
 
 # Text that tells how large inputs and outputs of each layer are.
 _TOKENS = 16384
 # Largest difference of predictions, over the largest: rounding in float32 is far below, and a model
-# in which something else reads the stream far above.
-_ROUNDING = 1e-3
-# Square matrices of the stream's width, and copies of the rows of a layer that are looked at, which
-# a step of the search holds at most.
-_SQUARES, _COPIES = 10, 3
+# in which something else reads the stream far above; so is a model that is stored in 16 bits.
+_ROUNDING, _STORED = 1e-3, 0.25
+# Square matrices of the stream's width that the search and its end hold at most, copies of the rows
+# of a layer that a step looks at, and predictions of a batch.
+_SQUARES, _COPIES, _PREDICTIONS = 20, 3, 4
 
 
 @torch.no_grad()
@@ -63,7 +55,7 @@ def rotate_directory(
     *,
     device: torch.device,
     memory_limit: int | None,
-    turns: int,
+    steps: int,
     progress: Progress,
 ) -> RotateResult:
     """Write a model directory that computes what another does, with its residual stream rotated.
@@ -75,25 +67,28 @@ def rotate_directory(
         out: a folder that is not there yet.
         device: where the model is and the rotation is searched.
         memory_limit: bytes that may be taken there; None for all that are free.
-        turns: steps of the search, one or more.
+        steps: of the search, one or more.
         progress: called with ("rotate", done, total).
 
     Raises:
-        ModelDirError: the directory was written meanwhile.
+        ModelDirError: the model does not run, or the directory was written meanwhile.
         RecipeError: it declares no stream, or not all of it.
-        UsageError: there is too little memory, or 2:4 drops no less.
+        UsageError: there is too little memory, 2:4 drops no less, or the precision of the
+            checkpoint does not hold the weights.
     """
     began = time.perf_counter()
     batches = thin(samples, _TOKENS)
     _require_memory(directory, recipe, batches, device, memory_limit)
     with appearing(out) as made:
         # The model is gone before it is read back, for two may not fit.
-        first, turned = _written(directory, recipe, batches, made, device, turns, progress)
+        first, turned = _written(directory, recipe, batches, made, device, steps, progress)
         stored = _predicted(load_model(open_model_dir(made), recipe, device), batches[0], recipe)
+        rounded = _departure(first, stored)
+        _require_stored(rounded, directory)
         result = RotateResult(
             **asdict(turned),
             source_sha256=directory.sha256,
-            rounded=_departure(first, stored),
+            rounded=rounded,
             agreement=float((first.argmax(-1) == stored.argmax(-1)).float().mean()),
             device=device.type,
             seconds=time.perf_counter() - began,
@@ -101,6 +96,14 @@ def rotate_directory(
         directory.require_untouched()
         write_atomic(made / ROTATION_FILE, f"{json.dumps(asdict(result), indent=2)}\n".encode())
     return result
+
+
+def _require_stored(rounded: float, directory: ModelDir) -> None:
+    if not rounded <= _STORED:
+        raise ModelDirError(
+            f"{directory.path}, rotated and read back from disk, predicts {rounded:.1g} of the "
+            "largest value otherwise; its config.json is not understood, so build it as it is."
+        )
 
 
 def _require_memory(
@@ -112,14 +115,15 @@ def _require_memory(
 ) -> None:
     structure = structure_of(directory, recipe)
     stream = find_stream(structure, recipe)
-    width = stream.width
     layers = [*stream.writers, *(layer for each in stream.readings for layer in each.layers)]
     widest = max(layer.weight.numel() for layer in layers)
     squares = len(stream.readings) + _SQUARES
+    # Those of a GPU are brought to the host one by one.
+    predictions = _PREDICTIONS if device.type == "cpu" else 2
     needed = (
         float_bytes(structure)
-        + 4 * (stream.tables[0].weight.numel() + squares * width**2 + _COPIES * widest)
-        + 2 * logits_bytes(structure, batches)
+        + 4 * (stream.tables[0].weight.numel() + squares * stream.width**2 + _COPIES * widest)
+        + predictions * logits_bytes(structure, batches[:1])
     )
     if needed > (free := free_on(device, limit)):
         raise UsageError(
@@ -129,27 +133,6 @@ def _require_memory(
         )
 
 
-def _require_alike(difference: float, directory: ModelDir, recipe: Recipe) -> None:
-    # NaN is no agreement.
-    if not difference <= _ROUNDING:
-        raise RecipeError(
-            f"With its residual stream rotated by recipe {recipe.family}, {directory.path} "
-            f"predicts {difference:.1g} of the largest value otherwise, which is more than "
-            "rounding: something reads or writes the stream that [stream] does not name."
-        )
-
-
-def _predicted(model: nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
-    """Logits of the real tokens of a batch, (tokens, vocabulary), on the CPU."""
-    logits: Tensor = run_model(model, batch, recipe.task).logits
-    return real_rows(logits, batch.real).float().cpu()
-
-
-def _departure(first: Tensor, second: Tensor) -> float:
-    """Largest difference over the largest value."""
-    return float((first - second).abs().max() / first.abs().max())
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Turned:
     """What was done to a model; a part of `RotateResult`."""
@@ -157,7 +140,7 @@ class _Turned:
     channels: int
     gained: int
     tokens: int
-    turns: int
+    steps: int
     dropped_before: float
     dropped_after: float
     difference: float = math.nan
@@ -169,69 +152,125 @@ def _written(
     batches: Sequence[Batch],
     out: Path,
     device: torch.device,
-    turns: int,
+    steps: int,
     progress: Progress,
 ) -> tuple[Tensor, _Turned]:
-    """Write the rotated model into `out`; what the dense one predicts, and what was done."""
-    model = load_model(directory, recipe, device)
+    """Write the rotated model as `out`; what the dense one predicts, and what was done."""
+    model, unused = load_with_rest(directory, recipe, device)
+    if unused:
+        log.warning(
+            "%s has tensors that its model has no place for, which stay as they are: %s",
+            directory.path, ", ".join(unused),
+        )  # fmt: skip
+    require_runs(model, batches[0], recipe.task, directory.path)
     first = _predicted(model, batches[0], recipe)
-    turned = _turned(model, recipe, batches, turns, progress)
+    if not bool(first.isfinite().all()):
+        raise ModelDirError(
+            f"{directory.path} predicts NaN or infinity; restore a sound checkpoint."
+        )
+    stream = find_stream(model, recipe)
+    gained = fold_norms(stream)
+    _require_free(model, stream, batches[0], recipe, first)
+    turned = _turned(model, stream, recipe, batches, steps, progress)
     difference = _departure(first, _predicted(model, batches[0], recipe))
-    _require_alike(difference, directory, recipe)
-    _write(directory, recipe, model, out, untied=turned.gained > 0)
-    return first, replace(turned, difference=difference)
+    _require_alike(difference, recipe)
+    _write(directory, stream, model, out, untied=gained > 0)
+    return first, replace(turned, gained=gained, difference=difference)
+
+
+def _require_free(
+    model: nn.Module, stream: ResidualStream, batch: Batch, recipe: Recipe, first: Tensor
+) -> None:
+    """Refuse a stream that is not free, by a rotation far from the identity, before the search."""
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(stream.width, stream.width, dtype=torch.float64, generator=draw)
+    turn: Tensor = torch.linalg.qr(noise)[0].to(device_of(model))
+    rotate_stream(stream, turn)
+    difference = _departure(first, _predicted(model, batch, recipe))
+    rotate_stream(stream, turn.T)
+    _require_alike(difference, recipe)
+
+
+def _require_alike(difference: float, recipe: Recipe) -> None:
+    # NaN is no agreement.
+    if not difference <= _ROUNDING:
+        raise RecipeError(
+            f"With its residual stream rotated by recipe {recipe.family} the model predicts "
+            f"{difference:.1g} of the largest value otherwise, which is more than rounding: "
+            "something reads or writes the stream that [stream] does not name, or one of what it "
+            "names does not; correct it, or build the model as it is."
+        )
+
+
+def _predicted(model: nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
+    """Logits of the real tokens of a batch, (tokens, vocabulary), on the CPU."""
+    logits: Tensor = run_model(model, batch, recipe.task).logits
+    return real_rows(logits, batch.real).float().cpu()
+
+
+def _departure(first: Tensor, second: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((first - second).abs_().max() / torch.maximum(first.max(), -first.min()))
 
 
 def _turned(
-    model: nn.Module, recipe: Recipe, batches: Sequence[Batch], turns: int, progress: Progress
+    model: nn.Module,
+    stream: ResidualStream,
+    recipe: Recipe,
+    batches: Sequence[Batch],
+    steps: int,
+    progress: Progress,
 ) -> _Turned:
-    """Rotate the residual stream of a model in place."""
-    stream = find_stream(model, recipe)
-    gained, device = fold_norms(stream), device_of(model)
+    """Rotate a stream behind which norms are folded, in place."""
+    device = device_of(model)
     with tensor_cores(device):
         sides = sides_of(model, stream, batches, recipe.task)
         if not sides:
-            raise RecipeError("No layer that reads or writes the residual stream gives anything.")
-        turn = learned(sides, stream.width, turns, progress)
+            raise UsageError("No layer of the blocks gives anything but zeros; there is no search.")
+        turn = learned(sides, stream.width, steps, progress)
     with float32_products():
         before = score_of(sides, torch.eye(stream.width, device=device))
         after = score_of(sides, turn.float())
     if not after < before:
         raise UsageError(
-            f"In the best basis that was found 2:4 drops {after:.2%} of what layers compute, and "
-            f"{before:.2%} as the model is; build it as it is."
+            f"After {steps} steps 2:4 drops {after:.2%} of what layers compute, and {before:.2%} "
+            "as the model is; take other --steps, or build it as it is."
         )
+    # With its sums over inputs, which are large.
+    del sides
     rotate_stream(stream, turn)
     return _Turned(
         channels=stream.width,
-        gained=gained,
+        gained=0,
         tokens=sum(int(batch.real.sum()) for batch in batches),
-        turns=turns,
+        steps=steps,
         dropped_before=before,
         dropped_after=after,
     )
 
 
 def _write(
-    directory: ModelDir, recipe: Recipe, model: nn.Module, out: Path, *, untied: bool
+    directory: ModelDir, stream: ResidualStream, model: nn.Module, out: Path, *, untied: bool
 ) -> None:
-    """Write the model in the precision of the checkpoint, and what lies beside its weights."""
-    usual = getattr(torch, settled_dtype(directory, recipe, None))
+    """Write the model in the precision of the checkpoint, beside all else that the latter has."""
+    own = {id(layer.weight) for layer in stream.last.layers} if untied else set()
+    table = next(n for n, p in model.named_parameters() if p is stream.tables[0].weight)
+    stored, added = {}, {}
     for name, parameter in model.named_parameters():
-        stored = stored_names(directory, name)
-        dtype = directory.tensors[stored[0]].dtype if len(stored) == 1 else usual
-        parameter.data = parameter.data.to(dtype)
-    saving: Any = model
-    quiet_transformers()
-    with writing(out):
-        saving.save_pretrained(out)
-    make_readable(out, ".")
-    # In the words of the dense model, which need not be those of the library of today.
-    for file in companion_files(directory.path):
-        if file.name != CARD_FILE:
-            target = out / file.relative_to(directory.path)
-            make_folder(target.parent)
-            copy_file(file, target)
+        missing = id(parameter) in own and not stored_names(directory, name)
+        dtype = directory.tensors[checkpoint_name(directory, table if missing else name)].dtype
+        if not bool(parameter.to(dtype).isfinite().all()):
+            raise UsageError(
+                f"{dtype} does not hold the rotated weight {name}; convert {directory.path} to "
+                "bfloat16 or float32 first."
+            )
+        if missing:
+            added[name] = parameter.to(dtype)
+        else:
+            stored[name] = parameter
+    write_pruned(directory, {}, out, dense=AsStored(stored, directory), added=added)
+    if (recipe := directory.path / RECIPE_FILE).is_file():
+        copy_file(recipe, out / RECIPE_FILE)
     if untied:
-        own = read_config(directory.path) | {"tie_word_embeddings": False}
-        write_atomic(out / CONFIG_FILE, f"{json.dumps(own, indent=2)}\n".encode())
+        config = read_config(directory.path) | {"tie_word_embeddings": False}
+        write_atomic(out / CONFIG_FILE, f"{json.dumps(config, indent=2)}\n".encode())

@@ -17,6 +17,8 @@ from prox24_deploy.config.recipe import NormReaders, Recipe
 from prox24_deploy.core.errors import RecipeError
 from prox24_deploy.model.blocks import find_blocks
 
+_ROWS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -63,7 +65,7 @@ def find_stream(model: nn.Module, recipe: Recipe) -> ResidualStream:
     for block in find_blocks(model, recipe):
         readings += [_reading(block, each, recipe) for each in declared.norms]
         writers += [layer for path in declared.writes for layer in _linear(block, path, recipe)]
-    tables = [_module(model, path, recipe) for path in declared.tables]
+    tables = [_table(model, path, recipe) for path in declared.tables]
     found = ResidualStream(
         tables=tuple(tables),
         readings=tuple(readings),
@@ -79,8 +81,18 @@ def _module(root: nn.Module, path: str, recipe: Recipe) -> Any:
         return root.get_submodule(path)
     except AttributeError as error:
         raise RecipeError(
-            f"Recipe {recipe.family}, [stream]: {type(root).__name__} has no {path}."
+            f"Recipe {recipe.family}, [stream]: {type(root).__name__} has no {path}; correct it."
         ) from error
+
+
+def _table(model: nn.Module, path: str, recipe: Recipe) -> nn.Embedding:
+    table = _module(model, path, recipe)
+    if not isinstance(table, nn.Embedding):
+        raise RecipeError(
+            f"Recipe {recipe.family}, [stream]: {path} is a {type(table).__name__}, expected an "
+            "embedding; correct `tables`."
+        )
+    return table
 
 
 def _reading(root: nn.Module, declared: NormReaders, recipe: Recipe) -> Reading:
@@ -89,7 +101,8 @@ def _reading(root: nn.Module, declared: NormReaders, recipe: Recipe) -> Reading:
     if names != ["weight"] or norm.weight.ndim != 1:
         raise RecipeError(
             f"Recipe {recipe.family}, [stream]: {declared.norm} is a {type(norm).__name__} with "
-            f"the parameters {names}, expected a norm without a mean, with one weight a channel."
+            f"the parameters {names}, expected a norm without a mean, with one weight a channel; "
+            "such a stream cannot be rotated."
         )
     layers = [layer for path in declared.reads for layer in _linear(root, path, recipe)]
     return Reading(norm, tuple(layers))
@@ -101,7 +114,7 @@ def _linear(root: nn.Module, pattern: str, recipe: Recipe) -> Iterator[nn.Linear
     if not layers or len(layers) != len(named):
         raise RecipeError(
             f"Recipe {recipe.family}, [stream]: {pattern} names no linear layer of a "
-            f"{type(root).__name__}, or others too."
+            f"{type(root).__name__}, or others too; correct it."
         )
     yield from layers
 
@@ -115,7 +128,7 @@ def _require_widths(found: ResidualStream, recipe: Recipe) -> None:
     if len(widths) != 1 or next(iter(widths)) % 4:
         raise RecipeError(
             f"Recipe {recipe.family}, [stream]: what reads and writes it has {sorted(widths)} "
-            "channels, expected one multiple of four."
+            "channels, expected one multiple of four; correct what does not belong to it."
         )
 
 
@@ -152,8 +165,14 @@ def rotate_stream(stream: ResidualStream, turn: Tensor) -> None:
     readers = [layer for each in (*stream.readings, stream.last) for layer in each.layers]
     modules: list[nn.Embedding | nn.Linear] = [*stream.tables, *readers]
     for module in modules:
-        module.weight.copy_(module.weight.double() @ turn)
+        _turn_rows(module.weight, turn)
     for writer in stream.writers:
-        writer.weight.copy_(turn.T @ writer.weight.double())
+        _turn_rows(writer.weight.T, turn)
         if writer.bias is not None:
-            writer.bias.copy_(writer.bias.double() @ turn)
+            _turn_rows(writer.bias[None], turn)
+
+
+def _turn_rows(matrix: Tensor, turn: Tensor) -> None:
+    """Multiply by Q, (rows, channels), in place; some rows at a time, for tables are long."""
+    for rows in matrix.split(_ROWS):
+        rows.copy_(rows.double() @ turn)
