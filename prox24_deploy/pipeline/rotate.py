@@ -10,7 +10,7 @@ from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import read_context, torch_device
 from prox24_deploy.pipeline.room import require_room_for_copy
 
-STEPS = 200
+STEPS = 400
 
 
 def rotate(
