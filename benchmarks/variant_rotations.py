@@ -19,12 +19,11 @@ from prox24_deploy.core.types import silent
 from prox24_deploy.data.text import thin
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.rotation.learning import Side, learned, score_of, sides_of
+from prox24_deploy.rotation.rotate import TOKENS
 from prox24_deploy.rotation.stream import find_stream, fold_norms, rotate_stream
 
 # Relative to the largest logit; rounding in float32 is far below, and a wrong rotation far above.
 _ALIKE = 1e-4
-# Text that tells how large inputs and outputs are, as `rotate` takes.
-_TOKENS = 16384
 
 
 @torch.no_grad()
@@ -51,7 +50,7 @@ def rotated(
         sums = torch.tensor(totals).mean(0).tolist()
         figures |= {"heads_dropped_before": sums[0], "heads_dropped_after": sums[1]}
     if stream != "none":
-        sides = sides_of(model, found, thin(lab.context.calibration, _TOKENS), lab.recipe.task)
+        sides = sides_of(model, found, thin(lab.context.calibration, TOKENS), lab.recipe.task)
         turn = _hadamard(found.width, lab.device)
         if stream == "learned":
             turn = learned(sides, found.width, lab.turns, silent)

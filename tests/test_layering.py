@@ -146,6 +146,11 @@ def test_every_room_is_in_the_table_in_its_order() -> None:
         seen.add(name)
 
 
+def test_no_command_loads_at_its_start_what_it_may_not_need() -> None:
+    for path in (PACKAGE / "cli").glob("*.py"):
+        assert not any("prox24_deploy.pipeline" in n for n in imports(path, top_level=True)), path
+
+
 def test_no_module_lies_loose() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} == LOOSE
 

@@ -10,10 +10,7 @@ from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
 from prox24_deploy.cli.progress import progress as shown
 from prox24_deploy.cli.terminal import print_json, say, stderr
-from prox24_deploy.config.options import BuildOptions, TextOptions
-from prox24_deploy.pipeline.rotate import STEPS
-
-_TEXT = TextOptions()
+from prox24_deploy.config.options import ROTATE_STEPS, BuildOptions, TextOptions
 
 
 def rotate(
@@ -36,7 +33,7 @@ def rotate(
         ),
     ] = None,
     column: arguments.ColumnOpt = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the search.")] = STEPS,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the search.")] = ROTATE_STEPS,
     device: arguments.DeviceOpt = "auto",
     memory_limit: arguments.MemoryOpt = None,
     as_json: arguments.JsonOpt = False,

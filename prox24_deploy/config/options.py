@@ -23,6 +23,8 @@ from prox24_deploy.core.types import (
 Target = Literal["asymmetric", "symmetric"]
 Permute = Literal["auto", "none"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+# Of the search for a rotation.
+ROTATE_STEPS = 400
 Compatibility = Literal["none", "version", "ampere+"]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prox24_deploy.core.errors import WRITING
+from prox24_deploy.core.errors import WRITING, UsageError
 
 _BLOCK = 2**20
 
@@ -51,6 +51,16 @@ def copy_file(source: Path, target: Path) -> None:
                     written.write(block)
             with writing(target):
                 written.close()
+
+
+def require_absent(out: Path) -> None:
+    """Refuse an output that is there, were it a link that leads nowhere.
+
+    Raises:
+        UsageError: it is.
+    """
+    if os.path.lexists(out):
+        raise UsageError(f"Output {out} exists already; remove it, or pass another.")
 
 
 @contextmanager

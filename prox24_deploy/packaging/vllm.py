@@ -7,16 +7,21 @@ of it runs sparse, in which version.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prox24_deploy.bundle.layout import QUANTIZED_TENSORS, RECIPES, shipped_folder
 from prox24_deploy.bundle.manifest import FileEntry, Manifest, hash_file
-from prox24_deploy.core.atomic import appearing, copy_file, make_folder, write_atomic
+from prox24_deploy.core.atomic import (
+    appearing,
+    copy_file,
+    make_folder,
+    require_absent,
+    write_atomic,
+)
 from prox24_deploy.core.documents import Document, read_object
-from prox24_deploy.core.errors import BundleError, UsageError
+from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.types import QuantizedFormat
 from prox24_deploy.graph.check.check import check_path, require_24
 from prox24_deploy.packaging.source import entry_of, require_outside
@@ -65,8 +70,7 @@ def vllm_directory(
         SparsityLostError: a weight that was written is not 2:4.
     """
     require_outside(bundle, out)
-    if os.path.lexists(out):
-        raise UsageError(f"Output {out} exists already; remove it, or pass another.")
+    require_absent(out)
     writer = _Writer(bundle, manifest, sparse=sparse)
     with appearing(out) as partial:
         make_folder(partial)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.manifest import verify as faults_of
 from prox24_deploy.config.options import (
+    ROTATE_STEPS,
     BenchOptions,
     BuildOptions,
     DeviceChoice,
@@ -37,7 +38,6 @@ from prox24_deploy.packaging.naming import default_out, rotated_out
 from prox24_deploy.packaging.package import Packaged
 from prox24_deploy.packaging.triton import TritonOptions
 from prox24_deploy.pipeline import finish, run
-from prox24_deploy.pipeline.rotate import STEPS
 from prox24_deploy.pipeline.rotate import rotate as run_rotate
 from prox24_deploy.regression.compare import compare_files
 from prox24_deploy.report.schema import Comparison, Report
@@ -108,7 +108,7 @@ def rotate(
     out: StrPath | None = None,
     options: BuildOptions | None = None,
     *,
-    steps: int = STEPS,
+    steps: int = ROTATE_STEPS,
     progress: Progress = silent,
 ) -> RotateResult:
     """Write a dense decoder that computes what another does, of which 2:4 drops less.

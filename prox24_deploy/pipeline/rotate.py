@@ -1,16 +1,14 @@
 """The command before all others: a dense model in a basis in which pruning drops less."""
 
-import os
 from pathlib import Path
 
 from prox24_deploy.config.options import BuildOptions
+from prox24_deploy.core.atomic import require_absent
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.rotation import RotateResult
 from prox24_deploy.core.types import Progress
 from prox24_deploy.pipeline.context import read_context, torch_device
 from prox24_deploy.pipeline.room import require_room_for_copy
-
-STEPS = 400
 
 
 def rotate(
@@ -24,8 +22,7 @@ def rotate(
     """
     if steps < 1:
         raise UsageError(f"A search takes 1 step or more, got {steps}.")
-    if os.path.lexists(out):
-        raise UsageError(f"Output {out} exists already; remove it, or pass another -o.")
+    require_absent(out)
     context = read_context(model_dir, out, options, progress)
     require_room_for_copy(out, context.source)
     from prox24_deploy.rotation.rotate import rotate_directory

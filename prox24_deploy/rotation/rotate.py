@@ -2,10 +2,9 @@
 
 import json
 import logging
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ from prox24_deploy.rotation.stream import ResidualStream, find_stream, fold_norm
 log = logging.getLogger(__name__)
 
 # Text that tells how large inputs and outputs of each layer are.
-_TOKENS = 16384
+TOKENS = 16384
 # Largest difference of predictions, over the largest: rounding in float32 is far below, and a model
 # in which something else reads the stream far above; so is a model that is stored in 16 bits.
 _ROUNDING, _STORED = 1e-3, 0.25
@@ -77,7 +76,7 @@ def rotate_directory(
             checkpoint does not hold the weights.
     """
     began = time.perf_counter()
-    batches = thin(samples, _TOKENS)
+    batches = thin(samples, TOKENS)
     _require_memory(directory, recipe, batches, device, memory_limit)
     with appearing(out) as made:
         # The model is gone before it is read back, for two may not fit.
@@ -143,7 +142,7 @@ class _Turned:
     steps: int
     dropped_before: float
     dropped_after: float
-    difference: float = math.nan
+    difference: float
 
 
 def _written(
@@ -171,11 +170,19 @@ def _written(
     stream = find_stream(model, recipe)
     gained = fold_norms(stream)
     _require_free(model, stream, batches[0], recipe, first)
-    turned = _turned(model, stream, recipe, batches, steps, progress)
+    before, after = _turned(model, stream, recipe, batches, steps, progress)
     difference = _departure(first, _predicted(model, batches[0], recipe))
     _require_alike(difference, recipe)
     _write(directory, stream, model, out, untied=gained > 0)
-    return first, replace(turned, gained=gained, difference=difference)
+    return first, _Turned(
+        channels=stream.width,
+        gained=gained,
+        tokens=sum(int(batch.real.sum()) for batch in batches),
+        steps=steps,
+        dropped_before=before,
+        dropped_after=after,
+        difference=difference,
+    )
 
 
 def _require_free(
@@ -220,8 +227,8 @@ def _turned(
     batches: Sequence[Batch],
     steps: int,
     progress: Progress,
-) -> _Turned:
-    """Rotate a stream behind which norms are folded, in place."""
+) -> tuple[float, float]:
+    """Rotate a stream behind which norms are folded, in place; what 2:4 drops before and after."""
     device = device_of(model)
     with tensor_cores(device):
         sides = sides_of(model, stream, batches, recipe.task)
@@ -239,14 +246,7 @@ def _turned(
     # With its sums over inputs, which are large.
     del sides
     rotate_stream(stream, turn)
-    return _Turned(
-        channels=stream.width,
-        gained=0,
-        tokens=sum(int(batch.real.sum()) for batch in batches),
-        steps=steps,
-        dropped_before=before,
-        dropped_after=after,
-    )
+    return before, after
 
 
 def _write(

@@ -8,7 +8,7 @@ as the sum of two numbers of TF32, and three products give all but a part in 2²
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,23 +18,20 @@ from torch import Tensor
 _TF32_BITS = -(1 << 13)
 
 
-@contextmanager
-def tensor_cores(device: torch.device) -> Iterator[None]:
+def tensor_cores(device: torch.device) -> AbstractContextManager[None]:
     """Round the factors of all float32 products to TF32 on a GPU; on a CPU nothing changes."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return _precision("high") if device.type == "cuda" else nullcontext()
+
+
+def float32_products() -> AbstractContextManager[None]:
+    """Round nothing to TF32, in solving with a triangle neither, whatever holds outside."""
+    return _precision("highest")
 
 
 @contextmanager
-def float32_products() -> Iterator[None]:
-    """Round nothing to TF32, in solving with a triangle neither, whatever holds outside."""
+def _precision(name: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(name)
     try:
         yield
     finally:
