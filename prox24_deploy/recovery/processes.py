@@ -51,14 +51,13 @@ class Crew:
         return self.rank == 0
 
     def shares(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Every row whose turn it is, in their batches, without those of which that leaves none.
+        """Every batch whose turn it is, and of those that do not come out even every such row.
 
-        Turns go on from batch to batch, so that batches of one row go round.
+        Turns of rows go on from batch to batch, so that batches of one row go round.
         """
-        if self.size == 1:
-            return list(batches)
-        found, before = [], 0
-        for batch in batches:
+        even = len(batches) // self.size * self.size
+        found, before = list(batches[self.rank : even : self.size]), 0
+        for batch in batches[even:]:
             mine = slice((self.rank - before) % self.size, None, self.size)
             found.append(rows_of(batch, mine))
             before += len(batch.real)
