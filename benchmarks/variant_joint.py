@@ -27,12 +27,12 @@ from prox24_deploy.model.checkpoint import renamed_tensors
 from prox24_deploy.model.layers import layer_at
 from prox24_deploy.pipeline.context import vocabulary_of
 from prox24_deploy.pruning.solvers.prox import prox_24
+from prox24_deploy.recovery.lesson import Lesson, masked_step, trainable
 from prox24_deploy.recovery.objective import objective_for
 from prox24_deploy.recovery.optimizer import make_optimizer, set_rates
 from prox24_deploy.recovery.schedule import Schedule, schedule, tokens_of
 from prox24_deploy.recovery.session import Session, recover_model
 from prox24_deploy.recovery.student import Trained, find_trained, put, values_of
-from prox24_deploy.recovery.training import Lesson, masked_step, trainable
 from prox24_deploy.sparsity.pattern import final_mask, is_24, project_24, unconverged_groups
 
 # λ in the first step and where the masks are fixed at the latest, over 1 / mean |W̃_row|.
@@ -110,7 +110,7 @@ def learned(lab: Lab, *, normalised: bool) -> tuple[nn.Module, Figures]:
     )
     tokens = tokens_of(lesson.withheld, session.unit)
     plan = schedule(lab.steps, session.step_tokens, tokens)
-    run = _Learning(lesson=lesson, cells=cells, plan=plan, rate=session.options.rates(lab.steps)[0])
+    run = _Learning(lesson=lesson, cells=cells, plan=plan, rate=session.rates(lab.steps)[0])
     figures = run.go()
     for path in lab.targets:
         assert is_24(layer_at(model, path).weight), path

@@ -22,10 +22,10 @@ from prox24_deploy.engines.cusparselt.torch_model import open_torch_model
 from prox24_deploy.model.batch import Batch, rows_of
 from prox24_deploy.model.directory import load_model
 from prox24_deploy.pruning.solvers.prox import objective_24, prox_24
+from prox24_deploy.recovery.lesson import Lesson, trainable
 from prox24_deploy.recovery.objective import objective_for
 from prox24_deploy.recovery.step_graph import StepGraph
 from prox24_deploy.recovery.student import Trained
-from prox24_deploy.recovery.training import Lesson, trainable
 from prox24_deploy.sparsity.pattern import is_24
 
 pytestmark = pytest.mark.gpu

@@ -123,8 +123,11 @@ class PruneOptions:
 
 
 # Learning rates of a recovery of many steps that was given none; smaller ones follow where training
-# diverges. With fewer steps they fall with a power of these: docs/results.md.
-_RATES, _MANY_STEPS, _POWER = (0.01, 0.0025, 0.000625), 5000, 1 / 3
+# diverges. They are of a model of few blocks, and fall with a power of what is more of these, of
+# steps that are fewer and of fewer tokens in each: docs/results.md. The powers of tokens and of
+# blocks are those of Malladi et al., arXiv 2205.10287, and of Yang et al., arXiv 2310.02244.
+_RATES, _MANY_STEPS, _MANY_TOKENS, _FEW_BLOCKS = (0.01, 0.0025, 0.000625), 5000, 2048, 8
+_STEPS_POWER, _TOKENS_POWER, _BLOCKS_POWER = 1 / 3, 1 / 2, 1 / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,16 +161,20 @@ class RecoverOptions:
         default=1, metadata=unkeyed("steps are the same, however many share them")
     )
 
-    def rates(self, steps: int) -> tuple[float, ...]:
+    def rates(self, steps: int, step_tokens: int, blocks: int) -> tuple[float, ...]:
         """Learning rates to take, each once the one before it made training diverge.
 
-        They are 0.01 and quarters of it from 5000 planned steps on, and less where there are
-        fewer: 0.0058 for 1000 steps, 0.0027 for 100.
+        Of a model of up to eight blocks they are 0.01 and quarters of it from 5000 planned steps of
+        2048 tokens on. They are less where there are fewer steps, 0.0027 for 100 of them, twice as
+        large with four times the tokens in a step, up to 0.01, and half as large with four times
+        the blocks.
         """
         if self.learning_rate is not None:
             return (self.learning_rate,)
-        share = min(1.0, steps / _MANY_STEPS) ** _POWER
-        share = float(f"{share * _RATES[0]:.2g}") / _RATES[0]
+        share = (steps / _MANY_STEPS) ** _STEPS_POWER
+        share *= (step_tokens / _MANY_TOKENS) ** _TOKENS_POWER
+        largest = min(share, 1.0) * _RATES[0] * min(_FEW_BLOCKS / blocks, 1.0) ** _BLOCKS_POWER
+        share = float(f"{largest:.2g}") / _RATES[0]
         return tuple(share * rate for rate in _RATES)
 
     def require_usable(self) -> None:

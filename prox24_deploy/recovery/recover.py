@@ -159,7 +159,7 @@ def _without_memory(options: RecoverOptions, error: BaseException) -> Recovered:
         outcome=Outcome(failure=failure),
         withheld=0,
         written=None,
-        rate=options.rates(steps or 1)[0],
+        rate=options.learning_rate or 0.0,
     )
 
 

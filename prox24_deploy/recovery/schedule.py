@@ -17,7 +17,9 @@ LEAST_SAMPLES = 8
 # Text is written until nothing need be read more often than this: from many more times on, what is
 # learnt no longer holds elsewhere.
 READS = 3
-_WARM_UP = 0.05
+# Until the optimiser knows how gradients vary, its steps all go one way and are far too long; so
+# the rate rises over so many steps, or over this share of many, and at most over that of few.
+_WARM_STEPS, _WARM_UP, _MOST_WARM_UP = 40, 0.05, 0.3
 _MOST_CHECKS, _FEWEST_CHECKS = 20, 2
 # Steps by which it is told what one reads.
 _TRIED_STEPS = 64
@@ -88,7 +90,8 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """Share of the largest learning rate in a step, from 0 on: warm-up, then half a cosine."""
-        warm = max(1, round(_WARM_UP * self.steps))
+        wanted = max(_WARM_STEPS, _WARM_UP * self.steps)
+        warm = max(1, round(min(wanted, _MOST_WARM_UP * self.steps)))
         if step < warm:
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * (step + 1 - warm) / (self.steps + 1 - warm)))

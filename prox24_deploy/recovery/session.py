@@ -23,6 +23,7 @@ from prox24_deploy.core.types import Progress
 from prox24_deploy.data.written import Author, write_text
 from prox24_deploy.model.batch import Batch, Samples, withhold
 from prox24_deploy.model.blocks import find_blocks
+from prox24_deploy.recovery.lesson import Lesson, masked_step, trainable
 from prox24_deploy.recovery.objective import objective_for
 from prox24_deploy.recovery.optimizer import make_optimizer, set_rates
 from prox24_deploy.recovery.processes import Crew
@@ -41,7 +42,7 @@ from prox24_deploy.recovery.schedule import (
 )
 from prox24_deploy.recovery.state import StateFile
 from prox24_deploy.recovery.student import Trained, put, values_of
-from prox24_deploy.recovery.training import Lesson, Outcome, Training, masked_step, trainable
+from prox24_deploy.recovery.training import Outcome, Training
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,11 @@ class Session:
         """Tokens of a step."""
         device = self.trained[0].parameter.device.type
         return self.options.step_tokens or _STEP_TOKENS.get(device, _STEP_TOKENS_ELSEWHERE)
+
+    def rates(self, steps: int) -> tuple[float, ...]:
+        """Learning rates to take in so many steps, each once the one before it diverged."""
+        blocks = sum(len(find_blocks(self.sparse, part)) for part in self.recipe.parts)
+        return self.options.rates(steps, self.step_tokens, blocks)
 
     @property
     def at_once(self) -> int:
@@ -167,7 +173,7 @@ def recover_model(session: Session, progress: Progress) -> Recovered:
         training = Training(
             lesson=lesson,
             schedule=plan,
-            rates=session.options.rates(plan.steps),
+            rates=session.rates(plan.steps),
             seed=session.seed,
             optimizer=session.options.optimizer,
             file=state_file(session.folder, session.guard),

@@ -25,11 +25,12 @@ from prox24_deploy.core.types import silent
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.pruning.prune import prune_directory
+from prox24_deploy.recovery.lesson import Lesson
 from prox24_deploy.recovery.pair import require_pair
 from prox24_deploy.recovery.recover import Recovery, recover_directory
 from prox24_deploy.recovery.schedule import Pace
 from prox24_deploy.recovery.student import require_sparse
-from prox24_deploy.recovery.training import Lesson, Training
+from prox24_deploy.recovery.training import Training
 
 CPU = torch.device("cpu")
 FAST = RecoverOptions(steps=12, step_tokens=512, learning_rate=0.02)
@@ -243,7 +244,8 @@ def test_a_run_that_diverges_goes_on_from_its_best_weights_at_a_smaller_rate(
     llama: Recovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prox24_deploy.config.options._RATES", (1e4, 1e3, 0.005))
-    monkeypatch.setattr("prox24_deploy.config.options._MANY_STEPS", 4)
+    monkeypatch.setattr("prox24_deploy.config.options._MANY_STEPS", 1)
+    monkeypatch.setattr("prox24_deploy.config.options._MANY_TOKENS", 1)
     options = replace(FAST, learning_rate=None, write=False)
     result = recover(replace(llama, options=options), tmp_path / "whole")
     assert [setback.rate for setback in result.setbacks] == [1e4, 1e3]
@@ -408,7 +410,7 @@ def test_a_run_that_was_planned_anew_goes_on_with_that(
     monkeypatch.setattr("prox24_deploy.config.options._MANY_STEPS", 1)
     result = recover(asked, tmp_path)
     assert [result.steps] == planned
-    assert result.learning_rate == 0.0058
+    assert result.learning_rate == 0.0029
 
 
 def test_a_run_that_ended_early_goes_no_further(llama: Recovery, tmp_path: Path) -> None:

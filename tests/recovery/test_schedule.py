@@ -28,18 +28,22 @@ def batch_of(rows: int, width: int, first: int = 0) -> Batch:
     return Batch({"input_ids": ids}, torch.ones(rows, width, dtype=torch.bool), ids)
 
 
-def test_rates_rise_and_then_fall_to_nothing() -> None:
-    plan = Schedule(steps=100, step_tokens=1, check_every=10)
-    rates = [plan.rate(step) for step in range(100)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[5:] == sorted(rates[5:], reverse=True)
-    assert 0 < rates[-1] < 1e-3
+@pytest.mark.parametrize(("steps", "warm"), [(10, 3), (100, 30), (400, 40), (5000, 250)])
+def test_rates_rise_until_gradients_are_known_and_then_fall_to_nothing(
+    steps: int, warm: int
+) -> None:
+    plan = Schedule(steps=steps, step_tokens=1, check_every=10)
+    rates = [plan.rate(step) for step in range(steps)]
+    assert rates[:warm] == pytest.approx([(i + 1) / warm for i in range(warm)])
+    assert rates[warm:] == sorted(rates[warm:], reverse=True)
+    assert 0 < rates[-1] < 0.1
+    assert rates[warm] < 1
     assert Schedule(steps=1, step_tokens=1, check_every=1).rate(0) == 1
 
 
 def test_training_ends_for_want_of_a_better_model_only_when_the_rate_has_fallen() -> None:
     plan = Schedule(steps=100, step_tokens=1, check_every=5)
-    assert [taken for taken in range(1, 101) if plan.ends(taken, 0)] == [*range(53, 101)]
+    assert [taken for taken in range(1, 101) if plan.ends(taken, 0)] == [*range(65, 101)]
     assert not plan.ends(60, 40)
     assert plan.ends(65, 40)
 
@@ -75,11 +79,25 @@ def test_a_step_reads_whole_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "first"), [(1, 0.00058), (100, 0.0027), (1000, 0.0058), (5000, 0.01), (90_000, 0.01)]
+    ("steps", "tokens", "blocks", "first"),
+    [
+        (1, 2048, 8, 0.00058),
+        (100, 2048, 6, 0.0027),
+        (100, 8192, 8, 0.0054),
+        (300, 8192, 30, 0.004),
+        (1000, 2048, 8, 0.0058),
+        (1000, 8192, 1, 0.01),
+        (5000, 2048, 32, 0.005),
+        (90_000, 2048, 8, 0.01),
+    ],
 )
-def test_few_steps_have_a_smaller_rate(steps: int, first: float) -> None:
-    assert RecoverOptions(steps=steps).rates(steps) == pytest.approx((first, first / 4, first / 16))
-    assert RecoverOptions(steps=steps, learning_rate=0.3).rates(steps) == (0.3,)
+def test_few_steps_few_tokens_and_many_blocks_have_a_smaller_rate(
+    steps: int, tokens: int, blocks: int, first: float
+) -> None:
+    rates = RecoverOptions(steps=steps).rates(steps, tokens, blocks)
+    assert rates == pytest.approx((first, first / 4, first / 16))
+    given = RecoverOptions(steps=steps, learning_rate=0.3)
+    assert given.rates(steps, tokens, blocks) == (0.3,)
 
 
 def test_an_eighth_is_withheld() -> None:
