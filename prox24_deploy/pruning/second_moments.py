@@ -9,8 +9,8 @@ from torch import Tensor
 from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.pruning.solvers.problem import missing_tokens
 
-# A symmetric product is taken in as many strips of columns, each from its diagonal on: with four
-# of them, in ten sixteenths of the multiplications.
+# Products are taken in as many strips, for that of a wide layer takes gigabytes; of a symmetric one
+# each begins at its diagonal, which with four of them takes ten sixteenths of the multiplications.
 _STRIPS = 4
 
 
@@ -81,7 +81,8 @@ class SecondMoments:
         dense, pruned = dense.float(), pruned.float()
         self._pruned.add(pruned)
         self._dense.add(dense)
-        self.cross += dense.T @ pruned
+        for strip in _strips(len(self.cross)):
+            self.cross[strip] += dense[:, strip].T @ pruned
         self.tokens += len(pruned)
 
     def sum_over(self, ranks: Ranks) -> None:
@@ -147,7 +148,7 @@ class _Symmetric:
     _mirrored: bool = field(default=True)
 
     def add(self, rows: Tensor) -> None:
-        for strip in self._strips():
+        for strip in _strips(len(self.total)):
             self.total[strip, strip.start :] += rows[:, strip].T @ rows[:, strip.start :]
         self._mirrored = False
 
@@ -157,11 +158,12 @@ class _Symmetric:
         return self.total
 
     def mirror(self) -> None:
-        for strip in self._strips():
+        for strip in _strips(len(self.total)):
             self.total[strip.stop :, strip] = self.total[strip, strip.stop :].T
         self._mirrored = True
 
-    def _strips(self) -> list[slice]:
-        width = -(-len(self.total) // _STRIPS)
-        starts = range(0, len(self.total), width)
-        return [slice(start, min(start + width, len(self.total))) for start in starts]
+
+def _strips(features: int) -> list[slice]:
+    width = -(-features // _STRIPS)
+    starts = range(0, features, width)
+    return [slice(start, min(start + width, features)) for start in starts]
