@@ -6,12 +6,13 @@ log-perplexity (decoders), 1 - cosine of the embeddings (encoders) or the diverg
 
     python benchmarks/recovery.py MODEL_DIR --calibration F --evaluation F --minutes 5
         [--pruned DIR] [--texts written calibration] [--rates 0.005 0.01 0.02]
-        [--optimizers adamw adafactor] [--rival]
+        [--optimizers adamw adafactor] [--rival] [--rotate]
 
 Prints a row for each optimiser, learning rate and kind of text (what the model writes itself beside
 the calibration text, or that alone), with paired errors, the curves, and one JSON line; asserts
 that no zero of a weight was lost and that nothing became worse on withheld samples. `--rival`
-prunes with SparseGPT as published, too, and prints what each loss is of the loss of that.
+prunes with SparseGPT as published, too, and prints what each loss is of the loss of that. With
+`--rotate` what is pruned and recovered is the model as `rotate` leaves it, and the rival is not.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from prox24_deploy.config.options import (
+    ROTATE_STEPS,
     BuildOptions,
     PruneOptions,
     RecoverOptions,
@@ -45,6 +47,7 @@ from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.pipeline.context import RunContext, read_context, torch_device
 from prox24_deploy.pruning.prune import prune_directory
 from prox24_deploy.recovery.recover import Recovery, recover_directory
+from prox24_deploy.rotation.rotate import rotate_directory
 
 KINDS = get_args(RecoverOptimizer)
 # Frantar and Alistarh, arXiv 2301.00774: dense weights on the inputs of the pruned model.
@@ -74,6 +77,23 @@ def pruned_model(
         progress=progress,
     )
     return open_model_dir(folder / "pruned")
+
+
+def rotated(asked: argparse.Namespace, out: Path) -> RunContext:
+    """The model as `rotate` writes it, and the same texts; prints what that took."""
+    context, device = opened(asked)
+    result = rotate_directory(
+        context.source,
+        context.recipe,
+        context.calibration,
+        out,
+        device=device,
+        memory_limit=None,
+        steps=ROTATE_STEPS,
+        progress=progress,
+    )
+    print(f"rotated in {result.seconds:.0f} s, {result}")
+    return opened(argparse.Namespace(**{**vars(asked), "model": out}))[0]
 
 
 @torch.no_grad()
@@ -145,6 +165,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--texts", nargs="+", choices=["written", "calibration"],
                         default=["written"])  # fmt: skip
     parser.add_argument("--rival", action="store_true")
+    parser.add_argument("--rotate", action="store_true")
     return parser.parse_args()
 
 
@@ -153,14 +174,16 @@ def main() -> None:
     context, device = opened(asked)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        own = PruneOptions(method=asked.method)
+        teacher = rotated(asked, folder / "rotated") if asked.rotate else context
+        own, began = PruneOptions(method=asked.method), time.perf_counter()
         student = (
             open_model_dir(asked.pruned)
             if asked.pruned
-            else pruned_model(context, own, asked.prune_tokens, folder / "own", device)
+            else pruned_model(teacher, own, asked.prune_tokens, folder / "own", device)
         )
+        print(f"pruned in {time.perf_counter() - began:.0f} s")
         loss = dense_loss(context, asked.evaluation_tokens, device)
-        before = losses_of(student, context, loss, device)
+        before = losses_of(student, teacher, loss, device)
         console.print(f"{loss.name} of the pruned model: {shown(before)}, {len(before)} samples")
         rival = None
         if asked.rival:
@@ -169,10 +192,10 @@ def main() -> None:
             console.print(f"{loss.name} of SparseGPT: {shown(rival)}")
         rows: list[dict[str, object]] = []
         table = Table(*COLUMNS, box=None)
-        for run in runs(asked, context, student, device):
+        for run in runs(asked, teacher, student, device):
             result, made = recovered(run, folder / f"run {len(rows)}")
-            require_same_zeros(student, made, context)
-            after = losses_of(made, context, loss, device)
+            require_same_zeros(student, made, teacher)
+            after = losses_of(made, teacher, loss, device)
             worse = (result.after or 0.0) > (result.before or 0.0)
             assert result.warning or not worse
             ratios = [ratio_of(after, each) for each in (before, rival) if each is not None]
