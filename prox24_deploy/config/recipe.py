@@ -248,38 +248,6 @@ class Recipe(_Table):
     embedding: Embedding | None = None
     limits: Limits = Limits()
 
-    @model_validator(mode="after")
-    def _names_are_unique(self) -> "Recipe":
-        _require_unique_names(self.inputs, self.outputs)
-        return self
-
-    @model_validator(mode="after")
-    def _two_graphs_need_a_decoder(self) -> "Recipe":
-        _require_decoder(self.task, self.decoder)
-        return self
-
-    @model_validator(mode="after")
-    def _past_needs_a_cache(self) -> "Recipe":
-        if self.cache != (_CACHE_AXIS in dynamic_names(self.inputs)):
-            raise ValueError(
-                f"cache = {str(self.cache).lower()} needs an attention_mask with the axis "
-                f"{'past + sequence' if self.cache else 'sequence'!r}"
-            )
-        if self.cache and not self.kind.decoder_alone:
-            able = " or ".join(repr(kind.name) for kind in TASKS.values() if kind.decoder_alone)
-            raise ValueError(f"cache = true needs the task {able}, got {self.task!r}")
-        return self
-
-    @model_validator(mode="after")
-    def _embedding_has_its_tensors(self) -> "Recipe":
-        masked = "attention_mask" in [spec.name for spec in self.inputs]
-        given = EMBEDDING in [spec.name for spec in self.outputs]
-        if given != (self.embedding is not None) or (given and not masked):
-            raise ValueError(
-                f"[embedding] goes with the output {EMBEDDING!r} and the input 'attention_mask'"
-            )
-        return self
-
     def for_architecture(self, architecture: str) -> "Recipe":
         """What applies to a model of this class: the first matching head, else the recipe itself.
 
@@ -395,6 +363,30 @@ def _require_decoder(task: Task, decoder: Decoder | None) -> None:
         )
 
 
+def _require_consistent(recipe: Recipe) -> None:
+    """Refuse a file whose tables do not go together.
+
+    What is made of a recipe for one model, or one of its graphs, need not: so this is no part of
+    what makes a `Recipe`, which travels between processes.
+    """
+    _require_unique_names(recipe.inputs, recipe.outputs)
+    _require_decoder(recipe.task, recipe.decoder)
+    if recipe.cache != (_CACHE_AXIS in dynamic_names(recipe.inputs)):
+        raise ValueError(
+            f"cache = {str(recipe.cache).lower()} needs an attention_mask with the axis "
+            f"{'past + sequence' if recipe.cache else 'sequence'!r}"
+        )
+    if recipe.cache and not recipe.kind.decoder_alone:
+        able = " or ".join(repr(kind.name) for kind in TASKS.values() if kind.decoder_alone)
+        raise ValueError(f"cache = true needs the task {able}, got {recipe.task!r}")
+    masked = "attention_mask" in [spec.name for spec in recipe.inputs]
+    given = EMBEDDING in [spec.name for spec in recipe.outputs]
+    if given != (recipe.embedding is not None) or (given and not masked):
+        raise ValueError(
+            f"[embedding] goes with the output {EMBEDDING!r} and the input 'attention_mask'"
+        )
+
+
 def dynamic_names(specs: Sequence[TensorSpec]) -> list[str]:
     """Names of the dynamic axes, in order of appearance; a sum counts as its terms."""
     axes = [axis for spec in specs for axis in spec.axes if isinstance(axis, str)]
@@ -420,10 +412,15 @@ def read_recipe(path: Path) -> Recipe:
 
 def parse_recipe(text: str, source: str) -> Recipe:
     """Parse the TOML of one recipe; `source` names it in errors."""
+    document = parse_toml(text, _document(source))
     try:
-        return Recipe.model_validate(parse_toml(text, _document(source)))
+        recipe = Recipe.model_validate(document)
+        _require_consistent(recipe)
     except ValidationError as error:
         raise RecipeError(f"Recipe {source}: {_first_problem(error)}.") from error
+    except ValueError as error:
+        raise RecipeError(f"Recipe {source}: {error}.") from error
+    return recipe
 
 
 def shipped_recipes() -> dict[str, str]:

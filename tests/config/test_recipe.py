@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from prox24_deploy.config.recipe import (
+    Recipe,
     dynamic_names,
     parse_recipe,
     read_recipe,
@@ -305,6 +306,14 @@ def test_an_encoder_decoder_has_two_parts() -> None:
     assert decoder.sequence_length == recipe.sequence_length
     assert encoder.parts == (encoder,)
     assert decoder.parts == (decoder,)
+
+
+@pytest.mark.parametrize("path", sorted(EXPORT.glob("*.toml")), ids=lambda path: path.stem)
+def test_what_is_made_of_a_recipe_can_be_sent_to_another_process(path: Path) -> None:
+    recipe = read_recipe(path)
+    heads = [recipe.for_architecture(head.architectures[0].strip("*")) for head in recipe.heads]
+    made = [part for each in (recipe, *heads) for part in (each, *each.parts)]
+    assert all(Recipe.model_validate_json(each.model_dump_json()) == each for each in made)
 
 
 def test_any_other_recipe_is_its_own_part() -> None:

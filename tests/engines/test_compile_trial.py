@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from opened import open_tiny
+from sentence_models import write_tiny_embedder
+from tiny_sentences import NORMALIZE, pooling
 
+from prox24_deploy.config.recipe import EMBEDDING, select_recipe
 from prox24_deploy.core.records import Compilation
 from prox24_deploy.core.shapes import Shape
 from prox24_deploy.engines.cusparselt import compile_trial, cuda_graph, inductor, prepare
 from prox24_deploy.engines.cusparselt.compile_trial import try_elsewhere
 from prox24_deploy.engines.cusparselt.inductor import try_compiling
 from prox24_deploy.engines.cusparselt.torch_model import TorchModel, open_torch_model
+from prox24_deploy.model.directory import open_model_dir
+from prox24_deploy.model.sentence import fitted_to_sentences
 
 SHAPES = [Shape(batch=1, sequence=8), Shape(batch=2, sequence=16)]
 # The job as it runs on a GPU, on the CPU, with a compiler that does as it is planted.
@@ -95,6 +100,22 @@ def test_a_compiler_that_runs_out_of_memory_is_a_reason(opened: TorchModel) -> N
     planted = "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB.')"
     reason = try_elsewhere(opened, SHAPES, {}, None, job(planted)).reason
     assert reason.endswith("OutOfMemoryError: CUDA out of memory. Tried 2 GiB")
+
+
+def test_a_child_builds_an_embedder_with_its_pooling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pools adds an output to the recipe, which no recipe file says."""
+    monkeypatch.setattr(cuda_graph, "DEVICE", "cpu")
+    directory = open_model_dir(write_tiny_embedder(tmp_path / "model", pooling("mean"), NORMALIZE))
+    recipe, _ = select_recipe(directory.path, directory.model_type, None)
+    fitted = fitted_to_sentences(recipe, directory.architecture, directory.path)
+    opened = open_torch_model(directory, fitted, "bfloat16")
+    assert EMBEDDING in opened.output_names
+    planted = "raise RuntimeError('reached the compiler')"
+    reason = try_elsewhere(opened, SHAPES, {}, None, job(planted)).reason
+    assert reason.endswith("RuntimeError: reached the compiler")
+    torch.compiler.reset()
 
 
 @pytest.mark.large
