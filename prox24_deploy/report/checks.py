@@ -10,6 +10,7 @@ from prox24_deploy.core.records import (
     ChannelOrder,
     CompileResult,
     Engine,
+    EngineEvidence,
     Estimate,
     EvaluateResult,
     ExportResult,
@@ -81,7 +82,7 @@ def find_checks(results: BuildResults) -> tuple[Check, ...]:
             for check in evidence.numerics
         ),
         *_budget_checks(prune.sensitivity, results.evaluate.metrics),
-        *(_latency_check(row) for row in bench.latency),
+        *(_latency_check(row, results.compile.evidence) for row in bench.latency),
         *(_unmeasured_check(missing) for missing in bench.not_measured),
     )
 
@@ -357,10 +358,12 @@ def _loss(name: str, metrics: Sequence[Metric]) -> tuple[Estimate, int]:
     raise ValueError(f"no metric among {[m.name for m in metrics]} tells the {name} of a budget")
 
 
-def _latency_check(row: LatencyRow) -> Check:
+def _latency_check(row: LatencyRow, evidence: Sequence[EngineEvidence]) -> Check:
     least = 1 / (1 + row.limit)
     speedup = row.speedup
     gate = f"limit {least:.3f}" if row.gated else "not gated, because there are no sparse kernels"
+    if row.gated and any(each.backend == row.backend and each.chosen == 0 for each in evidence):
+        gate += ", and it runs no sparse kernel"
     return Check(
         name=row_name(row),
         part="speed",

@@ -178,7 +178,7 @@ def latency(rows: Sequence[LatencyRow]) -> Grid:
             Column(title="Dense median", read=lambda r: _ms(r.dense.median_ms), style="n"),
             Column(title="Sparse median", read=lambda r: _ms(r.sparse.median_ms), style="n"),
             Column(title="Sparse p99", read=lambda r: _ms(r.sparse.p99_ms), style="n"),
-            Column(title="Speed-up", read=lambda r: ratio(r.speedup), style="n"),
+            Column(title="Speed-up", read=lambda r: ratio(r.speedup), style="n pair"),
             Column(title="At least", read=lambda r: f"{1 / (1 + r.limit):.3f}", style="n"),
             Column(title="Verdict", read=lambda r: r.verdict, judge=lambda r: _class(r.verdict)),
             Column(title="Tokens/s, dense", read=lambda r: _pace(r, r.dense), style="n"),

@@ -105,9 +105,12 @@ def _gated_by(checks: Sequence[Check]) -> str:
 
 def _timed_on(report: Report) -> str:
     """The GPU on which engines with sparse kernels were timed, or what the baseline gates."""
-    devices = list(dict.fromkeys(row.device for row in report.latency if row.gated))
+    timed = [row for row in report.latency if row.gated]
+    devices = list(dict.fromkeys(row.device for row in timed))
     if devices:
-        return f"measured on {' and '.join(devices)}"
+        dense = {each.backend for each in report.sparsity.engines if each.chosen == 0}
+        alone = ", no sparse kernel runs" if all(row.backend in dense for row in timed) else ""
+        return f"measured on {' and '.join(devices)}{alone}"
     held = sum(check.part == "speed" and check.gated for check in report.checks)
     figures = f"{held} figure{'' if held == 1 else 's'}"
     against = f"; gated by {figures} of the baseline" if held else ""

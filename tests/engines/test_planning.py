@@ -194,6 +194,18 @@ def test_two_four_layers_are_found_along_the_reduction_axis() -> None:
     assert two_four_layers(model) == {"first", "second"}
 
 
+def test_a_layer_that_gains_too_little_is_not_called_slower() -> None:
+    gemms = [
+        GemmTiming(shape=GemmShape(n=64, k=64, m=m), dense_us=1.01, sparse_us=1.0) for m in (16, 32)
+    ]
+    little = GpuProfile(gpu="a card", driver="1.0", versions={}, gemms=tuple(gemms))
+    use = replace(uses()[0], n=64, k=64, gemms=tuple(gemm.shape for gemm in gemms))
+    (found,) = choose([use], little, {use.name}, "float16")
+    assert (found.chosen, found.reason) == (
+        False, "timed hardly faster: 1.01× at 16 rows, 1.01× at 32 rows",
+    )  # fmt: skip
+
+
 def test_a_dense_weight_is_not_compressed() -> None:
     with pytest.raises(EngineError, match="Layer first is not 2:4"):
         replace_layers(Model(), {"first": {}})

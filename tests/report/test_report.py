@@ -37,6 +37,7 @@ from prox24_deploy.report.assemble import (
     write_report,
 )
 from prox24_deploy.report.escape import markdown
+from prox24_deploy.report.header import tiles_of
 from prox24_deploy.report.schema import parse_report
 
 VIEWS = {"report.json", "report.html", "summary.md", "junit.xml", "benchmark.json"}
@@ -288,11 +289,24 @@ def without_targets(stage: str) -> Callable[[Records], Records]:
     return change
 
 
-def no_kernel_chosen(records: Records) -> Records:
+def kernels_chosen(records: Records, chosen: int) -> Records:
     (evidence,) = records.compile.evidence
-    evidence = replace(evidence, chosen=0, summary="dense kernels timed faster")
+    evidence = replace(evidence, chosen=chosen, summary="dense kernels timed faster")
     compiled = replace(records.compile, evidence=(evidence,))
     return with_latency(replace(records, compile=compiled), "pass", gated=True)
+
+
+def no_kernel_chosen(records: Records) -> Records:
+    return kernels_chosen(records, 0)
+
+
+def test_an_engine_without_a_sparse_kernel_says_so_where_it_passes(records: Records) -> None:
+    sparse = kernels_chosen(records, 3).report()
+    dense = no_kernel_chosen(records).report()
+    for report, told in ((sparse, False), (dense, True)):
+        assert report.parts.speed.verdict == "pass"
+        assert ("it runs no sparse kernel" in report.parts.speed.reason) is told
+        assert ("no sparse kernel runs" in tiles_of(report)[3].line) is told
 
 
 def test_an_order_is_in_the_report_and_on_the_terminal(records: Records) -> None:

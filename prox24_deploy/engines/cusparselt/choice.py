@@ -72,9 +72,14 @@ def _pays(timings: tuple[GemmTiming, ...]) -> bool:
     return mean >= MEAN_SPEEDUP and min(t.speedup for t in timings) >= LEAST_SPEEDUP
 
 
+def _compared(timings: tuple[GemmTiming, ...]) -> str:
+    """How much faster layers are that do not pay: a little, or not in every shape."""
+    return "slower" if any(t.speedup < 1 for t in timings) else "hardly faster"
+
+
 def _said(timings: tuple[GemmTiming, ...], format: GemmFormat, *, chosen: bool) -> str:
     shown = ", ".join(f"{t.speedup:.2f}× at {t.shape.m} rows" for t in timings)
     how = "timed" if all(t.measured for t in timings) else "estimated"
-    what = "faster" if chosen else "slower"
+    what = "faster" if chosen else _compared(timings)
     than = f" than dense {format}" if format in get_args(QuantizedFormat) else ""
     return f"{how} {what}{than}: {shown}"
