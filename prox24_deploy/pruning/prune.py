@@ -517,20 +517,33 @@ class _BlockSolver:
         for wave in together:
             # Nothing but the errors of a reconstruction needs the dense block once more.
             goes_on = wave is together[-1] and not options.reconstructs
-            for group, inputs in self._inputs(step, wave, dense_goes_on=goes_on):
-                parts = by_options(twin.prefix, group, recipe, options)
-                for part, own in parts:
-                    last = part is parts[-1][0]
-                    done, made = self._solve_group(twin, part, inputs, own, last=last)
-                    _apply(twin.pruned, done)
-                    solved.update(done)
-                    records.extend(made)
+            done, made = self._solve_wave(step, wave, dense_goes_on=goes_on)
+            solved.update(done)
+            records += made
         if options.reconstructs:
             records = self._reconstruct(step, together, solved, records)
         left = {name: layer for name, layer in layers.items() if name not in solved}
         reasons = not_run_once(twin, left, first)
         records += [_skipped(f"{twin.prefix}.{n}", left[n], why) for n, why in reasons.items()]
         return solved, tuple(records)
+
+    def _solve_wave(
+        self, step: BlockStep, wave: Sequence[Group], *, dense_goes_on: bool
+    ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+        """Solve the groups of a wave; what their inputs tell is freed before the next is looked at.
+
+        Of a layer of 70B that is gigabytes.
+        """
+        twin, solved, records = step.twin, {}, []
+        for group, inputs in self._inputs(step, wave, dense_goes_on=dense_goes_on):
+            parts = by_options(twin.prefix, group, step.recipe, self.options)
+            for part, own in parts:
+                last = part is parts[-1][0]
+                done, made = self._solve_group(twin, part, inputs, own, last=last)
+                _apply(twin.pruned, done)
+                solved.update(done)
+                records += made
+        return solved, records
 
     def _inputs(
         self, step: BlockStep, wave: Sequence[Group], *, dense_goes_on: bool = False

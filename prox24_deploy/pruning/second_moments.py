@@ -101,7 +101,7 @@ class SecondMoments:
         references, mixed = {}, {}
         for name, weight in before.items():
             own = weight[ranks.rows(len(weight))].double()
-            references[name] = ranks.total(float(((own @ self.dense) * own).sum()))
+            references[name] = ranks.total(_form(own, self.dense))
             mixed[name] = own @ self.cross
         return LayerErrors(references, mixed, self, ranks)
 
@@ -134,10 +134,15 @@ class LayerErrors:
         All processes must call it.
         """
         reference, own = self.references[name], after[self.ranks.rows(len(after))].double()
-        squares = float(((own @ self.moments.pruned) * own).sum())
+        squares = _form(own, self.moments.pruned)
         rest = self.ranks.total(squares - 2 * float((self.mixed[name] * own).sum()))
         # Rounding may leave a tiny negative sum; NaN stays NaN, so that nothing broken looks good.
         return max(reference + rest, 0.0) / reference if reference != 0 else 0.0
+
+
+def _form(rows: Tensor, moments: Tensor) -> float:
+    """tr(W H Wᵀ), for rows W (n, d), without a third matrix of their size."""
+    return float((rows @ moments).mul_(rows).sum())
 
 
 @dataclass(slots=True)
