@@ -80,6 +80,10 @@ def test_what_a_child_compiled_is_taken_from_the_cache(opened: TorchModel) -> No
             "raise MemoryError('none left')",
             "its compiler ended with code 1: MemoryError: none left",
         ),
+        (
+            "import sys; sys.exit('Odd: 1 fault in a job\\n  a value\\n    For more see a page')",
+            "its compiler ended with code 1: Odd: 1 fault in a job",
+        ),
         ("pass", "its compiler ended with code 0: it said nothing"),
         ("import time; time.sleep(600)", "its compiler did not end within 1 s"),
     ],

@@ -77,12 +77,18 @@ def _run(job: CompileJob, command: Sequence[str], log: Path) -> Compilation:
         return Compilation(reason=f"its compiler did not end within {seconds:.0f} s")
     if code == 0 and job.result.is_file():
         return RESULT.validate_json(job.result.read_bytes())
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    last = _last_message(log.read_text(encoding="utf-8", errors="replace").split("\n"))
     if code < 0:
         said = f"its compiler was ended by a signal ({signal.strsignal(-code)})"
         return Compilation(reason=f"{said}, its last message was: {last}")
     return Compilation(reason=f"its compiler ended with code {code}: {last}")
+
+
+def _last_message(lines: Sequence[str]) -> str:
+    """The last line that begins one: what is indented behind it explains it, or is a link."""
+    said = [line for line in lines if line.strip()]
+    beginnings = [line for line in said if not line[0].isspace()]
+    return (beginnings or said or ["it said nothing"])[-1].strip()
 
 
 @contextmanager
