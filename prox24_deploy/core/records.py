@@ -5,6 +5,7 @@ the report is assembled from nothing else. Paths inside records are POSIX paths 
 bundle, so that a bundle can be moved. No torch, no pydantic and no I/O in this module.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
@@ -508,6 +509,11 @@ class LatencyRow:
     def engine(self) -> str:
         """The backend, and the graph where there are two."""
         return self.backend if self.graph == "model" else f"{self.backend}, {self.graph}"
+
+    def runs_dense(self, evidence: Iterable[EngineEvidence]) -> bool:
+        """Whether its own sparse engine is known to run no sparse kernel."""
+        own = [e for e in evidence if (e.backend, e.graph) == (self.backend, self.graph)]
+        return bool(own) and all(each.chosen == 0 for each in own)
 
     def tokens_per_second(self, twin: Timing) -> float | None:
         """New tokens of all rows by the median time; None for a graph that has none."""

@@ -362,7 +362,7 @@ def _latency_check(row: LatencyRow, evidence: Sequence[EngineEvidence]) -> Check
     least = 1 / (1 + row.limit)
     speedup = row.speedup
     gate = f"limit {least:.3f}" if row.gated else "not gated, because there are no sparse kernels"
-    if row.gated and any(each.backend == row.backend and each.chosen == 0 for each in evidence):
+    if row.gated and row.runs_dense(evidence):
         gate += ", and it runs no sparse kernel"
     return Check(
         name=row_name(row),

@@ -108,9 +108,8 @@ def _timed_on(report: Report) -> str:
     timed = [row for row in report.latency if row.gated]
     devices = list(dict.fromkeys(row.device for row in timed))
     if devices:
-        dense = {each.backend for each in report.sparsity.engines if each.chosen == 0}
-        alone = ", no sparse kernel runs" if all(row.backend in dense for row in timed) else ""
-        return f"measured on {' and '.join(devices)}{alone}"
+        dense = all(row.runs_dense(report.sparsity.engines) for row in timed)
+        return f"measured on {' and '.join(devices)}{', no sparse kernel runs' if dense else ''}"
     held = sum(check.part == "speed" and check.gated for check in report.checks)
     figures = f"{held} figure{'' if held == 1 else 's'}"
     against = f"; gated by {figures} of the baseline" if held else ""

@@ -309,6 +309,14 @@ def test_an_engine_without_a_sparse_kernel_says_so_where_it_passes(records: Reco
         assert ("no sparse kernel runs" in tiles_of(report)[3].line) is told
 
 
+def test_an_engine_is_told_from_that_of_another_graph(records: Records) -> None:
+    (row, *_), (evidence,) = records.bench.latency, records.compile.evidence
+    decoder = replace(evidence, graph="decoder", chosen=0)
+    encoder = replace(evidence, graph="encoder", chosen=3)
+    for graph, dense in (("decoder", True), ("encoder", False), ("model", False)):
+        assert replace(row, graph=graph).runs_dense((decoder, encoder)) is dense
+
+
 def test_an_order_is_in_the_report_and_on_the_terminal(records: Records) -> None:
     report = ordered(records).report()
     assert [order.kept_after for order in report.pruning.orders] == [0.9, None]
