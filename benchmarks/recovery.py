@@ -79,9 +79,10 @@ def pruned_model(
     return open_model_dir(folder / "pruned")
 
 
-def rotated(asked: argparse.Namespace, out: Path) -> RunContext:
+def rotated(
+    asked: argparse.Namespace, context: RunContext, device: torch.device, out: Path
+) -> RunContext:
     """The model as `rotate` writes it, and the same texts; prints what that took."""
-    context, device = opened(asked)
     result = rotate_directory(
         context.source,
         context.recipe,
@@ -174,7 +175,7 @@ def main() -> None:
     context, device = opened(asked)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        teacher = rotated(asked, folder / "rotated") if asked.rotate else context
+        teacher = rotated(asked, context, device, folder / "rotated") if asked.rotate else context
         own, began = PruneOptions(method=asked.method), time.perf_counter()
         student = (
             open_model_dir(asked.pruned)

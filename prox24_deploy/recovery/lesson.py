@@ -63,23 +63,22 @@ class Lesson:
 
     def withheld_loss(self) -> float:
         """Mean loss on the withheld batches; NaN or infinite where it is."""
-        return self.loss_on(self.withheld)
+        return self._loss_on(self.withheld)
 
     def hardest_loss(self) -> float:
         """The largest finite mean loss of some batches to train on, evenly spaced; else 0.
 
         Text that the model wrote may be far harder for it than the text that it was pruned on.
         """
-        losses = (self.loss_on([batch]) for batch in _some(self.batches))
+        losses = (self._loss_on([batch]) for batch in _some(self.batches))
         return max(filter(math.isfinite, losses), default=0.0)
 
     def fitted_loss(self) -> float:
         """Mean loss on some of the given batches to train on, evenly spaced."""
-        return self.loss_on(_some(self.batches[: self.given]))
+        return self._loss_on(_some(self.batches[: self.given]))
 
     @torch.no_grad()
-    def loss_on(self, batches: Sequence[Batch]) -> float:
-        """Mean loss on batches; NaN or infinite where it is."""
+    def _loss_on(self, batches: Sequence[Batch]) -> float:
         total, count = 0.0, 0
         for batch in self.crew.shares(batches):
             with half_precision(self.device):

@@ -63,6 +63,14 @@ def test_two_processes_go_on_where_one_was_killed_with_its_curve(
             assert torch.equal(given[name] == 0, left[name] == 0), name
 
 
+def test_every_row_has_one_process(llama: Recovery) -> None:
+    batches = llama.calibration.batches[:3]
+    parts = [Crew(rank=rank, size=2).shares(batches) for rank in range(2)]
+    rows = [len(batch.real) for part in parts for batch in part]
+    assert sum(rows) == sum(len(batch.real) for batch in batches)
+    assert all(rows)
+
+
 def test_batches_go_round_whole_and_the_last_by_rows(llama: Recovery) -> None:
     batches = [llama.calibration.batches[i] for i in (0, 1, 0)]
     parts = [Crew(rank=rank, size=2).shares(batches) for rank in range(2)]

@@ -36,8 +36,8 @@ def test_rates_rise_until_gradients_are_known_and_then_fall_to_nothing(
     rates = [plan.rate(step) for step in range(steps)]
     assert rates[:warm] == pytest.approx([(i + 1) / warm for i in range(warm)])
     assert rates[warm:] == sorted(rates[warm:], reverse=True)
-    assert 0 < rates[-1] < 0.1
-    assert rates[warm] < 1
+    assert 0 < rates[-1] < rates[warm] < 1
+    assert steps < 100 or rates[-1] < 1e-3
     assert Schedule(steps=1, step_tokens=1, check_every=1).rate(0) == 1
 
 
