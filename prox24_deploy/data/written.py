@@ -42,6 +42,9 @@ _MOST_ROWS = {"cuda": 2048, "cpu": 32}
 _TIMED = 32
 # Between seeds; a generator on a CPU looks at the lower 32 bits alone.
 _SPREAD, _SEEDS = 1_000_003, 2**32
+# First batch of the text to be trained on. What a model is pruned on begins at 0, and some of it is
+# withheld to tell what training is worth.
+FIRST_TO_LEARN = 500_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,7 @@ class Author:
         length: tokens of a row at most.
         seed: of what is drawn.
         folder: where batches are kept, so that a killed run does not write them again.
+        first: index of the first batch: texts of one seed that begin far apart share nothing.
     """
 
     model: nn.Module
@@ -64,6 +68,7 @@ class Author:
     length: int
     seed: int
     folder: Path
+    first: int = 0
 
     @property
     def rows(self) -> int:
@@ -148,7 +153,7 @@ class Author:
 
 
 def author_of(
-    model: nn.Module, tokenizer: Any, *, length: int, seed: int, folder: Path
+    model: nn.Module, tokenizer: Any, *, length: int, seed: int, folder: Path, first: int = 0
 ) -> Author | None:
     """The model as an author; None where nothing says which token a text starts with."""
     config: Any = model.config
@@ -157,7 +162,13 @@ def author_of(
     if start is None:
         return None
     return Author(
-        model=model, start=start, ends=frozenset(ends), length=length, seed=seed, folder=folder
+        model=model,
+        start=start,
+        ends=frozenset(ends),
+        length=length,
+        seed=seed,
+        folder=folder,
+        first=first,
     )
 
 
@@ -195,7 +206,7 @@ def write_text(
         Batches of a row of windows each, and how much was written and kept.
     """
     kept: dict[tuple[int, ...], None] = {}
-    written = size = index = 0
+    written, size, index = 0, 0, author.first
     while size < tokens and written * author.length < 2 * tokens + author.rows * author.length:
         progress("write text", min(size, tokens), tokens)
         for row in author.write(index):

@@ -17,7 +17,7 @@ from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.host import GIB
 from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.types import Progress
-from prox24_deploy.data.written import author_of
+from prox24_deploy.data.written import FIRST_TO_LEARN, author_of
 from prox24_deploy.model.batch import Samples, padding_id
 from prox24_deploy.model.checkpoint import renamed_tensors, write_pruned
 from prox24_deploy.model.config_file import whole_number
@@ -229,7 +229,14 @@ def _session(
         padding = padding_id(tokenizer)
         length = int(asked.calibration.batches[0].real.shape[1])
         if asked.options.write:
-            author = author_of(dense, tokenizer, length=length, seed=asked.seed, folder=kept)
+            author = author_of(
+                dense,
+                tokenizer,
+                length=length,
+                seed=asked.seed,
+                folder=kept,
+                first=FIRST_TO_LEARN,
+            )
             if author is None:
                 log.warning(
                     "%s names no token that a text starts with, so that the model writes no text "

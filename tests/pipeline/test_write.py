@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.manifest import read_manifest
-from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
+from prox24_deploy.config.options import BuildOptions, PruneOptions, RecoverOptions, TextOptions
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.recovery import WrittenText
 from prox24_deploy.data import written
@@ -23,6 +23,7 @@ from prox24_deploy.model.checkpoint import write_tensors
 from prox24_deploy.pipeline import run as pipeline
 from prox24_deploy.pipeline import stages
 from prox24_deploy.pipeline.context import read_context
+from prox24_deploy.recovery import session
 
 OPTIONS = BuildOptions(
     text=TextOptions(calibration_tokens=1100, evaluation_tokens=1024),
@@ -59,6 +60,27 @@ def test_the_text_is_listed_by_hash_and_said_to_be_written(bundle: Path, tiny_ll
     # What accuracy is judged by stays what it was.
     held_out = read_context(tiny_llama, None, OPTIONS).held_out.source
     assert (found["held_out"]["kind"], found["held_out"]["sha256"]) == ("split", held_out.sha256)
+
+
+def test_what_is_trained_on_has_nothing_of_what_the_model_was_pruned_on(
+    bundle: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An eighth of that is withheld, and tells what the training is worth.
+    out = shutil.copytree(bundle, tmp_path / "bundle")
+    write, seen = session.write_text, []
+
+    def remembered(*arguments: Any) -> Any:
+        batches, record = write(*arguments)
+        seen.extend(tuple(row) for batch in batches for row in batch.inputs["input_ids"].tolist())
+        return batches, record
+
+    monkeypatch.setattr(session, "write_text", remembered)
+    options = replace(OPTIONS, recover=RecoverOptions(steps=12, step_tokens=512))
+    pipeline.recover(out, tiny_llama, None, options, progress=silent)
+    pruned_on = load_file(out / "written" / "tokens.safetensors")["tokens"].tolist()
+    assert len(pruned_on) >= 16
+    assert len(seen) >= 16
+    assert not {*seen} & {*map(tuple, pruned_on)}
 
 
 def test_it_is_written_once_and_pruned_on(
