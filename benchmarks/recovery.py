@@ -6,13 +6,14 @@ log-perplexity (decoders), 1 - cosine of the embeddings (encoders) or the diverg
 
     python benchmarks/recovery.py MODEL_DIR --calibration F --evaluation F --minutes 5
         [--pruned DIR] [--texts written calibration] [--rates 0.005 0.01 0.02]
-        [--optimizers adamw adafactor] [--rival] [--rotate]
+        [--optimizers adamw adafactor] [--rival] [--rotate] [--reconstruct]
 
 Prints a row for each optimiser, learning rate and kind of text (what the model writes itself beside
 the calibration text, or that alone), with paired errors, the curves, and one JSON line; asserts
 that no zero of a weight was lost and that nothing became worse on withheld samples. `--rival`
 prunes with SparseGPT as published, too, and prints what each loss is of the loss of that. With
-`--rotate` what is pruned and recovered is the model as `rotate` leaves it, and the rival is not.
+`--rotate` what is pruned and recovered is the model as `rotate` leaves it, and the rival is not;
+with `--reconstruct` blocks are tuned as a whole before.
 """
 
 import argparse
@@ -167,6 +168,7 @@ def parsed() -> argparse.Namespace:
                         default=["written"])  # fmt: skip
     parser.add_argument("--rival", action="store_true")
     parser.add_argument("--rotate", action="store_true")
+    parser.add_argument("--reconstruct", action="store_true")
     return parser.parse_args()
 
 
@@ -176,7 +178,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         teacher = rotated(asked, context, device, folder / "rotated") if asked.rotate else context
-        own, began = PruneOptions(method=asked.method), time.perf_counter()
+        own = PruneOptions(method=asked.method, reconstruct=asked.reconstruct)
+        began = time.perf_counter()
         student = (
             open_model_dir(asked.pruned)
             if asked.pruned

@@ -26,8 +26,9 @@ _TRIED_STEPS = 64
 # A check runs both models forward, a step also the sparse one backward, at twice the price: checks
 # may take this share of what the steps take.
 _CHECK_COST, _STEP_COST, CHECK_SHARE = 2, 4, 0.2
-# Checks without a better model until training ends, and the rate above which it does not: while the
-# rate is large the loss on withheld samples often stands still, and falls with the rate.
+# Checks that are compared with as many before them to tell whether training still helps, and the
+# rate above which it goes on in any case: while the rate is large the loss on withheld samples often
+# stands still, and falls with the rate.
 _PATIENCE, _LARGE_RATE = 5, 0.5
 
 
@@ -100,10 +101,16 @@ class Schedule:
         """Whether to look at withheld samples after so many steps."""
         return taken % self.check_every == 0 or taken == self.steps
 
-    def ends(self, taken: int, kept: int) -> bool:
-        """Whether training ends before its time after so many steps; the best model had `kept`."""
-        waited = taken - kept >= _PATIENCE * self.check_every
-        return waited and self.rate(taken) < _LARGE_RATE
+    def ends(self, taken: int, withheld: Sequence[float]) -> bool:
+        """Whether training ends before its time after so many steps.
+
+        `withheld` has the losses at the checks so far. They are compared with those shortly before,
+        not with that of the model that was given: one whose blocks were tuned as a whole loses at
+        first, and is passed late.
+        """
+        recent, before = withheld[-_PATIENCE:], withheld[-2 * _PATIENCE : -_PATIENCE]
+        fallen = self.rate(taken) < _LARGE_RATE
+        return fallen and bool(before) and min(recent) >= min(before)
 
     def batches(self, sizes: Sequence[int], seed: int) -> Iterator[list[int]]:
         """For each step, without end, the batches to train on: all in seeded order, then anew."""

@@ -49,6 +49,11 @@ class TrainingState:
     curve: list[RecoveryPoint] = field(default_factory=list)
     setbacks: list[Setback] = field(default_factory=list)
 
+    @property
+    def withheld(self) -> list[float]:
+        """Losses on withheld samples: of the model that was given, then at each check."""
+        return [point.withheld for point in self.curve if point.withheld is not None]
+
 
 @dataclass(slots=True)
 class StateFile:

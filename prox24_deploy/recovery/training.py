@@ -210,8 +210,8 @@ class Training:
             if state.taken >= self.schedule.steps:
                 break
             # A run that goes on may have come so far before.
-            if self.schedule.ends(state.taken, state.kept):
-                log.info("no better model since step %d, training ends", state.kept)
+            if self.schedule.ends(state.taken, state.withheld[1:]):
+                log.info("withheld samples gain no more at step %d, training ends", state.taken)
                 break
             progress("recover", state.taken, self.schedule.steps)
             state.taken += 1
@@ -314,13 +314,13 @@ class Training:
         now = values_of(self.lesson.trained, near=True)
         put(self.lesson.trained, now, rounded=True)
         loss = self.lesson.withheld_loss()
-        known = [point.withheld for point in state.curve if point.withheld is not None]
-        if not loss <= max(_FAR_WITHHELD * known[0], _NO_LOSS):
+        first = state.withheld[0]
+        if not loss <= max(_FAR_WITHHELD * first, _NO_LOSS):
             raise _DivergedError(
                 f"the loss on withheld samples after step {state.taken} is {loss:.3g}, that of the "
-                f"model that was given {known[0]:.3g}"
+                f"model that was given {first:.3g}"
             )
-        if loss < min(known):
+        if loss < min(state.withheld):
             state.kept = state.taken
             if self.lesson.crew.leads:
                 state.best = values_of(self.lesson.trained, stored=True)
