@@ -27,8 +27,8 @@ _TRIED_STEPS = 64
 # may take this share of what the steps take.
 _CHECK_COST, _STEP_COST, CHECK_SHARE = 2, 4, 0.2
 # Checks that are compared with as many before them to tell whether training still helps, and the
-# rate above which it goes on in any case: while the rate is large the loss on withheld samples often
-# stands still, and falls with the rate.
+# rate above which it goes on in any case: while the rate is large the loss on withheld samples
+# often stands still, and falls with the rate.
 _PATIENCE, _LARGE_RATE = 5, 0.5
 
 

@@ -67,7 +67,8 @@ def test_what_is_trained_on_has_nothing_of_what_the_model_was_pruned_on(
 ) -> None:
     # An eighth of that is withheld, and tells what the training is worth.
     out = shutil.copytree(bundle, tmp_path / "bundle")
-    write, seen = session.write_text, []
+    write = written.write_text
+    seen: list[tuple[int, ...]] = []
 
     def remembered(*arguments: Any) -> Any:
         batches, record = write(*arguments)
