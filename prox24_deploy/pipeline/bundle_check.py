@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prox24_deploy.bundle.layout import ONNX, PRUNED, RECOVERED
+from prox24_deploy.bundle.layout import ONNX, PRUNED, RECOVERED, lies_below
+from prox24_deploy.bundle.manifest import Manifest, read_manifest
 from prox24_deploy.core.errors import BundleError
 from prox24_deploy.graph.check.check import check_path
 from prox24_deploy.graph.check.judgement import CheckReport, require_24
@@ -40,18 +41,42 @@ def check_bundle(root: Path, ignore: Sequence[str], axes: Mapping[str, int]) -> 
     """Check every weight in a bundle, by files that hold nothing but what they say.
 
     Raises:
-        BundleError: it holds no pruned model.
+        BundleError: it holds no pruned model, lacks a file that a stage left, or has a folder of
+            weights that is none of a stage.
         UsageError: a file of it is damaged.
     """
-    folders = [name for name in (PRUNED, RECOVERED, _SPARSE) if (root / name).is_dir()]
-    if not {PRUNED, RECOVERED} & {*folders}:
-        raise BundleError(f"Bundle {root} holds no {PRUNED}/; run prune first.")
-    dense = root / _DENSE
+    folders = _folders_of(root, read_manifest(root))
+    proven = [name for name in folders if name != _DENSE]
     return BundleCheck(
         path=str(root),
-        parts={name: check_path(root / name, ignore, axes) for name in folders},
-        dense=check_path(dense) if dense.is_dir() else None,
+        parts={name: check_path(root / name, ignore, axes) for name in proven},
+        dense=check_path(root / _DENSE) if _DENSE in folders else None,
     )
+
+
+def _folders_of(root: Path, manifest: Manifest) -> list[str]:
+    """The folders of weights that the stages of a bundle left there, all of their files with them.
+
+    One that is gone would be left out of what is proven, and one that came from elsewhere be in it.
+    """
+    folders = []
+    for folder in (PRUNED, RECOVERED, _SPARSE, _DENSE):
+        names = [name for name in manifest.files if lies_below(name, folder)]
+        if absent := [name for name in names if not (root / name).is_file()]:
+            raise BundleError(
+                f"Bundle {root} has lost {absent[0]}, so that nothing is proven of it; restore it, "
+                "or run the same build again."
+            )
+        if names:
+            folders.append(folder)
+        elif (root / folder).is_dir():
+            raise BundleError(
+                f"Bundle {root} has {folder}/, which no stage of it made; move it out, or check it "
+                "by itself."
+            )
+    if not {PRUNED, RECOVERED} & {*folders}:
+        raise BundleError(f"Bundle {root} holds no {PRUNED}/; run prune first.")
+    return folders
 
 
 def require_proven(found: BundleCheck) -> None:

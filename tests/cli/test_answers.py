@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -71,6 +72,28 @@ def test_a_bundle_is_no_better_than_its_worst_part(
     assert "Proven" not in run.out
     assert "pruned" in last_line(run.err)
     assert "is not 2:4" in last_line(run.err)
+
+
+@pytest.mark.parametrize("gone", ["onnx/sparse", "onnx/dense", "pruned"])
+def test_a_bundle_that_lost_a_part_is_not_proven(
+    pruned: tuple[Path, int], tmp_path: Path, gone: str
+) -> None:
+    copy = shutil.copytree(pruned[0], tmp_path / "copy")
+    shutil.rmtree(copy / gone)
+    run = run_cli("check", copy)
+    assert (run.code, "Proven" in run.out) == (2, False)
+    assert f"has lost {gone}/" in run.err
+
+
+def test_weights_that_no_stage_made_are_not_those_of_a_bundle(
+    pruned: tuple[Path, int], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(pruned[0], tmp_path / "copy")
+    shutil.copytree(copy / "pruned", copy / "recovered")
+    run = run_cli("check", copy)
+    assert (run.code, "recovered/, which no stage of it made" in run.err) == (2, True)
+    (copy / "manifest.json").write_text("{}")
+    assert run_cli("check", copy).code == 2
 
 
 def test_a_file_is_proven_in_one_sentence(pruned: tuple[Path, int]) -> None:
