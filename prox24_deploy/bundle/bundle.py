@@ -307,7 +307,7 @@ def open_bundle(root: Path, *, fresh: bool = False, existing: bool = False) -> I
     Args:
         root: OUT; created with its parents if it does not exist.
         fresh: forget every finished stage.
-        existing: refuse to create a new bundle.
+        existing: refuse to create a new bundle, and warn where a finished one is left unfinished.
 
     Raises:
         BundleError: OUT is a file, holds something that is not a bundle, or is being built.
@@ -322,7 +322,15 @@ def open_bundle(root: Path, *, fresh: bool = False, existing: bool = False) -> I
             _clear(root)
             bundle.manifest = Manifest()
             write_manifest(root, bundle.manifest)
-        yield bundle
+        finished = existing and manifest.complete
+        try:
+            yield bundle
+        finally:
+            if finished and not bundle.manifest.complete:
+                log.warning(
+                    "Bundle %s was finished, and its report is of what it was before: run report "
+                    "on it, until then it does not verify.", root,
+                )  # fmt: skip
 
 
 def _make_root(root: Path) -> None:

@@ -441,6 +441,7 @@ def evaluate(
     evaluation_tokens: arguments.SameEvaluationTokensOpt = None,
     engine_tokens: arguments.SameEngineTokensOpt = None,
     device: arguments.DeviceOpt = "auto",
+    model: arguments.MovedModelOpt = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Measure the accuracy of a bundle against the dense model, in PyTorch and by its engines."""
@@ -453,6 +454,7 @@ def evaluate(
         evaluation_tokens=evaluation_tokens,
         engine_tokens=engine_tokens,
         device=device,
+        model=model,
     )
     with shown(stderr, bundle) as progress:
         evaluated, through = finish.evaluate(bundle, asked, progress=progress)
@@ -474,6 +476,7 @@ def report(
     limits: arguments.LimitsOpt = None,
     accept_loss: arguments.AcceptLossOpt = None,
     allow: arguments.AllowOpt = None,
+    model: arguments.MovedModelOpt = None,
     as_json: arguments.JsonOpt = False,
 ) -> None:
     """Report what the single stages of a bundle found, with its verdict, and seal it."""
@@ -485,7 +488,7 @@ def report(
         accept_loss=parse_losses(accept_loss or ()),
         allow=tuple(allow or ()),
     )
-    made = finish.report(bundle, options)
+    made = finish.report(bundle, options, model)
     if as_json:
         print_json(made.model_dump(mode="json"))
     else:

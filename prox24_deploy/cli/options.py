@@ -345,6 +345,14 @@ RecoverOpt = Annotated[
 BudgetOpt = Annotated[
     str, typer.Option("--recover", metavar="BUDGET", help="How long to train: 200steps or 5min.")
 ]
+MovedModelOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        help="Where the model that was pruned lies now. Default: where it was.",
+        readable=False,
+    ),
+]
 TeacherOpt = Annotated[
     Path,
     typer.Option("--teacher", help="The dense model that it was pruned from.", readable=False),

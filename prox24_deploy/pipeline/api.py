@@ -261,6 +261,7 @@ def evaluate_bundle(
     evaluation_tokens: int | None = None,
     engine_tokens: int | None = None,
     device: DeviceChoice = "auto",
+    model: StrPath | None = None,
     progress: Progress = silent,
 ) -> tuple[EvaluateResult, EngineAccuracyResult]:
     """Measure the accuracy of a bundle against its dense model, in PyTorch and by its engines.
@@ -273,6 +274,7 @@ def evaluate_bundle(
         evaluation_tokens: of them, as when pruned unless told.
         engine_tokens: of these, to run through each engine, as when pruned unless told.
         device: where PyTorch runs.
+        model: where the dense model lies, if not where it was.
         progress: called with (label, done, total).
 
     Raises:
@@ -286,20 +288,25 @@ def evaluate_bundle(
         evaluation_tokens=evaluation_tokens,
         engine_tokens=engine_tokens,
         device=device,
+        model=None if model is None else Path(model),
     )
     return finish.evaluate(Path(bundle), asked, progress=progress)
 
 
-def report_bundle(bundle: StrPath, options: BuildOptions | None = None) -> Report:
+def report_bundle(
+    bundle: StrPath, options: BuildOptions | None = None, *, model: StrPath | None = None
+) -> Report:
     """Report what the single stages of a bundle found, with its verdict, and seal it.
 
-    Of the options only `baseline`, `limits_file`, `accept_loss` and `allow` count.
+    Of the options only `baseline`, `limits_file`, `accept_loss` and `allow` count. `model` is where
+    the dense model lies, if not where it was.
 
     Raises:
         BundleError: a stage has not been run, or the model that it is of has changed.
         UsageError: a limit names no figure.
     """
-    return finish.report(Path(bundle), options or BuildOptions())
+    where = None if model is None else Path(model)
+    return finish.report(Path(bundle), options or BuildOptions(), where)
 
 
 def plan(

@@ -9,7 +9,12 @@ from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.layout import MANIFEST_FILE, PRUNED
 from prox24_deploy.config.options import BuildOptions, DeviceChoice, EngineOptions
 from prox24_deploy.config.recipe import Recipe, parse_recipe, select_recipe
-from prox24_deploy.core.errors import BackendMissingError, BundleError, UsageError
+from prox24_deploy.core.errors import (
+    BackendMissingError,
+    BundleError,
+    ModelDirError,
+    UsageError,
+)
 from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.records import ModelInfo
 from prox24_deploy.core.types import Progress, silent
@@ -210,8 +215,8 @@ def model_of(bundle: Bundle) -> ModelInfo:
     return bundle.manifest.model
 
 
-def source_of(bundle: Bundle) -> "ModelDir":
-    """The model directory that a bundle was pruned from, opened anew.
+def source_of(bundle: Bundle, moved: Path | None = None) -> "ModelDir":
+    """The model directory that a bundle was pruned from, opened anew, or where it lies now.
 
     Raises:
         ModelDirError: it cannot be opened.
@@ -219,13 +224,19 @@ def source_of(bundle: Bundle) -> "ModelDir":
     """
     from prox24_deploy.model.directory import open_model_dir
 
-    path = Path(model_of(bundle).path)
+    path = moved or Path(model_of(bundle).path)
+    if moved is None and not path.exists():
+        raise ModelDirError(
+            f"The model {path}, which {bundle.root} was pruned from, is not there; put it back, or "
+            "pass --model DIR to evaluate and report."
+        )
     source = open_model_dir(path)
     entry = bundle.manifest.stages.get("prune")
     if entry is None or source.fingerprint() != entry.inputs["source"]:
-        raise BundleError(
-            f"Model directory {path} has changed since {bundle.root} was pruned; run prune again."
-        )
+        what = f"has changed since {bundle.root} was pruned; run prune again"
+        if moved is not None:
+            what = f"is not the model that {bundle.root} was pruned from; pass that as --model"
+        raise BundleError(f"Model directory {path} {what}.")
     return source
 
 

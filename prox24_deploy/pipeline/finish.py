@@ -38,7 +38,10 @@ _REQUIRED = ("prune", "export", "compile", "bench", "evaluate", "accuracy")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationAsked:
-    """What `evaluate` takes; None leaves a setting to how the bundle was pruned."""
+    """What `evaluate` takes; None leaves a setting to how the bundle was pruned.
+
+    `model` is where the dense model lies, if not where it was.
+    """
 
     evaluation: tuple[Path, ...] = ()
     column: str | None = None
@@ -46,6 +49,7 @@ class EvaluationAsked:
     evaluation_tokens: int | None = None
     engine_tokens: int | None = None
     device: DeviceChoice = "auto"
+    model: Path | None = None
 
 
 def evaluate(
@@ -61,7 +65,7 @@ def evaluate(
         stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         compiled = bundle.load(stages.compile.STAGE)
         # Refuses a model that has changed.
-        source = source_of(bundle)
+        source = source_of(bundle, asked.model)
         options = _with(stored_options(bundle), asked, bundle)
         context = read_context(source.path, out, options, progress)
         shipped = shipped_folder(bundle.manifest.files)
@@ -73,10 +77,11 @@ def evaluate(
     return evaluated, replace(through, not_measured=(*missing, *through.not_measured))
 
 
-def report(out: Path, options: BuildOptions) -> Report:
+def report(out: Path, options: BuildOptions, model: Path | None = None) -> Report:
     """Report what the stages of a bundle found, and seal it: the end of a run in single stages.
 
-    Of the options count what the report is held to: baseline, limits, accepted losses.
+    Of the options count what the report is held to: baseline, limits, accepted losses. `model` is
+    where the dense model lies, if not where it was.
 
     Raises:
         BundleError: a stage has not been run, or the model that it is of has changed.
@@ -86,7 +91,7 @@ def report(out: Path, options: BuildOptions) -> Report:
     with open_bundle(out, existing=True) as bundle:
         stages.recover.require_pruned_here(bundle.root, bundle.manifest)
         results = _results(bundle)
-        source = source_of(bundle)
+        source = source_of(bundle, model)
         recipe = fitted_recipe(open_model(bundle).recipe, source.architecture, source.path)
         bundle.manifest.options = {
             **bundle.manifest.options,

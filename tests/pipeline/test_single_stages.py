@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 from command_line import ANY_EMBEDDING, run_cli
 
-from prox24_deploy.bundle.bundle import open_bundle
+from prox24_deploy.bundle.bundle import Bundle, open_bundle
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.records import ModelInfo
 from prox24_deploy.core.types import silent
-from prox24_deploy.pipeline import finish, stages
+from prox24_deploy.pipeline import context, finish, stages
 
 SAMPLES = ("--calibration-tokens", "2048", "--evaluation-tokens", "1024")
 SHAPES = ("--shapes", "batch=2", "sequence=8")
@@ -62,9 +64,9 @@ def test_single_stages_quantise_on_what_the_bundle_was_pruned_on(
     for command in ("export", "compile"):
         ran = run_cli(command, out, "--quantize", "int8")
         assert (ran.code, ran.err.splitlines()[-1]) == (2, "Error: far enough")
-    for _, context, pruned, options, _ in seen:
+    for _, opened, pruned, options, _ in seen:
         assert options.quantize == "int8"
-        assert context.calibration.source.sha256 == pruned.calibration.sha256
+        assert opened.calibration.source.sha256 == pruned.calibration.sha256
     assert len(seen) == 2
 
 
@@ -131,6 +133,42 @@ def test_a_bundle_of_single_stages_is_sealed_and_can_be_compared(
     digest = json.loads((single / "report.json").read_text())["contents_sha256"]
     assert f"contents sha256 {digest}." in sealed.out
     assert "cannot be compared" not in run_cli("compare", single, whole).err
+
+
+def test_a_stage_that_is_run_again_says_that_the_report_is_old(
+    bundles: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = shutil.copytree(bundles[1], tmp_path / "out")
+    timed = run_cli("bench", out, *SHAPES, "--rounds", "20")
+    assert timed.code == 0
+    assert "its report is of what it was before: run report on it" in " ".join(timed.err.split())
+    assert run_cli("verify", out).code != 0
+    again = run_cli("report", out, *ANY_EMBEDDING)
+    assert "of what it was before" not in again.err
+    assert run_cli("verify", out).code == 0
+
+
+def test_a_model_that_was_moved_is_found_where_the_user_says(
+    bundles: tuple[Path, Path],
+    tiny_bert: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = shutil.copytree(bundles[1], tmp_path / "out")
+    known = context.model_of
+
+    def elsewhere(bundle: Bundle) -> ModelInfo:
+        return replace(known(bundle), path=str(tmp_path / "gone"))
+
+    monkeypatch.setattr(context, "model_of", elsewhere)
+    for command in ("evaluate", "report"):
+        lost = run_cli(command, out)
+        assert (lost.code, "--model DIR" in lost.err) == (2, True)
+        other = run_cli(command, out, "--model", tiny_llama)
+        assert (other.code, "is not the model that" in other.err) == (2, True)
+        assert "Error" not in run_cli(command, out, "--model", tiny_bert).err
+    assert run_cli("verify", out).code == 0
 
 
 def test_a_report_names_the_stage_that_is_lacking(
