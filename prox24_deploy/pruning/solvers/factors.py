@@ -1,14 +1,19 @@
 """The inverse of a curvature, and a triangular factor of the inverse, by Cholesky in float32.
 
 For the widest layers of a large model these cost as much as what is done with them. Columns of an
-inverse do not depend on each other, so that processes that share a run share them, too.
+inverse do not depend on each other, so that processes that share a run share them, too. A matrix
+that rounding to float32 leaves without a factor gets one in float64.
 """
+
+import logging
 
 import torch
 from torch import Tensor
 
 from prox24_deploy.pruning.solvers.products import float32_products
 from prox24_deploy.pruning.solvers.shares import WHOLE, Shares
+
+log = logging.getLogger(__name__)
 
 # Columns of a triangular inverse that are solved for at a time; above them all is zero.
 _STRIP = 2048
@@ -22,12 +27,25 @@ def inverse_of(matrix: Tensor, shares: Shares = WHOLE) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: the matrix is not positive definite.
     """
-    lower = torch.linalg.cholesky(matrix)
+    lower = _cholesky(matrix)
     own = shares.rows(len(matrix))
     columns = torch.zeros_like(lower[:, own])
     columns[own].fill_diagonal_(1.0)
     # Symmetric, so that columns are rows.
-    return shares.gathered(torch.cholesky_solve(columns, lower).T.contiguous(), len(matrix))
+    rows = torch.cholesky_solve(columns, lower).T.to(matrix.dtype)
+    return shares.gathered(rows.contiguous(), len(matrix))
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Its lower factor, (d, d), in float64 where there is none in float32."""
+    try:
+        return torch.linalg.cholesky(matrix)
+    except torch.linalg.LinAlgError:
+        log.warning(
+            "a matrix of inputs, %d wide, is not positive definite in float32, and is factored in "
+            "float64", len(matrix),
+        )  # fmt: skip
+        return torch.linalg.cholesky(matrix.double())
 
 
 def inverse_factor(matrix: Tensor) -> Tensor:
@@ -39,7 +57,7 @@ def inverse_factor(matrix: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: the matrix is not positive definite.
     """
-    lower = torch.linalg.cholesky(matrix.flip(0, 1))
+    lower = _cholesky(matrix.flip(0, 1))
     found = torch.zeros(lower.shape, dtype=lower.dtype, device=lower.device)
     with float32_products():
         for begin in range(0, len(lower), _STRIP):
@@ -49,4 +67,4 @@ def inverse_factor(matrix: Tensor) -> Tensor:
                 lower[begin:, begin:], found[begin:, strip], upper=False
             )
     del lower
-    return found.flip(0, 1)
+    return found.flip(0, 1).to(matrix.dtype)

@@ -37,6 +37,25 @@ def test_a_factor_is_that_of_the_inverse(
     assert found.is_contiguous()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_float32_cannot_factor_is_factored_in_float64(device: str) -> None:
+    # Twelve directions and next to nothing besides; of whole numbers, so that it is exact.
+    rows = torch.randint(-1, 2, (96, 12), generator=torch.Generator().manual_seed(0)).float()
+    matrix = rows @ rows.T
+    matrix.diagonal().add_(2.0**-20)
+    matrix = matrix.to(device)
+    for each in (matrix, matrix.flip(0, 1)):
+        with pytest.raises(torch.linalg.LinAlgError):
+            torch.linalg.cholesky(each)
+    right = torch.linalg.inv(matrix.double())
+    found, factor = inverse_of(matrix), inverse_factor(matrix)
+    assert (found.dtype, factor.dtype) == (torch.float32, torch.float32)
+    assert departure(found, right) < _EXACT
+    assert departure(factor.double().T @ factor.double(), right) < _EXACT
+    with pytest.raises(torch.linalg.LinAlgError):
+        inverse_of(-torch.eye(3, device=device))
+
+
 def part_of(matrix: Tensor, number: int, count: int) -> Tensor:
     """What one of some processes gives the others, which are not there."""
     own = Ranks(number, count, matrix.device)
