@@ -1,7 +1,7 @@
 """In which dtype a model is exported: the user's, else its checkpoint's own."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from typing import get_args
 
@@ -26,7 +26,9 @@ def settled_dtype(directory: ModelDir, recipe: Recipe, asked: DType | None) -> D
         ModelDirError: nothing is exported in the checkpoint's own dtype, or this model is not
             exported in the settled one; says what to ask for.
     """
-    stored = _most_common(_targets(directory, recipe)) or _most_common(directory.tensors.values())
+    stored = _most_common(target_weights(directory, recipe)) or _most_common(
+        directory.tensors.values()
+    )
     found = asked or next((dtype for dtype in get_args(DType) if dtype == stored), None)
     if found is None:
         raise ModelDirError(
@@ -43,21 +45,23 @@ def settled_dtype(directory: ModelDir, recipe: Recipe, asked: DType | None) -> D
     return found
 
 
-def _targets(directory: ModelDir, recipe: Recipe) -> list[StoredTensor]:
+def target_weights(directory: ModelDir, recipe: Recipe) -> list[StoredTensor]:
     """The weights of the checkpoint whose names are those of targets in the recipe's blocks."""
-    globs = [
-        f"{before}{part.blocks}.*.{target}.weight"
-        for part in recipe.parts
-        for target in part.targets
-        for before in ("", "*.")
-    ]
-    # A model may be opened without the prefix of its checkpoint, or the other way round.
-    globs += [glob.partition(".")[2] for glob in globs if not glob.startswith("*.")]
+    wanted = [glob for part in recipe.parts for glob in _globs(part.blocks, part.targets)]
+    ignored = [glob for part in recipe.parts for glob in _globs(part.blocks, part.ignore)]
     return [
         tensor
         for name, tensor in directory.tensors.items()
-        if any(fnmatch(name, glob) for glob in globs)
+        if any(fnmatch(name, glob) for glob in wanted)
+        and not any(fnmatch(name, glob) for glob in ignored)
     ]
+
+
+def _globs(blocks: str, layers: Sequence[str]) -> list[str]:
+    """What weights of layers may be called, with or without a prefix of the checkpoint."""
+    globs = [f"{before}{blocks}.*.{layer}.weight" for layer in layers for before in ("", "*.")]
+    # A model may be opened without the prefix of its checkpoint, or the other way round.
+    return globs + [glob.partition(".")[2] for glob in globs if not glob.startswith("*.")]
 
 
 def _most_common(tensors: Iterable[StoredTensor]) -> str:

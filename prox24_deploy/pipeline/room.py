@@ -3,40 +3,46 @@
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prox24_deploy.config.options import BuildOptions
+from prox24_deploy.config.options import BuildOptions, PruneOptions
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.host import GIB, gib_of
 from prox24_deploy.core.types import TWINS
 from prox24_deploy.pipeline.context import RunContext
 
 if TYPE_CHECKING:
-    from prox24_deploy.model.directory import ModelDir
+    from prox24_deploy.model.directory import ModelDir, StoredTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """Bytes that a run writes: a rotated, pruned or recovered model, and exported twins."""
+    """Bytes that lie there at once: a rotated, pruned or recovered model, and exported twins.
+
+    Blocks that are `solved` do until the pruned model is whole.
+    """
 
     rotated: int = 0
     pruned: int = 0
+    solved: int = 0
     recovered: int = 0
     exported: int = 0
 
     @property
     def total(self) -> int:
-        """All of it; what is only there for a while is not counted."""
-        return self.rotated + self.pruned + self.recovered + self.exported
+        """All of it."""
+        return self.rotated + self.pruned + self.solved + self.recovered + self.exported
 
     def __str__(self) -> str:
         return gib_of(
             {
                 "the rotated model": self.rotated,
                 "the pruned model": self.pruned,
+                "its solved blocks": self.solved,
                 "the recovered model": self.recovered,
                 "exported files": self.exported,
             }
@@ -60,7 +66,8 @@ def require_room(
     Raises:
         UsageError: says what is needed, what is free, and what to do.
     """
-    room = _room(out)
+    room, stored = _room(out), _stored(context.source)
+    _require(out, Written(pruned=stored, solved=_solved(context, options.prune)), room)
     needed = _written(context.source, options, _values(context.source) if exports else 0)
     if exports and needed.total > room:
         # Not every tensor of a checkpoint needs to be one of the model.
@@ -103,7 +110,21 @@ def _written(source: "ModelDir", options: BuildOptions, exported: int) -> Writte
 
 
 def _stored(source: "ModelDir") -> int:
-    return sum(tensor.numel * tensor.dtype.itemsize for tensor in source.tensors.values())
+    return _bytes(source.tensors.values())
+
+
+def _solved(context: RunContext, options: PruneOptions) -> int:
+    """Bytes of the blocks that are solved; 0 where more than the recipe says what is pruned."""
+    chosen = options.include or options.exclude or options.planned_dense or options.has_budget
+    if chosen or options.method == "none":
+        return 0
+    from prox24_deploy.model.dtypes import target_weights
+
+    return _bytes(target_weights(context.source, context.recipe))
+
+
+def _bytes(tensors: Iterable["StoredTensor"]) -> int:
+    return sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors)
 
 
 def _values(source: "ModelDir") -> int:

@@ -2,18 +2,20 @@
 
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from command_line import run_cli
 
-from prox24_deploy.config.options import BuildOptions, RecoverOptions, TextOptions
+from prox24_deploy.config.options import BuildOptions, PruneOptions, RecoverOptions, TextOptions
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.pipeline.context import RunContext, read_context
 from prox24_deploy.pipeline.room import require_room
 
 HALF = BuildOptions(dtype="float16")
+DENSE = BuildOptions(dtype="float16", prune=PruneOptions(method="none"))
 RECOVERED = BuildOptions(dtype="float16", recover=RecoverOptions(steps=8))
 EXPORTED = {"exports": True}
 Disk = Callable[..., None]
@@ -41,9 +43,28 @@ def size(context: RunContext) -> int:
     return sum(2 * tensor.numel for tensor in context.source.tensors.values())
 
 
+def test_solved_blocks_lie_beside_the_pruned_model(
+    context: RunContext, disk: Disk, size: int, tmp_path: Path
+) -> None:
+    linear = "*.layers.*.*_proj.weight"
+    solved = sum(
+        2 * tensor.numel
+        for name, tensor in context.source.tensors.items()
+        if fnmatch(f".{name}", linear)
+    )
+    assert 0 < solved < size
+    disk(size + solved)
+    require_room(tmp_path, context, BuildOptions())
+    disk(size + solved - 1)
+    with pytest.raises(UsageError, match="its solved blocks"):
+        require_room(tmp_path, context, BuildOptions())
+    # How many are pruned is not known before.
+    require_room(tmp_path, context, BuildOptions(prune=PruneOptions(max_layers=1)))
+
+
 @pytest.mark.parametrize(
     ("options", "also", "models"),
-    [(HALF, {}, 1), (RECOVERED, {}, 2), (HALF, EXPORTED, 3), (RECOVERED, EXPORTED, 4)],
+    [(DENSE, {}, 1), (RECOVERED, {}, 2), (HALF, EXPORTED, 3), (RECOVERED, EXPORTED, 4)],
 )
 def test_the_models_that_are_written_must_fit(
     context: RunContext, disk: Disk, size: int, tmp_path: Path,
@@ -63,7 +84,7 @@ def test_what_lies_in_out_is_room(
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "file").write_bytes(bytes(size // 2))
     disk(size - size // 2)
-    require_room(tmp_path, context, HALF)
+    require_room(tmp_path, context, DENSE)
 
 
 def test_a_disk_of_unknown_size_is_not_refused(
