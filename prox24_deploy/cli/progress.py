@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import ProgressColumn as Column
+from rich.text import Text
 
 from prox24_deploy.cli.terminal import close_log_files, log_files, tell
 from prox24_deploy.core.errors import UsageError
@@ -115,6 +124,15 @@ def in_words(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
+class _Left(Column):
+    """The time left if the rest takes as long in proportion, as lines have it."""
+
+    def render(self, task: Task) -> Text:
+        done, total = int(task.completed), int(task.total or 0)
+        said = _time(task.elapsed or 0.0, done, total)
+        return Text(said.partition("about ")[2])
+
+
 @contextmanager
 def _bars(console: Console) -> Iterator[Update]:
     columns = (
@@ -122,6 +140,7 @@ def _bars(console: Console) -> Iterator[Update]:
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        _Left(),
     )
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, Any] = {}

@@ -2,11 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 from command_line import run_cli
+from rich.console import Console
+from rich.progress import Progress
 
-from prox24_deploy.cli.progress import Lines, in_words
+from prox24_deploy.cli.progress import Lines, _Left, in_words
 
 # ISO 8601 to the second, with the offset from UTC.
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d"
@@ -48,6 +51,19 @@ def test_a_label_that_comes_again_begins_anew() -> None:
              (9.0, "accuracy", 1, 1)]  # fmt: skip
     assert lines_of(steps) == ["accuracy 0/1", "accuracy 1/1, 5 s"]
     assert lines_of([(0.0, "x", 0, 2), (200.0, "x", 2, 2), (201.0, "x", 0, 2)])[-1] == "x 0/2"
+
+
+def test_a_bar_says_how_much_is_left() -> None:
+    clock, screen = [0.0], StringIO()
+    columns = [_Left()]
+    with Progress(*columns, console=Console(file=screen), get_time=lambda: clock[0]) as bars:
+        task = bars.add_task("prune", total=4)
+        assert columns[0].render(bars.tasks[0]).plain == ""
+        clock[0] = 30.0
+        bars.update(task, completed=1)
+        assert columns[0].render(bars.tasks[0]).plain == "90 s left"
+        bars.update(task, completed=4)
+        assert columns[0].render(bars.tasks[0]).plain == ""
 
 
 def test_times_are_in_words() -> None:
