@@ -505,6 +505,7 @@ WorkspaceOpt = Annotated[
     float | None,
     typer.Option(
         min=0.001,
+        max=1e6,
         help="TensorRT: scratch memory of a kernel at most, GiB.",
         rich_help_panel=_TENSORRT_HELP,
     ),
@@ -572,7 +573,9 @@ WarmupOpt = Annotated[
 ]
 SecondsOpt = Annotated[
     float | None,
-    typer.Option(min=0.1, help="Timed seconds of each shape, and 20 rounds at least; default 4."),
+    typer.Option(
+        min=0.1, max=1e6, help="Timed seconds of each shape, and 20 rounds at least; default 4."
+    ),
 ]
 SensitivityOpt = Annotated[
     bool,
@@ -607,6 +610,7 @@ MemoryOpt = Annotated[
     float | None,
     typer.Option(
         min=0.1,
+        max=1e6,
         help="Memory that a stage may take for models where it runs, GiB; default: all that is "
         "free. Results do not depend on it.",
     ),

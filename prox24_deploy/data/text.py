@@ -98,7 +98,7 @@ def read_texts(
         raise CalibrationError(
             f"Calibration text {', '.join(texts.paths)} has {len(texts.documents)} paragraph or "
             "JSON record (paragraphs end at blank lines), expected at least 2 so that some can be "
-            "held out; add text, put blank lines between paragraphs, or pass --evaluation."
+            "held out; add text, put blank lines between paragraphs, or give build --evaluation."
         )
     kept = Texts(
         kind=texts.kind,
@@ -150,8 +150,9 @@ def require_tokens(texts: Texts, total: int) -> None:
         CalibrationError: there are fewer than 1024.
     """
     if total < MIN_TOKENS:
+        where = " in the fifth of it that is held out" if texts.kind == "split" else ""
         raise CalibrationError(
-            f"Text {', '.join(texts.paths)} gives {total} usable tokens, expected at least "
+            f"Text {', '.join(texts.paths)} gives {total} usable tokens{where}, expected at least "
             f"{MIN_TOKENS}{_one_paragraph(texts)}; pass more text."
         )
 

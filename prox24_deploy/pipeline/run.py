@@ -175,10 +175,11 @@ def recover(
     else:
         context = read_context(teacher, out or pruned, options, progress)
     stages.recover.require_usable(options, context)
+    student = open_model_dir(pruned / PRUNED if own else _sparse_path(pruned))
+    # What no bundle could be recovered by comes before what this one cannot.
+    require_pair(context.source, student, context.recipe)
     if own:
         stages.recover.require_teacher(pruned, context.source)
-    student = open_model_dir(pruned / PRUNED if own else _sparse_path(pruned))
-    require_pair(context.source, student, context.recipe)
     require_sparse(student, context.recipe)
     with open_bundle(out or pruned, existing=own) as bundle:
         given = bundle.artifact(PRUNED) if own else student

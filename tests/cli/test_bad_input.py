@@ -129,6 +129,7 @@ def test_a_damaged_model_directory_is_refused(
         ("empty.txt", b"", ("empty.txt", "is empty")),
         ("blank.txt", b"\n \n\t\n", ("blank.txt", "is empty")),
         ("short.txt", b"One.\n\nTwo.\n\nThree.", ("short.txt", "at least 1024")),
+        ("fifth.txt", (b"A word. " * 3 + b"\n\n") * 100, ("in the fifth of it that is held out",)),
         ("single.txt", b"word " * 2000, ("1 paragraph", "--evaluation")),
         ("latin.txt", b"caf\xe9\n\n" * 50, ("latin.txt", "not UTF-8")),
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', ("bad.jsonl line 2", "not JSON")),
@@ -215,6 +216,13 @@ def test_a_cuda_device_that_is_not_there_is_an_environment_error(place: Path) ->
     )  # fmt: skip
     assert run.code == 5
     assert "no CUDA device" in run.err
+
+
+def test_no_amount_is_without_end(place: Path) -> None:
+    for line in (("prune", "--memory-limit", "inf"), ("bench", "--seconds", "1e300")):
+        command, option, value = line
+        run = run_cli(command, place / "model", option, value)
+        assert (run.code, f"Invalid value for '{option}'" in run.err) == (2, True)
 
 
 @pytest.mark.parametrize(
