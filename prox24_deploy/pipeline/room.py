@@ -16,7 +16,8 @@ from prox24_deploy.core.types import TWINS
 from prox24_deploy.pipeline.context import RunContext
 
 if TYPE_CHECKING:
-    from prox24_deploy.model.directory import ModelDir, StoredTensor
+    from prox24_deploy.model.directory import ModelDir
+    from prox24_deploy.model.shards import StoredTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

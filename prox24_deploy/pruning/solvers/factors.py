@@ -38,14 +38,15 @@ def inverse_of(matrix: Tensor, shares: Shares = WHOLE) -> Tensor:
 
 def _cholesky(matrix: Tensor) -> Tensor:
     """Its lower factor, (d, d), in float64 where there is none in float32."""
-    try:
-        return torch.linalg.cholesky(matrix)
-    except torch.linalg.LinAlgError:
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
         log.warning(
             "a matrix of inputs, %d wide, is not positive definite in float32, and is factored in "
             "float64", len(matrix),
         )  # fmt: skip
-        return torch.linalg.cholesky(matrix.double())
+        lower, _ = torch.linalg.cholesky_ex(matrix.double(), check_errors=True)
+    return lower
 
 
 def inverse_factor(matrix: Tensor) -> Tensor:

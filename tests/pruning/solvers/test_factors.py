@@ -45,14 +45,13 @@ def test_what_float32_cannot_factor_is_factored_in_float64(device: str) -> None:
     matrix.diagonal().add_(2.0**-20)
     matrix = matrix.to(device)
     for each in (matrix, matrix.flip(0, 1)):
-        with pytest.raises(torch.linalg.LinAlgError):
-            torch.linalg.cholesky(each)
+        assert torch.linalg.cholesky_ex(each).info > 0
     right = torch.linalg.inv(matrix.double())
     found, factor = inverse_of(matrix), inverse_factor(matrix)
     assert (found.dtype, factor.dtype) == (torch.float32, torch.float32)
     assert departure(found, right) < _EXACT
     assert departure(factor.double().T @ factor.double(), right) < _EXACT
-    with pytest.raises(torch.linalg.LinAlgError):
+    with pytest.raises(RuntimeError, match="not positive"):
         inverse_of(-torch.eye(3, device=device))
 
 
