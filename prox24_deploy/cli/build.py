@@ -291,7 +291,7 @@ def recover(
     *,
     teacher: arguments.TeacherOpt,
     out: arguments.RecoverOutOpt = None,
-    recover: arguments.BudgetOpt = "5min",
+    recover: arguments.BudgetOpt = arguments.RECOVER_BUDGET,
     recover_rate: arguments.RecoverRateOpt = None,
     recover_tokens: arguments.RecoverTokensOpt = None,
     recover_temperature: arguments.RecoverTemperatureOpt = 1.0,

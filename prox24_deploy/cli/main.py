@@ -71,7 +71,8 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     # From 1.29 on ONNX Runtime writes to ~/.cache and reports hashes of models to its vendor.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    line = arguments.hoist_common(arguments.join_shapes(sys.argv[1:]))
+    line = arguments.fill_budget(arguments.join_shapes(sys.argv[1:]))
+    line = arguments.hoist_common(line)
     try:
         arguments.require_utf8(line)
         with _terminable():

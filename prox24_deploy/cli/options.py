@@ -333,12 +333,15 @@ PlanDTypeOpt = Annotated[
         rich_help_panel=_ENGINES,
     ),
 ]
+# Of `recover`, and of --recover alone.
+RECOVER_BUDGET = "5min"
 RecoverOpt = Annotated[
     str | None,
     typer.Option(
         "--recover",
         metavar="BUDGET",
-        help="Train the kept weights against the dense model, masks fixed: 200steps or 5min.",
+        help="Train the kept weights against the dense model, masks fixed: 200steps or 5min, which "
+        "is also what --recover alone means.",
         rich_help_panel=_RECOVERY,
     ),
 ]
@@ -368,7 +371,7 @@ RecoverRateOpt = Annotated[
     typer.Option(
         min=0,
         help="Recovery: learning rate, relative to the size of weights; default: 0.01, "
-        "less for few steps, and a quarter from where that diverges.",
+        "less for few steps or many blocks, and a quarter from where that diverges.",
         rich_help_panel=_RECOVERY,
     ),
 ]
@@ -911,6 +914,16 @@ def join_shapes(arguments: Sequence[str]) -> list[str]:
         joined.append(argument)
         taking = taking or argument == "--shapes"
     return joined
+
+
+def fill_budget(arguments: Sequence[str]) -> list[str]:
+    """Let `--recover` stand without a budget, which no option can be: it is that of `recover`."""
+    filled: list[str] = []
+    for argument in (*arguments, "-"):
+        if filled[-1:] == ["--recover"] and argument.startswith("-"):
+            filled.append(RECOVER_BUDGET)
+        filled.append(argument)
+    return filled[:-1]
 
 
 def hoist_common(arguments: Sequence[str]) -> list[str]:

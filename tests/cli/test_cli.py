@@ -17,7 +17,7 @@ from typer.models import OptionInfo
 
 from prox24_deploy import __version__
 from prox24_deploy.cli import options, tables
-from prox24_deploy.cli.options import hoist_common, join_shapes
+from prox24_deploy.cli.options import fill_budget, hoist_common, join_shapes
 from prox24_deploy.cli.terminal import print_json
 from prox24_deploy.config.options import parse_dtype, parse_shapes
 from prox24_deploy.core.errors import EngineError, UsageError
@@ -100,6 +100,19 @@ def test_a_traceback_is_shown_with_debug_only(monkeypatch: pytest.MonkeyPatch) -
 
 def test_common_options_may_stand_anywhere() -> None:
     assert hoist_common(["build", "x", "-v", "--json"]) == ["-v", "build", "x", "--json"]
+
+
+def test_recovery_may_be_asked_for_without_a_budget() -> None:
+    assert fill_budget(["build", "m", "--recover", "-o", "x"]) == [
+        "build", "m", "--recover", "5min", "-o", "x",
+    ]  # fmt: skip
+    assert fill_budget(["build", "m", "--recover"]) == ["build", "m", "--recover", "5min"]
+    for given in (
+        ["build", "--recover", "9steps", "m"],
+        ["build", "m", "--recover=2"],
+        ["recover"],
+    ):
+        assert fill_budget(given) == given
 
 
 def test_what_a_value_is_called_is_not_the_name_of_its_option() -> None:
