@@ -124,10 +124,10 @@ class PruneOptions:
 
 # Learning rates of a recovery of many steps that was given none; smaller ones follow where training
 # diverges. They are of a model of few blocks, and fall with a power of what is more of these, of
-# steps that are fewer and of fewer tokens in each: docs/results.md. The powers of tokens and of
-# blocks are those of Malladi et al., arXiv 2205.10287, and of Yang et al., arXiv 2310.02244.
+# steps that are fewer and of fewer tokens in each: docs/results.md. The power of tokens is that of
+# Malladi et al., arXiv 2205.10287.
 _RATES, _MANY_STEPS, _MANY_TOKENS, _FEW_BLOCKS = (0.01, 0.0025, 0.000625), 5000, 2048, 8
-_STEPS_POWER, _TOKENS_POWER, _BLOCKS_POWER = 1 / 3, 1 / 2, 1 / 2
+_STEPS_POWER, _TOKENS_POWER, _BLOCKS_POWER = 1 / 3, 1 / 2, 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,8 +166,8 @@ class RecoverOptions:
 
         Of a model of up to eight blocks they are 0.01 and quarters of it from 5000 planned steps of
         2048 tokens on. They are less where there are fewer steps, 0.0027 for 100 of them, twice as
-        large with four times the tokens in a step, up to 0.01, and half as large with four times
-        the blocks.
+        large with four times the tokens in a step, up to 0.01, and half as large with twice the
+        blocks.
         """
         if self.learning_rate is not None:
             return (self.learning_rate,)
