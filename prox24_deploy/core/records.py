@@ -24,6 +24,7 @@ class TextSource:
     out. An image or recording is one unit.
     `targets` counts the samples of an encoder-decoder that came with a target; the others were
     their own, or the dense model's. It is None for any other. `tokens` counts text and target.
+    `shared` counts the held-out samples that are calibration samples, too.
     """
 
     kind: Literal["file", "written", "builtin", "split"]
@@ -33,6 +34,7 @@ class TextSource:
     tokens: int
     unit: str = "token"
     targets: int | None = None
+    shared: int = 0
 
     @property
     def modality(self) -> ModalityKind:

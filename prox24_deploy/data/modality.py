@@ -1,7 +1,7 @@
 """How samples of each modality are read and made, and what their model fixes of a graph's sizes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from prox24_deploy.data.pairs import make_pairs, start_token
 from prox24_deploy.data.recordings import read_recordings
 from prox24_deploy.data.speech import Listener, feature_sizes, make_speech_samples
 from prox24_deploy.data.text import Reading, characters_for, make_samples, read_texts
-from prox24_deploy.model.batch import Samples
+from prox24_deploy.model.batch import Samples, shared_samples
 from prox24_deploy.model.config_file import labels_of, longest_of, read_config
 from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.model.processors import (
@@ -88,7 +88,9 @@ def read_samples(wanted: Wanted) -> _Made:
         CalibrationError: there are too few, or they cannot be read.
         ModelDirError: what the model has beside it cannot make samples of them.
     """
-    return MODALITIES[wanted.recipe.modality.name].read(wanted)
+    calibration, held_out = MODALITIES[wanted.recipe.modality.name].read(wanted)
+    shared = shared_samples(calibration, held_out)
+    return calibration, replace(held_out, source=replace(held_out.source, shared=shared))
 
 
 def _no_sizes(_: Path) -> Mapping[str, int]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,26 @@ class Samples:
             "transcripts": list(self.transcripts),
             "source": fingerprint(self.source),
         }
+
+
+def shared_samples(calibration: Samples, held_out: Samples) -> int:
+    """How many held-out samples are among those to calibrate on, too, whatever their padding."""
+    known = {*_contents(calibration)}
+    return sum(each in known for each in _contents(held_out))
+
+
+def _contents(samples: Samples) -> Iterator[bytes]:
+    """Hash of what each sample is made of: its real tokens, or all of an image or a recording."""
+    for batch in samples.batches:
+        for row in range(len(batch.real)):
+            digest = hashlib.sha256()
+            for name in sorted(batch.inputs):
+                tensor = batch.inputs[name]
+                if not batch.has_padding:
+                    digest.update(tensor[row].contiguous().numpy().tobytes())
+                elif tensor.shape == batch.real.shape:
+                    digest.update(tensor[row][batch.real[row]].numpy().tobytes())
+            yield digest.digest()
 
 
 def _tensors_of(batch: Batch) -> dict[str, Tensor]:

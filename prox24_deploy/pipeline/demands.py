@@ -12,7 +12,7 @@ from prox24_deploy.pipeline.context import RunContext, warn_of_lengths
 from prox24_deploy.regression.baseline import Gate, read_gate
 from prox24_deploy.regression.figures import figures_of
 from prox24_deploy.report.binding import expected_metrics, require_expected
-from prox24_deploy.report.sample_checks import few_samples
+from prox24_deploy.report.sample_checks import few_samples, seen_samples
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,10 @@ def warn_of_idle(options: BuildOptions, recipe: Recipe) -> None:
 
 def warn_beforehand(context: RunContext, options: BuildOptions) -> None:
     """Say before any work what will decide little, or nothing, or is not what was asked for."""
-    if (few := few_samples(context.held_out.source)) is not None:
-        log.warning("%s", few)
+    evaluation = context.held_out.source
+    for said in (seen_samples(evaluation), few_samples(evaluation)):
+        if said is not None:
+            log.warning("%s", said)
     warn_of_idle(options, context.recipe)
     warn_of_lengths(options.engine, context.model)
 

@@ -10,6 +10,9 @@ from prox24_deploy.core.records import TextSource
 from prox24_deploy.report.against_dense import Judged
 from prox24_deploy.report.wording import said
 
+# Share of samples that may occur in both sets by chance, as short sentences do.
+_MOST_SHARED = 0.05
+
 
 def few_samples(evaluation: TextSource) -> str | None:
     """What can be said before any work: that so few samples will decide little, or nothing."""
@@ -22,11 +25,24 @@ def few_samples(evaluation: TextSource) -> str | None:
     )
 
 
+def seen_samples(evaluation: TextSource) -> str | None:
+    """What can be said before any work: that many of them are samples to calibrate on, too."""
+    if evaluation.shared <= _MOST_SHARED * evaluation.samples:
+        return None
+    return (
+        f"{evaluation.shared} of {_counted(evaluation)} to evaluate on are calibration samples, "
+        "too, so that accuracy is judged by what the model was made to fit; pass others with "
+        "--evaluation."
+    )
+
+
 def sample_warnings(
     judged: Sequence[Judged], evaluation: TextSource, engines: Sequence[EngineAccuracy]
 ) -> Iterator[str]:
-    """That samples were few, and for what is open how many would decide."""
+    """That samples were seen before or were few, and for what is open how many would decide."""
     own = _open(judged, "")
+    if (seen := seen_samples(evaluation)) is not None:
+        yield seen
     if (few := few_samples(evaluation)) is not None:
         yield few
     elif own:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from prox24_deploy.config.recipe import Recipe, read_recipe
 from prox24_deploy.core.errors import CalibrationError
 from prox24_deploy.data.text import Texts, make_samples, read_texts, thin
+from prox24_deploy.model.batch import shared_samples
 
 EXPORT = Path(__file__).parents[2] / "export"
 BERT, LLAMA = (read_recipe(EXPORT / f"{family}.toml") for family in ("bert", "llama"))
@@ -34,6 +35,21 @@ def test_jsonl_takes_records_and_bare_strings(tmp_path: Path) -> None:
     lines = [json.dumps({"text": " a\n\nb "}), "", json.dumps("c"), json.dumps({"text": "  "})]
     path.write_text("\n".join(lines), encoding="utf-8")
     assert read_texts([path], [path], 0)[0].documents == ("a\n\nb", "c")
+
+
+@pytest.mark.parametrize(("recipe", "length"), [(BERT, 32), (LLAMA, 64)])
+def test_samples_in_both_sets_are_counted_whatever_their_padding(
+    tiny_bert: Path, recipe: Recipe, length: int
+) -> None:
+    words = [f"word {i} " * (4 + i % 5) for i in range(80)]
+    whole = samples(tiny_bert, recipe, words, 4096, length)
+    assert shared_samples(whole, whole) == whole.source.samples
+    other = samples(tiny_bert, recipe, [f"end {word}" for word in words], 4096, length)
+    assert shared_samples(whole, other) == 0
+    if recipe is BERT:
+        # In other batches, so that rows are padded otherwise.
+        longer = [*words[::2], *(f"{'x ' * 20}{i}" for i in range(40))]
+        assert shared_samples(whole, samples(tiny_bert, recipe, longer, 4096, length)) == 40
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from test_engine_checks import engine
 from prox24_deploy.config.limits import Limits
 from prox24_deploy.core.records import Estimate, PairedMetric, TextSource
 from prox24_deploy.report.against_dense import Group, judge_metrics
-from prox24_deploy.report.sample_checks import few_samples, sample_warnings
+from prox24_deploy.report.sample_checks import few_samples, sample_warnings, seen_samples
 
 TEXT = TextSource(kind="file", paths=("eval.txt",), sha256="c" * 64, samples=64, tokens=32_768)
 TABLE = Limits().over_defaults("text-generation", []).against_dense
@@ -33,6 +33,17 @@ def test_few_samples_are_said_with_the_tokens_that_would_do(samples: int, senten
         "pass about 15,360 tokens with --evaluation and --evaluation-tokens 15360."
     )
     assert few_samples(replace(TEXT, samples=30)) is None
+
+
+def test_samples_that_were_calibrated_on_are_said() -> None:
+    assert seen_samples(replace(TEXT, shared=3)) is None
+    seen = replace(TEXT, shared=4)
+    warning = seen_samples(seen)
+    assert warning is not None
+    assert warning.startswith("4 of 64 samples (32,768 tokens) to evaluate on are calibration")
+    judged = judge_metrics([Group("", perplexities(11.7, 12.6, 64, spread=0.2))], TABLE)
+    first, *rest = sample_warnings(judged, seen, ())
+    assert (first, len(rest)) == (warning, 1)
 
 
 def test_images_and_recordings_have_options_of_their_own() -> None:
