@@ -5,15 +5,11 @@ inverse do not depend on each other, so that processes that share a run share th
 that rounding to float32 leaves without a factor gets one in float64.
 """
 
-import logging
-
 import torch
 from torch import Tensor
 
 from prox24_deploy.pruning.solvers.products import float32_products
 from prox24_deploy.pruning.solvers.shares import WHOLE, Shares
-
-log = logging.getLogger(__name__)
 
 # Columns of a triangular inverse that are solved for at a time; above them all is zero.
 _STRIP = 2048
@@ -37,14 +33,10 @@ def inverse_of(matrix: Tensor, shares: Shares = WHOLE) -> Tensor:
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
-    """Its lower factor, (d, d), in float64 where there is none in float32."""
+    """Its lower factor, (d, d), in float64 where there is none in float32: slower, and no worse."""
     lower: Tensor
     lower, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
-        log.warning(
-            "a matrix of inputs, %d wide, is not positive definite in float32, and is factored in "
-            "float64", len(matrix),
-        )  # fmt: skip
         lower, _ = torch.linalg.cholesky_ex(matrix.double(), check_errors=True)
     return lower
 
