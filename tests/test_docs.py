@@ -33,7 +33,8 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 # Also written for readers, and linked from the pages.
 ROOMS = ("docker", "benchmarks", "examples")
-OTHERS = [ROOT / "CONTRIBUTING.md", *(ROOT / room / "README.md" for room in ROOMS)]
+OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "PACKAGE.md")]
+OTHERS += [ROOT / room / "README.md" for room in ROOMS]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 PROGRAM = "prox24-deploy"
 MOST_LINES = 120

@@ -1,5 +1,6 @@
 """A wheel holds everything that the installed command needs, and nothing of the tests."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that no build folder appears in the repository."""
     pytest.importorskip("setuptools", minversion="77", reason="needs setuptools 77 to build")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "PACKAGE.md", "LICENSE"):
         shutil.copyfile(ROOT / name, source / name)
     for name in ("prox24_deploy", "export"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -40,6 +41,18 @@ def test_the_wheel_holds_code_recipes_templates_and_licence(wheel: Path) -> None
     assert recipes <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "benchmarks/", "export/")) for name in names)
+
+
+def test_the_page_of_a_package_index_links_to_nothing_that_it_has_not(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        text = archive.read(name).decode()
+    assert "Description-Content-Type: text/markdown" in text
+    page = text.partition("\n\n")[2]
+    assert page.startswith("# prox24-deploy")
+    links = re.findall(r"\]\(([^)]*)\)", page)
+    assert links
+    assert [link for link in links if not link.startswith("https://")] == []
 
 
 def test_the_installed_package_finds_its_recipes(wheel: Path, tmp_path: Path) -> None:

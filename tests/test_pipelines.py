@@ -256,7 +256,7 @@ def test_the_dockerfile_copies_what_the_context_has() -> None:
     assert names == {
         "constraints.txt",
         "pyproject.toml",
-        "README.md",
+        "PACKAGE.md",
         "LICENSE",
         "export",
         "prox24_deploy",
