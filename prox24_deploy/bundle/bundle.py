@@ -232,13 +232,13 @@ class Bundle:
         return stale.union(*(self._drop(reader) for reader in readers))
 
     def _workspace(self, name: str, key: str) -> Workspace:
-        """An empty place to work in; only what the same stage left there for itself stays."""
-        kept = self.partial / f"{name}-{key[:16]}"
+        """An empty place to work in, but for what the same stage left for itself or is shared."""
+        kept, shared = (self.partial / folder for folder in (f"{name}-{key[:16]}", "shared"))
         make_folder(self.partial)
         for leftover in self.partial.iterdir():
-            if leftover != kept:
+            if leftover not in {kept, shared}:
                 remove(leftover)
-        return Workspace(root=self.root, partial=self.partial, kept=kept)
+        return Workspace(root=self.root, partial=self.partial, kept=kept, shared=shared)
 
     def _publish(self, outputs: Sequence[str]) -> None:
         """Rename finished outputs into place, durably, readable by whoever may read OUT."""

@@ -32,11 +32,14 @@ class Workspace:
         root: OUT; paths in records are relative to it.
         partial: empty; an output made here, under its own name, is published when the stage ends.
         kept: for what the same stage with the same inputs goes on from after a kill.
+        shared: for what a stage may take again with other inputs, under the hash of what it was
+            made of; it is there until the bundle is finished.
     """
 
     root: Path
     partial: Path
     kept: Path
+    shared: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

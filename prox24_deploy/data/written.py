@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,24 @@ class Author:
             limit = torch.cuda.get_device_properties(self._device).total_memory // _CACHE_SHARE
         fitting = limit // max(1, _cache_bytes(self.model, self._dtype) * self.length)
         return max(1, min(most, fitting))
+
+    def keeping(self, texts: Path, sha256: str) -> "Author":
+        """The same, with its batches under the hash of all that they depend on.
+
+        `sha256` is that of the directory of the model.
+        """
+        known = {
+            "model": sha256,
+            "start": self.start,
+            "length": self.length,
+            "seed": self.seed,
+            "rows": self.rows,
+            "device": self._device.type,
+            "dtype": str(self._dtype),
+            "torch": str(torch.__version__),
+        }
+        digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        return replace(self, folder=texts / f"written-{digest[:16]}")
 
     def write(self, index: int) -> list[list[int]]:
         """Rows of one batch, (rows,) lists with the start token first; the same every time."""

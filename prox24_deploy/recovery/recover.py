@@ -56,6 +56,7 @@ class Recovery:
         seed: of the order of samples, and of what is written.
         device: where both models run.
         needed: bytes that this takes, as `require_memory` estimated; 0 if nobody did.
+        texts: folder in which what the dense model writes is kept for others; None for none.
     """
 
     dense: ModelDir
@@ -66,6 +67,7 @@ class Recovery:
     seed: int
     device: torch.device
     needed: int = 0
+    texts: Path | None = None
 
     def require_untouched(self) -> None:
         """Refuse directories that were written since they were opened.
@@ -237,6 +239,8 @@ def _session(
                 folder=kept,
                 first=FIRST_TO_LEARN,
             )
+            if author is not None and asked.texts is not None:
+                author = author.keeping(asked.texts, directory.sha256)
             if author is None:
                 log.warning(
                     "%s names no token that a text starts with, so that the model writes no text "

@@ -62,7 +62,7 @@ def test_the_text_is_listed_by_hash_and_said_to_be_written(bundle: Path, tiny_ll
     assert (found["held_out"]["kind"], found["held_out"]["sha256"]) == ("split", held_out.sha256)
 
 
-def test_what_is_trained_on_has_nothing_of_what_the_model_was_pruned_on(
+def test_what_is_trained_on_is_written_once_and_has_nothing_of_what_was_pruned_on(
     bundle: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # An eighth of that is withheld, and tells what the training is worth.
@@ -82,6 +82,13 @@ def test_what_is_trained_on_has_nothing_of_what_the_model_was_pruned_on(
     assert len(pruned_on) >= 16
     assert len(seen) >= 16
     assert not {*seen} & {*map(tuple, pruned_on)}
+    # It is kept for another recovery of this bundle, and not for one with another seed.
+    monkeypatch.setattr(written.Author, "_sample", None)
+    options = replace(options, recover=RecoverOptions(steps=12, step_tokens=512, learning_rate=0.1))
+    pipeline.recover(out, tiny_llama, None, options, progress=silent)
+    other = replace(options, text=replace(options.text, seed=1))
+    with pytest.raises(TypeError, match="not callable"):
+        pipeline.recover(out, tiny_llama, None, other, progress=silent)
 
 
 def test_it_is_written_once_and_pruned_on(

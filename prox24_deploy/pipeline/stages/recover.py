@@ -252,6 +252,7 @@ def _recover(inputs: RecoverInputs, work: Workspace, progress: Progress) -> Reco
         seed=inputs.seed,
         device=torch.device(inputs.device),
         needed=estimated(inputs.source, inputs.recipe, inputs.options, inputs.device),
+        texts=work.shared,
     )
     return recover_directory(asked, kept=work.kept, out=work.partial / RECOVERED, progress=progress)
 
