@@ -1,6 +1,7 @@
 """Names that many rooms share: types of options, of results and of callbacks."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Literal, get_args
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -30,6 +31,9 @@ Judgement = Literal["pass", "fail", "inconclusive", "not gated"]
 
 # How loud a stage or a block is in a log: below a warning, and above what only --verbose shows.
 STEP = 25
+
+# How long processes that share a run wait for the first, which writes text and files meanwhile.
+PATIENCE = timedelta(hours=12)
 
 # Told what is done, how much of it is finished, and how much there is.
 Progress = Callable[[str, int, int], None]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from prox24_deploy.core.errors import RankError
+from prox24_deploy.core.types import PATIENCE
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
                 "one for each process; start fewer, or pass --device cpu."
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:

@@ -13,7 +13,6 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
@@ -27,11 +26,9 @@ from torch.multiprocessing.spawn import (
 )
 
 from prox24_deploy.core.errors import EngineError, Prox24Error, UsageError
-from prox24_deploy.core.types import Progress
+from prox24_deploy.core.types import PATIENCE, Progress
 from prox24_deploy.model.batch import Batch, rows_of
 
-# The others wait while the first process writes text.
-_PATIENCE = timedelta(hours=12)
 _START = "forkserver"
 # Seconds between looks at what they told.
 _LOOK_EVERY = 0.05
@@ -204,7 +201,7 @@ def _work(
     log.setLevel(level)
     # The others would say the same.
     log.addHandler(_Sender(told) if rank == 0 else logging.NullHandler())
-    state = PartialState(cpu=kind != "cuda", timeout=_PATIENCE)
+    state = PartialState(cpu=kind != "cuda", timeout=PATIENCE)
 
     def progress(label: str, done: int, total: int) -> None:
         if rank == 0:

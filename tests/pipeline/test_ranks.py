@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -18,6 +19,7 @@ from command_line import run_cli
 from family_batches import batch, recipe_of
 from safetensors.torch import load_file
 from tiny_families import tiny_model
+from torch import distributed as dist
 
 from prox24_deploy.config.options import BuildOptions, PruneOptions
 from prox24_deploy.core.errors import CalibrationError, RankError, RecipeError, UsageError
@@ -28,7 +30,7 @@ from prox24_deploy.pipeline.api import prune
 from prox24_deploy.pipeline.ranks import ERROR, OPTIONS, _last_line
 from prox24_deploy.pruning.activations import Resources
 from prox24_deploy.pruning.prune import prune_model
-from prox24_deploy.pruning.ranks import Ranks, during
+from prox24_deploy.pruning.ranks import Ranks, during, joined
 
 CPU = torch.device("cpu")
 KEPT = ".partial/*/block-0000.safetensors"
@@ -170,6 +172,16 @@ def test_rows_and_samples_are_shared_out_whole() -> None:
         assert sorted(samples) == list(range(count))
         for item in range(count):
             assert item in ranks[ranks[0].owner(item)].share(range(count))
+
+
+def test_processes_wait_for_one_that_works_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda _, **more: asked.update(more))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with joined(CPU):
+        assert asked["timeout"] == timedelta(hours=12)
 
 
 def test_an_ending_is_told_only_where_others_take_part() -> None:
