@@ -17,7 +17,7 @@ from prox24_deploy.core import errors
 from prox24_deploy.core.errors import BackendMissingError, Prox24Error, RankError, UsageError
 from prox24_deploy.core.types import Progress
 from prox24_deploy.engines.child import end_child
-from prox24_deploy.pipeline.context import torch_device
+from prox24_deploy.pipeline.context import RunContext, torch_device
 
 if TYPE_CHECKING:
     from prox24_deploy.pruning.ranks import Ranks
@@ -48,6 +48,22 @@ def require_leader() -> None:
             f"Process {os.environ['RANK']} of a run by torchrun cannot write the bundle; start "
             "torchrun with the command line, `torchrun ... -m prox24_deploy build MODEL_DIR`."
         )
+
+
+def require_text_for_all(context: RunContext, options: BuildOptions) -> None:
+    """Refuse more processes than there are batches of the user's text, before any starts or joins.
+
+    Text that the model writes itself is there only later, and is then held to the same.
+
+    Raises:
+        CalibrationError: says how many there are of both.
+    """
+    # Brings torch, as the samples did.
+    from prox24_deploy.pruning.ranks import require_batch_each
+
+    count = int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else options.gpus
+    if options.text.calibration:
+        require_batch_each(count, len(context.calibration.batches))
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from prox24_deploy.pipeline.demands import (
 from prox24_deploy.pipeline.ranks import (
     prune_by_processes,
     require_leader,
+    require_text_for_all,
     shared,
     started_by_torchrun,
 )
@@ -79,7 +80,7 @@ def build(
     stages.quantize.require_usable(options, context, backends)
     check_demands(demands, context, [backend.name for backend in backends], options)
     require_room(out, context, options, exports=True)
-    begun = _begun_by_processes(model_dir, out, options, fresh=fresh, progress=progress)
+    begun = _begun_by_processes(model_dir, out, context, options, fresh=fresh, progress=progress)
     with open_bundle(out, fresh=fresh and not begun) as bundle:
         warn_beforehand(context, options)
         stages.tasks.verify(bundle, options.harness)
@@ -115,7 +116,7 @@ def prune(
     require_leader()
     context = read_context(model_dir, out, options, progress)
     require_room(out, context, options)
-    begun = _begun_by_processes(model_dir, out, options, fresh=fresh, progress=progress)
+    begun = _begun_by_processes(model_dir, out, context, options, fresh=fresh, progress=progress)
     with open_bundle(out, fresh=fresh and not begun) as bundle:
         warn_of_idle(options, context.recipe)
         context = stages.write.run(bundle, context, options, progress)
@@ -126,9 +127,16 @@ def prune(
 
 
 def _begun_by_processes(
-    model_dir: Path, out: Path, options: BuildOptions, *, fresh: bool, progress: Progress
+    model_dir: Path,
+    out: Path,
+    context: RunContext,
+    options: BuildOptions,
+    *,
+    fresh: bool,
+    progress: Progress,
 ) -> bool:
     """Whether the options ask for several processes; these have then pruned into `out`."""
+    require_text_for_all(context, options)
     if options.gpus == 1 or started_by_torchrun():
         return False
     prune_by_processes(options.gpus, model_dir, out, options, fresh=fresh, progress=progress)
@@ -143,6 +151,7 @@ def help_to_prune(model_dir: Path, options: BuildOptions) -> None:
         Prox24Error: what `prune` raises for the same model and options.
     """
     context = read_context(model_dir, None, options)
+    require_text_for_all(context, options)
     with shared(options) as ranks:
         if ranks is not None:
             stages.prune.help_with(context, options, ranks)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import SENTENCE_MODULES, Recipe
 from prox24_deploy.core.atomic import make_folder
-from prox24_deploy.core.errors import CalibrationError, ModelDirError, RecipeError
+from prox24_deploy.core.errors import ModelDirError, RecipeError
 from prox24_deploy.core.records import ChannelOrder, LayerRecord, PruneResult, Sensitivity
 from prox24_deploy.core.types import Progress, silent
 from prox24_deploy.data.text import thin
@@ -59,7 +59,7 @@ from prox24_deploy.pruning.layer_group import solve_group
 from prox24_deploy.pruning.masks import fix_masks, open_masks, read_masks
 from prox24_deploy.pruning.memory import Placement, needs_of, place, room_on
 from prox24_deploy.pruning.permutation import OrderStore, Permuted, permute_channels
-from prox24_deploy.pruning.ranks import ALONE, Ranks, during
+from prox24_deploy.pruning.ranks import ALONE, Ranks, during, require_batch_each
 from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches
 from prox24_deploy.pruning.second_moments import LayerErrors, SecondMoments
 from prox24_deploy.pruning.selection import (
@@ -136,7 +136,7 @@ def prune_model(
     Raises:
         ModelDirError: activations or weights of a layer are NaN or infinite.
         RecipeError: blocks or targets do not exist in this model.
-        CalibrationError: there are no calibration batches.
+        CalibrationError: there are fewer calibration batches than processes.
         RankError: another process of the run is gone.
     """
     _require_usable(model, recipe, calibration, options, resources.ranks)
@@ -182,13 +182,7 @@ def _require_usable(
     options: PruneOptions,
     ranks: Ranks,
 ) -> None:
-    if not calibration:
-        raise CalibrationError("There is no calibration batch; pass more text.")
-    if len(calibration) < ranks.count:
-        raise CalibrationError(
-            f"{ranks.count} processes need a batch of calibration text each, and there are "
-            f"{len(calibration)}; pass more text or start fewer processes."
-        )
+    require_batch_each(ranks.count, len(calibration))
     if options.reconstructs:
         require_batches(len(calibration))
     require_matches(recipe, model)
@@ -225,6 +219,7 @@ def prune_directory(
 
     Raises:
         ModelDirError: the directory was written meanwhile, or what `prune_model` raises.
+        CalibrationError: there are fewer calibration batches than processes.
         UsageError: there is too little memory.
     """
     began = time.perf_counter()
@@ -353,6 +348,7 @@ class _Opened:
 @contextmanager
 def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
     """Open the model as the memory allows."""
+    require_batch_each(job.ranks.count, len(job.calibration.batches))
     directory, structure = job.directory, structure_of(job.directory, job.recipe)
     placement = job.placement(structure, memory_limit)
     memory = placement.sentence(job.device)

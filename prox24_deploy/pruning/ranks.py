@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from prox24_deploy.core.errors import RankError
+from prox24_deploy.core.errors import CalibrationError, RankError
 from prox24_deploy.core.types import PATIENCE
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,21 @@ class Ranks:
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def require_batch_each(processes: int, batches: int) -> None:
+    """Refuse calibration text that leaves a process without a batch.
+
+    Raises:
+        CalibrationError: says how many there are of both.
+    """
+    if not batches:
+        raise CalibrationError("There is no calibration batch; pass more text.")
+    if batches < processes:
+        raise CalibrationError(
+            f"{processes} processes need a batch of calibration text each, got {batches}; pass "
+            "more text or start fewer processes."
+        )
 
 
 @contextmanager

@@ -21,13 +21,15 @@ from safetensors.torch import load_file
 from tiny_families import tiny_model
 from torch import distributed as dist
 
-from prox24_deploy.config.options import BuildOptions, PruneOptions
+from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
 from prox24_deploy.core.errors import CalibrationError, RankError, RecipeError, UsageError
 from prox24_deploy.core.types import silent
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.pipeline import ranks_job, run
 from prox24_deploy.pipeline.api import prune
+from prox24_deploy.pipeline.context import read_context
 from prox24_deploy.pipeline.ranks import ERROR, OPTIONS, _last_line
+from prox24_deploy.pruning import prune as pruning
 from prox24_deploy.pruning.activations import Resources
 from prox24_deploy.pruning.prune import prune_model
 from prox24_deploy.pruning.ranks import Ranks, during, joined
@@ -152,10 +154,49 @@ def test_a_program_cannot_build_where_it_can_only_help(
         prune(tiny_llama, tmp_path / "out")
 
 
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_more_processes_than_batches_are_refused_before_any_work(
+    tiny_llama: Path,
+    prose: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    torchrun: bool,
+) -> None:
+    monkeypatch.setattr(run, "prune_by_processes", lambda *_, **__: pytest.fail("was started"))
+    monkeypatch.setattr(run, "shared", lambda _: pytest.fail("has joined"))
+    more = ["--calibration-tokens", "1024"]
+    if torchrun:
+        for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+    else:
+        more += ["--gpus", "2"]
+    found = run_cli(*arguments(tiny_llama, tmp_path / "out", prose, *more))
+    assert found.code == 2
+    assert found.err.strip() == (
+        "Error: 2 processes need a batch of calibration text each, got 1; pass more text or start "
+        "fewer processes."
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_of_the_model_itself_that_is_too_short_is_refused_before_the_model_is_read(
+    tiny_llama: Path, prose: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = BuildOptions(text=TextOptions(calibration=(prose,), calibration_tokens=1024))
+    context = read_context(tiny_llama, None, options)
+    monkeypatch.setattr(pruning, "structure_of", lambda *_: pytest.fail("was read"))
+    with pytest.raises(CalibrationError, match="2 processes need a batch"):
+        pruning.help_to_prune(
+            context.source, context.recipe, context.calibration, context.held_out, options.prune,
+            device=CPU, memory_limit=None, ranks=Ranks(1, 2, CPU),
+        )  # fmt: skip
+
+
 def test_more_processes_than_batches_are_refused() -> None:
     model = tiny_model("llama")
     recipe = recipe_of(model)
-    with pytest.raises(CalibrationError, match=r"3 processes need a .* each, and there are 2"):
+    with pytest.raises(CalibrationError, match=r"3 processes need a .* each, got 2;"):
         prune_model(
             model, recipe, (batch(recipe), batch(recipe)), (), PruneOptions(),
             stored_dtype=lambda _: torch.float32, store=BlockStore(Path()), progress=silent,
