@@ -70,11 +70,15 @@ class Needs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """Bytes that a run may take on its device and, if that is another one, on the host."""
+    """Bytes that a process may take on its device and, if that is another one, on the host.
+
+    `processes` is how many of a run share this machine.
+    """
 
     device: int
     host: int
     is_host: bool
+    processes: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,9 +136,18 @@ def needs_of(
     )
 
 
-def room_on(device: torch.device, limit: int | None) -> Room:
-    """What is free, and no more than `limit` on the device."""
-    return Room(device=free_on(device, limit), host=free_memory(), is_host=device.type == "cpu")
+def room_on(device: torch.device, limit: int | None, processes: int = 1) -> Room:
+    """What is free for each of so many processes of this machine, within `limit` on the device.
+
+    Each on a GPU has one of its own; all share the memory of the host, and the limit on that.
+    """
+    is_host = device.type == "cpu"
+    return Room(
+        device=free_on(device, limit) // (processes if is_host else 1),
+        host=free_memory() // processes,
+        is_host=is_host,
+        processes=processes,
+    )
 
 
 def place(needs: Needs, room: Room, *, whole: str = "") -> Placement:
@@ -164,9 +177,12 @@ def place(needs: Needs, room: Room, *, whole: str = "") -> Placement:
     advice = (
         f"; {whole} needs the whole model, without it {gib(needs.streamed())} do" if whole else ""
     )
+    many = room.is_host and room.processes > 1
+    each = f" for each of {room.processes} processes" if many else ""
     raise UsageError(
         f"Pruning takes at least {gib(least)} of memory, and {gib(room.device)} are free or "
-        f"allowed by --memory-limit; free some, raise the limit or take a larger device{advice}."
+        f"allowed by --memory-limit{each}; free some, raise the limit"
+        f"{', start fewer processes' if many else ''} or take a larger device{advice}."
     )
 
 

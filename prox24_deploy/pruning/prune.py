@@ -304,7 +304,9 @@ class _Job:
         """Where weights and hidden states are kept, by what there is room for."""
         shares = map(self.ranks.share, (self.calibration.batches, self.measured))
         needs = needs_of(structure, self.recipe, [b for each in shares for b in each], self.options)
-        room = room_on(self.device, memory_limit)
+        room = room_on(self.device, memory_limit, self.ranks.here)
+        # None takes memory before all have looked at what is free.
+        self.ranks.total(0.0)
         return place(needs, room, whole="" if self.maps else self.needs_whole)
 
     @property

@@ -33,11 +33,13 @@ class Ranks:
         number: of this process; 0 reads and writes the bundle.
         count: of processes.
         device: of what is exchanged: the GPU of this process with NCCL, the CPU with Gloo.
+        here: how many of the processes are on this machine.
     """
 
     number: int
     count: int
     device: torch.device
+    here: int = 1
 
     @property
     def writes(self) -> bool:
@@ -162,7 +164,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        count = dist.get_world_size()
+        # torchrun says it; what does not, starts all on one machine.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", str(count)))
+        yield Ranks(dist.get_rank(), count, device, here)
     finally:
         dist.destroy_process_group()
 

@@ -31,6 +31,7 @@ from prox24_deploy.pipeline.context import read_context
 from prox24_deploy.pipeline.ranks import ERROR, OPTIONS, _last_line
 from prox24_deploy.pruning import prune as pruning
 from prox24_deploy.pruning.activations import Resources
+from prox24_deploy.pruning.memory import Room
 from prox24_deploy.pruning.prune import prune_model
 from prox24_deploy.pruning.ranks import Ranks, during, joined
 
@@ -180,17 +181,33 @@ def test_more_processes_than_batches_are_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def help_on_one_batch(model: Path, prose: Path, ranks: Ranks) -> None:
+    options = BuildOptions(text=TextOptions(calibration=(prose,), calibration_tokens=1024))
+    context = read_context(model, None, options)
+    pruning.help_to_prune(
+        context.source, context.recipe, context.calibration, context.held_out, options.prune,
+        device=CPU, memory_limit=None, ranks=ranks,
+    )  # fmt: skip
+
+
 def test_text_of_the_model_itself_that_is_too_short_is_refused_before_the_model_is_read(
     tiny_llama: Path, prose: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = BuildOptions(text=TextOptions(calibration=(prose,), calibration_tokens=1024))
-    context = read_context(tiny_llama, None, options)
     monkeypatch.setattr(pruning, "structure_of", lambda *_: pytest.fail("was read"))
     with pytest.raises(CalibrationError, match="2 processes need a batch"):
-        pruning.help_to_prune(
-            context.source, context.recipe, context.calibration, context.held_out, options.prune,
-            device=CPU, memory_limit=None, ranks=Ranks(1, 2, CPU),
-        )  # fmt: skip
+        help_on_one_batch(tiny_llama, prose, Ranks(1, 2, CPU))
+
+
+def test_a_process_takes_its_share_of_the_memory_of_its_machine(
+    tiny_llama: Path, prose: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        pruning,
+        "room_on",
+        lambda _, __, processes: Room(device=0, host=0, is_host=True, processes=processes),
+    )
+    with pytest.raises(UsageError, match="for each of 3 processes"):
+        help_on_one_batch(tiny_llama, prose, Ranks(0, 1, CPU, here=3))
 
 
 def test_more_processes_than_batches_are_refused() -> None:
@@ -215,13 +232,19 @@ def test_rows_and_samples_are_shared_out_whole() -> None:
             assert item in ranks[ranks[0].owner(item)].share(range(count))
 
 
-def test_processes_wait_for_one_that_works_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("told", "here"), [("1", 1), (None, 2)])
+def test_processes_wait_for_one_and_know_how_many_share_their_machine(
+    monkeypatch: pytest.MonkeyPatch, told: str | None, here: int
+) -> None:
     asked: dict[str, object] = {}
     monkeypatch.setattr(dist, "init_process_group", lambda _, **more: asked.update(more))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    with joined(CPU):
+    if told:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    with joined(CPU) as ranks:
+        assert ranks == Ranks(1, 2, CPU, here)
         assert asked["timeout"] == timedelta(hours=12)
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.records import PruneResult, TextSource
-from prox24_deploy.model import mapped
+from prox24_deploy.model import mapped, offload
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.directory import load_model, open_model_dir, structure_of
 from prox24_deploy.model.offload import bring, drop, is_offloaded
-from prox24_deploy.pruning import prune, reconstruct
+from prox24_deploy.pruning import memory, prune, reconstruct
 from prox24_deploy.pruning.hidden_states import OnDisk, OnHost
-from prox24_deploy.pruning.memory import Needs, Placement, Room, needs_of, place
+from prox24_deploy.pruning.memory import Needs, Placement, Room, needs_of, place, room_on
 from prox24_deploy.pruning.reconstruct import AdamOptions
 
 CPU = torch.device("cpu")
@@ -181,6 +181,25 @@ def test_as_much_is_kept_in_memory_as_there_is_room_for(
 def test_the_memory_of_a_host_is_not_taken_twice() -> None:
     room = Room(device=OVER + 629, host=OVER + 629, is_host=True)
     assert place(NEEDS, room).states == "disk"
+
+
+def test_processes_of_one_machine_share_its_memory_and_each_has_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 800)
+    monkeypatch.setattr(offload, "free_memory", lambda: 800)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (500, 600))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert room_on(cpu, None, 8) == Room(device=100, host=100, is_host=True, processes=8)
+    assert room_on(cpu, 400, 8).device == 50
+    assert room_on(gpu, None, 8) == Room(device=500, host=100, is_host=False, processes=8)
+    assert room_on(gpu, 400, 8).device == 400
+
+
+def test_too_little_memory_for_several_processes_says_that_fewer_would_do() -> None:
+    room = Room(device=OVER, host=0, is_host=True, processes=8)
+    with pytest.raises(UsageError, match=r"for each of 8 processes; .*, start fewer processes or"):
+        place(NEEDS, room)
 
 
 @pytest.mark.parametrize(
