@@ -9,6 +9,7 @@ Prox24Error                  exit code 1
 ├── SparsityLostError        4   a weight that must be 2:4 is not
 ├── SparsityUnprovenError    5   a weight that must be 2:4 cannot be shown to be, or none was read
 ├── RankError                1   a process of a run on several is gone, or differs from the others
+│   └── RankGoneError        1   one is gone, and this one cannot say when
 ├── ExportError              1   the model could not be exported, or its file differs in numerics
 └── EngineError              1   a backend failed to build or run
     └── BackendMissingError  5   a library or device that the backend needs is not there
@@ -81,6 +82,10 @@ class SparsityUnprovenError(Prox24Error):
 
 class RankError(Prox24Error):
     """One of several processes that share a run is gone, or is not like the others."""
+
+
+class RankGoneError(RankError):
+    """Another process is gone; what started them may know which, and how far they came."""
 
 
 class ExportError(Prox24Error):

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
@@ -23,6 +26,12 @@ if TYPE_CHECKING:
     from prox24_deploy.pruning.ranks import Ranks
 
 OPTIONS = TypeAdapter(BuildOptions)
+# What torchrun says in the end of the process that failed first.
+_ROOT_CAUSE = re.compile(
+    r"Root Cause.*?^\s*rank\s*: (?P<rank>\d+).*?^\s*exitcode\s*: (?P<code>-?\d+)", re.DOTALL | re.M
+)
+# The last line of a traceback; behind the number of a process where torch writes it.
+_RAISED = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]+(?:Error|Exception)\b.*\S)$", re.M)
 # A line of a job on its output: progress, or the error that it ended with.
 PROGRESS, ERROR = "progress", "error"
 
@@ -103,22 +112,28 @@ def prune_by_processes(
     with TemporaryDirectory() as folder, (Path(folder) / "log").open("w+b") as log:
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(job))
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python",
-            f"--nproc-per-node={count}",
-            sys.executable, "-m", "prox24_deploy.pipeline.ranks_job", str(file),
-        ]  # fmt: skip
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as child:
+        told = _Told()
+        with subprocess.Popen(_command(count, file), stdout=subprocess.PIPE, stderr=log) as child:
             try:
-                found = _followed(child, progress)
+                _follow(child, told, progress)
             except BaseException:
                 end_child(child)
                 raise
         if child.returncode:
-            raise found or RankError(
-                f"Pruning by {count} processes ended with exit code {child.returncode} "
-                f"({_last_line(log)}); solved blocks are kept, run the same command again."
+            log.seek(0)
+            why = _reason(child.returncode, log.read().decode(errors="replace"))
+            raise told.error or RankError(
+                f"Pruning by {count} processes ended {told.where}: {why}; solved blocks are kept, "
+                "run the same command again."
             )
+
+
+def _command(count: int, file: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python",
+        f"--nproc-per-node={count}",
+        sys.executable, "-m", "prox24_deploy.pipeline.ranks_job", str(file),
+    ]  # fmt: skip
 
 
 def _require_gpus(count: int, options: BuildOptions) -> None:
@@ -133,20 +148,39 @@ def _require_gpus(count: int, options: BuildOptions) -> None:
         )
 
 
-def _followed(child: "subprocess.Popen[bytes]", progress: Progress) -> Prox24Error | None:
-    """Hand on the progress of a job until it ends; the first error that it told."""
-    found: Prox24Error | None = None
+@dataclass(slots=True)
+class _Told:
+    """What a job has told: its last progress, and the error that says most."""
+
+    label: str = ""
+    done: int = 0
+    total: int = 0
+    error: Prox24Error | None = None
+
+    @property
+    def where(self) -> str:
+        """How far it came."""
+        if not self.label:
+            return "before the first block"
+        if self.label == "prune" and self.done < self.total:
+            return f"while block {self.done + 1} of {self.total} was pruned"
+        return f"after {self.label} {self.done}/{self.total}"
+
+
+def _follow(child: "subprocess.Popen[bytes]", found: _Told, progress: Progress) -> None:
+    """Hand on the progress of a job until it ends, and keep what it told."""
     for line in child.stdout or ():
         told = _parsed(line)
         if told.get("kind") == PROGRESS:
-            progress(str(told["label"]), int(told["done"]), int(told["total"]))
+            found.label = str(told["label"])
+            found.done, found.total = int(told["done"]), int(told["total"])
+            progress(found.label, found.done, found.total)
         elif told.get("kind") == ERROR:
             kind = getattr(errors, str(told["type"]), Prox24Error)
             # Others say only that the one with an error of its own is gone.
-            if found is None or isinstance(found, RankError):
-                found = kind(str(told["message"]))
+            if found.error is None or isinstance(found.error, RankError):
+                found.error = kind(str(told["message"]))
     child.wait()
-    return found
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
@@ -158,9 +192,23 @@ def _parsed(line: bytes) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def _last_line(log: IO[bytes]) -> str:
-    log.seek(0)
-    lines = map(str.strip, log.read().decode(errors="replace").splitlines())
-    # torchrun rules lines off.
-    said = [line for line in lines if line.strip("=-")]
-    return said[-1] if said else "nothing was said"
+def _reason(code: int, log: str) -> str:
+    """Why a job ended with an exit code, by what torchrun and its processes said."""
+    if code < 0:
+        return f"torchrun was ended by {_signal(-code)}"
+    cause = _ROOT_CAUSE.search(log)
+    if cause and (of := int(cause["code"])) < 0:
+        return f"process {cause['rank']} was ended by {_signal(-of)}"
+    raised = [line for line in _RAISED.findall(log) if "ChildFailedError" not in line]
+    if raised:
+        return str(raised[-1])
+    if cause:
+        return f"process {cause['rank']} ended with exit code {cause['code']}"
+    return f"torchrun ended with exit code {code}"
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -8,6 +8,7 @@ from typing import Any
 from prox24_deploy.core.errors import (
     BackendMissingError,
     Prox24Error,
+    RankGoneError,
     UsageError,
     explained,
 )
@@ -36,6 +37,9 @@ def main(file: str) -> None:
             run.prune(
                 model_dir, Path(job["out"]), options, fresh=job["fresh"], progress=_tell_progress
             )
+    except RankGoneError:
+        # What started this knows how far all came, and from torchrun which process is gone.
+        raise
     except Exception as error:
         message, code = explained(error)
         kind = type(error) if isinstance(error, Prox24Error) else _OF_CODE[code]

@@ -59,7 +59,7 @@ from prox24_deploy.pruning.layer_group import solve_group
 from prox24_deploy.pruning.masks import fix_masks, open_masks, read_masks
 from prox24_deploy.pruning.memory import Placement, needs_of, place, room_on
 from prox24_deploy.pruning.permutation import OrderStore, Permuted, permute_channels
-from prox24_deploy.pruning.ranks import ALONE, Ranks, during, require_batch_each
+from prox24_deploy.pruning.ranks import ALONE, Ranks, during, require_batch_each, watched
 from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches
 from prox24_deploy.pruning.second_moments import LayerErrors, SecondMoments
 from prox24_deploy.pruning.selection import (
@@ -140,12 +140,12 @@ def prune_model(
         RankError: another process of the run is gone.
     """
     _require_usable(model, recipe, calibration, options, resources.ranks)
-    count = sum(len(find_blocks(model, part)) for part in recipe.parts)
+    count, steps = _steps(model, recipe, (calibration, held_out), resources)
     solver = _BlockSolver(options, stored_dtype, dense, resources.ranks)
-    weights, texts = store.weights(), (calibration, held_out)
+    weights = store.weights()
     records: list[LayerRecord] = []
     with saving(store) as save:
-        for number, step in enumerate(block_steps(model, recipe, texts, resources)):
+        for number, step in enumerate(steps):
             progress("prune", number, count)
             solved, made = _block_done(number, step, solver, store, save)
             weights.add(number, step.twin.prefix, solved)
@@ -153,6 +153,16 @@ def prune_model(
     progress("prune", count, count)
     records += _layers_outside(model, recipe, {record.name for record in records})
     return PrunedState(weights, _axes(model, weights), tuple(records))
+
+
+def _steps(
+    model: nn.Module, recipe: Recipe, texts: Sequence[tuple[Batch, ...]], resources: Resources
+) -> tuple[int, Iterator[BlockStep]]:
+    """How many blocks there are, and the step of each, made when it is asked for."""
+    parts = [(part.blocks, len(find_blocks(model, part))) for part in recipe.parts]
+    names = [f"{blocks}.{index}" for blocks, count in parts for index in range(count)]
+    steps = block_steps(model, recipe, texts, resources)
+    return len(names), watched(steps, names, resources.ranks)
 
 
 def _block_done(

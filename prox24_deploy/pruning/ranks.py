@@ -6,7 +6,7 @@ rows of a layer do not depend on each other, so that each process solves some of
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from prox24_deploy.core.errors import CalibrationError, RankError
+from prox24_deploy.core.errors import CalibrationError, RankError, RankGoneError
 from prox24_deploy.core.types import PATIENCE
 
 log = logging.getLogger(__name__)
@@ -75,9 +75,10 @@ class Ranks:
         each = -(-count // self.count)
         padded = part.new_zeros(each, *part.shape[1:])
         padded[: len(part)] = part
-        whole = part.new_empty(self.count * each, *part.shape[1:])
-        self._exchange(partial(dist.all_gather_into_tensor, whole, padded))
-        return whole[:count]
+        whole = part.new_empty(self.count, *padded.shape)
+        # What gathers into one tensor is called differently from torch 2.13 on.
+        self._exchange(partial(dist.all_gather, list(whole), padded))
+        return whole.flatten(0, 1)[:count]
 
     def owner(self, item: int) -> int:
         """Which process has an item, by its place among all."""
@@ -123,7 +124,7 @@ class Ranks:
         except RuntimeError as error:
             # The library's own words are for those who wrote it.
             log.info("torch.distributed says: %s", error)
-            raise RankError(
+            raise RankGoneError(
                 "Another process of this run is gone; see what it said, and run the same command "
                 "again."
             ) from error
@@ -174,10 +175,14 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 @contextmanager
 def during(block: str, ranks: Ranks) -> Iterator[None]:
-    """Say in which block another process was lost, or this one ended because another was."""
+    """Say in which block another process was lost, or this one ended because another was.
+
+    Raises:
+        RankError: names the block.
+    """
     try:
         yield
-    except RankError as error:
+    except RankGoneError as error:
         raise RankError(
             f"Another process of this run is gone, which showed while block {block} was pruned; "
             f"{_AGAIN}"
@@ -189,6 +194,16 @@ def during(block: str, ranks: Ranks) -> Iterator[None]:
             f"This process was told to end while block {block} was pruned, as when another is "
             f"gone; {_AGAIN}"
         ) from ending
+
+
+def watched(steps: Iterator[Item], blocks: Iterable[str], ranks: Ranks) -> Iterator[Item]:
+    """One step for each block, and what leads to it counts as `during` it, too."""
+    for block in blocks:
+        with during(block, ranks):
+            step = next(steps)
+        yield step
+    # They clear up behind the last.
+    next(steps, None)
 
 
 _AGAIN = (

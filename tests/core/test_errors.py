@@ -23,6 +23,7 @@ EXIT_CODES = {
     "SparsityLostError": 4,
     "SparsityUnprovenError": 5,
     "RankError": 1,
+    "RankGoneError": 1,
     "ExportError": 1,
     "EngineError": 1,
     "BackendMissingError": 5,

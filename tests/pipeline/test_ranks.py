@@ -9,9 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import pytest
 import torch
@@ -22,18 +22,24 @@ from tiny_families import tiny_model
 from torch import distributed as dist
 
 from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
-from prox24_deploy.core.errors import CalibrationError, RankError, RecipeError, UsageError
+from prox24_deploy.core.errors import (
+    CalibrationError,
+    RankError,
+    RankGoneError,
+    RecipeError,
+    UsageError,
+)
 from prox24_deploy.core.types import silent
 from prox24_deploy.model.checkpoint import BlockStore
-from prox24_deploy.pipeline import ranks_job, run
+from prox24_deploy.pipeline import ranks, ranks_job, run
 from prox24_deploy.pipeline.api import prune
 from prox24_deploy.pipeline.context import read_context
-from prox24_deploy.pipeline.ranks import ERROR, OPTIONS, _last_line
+from prox24_deploy.pipeline.ranks import ERROR, OPTIONS, PROGRESS, _reason
 from prox24_deploy.pruning import prune as pruning
 from prox24_deploy.pruning.activations import Resources
 from prox24_deploy.pruning.memory import Room
 from prox24_deploy.pruning.prune import prune_model
-from prox24_deploy.pruning.ranks import Ranks, during, joined
+from prox24_deploy.pruning.ranks import Ranks, during, joined, watched
 
 CPU = torch.device("cpu")
 KEPT = ".partial/*/block-0000.safetensors"
@@ -256,6 +262,32 @@ def test_an_ending_is_told_only_where_others_take_part() -> None:
         raise KeyboardInterrupt
 
 
+def test_what_leads_to_a_block_is_told_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    both, cleared = Ranks(0, 2, CPU), []
+
+    def lost(_: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    def steps() -> Iterator[int]:
+        yield 0
+        yield 1
+        cleared.append(True)
+        both.sum_in_place(torch.zeros(1))
+
+    monkeypatch.setattr(dist, "all_reduce", lost)
+    with pytest.raises(RankGoneError):
+        list(watched(steps(), ["b.0", "b.1"], both))
+    assert cleared == [True]
+    with pytest.raises(RankError, match=r"gone, which showed while block b\.2 was pruned"):
+        list(watched(steps(), ["b.0", "b.1", "b.2"], both))
+
+
+def test_a_process_that_finds_another_gone_leaves_it_to_what_started_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told_by_a_job(RankGoneError("gone"), tmp_path, monkeypatch, capsys) == ""
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "said"),
     [
@@ -273,22 +305,100 @@ def test_what_ends_a_process_is_told_to_the_one_that_started_it(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    told = json.loads(told_by_a_job(error, tmp_path, monkeypatch, capsys))
+    assert (told["kind"], told["type"]) == (ERROR, kind)
+    assert said in told["message"]
+
+
+def told_by_a_job(
+    error: Exception,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    """What a job writes whose pruning ends with an error."""
+
     def failing(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(run, "prune", failing)
     monkeypatch.setattr(ranks_job, "end_on_termination", lambda: None)
-    file = tmp_path / "job.json"
+    file = folder / "job.json"
     options = OPTIONS.dump_python(BuildOptions(), mode="json")
     file.write_text(json.dumps({"model_dir": "m", "out": "o", "fresh": False, "options": options}))
     with pytest.raises(type(error)):
         ranks_job.main(str(file))
-    told = json.loads(capsys.readouterr().out)
-    assert (told["kind"], told["type"]) == (ERROR, kind)
-    assert said in told["message"]
+    return capsys.readouterr().out
 
 
-def test_the_last_words_of_torchrun_are_no_rule() -> None:
-    with TemporaryFile() as log:
-        log.write(b"traceback : gone\n========\n------\n\n")
-        assert _last_line(log) == "traceback : gone"
+SUMMARY = """\
+Traceback (most recent call last):
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+Failures:
+[1]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : -15 (pid: 8)
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-30_03:44:20
+  rank      : 0 (local_rank: 0)
+  exitcode  : {code} (pid: 7)
+  traceback : {traceback}
+============================================================
+"""
+WARNED = """\
+distributed_c10d.py:84: FutureWarning: `all_gather_into_tensor` is deprecated.
+  return func(*args, **kwargs)
+"""
+KILLED = WARNED + SUMMARY.format(code=-9, traceback="Signal 9 (SIGKILL) received by PID 7")
+RAISED = "[rank0]: ModuleNotFoundError: No module named 'x'\n"
+HELP = "To enable traceback see: https://pytorch.org"
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "why"),
+    [
+        (1, KILLED, "process 0 was ended by SIGKILL"),
+        (-9, WARNED, "torchrun was ended by SIGKILL"),
+        (-63, "", "torchrun was ended by signal 63"),
+        (1, WARNED, "torchrun ended with exit code 1"),
+        (1, SUMMARY.format(code=3, traceback=HELP), "process 0 ended with exit code 3"),
+        (
+            1, RAISED + WARNED + SUMMARY.format(code=1, traceback=HELP),
+            "ModuleNotFoundError: No module named 'x'",
+        ),
+    ],
+)  # fmt: skip
+def test_a_warning_is_no_reason_why_a_run_ended(code: int, log: str, why: str) -> None:
+    assert _reason(code, log) == why
+
+
+def told(label: str, done: int, total: int) -> str:
+    return json.dumps({"kind": PROGRESS, "label": label, "done": done, "total": total})
+
+
+@pytest.mark.parametrize(
+    ("lines", "where"),
+    [
+        ([], "before the first block"),
+        ([told("sensitivity", 3, 9)], "after sensitivity 3/9"),
+        ([told("prune", 0, 2), told("prune", 1, 2)], "while block 2 of 2 was pruned"),
+        ([told("prune", 1, 2), told("prune", 2, 2)], "after prune 2/2"),
+    ],
+)
+def test_a_run_that_was_killed_says_how_far_it_came(
+    lines: list[str], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "import sys; print(sys.argv[1]); sys.exit(sys.argv[2])"
+    command = [sys.executable, "-S", "-c", script, "\n".join(lines), KILLED]
+    monkeypatch.setattr(ranks, "_command", lambda *_: command)
+    with pytest.raises(RankError) as error:
+        ranks.prune_by_processes(
+            2, tmp_path, tmp_path, BuildOptions(device="cpu"), fresh=False, progress=silent
+        )
+    assert str(error.value) == (
+        f"Pruning by 2 processes ended {where}: process 0 was ended by SIGKILL; solved blocks are "
+        "kept, run the same command again."
+    )
