@@ -98,16 +98,19 @@ class Ranks:
         told: Item = box[0]
         return told
 
+    def of_all(self, value: Item) -> list[Item]:
+        """The value of each process, by its number."""
+        found: list[Any] = [value] * self.count
+        self._exchange(partial(dist.all_gather_object, found, value))
+        return found
+
     def require_alike(self, what: str, value: object) -> None:
         """Refuse processes that have something else than process 0; all of them do so.
 
         Raises:
             RankError: names the first that has, and both values.
         """
-        if self.count == 1:
-            return
-        found: list[Any] = [None] * self.count
-        self._exchange(partial(dist.all_gather_object, found, value))
+        found = self.of_all(value)
         for number, other in enumerate(found):
             if other != found[0]:
                 raise RankError(

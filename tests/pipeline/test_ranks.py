@@ -149,7 +149,9 @@ def test_a_process_with_other_options_is_refused(
     for process in (first, second):
         _, said = process.communicate(timeout=120)
         assert process.returncode == 1
-        assert "Process 1 of this run has calibration of sha256" in said
+        assert (
+            "Process 1 of this run has --calibration-tokens 3072, and process 0 has 4096;" in said
+        )
 
 
 def test_a_program_cannot_build_where_it_can_only_help(

@@ -56,6 +56,7 @@ UNKEYED = {
     ("BenchInputs", "max_slowdown"): "judged again",
     ("PruneInputs", "memory_limit"): "where weights are kept",
     ("PruneInputs", "ranks"): "who takes part",
+    ("PruneInputs", "text"): "the samples are what comes of it",
     ("WriteInputs", "memory_limit"): "whether there is room",
     ("QuantizeInputs", "memory_limit"): "where weights are kept",
     ("ExportInputs", "memory_limit"): "where weights are kept",
@@ -318,7 +319,7 @@ def test_every_part_of_the_inputs_of_every_stage_is_in_its_key(take: Callable[..
     assert covered == {
         "prune": {
             "source", "recipe", "calibration", "held_out", "options", "masks", "device", "versions",
-            "memory_limit", "ranks",
+            "memory_limit", "ranks", "text",
         },
         "recover": {
             "source", "pruned", "recipe", "calibration", "options", "seed", "device", "versions",

@@ -1,6 +1,5 @@
 """The stage that prunes a model directory."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -9,13 +8,13 @@ from typing import TYPE_CHECKING
 from prox24_deploy.bundle.bundle import Bundle
 from prox24_deploy.bundle.environment import machine, versions
 from prox24_deploy.bundle.layout import PRUNED, RECIPE
-from prox24_deploy.bundle.manifest import canonical_json
 from prox24_deploy.bundle.stage import Stage, Workspace
-from prox24_deploy.config.options import BuildOptions, PruneOptions
+from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
 from prox24_deploy.config.recipe import Recipe
-from prox24_deploy.core.fingerprint import fields_of, unkeyed
+from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.records import PruneResult
 from prox24_deploy.core.types import Progress
+from prox24_deploy.pipeline.alike import require_alike
 from prox24_deploy.pipeline.context import MEMORY_LIMIT, RunContext, torch_device
 from prox24_deploy.pipeline.stages.versions import numeric_versions
 
@@ -42,6 +41,9 @@ class PruneInputs:
     ranks: "Ranks | None" = field(
         default=None, metadata=unkeyed("says who takes part, not what comes of it")
     )
+    text: TextOptions | None = field(
+        default=None, metadata=unkeyed("names what differs; the samples are what comes of it")
+    )
 
 
 def prune_inputs(
@@ -59,6 +61,7 @@ def prune_inputs(
         versions=numeric_versions(),
         memory_limit=options.memory_limit,
         ranks=ranks,
+        text=options.text,
     )
 
 
@@ -101,7 +104,7 @@ def help_with(context: RunContext, options: BuildOptions, ranks: "Ranks") -> Non
         if (written := ranks.told(inputs.calibration)).source.kind == "written":
             # What the model writes lies in the bundle.
             inputs = replace(inputs, calibration=written)
-        _require_alike(inputs, ranks)
+        require_alike(inputs, inputs.text, ranks)
         help_to_prune(
             inputs.source,
             inputs.recipe,
@@ -114,14 +117,6 @@ def help_with(context: RunContext, options: BuildOptions, ranks: "Ranks") -> Non
         )
 
 
-def _require_alike(inputs: PruneInputs, ranks: "Ranks") -> None:
-    for name, version in inputs.versions.items():
-        ranks.require_alike(name, version)
-    for name, value in fields_of(inputs).items():
-        digest = hashlib.sha256(canonical_json(value)).hexdigest()
-        ranks.require_alike(f"{name} of sha256", digest)
-
-
 def _prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> PruneResult:
     import torch
 
@@ -131,7 +126,7 @@ def _prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> PruneRes
     if inputs.ranks is not None:
         inputs.ranks.told(_BEGIN)
         inputs.ranks.told(inputs.calibration)
-        _require_alike(inputs, inputs.ranks)
+        require_alike(inputs, inputs.text, inputs.ranks)
     return prune_directory(
         inputs.source,
         inputs.recipe,
