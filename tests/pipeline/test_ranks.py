@@ -4,12 +4,13 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -81,37 +82,76 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sum as processes that torchrun starts, in one thread: several come to other bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def alone(tiny_llama: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "out"
-    assert run_cli(*arguments(tiny_llama, out, prose)).code == 0
+    with one_thread():
+        assert run_cli(*arguments(tiny_llama, out, prose)).code == 0
     return out
 
 
-def test_two_processes_come_to_the_same_weights(
-    tiny_llama: Path, prose: Path, alone: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def together(tiny_llama: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("together") / "out"
     run = run_cli(*arguments(tiny_llama, out, prose, "--gpus", "2"))
     assert run.code == 0, run.err
     assert "prune 1/2" in run.err
-    same(alone, out)
+    return out
+
+
+def test_two_processes_come_to_the_same_weights(alone: Path, together: Path) -> None:
+    same(alone, together)
+
+
+# Kills itself once the first block is solved by both.
+DIES = """
+import os, signal
+from prox24_deploy.cli import main
+from prox24_deploy.pruning import prune
+
+solve = prune._BlockSolver.solve
+
+def dies(solver, step):
+    if step.twin.index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return solve(solver, step)
+
+prune._BlockSolver.solve = dies
+main()
+"""
 
 
 def processes(
-    model: Path, prose: Path, out: Path, *, other: tuple[str, ...] = ()
+    model: Path,
+    prose: Path,
+    out: Path,
+    *,
+    other: tuple[str, ...] = (),
+    second: tuple[str, ...] = ("-m", "prox24_deploy"),
 ) -> list["subprocess.Popen[str]"]:
-    """Two processes as torchrun starts them; the second with `other` arguments too."""
+    """Two processes as torchrun starts them; the second is another program or is told more."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
-    for rank, more in enumerate(((), other)):
+    for rank, (program, more) in enumerate(((("-m", "prox24_deploy"), ()), (second, other))):
         env = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = [sys.executable, "-m", "prox24_deploy", *arguments(model, out, prose, *more)]
+        command = [sys.executable, *program, *arguments(model, out, prose, *more)]
         started.append(
             subprocess.Popen(
                 command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -120,38 +160,38 @@ def processes(
     return started
 
 
+def ended(processes: list["subprocess.Popen[str]"]) -> list[tuple[int, str]]:
+    """Exit code and stderr of each."""
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
 def test_a_lost_process_is_told_with_its_block_and_the_next_run_goes_on(
-    tiny_llama: Path, prose: Path, alone: Path, tmp_path: Path
+    tiny_llama: Path, prose: Path, alone: Path, together: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    first, second = processes(tiny_llama, prose, out)
-    deadline = time.monotonic() + 120
-    while not list(out.glob(KEPT)) and time.monotonic() < deadline and first.poll() is None:
-        time.sleep(0.005)
-    second.send_signal(signal.SIGKILL)
-    second.communicate()
-    _, said = first.communicate(timeout=120)
-    if first.returncode == 0:
-        pytest.skip("the run was over before its second process was killed")
-    assert first.returncode == 1
+    (code, said), (killed, _) = ended(processes(tiny_llama, prose, out, second=("-c", DIES)))
+    assert (code, killed) == (1, -signal.SIGKILL)
     assert "model.layers.1 was pruned" in said
+    assert "Warning" not in said
     assert list(out.glob(KEPT))
-    assert run_cli(*arguments(tiny_llama, out, prose)).code == 0
-    same(alone, out)
+    shutil.copytree(out, tmp_path / "other")
+    assert [code for code, _ in ended(processes(tiny_llama, prose, out))] == [0, 0]
+    found, undisturbed = weights(out), weights(together)
+    assert found.keys() == undisturbed.keys()
+    assert all(torch.equal(found[name], undisturbed[name]) for name in found)
+    with one_thread():
+        assert run_cli(*arguments(tiny_llama, tmp_path / "other", prose)).code == 0
+    same(alone, tmp_path / "other")
 
 
 def test_a_process_with_other_options_is_refused(
     tiny_llama: Path, prose: Path, tmp_path: Path
 ) -> None:
-    first, second = processes(
-        tiny_llama, prose, tmp_path / "out", other=("--calibration-tokens", "3072")
-    )
-    for process in (first, second):
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 1
-        assert (
-            "Process 1 of this run has --calibration-tokens 3072, and process 0 has 4096;" in said
-        )
+    more = ("--calibration-tokens", "3072")
+    for code, said in ended(processes(tiny_llama, prose, tmp_path / "out", other=more)):
+        assert code == 1
+        assert "Process 1 of this run has --calibration-tokens 3072, and process 0 has 4" in said
 
 
 def test_a_program_cannot_build_where_it_can_only_help(
