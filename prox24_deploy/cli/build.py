@@ -8,6 +8,7 @@ import typer
 
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
+from prox24_deploy.cli.hub import local_model
 from prox24_deploy.cli.progress import progress as shown
 from prox24_deploy.cli.run_file import fill_from, run_file_text
 from prox24_deploy.cli.terminal import print_json, print_table, print_text, say, stderr, tell
@@ -186,7 +187,7 @@ def build(
         name=name,
         accept_loss=parse_losses(accept_loss or ()),
     )
-    model_dir = arguments.local_model(model_dir)
+    model_dir = local_model(model_dir)
     if is_helper():
         pipeline.help_to_prune(model_dir, options)
         return
@@ -267,7 +268,7 @@ def prune(
         gpus=gpus,
         name=name,
     )
-    model_dir = arguments.local_model(model_dir)
+    model_dir = local_model(model_dir)
     if is_helper():
         pipeline.help_to_prune(model_dir, options)
         return
@@ -340,6 +341,7 @@ def recover(
         ),
         device=device,
     )
+    pruned, teacher = local_model(pruned), local_model(teacher)
     with shown(stderr) as progress:
         result = pipeline.recover(pruned, teacher, out, options, progress=progress)
     if as_json:

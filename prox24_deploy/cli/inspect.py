@@ -10,6 +10,7 @@ import typer
 from prox24_deploy.bundle.layout import MANIFEST_FILE
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
+from prox24_deploy.cli.hub import local_model, without_address
 from prox24_deploy.cli.progress import progress as shown
 from prox24_deploy.cli.terminal import print_json, print_table, say, stderr
 from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
@@ -64,7 +65,7 @@ def plan(
     saved = read_profile(gpu_profile) if gpu_profile else None
     with shown(stderr) as progress:
         found = planner.plan(
-            arguments.local_model(model_dir),
+            local_model(model_dir),
             options,
             saved=saved,
             sensitivity=sensitivity,
@@ -100,6 +101,7 @@ def check(
             metavar="PATH",
             help="Bundle, model directory, safetensors or ONNX file.",
             readable=False,
+            callback=without_address,
         ),
     ],
     *,
@@ -122,6 +124,7 @@ def check(
     with 4 if a weight is not 2:4, and with 5 if one cannot be proven or there is none to prove.
     """
     axes = arguments.tensor_axes(axis or ())
+    path = local_model(path)
     checked = _check_bundle if (path / MANIFEST_FILE).is_file() else _check_files
     conclusion = checked(path, ignore or (), axes, as_json=as_json)
     if not as_json:

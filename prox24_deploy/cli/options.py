@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from prox24_deploy.cli.terminal import tell
+from prox24_deploy.cli.hub import without_address
 from prox24_deploy.config.options import (
     Compatibility,
     DeviceChoice,
@@ -37,8 +37,6 @@ from prox24_deploy.core.types import (
 )
 
 _DTYPES = ", ".join(DTYPES)
-# Owner and name.
-_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 _LOG_FILE = "--log-file"
 _COMMON = {"-v", "--verbose", "-q", "--quiet", "--debug", _LOG_FILE}
 _TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
@@ -56,8 +54,9 @@ ModelArg = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL_DIR",
-        help="Hugging Face model directory with safetensors.",
+        help="Hugging Face model directory with safetensors, or the id of one in the local cache.",
         readable=False,
+        callback=without_address,
     ),
 ]
 PrunedArg = Annotated[
@@ -66,6 +65,7 @@ PrunedArg = Annotated[
         metavar="PRUNED",
         help="A bundle, or a model directory that is 2:4 already.",
         readable=False,
+        callback=without_address,
     ),
 ]
 BundleArg = Annotated[
@@ -358,7 +358,12 @@ MovedModelOpt = Annotated[
 ]
 TeacherOpt = Annotated[
     Path,
-    typer.Option("--teacher", help="The dense model that it was pruned from.", readable=False),
+    typer.Option(
+        "--teacher",
+        help="The dense model that it was pruned from.",
+        readable=False,
+        callback=without_address,
+    ),
 ]
 RecoverOutOpt = Annotated[
     Path | None,
@@ -661,33 +666,6 @@ def default_out(model_dir: Path) -> Path:
     from prox24_deploy.packaging import naming
 
     return naming.default_out(model_dir)
-
-
-def local_model(model_dir: Path) -> Path:
-    """The directory of a model; of the id of a model on the Hub its snapshot in the local cache.
-
-    Nothing is fetched.
-
-    Raises:
-        UsageError: it is an id, and the cache has no snapshot of it; says how to fetch one.
-    """
-    name = model_dir.as_posix()
-    if model_dir.exists() or not _HUB_ID.fullmatch(name):
-        return model_dir
-    # Slow to load, and needed for an id alone.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        found = Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        raise UsageError(
-            f"{name} is no directory here. If it is the id of a model on the Hugging Face Hub, "
-            f"fetch it first with: hf download {name} --local-dir {model_dir.name}; then pass "
-            f"{model_dir.name}."
-        ) from error
-    tell(f"model {name}, revision {found.name}, from the local cache of the Hub")
-    return found
 
 
 def text_options(

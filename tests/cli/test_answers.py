@@ -21,6 +21,8 @@ from prox24_deploy.core.errors import UsageError
 from prox24_deploy.latency.measure import DEFAULT_OPTIONS
 from prox24_deploy.pipeline.stages.bench import measured_for
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
 
 @pytest.fixture(scope="module")
 def pruned(
@@ -131,37 +133,71 @@ def test_what_a_machine_lacks_is_said_and_what_a_gpu_adds() -> None:
     assert abilities(torch_is_gone).startswith("This machine cannot build yet: torch missing")
 
 
-def test_the_id_of_a_model_is_answered_with_how_to_fetch_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    for command in ("build", "prune"):
-        run = run_cli(command, "nobody/no-model")
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty local cache of the Hub, and an empty folder to work in."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(cache))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return cache
+
+
+def put_into(hub: Path, model: Path) -> None:
+    """A model as the cache keeps `somebody/tiny`."""
+    repository = hub / "models--somebody--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "snapshots").mkdir()
+    subprocess.run(["cp", "-r", model, repository / "snapshots" / COMMIT], check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("nobody/no-model", "nobody/no-model"),
+        ("bert-base-none", "bert-base-none"),
+        ("https://huggingface.co/nobody/no-model", "nobody/no-model"),
+        ("https://huggingface.co/nobody/no-model/tree/main", "nobody/no-model"),
+    ],
+)
+@pytest.mark.usefixtures("hub")
+def test_the_id_of_a_model_is_answered_with_how_to_fetch_it(given: str, name: str) -> None:
+    for command in (
+        ("build",), ("prune",), ("rotate",), ("check",), ("plan",), ("recover", "--teacher", "."),
+        ("recover", ".", "--teacher"),
+    ):  # fmt: skip
+        run = run_cli(*command, given)
+        folder = name.rpartition("/")[2]
         assert run.code == 2
-        assert "hf download nobody/no-model --local-dir no-model" in run.err
-    assert "does not exist" in run_cli("build", "one/two/three").err
+        assert run.err.startswith(f"Error: {name} does not exist here, and the local cache")
+        assert f"hf download {name} --local-dir {folder}; then pass {folder}." in run.err
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_is_no_id_is_not_looked_for_on_the_hub() -> None:
+    for name in ("one/two/three", "no--name"):
+        assert f"Model directory {name} does not exist" in run_cli("build", name).err
+    assert "cache" not in run_cli("check", "none.onnx").err
+    run = run_cli("build", "https://example.org/a/b")
+    assert (run.code, run.err.partition(" is not ")[0]) == (2, "Error: https://example.org/a/b")
 
 
 def test_an_id_in_the_local_cache_is_taken_with_its_revision(
-    tiny_bert: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bert: Path, prose: Path, hub: Path
 ) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "hub" / "models--somebody--tiny"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    subprocess.run(["cp", "-r", tiny_bert, repository / "snapshot"], check=True)
-    (repository / "snapshots").mkdir()
-    (repository / "snapshot").rename(repository / "snapshots" / commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(
-        "huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub")
-    )
-    monkeypatch.chdir(tmp_path)
+    put_into(hub, tiny_bert)
+    told = f"model somebody/tiny, revision {COMMIT}, from the local cache of the Hub"
     line = ("--calibration", prose, "--calibration-tokens", "2048", "--method", "magnitude")
     run = run_cli("prune", "somebody/tiny", *line)
     assert run.code == 0, run.err
-    assert f"model somebody/tiny, revision {commit}, from the local cache of the Hub" in run.err
-    assert (tmp_path / "tiny-prox24" / "pruned").is_dir()
+    assert told in run.err
+    assert Path("tiny-prox24", "pruned").is_dir()
+    assert told in run_cli("check", "https://huggingface.co/somebody/tiny").err
+    again = ("tiny-prox24", "--teacher", "somebody/tiny", "--calibration", "none.txt")
+    recovered = run_cli("recover", *again)
+    assert told in recovered.err
 
 
 def help_at(columns: int) -> str:

@@ -77,11 +77,16 @@ def test_a_file_says_what_the_command_line_says(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("m").mkdir()
     written(tmp_path, FILE)
     assert built("--config", "run.toml") == built("m", *LINE)
 
 
-def test_the_command_line_goes_before_the_file(built: Built, tmp_path: Path) -> None:
+def test_the_command_line_goes_before_the_file(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "other").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
     path = written(tmp_path, FILE)
     model, out, options, _ = built(
         "other", "--config", path, "--seed", "8", "--exclude", "*.q_proj"
