@@ -18,6 +18,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from typer.models import ParameterInfo
 
+from prox24_deploy.cli.hub import is_address, is_hub_id
 from prox24_deploy.core.documents import Document, first_problem, parse_toml, read_toml_text
 from prox24_deploy.core.errors import UsageError
 
@@ -77,7 +78,16 @@ def _read(path: Path) -> dict[str, Any]:
         where, what = first_problem(error)
         raise document.refused(f"is wrong at {where!r}: {what}") from error
     given = {name: getattr(found, name) for name in found.model_fields_set}
-    return {name: _beside(path.parent, value) for name, value in given.items()}
+    found_beside = {name: _beside(path.parent, value) for name, value in given.items()}
+    if _MODEL in given and _is_elsewhere(path.parent, given[_MODEL]):
+        found_beside[_MODEL] = str(given[_MODEL])
+    return found_beside
+
+
+def _is_elsewhere(folder: Path, model: Path) -> bool:
+    """Whether a model is named as on the Hub, and no directory of this name is there or here."""
+    named = is_address(model) or is_hub_id(model.as_posix())
+    return named and not (folder / model).exists() and not model.exists()
 
 
 def _beside(folder: Path, value: Any) -> Any:

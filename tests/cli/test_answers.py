@@ -200,6 +200,22 @@ def test_an_id_in_the_local_cache_is_taken_with_its_revision(
     assert told in recovered.err
 
 
+def test_a_run_file_may_name_a_model_of_the_hub(tiny_bert: Path, hub: Path) -> None:
+    Path("sub").mkdir()
+    file = Path("sub", "run.toml")
+    for name in ("somebody/tiny", "https://huggingface.co/somebody/tiny"):
+        file.write_text(f'model = "{name}"\ncalibration = ["none.txt"]\n', encoding="utf-8")
+        printed = run_cli("build", "--config", file, "--print-config").out
+        assert '\nmodel = "somebody/tiny"\n' in printed
+        assert "hf download somebody/tiny" in run_cli("build", "--config", file).err
+    put_into(hub, tiny_bert)
+    assert "from the local cache" in run_cli("build", "--config", file).err
+    subprocess.run(["cp", "-r", tiny_bert, "sub/tiny"], check=True)
+    file.write_text('model = "tiny"\n', encoding="utf-8")
+    printed = run_cli("build", "--config", file, "--print-config").out
+    assert '\nmodel = "sub/tiny"\n' in printed
+
+
 def help_at(columns: int) -> str:
     code = "import sys; from prox24_deploy.cli import main; sys.argv = ['x', 'build', '-h']; main()"
     return subprocess.run(
