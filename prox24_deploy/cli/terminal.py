@@ -22,6 +22,10 @@ from prox24_deploy.core.types import STEP
 
 # Columns of a table that goes to a file or a pipe.
 _LOG_WIDTH = 400
+# More than any table has.
+_UNBOUND = 100_000
+# Around a cell; and what a column must have room for unless it is shorter, to be read.
+_PADDING, _FEWEST = 2, 20
 # Ends of lines and columns, of a text that is ours or of many lines.
 _LAYOUT = "\n\t"
 
@@ -124,19 +128,53 @@ def fail(error: BaseException, *, debug: bool) -> None:
     raise SystemExit(code)
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table, *, piped: int = _LOG_WIDTH) -> None:
     """Fit a terminal; anything else, such as a log or `grep`, gets one line per row.
 
-    On a terminal that is too narrow for the longest words side by side, each row is a block of
-    lines, for a name that is cut is no name.
+    Where there is too little room for the longest words side by side, each row is a block of lines,
+    for a name that is cut is no name.
+
+    Args:
+        table: of cells that are texts.
+        piped: characters of a line where there is no terminal.
     """
-    page = stdout if stdout.is_terminal else Console(width=_LOG_WIDTH, highlight=False)
-    unbound = page.options.update(max_width=_LOG_WIDTH)
-    if Measurement.get(page, unbound, table).minimum <= page.width:
+    page = stdout if stdout.is_terminal else Console(width=piped, highlight=False)
+    if not _fits(table, page):
+        for line in _stacked(table):
+            page.print(line, soft_wrap=True)
+    elif stdout.is_terminal:
         page.print(table)
-        return
-    for line in _stacked(table):
-        page.print(line, soft_wrap=True)
+    else:
+        with page.capture() as captured:
+            page.print(table)
+        # A row is as long as what it says, not as the longest.
+        for row in captured.get().splitlines():
+            page.print(Text(row.rstrip()), soft_wrap=True)
+
+
+def _fits(table: Table, page: Console) -> bool:
+    """Whether every column has room for its words, and for some of them in one line.
+
+    Where rows fold, gives each column its width: left to itself, the table would cut words.
+    """
+    columns = [_measured(table, i, page) for i in range(len(table.columns))]
+    least = [max(column.minimum, min(column.maximum, _FEWEST)) for column in columns]
+    wanted = [column.maximum - few for column, few in zip(columns, least, strict=True)]
+    spare = page.width - sum(least) - _PADDING * len(columns)
+    if spare < 0:
+        return False
+    if sum(wanted) > spare:
+        for column, few, more in zip(table.columns, least, wanted, strict=True):
+            column.width = few + more * spare // sum(wanted)
+    return True
+
+
+def _measured(table: Table, index: int, page: Console) -> Measurement:
+    """The longest word and the longest line of a column."""
+    column = table.columns[index]
+    unbound = page.options.update(max_width=_UNBOUND)
+    cells = [Measurement.get(page, unbound, cell) for cell in (column.header, *column.cells)]
+    return Measurement(max(cell.minimum for cell in cells), max(cell.maximum for cell in cells))
 
 
 def _stacked(table: Table) -> Iterator[Text]:

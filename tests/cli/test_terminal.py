@@ -196,6 +196,24 @@ def test_a_pipe_gets_a_line_for_each_row(capsys: pytest.CaptureFixture[str]) -> 
     assert all(line.isascii() for line in lines)
 
 
+def test_a_table_folds_between_words_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ("onnxruntime-providers", "CPUExecutionProvider and another", "install what is missing")
+    words = {word for cell in row for word in cell.split()}
+    for width in range(30, 100):
+        page = Console(width=width, force_terminal=True, color_system=None, record=True)
+        monkeypatch.setattr(terminal, "stdout", page)
+        terminal.print_table(table_of(row))
+        assert words <= set(page.export_text().split())
+
+
+def test_a_line_in_a_pipe_ends_where_its_text_does(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_table(table_of(("a", "b", "c" * 90), ("d", "e", "")))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [line.rstrip() for line in lines]
+    terminal.print_table(table_of(("a", "b " * 60, "c")), piped=100)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+
+
 def test_a_column_that_says_nothing_is_not_shown() -> None:
     def headers(*pasts: int) -> list[str]:
         rows = [
