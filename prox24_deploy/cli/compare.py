@@ -108,5 +108,6 @@ def show(
     if as_json:
         print_json(found.model_dump(mode="json", exclude={"report"}))
         return
+    print_table(tables.releases(found))
     print_table(tables.history(found))
     say(f"Baseline since {found.date}: {found.reason}")

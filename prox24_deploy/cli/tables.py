@@ -19,6 +19,7 @@ from prox24_deploy.core.records import (
     PairedMetric,
     TensorCheck,
 )
+from prox24_deploy.report.formats import amount
 
 # Ratio of sizes from which an estimate of a GEMM is far from what was measured.
 _FAR = 4
@@ -244,7 +245,7 @@ def comparison(found: "Comparison") -> Table:
     table = _table("figure", "baseline", "now", "limit", "verdict", "finding")
     styles = {"pass": "", "inconclusive": "yellow", "fail": "red", "not gated": "dim"}
     for change in found.changes:
-        values = ["–" if v is None else f"{v:.6g}" for v in (change.before, change.after)]
+        values = [amount(value, change.unit) for value in (change.before, change.after)]
         _add_row(
             table,
             change.name,
@@ -257,13 +258,23 @@ def comparison(found: "Comparison") -> Table:
     return table
 
 
+def releases(found: "BaselineFile") -> Table:
+    """The accepted releases of a baseline, the oldest first, each with a number."""
+    table = _table("release", "accepted", "verdict", "reason")
+    for number, entry in enumerate(found.history, start=1):
+        _add_row(table, str(number), entry.date, entry.verdict, entry.reason)
+    return table
+
+
 def history(found: "BaselineFile") -> Table:
-    """The accepted releases of a baseline with their figures, the oldest first."""
-    names = list(dict.fromkeys(name for entry in found.history for name in entry.figures))
-    table = _table("accepted", "reason", "verdict", *names)
-    for entry in found.history:
-        figures = [f"{entry.figures[n]:.6g}" if n in entry.figures else "–" for n in names]
-        _add_row(table, entry.date, entry.reason, entry.verdict, *figures)
+    """Every figure of a baseline over its releases, by the number of each."""
+    from prox24_deploy.regression.figures import unit_of
+
+    names = dict.fromkeys(name for entry in found.history for name in entry.figures)
+    table = _table("figure", *map(str, range(1, len(found.history) + 1)))
+    for name in names:
+        figures = (amount(entry.figures.get(name), unit_of(name)) for entry in found.history)
+        _add_row(table, name, *figures)
     return table
 
 

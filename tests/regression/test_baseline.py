@@ -143,12 +143,19 @@ def test_the_commands_accept_show_and_compare(bundle: Path, tmp_path: Path) -> N
     assert shown.code == 0
     for text in ("first", "[second]", COSINE, "0.9712", "Baseline since 20"):
         assert text in shown.out
+    # A line for each figure, with its unit and a column for each release.
+    (size,) = (line.split() for line in shown.out.splitlines() if "size/packed" in line)
+    assert (size[2::2], len(size)) == (["MiB", "MiB"], 5)
+    assert max(map(len, shown.out.splitlines())) <= 120
     entries = json.loads(run_cli("baseline", "show", path, "--json").out)["history"]
     assert [entry["reason"] for entry in entries] == ["first", "[second]"]
     # Its standard errors alone cannot tell, for these records have no values per sample.
     compared = run_cli("compare", bundle, path)
     assert compared.code == 5
     assert "top-1 neighbour agreement" in compared.out
+    (latency, *_) = (line for line in compared.out.splitlines() if "latency/" in line)
+    (packed,) = (line for line in compared.out.splitlines() if "size/packed" in line)
+    assert (latency.count(" ms "), packed.count(" MiB")) == (2, 4)
     refused = run_cli("baseline", "show", bundle / "report.json")
     assert refused.code == 2
     assert "is no baseline file" in refused.err
