@@ -114,10 +114,8 @@ def build(
     print_config: PrintConfigOpt = False,
 ) -> None:
     """Prune, export, prove, compile, measure and report: everything, into one bundle."""
-    if print_config:
-        print_text(run_file_text(context.params))
-        return
     from prox24_deploy.pipeline import run as pipeline
+    from prox24_deploy.pipeline.asked import require_sound
     from prox24_deploy.pipeline.ranks import is_helper
 
     tensorrt = arguments.tensorrt_options(
@@ -154,7 +152,8 @@ def build(
             exclude=exclude,
             max_loss=max_loss,
             layers=layers,
-            plan=plan,
+            # What is printed may be of files that are not there yet.
+            plan=None if print_config else plan,
         ),
         recover=arguments.recover_options(
             budget=recover,
@@ -187,6 +186,10 @@ def build(
         name=name,
         accept_loss=parse_losses(accept_loss or ()),
     )
+    if print_config:
+        require_sound(options)
+        print_text(run_file_text(context.params))
+        return
     model_dir = local_model(model_dir)
     if is_helper():
         pipeline.help_to_prune(model_dir, options)

@@ -9,6 +9,7 @@ that the package ships is written again by
 import inspect
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -27,7 +28,7 @@ __all__ = ["SCHEMA_FILE", "fill_from", "run_file_text", "schema_text"]
 SCHEMA_FILE = Path(__file__).with_name("run.schema.json")
 # What is about the file itself.
 _LEFT_OUT = {"context", "config", "print_config"}
-_REMEDY = "`prox24-deploy build MODEL_DIR --print-config` writes one with every key"
+_PRINTED = "`prox24-deploy build MODEL_DIR --print-config`"
 _MODEL = "model_dir"
 
 
@@ -69,8 +70,9 @@ def schema_text() -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    document = Document(f"Run file {path}", UsageError, _REMEDY)
+    document = Document(f"Run file {path}", UsageError, f"{_PRINTED} writes one with every key")
     raw = parse_toml(read_toml_text(path, document), document)
+    _require_known(raw, path)
     try:
         # As JSON, in which a path is text; a date of TOML is text, too.
         found = _model().model_validate_json(json.dumps(raw, default=str))
@@ -82,6 +84,18 @@ def _read(path: Path) -> dict[str, Any]:
     if _MODEL in given and _is_elsewhere(path.parent, given[_MODEL]):
         found_beside[_MODEL] = str(given[_MODEL])
     return found_beside
+
+
+def _require_known(raw: Mapping[str, Any], path: Path) -> None:
+    known = [str(field.alias) for field in _model().model_fields.values()]
+    for key in raw:
+        if key not in known:
+            close = get_close_matches(key.replace("_", "-"), known, n=1)
+            meant = f"; did you mean {close[0]}? {_PRINTED}" if close else f"; {_PRINTED}"
+            raise UsageError(
+                f"Run file {path} is wrong: no option of a run is called {key!r}{meant} writes one "
+                "with every key."
+            )
 
 
 def _is_elsewhere(folder: Path, model: Path) -> bool:
@@ -142,7 +156,9 @@ def _key(name: str, info: ParameterInfo) -> str:
     """The long name of an option without its dashes; "model" for the model directory."""
     if name == _MODEL:
         return "model"
-    declared = [word.partition("/")[0] for word in getattr(info, "param_decls", None) or ()]
+    # Until an annotation is read, its first name stands where a default would.
+    words = [info.default, *(getattr(info, "param_decls", None) or ())]
+    declared = [word.partition("/")[0] for word in words if isinstance(word, str)]
     long = [word.removeprefix("--") for word in declared if word.startswith("--")]
     return long[0] if long else name.replace("_", "-")
 
