@@ -88,7 +88,7 @@ def update(
     if made.report.verdict != "pass":
         say(f"Note: it did not pass. {made.report.sentence}")
     say(
-        f"{path}: {made.report.model.path} accepted, release {len(made.history)} of at most "
+        f"{path}: {made.report.model.title} accepted, release {len(made.history)} of at most "
         f"{keep} kept."
     )
 
