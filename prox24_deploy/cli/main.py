@@ -25,6 +25,7 @@ from prox24_deploy.cli.terminal import (
     say,
     stderr,
     tell,
+    until_closed,
 )
 from prox24_deploy.core.errors import Prox24Error
 from prox24_deploy.core.types import STEP
@@ -67,6 +68,11 @@ app.add_typer(compare.baseline, name="baseline")
 
 def main() -> None:
     """Entry point: run one command and exit with its code; every error is one sentence."""
+    with until_closed():
+        _run()
+
+
+def _run() -> None:
     # No code of this tool may reach for a model hub, and neither may transformers.
     os.environ["HF_HUB_OFFLINE"] = "1"
     # From 1.29 on ONNX Runtime writes to ~/.cache and reports hashes of models to its vendor.

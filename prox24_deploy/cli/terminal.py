@@ -2,12 +2,14 @@
 
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -50,6 +52,50 @@ class _TimedFormatter(_PlainFormatter):
         when = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="seconds")
         loud = "" if record.levelno <= STEP else f"{record.levelname} "
         return f"{when} {loud}{super().format(record)}"
+
+
+class _UntilClosed:
+    """A stream whose reader may go before all is written; nothing is said of that."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write to the reader, or to nobody."""
+        with self._tolerated():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Send what is written."""
+        with self._tolerated():
+            self._stream.flush()
+
+    @contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            # What is left is sent when the process ends, too.
+            with Path(os.devnull).open("wb") as nobody:
+                os.dup2(nobody.fileno(), self._stream.fileno())
+
+
+@contextmanager
+def until_closed() -> Iterator[None]:
+    """Print as long as there is a reader, as `head` is for some lines; the command goes on."""
+    # Python has none where the process was started without.
+    given = [stream and _UntilClosed(stream) for stream in (sys.stdout, sys.stderr)]
+    out, err = (cast("TextIO", stream) for stream in given)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            yield
+        finally:
+            for stream in filter(None, given):
+                stream.flush()
 
 
 stderr = Console(stderr=True, markup=False, emoji=False, highlight=False)

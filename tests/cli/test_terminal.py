@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,6 +214,27 @@ def test_a_line_in_a_pipe_ends_where_its_text_does(capsys: pytest.CaptureFixture
     assert lines == [line.rstrip() for line in lines]
     terminal.print_table(table_of(("a", "b " * 60, "c")), piped=100)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [(("build", "--help"), 0), (("check", "PATH"), 4), (("check", "PATH", "--json"), 4)],
+)
+def test_a_pipe_that_is_closed_leaves_the_exit_code(
+    line: tuple[str, ...], code: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({f"{i}.weight": torch.ones(4, 8) for i in range(200)}, path)
+    source, sink = os.pipe()
+    os.close(source)
+    ran = subprocess.run(
+        [sys.executable, "-m", "prox24_deploy", *(str(path) if w == "PATH" else w for w in line)],
+        stdout=sink, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(sink)
+    assert ran.returncode == code
+    assert "Broken" not in ran.stderr
+    assert "Internal error" not in ran.stderr
 
 
 def test_a_column_that_says_nothing_is_not_shown() -> None:
