@@ -11,7 +11,7 @@ from prox24_deploy.cli import tables
 from prox24_deploy.cli.hub import local_model
 from prox24_deploy.cli.progress import progress as shown
 from prox24_deploy.cli.run_file import fill_from, run_file_text
-from prox24_deploy.cli.terminal import print_json, print_table, print_text, say, stderr, tell
+from prox24_deploy.cli.terminal import print_json, print_table, print_text, say, stderr
 from prox24_deploy.config.options import (
     BenchOptions,
     BuildOptions,
@@ -510,7 +510,6 @@ def exit_code(report: "Report") -> int:
 
 def print_report(report: "Report", root: Path) -> None:
     """The page of a build: what changed and its verdict, accuracy, latency, where to look."""
-    tell(report.sentence, shown=True)
     for line in tables.report_head(report):
         say(line)
     if report.latency:

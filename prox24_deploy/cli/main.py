@@ -24,7 +24,6 @@ from prox24_deploy.cli.terminal import (
     log_handler,
     say,
     stderr,
-    tell,
     until_closed,
 )
 from prox24_deploy.core.errors import Prox24Error
@@ -103,7 +102,6 @@ def _run() -> None:
 
 def _say_ended(code: int) -> None:
     text = f"{_ENDINGS[code]}; finished stages are kept, run the same command to go on."
-    tell(text, shown=True)
     say(text, to=stderr)
 
 

@@ -158,7 +158,12 @@ def tell(text: str, *, level: int = STEP, shown: bool = False) -> None:
 
 
 def say(text: str, *, to: Console = stdout) -> None:
-    """Print a sentence on one line, which no name in it can end or act on."""
+    """Print a sentence on one line, which no name in it can end or act on; files get it, too."""
+    tell(text, shown=True)
+    _print(text, to)
+
+
+def _print(text: str, to: Console) -> None:
     to.print(plain(text), soft_wrap=True)
 
 
@@ -168,7 +173,7 @@ def fail(error: BaseException, *, debug: bool) -> None:
         stderr.print(Text(printable(traceback.format_exc(), keep=_LAYOUT)))
     message, code = explained(error)
     tell(message, level=logging.ERROR, shown=True)
-    say(f"Error: {message}", to=stderr)
+    _print(f"Error: {message}", stderr)
     if isinstance(error, Prox24Error) and error.attached:
         stderr.print(Text("\n" + printable(error.attached, keep=_LAYOUT)), soft_wrap=True)
     raise SystemExit(code)
@@ -178,24 +183,32 @@ def print_table(table: Table, *, piped: int = _LOG_WIDTH) -> None:
     """Fit a terminal; anything else, such as a log or `grep`, gets one line per row.
 
     Where there is too little room for the longest words side by side, each row is a block of lines,
-    for a name that is cut is no name.
+    for a name that is cut is no name. Files of the log get a line per row, too.
 
     Args:
         table: of cells that are texts.
         piped: characters of a line where there is no terminal.
     """
-    page = stdout if stdout.is_terminal else Console(width=piped, highlight=False)
-    if not _fits(table, page):
-        for line in _stacked(table):
-            page.print(line, soft_wrap=True)
-    elif stdout.is_terminal:
-        page.print(table)
+    for line in _lines(table, _LOG_WIDTH) if log_files() else ():
+        tell(line, shown=True)
+    if not stdout.is_terminal:
+        for line in _lines(table, piped):
+            stdout.print(Text(line), soft_wrap=True)
+    elif _fits(table, stdout):
+        stdout.print(table)
     else:
-        with page.capture() as captured:
-            page.print(table)
-        # A row is as long as what it says, not as the longest.
-        for row in captured.get().splitlines():
-            page.print(Text(row.rstrip()), soft_wrap=True)
+        for block in _stacked(table):
+            stdout.print(block, soft_wrap=True)
+
+
+def _lines(table: Table, width: int) -> list[str]:
+    """The table as plain text, each row as long as what it says."""
+    page = Console(width=width, highlight=False, color_system=None)
+    if not _fits(table, page):
+        return [str(line) for line in _stacked(table)]
+    with page.capture() as captured:
+        page.print(table)
+    return [line.rstrip() for line in captured.get().splitlines()]
 
 
 def _fits(table: Table, page: Console) -> bool:
