@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from prox24_deploy.graph.check.judgement import CheckReport
 
 _TEXT = TextOptions()
+# Of a line that is rather read than searched.
+_READ_WIDTH = 100
 
 
 def plan(
@@ -195,5 +197,5 @@ def doctor(*, as_json: arguments.JsonOpt = False) -> None:
     if as_json:
         print_json({"findings": [asdict(finding) for finding in findings], "conclusion": can})
         return
-    print_table(tables.findings(findings))
+    print_table(tables.findings(findings), piped=_READ_WIDTH)
     say(can)

@@ -233,10 +233,10 @@ def check_sentences(report: "CheckReport") -> list[str]:
 
 def findings(found: Sequence["Diagnosis"]) -> Table:
     """What this machine can do; what is missing stands out, with its remedy."""
-    table = _table("what", "found", "if missing")
+    table = _table("what", "found", "for", "if missing")
     for finding in found:
         remedy, style = ("", "") if finding.usable else (finding.remedy, "yellow")
-        _add_row(table, finding.name, finding.found, remedy, style=style)
+        _add_row(table, finding.name, finding.found, finding.use, remedy, style=style)
     return table
 
 

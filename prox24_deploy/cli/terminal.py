@@ -182,12 +182,12 @@ def fail(error: BaseException, *, debug: bool) -> None:
 def print_table(table: Table, *, piped: int = _LOG_WIDTH) -> None:
     """Fit a terminal; anything else, such as a log or `grep`, gets one line per row.
 
-    Where there is too little room for the longest words side by side, each row is a block of lines,
-    for a name that is cut is no name. Files of the log get a line per row, too.
+    Where there is too little room, on a terminal for the longest words side by side, each row is a
+    block of lines, for a name that is cut is no name. Files of the log get what a pipe does.
 
     Args:
         table: of cells that are texts.
-        piped: characters of a line where there is no terminal.
+        piped: characters of a line at most where there is no terminal.
     """
     for line in _lines(table, _LOG_WIDTH) if log_files() else ():
         tell(line, shown=True)
@@ -204,23 +204,24 @@ def print_table(table: Table, *, piped: int = _LOG_WIDTH) -> None:
 def _lines(table: Table, width: int) -> list[str]:
     """The table as plain text, each row as long as what it says."""
     page = Console(width=width, highlight=False, color_system=None)
-    if not _fits(table, page):
+    if not _fits(table, page, folded=False):
         return [str(line) for line in _stacked(table)]
     with page.capture() as captured:
         page.print(table)
     return [line.rstrip() for line in captured.get().splitlines()]
 
 
-def _fits(table: Table, page: Console) -> bool:
+def _fits(table: Table, page: Console, *, folded: bool = True) -> bool:
     """Whether every column has room for its words, and for some of them in one line.
 
-    Where rows fold, gives each column its width: left to itself, the table would cut words.
+    Where rows may be folded and are, gives each column its width: a table left to itself would cut
+    words.
     """
     columns = [_measured(table, i, page) for i in range(len(table.columns))]
     least = [max(column.minimum, min(column.maximum, _FEWEST)) for column in columns]
     wanted = [column.maximum - few for column, few in zip(columns, least, strict=True)]
     spare = page.width - sum(least) - _PADDING * len(columns)
-    if spare < 0:
+    if spare < (0 if folded else sum(wanted)):
         return False
     if sum(wanted) > spare:
         for column, few, more in zip(table.columns, least, wanted, strict=True):
