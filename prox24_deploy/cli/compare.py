@@ -9,6 +9,7 @@ import typer
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
 from prox24_deploy.cli.build import VERDICT_EXIT
+from prox24_deploy.cli.help import GroupedCommand
 from prox24_deploy.cli.terminal import print_json, print_table, say
 
 ReportArg = Annotated[
@@ -66,7 +67,7 @@ def compare(
     raise typer.Exit(VERDICT_EXIT[found.verdict])
 
 
-@baseline.command()
+@baseline.command(cls=GroupedCommand)
 def update(
     report: ReportArg,
     path: Annotated[
@@ -93,7 +94,7 @@ def update(
     )
 
 
-@baseline.command()
+@baseline.command(cls=GroupedCommand)
 def show(
     path: Annotated[
         Path, typer.Argument(metavar="BASELINE", help="A baseline file.", readable=False)

@@ -108,13 +108,18 @@ def check(
     ],
     *,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="Weights that may be dense, as globs; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--ignore", metavar="GLOB", help="Weights that may be dense, as globs; repeatable."
+        ),
     ] = None,
     axis: Annotated[
         list[str] | None,
         typer.Option(
-            help="GLOB=AXIS: axis along which tensors of a safetensors file are summed, where "
-            "neither the file nor its config.json tells; repeatable."
+            "--axis",
+            metavar="GLOB=AXIS",
+            help="Axis along which tensors of a safetensors file are summed, where "
+            "neither the file nor its config.json tells; repeatable.",
         ),
     ] = None,
     as_json: arguments.JsonOpt = False,

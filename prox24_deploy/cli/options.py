@@ -41,7 +41,7 @@ _LOG_FILE = "--log-file"
 _COMMON = {"-v", "--verbose", "-q", "--quiet", "--debug", _LOG_FILE}
 _TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
 
-# Groups of options in the help of a command, where there is room for boxes.
+# Groups of options in the help of a command.
 _DATA = "Data"
 _PRUNING = "Pruning"
 _RECOVERY = "Recovery"
@@ -276,6 +276,8 @@ MaskOpt = Annotated[
 IncludeOpt = Annotated[
     list[str] | None,
     typer.Option(
+        "--include",
+        metavar="GLOB",
         help="Prune only targets whose path this glob matches; repeatable.",
         rich_help_panel=_PRUNING,
     ),
@@ -283,6 +285,8 @@ IncludeOpt = Annotated[
 ExcludeOpt = Annotated[
     list[str] | None,
     typer.Option(
+        "--exclude",
+        metavar="GLOB",
         help="Leave targets dense whose path this glob matches.",
         rich_help_panel=_PRUNING,
     ),

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from typer.models import ParameterInfo
 
+from prox24_deploy.cli.help import without_none
 from prox24_deploy.cli.hub import is_address, is_hub_id
 from prox24_deploy.core.documents import Document, first_problem, parse_toml, read_toml_text
 from prox24_deploy.core.errors import UsageError
@@ -128,7 +128,7 @@ def _model() -> type[BaseModel]:
 
 def _field(name: str, kind: Any, info: ParameterInfo) -> Any:
     # A parser of its own takes more words than the type has.
-    value = str if info.parser else _without_none(kind)
+    value = str if info.parser else without_none(kind)
     field = Field(
         default=None,
         alias=_key(name, info),
@@ -143,13 +143,6 @@ def _field(name: str, kind: Any, info: ParameterInfo) -> Any:
 def _without_default(schema: dict[str, Any]) -> None:
     """None, which says that a key is not there, is no value that a file may have."""
     schema.pop("default", None)
-
-
-def _without_none(kind: Any) -> Any:
-    if get_origin(kind) not in {Union, UnionType}:
-        return kind
-    (only,) = (part for part in get_args(kind) if part is not type(None))
-    return only
 
 
 def _key(name: str, info: ParameterInfo) -> str:

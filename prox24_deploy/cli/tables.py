@@ -19,7 +19,6 @@ from prox24_deploy.core.records import (
     PairedMetric,
     TensorCheck,
 )
-from prox24_deploy.report.formats import amount
 
 # Ratio of sizes from which an estimate of a GEMM is far from what was measured.
 _FAR = 4
@@ -242,6 +241,9 @@ def findings(found: Sequence["Diagnosis"]) -> Table:
 
 def comparison(found: "Comparison") -> Table:
     """Every figure against the baseline; what does not pass stands out."""
+    # Loads NumPy, which the start of every command need not wait for.
+    from prox24_deploy.report.formats import amount
+
     table = _table("figure", "baseline", "now", "limit", "verdict", "finding")
     styles = {"pass": "", "inconclusive": "yellow", "fail": "red", "not gated": "dim"}
     for change in found.changes:
@@ -268,7 +270,9 @@ def releases(found: "BaselineFile") -> Table:
 
 def history(found: "BaselineFile") -> Table:
     """Every figure of a baseline over its releases, by the number of each."""
+    # Load NumPy, too.
     from prox24_deploy.regression.figures import unit_of
+    from prox24_deploy.report.formats import amount
 
     names = dict.fromkeys(name for entry in found.history for name in entry.figures)
     table = _table("figure", *map(str, range(1, len(found.history) + 1)))

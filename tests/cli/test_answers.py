@@ -227,17 +227,19 @@ def help_at(columns: int) -> str:
     ).stdout
 
 
-def test_help_cuts_no_name_of_an_option_at_sixty_columns() -> None:
-    shown = help_at(60)
-    for name in ("--calibration-tokens", "--compute-capability", "--strip-weights"):
-        assert name in shown
-    assert "…" not in shown
-
-
-def test_help_has_groups_where_there_is_room_for_boxes() -> None:
-    shown = help_at(120)
+@pytest.mark.parametrize("columns", [60, 120])
+def test_help_has_groups_and_whole_names_at_any_width(columns: int) -> None:
+    shown = help_at(columns)
+    for name in ("--calibration-tokens N ", "--compute-capability TEXT", "--strip-weights "):
+        assert f"  {name}" in shown
     for title in ("Data", "Pruning", "Files and engines", "TensorRT", "Limits and baseline"):
-        assert f"─ {title} ─" in shown
+        assert f"\n{title}:\n" in shown
+    assert "…" not in shown
+    assert shown.startswith("Usage: prox24-deploy build [OPTIONS] MODEL_DIR\n")
+    for value in ("--recipe PATH", "--max-loss X", "--preset fast|default|best", "--out PATH"):
+        assert value in shown
+    assert "<" not in shown.replace("<=", "")
+    assert max(map(len, shown.splitlines())) <= min(columns, 100)
 
 
 def test_how_long_to_measure_is_said_once() -> None:
