@@ -440,7 +440,7 @@ def bench(
 def evaluate(
     bundle: arguments.BundleArg,
     *,
-    evaluation: arguments.EvaluationOpt = None,
+    evaluation: arguments.SameEvaluationOpt = None,
     column: arguments.ColumnOpt = None,
     target_column: arguments.TargetColumnOpt = None,
     evaluation_tokens: arguments.SameEvaluationTokensOpt = None,

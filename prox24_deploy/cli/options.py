@@ -121,6 +121,15 @@ EvaluationOpt = Annotated[
         rich_help_panel=_DATA,
     ),
 ]
+SameEvaluationOpt = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--evaluation",
+        help="Held-out text, images or recordings; repeatable. Default: as when pruned.",
+        readable=False,
+        rich_help_panel=_DATA,
+    ),
+]
 ColumnOpt = Annotated[
     str | None,
     typer.Option(
@@ -610,7 +619,7 @@ SaveProfileOpt = Annotated[
         "--save-profile", help="Write the measured GEMM times to this file.", readable=False
     ),
 ]
-DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where to prune and evaluate.")]
+DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where models run in PyTorch.")]
 GpusOpt = Annotated[
     int,
     typer.Option(

@@ -242,6 +242,13 @@ def test_help_has_groups_and_whole_names_at_any_width(columns: int) -> None:
     assert max(map(len, shown.splitlines())) <= min(columns, 100)
 
 
+def test_help_of_evaluate_is_about_what_it_does() -> None:
+    shown = " ".join(run_cli("evaluate", "--help").out.split())
+    assert "Held-out text, images or recordings; repeatable. Default: as when pruned." in shown
+    assert "calibration" not in shown
+    assert "Where models run in PyTorch." in shown
+
+
 def test_how_long_to_measure_is_said_once() -> None:
     assert measured_for(BenchOptions()) == DEFAULT_OPTIONS
     exact = measured_for(BenchOptions(rounds=7, warmup=0))
