@@ -161,7 +161,8 @@ def _check_bundle(
     if as_json:
         print_json(asdict(found))
     else:
-        for part in found.parts.values():
+        for name, part in found.parts.items():
+            say(tables.part_title(name))
             _show_check(part)
     require_proven(found)
     return found.conclusion

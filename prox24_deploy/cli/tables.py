@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from prox24_deploy.bundle.layout import PRUNED, RECOVERED
 from prox24_deploy.cli.terminal import plain
 from prox24_deploy.core.backends import NVFP4
 from prox24_deploy.core.records import (
@@ -218,6 +219,12 @@ def checks(tensors: Sequence[TensorCheck]) -> Table:
             "yes" if tensor.eligible else f"no: {tensor.ineligible_reason}",
         )
     return table
+
+
+def part_title(name: str) -> str:
+    """What a part of a bundle is, above the table of its weights."""
+    kind = "the model in PyTorch" if name in {PRUNED, RECOVERED} else "its sparse twin in ONNX"
+    return f"{name}/, {kind}:"
 
 
 def check_sentences(report: "CheckReport") -> list[str]:

@@ -46,6 +46,8 @@ def test_a_bundle_is_proven_in_one_sentence(pruned: tuple[Path, int]) -> None:
     out, weights = pruned
     run = run_cli("check", out)
     assert run.code == 0, run.err
+    titles = [line for line in run.out.splitlines() if line.endswith(":")]
+    assert titles == ["pruned/, the model in PyTorch:", "onnx/sparse/, its sparse twin in ONNX:"]
     both = f"{weights} weights of pruned and {weights} weights of onnx/sparse are 2:4"
     assert last_line(run.out).startswith(
         f"Proven: {both}, all that must be; of the dense twin 0 of "
