@@ -168,6 +168,7 @@ def test_limits_in_toml_are_read(page: Path, tmp_path: Path) -> None:
 
 @pages
 def test_runs_in_toml_are_read(page: Path, tmp_path: Path) -> None:
+    (tmp_path / "my-llama").mkdir()
     for text in blocks(page, "toml run"):
         file = tmp_path / "run.toml"
         file.write_text(text, encoding="utf-8")

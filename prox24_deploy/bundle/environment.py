@@ -16,27 +16,43 @@ _PACKAGES = (
     "torch", "transformers", "numpy", "numba", "onnx", "onnxscript", "onnx-ir", "onnxruntime",
     "safetensors",
 )  # fmt: skip
+_ABSENT = "not installed"
+# What only some need: a package, the extra that brings it, and what it is for.
+_EXTRAS = (
+    ("pyarrow", "tables", "samples in Parquet files"),
+    ("pillow", "images", "models of images"),
+    ("soundfile", "speech", "recordings other than WAV"),
+    ("soxr", "speech", "recordings at another rate than the model's"),
+    ("cyclonedx-python-lib", "sbom", "package --sbom"),
+    ("lm-eval", "lm-eval", "build --lm-eval"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """One line of `doctor`: what was looked for, what was found, what to do if it is missing."""
+    """One line of `doctor`: what was looked for, what was found, what to do if it is missing.
+
+    `use` is what it is for, where not every build needs it.
+    """
 
     name: str
     found: str
     usable: bool
     remedy: str
+    use: str = ""
 
 
 def versions() -> dict[str, str]:
     """Version of this tool, of Python and of every package that shapes the result."""
     known = {"prox24-deploy": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            known[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            known[package] = "not installed"
-    return known
+    return known | {package: _version(package) for package in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return _ABSENT
 
 
 def machine() -> dict[str, str]:
@@ -55,9 +71,7 @@ def diagnose() -> list[Diagnosis]:
     """Look for everything that a stage or backend can need."""
     installed = versions()
     findings = [
-        Diagnosis(
-            name=name, found=text, usable=text != "not installed", remedy=f"pip install {name}"
-        )
+        Diagnosis(name=name, found=text, usable=text != _ABSENT, remedy=f"pip install {name}")
         for name, text in installed.items()
     ]
     card = gpu()
@@ -75,6 +89,7 @@ def diagnose() -> list[Diagnosis]:
             _PROBES.get(kind.name, _library)(kind, has_gpu=has_gpu)
             for kind in sorted(BACKENDS.values(), key=lambda kind: kind.title.casefold())
         ),
+        *map(_extra, *zip(*_EXTRAS, strict=True)),
         Diagnosis(name="2:4 in NVFP4", found="on no GPU", usable=False, remedy=NVFP4),
     ]
     return findings
@@ -98,6 +113,12 @@ def abilities(findings: Sequence[Diagnosis]) -> str:
         f"This machine can prune, evaluate, export and prove {where}, and compile for "
         f"{', '.join(backends)}. {speed}"
     )
+
+
+def _extra(package: str, extra: str, use: str) -> Diagnosis:
+    found = _version(package)
+    remedy = f"pip install 'prox24-deploy[{extra}]'"
+    return Diagnosis(name=package, found=found, usable=found != _ABSENT, remedy=remedy, use=use)
 
 
 def _cuda(*, has_gpu: bool) -> Diagnosis:
@@ -173,7 +194,7 @@ def _not_importable(name: str, package: str, error: ImportError) -> Diagnosis:
 def _module(name: str, remedy: str) -> Diagnosis:
     """Whether an engine library can be imported; found without importing it."""
     if importlib.util.find_spec(name) is None:
-        return Diagnosis(name=name, found="not installed", usable=False, remedy=remedy)
+        return Diagnosis(name=name, found=_ABSENT, usable=False, remedy=remedy)
     # Module tensorrt may come from distribution tensorrt, tensorrt-cu13 or another like it.
     owners = importlib.metadata.packages_distributions().get(name, [])
     for distribution in (name.replace("_", "-"), *owners):

@@ -8,9 +8,10 @@ import typer
 
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
+from prox24_deploy.cli.hub import local_model
 from prox24_deploy.cli.progress import progress as shown
 from prox24_deploy.cli.run_file import fill_from, run_file_text
-from prox24_deploy.cli.terminal import print_json, print_table, print_text, say, stderr, tell
+from prox24_deploy.cli.terminal import print_json, print_table, print_text, say, stderr
 from prox24_deploy.config.options import (
     BenchOptions,
     BuildOptions,
@@ -113,10 +114,8 @@ def build(
     print_config: PrintConfigOpt = False,
 ) -> None:
     """Prune, export, prove, compile, measure and report: everything, into one bundle."""
-    if print_config:
-        print_text(run_file_text(context.params))
-        return
     from prox24_deploy.pipeline import run as pipeline
+    from prox24_deploy.pipeline.asked import require_sound
     from prox24_deploy.pipeline.ranks import is_helper
 
     tensorrt = arguments.tensorrt_options(
@@ -153,7 +152,8 @@ def build(
             exclude=exclude,
             max_loss=max_loss,
             layers=layers,
-            plan=plan,
+            # What is printed may be of files that are not there yet.
+            plan=None if print_config else plan,
         ),
         recover=arguments.recover_options(
             budget=recover,
@@ -186,7 +186,11 @@ def build(
         name=name,
         accept_loss=parse_losses(accept_loss or ()),
     )
-    model_dir = arguments.local_model(model_dir)
+    if print_config:
+        require_sound(options)
+        print_text(run_file_text(context.params))
+        return
+    model_dir = local_model(model_dir)
     if is_helper():
         pipeline.help_to_prune(model_dir, options)
         return
@@ -267,7 +271,7 @@ def prune(
         gpus=gpus,
         name=name,
     )
-    model_dir = arguments.local_model(model_dir)
+    model_dir = local_model(model_dir)
     if is_helper():
         pipeline.help_to_prune(model_dir, options)
         return
@@ -340,6 +344,7 @@ def recover(
         ),
         device=device,
     )
+    pruned, teacher = local_model(pruned), local_model(teacher)
     with shown(stderr) as progress:
         result = pipeline.recover(pruned, teacher, out, options, progress=progress)
     if as_json:
@@ -435,7 +440,7 @@ def bench(
 def evaluate(
     bundle: arguments.BundleArg,
     *,
-    evaluation: arguments.EvaluationOpt = None,
+    evaluation: arguments.SameEvaluationOpt = None,
     column: arguments.ColumnOpt = None,
     target_column: arguments.TargetColumnOpt = None,
     evaluation_tokens: arguments.SameEvaluationTokensOpt = None,
@@ -505,7 +510,6 @@ def exit_code(report: "Report") -> int:
 
 def print_report(report: "Report", root: Path) -> None:
     """The page of a build: what changed and its verdict, accuracy, latency, where to look."""
-    tell(report.sentence, shown=True)
     for line in tables.report_head(report):
         say(line)
     if report.latency:

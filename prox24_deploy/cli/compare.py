@@ -9,6 +9,7 @@ import typer
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
 from prox24_deploy.cli.build import VERDICT_EXIT
+from prox24_deploy.cli.help import GroupedCommand
 from prox24_deploy.cli.terminal import print_json, print_table, say
 
 ReportArg = Annotated[
@@ -66,7 +67,7 @@ def compare(
     raise typer.Exit(VERDICT_EXIT[found.verdict])
 
 
-@baseline.command()
+@baseline.command(cls=GroupedCommand)
 def update(
     report: ReportArg,
     path: Annotated[
@@ -88,12 +89,12 @@ def update(
     if made.report.verdict != "pass":
         say(f"Note: it did not pass. {made.report.sentence}")
     say(
-        f"{path}: {made.report.model.path} accepted, release {len(made.history)} of at most "
+        f"{path}: {made.report.model.title} accepted, release {len(made.history)} of at most "
         f"{keep} kept."
     )
 
 
-@baseline.command()
+@baseline.command(cls=GroupedCommand)
 def show(
     path: Annotated[
         Path, typer.Argument(metavar="BASELINE", help="A baseline file.", readable=False)
@@ -108,5 +109,6 @@ def show(
     if as_json:
         print_json(found.model_dump(mode="json", exclude={"report"}))
         return
+    print_table(tables.releases(found))
     print_table(tables.history(found))
     say(f"Baseline since {found.date}: {found.reason}")

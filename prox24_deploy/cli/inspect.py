@@ -10,6 +10,7 @@ import typer
 from prox24_deploy.bundle.layout import MANIFEST_FILE
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
+from prox24_deploy.cli.hub import local_model, without_address
 from prox24_deploy.cli.progress import progress as shown
 from prox24_deploy.cli.terminal import print_json, print_table, say, stderr
 from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from prox24_deploy.graph.check.judgement import CheckReport
 
 _TEXT = TextOptions()
+# Of a line that is rather read than searched.
+_READ_WIDTH = 100
 
 
 def plan(
@@ -64,7 +67,7 @@ def plan(
     saved = read_profile(gpu_profile) if gpu_profile else None
     with shown(stderr) as progress:
         found = planner.plan(
-            arguments.local_model(model_dir),
+            local_model(model_dir),
             options,
             saved=saved,
             sensitivity=sensitivity,
@@ -100,17 +103,23 @@ def check(
             metavar="PATH",
             help="Bundle, model directory, safetensors or ONNX file.",
             readable=False,
+            callback=without_address,
         ),
     ],
     *,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="Weights that may be dense, as globs; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--ignore", metavar="GLOB", help="Weights that may be dense, as globs; repeatable."
+        ),
     ] = None,
     axis: Annotated[
         list[str] | None,
         typer.Option(
-            help="GLOB=AXIS: axis along which tensors of a safetensors file are summed, where "
-            "neither the file nor its config.json tells; repeatable."
+            "--axis",
+            metavar="GLOB=AXIS",
+            help="Axis along which tensors of a safetensors file are summed, where "
+            "neither the file nor its config.json tells; repeatable.",
         ),
     ] = None,
     as_json: arguments.JsonOpt = False,
@@ -122,6 +131,7 @@ def check(
     with 4 if a weight is not 2:4, and with 5 if one cannot be proven or there is none to prove.
     """
     axes = arguments.tensor_axes(axis or ())
+    path = local_model(path)
     checked = _check_bundle if (path / MANIFEST_FILE).is_file() else _check_files
     conclusion = checked(path, ignore or (), axes, as_json=as_json)
     if not as_json:
@@ -151,7 +161,8 @@ def _check_bundle(
     if as_json:
         print_json(asdict(found))
     else:
-        for part in found.parts.values():
+        for name, part in found.parts.items():
+            say(tables.part_title(name))
             _show_check(part)
     require_proven(found)
     return found.conclusion
@@ -192,5 +203,5 @@ def doctor(*, as_json: arguments.JsonOpt = False) -> None:
     if as_json:
         print_json({"findings": [asdict(finding) for finding in findings], "conclusion": can})
         return
-    print_table(tables.findings(findings))
+    print_table(tables.findings(findings), piped=_READ_WIDTH)
     say(can)

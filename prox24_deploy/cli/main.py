@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ import typer
 from prox24_deploy import __version__
 from prox24_deploy.cli import build, compare, inspect, package, rotate
 from prox24_deploy.cli import options as arguments
+from prox24_deploy.cli.help import GroupedCommand
 from prox24_deploy.cli.terminal import (
     close_log_files,
     fail,
@@ -24,7 +24,7 @@ from prox24_deploy.cli.terminal import (
     log_handler,
     say,
     stderr,
-    tell,
+    until_closed,
 )
 from prox24_deploy.core.errors import Prox24Error
 from prox24_deploy.core.types import STEP
@@ -32,41 +32,39 @@ from prox24_deploy.core.types import STEP
 # What shells say of a program that a signal ended: 128 and its number.
 EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 _ENDINGS = {EXIT_INTERRUPTED: "Interrupted", EXIT_TERMINATED: "Terminated"}
+# Characters of a line of help at most.
+_WIDEST = 100
 
-# The boxes of rich cut names of options where there is little room; plain help cuts none.
-_ROOMY = 100
 app = typer.Typer(
-    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _ROOMY else None,
+    # The boxes of rich cut names of options where there is little room; plain help cuts none.
+    rich_markup_mode=None,
     name="prox24-deploy",
     help="Take a Hugging Face model to a 2:4-sparse, proven and measured release bundle.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _WIDEST},
     epilog=(
         "Exit codes: 0 passed, 1 internal error, 2 bad usage or input, 3 regression, "
         "4 sparsity lost, 5 environment missing or measurement inconclusive."
     ),
 )
-app.command()(build.build)
-app.command()(rotate.rotate)
-app.command()(build.prune)
-app.command()(build.recover)
-app.command()(build.export)
-app.command("compile")(build.compile_engines)
-app.command()(build.bench)
-app.command()(build.evaluate)
-app.command()(build.report)
-app.command()(inspect.plan)
-app.command()(inspect.check)
-app.command()(inspect.verify)
-app.command()(package.package)
-app.command()(inspect.doctor)
-app.command()(compare.compare)
+for command in (
+    build.build, rotate.rotate, build.prune, build.recover, build.export, build.compile_engines,
+    build.bench, build.evaluate, build.report, inspect.plan, inspect.check, inspect.verify,
+    package.package, inspect.doctor, compare.compare,
+):  # fmt: skip
+    # Python has a compile of its own, so that the function for it has a longer name.
+    app.command(command.__name__.partition("_")[0], cls=GroupedCommand)(command)
 app.add_typer(compare.baseline, name="baseline")
 
 
 def main() -> None:
     """Entry point: run one command and exit with its code; every error is one sentence."""
+    with until_closed():
+        _run()
+
+
+def _run() -> None:
     # No code of this tool may reach for a model hub, and neither may transformers.
     os.environ["HF_HUB_OFFLINE"] = "1"
     # From 1.29 on ONNX Runtime writes to ~/.cache and reports hashes of models to its vendor.
@@ -97,7 +95,6 @@ def main() -> None:
 
 def _say_ended(code: int) -> None:
     text = f"{_ENDINGS[code]}; finished stages are kept, run the same command to go on."
-    tell(text, shown=True)
     say(text, to=stderr)
 
 

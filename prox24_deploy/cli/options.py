@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from prox24_deploy.cli.terminal import tell
+from prox24_deploy.cli.hub import without_address
 from prox24_deploy.config.options import (
     Compatibility,
     DeviceChoice,
@@ -37,13 +37,11 @@ from prox24_deploy.core.types import (
 )
 
 _DTYPES = ", ".join(DTYPES)
-# Owner and name.
-_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 _LOG_FILE = "--log-file"
 _COMMON = {"-v", "--verbose", "-q", "--quiet", "--debug", _LOG_FILE}
 _TENSORRT, _ENGINE = TensorRtOptions(), EngineOptions()
 
-# Groups of options in the help of a command, where there is room for boxes.
+# Groups of options in the help of a command.
 _DATA = "Data"
 _PRUNING = "Pruning"
 _RECOVERY = "Recovery"
@@ -56,8 +54,9 @@ ModelArg = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL_DIR",
-        help="Hugging Face model directory with safetensors.",
+        help="Hugging Face model directory with safetensors, or the id of one in the local cache.",
         readable=False,
+        callback=without_address,
     ),
 ]
 PrunedArg = Annotated[
@@ -66,6 +65,7 @@ PrunedArg = Annotated[
         metavar="PRUNED",
         help="A bundle, or a model directory that is 2:4 already.",
         readable=False,
+        callback=without_address,
     ),
 ]
 BundleArg = Annotated[
@@ -117,6 +117,15 @@ EvaluationOpt = Annotated[
     list[Path] | None,
     typer.Option(
         help="Held-out text, images or recordings; repeatable. Default: a fifth of calibration.",
+        readable=False,
+        rich_help_panel=_DATA,
+    ),
+]
+SameEvaluationOpt = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--evaluation",
+        help="Held-out text, images or recordings; repeatable. Default: as when pruned.",
         readable=False,
         rich_help_panel=_DATA,
     ),
@@ -276,6 +285,8 @@ MaskOpt = Annotated[
 IncludeOpt = Annotated[
     list[str] | None,
     typer.Option(
+        "--include",
+        metavar="GLOB",
         help="Prune only targets whose path this glob matches; repeatable.",
         rich_help_panel=_PRUNING,
     ),
@@ -283,6 +294,8 @@ IncludeOpt = Annotated[
 ExcludeOpt = Annotated[
     list[str] | None,
     typer.Option(
+        "--exclude",
+        metavar="GLOB",
         help="Leave targets dense whose path this glob matches.",
         rich_help_panel=_PRUNING,
     ),
@@ -358,7 +371,12 @@ MovedModelOpt = Annotated[
 ]
 TeacherOpt = Annotated[
     Path,
-    typer.Option("--teacher", help="The dense model that it was pruned from.", readable=False),
+    typer.Option(
+        "--teacher",
+        help="The dense model that it was pruned from.",
+        readable=False,
+        callback=without_address,
+    ),
 ]
 RecoverOutOpt = Annotated[
     Path | None,
@@ -601,7 +619,7 @@ SaveProfileOpt = Annotated[
         "--save-profile", help="Write the measured GEMM times to this file.", readable=False
     ),
 ]
-DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where to prune and evaluate.")]
+DeviceOpt = Annotated[DeviceChoice, typer.Option(help="Where models run in PyTorch.")]
 GpusOpt = Annotated[
     int,
     typer.Option(
@@ -661,33 +679,6 @@ def default_out(model_dir: Path) -> Path:
     from prox24_deploy.packaging import naming
 
     return naming.default_out(model_dir)
-
-
-def local_model(model_dir: Path) -> Path:
-    """The directory of a model; of the id of a model on the Hub its snapshot in the local cache.
-
-    Nothing is fetched.
-
-    Raises:
-        UsageError: it is an id, and the cache has no snapshot of it; says how to fetch one.
-    """
-    name = model_dir.as_posix()
-    if model_dir.exists() or not _HUB_ID.fullmatch(name):
-        return model_dir
-    # Slow to load, and needed for an id alone.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        found = Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        raise UsageError(
-            f"{name} is no directory here. If it is the id of a model on the Hugging Face Hub, "
-            f"fetch it first with: hf download {name} --local-dir {model_dir.name}; then pass "
-            f"{model_dir.name}."
-        ) from error
-    tell(f"model {name}, revision {found.name}, from the local cache of the Hub")
-    return found
 
 
 def text_options(

@@ -8,6 +8,7 @@ import typer
 
 from prox24_deploy.cli import options as arguments
 from prox24_deploy.cli import tables
+from prox24_deploy.cli.hub import local_model
 from prox24_deploy.cli.progress import progress as shown
 from prox24_deploy.cli.terminal import print_json, say, stderr
 from prox24_deploy.config.options import ROTATE_STEPS, BuildOptions, TextOptions
@@ -48,7 +49,7 @@ def rotate(
         device=device,
         memory_limit_gib=memory_limit,
     )
-    model_dir = arguments.local_model(model_dir)
+    model_dir = local_model(model_dir)
     where = out or rotated_out(model_dir)
     with shown(stderr, where) as progress:
         found = run(model_dir, where, options, steps=steps, progress=progress)

@@ -9,15 +9,17 @@ that the package ships is written again by
 import inspect
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from typer.models import ParameterInfo
 
+from prox24_deploy.cli.help import without_none
+from prox24_deploy.cli.hub import is_address, is_hub_id
 from prox24_deploy.core.documents import Document, first_problem, parse_toml, read_toml_text
 from prox24_deploy.core.errors import UsageError
 
@@ -26,7 +28,7 @@ __all__ = ["SCHEMA_FILE", "fill_from", "run_file_text", "schema_text"]
 SCHEMA_FILE = Path(__file__).with_name("run.schema.json")
 # What is about the file itself.
 _LEFT_OUT = {"context", "config", "print_config"}
-_REMEDY = "`prox24-deploy build MODEL_DIR --print-config` writes one with every key"
+_PRINTED = "`prox24-deploy build MODEL_DIR --print-config`"
 _MODEL = "model_dir"
 
 
@@ -68,8 +70,9 @@ def schema_text() -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    document = Document(f"Run file {path}", UsageError, _REMEDY)
+    document = Document(f"Run file {path}", UsageError, f"{_PRINTED} writes one with every key")
     raw = parse_toml(read_toml_text(path, document), document)
+    _require_known(raw, path)
     try:
         # As JSON, in which a path is text; a date of TOML is text, too.
         found = _model().model_validate_json(json.dumps(raw, default=str))
@@ -77,7 +80,28 @@ def _read(path: Path) -> dict[str, Any]:
         where, what = first_problem(error)
         raise document.refused(f"is wrong at {where!r}: {what}") from error
     given = {name: getattr(found, name) for name in found.model_fields_set}
-    return {name: _beside(path.parent, value) for name, value in given.items()}
+    found_beside = {name: _beside(path.parent, value) for name, value in given.items()}
+    if _MODEL in given and _is_elsewhere(path.parent, given[_MODEL]):
+        found_beside[_MODEL] = str(given[_MODEL])
+    return found_beside
+
+
+def _require_known(raw: Mapping[str, Any], path: Path) -> None:
+    known = [str(field.alias) for field in _model().model_fields.values()]
+    for key in raw:
+        if key not in known:
+            close = get_close_matches(key.replace("_", "-"), known, n=1)
+            meant = f"; did you mean {close[0]}? {_PRINTED}" if close else f"; {_PRINTED}"
+            raise UsageError(
+                f"Run file {path} is wrong: no option of a run is called {key!r}{meant} writes one "
+                "with every key."
+            )
+
+
+def _is_elsewhere(folder: Path, model: Path) -> bool:
+    """Whether a model is named as on the Hub, and no directory of this name is there or here."""
+    named = is_address(model) or is_hub_id(model.as_posix())
+    return named and not (folder / model).exists() and not model.exists()
 
 
 def _beside(folder: Path, value: Any) -> Any:
@@ -104,7 +128,7 @@ def _model() -> type[BaseModel]:
 
 def _field(name: str, kind: Any, info: ParameterInfo) -> Any:
     # A parser of its own takes more words than the type has.
-    value = str if info.parser else _without_none(kind)
+    value = str if info.parser else without_none(kind)
     field = Field(
         default=None,
         alias=_key(name, info),
@@ -121,18 +145,13 @@ def _without_default(schema: dict[str, Any]) -> None:
     schema.pop("default", None)
 
 
-def _without_none(kind: Any) -> Any:
-    if get_origin(kind) not in {Union, UnionType}:
-        return kind
-    (only,) = (part for part in get_args(kind) if part is not type(None))
-    return only
-
-
 def _key(name: str, info: ParameterInfo) -> str:
     """The long name of an option without its dashes; "model" for the model directory."""
     if name == _MODEL:
         return "model"
-    declared = [word.partition("/")[0] for word in getattr(info, "param_decls", None) or ()]
+    # Until an annotation is read, its first name stands where a default would.
+    words = [info.default, *(getattr(info, "param_decls", None) or ())]
+    declared = [word.partition("/")[0] for word in words if isinstance(word, str)]
     long = [word.removeprefix("--") for word in declared if word.startswith("--")]
     return long[0] if long else name.replace("_", "-")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from prox24_deploy.bundle.layout import PRUNED, RECOVERED
 from prox24_deploy.cli.terminal import plain
 from prox24_deploy.core.backends import NVFP4
 from prox24_deploy.core.records import (
@@ -220,6 +221,12 @@ def checks(tensors: Sequence[TensorCheck]) -> Table:
     return table
 
 
+def part_title(name: str) -> str:
+    """What a part of a bundle is, above the table of its weights."""
+    kind = "the model in PyTorch" if name in {PRUNED, RECOVERED} else "its sparse twin in ONNX"
+    return f"{name}/, {kind}:"
+
+
 def check_sentences(report: "CheckReport") -> list[str]:
     """How many of the weights were proven, were not and could not be, and which files not read."""
     rest = sum(not tensor.expected for tensor in report.tensors)
@@ -232,19 +239,22 @@ def check_sentences(report: "CheckReport") -> list[str]:
 
 def findings(found: Sequence["Diagnosis"]) -> Table:
     """What this machine can do; what is missing stands out, with its remedy."""
-    table = _table("what", "found", "if missing")
+    table = _table("what", "found", "for", "if missing")
     for finding in found:
         remedy, style = ("", "") if finding.usable else (finding.remedy, "yellow")
-        _add_row(table, finding.name, finding.found, remedy, style=style)
+        _add_row(table, finding.name, finding.found, finding.use, remedy, style=style)
     return table
 
 
 def comparison(found: "Comparison") -> Table:
     """Every figure against the baseline; what does not pass stands out."""
+    # Loads NumPy, which the start of every command need not wait for.
+    from prox24_deploy.report.formats import amount
+
     table = _table("figure", "baseline", "now", "limit", "verdict", "finding")
     styles = {"pass": "", "inconclusive": "yellow", "fail": "red", "not gated": "dim"}
     for change in found.changes:
-        values = ["–" if v is None else f"{v:.6g}" for v in (change.before, change.after)]
+        values = [amount(value, change.unit) for value in (change.before, change.after)]
         _add_row(
             table,
             change.name,
@@ -257,13 +267,25 @@ def comparison(found: "Comparison") -> Table:
     return table
 
 
+def releases(found: "BaselineFile") -> Table:
+    """The accepted releases of a baseline, the oldest first, each with a number."""
+    table = _table("release", "accepted", "verdict", "reason")
+    for number, entry in enumerate(found.history, start=1):
+        _add_row(table, str(number), entry.date, entry.verdict, entry.reason)
+    return table
+
+
 def history(found: "BaselineFile") -> Table:
-    """The accepted releases of a baseline with their figures, the oldest first."""
-    names = list(dict.fromkeys(name for entry in found.history for name in entry.figures))
-    table = _table("accepted", "reason", "verdict", *names)
-    for entry in found.history:
-        figures = [f"{entry.figures[n]:.6g}" if n in entry.figures else "–" for n in names]
-        _add_row(table, entry.date, entry.reason, entry.verdict, *figures)
+    """Every figure of a baseline over its releases, by the number of each."""
+    # Load NumPy, too.
+    from prox24_deploy.regression.figures import unit_of
+    from prox24_deploy.report.formats import amount
+
+    names = dict.fromkeys(name for entry in found.history for name in entry.figures)
+    table = _table("figure", *map(str, range(1, len(found.history) + 1)))
+    for name in names:
+        figures = (amount(entry.figures.get(name), unit_of(name)) for entry in found.history)
+        _add_row(table, name, *figures)
     return table
 
 

@@ -9,6 +9,7 @@ from prox24_deploy.core.errors import CalibrationError
 from prox24_deploy.core.foreign import blamed
 from prox24_deploy.data.text_files import Record
 
+_KINDS = {list: "list", dict: "object"}
 _TEXT, _CHAT, _TARGET = "text", "messages", "target"
 
 Chat = list[dict[str, Any]]
@@ -67,6 +68,12 @@ class Fields:
         value = fields[column]
         if isinstance(value, list) and value and all(map(_is_message, value)):
             value = self._as_text(value, where)
+        if isinstance(value, list | dict) and column not in {self.text, _TEXT, _CHAT}:
+            raise CalibrationError(
+                f'{where} has no text under "{column}" but a {_KINDS[type(value)]}; expected '
+                f'records such as {{"text": "..."}}, one on each line or in one list that nothing '
+                "is around; write them so."
+            )
         if not isinstance(value, str):
             raise CalibrationError(
                 f'{where} has no string "{column}"; expected {{"{column}": "..."}} per '
@@ -80,6 +87,13 @@ class Fields:
                 f"{where} is a chat, and the tokenizer of the model has no chat template; pass "
                 "texts, or the model whose tokenizer has one."
             )
+        for number, message in enumerate(messages, start=1):
+            # A call of a tool may stand in its place.
+            if message["content"] is None and not message.get("tool_calls"):
+                raise CalibrationError(
+                    f'{where} has no "content" in message {number} of its chat; write what is '
+                    "said, or leave the message out."
+                )
         with blamed(
             lambda reason: CalibrationError(
                 f"{where} does not fit the chat template of the model ({reason}); mend it."

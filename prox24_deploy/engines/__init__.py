@@ -3,11 +3,11 @@
 import importlib
 
 from prox24_deploy.config.options import EngineOptions
-from prox24_deploy.core.backends import AUTO, BACKENDS
+from prox24_deploy.core.backends import AUTO, BACKENDS, BackendKind
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.engines.base import Backend, Origin, require_fixed_work
 
-__all__ = ["AVAILABLE_BACKENDS", "Origin", "backend_by_name", "require_fixed_work"]
+__all__ = ["AVAILABLE_BACKENDS", "Origin", "backend_by_name", "kind_by_name", "require_fixed_work"]
 
 AVAILABLE_BACKENDS = tuple(BACKENDS)
 
@@ -24,11 +24,21 @@ def backend_by_name(name: str, options: EngineOptions, origin: Origin) -> Backen
         BackendMissingError: this machine lacks what the backend needs.
         UsageError: no backend has this name, or it cannot build as asked.
     """
+    kind = kind_by_name(name)
+    # By its name, for the library of a backend that is not asked for may not be here.
+    backend: Backend = importlib.import_module(kind.module).open_backend(kind, options, origin)
+    return backend
+
+
+def kind_by_name(name: str) -> BackendKind:
+    """What is known of the backend that `--backend NAME` selects, wherever it can run.
+
+    Raises:
+        UsageError: no backend has this name.
+    """
     kind = AUTO if name == "auto" else BACKENDS.get(name)
     if kind is None:
         raise UsageError(
             f"Backend {name!r} does not exist; pass one of auto, {', '.join(BACKENDS)}."
         )
-    # By its name, for the library of a backend that is not asked for may not be here.
-    backend: Backend = importlib.import_module(kind.module).open_backend(kind, options, origin)
-    return backend
+    return kind

@@ -37,14 +37,23 @@ def source_name(model_dir: Path, asked: str | None = None) -> str:
     Raises:
         UsageError: `asked` is no name.
     """
+    require_name(asked)
     if asked is not None:
-        if not _NAME.fullmatch(asked):
-            raise UsageError(
-                f"Name {asked!r} cannot be used, expected letters, digits, '_', '-' and '.', with "
-                "one '/' at most, as in owner/model; pass another --name."
-            )
         return asked
     return next(_names_in_card(model_dir), None) or folder_name(model_dir)
+
+
+def require_name(asked: str | None) -> None:
+    """Refuse what a user may not call a model.
+
+    Raises:
+        UsageError: it is no name.
+    """
+    if asked is not None and not _NAME.fullmatch(asked):
+        raise UsageError(
+            f"Name {asked!r} cannot be used, expected letters, digits, '_', '-' and '.', with "
+            "one '/' at most, as in owner/model; pass another --name."
+        )
 
 
 def folder_name(model_dir: Path) -> str:

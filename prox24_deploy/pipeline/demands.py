@@ -4,7 +4,13 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from prox24_deploy.config.limits import AGAINST_DENSE, GivenLimits, accepted_loss, read_limits
+from prox24_deploy.config.limits import (
+    AGAINST_DENSE,
+    GivenLimits,
+    MetricLimits,
+    accepted_loss,
+    read_limits,
+)
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import UsageError
@@ -36,9 +42,17 @@ def read_demands(options: BuildOptions) -> Demands:
     gate = read_gate(options.baseline, path, options.allow) if options.baseline else None
     given = gate.limits if gate else read_limits(path) if path else GivenLimits()
     if gate is None:
-        _require_effect(options, given)
-    accepted = {name: accepted_loss(name, amount) for name, amount in options.accept_loss}
-    return Demands(gate, replace(given, accepted=accepted))
+        require_effect(options, given)
+    return Demands(gate, replace(given, accepted=accepted_losses(options)))
+
+
+def accepted_losses(options: BuildOptions) -> dict[str, MetricLimits]:
+    """The losses that the options accept, as limits of their metrics.
+
+    Raises:
+        UsageError: an amount is none.
+    """
+    return {name: accepted_loss(name, amount) for name, amount in options.accept_loss}
 
 
 def check_demands(
@@ -73,7 +87,7 @@ def warn_beforehand(context: RunContext, options: BuildOptions) -> None:
     warn_of_lengths(options.engine, context.model)
 
 
-def _require_effect(options: BuildOptions, given: GivenLimits) -> None:
+def require_effect(options: BuildOptions, given: GivenLimits) -> None:
     """Refuse what says something of a baseline where there is none."""
     idle = [f"--allow {key}" for key in options.allow]
     if options.limits_file and given.metrics:

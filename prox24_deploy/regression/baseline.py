@@ -1,9 +1,9 @@
 """The baseline: an accepted report, why it was accepted, and the figures of those before it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
@@ -20,6 +20,7 @@ from prox24_deploy.core.documents import (
 from prox24_deploy.core.errors import BundleError, UsageError
 from prox24_deploy.regression.comparability import require_keys
 from prox24_deploy.regression.figures import figures_of
+from prox24_deploy.report.formats import place
 from prox24_deploy.report.schema import SCHEMA_VERSION, Headline, Report, load_report, parse_report
 
 BASELINE_VERSION: Final = 1
@@ -156,7 +157,31 @@ def updated(
     }
     now = Headline(date=date, reason=reason, verdict=report.verdict, figures=figures)
     history = ((*old.history, now) if old else (now,))[-keep:]
-    return BaselineFile(reason=reason, date=date, history=history, report=report)
+    return BaselineFile(reason=reason, date=date, history=history, report=_without_places(report))
+
+
+def _without_places(report: Report) -> Report:
+    """The report without where files lay on the machine of a user, for others read a baseline."""
+    model, accuracy, against = report.model, report.accuracy, report.baseline
+    paths = tuple(map(place, accuracy.evaluation.paths))
+    evaluation = replace(accuracy.evaluation, paths=paths)
+    return report.model_copy(
+        update={
+            "model": replace(model, path=model.title),
+            "options": _placed(report.options),
+            "accuracy": accuracy.model_copy(update={"evaluation": evaluation}),
+            "baseline": against
+            and against.model_copy(update={"baseline": place(against.baseline)}),
+        }
+    )
+
+
+def _placed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _placed(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_placed(part) for part in value]
+    return place(value) if isinstance(value, str) else value
 
 
 def update_baseline(

@@ -43,6 +43,7 @@ from prox24_deploy.report.binding import (
     unmatched,
     unmatched_checks,
 )
+from prox24_deploy.report.formats import size, with_unit
 from prox24_deploy.report.schema import (
     Change,
     ChangeKind,
@@ -362,9 +363,8 @@ def _signed(worse: Interval, unit: str) -> str:
 
 
 def _amount(value: float, unit: str, digits: int) -> str:
-    """A value with its unit; bytes are whole and too many for powers of ten to be read."""
-    number = f"{value:,.0f}" if unit == "bytes" else f"{value:.{digits}g}"
-    return f"{number} {unit}" if unit else number
+    """A value with its unit; of bytes a size, for these are too many to be read."""
+    return size(value) if unit == "bytes" else with_unit(f"{value:.{digits}g}", unit)
 
 
 def _record(

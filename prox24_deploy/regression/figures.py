@@ -19,6 +19,9 @@ from prox24_deploy.core.records import Estimate, Interval, LatencyRow
 from prox24_deploy.report.against_dense import Group, groups_of
 from prox24_deploy.report.schema import ChangeKind, Report
 
+# Of kinds of figures that have one, which a name begins with.
+_UNITS: dict[str, str] = {"speed-up": "×", "latency": "ms", "size": "bytes"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
@@ -55,6 +58,11 @@ def figures_of(report: Report) -> dict[str, Figure]:
         *_counts(report),
     )
     return {figure.name: figure for figure in figures}
+
+
+def unit_of(name: str) -> str:
+    """The unit of a figure by its name, "" for none."""
+    return _UNITS.get(name.partition("/")[0], "")
 
 
 def metric_groups(report: Report) -> tuple[Group, ...]:
@@ -132,7 +140,7 @@ def _latency(row: LatencyRow) -> Iterator[Figure]:
     yield Figure(
         name=f"speed-up/{path}",
         kind="speed-up",
-        unit="×",
+        unit=_UNITS["speed-up"],
         higher_is_better=True,
         value=row.speedup,
         gated=row.gated,
@@ -140,7 +148,7 @@ def _latency(row: LatencyRow) -> Iterator[Figure]:
     yield Figure(
         name=f"latency/{path}",
         kind="latency",
-        unit="ms",
+        unit=_UNITS["latency"],
         higher_is_better=False,
         value=median_interval(timing.samples_ms, timing.median_ms),
         gated=row.gated,
@@ -168,7 +176,7 @@ def _sizes(report: Report) -> Iterator[Figure]:
         yield Figure(
             name=name,
             kind="size",
-            unit="bytes",
+            unit=_UNITS["size"],
             higher_is_better=False,
             value=exactly(size),
             gated=name not in records,

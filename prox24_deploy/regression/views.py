@@ -10,7 +10,7 @@ from prox24_deploy.bundle.layout import MANIFEST_FILE
 from prox24_deploy.core.atomic import write_atomic
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.report.escape import code, markdown, xml_text
-from prox24_deploy.report.formats import number
+from prox24_deploy.report.formats import amount
 from prox24_deploy.report.junit import junit_xml
 from prox24_deploy.report.schema import Change, Comparison
 
@@ -100,8 +100,8 @@ def _rows(changes: Sequence[Change]) -> list[str]:
         "| figure | baseline | now | limit | finding |",
         "|---|---|---|---|---|",
         *(
-            f"| {code(c.name)} | {number(c.before)} | {number(c.after)} | {markdown(c.limits)} | "
-            f"{markdown(c.message)} |"
+            f"| {code(c.name)} | {amount(c.before, c.unit)} | {amount(c.after, c.unit)} | "
+            f"{markdown(c.limits)} | {markdown(c.message)} |"
             for c in changes
         ),
     ]

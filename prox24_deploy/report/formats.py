@@ -51,8 +51,15 @@ def size(value: float) -> str:
 
 
 def amount(value: float | None, unit: str) -> str:
-    """A figure of a comparison: bytes as a size, anything else as a number."""
-    return number(value) if value is None or unit != "bytes" else size(value)
+    """A figure of a comparison with its unit: bytes as a size, anything else as a number."""
+    if value is None:
+        return number(value)
+    return size(value) if unit == "bytes" else with_unit(number(value), unit)
+
+
+def with_unit(number: str, unit: str) -> str:
+    """A number as text in front of its unit, "" for none."""
+    return f"{number}{unit}" if unit in {"", "×"} else f"{number} {unit}"
 
 
 def count(value: float) -> str:

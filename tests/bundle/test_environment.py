@@ -4,7 +4,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -122,12 +124,27 @@ def test_whatever_is_missing_has_a_remedy(no_gpu: mock.Mock) -> None:
     assert set(versions()) <= set(names)
     assert set(names) - set(versions()) == {
         "processor", "GPU", "torch CUDA", "cuSPARSELt", "ONNX Runtime providers", "tensorrt",
-        "tensorrt_rtx", "2:4 in NVFP4",
+        "tensorrt_rtx", "2:4 in NVFP4", "pyarrow", "pillow", "soundfile", "soxr",
+        "cyclonedx-python-lib", "lm-eval",
     }  # fmt: skip
     for finding in findings:
         assert finding.found
         assert finding.usable or finding.remedy, finding.name
     assert "CPUExecutionProvider" in found("ONNX Runtime providers").found
+
+
+def absent(name: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+def test_every_extra_is_one_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    for finding in (f for f in diagnose() if f.use):
+        (extra,) = re.findall(r"pip install 'prox24-deploy\[(.*)\]'", finding.remedy)
+        brought = [re.split(r"[\[>]", line)[0] for line in project["optional-dependencies"][extra]]
+        assert finding.name.replace("-", "_") in {name.replace("-", "_") for name in brought}
+        assert (finding.found, finding.usable) == ("not installed", False)
 
 
 def test_a_package_that_is_not_there_is_named_with_the_line_that_installs_it(
@@ -230,7 +247,7 @@ def test_an_engine_library_that_is_missing_comes_with_the_line_that_installs_it(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     finding = found(name)
     assert (finding.found, finding.usable) == ("not installed", False)
-    assert finding.remedy.startswith(f"pip install {name.replace('_', '-')}-cu13")
+    assert finding.remedy == f"pip install 'prox24-deploy[{name.replace('_', '-')}]'"
 
 
 def test_an_engine_library_without_what_drives_it_is_not_usable(
@@ -241,7 +258,7 @@ def test_an_engine_library_without_what_drives_it_is_not_usable(
     finding = found("tensorrt")
     assert finding.found.endswith(", without polygraphy")
     assert not finding.usable
-    assert finding.remedy.startswith("pip install tensorrt-cu13 polygraphy")
+    assert finding.remedy.startswith("pip install 'prox24-deploy[tensorrt]'")
 
 
 def test_an_engine_library_from_another_distribution_is_usable(

@@ -21,6 +21,8 @@ from prox24_deploy.core.errors import UsageError
 from prox24_deploy.latency.measure import DEFAULT_OPTIONS
 from prox24_deploy.pipeline.stages.bench import measured_for
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
 
 @pytest.fixture(scope="module")
 def pruned(
@@ -44,6 +46,8 @@ def test_a_bundle_is_proven_in_one_sentence(pruned: tuple[Path, int]) -> None:
     out, weights = pruned
     run = run_cli("check", out)
     assert run.code == 0, run.err
+    titles = [line for line in run.out.splitlines() if line.endswith(":")]
+    assert titles == ["pruned/, the model in PyTorch:", "onnx/sparse/, its sparse twin in ONNX:"]
     both = f"{weights} weights of pruned and {weights} weights of onnx/sparse are 2:4"
     assert last_line(run.out).startswith(
         f"Proven: {both}, all that must be; of the dense twin 0 of "
@@ -131,37 +135,87 @@ def test_what_a_machine_lacks_is_said_and_what_a_gpu_adds() -> None:
     assert abilities(torch_is_gone).startswith("This machine cannot build yet: torch missing")
 
 
-def test_the_id_of_a_model_is_answered_with_how_to_fetch_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    for command in ("build", "prune"):
-        run = run_cli(command, "nobody/no-model")
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty local cache of the Hub, and an empty folder to work in."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(cache))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return cache
+
+
+def put_into(hub: Path, model: Path) -> None:
+    """A model as the cache keeps `somebody/tiny`."""
+    repository = hub / "models--somebody--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "snapshots").mkdir()
+    subprocess.run(["cp", "-r", model, repository / "snapshots" / COMMIT], check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("nobody/no-model", "nobody/no-model"),
+        ("bert-base-none", "bert-base-none"),
+        ("https://huggingface.co/nobody/no-model", "nobody/no-model"),
+        ("https://huggingface.co/nobody/no-model/tree/main", "nobody/no-model"),
+    ],
+)
+@pytest.mark.usefixtures("hub")
+def test_the_id_of_a_model_is_answered_with_how_to_fetch_it(given: str, name: str) -> None:
+    for command in (
+        ("build",), ("prune",), ("rotate",), ("check",), ("plan",), ("recover", "--teacher", "."),
+        ("recover", ".", "--teacher"),
+    ):  # fmt: skip
+        run = run_cli(*command, given)
+        folder = name.rpartition("/")[2]
         assert run.code == 2
-        assert "hf download nobody/no-model --local-dir no-model" in run.err
-    assert "does not exist" in run_cli("build", "one/two/three").err
+        assert run.err.startswith(f"Error: {name} does not exist here, and the local cache")
+        assert f"hf download {name} --local-dir {folder}; then pass {folder}." in run.err
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_is_no_id_is_not_looked_for_on_the_hub() -> None:
+    for name in ("one/two/three", "no--name"):
+        assert f"Model directory {name} does not exist" in run_cli("build", name).err
+    assert "cache" not in run_cli("check", "none.onnx").err
+    run = run_cli("build", "https://example.org/a/b")
+    assert (run.code, run.err.partition(" is not ")[0]) == (2, "Error: https://example.org/a/b")
 
 
 def test_an_id_in_the_local_cache_is_taken_with_its_revision(
-    tiny_bert: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bert: Path, prose: Path, hub: Path
 ) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "hub" / "models--somebody--tiny"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    subprocess.run(["cp", "-r", tiny_bert, repository / "snapshot"], check=True)
-    (repository / "snapshots").mkdir()
-    (repository / "snapshot").rename(repository / "snapshots" / commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(
-        "huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub")
-    )
-    monkeypatch.chdir(tmp_path)
+    put_into(hub, tiny_bert)
+    told = f"model somebody/tiny, revision {COMMIT}, from the local cache of the Hub"
     line = ("--calibration", prose, "--calibration-tokens", "2048", "--method", "magnitude")
     run = run_cli("prune", "somebody/tiny", *line)
     assert run.code == 0, run.err
-    assert f"model somebody/tiny, revision {commit}, from the local cache of the Hub" in run.err
-    assert (tmp_path / "tiny-prox24" / "pruned").is_dir()
+    assert told in run.err
+    assert Path("tiny-prox24", "pruned").is_dir()
+    assert told in run_cli("check", "https://huggingface.co/somebody/tiny").err
+    again = ("tiny-prox24", "--teacher", "somebody/tiny", "--calibration", "none.txt")
+    recovered = run_cli("recover", *again)
+    assert told in recovered.err
+
+
+def test_a_run_file_may_name_a_model_of_the_hub(tiny_bert: Path, hub: Path) -> None:
+    Path("sub").mkdir()
+    file = Path("sub", "run.toml")
+    for name in ("somebody/tiny", "https://huggingface.co/somebody/tiny"):
+        file.write_text(f'model = "{name}"\ncalibration = ["none.txt"]\n', encoding="utf-8")
+        printed = run_cli("build", "--config", file, "--print-config").out
+        assert '\nmodel = "somebody/tiny"\n' in printed
+        assert "hf download somebody/tiny" in run_cli("build", "--config", file).err
+    put_into(hub, tiny_bert)
+    assert "from the local cache" in run_cli("build", "--config", file).err
+    subprocess.run(["cp", "-r", tiny_bert, "sub/tiny"], check=True)
+    file.write_text('model = "tiny"\n', encoding="utf-8")
+    printed = run_cli("build", "--config", file, "--print-config").out
+    assert '\nmodel = "sub/tiny"\n' in printed
 
 
 def help_at(columns: int) -> str:
@@ -175,17 +229,26 @@ def help_at(columns: int) -> str:
     ).stdout
 
 
-def test_help_cuts_no_name_of_an_option_at_sixty_columns() -> None:
-    shown = help_at(60)
-    for name in ("--calibration-tokens", "--compute-capability", "--strip-weights"):
-        assert name in shown
-    assert "…" not in shown
-
-
-def test_help_has_groups_where_there_is_room_for_boxes() -> None:
-    shown = help_at(120)
+@pytest.mark.parametrize("columns", [60, 120])
+def test_help_has_groups_and_whole_names_at_any_width(columns: int) -> None:
+    shown = help_at(columns)
+    for name in ("--calibration-tokens N ", "--compute-capability TEXT", "--strip-weights "):
+        assert f"  {name}" in shown
     for title in ("Data", "Pruning", "Files and engines", "TensorRT", "Limits and baseline"):
-        assert f"─ {title} ─" in shown
+        assert f"\n{title}:\n" in shown
+    assert "…" not in shown
+    assert shown.startswith("Usage: prox24-deploy build [OPTIONS] MODEL_DIR\n")
+    for value in ("--recipe PATH", "--max-loss X", "--preset fast|default|best", "--out PATH"):
+        assert value in shown
+    assert "<" not in shown.replace("<=", "")
+    assert max(map(len, shown.splitlines())) <= min(columns, 100)
+
+
+def test_help_of_evaluate_is_about_what_it_does() -> None:
+    shown = " ".join(run_cli("evaluate", "--help").out.split())
+    assert "Held-out text, images or recordings; repeatable. Default: as when pruned." in shown
+    assert "calibration" not in shown
+    assert "Where models run in PyTorch." in shown
 
 
 def test_how_long_to_measure_is_said_once() -> None:

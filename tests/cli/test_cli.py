@@ -148,6 +148,9 @@ def test_doctor_prints_what_is_missing_with_its_remedy() -> None:
     assert run.code == 0
     assert "onnxruntime" in run.out
     assert "tensorrt" in run.out
+    # An answer is read, in a pipe too: a block for each finding.
+    assert "\nlm-eval\n  found: " in run.out
+    assert "\n  for: build --lm-eval\n" in run.out
 
 
 def rendered(renderable: object, width: int) -> str:

@@ -97,6 +97,10 @@ def test_verbose_adds_layers_and_a_log_file_has_all_of_it(
     quiet = run_cli("-q", *line, "--log-file", log)
     assert (quiet.code, quiet.err) == (0, "")
     written = log.read_text()
+    # What is shown at the end, tables too.
+    assert [line.partition(" ")[2] for line in written.splitlines()][-14:] == (
+        quiet.out.splitlines()[-14:]
+    )
     assert re.search(layer, written, re.MULTILINE)
     assert re.search(rf"^{TIME} prune 2/2, \d+ s$", written, re.MULTILINE)
     again = run_cli(*line, f"--log-file={log}", "-v", "--fresh")

@@ -8,10 +8,12 @@ from typing import Any
 
 import jsonschema
 import pytest
+import typer
 from command_line import Run, run_cli
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prox24_deploy.cli.main import app
 from prox24_deploy.cli.run_file import SCHEMA_FILE, run_file_text, schema_text
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.core.errors import UsageError
@@ -22,7 +24,7 @@ LINE = (
     "--out", "release", "--calibration", "a.txt", "--calibration", "b.txt", "--exclude", "*.v_proj",
     "--preset", "best", "--dtype", "fp16", "--calibration-tokens", "2048", "--max-loss", "0.25",
     "--no-reconstruct", "--eager", "--backend", "cusparselt", "--shapes", "batch=1,16 past=64",
-    "--accept-loss", "perplexity=25%", "--fresh", "--seed", "7", "--quantize", "fp8",
+    "--accept-loss", "perplexity=25%", "--fresh", "--seed", "7", "--quantize", "fp8", "--json",
 )  # fmt: skip
 FILE = """
 model = "m"
@@ -41,6 +43,7 @@ accept-loss = ["perplexity=25%"]
 fresh = true
 seed = 7
 quantize = "fp8"
+json = true
 """
 
 Built = Callable[..., tuple[Path, Path, BuildOptions, bool]]
@@ -77,11 +80,16 @@ def test_a_file_says_what_the_command_line_says(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("m").mkdir()
     written(tmp_path, FILE)
     assert built("--config", "run.toml") == built("m", *LINE)
 
 
-def test_the_command_line_goes_before_the_file(built: Built, tmp_path: Path) -> None:
+def test_the_command_line_goes_before_the_file(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "other").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
     path = written(tmp_path, FILE)
     model, out, options, _ = built(
         "other", "--config", path, "--seed", "8", "--exclude", "*.q_proj"
@@ -92,6 +100,33 @@ def test_the_command_line_goes_before_the_file(built: Built, tmp_path: Path) -> 
     assert options.text.seed == 8
     assert options.prune.exclude == ("*.q_proj",)
     assert options.prune.preset == "best"
+
+
+def test_a_key_is_the_long_name_of_an_option() -> None:
+    command = typer.main.get_command(app).commands["build"]  # type: ignore[attr-defined]
+    words = {word for parameter in command.params for word in parameter.opts}
+    keys = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))["properties"].keys()
+    assert {f"--{key}" for key in keys - {"model"}} <= words
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (("--name", "a b/c/d"), "Name 'a b/c/d' cannot be used"),
+        (("--shapes", "depth=1"), "Shape 'depth=1' is not understood"),
+        (("--backend", "onnxrt"), "Backend 'onnxrt' does not exist"),
+        (("--allow", "weather"), "--allow weather names nothing"),
+        (("--allow", "driver"), "--allow driver has no effect on a build that is held against no"),
+        (("--accept-loss", "perplexity=many"), "many"),
+        (("--recover-rate", "0.1"), "has no effect without --recover"),
+        (("--method", "none"), "--method none leaves the model as it is"),
+        (("--method", "none", "--recover", "5min"), "prunes nothing that --recover could"),
+    ],
+)
+def test_a_run_that_would_be_refused_is_not_printed(line: tuple[str, ...], said: str) -> None:
+    run = run_cli("build", "m", *line, "--print-config")
+    assert (run.code, run.out) == (2, "")
+    assert said in run.err
 
 
 def test_a_printed_run_is_a_run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +153,9 @@ def test_the_schema_that_ships_is_that_of_the_command() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("sede = 7", "is wrong at 'sede': Extra inputs are not permitted"),
+        ("sede = 7", "no option of a run is called 'sede'; did you mean seed? `"),
+        ("calibration_tokens = 7", "'calibration_tokens'; did you mean calibration-tokens? `"),
+        ("hue = 7", "no option of a run is called 'hue'; `"),
         ("seed = '7'", "is wrong at 'seed': Input should be a valid integer"),
         ("calibration-tokens = 1", "is wrong at 'calibration-tokens': Input should be greater"),
         ("calibration = 'a.txt'", "is wrong at 'calibration': Input should be a valid array"),

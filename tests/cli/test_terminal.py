@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,6 +196,45 @@ def test_a_pipe_gets_a_line_for_each_row(capsys: pytest.CaptureFixture[str]) -> 
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert all(line.isascii() for line in lines)
+
+
+def test_a_table_folds_between_words_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ("onnxruntime-providers", "CPUExecutionProvider and another", "install what is missing")
+    words = {word for cell in row for word in cell.split()}
+    for width in range(30, 100):
+        page = Console(width=width, force_terminal=True, color_system=None, record=True)
+        monkeypatch.setattr(terminal, "stdout", page)
+        terminal.print_table(table_of(row))
+        assert words <= set(page.export_text().split())
+
+
+def test_a_line_in_a_pipe_ends_where_its_text_does(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_table(table_of(("a", "b", "c" * 90), ("d", "e", "")))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [line.rstrip() for line in lines]
+    terminal.print_table(table_of(("a", "b " * 60, "c")), piped=100)
+    assert capsys.readouterr().out.splitlines()[::2] == ["a", "  finding: c"]
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [(("build", "--help"), 0), (("check", "PATH"), 4), (("check", "PATH", "--json"), 4)],
+)
+def test_a_pipe_that_is_closed_leaves_the_exit_code(
+    line: tuple[str, ...], code: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({f"{i}.weight": torch.ones(4, 8) for i in range(200)}, path)
+    source, sink = os.pipe()
+    os.close(source)
+    ran = subprocess.run(
+        [sys.executable, "-m", "prox24_deploy", *(str(path) if w == "PATH" else w for w in line)],
+        stdout=sink, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(sink)
+    assert ran.returncode == code
+    assert "Broken" not in ran.stderr
+    assert "Internal error" not in ran.stderr
 
 
 def test_a_column_that_says_nothing_is_not_shown() -> None:

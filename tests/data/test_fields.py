@@ -131,6 +131,15 @@ def test_a_chat_that_the_template_refuses_is_named(tmp_path: Path) -> None:
             read(path, Fields(chat=str))
 
 
+def test_a_message_without_content_is_named(tmp_path: Path) -> None:
+    silent = {"role": "assistant", "content": None}
+    path = written(tmp_path, [{"messages": CHAT}, {"messages": [CHAT[0], silent]}])
+    with pytest.raises(CalibrationError, match=r'line 2 has no "content" in message 2 of its chat'):
+        read(path, Fields(chat=str))
+    path = written(tmp_path, [{"messages": [CHAT[0], silent | {"tool_calls": [{}]}]}] * 2)
+    assert len(read(path, Fields(chat=lambda chat: f"text {len(chat)}")).documents) == 2
+
+
 def test_a_real_template_writes_a_chat(tiny_llama: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

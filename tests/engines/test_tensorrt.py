@@ -360,11 +360,13 @@ def test_the_backend_is_missing_without_library_or_gpu(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(
-        BackendMissingError, match=r"not installed here .*; pip install tensorrt-cu13 polygraphy, "
+        BackendMissingError, match=r"not installed here .*; pip install 'prox24-deploy\[tensorrt\]'"
     ):
         open_tensorrt("tensorrt", EngineOptions())
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(BackendMissingError, match=r"; pip install tensorrt-rtx-cu13 polygraphy\.$"):
+    with pytest.raises(
+        BackendMissingError, match=r"; pip install 'prox24-deploy\[tensorrt-rtx\]'\.$"
+    ):
         open_tensorrt("tensorrt_rtx", EngineOptions())
     install("11", monkeypatch, tmp_path)
     with monkeypatch.context() as without:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,36 @@ def test_a_baseline_keeps_the_report_why_and_when(bundle: Path, tmp_path: Path) 
     made = accept(bundle, path)
     assert read_baseline_file(path) == made
     found = read_baseline(path)
-    assert found.report == Report.model_validate_json((bundle / "report.json").read_bytes())
+    report = Report.model_validate_json((bundle / "report.json").read_bytes())
+    named = replace(report.model, path=report.model.title)
+    assert found.report == report.model_copy(update={"model": named})
     assert (found.reason, found.date) == ("release 1", "2026-01-01T00:00:00+00:00")
     (entry,) = found.history
     assert entry.figures[COSINE] == 0.9712
     assert {name.split("/")[0] for name in entry.figures} >= {"speed-up", "latency", "size"}
+
+
+def test_a_baseline_says_the_name_of_the_model_and_no_folder_of_this_machine(
+    bundle: Path, tmp_path: Path
+) -> None:
+    written = json.loads((bundle / "report.json").read_bytes())
+    written["model"] |= {"path": f"{tmp_path}/secret/tiny", "name": (name := "owner/tiny")}
+    written["options"]["text"] = {"calibration": [f"{tmp_path}/secret/train.txt", "b/c.txt"]}
+    written["accuracy"]["evaluation"]["paths"] = [f"{tmp_path}/secret/eval.txt"]
+    (bundle / "report.json").write_text(json.dumps(written))
+    path = tmp_path / "baseline.json"
+    run = run_cli("baseline", "update", bundle, path, "--reason", "first")
+    assert f"baseline.json: {name} accepted, release 1 of" in run.out
+    assert str(tmp_path) not in path.read_text()
+    kept = read_baseline(path).report
+    assert kept.model.path == name
+    assert kept.options["text"] == {"calibration": ["train.txt", "b/c.txt"]}
+    assert kept.accuracy.evaluation.paths == ("eval.txt",)
+    # As older versions wrote it.
+    old = json.loads(path.read_bytes())
+    old["report"]["model"]["path"] = f"{tmp_path}/secret/tiny"
+    path.write_text(json.dumps(old))
+    assert run_cli("compare", bundle, path).err == ""
 
 
 def test_history_is_the_last_releases_in_order(bundle: Path, tmp_path: Path) -> None:
@@ -143,12 +169,19 @@ def test_the_commands_accept_show_and_compare(bundle: Path, tmp_path: Path) -> N
     assert shown.code == 0
     for text in ("first", "[second]", COSINE, "0.9712", "Baseline since 20"):
         assert text in shown.out
+    # A line for each figure, with its unit and a column for each release.
+    (size,) = (line.split() for line in shown.out.splitlines() if "size/packed" in line)
+    assert (size[2::2], len(size)) == (["MiB", "MiB"], 5)
+    assert max(map(len, shown.out.splitlines())) <= 120
     entries = json.loads(run_cli("baseline", "show", path, "--json").out)["history"]
     assert [entry["reason"] for entry in entries] == ["first", "[second]"]
     # Its standard errors alone cannot tell, for these records have no values per sample.
     compared = run_cli("compare", bundle, path)
     assert compared.code == 5
     assert "top-1 neighbour agreement" in compared.out
+    (latency, *_) = (line for line in compared.out.splitlines() if "latency/" in line)
+    (packed,) = (line for line in compared.out.splitlines() if "size/packed" in line)
+    assert (latency.count(" ms "), packed.count(" MiB")) == (2, 4)
     refused = run_cli("baseline", "show", bundle / "report.json")
     assert refused.code == 2
     assert "is no baseline file" in refused.err

@@ -73,7 +73,7 @@ def test_every_trend_is_a_drawing_with_words_and_a_row_of_the_table(report: Repo
 def test_bytes_are_told_so_that_they_can_be_read(report: Report) -> None:
     assert report.baseline is not None
     (size,) = (c for c in report.baseline.changes if c.name == "size/onnx sparse")
-    assert size.message == "45,546,009 bytes, was 45,546,009 bytes: unchanged"
+    assert size.message == "43.4 MiB, was 43.4 MiB: unchanged"
     assert '<td class="n" data-title="Baseline">43.4 MiB</td>' in section(report)
     assert '<td class="n" data-title="This build">43.4 MiB</td>' in section(report)
 

@@ -57,6 +57,20 @@ def require_usable(options: BuildOptions, context: RunContext, backends: Sequenc
         CalibrationError: there are too few calibration samples for ranges.
         UsageError: a backend cannot run quantised models, or there is nothing to do.
     """
+    require_effect(options)
+    if options.quantize is not None:
+        from prox24_deploy.quantization.quantize import require_samples
+
+        require_backends(options, backends)
+        require_samples(context.calibration)
+
+
+def require_effect(options: BuildOptions) -> None:
+    """Refuse options that leave the model as it is, or one of them.
+
+    Raises:
+        UsageError: names the option.
+    """
     if options.quantize is None and options.prune.method == "none":
         raise UsageError(
             "--method none leaves the model as it is; add --quantize fp8 or int8, or leave it out."
@@ -65,11 +79,6 @@ def require_usable(options: BuildOptions, context: RunContext, backends: Sequenc
         raise UsageError(
             "--recover-quantized has no effect without --quantize; add --quantize int8."
         )
-    if options.quantize is not None:
-        from prox24_deploy.quantization.quantize import require_samples
-
-        require_backends(options, backends)
-        require_samples(context.calibration)
 
 
 def require_backends(options: BuildOptions, backends: Sequence[Backend]) -> None:

@@ -57,19 +57,30 @@ def require_usable(options: BuildOptions, context: RunContext) -> None:
         CalibrationError: there are too few calibration samples to withhold some.
         UsageError: an option means nothing, or nothing is pruned that could be recovered.
     """
+    require_effect(options)
     if options.recover is None:
         return
-    options.recover.require_usable()
     device = torch_device(options.device)
-    if options.prune.method == "none":
-        raise UsageError(
-            "--method none prunes nothing that --recover could recover; leave one of them out."
-        )
     _require_logits(options.recover, context.recipe)
     from prox24_deploy.recovery.schedule import require_samples
 
     require_samples(context.calibration)
     _need(context, options.recover, device, options.memory_limit)
+
+
+def require_effect(options: BuildOptions) -> None:
+    """Refuse a recovery of nothing, or one that is none.
+
+    Raises:
+        UsageError: says what was asked for.
+    """
+    if options.recover is None:
+        return
+    options.recover.require_usable()
+    if options.prune.method == "none":
+        raise UsageError(
+            "--method none prunes nothing that --recover could recover; leave one of them out."
+        )
 
 
 def _require_logits(options: RecoverOptions, recipe: Recipe) -> None:
