@@ -459,7 +459,7 @@ def evaluate(
         evaluation_tokens=evaluation_tokens,
         engine_tokens=engine_tokens,
         device=device,
-        model=model,
+        model=model and local_model(model),
     )
     with shown(stderr, bundle) as progress:
         evaluated, through = finish.evaluate(bundle, asked, progress=progress)
@@ -493,7 +493,7 @@ def report(
         accept_loss=parse_losses(accept_loss or ()),
         allow=tuple(allow or ()),
     )
-    made = finish.report(bundle, options, model)
+    made = finish.report(bundle, options, model and local_model(model))
     if as_json:
         print_json(made.model_dump(mode="json"))
     else:

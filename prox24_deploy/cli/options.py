@@ -367,6 +367,7 @@ MovedModelOpt = Annotated[
         "--model",
         help="Where the model that was pruned lies now. Default: where it was.",
         readable=False,
+        callback=without_address,
     ),
 ]
 TeacherOpt = Annotated[

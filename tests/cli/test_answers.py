@@ -168,7 +168,7 @@ def put_into(hub: Path, model: Path) -> None:
 def test_the_id_of_a_model_is_answered_with_how_to_fetch_it(given: str, name: str) -> None:
     for command in (
         ("build",), ("prune",), ("rotate",), ("check",), ("plan",), ("recover", "--teacher", "."),
-        ("recover", ".", "--teacher"),
+        ("recover", ".", "--teacher"), ("evaluate", ".", "--model"), ("report", ".", "--model"),
     ):  # fmt: skip
         run = run_cli(*command, given)
         folder = name.rpartition("/")[2]
