@@ -93,8 +93,8 @@ def read_masks(
     files say is checked.
 
     Raises:
-        UsageError: a layer has no mask, or one of another shape or with NaN, or a group keeps more
-            than two.
+        UsageError: a layer has no mask, one of another shape, with NaN or that keeps nothing, or a
+            group keeps more than two.
     """
     dense = left_dense(recipe, model, options)
     where = _names_of(files)
@@ -216,6 +216,11 @@ def _tensor(path: Path, file: Path, name: str, layer_path: str, layer: Layer) ->
     if bool(given.isnan().any()):
         raise UsageError(
             f"Mask {name} of {path} holds NaN, which says neither kept nor not; make it anew."
+        )
+    if not bool((given != 0).any()):
+        raise UsageError(
+            f"Mask {name} of {path} keeps no weight, which says nothing; make it anew, or leave "
+            f"the layer dense with --exclude {layer_path}."
         )
     axis = reduction_axis(layer)
     if (bad := first_violation(given != 0, axis)) is not None:

@@ -127,6 +127,7 @@ _GATE = "model.layers.0.mlp.gate_proj.weight"
             lambda m: {**m, _GATE: m[_GATE].float() / m[_GATE]},
             r"gate_proj.weight of .* holds NaN, which says neither",
         ),
+        (lambda m: {**m, _GATE: m[_GATE] & False}, r"gate_proj.weight of .* keeps no weight"),
         (lambda m: third(m, _GATE), r"keeps more than two of the four weights from \(1, 4\) along"),
     ],
 )
