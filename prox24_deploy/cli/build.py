@@ -313,6 +313,7 @@ def recover(
     images: arguments.ImagesOpt = _TEXT.images,
     recordings: arguments.RecordingsOpt = _TEXT.recordings,
     device: arguments.DeviceOpt = "auto",
+    memory_limit: arguments.MemoryOpt = None,
     seed: arguments.SeedOpt = 0,
     as_json: arguments.JsonOpt = False,
 ) -> None:
@@ -343,6 +344,7 @@ def recover(
             processes=recover_processes,
         ),
         device=device,
+        memory_limit_gib=memory_limit,
     )
     pruned, teacher = local_model(pruned), local_model(teacher)
     with shown(stderr) as progress:

@@ -3,10 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from command_line import run_cli
 from opened import open_tiny
 from test_recover import CPU
 
@@ -15,6 +17,7 @@ from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.host import GIB, free_memory
 from prox24_deploy.model.directory import load_model
 from prox24_deploy.model.offload import free_on
+from prox24_deploy.pipeline import run as pipeline
 from prox24_deploy.recovery import memory
 from prox24_deploy.recovery.memory import (
     Sizes,
@@ -76,6 +79,19 @@ def test_what_cannot_fit_is_refused_with_what_does(
     two = replace(ONE, processes=2, optimizer="adafactor")
     with pytest.raises(UsageError, match=r"in each of 2 processes, .* a smaller --recover-proc"):
         asked(two, 2 * lean - 1)
+
+
+def test_the_command_takes_a_limit(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int | None] = []
+
+    def stop(*asked: Any, **_: Any) -> None:
+        limits.append(asked[3].memory_limit)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(pipeline, "recover", stop)
+    for more in ((), ("--memory-limit", "2")):
+        assert run_cli("recover", tiny_llama, "--teacher", tiny_llama, *more).code == 2
+    assert limits == [None, 2 * GIB]
 
 
 def test_free_memory_is_that_of_the_machine_or_of_the_container(
