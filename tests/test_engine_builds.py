@@ -135,5 +135,5 @@ def test_a_library_that_is_missing_stops_a_build_before_any_work(
         "build", tiny_bert, "-o", out, "--calibration", prose, *SMALL, "--backend", "tensorrt-rtx"
     )
     assert run.code == 5
-    assert "pip install tensorrt-rtx-cu13" in run.err
+    assert "pip install 'prox24-deploy[tensorrt-rtx]'" in run.err
     assert not out.exists()

@@ -20,13 +20,14 @@ from prox24_deploy.core.backends import BACKENDS, BackendKind
 from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.metrics import METRICS, MetricKind, metrics_of
 from prox24_deploy.core.modalities import IMAGES, MODALITIES
-from prox24_deploy.core.records import PairedMetric
+from prox24_deploy.core.records import PairedMetric, TextSource
 from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.data import modality
 from prox24_deploy.data.modality import Modality, Wanted, fitted_sizes, read_samples
 from prox24_deploy.engines import Origin, backend_by_name
 from prox24_deploy.evaluation.estimate import paired
 from prox24_deploy.evaluation.parity import parity_of
+from prox24_deploy.model.batch import Batch, Samples
 
 PACKAGE = Path(__file__).parents[1] / "prox24_deploy"
 BERT = parse_recipe(shipped_recipes()["bert"], "bert")
@@ -132,7 +133,10 @@ def test_every_row_of_a_backend_has_its_module(kind: BackendKind) -> None:
 def test_a_modality_is_one_row_of_what_is_known_and_one_of_how_it_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made = mock.Mock(), mock.Mock()
+    points = {POINTS.input: torch.zeros(2, 1024, 3)}
+    batches = (Batch(points, torch.ones(2, dtype=torch.bool)),)
+    source = TextSource(kind="file", paths=(), sha256="", samples=2, tokens=2, unit=POINTS.unit)
+    made = Samples(batches=batches, source=source), Samples(batches=batches, source=source)
     row = Modality(kind=POINTS, sizes=lambda _: {"points": 1024}, read=lambda _: made)
     monkeypatch.setitem(MODALITIES, POINTS.name, POINTS)
     monkeypatch.setitem(modality.MODALITIES, POINTS.name, row)
@@ -148,7 +152,10 @@ def test_a_modality_is_one_row_of_what_is_known_and_one_of_how_it_is_read(
         device=lambda: torch.device("cpu"),
         progress=lambda *_: None,
     )
-    assert read_samples(wanted) == made
+    calibration, held_out = read_samples(wanted)
+    assert calibration is made[0]
+    assert held_out.batches is batches
+    assert held_out.source == replace(source, shared=2)
 
 
 def test_both_tables_of_modalities_have_the_same_rows() -> None:
