@@ -7,7 +7,7 @@ import keyword
 import re
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from prox24_deploy.core.printable import printable
 
@@ -17,6 +17,7 @@ _SIGNS = re.compile(r"([\\`*\[\]|<>&#~])")
 # Readers of Markdown make links of these, also where their signs are escaped.
 _LINK = re.compile(r"://|www\.|@|mailto:|xmpp:", re.IGNORECASE)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 _UNKNOWN_CLASS = "AutoModel"
 
 
@@ -52,6 +53,11 @@ def xml_text(text: str) -> str:
 def shown(value: Any) -> Any:
     """A value of a template: text of others loses what hides or turns it; ours is `Markup`."""
     return printable(value, keep="\t\n\r") if type(value) is str else value
+
+
+def prose(text: str) -> Markup:
+    """Text on a page; no line of it ends within the name of an option."""
+    return Markup(_OPTION.sub(r'<span class="option">\g<0></span>', str(escape(shown(text)))))
 
 
 def drawing(svg: str) -> Markup:

@@ -19,6 +19,7 @@ from prox24_deploy.report.escape import (
     drawing,
     markdown,
     plain_name,
+    prose,
     shown,
     xml_text,
 )
@@ -131,7 +132,7 @@ def worst_layers(report: Report, number: int = WORST_LAYERS) -> list[LayerRecord
 
 _FILTERS: tuple[Callable[..., str], ...] = (
     number, estimate, ratio, size, amount, count, pace, seconds, percent, shape, known, place,
-    markdown, code, plain_name, class_name,
+    markdown, code, plain_name, class_name, prose,
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from markdown_it.token import Token
 
 from prox24_deploy.packaging.card import SourceCard, render_card
 from prox24_deploy.report.assemble import Report
-from prox24_deploy.report.escape import class_name, code, markdown, plain_name, xml_text
+from prox24_deploy.report.escape import class_name, code, markdown, plain_name, prose, xml_text
 from prox24_deploy.report.render import render_benchmark, render_html, render_junit, render_summary
 
 PLAIN = SourceCard(metadata={}, text="")
@@ -119,6 +119,14 @@ def test_pages_and_lists_of_tests_show_no_more_than_text(text: str) -> None:
     for view in (page.text, render_junit(report).decode(), render_benchmark(report).decode()):
         assert not any(ord(c) < 32 and c not in "\t\n\r" for c in view)
         assert not set(view) & set("\u202e\u2066\x9b")
+
+
+def test_no_line_of_a_page_ends_within_an_option() -> None:
+    found = prose("pass --calibration-tokens 9, or <b>, a -- b or well--known")
+    assert found == (
+        'pass <span class="option">--calibration-tokens</span> 9, or &lt;b&gt;, a -- b or '
+        "well--known"
+    )
 
 
 @settings(max_examples=200)

@@ -21,7 +21,6 @@ from builders import (
     with_numerics_failed,
     with_sparsity_lost,
 )
-from markupsafe import escape
 
 from prox24_deploy.cli.tables import order_lines
 from prox24_deploy.config.limits import Limits
@@ -36,7 +35,7 @@ from prox24_deploy.report.assemble import (
     schema_text,
     write_report,
 )
-from prox24_deploy.report.escape import markdown
+from prox24_deploy.report.escape import markdown, prose
 from prox24_deploy.report.header import tiles_of
 from prox24_deploy.report.schema import parse_report
 
@@ -359,7 +358,7 @@ def test_warning_is_given_when_it_applies_and_only_then(
     changed = change(records).report()
     (found,) = [text for text in changed.warnings if re.search(warning, text)]
     write_report(changed, tmp_path)
-    assert str(escape(found)) in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert str(prose(found)) in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert markdown(found) in (tmp_path / "summary.md").read_text(encoding="utf-8")
 
 
