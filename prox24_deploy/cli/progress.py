@@ -109,11 +109,16 @@ class Lines:
 
 
 def _time(elapsed: float, done: int, total: int) -> str:
-    """Seconds so far, and those left if the rest takes as long in proportion."""
+    """The time so far, and that left."""
     if not done:
         return ""
-    left = elapsed / done * (total - done)
-    return f", {in_words(elapsed)}" + (f", about {in_words(left)} left" if done < total else "")
+    left = _left(elapsed, done, total)
+    return f", {in_words(elapsed)}" + (f", about {left}" if left else "")
+
+
+def _left(elapsed: float, done: int, total: int) -> str:
+    """The time left if the rest takes as long in proportion; "" where nothing says how long."""
+    return f"{in_words(elapsed / done * (total - done))} left" if 0 < done < total else ""
 
 
 def in_words(seconds: float) -> str:
@@ -125,12 +130,10 @@ def in_words(seconds: float) -> str:
 
 
 class _Left(Column):
-    """The time left if the rest takes as long in proportion, as lines have it."""
+    """The time left of a bar, as lines have it."""
 
     def render(self, task: Task) -> Text:
-        done, total = int(task.completed), int(task.total or 0)
-        said = _time(task.elapsed or 0.0, done, total)
-        return Text(said.partition("about ")[2])
+        return Text(_left(task.elapsed or 0.0, int(task.completed), int(task.total or 0)))
 
 
 @contextmanager
