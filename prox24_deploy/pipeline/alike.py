@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from prox24_deploy.bundle.manifest import canonical_json
 from prox24_deploy.config.options import TextOptions
-from prox24_deploy.core.errors import RankError
 from prox24_deploy.core.fingerprint import fields_of
 
 if TYPE_CHECKING:
@@ -36,17 +35,16 @@ def require_alike(inputs: object, text: TextOptions | None, ranks: "Ranks") -> N
     Raises:
         RankError: names the first process, and the option, file or version that it has another of.
     """
+    # Brings torch, as the processes did.
+    from prox24_deploy.pruning.ranks import first_unlike, unlike
+
     for name, value in fields_of(inputs).items():
         digests = ranks.of_all(hashlib.sha256(canonical_json(value)).hexdigest())
-        other = next((n for n, each in enumerate(digests) if each != digests[0]), None)
-        if other is None:
+        if (other := first_unlike(digests)) is None:
             continue
         said = {"text": _of_text(text) if name in _TEXTS else {}, name: value}
         found: list[Any] = ranks.of_all(said)
-        raise RankError(
-            f"Process {other} of this run has {_difference(found[0], found[other])}; start all "
-            "with the same command, the same files and the same versions of everything installed."
-        )
+        raise unlike(other, _difference(found[0], found[other]))
 
 
 def _of_text(text: TextOptions | None) -> dict[str, Any]:

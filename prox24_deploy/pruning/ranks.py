@@ -111,13 +111,8 @@ class Ranks:
             RankError: names the first that has, and both values.
         """
         found = self.of_all(value)
-        for number, other in enumerate(found):
-            if other != found[0]:
-                raise RankError(
-                    f"Process {number} of this run has {what} {other}, and process 0 has "
-                    f"{found[0]}; start all with the same command, the same files and the same "
-                    "versions of everything installed."
-                )
+        if (other := first_unlike(found)) is not None:
+            raise unlike(other, f"{what} {found[other]}, and process 0 has {found[0]}")
 
     def _exchange(self, call: Callable[[], Result]) -> Result | None:
         if self.count == 1:
@@ -134,6 +129,19 @@ class Ranks:
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def first_unlike(found: Sequence[object]) -> int | None:
+    """The first process whose value is not that of process 0."""
+    return next((number for number, value in enumerate(found) if value != found[0]), None)
+
+
+def unlike(number: int, what: str) -> RankError:
+    """The refusal of a process that is not like process 0, for it has `what`."""
+    return RankError(
+        f"Process {number} of this run has {what}; start all with the same command, the same files "
+        "and the same versions of everything installed."
+    )
 
 
 def require_batch_each(processes: int, batches: int) -> None:
