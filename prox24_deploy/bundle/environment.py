@@ -10,6 +10,7 @@ from typing import Protocol
 
 from prox24_deploy import __version__
 from prox24_deploy.core.backends import AUTO, BACKENDS, NVFP4, BackendKind
+from prox24_deploy.core.extras import install_of
 from prox24_deploy.core.host import cpu_model, gpu
 
 _PACKAGES = (
@@ -116,8 +117,7 @@ def abilities(findings: Sequence[Diagnosis]) -> str:
 
 
 def _extra(package: str, extra: str, use: str) -> Diagnosis:
-    found = _version(package)
-    remedy = f"pip install 'prox24-deploy[{extra}]'"
+    found, remedy = _version(package), install_of(extra)
     return Diagnosis(name=package, found=found, usable=found != _ABSENT, remedy=remedy, use=use)
 
 

@@ -7,6 +7,8 @@ it without loading its library.
 from dataclasses import dataclass
 from typing import Literal
 
+from prox24_deploy.core.extras import install_of
+
 # https://docs.nvidia.com/cuda/cusparselt/types.html, cusparseLtSparsity_t: "paired 4:8 for e2m1".
 NVFP4 = (
     "The sparse kernels for NVFP4 want pairs of weights (4:8), so no file that is 2:4 weight by "
@@ -60,7 +62,7 @@ BACKENDS = {
             module="prox24_deploy.engines.tensorrt.backend",
             title="tensorrt",
             library="tensorrt",
-            install="pip install 'prox24-deploy[tensorrt]'",
+            install=install_of("tensorrt"),
             versions=("tensorrt",),
             driver="polygraphy",
             needs_gpu="builds on an NVIDIA GPU, and there is none",
@@ -71,7 +73,7 @@ BACKENDS = {
             module="prox24_deploy.engines.tensorrt.backend",
             title="tensorrt_rtx",
             library="tensorrt_rtx",
-            install="pip install 'prox24-deploy[tensorrt-rtx]'",
+            install=install_of("tensorrt-rtx"),
             versions=("tensorrt_rtx",),
             driver="polygraphy",
             options=frozenset({"tensorrt", "capabilities"}),

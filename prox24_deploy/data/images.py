@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prox24_deploy.core.documents import open_regular, reason_of
 from prox24_deploy.core.errors import BackendMissingError, CalibrationError, ModelDirError
+from prox24_deploy.core.extras import install_of
 from prox24_deploy.core.foreign import blamed
 from prox24_deploy.core.modalities import IMAGES
 from prox24_deploy.core.records import TextSource
@@ -22,7 +23,6 @@ from prox24_deploy.model.batch import Batch, Samples
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-INSTALL = "pip install 'prox24-deploy[images]'"
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 MIN_IMAGES = 16
@@ -162,7 +162,7 @@ def pillow() -> Any:
     except ImportError as error:
         raise BackendMissingError(
             f"Models of images need Pillow, which cannot be imported ({error}); install it with: "
-            f"{INSTALL}"
+            f"{install_of('images')}"
         ) from error
     return PIL.Image
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from prox24_deploy.core.documents import open_regular
 from prox24_deploy.core.errors import BackendMissingError, CalibrationError
+from prox24_deploy.core.extras import install_of
 from prox24_deploy.core.foreign import blamed
 from prox24_deploy.data.recordings import Samples1D, convert, read_wave
 
-INSTALL = "pip install 'prox24-deploy[speech]'"
 # Of speech; a header may say any rate, and one far off would take hours and gigabytes to convert.
 _RATES = range(4_000, 400_000)
 
@@ -39,7 +39,7 @@ def read_sound(path: Path, rate: int, seconds: float) -> Samples1D:
         raise BackendMissingError(
             f"Recording {path} is no PCM in a WAV file at {rate} Hz, and soundfile and soxr, which "
             f"read others, are not installed ({error}); {convert(rate)}, or install them with: "
-            f"{INSTALL}"
+            f"{install_of('speech')}"
         ) from error
     try:
         with (

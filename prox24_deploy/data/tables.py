@@ -11,6 +11,7 @@ from typing import Any
 
 from prox24_deploy.core.documents import open_regular
 from prox24_deploy.core.errors import BackendMissingError, CalibrationError
+from prox24_deploy.core.extras import install_of
 from prox24_deploy.core.foreign import blamed
 from prox24_deploy.data.text_files import (
     MOST_RECORD,
@@ -23,7 +24,6 @@ from prox24_deploy.data.text_files import (
 
 # What the names of tables of text end in, and what separates their columns.
 TEXT_TABLES = {".csv": ",", ".tsv": "\t"}
-INSTALL = "pip install 'prox24-deploy[tables]'"
 _PARQUET = b"PAR1"
 _OTHER_SEPARATORS = ";\t|"
 _ROWS = 256
@@ -103,7 +103,7 @@ def _parquet_rows(path: Path, wanted: Wanted) -> Iterator[Record]:
     except ImportError as error:
         raise BackendMissingError(
             f"Text {path} is a Parquet table, which pyarrow reads, and that is not installed "
-            f"({error}); install it with: {INSTALL}"
+            f"({error}); install it with: {install_of('tables')}"
         ) from error
     number = 0
     try:

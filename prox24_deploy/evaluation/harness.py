@@ -23,10 +23,10 @@ from torch import nn
 from prox24_deploy.config.options import HarnessOptions
 from prox24_deploy.core.atomic import make_folder, write_atomic
 from prox24_deploy.core.errors import BackendMissingError, UsageError
+from prox24_deploy.core.extras import install_of
 from prox24_deploy.core.records import Estimate, Metric, PairedMetric
 from prox24_deploy.evaluation.estimate import mean_estimate, per_sample
 
-INSTALL = "pip install 'prox24-deploy[lm-eval]'"
 # Builders of `datasets` that read a kind of file.
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _BATCH_ROWS = 8
@@ -51,7 +51,7 @@ def require_harness() -> None:
     except ImportError as error:
         raise BackendMissingError(
             f"--lm-eval needs the lm-evaluation-harness, which cannot be imported here ({error}); "
-            f"install the extra lm-eval with {INSTALL}."
+            f"install the extra lm-eval with {install_of('lm-eval')}."
         ) from error
 
 

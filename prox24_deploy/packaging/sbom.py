@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from prox24_deploy.bundle.manifest import Manifest
 from prox24_deploy.core.errors import BackendMissingError, BundleError
+from prox24_deploy.core.extras import install_of
 from prox24_deploy.core.foreign import blamed
 from prox24_deploy.core.records import ModelInfo, PruneResult
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from cyclonedx.model.bom import Bom
     from cyclonedx.model.component import Component
 
-INSTALL = "pip install 'prox24-deploy[sbom]'"
 _NOT_A_LIBRARY = {"prox24-deploy", "python"}
 _NAMESPACE = uuid.UUID("b7a3f1de-5d0a-5a0e-9c39-24b1f0b6c0de")
 
@@ -67,7 +67,7 @@ def _unfit(reason: str) -> BundleError:
 def _missing(error: Exception) -> BackendMissingError:
     return BackendMissingError(
         f"An SBOM needs cyclonedx-python-lib with its validator, which cannot be imported "
-        f"({error}); {INSTALL}."
+        f"({error}); {install_of('sbom')}."
     )
 
 
