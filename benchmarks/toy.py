@@ -16,10 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from prox24_deploy.pruning.solvers.admm import prox_admm
 from prox24_deploy.pruning.solvers.baselines import magnitude_mask, sparsegpt, wanda_mask
 from prox24_deploy.pruning.solvers.ista import IstaOptions, ista
 from prox24_deploy.pruning.solvers.problem import LayerProblem, layer_problem
-from prox24_deploy.pruning.solvers.solver import PRESETS, prox_admm
+from prox24_deploy.pruning.solvers.solver import PRESETS
 
 METHODS: dict[str, Callable[[LayerProblem], Tensor]] = {
     "magnitude": magnitude_mask,

@@ -1,8 +1,9 @@
 """The inverse of a curvature, and a triangular factor of the inverse, by Cholesky in float32.
 
 For the widest layers of a large model these cost as much as what is done with them. Columns of an
-inverse do not depend on each other, so that processes that share a run share them, too. A matrix
-that rounding to float32 leaves without a factor gets one in float64.
+inverse do not depend on each other, so that processes that share a run share them, too. Where
+rounding to float32 leaves a matrix without a factor, or makes an inverse that does not undo it,
+float64 is taken.
 """
 
 import torch
@@ -13,6 +14,8 @@ from prox24_deploy.pruning.solvers.shares import WHOLE, Shares
 
 # Columns of a triangular inverse that are solved for at a time; above them all is zero.
 _STRIP = 2048
+# The matrix times its inverse times a vector may depart from the vector by this share of it.
+_SOUND = 0.01
 
 
 def inverse_of(matrix: Tensor, shares: Shares = WHOLE) -> Tensor:
@@ -23,13 +26,37 @@ def inverse_of(matrix: Tensor, shares: Shares = WHOLE) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: the matrix is not positive definite.
     """
-    lower = _cholesky(matrix)
     own = shares.rows(len(matrix))
+    rows = _rows_of_inverse(matrix, own)
+    vector = torch.zeros_like(matrix[0])
+    vector[own] = _probe(matrix)[own]
+    solved = rows.T @ vector[own].to(rows.dtype)
+    if shares.total(float(not _restores(matrix, solved, vector))):
+        rows = _rows_of_inverse(matrix.double(), own)
+    return shares.gathered(rows.to(matrix.dtype), len(matrix))
+
+
+def _rows_of_inverse(matrix: Tensor, own: slice) -> Tensor:
+    """Some rows of the inverse, (n, d)."""
+    lower = _cholesky(matrix)
     columns = torch.zeros_like(lower[:, own])
     columns[own].fill_diagonal_(1.0)
     # Symmetric, so that columns are rows.
-    rows = torch.cholesky_solve(columns, lower).T.to(matrix.dtype)
-    return shares.gathered(rows.contiguous(), len(matrix))
+    return torch.cholesky_solve(columns, lower).T.contiguous()
+
+
+def _probe(matrix: Tensor) -> Tensor:
+    """A vector (d,) that lies in no particular direction, the same in all processes."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(len(matrix), generator=generator).to(matrix)
+
+
+def _restores(matrix: Tensor, solved: Tensor, vector: Tensor) -> bool:
+    """Whether a matrix gives back the vector (d,) of which its inverse made another."""
+    with float32_products():
+        left = matrix @ solved.to(matrix.dtype) - vector
+    # Not where it is NaN.
+    return bool(left.norm() <= _SOUND * vector.norm())
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
@@ -50,6 +77,15 @@ def inverse_factor(matrix: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: the matrix is not positive definite.
     """
+    found, vector = _inverse_factor(matrix), _probe(matrix)
+    with float32_products():
+        solved = found.T @ (found @ vector.to(found.dtype))
+    if not _restores(matrix, solved, vector):
+        found = _inverse_factor(matrix.double())
+    return found.to(matrix.dtype)
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor:
     lower = _cholesky(matrix.flip(0, 1))
     found = torch.zeros(lower.shape, dtype=lower.dtype, device=lower.device)
     with float32_products():
@@ -60,4 +96,4 @@ def inverse_factor(matrix: Tensor) -> Tensor:
                 lower[begin:, begin:], found[begin:, strip], upper=False
             )
     del lower
-    return found.flip(0, 1).to(matrix.dtype)
+    return found.flip(0, 1)

@@ -26,6 +26,7 @@ sweep at the end never increases the objective and restores relative accuracy fo
 """
 
 import importlib.util
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -99,36 +100,52 @@ def prox_24(weight: Tensor, lam: Tensor | float, *, newton_iterations: int = 8) 
     return _prox_eager(weight, per_row, newton_iterations)
 
 
+@dataclass(slots=True)
+class AdmmState:
+    """What one step of ADMM leaves for the next, all (rows, 4 n).
+
+    Attributes:
+        weight: W, of the W-step.
+        split: Z, of the Z-step.
+        dual: U.
+        target: what the inverse is multiplied by in the next W-step.
+    """
+
+    weight: Tensor
+    split: Tensor
+    dual: Tensor
+    target: Tensor
+
+
 def admm_step(
-    weight: Tensor,
-    dual: Tensor,
-    linear: Tensor,
-    lam: Tensor,
-    rho: float,
-    *,
-    newton_iterations: int = 8,
-) -> tuple[Tensor, Tensor, Tensor]:
+    state: AdmmState, linear: Tensor, lam: Tensor, rho: float, *, newton_iterations: int = 8
+) -> None:
     """What lies between two W-steps of ADMM: the Z-step, the dual update and the next target.
 
+    Z = prox(W + U), U' = W + U - Z and B + ρ (Z - U') take the places of Z, U and the target. A GPU
+    writes them into the memory that the state has.
+
     Args:
-        weight: W, (rows, 4 n), as the W-step left it.
-        dual: U, same shape.
+        state: as the W-step left it.
         linear: B, same shape, of the quadratic ½ tr(W A Wᵀ) - tr(W Bᵀ).
         lam: λ / ρ, (rows, 1).
         rho: ρ, of the W-step (A + ρ I)⁻¹.
         newton_iterations: see `prox_24`.
-
-    Returns:
-        Z = prox(W + U), U' = W + U - Z, and B + ρ (Z - U'), which the inverse is multiplied by.
     """
-    if weight.dtype == torch.float32 and _has_kernel(weight):
+    if has_admm_kernel(state.weight):
         from prox24_deploy.pruning.solvers.prox_cuda import admm_step_cuda
 
-        return admm_step_cuda(weight, dual, linear, lam.reshape(-1), rho)
-    target = weight + dual
-    split = prox_24(target, lam, newton_iterations=newton_iterations)
-    dual = target.sub_(split)
-    return split, dual, (split - dual).mul_(rho).add_(linear)
+        admm_step_cuda(state, linear, lam.reshape(-1), rho)
+        return
+    state.dual.add_(state.weight)
+    state.split = prox_24(state.dual, lam, newton_iterations=newton_iterations)
+    state.dual.sub_(state.split)
+    torch.sub(state.split, state.dual, out=state.target).mul_(rho).add_(linear)
+
+
+def has_admm_kernel(weight: Tensor) -> bool:
+    """Whether a step of ADMM on such weights is one kernel."""
+    return weight.dtype == torch.float32 and has_triton(weight)
 
 
 def has_triton(tensor: Tensor) -> bool:

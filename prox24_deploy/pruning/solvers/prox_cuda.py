@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prox24_deploy.pruning.solvers.prox import AdmmState
+
 # Groups of a program, which is one warp: two for each thread.
 _BLOCK = tl.constexpr(64)
 # Steps of Newton on Θ and of Halley on φ, which leave 2e-7 of ½|z|² on ten million Gaussian groups.
@@ -38,29 +40,22 @@ def prox_24_cuda(weight: Tensor, lam: Tensor) -> Tensor:
     return result
 
 
-def admm_step_cuda(
-    weight: Tensor, dual: Tensor, linear: Tensor, lam: Tensor, rho: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def admm_step_cuda(state: AdmmState, linear: Tensor, lam: Tensor, rho: float) -> None:
     """Z-step, dual update and the right-hand side of the next W-step in one pass over memory.
 
     Args:
-        weight: W, (rows, 4 n) on a GPU, float32, as the W-step left it.
-        dual: U, same shape.
+        state: of float32 on a GPU, contiguous, as the W-step left it. Z = prox(W + U),
+            U' = W + U - Z and B + ρ (Z - U') are written over Z, U and the target.
         linear: B, same shape.
         lam: λ / ρ ≥ 0, (rows,), float32.
         rho: ρ.
-
-    Returns:
-        Z = prox(W + U), U' = W + U - Z and B + ρ (Z - U').
     """
-    weight, dual, linear = weight.contiguous(), dual.contiguous(), linear.contiguous()
-    split, next_dual, right = (torch.empty_like(weight) for _ in range(3))
+    weight = state.weight
     with torch.cuda.device(weight.device):
         _admm_kernel[_grid(weight)](
-            weight, dual, linear, lam.contiguous(), split, next_dual, right,
+            weight, state.dual, linear.contiguous(), lam.contiguous(), state.split, state.target,
             rho, weight.shape[-1] // 4, num_warps=1,
         )  # fmt: skip
-    return split, next_dual, right
 
 
 def _grid(weight: Tensor) -> tuple[int]:
@@ -89,9 +84,7 @@ def _prox_kernel(z_ptr, lam_ptr, out_ptr, per_row):
 
 
 @triton.jit
-def _admm_kernel(
-    weight_ptr, dual_ptr, linear_ptr, lam_ptr, split_ptr, next_ptr, right_ptr, rho, per_row
-):
+def _admm_kernel(weight_ptr, dual_ptr, linear_ptr, lam_ptr, split_ptr, target_ptr, rho, per_row):
     """One step of ADMM on rows of `per_row` groups; see `admm_step_cuda`."""
     row, at, inside = _place(per_row)
     z = tl.load(weight_ptr + at, mask=inside, other=0.0)
@@ -100,8 +93,8 @@ def _admm_kernel(
     split = _prox(z, tl.load(lam_ptr + row))
     dual = z - split
     tl.store(split_ptr + at, split, mask=inside)
-    tl.store(next_ptr + at, dual, mask=inside)
-    tl.store(right_ptr + at, linear + rho * (split - dual), mask=inside)
+    tl.store(dual_ptr + at, dual, mask=inside)
+    tl.store(target_ptr + at, linear + rho * (split - dual), mask=inside)
 
 
 @triton.jit

@@ -55,10 +55,30 @@ def test_what_float32_cannot_factor_is_factored_in_float64(device: str) -> None:
         inverse_of(-torch.eye(3, device=device))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_inverse_that_does_not_undo_its_matrix_is_made_in_float64(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As above, but far enough from singular for a factor in float32.
+    rows = torch.randint(-1, 2, (96, 12), generator=torch.Generator().manual_seed(0)).float()
+    matrix = rows @ rows.T
+    matrix.diagonal().add_(2.0**-14)
+    matrix = matrix.to(device)
+    right = torch.linalg.inv(matrix.double())
+    found, factor = inverse_of(matrix), inverse_factor(matrix)
+    monkeypatch.setattr(factors, "_SOUND", torch.inf)
+    poor, poor_factor = inverse_of(matrix), inverse_factor(matrix)
+    assert departure(found, right) < 1e-6 < 1e-3 < departure(poor, right)
+    product, poor_product = (each.double().T @ each.double() for each in (factor, poor_factor))
+    assert departure(product, right) < 1e-6 < 1e-3 < departure(poor_product, right)
+
+
 def part_of(matrix: Tensor, number: int, count: int) -> Tensor:
     """What one of some processes gives the others, which are not there."""
     own = Ranks(number, count, matrix.device)
-    shares: Any = SimpleNamespace(rows=own.rows, gathered=lambda part, _: part)
+    shares: Any = SimpleNamespace(
+        rows=own.rows, gathered=lambda part, _: part, total=lambda value: value
+    )
     return inverse_of(matrix, shares)
 
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from prox24_deploy.pruning.solvers.prox import _prox_eager, admm_step, objective_24, prox_24
+from prox24_deploy.pruning.solvers.prox import (
+    AdmmState,
+    _prox_eager,
+    admm_step,
+    objective_24,
+    prox_24,
+)
 from prox24_deploy.sparsity.pattern import is_24
 
 pytestmark = pytest.mark.gpu
@@ -88,10 +94,12 @@ def test_what_is_not_contiguous_or_empty_is_served() -> None:
 def test_a_step_of_admm_is_its_parts(lam: float) -> None:
     weight, dual, linear = (draw(48, 1020, seed=i) for i in range(3))
     rows = torch.full((48, 1), lam, device="cuda")
-    split, after, target = admm_step(weight, dual, linear, rows, 0.7)
+    state = AdmmState(weight, torch.empty_like(weight), dual.clone(), torch.empty_like(weight))
+    admm_step(state, linear, rows, 0.7)
+    split = state.split
     assert torch.equal(split, prox_24(weight + dual, rows))
-    assert torch.equal(after, weight + dual - split)
-    torch.testing.assert_close(target, linear + 0.7 * (split - after))
+    assert torch.equal(state.dual, weight + dual - split)
+    torch.testing.assert_close(state.target, linear + 0.7 * (split - state.dual))
     if lam == 10.0:
         assert (split.view(-1, 4) != 0).sum(1).le(2).float().mean() > 0.99
     assert not is_24(weight)

@@ -12,11 +12,12 @@ from torch import Tensor
 from prox24_deploy.core.types import Method, Refinement
 from prox24_deploy.pruning.solvers import ista as ista_module
 from prox24_deploy.pruning.solvers import prox as prox_module
+from prox24_deploy.pruning.solvers.admm import AdmmOptions, prox_admm
 from prox24_deploy.pruning.solvers.ista import IstaOptions, ista
 from prox24_deploy.pruning.solvers.problem import LayerProblem, layer_problem
 from prox24_deploy.pruning.solvers.prox import prox_24
 from prox24_deploy.pruning.solvers.refine import masked_conjugate_gradient, masked_gradient
-from prox24_deploy.pruning.solvers.solver import PRESETS, AdmmOptions, prox_admm, solve_layer
+from prox24_deploy.pruning.solvers.solver import PRESETS, solve_layer
 from prox24_deploy.sparsity.pattern import final_mask, is_24, mask_24
 
 METHODS: tuple[Method, ...] = get_args(Method)
