@@ -1,5 +1,6 @@
 """From a model directory to a sealed bundle: the stages, in order, and each on its own."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from prox24_deploy.core.records import (
 from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.results import BuildResults
 from prox24_deploy.core.types import DType, Progress, Quantize
+from prox24_deploy.engines.base import Backend
 from prox24_deploy.pipeline import finish, stages
 from prox24_deploy.pipeline.backends import backends_of, open_backends
 from prox24_deploy.pipeline.context import (
@@ -74,10 +76,8 @@ def build(
     model = context.model
     dtype = _settled_dtype(context.source, context.recipe, options.dtype)
     options, limit = replace(options, dtype=dtype), options.memory_limit
-    stages.tasks.require_usable(options.harness, context.recipe)
     backends = open_backends(options.engine, model, RECOVERED if options.recover else PRUNED)
-    stages.recover.require_usable(options, context)
-    stages.quantize.require_usable(options, context, backends)
+    _require_usable(context, options, backends)
     check_demands(demands, context, [backend.name for backend in backends], options)
     require_room(out, context, options, exports=True)
     begun = _begun_by_processes(model_dir, out, context, options, fresh=fresh, progress=progress)
@@ -109,12 +109,23 @@ def build(
         return stages.report.run(bundle, context.source, context.recipe, results, demands)
 
 
+def _require_usable(
+    context: RunContext, options: BuildOptions, backends: Sequence[Backend]
+) -> None:
+    """Refuse what one of the stages would, before any of them has begun."""
+    stages.tasks.require_usable(options.harness, context.recipe)
+    stages.prune.require_usable(context, options.prune)
+    stages.recover.require_usable(options, context)
+    stages.quantize.require_usable(options, context, backends)
+
+
 def prune(
     model_dir: Path, out: Path, options: BuildOptions, *, fresh: bool, progress: Progress
 ) -> PruneResult:
     """Run only the pruning stage: `out` becomes a bundle with `pruned/`."""
     require_leader()
     context = read_context(model_dir, out, options, progress)
+    stages.prune.require_usable(context, options.prune)
     require_room(out, context, options)
     begun = _begun_by_processes(model_dir, out, context, options, fresh=fresh, progress=progress)
     with open_bundle(out, fresh=fresh and not begun) as bundle:
@@ -151,6 +162,7 @@ def help_to_prune(model_dir: Path, options: BuildOptions) -> None:
         Prox24Error: what `prune` raises for the same model and options.
     """
     context = read_context(model_dir, None, options)
+    stages.prune.require_usable(context, options.prune)
     require_text_for_all(context, options)
     with shared(options) as ranks:
         if ranks is not None:

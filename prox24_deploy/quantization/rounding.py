@@ -9,6 +9,7 @@ pruned element is one whose only number is 0, so that what reaches it goes on to
 import torch
 from torch import Tensor
 
+from prox24_deploy.pruning.solvers.factors import inverse_factor
 from prox24_deploy.pruning.solvers.problem import LayerProblem
 from prox24_deploy.quantization.formats import NumberFormat, exact_scale
 
@@ -55,7 +56,7 @@ def rounded_with_feedback(
     # What matters most first, while there are most columns left to make up for it.
     order = problem.scale.argsort(descending=True)
     unit = problem.scale[order]
-    factor = _inverse_factor(problem.curvature[order][:, order])
+    factor = inverse_factor(problem.curvature[order][:, order].double()).float()
     rest = (weight * problem.scale)[:, order]
     mask = kept[:, order]
     numbers = torch.zeros_like(rest)
@@ -76,11 +77,3 @@ def rounded_with_feedback(
     # What is read as nothing but zeros says nothing of its weights.
     nearest = form.weight_numbers(weight, scale)
     return torch.where(problem.dead, nearest.float(), found).to(form.dtype)
-
-
-def _inverse_factor(curvature: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of a positive definite matrix, float32."""
-    lower = torch.linalg.cholesky(curvature.double())
-    inverse = torch.cholesky_inverse(lower)
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()

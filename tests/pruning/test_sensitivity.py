@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run_cli
 from model_cases import silent
 from opened import Opened, open_tiny
 
@@ -222,3 +223,12 @@ def test_a_glob_that_matches_nothing_is_refused(option: str, tiny_llama: Path, p
     )
     with pytest.raises(UsageError, match=message):
         left_dense(opened.recipe, opened.model, options)
+
+
+def test_a_glob_that_matches_nothing_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    for command in ("build", "prune"):
+        # Without --calibration the model would first write some text.
+        done = run_cli(command, tiny_llama, "--include", "q_proj", "-o", tmp_path / "out")
+        assert done.code == 2
+        assert "--include 'q_proj' matches no target layer of recipe llama" in done.err
+        assert not (tmp_path / "out").exists()

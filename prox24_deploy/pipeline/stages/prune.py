@@ -46,6 +46,19 @@ class PruneInputs:
     )
 
 
+def require_usable(context: RunContext, options: PruneOptions) -> None:
+    """Before any work, refuse a choice of layers that names none of the model's.
+
+    Raises:
+        UsageError: a glob matches no target.
+    """
+    if options.include or options.exclude:
+        from prox24_deploy.model.directory import structure_of
+        from prox24_deploy.pruning.selection import left_dense
+
+        left_dense(context.recipe, structure_of(context.source, context.recipe), options)
+
+
 def prune_inputs(
     context: RunContext, options: BuildOptions, ranks: "Ranks | None" = None
 ) -> PruneInputs:
