@@ -38,6 +38,7 @@ from prox24_deploy.pruning.channels import (
     tensors_of,
 )
 from prox24_deploy.pruning.permute_search import search_order
+from prox24_deploy.pruning.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class OrderStore:
         for solved in (*self.folder.glob("block-*.safetensors"), *self.folder.glob("sens*.json")):
             solved.unlink()
         metadata = {"records": _RECORDS.dump_json(records).decode()}
-        write_tensors(self._path, {name: order.cpu() for name, order in orders.items()}, metadata)
+        write_tensors(self._path, dict(orders), metadata)
 
     @property
     def _path(self) -> Path:
@@ -119,6 +120,7 @@ def permute_channels(
     has_tensor: Callable[[str], bool],
     store: OrderStore,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Permuted:
     """Put the free channels that pruned layers read into a better order, in place.
 
@@ -130,18 +132,22 @@ def permute_channels(
         has_tensor: whether one tensor of the checkpoint is meant by a name of the model.
         store: orders of an interrupted run.
         progress: called with ("permute", done, total).
+        ranks: the processes that share the run, each with the model; the first finds the orders.
     """
     found, against = free_channels(model, recipe, dense)
     if not found and not against:
         return Permuted()
-    known = store.load()
-    if known is None:
+    known = store.load() if ranks.writes else None
+    searches = known is None and ranks.writes
+    if searches:
         known = _searched(model, recipe, batches, found, against, has_tensor, progress)
         store.save(*known)
-    else:
-        for free in (free for free in found if free.reader in known[0]):
-            apply_moves(model, moves(model, free, known[0][free.reader]))
-    orders, records = known
+    told = ranks.told(known)
+    assert told is not None, "process 0 has found them"
+    orders, records = told
+    if not searches:
+        for free in (free for free in found if free.reader in orders):
+            apply_moves(model, moves(model, free, orders[free.reader]))
     by_reader = {free.reader: free for free in found}
     moved = {name: moves(model, by_reader[name], order) for name, order in orders.items()}
     return Permuted(records, moved)
@@ -185,6 +191,8 @@ def _searched(
         records[path] = _order(path, reason=reason)
         del orders[path]
     progress("permute", len(batches) + len(found), len(batches) + len(found))
+    # Another process has no use for a tensor on the GPU of this one.
+    orders = {name: order.cpu() for name, order in orders.items()}
     return orders, tuple(records[path] for path in sorted(records))
 
 

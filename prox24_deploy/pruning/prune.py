@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -446,7 +446,7 @@ def _permuted(job: _Job, opened: _Opened, dense: Mapping[str, str], progress: Pr
     """Put free channels of the model into a better order in place, where that is asked for."""
     if not job.permutes:
         return Permuted()
-    found = permute_channels(
+    return permute_channels(
         opened.model,
         job.recipe,
         thin(job.calibration, _ORDER_TOKENS),
@@ -454,10 +454,8 @@ def _permuted(job: _Job, opened: _Opened, dense: Mapping[str, str], progress: Pr
         has_tensor=lambda name: len(stored_names(opened.directory, name)) == 1,
         store=OrderStore(job.solved, opened.directory.require_untouched),
         progress=progress,
+        ranks=job.ranks,
     )
-    # Each process finds it itself, from the same samples.
-    job.ranks.require_alike("channels in the order of", [asdict(each) for each in found.orders])
-    return found
 
 
 def _require_pruned(state: PrunedState, recipe: Recipe, path: Path) -> None:

@@ -104,16 +104,6 @@ class Ranks:
         self._exchange(partial(dist.all_gather_object, found, value))
         return found
 
-    def require_alike(self, what: str, value: object) -> None:
-        """Refuse processes that have something else than process 0; all of them do so.
-
-        Raises:
-            RankError: names the first that has, and both values.
-        """
-        found = self.of_all(value)
-        if (other := first_unlike(found)) is not None:
-            raise unlike(other, f"{what} {found[other]}, and process 0 has {found[0]}")
-
     def _exchange(self, call: Callable[[], Result]) -> Result | None:
         if self.count == 1:
             return None

@@ -19,8 +19,10 @@ from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.model.directory import load_model, open_model_dir
 from prox24_deploy.pipeline.context import read_context
+from prox24_deploy.pruning import permutation
 from prox24_deploy.pruning.permutation import OrderStore, Permuted, permute_channels
 from prox24_deploy.pruning.prune import prune_directory
+from prox24_deploy.pruning.ranks import ALONE, Ranks
 
 # One of each structure: gated and plain, fused, grouped heads, encoder and decoder, convolutions.
 _ROWS = [
@@ -40,6 +42,7 @@ def permuted(
     *,
     dense: Mapping[str, str] | None = None,
     has_tensor: Any = lambda _: True,
+    ranks: Ranks = ALONE,
 ) -> Permuted:
     return permute_channels(
         model,
@@ -49,6 +52,7 @@ def permuted(
         has_tensor=has_tensor,
         store=OrderStore(folder, silent),
         progress=silent,
+        ranks=ranks,
     )
 
 
@@ -86,6 +90,27 @@ def test_every_declared_order_is_free_in_every_family(row: str, tmp_path: Path) 
     gained = [order for order in found.orders if (order.kept_after or 0) > (order.kept_before or 0)]
     assert gained
     assert all(order.tensors and len(order.order_sha256) == 64 for order in found.orders)
+
+
+def test_all_processes_take_the_orders_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of a run before, whose sums may have been rounded elsewhere."""
+    model, helper = tiny_model("llama"), tiny_model("llama")
+    recipe = recipe_of(model)
+    permuted(model, recipe, tmp_path)
+    known = OrderStore(tmp_path, silent).load()
+    monkeypatch.setattr(Ranks, "told", lambda ranks, value: value if ranks.writes else known)
+    monkeypatch.setattr(permutation, "_searched", None)
+    again = tiny_model("llama")
+    found = [
+        permuted(each, recipe, folder, ranks=Ranks(number, 2, torch.device("cpu")))
+        for number, (each, folder) in enumerate(((again, tmp_path), (helper, tmp_path / "none")))
+    ]
+    assert found[0].orders == found[1].orders
+    for each in (again, helper):
+        for name, value in model.state_dict().items():
+            assert torch.equal(each.state_dict()[name], value)
 
 
 def with_channels(recipe: Recipe, *channels: Channels) -> Recipe:
