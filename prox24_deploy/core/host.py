@@ -1,5 +1,6 @@
 """What the host machine is, in words."""
 
+import math
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,16 @@ def gpu() -> dict[str, str]:
 def gib(size: float) -> str:
     """A number of bytes as people say it."""
     return f"{size / GIB:.1f} GiB"
+
+
+def gib_needed(size: float) -> str:
+    """A number of bytes that will do, rounded up to a hundredth."""
+    return f"{math.ceil(100 * size / GIB) / 100:.2f} GiB"
+
+
+def gib_free(size: float) -> str:
+    """A number of bytes that are there, rounded down to a hundredth."""
+    return f"{math.floor(100 * size / GIB) / 100:.2f} GiB"
 
 
 def gib_of(parts: Mapping[str, int]) -> str:

@@ -31,8 +31,9 @@ from prox24_deploy.model.checkpoint import write_tensors
 
 log = logging.getLogger(__name__)
 
-# A row is dropped if it is shorter, if one token makes up more than this share of it, or if less
-# than this share of its sequences of four tokens are different ones.
+# A row is dropped if it is shorter, or shorter than the window where that is less, if one token
+# makes up more than this share of it, or if less than this share of its sequences of four tokens
+# are different ones.
 SHORTEST = 16
 MOST_OF_ONE = 0.5
 LEAST_DIFFERENT = 0.5
@@ -196,9 +197,9 @@ def start_token(tokenizer: Any, config: Mapping[str, Any]) -> int | None:
     return next((int(token) for token in starts if token is not None), None)
 
 
-def is_degenerate(row: Sequence[int]) -> bool:
+def is_degenerate(row: Sequence[int], shortest: int = SHORTEST) -> bool:
     """Whether a row is too short, or repeats itself, too much to learn from."""
-    if len(row) < SHORTEST:
+    if len(row) < shortest:
         return True
     (_, most), *_ = Counter(row).most_common(1)
     fours = [tuple(row[i : i + 4]) for i in range(len(row) - 3)]
@@ -229,7 +230,7 @@ def write_text(
         progress("write text", min(size, tokens), tokens)
         for row in author.write(index):
             written += 1
-            if tuple(row) not in kept and not is_degenerate(row):
+            if tuple(row) not in kept and not is_degenerate(row, min(SHORTEST, author.length)):
                 kept[tuple(row)] = None
                 size += len(row)
         index += 1

@@ -38,6 +38,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def has_one_score(config: Mapping[str, Any]) -> bool:
+    """Whether a classifier gives one score, as a reranker does, and so has no classes."""
+    names = config.get("id2label")
+    return len(names) == 1 if isinstance(names, Mapping) else config.get("num_labels") == 1
+
+
 def blame_config(path: Path, reason: str) -> None:
     """Do nothing, unless what failed is the configuration, which tokenizers open first.
 

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _SPELLINGS = ("{0}.weight", "{0}.weight_mask", "{0}.mask", "{0}")
 # Weights of two models of one origin are at a smaller angle than this cosine, also far trained
 # ones; those of strangers, or of channels in another order, are at right angles.
-_LEAST_ALIKE = 0.1
+_LEAST_AKIN = 0.1
 # A buffer of a layer, on its device, and no part of what is saved of it.
 _BUFFER = "fixed_mask"
 
@@ -110,7 +110,7 @@ def read_masks(
         given = _tensor(files.path, where[name], name, path, layer)
         used.add(name)
         found[path] = _mask(given != 0, layer)
-        if not layer.weight.is_meta and not _is_alike(given, layer.weight):
+        if not layer.weight.is_meta and not is_akin(given, layer.weight):
             strangers.append(path)
     _warn(files.path, strangers, _idle(where, used, directory) if _is_structure(model) else [])
     return found
@@ -146,14 +146,14 @@ def _idle(where: Mapping[str, Path], used: Collection[str], directory: ModelDir)
     return found
 
 
-def _is_alike(given: Tensor, weight: Tensor) -> bool:
+def is_akin(given: Tensor, weight: Tensor) -> bool:
     """Whether weights of a 2:4 model may be those of the model; of booleans nothing tells."""
     values = given.float()
     kept = values[values != 0]
     if not len(kept) or bool((kept == kept[0]).all()):
         return True
     own = weight.detach().cpu().float()[values != 0]
-    return bool(torch.dot(kept, own) >= _LEAST_ALIKE * kept.norm() * own.norm())
+    return bool(torch.dot(kept, own) >= _LEAST_AKIN * kept.norm() * own.norm())
 
 
 def fix_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

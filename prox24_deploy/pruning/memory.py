@@ -16,7 +16,7 @@ from torch import nn
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.host import free_memory, gib
+from prox24_deploy.core.host import free_memory, gib, gib_free, gib_needed
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.experts import place_of
@@ -174,14 +174,15 @@ def place(needs: Needs, room: Room, *, whole: str = "") -> Placement:
             if own + beside <= room.device:
                 return Placement(streamed=streamed, states=states, bytes=own + beside)
     least = needs.held() if whole else needs.streamed()
-    advice = (
-        f"; {whole} needs the whole model, without it {gib(needs.streamed())} do" if whole else ""
-    )
+    advice = ""
+    if whole:
+        without = gib_needed(needs.streamed())
+        advice = f"; {whole} needs the whole model, without it {without} do"
     many = room.is_host and room.processes > 1
     each = f" for each of {room.processes} processes" if many else ""
     raise UsageError(
-        f"Pruning takes at least {gib(least)} of memory, and {gib(room.device)} are free or "
-        f"allowed by --memory-limit{each}; free some, raise the limit"
+        f"Pruning takes at least {gib_needed(least)} of memory, and {gib_free(room.device)} are "
+        f"free or allowed by --memory-limit{each}; free some, raise the limit"
         f"{', start fewer processes' if many else ''} or take a larger device{advice}."
     )
 

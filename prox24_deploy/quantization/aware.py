@@ -24,7 +24,7 @@ from prox24_deploy.model.layers import (
 )
 from prox24_deploy.quantization.formats import FORMATS, NumberFormat
 from prox24_deploy.quantization.tensors import QuantizedLayer, QuantizedModel
-from prox24_deploy.recovery.objective import objective_for
+from prox24_deploy.recovery.objective import loss_name
 from prox24_deploy.recovery.recover import Recovery, recovered_alone
 from prox24_deploy.recovery.student import Trained
 
@@ -78,7 +78,7 @@ def train_through(
     found = recovered_alone(by.asked, model, trained, by.kept, began, progress)
     outcome = found.outcome
     record = StraightThrough(
-        loss=objective_for(by.asked.recipe.task).name,
+        loss=loss_name(by.asked.recipe.task, by.asked.dense.config),
         steps=found.schedule.steps,
         taken=outcome.taken,
         kept=outcome.kept,

@@ -6,7 +6,7 @@ used, so that the text need not be right. Models that give no logits are held to
 their embedding and to their hidden states.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.evaluation.embeddings import image_states
 from prox24_deploy.model.batch import IGNORED, Batch
 from prox24_deploy.model.blocks import run_model
+from prox24_deploy.model.config_file import has_one_score
 from prox24_deploy.model.sentence_modules import embedding_of
 
 # From the outputs of the dense and of the sparse model on a batch to a sum, and what of.
@@ -58,6 +59,13 @@ def objective_for(task: str, *, temperature: float = 1.0, top_k: int | None = No
         case "embeddings":
             name = "1 - cosine + relative error of hidden states"
             return Objective(name=name, task=task, compare=_compare_states)
+
+
+def loss_name(task: str, config: Mapping[str, Any]) -> str:
+    """What the loss of a model of the task is called, by its config.json."""
+    if TASKS[task].judged_by == "classes" and has_one_score(config):
+        return "squared difference of scores"
+    return objective_for(task).name
 
 
 def _compare_logits(

@@ -1,7 +1,10 @@
 """Whether one model can be the teacher of another: what was pruned from it computes alike."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from safetensors import safe_open
 
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import ModelDirError
@@ -9,6 +12,9 @@ from prox24_deploy.core.modalities import TEXT
 from prox24_deploy.model.config_file import whole_number
 from prox24_deploy.model.directory import ModelDir
 from prox24_deploy.model.processors import load_tokenizer
+from prox24_deploy.pruning.masks import is_akin
+
+log = logging.getLogger(__name__)
 
 # Keys of a configuration that say nothing of what is computed: who wrote it and how it is stored,
 # names of classes, and what generation begins and ends with.
@@ -23,7 +29,7 @@ _IN_TRAINING = ("drop", "initializer", "init_std", "gradient_checkpointing", "au
 
 
 def require_pair(dense: ModelDir, pruned: ModelDir, recipe: Recipe) -> None:
-    """Refuse a model that was not pruned from another.
+    """Refuse a model that was not pruned from another, and warn of one with unlike weights.
 
     Raises:
         ModelDirError: they differ in architecture, vocabulary, the size of a tensor, or in what
@@ -53,6 +59,32 @@ def require_pair(dense: ModelDir, pruned: ModelDir, recipe: Recipe) -> None:
                 f"in {pruned.path}; {remedy}"
             )
     _require_same_settings(dense, pruned, remedy)
+    if not _is_akin(dense, pruned):
+        log.warning(
+            "The weights of %s have nothing to do with those of the teacher %s. Unless one of them "
+            "was rotated, %s", pruned.path, dense.path, remedy,
+        )  # fmt: skip
+
+
+def _is_akin(dense: ModelDir, pruned: ModelDir) -> bool:
+    """Whether some matrix of one model is that of the other, pruned or trained further.
+
+    Some others may be in another order of channels. Of models that are akin the first is enough.
+    """
+    strangers = False
+    for name in sorted(dense.tensors.keys() & pruned.tensors.keys()):
+        with (
+            safe_open(dense.tensors[name].shard, framework="pt") as ours,
+            safe_open(pruned.tensors[name].shard, framework="pt") as theirs,
+        ):
+            # Vectors are much alike in all models.
+            if len(theirs.get_slice(name).get_shape()) < 2:
+                continue
+            weight, given = ours.get_tensor(name), theirs.get_tensor(name)
+        if weight.shape != given.shape or is_akin(given, weight):
+            return True
+        strangers = True
+    return not strangers
 
 
 def _require_same_settings(dense: ModelDir, pruned: ModelDir, remedy: str) -> None:

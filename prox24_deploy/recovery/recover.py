@@ -24,7 +24,7 @@ from prox24_deploy.model.config_file import whole_number
 from prox24_deploy.model.directory import ModelDir, load_model
 from prox24_deploy.model.dtypes import settled_dtype
 from prox24_deploy.model.processors import load_tokenizer
-from prox24_deploy.recovery.objective import objective_for
+from prox24_deploy.recovery.objective import loss_name
 from prox24_deploy.recovery.pair import require_pair
 from prox24_deploy.recovery.processes import Crew, run_together
 from prox24_deploy.recovery.schedule import Schedule, require_samples
@@ -269,7 +269,7 @@ def _record(
 ) -> RecoverResult:
     outcome, device = found.outcome, asked.device
     return RecoverResult(
-        loss=objective_for(asked.recipe.task).name,
+        loss=loss_name(asked.recipe.task, asked.dense.config),
         steps=found.schedule.steps,
         step_tokens=found.schedule.step_tokens,
         taken=outcome.taken,

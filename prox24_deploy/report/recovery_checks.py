@@ -71,6 +71,14 @@ def _overfitting(found: RecoverResult) -> Iterator[str]:
             f"few of them; {more}."
         )
     elif last.withheld and found.after and last.withheld > _RISEN * found.after:
+        kept = next((point for point in found.curve if point.step == found.kept), last)
+        if kept.trained and last.trained and last.trained > _RISEN * kept.trained:
+            yield (
+                f"Recovery was unstable: after step {found.kept}, whose weights are kept, "
+                f"{found.loss} rose from {kept.trained:.3g} to {last.trained:.3g} on what it was "
+                f"trained on, too; pass a smaller --recover-rate than {found.learning_rate:g}."
+            )
+            return
         yield (
             f"Recovery began to overfit: after step {found.kept}, whose weights are kept, "
             f"{found.loss} on withheld samples rose from {found.after:.3g} to "
@@ -79,7 +87,7 @@ def _overfitting(found: RecoverResult) -> Iterator[str]:
 
 
 def _other_domain(evaluate: EvaluateResult) -> Iterator[str]:
-    """Whether evaluation samples gained nothing while withheld calibration samples did."""
+    """Whether evaluation samples got worse while withheld calibration samples got better."""
     if not evaluate.steps or evaluate.steps[0].name != "pruned":
         return
     before = evaluate.steps[0].metrics[0]
@@ -89,7 +97,8 @@ def _other_domain(evaluate: EvaluateResult) -> Iterator[str]:
     if figures[0] is None or figures[1] is None:
         return
     gained = figures[1] - figures[0]
-    if (gained if after.higher_is_better else -gained) <= 0:
+    # One that is the best there is can gain nothing.
+    if (gained if after.higher_is_better else -gained) < 0:
         yield (
             f"Recovery made withheld calibration samples better, and {after.name} on evaluation "
             f"samples went from {figures[0]:.4g} to {figures[1]:.4g}: calibration is of another "

@@ -109,6 +109,14 @@ def test_whole_windows_of_what_is_usable(author: Author) -> None:
     assert write_text(author, 1000, NAMES, 1, silent)[1] == record
 
 
+def test_a_window_that_is_shorter_than_a_text_should_be_is_filled(tmp_path: Path) -> None:
+    author = Author(
+        model=Coin([0.25] * 4), start=0, ends=frozenset(), length=8, seed=0, folder=tmp_path
+    )
+    _, record = write_text(author, 64, NAMES, 1, silent)
+    assert record.tokens == 64
+
+
 def test_a_model_that_repeats_itself_writes_nothing_and_comes_to_an_end(tmp_path: Path) -> None:
     author = Author(
         model=Coin([1e-9, 1.0]), start=0, ends=frozenset(), length=32, seed=0, folder=tmp_path

@@ -1,6 +1,7 @@
 """Where a recovered model may go, and by which teacher: nothing is mixed, nothing is lost."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,11 @@ def test_options_of_logits_are_refused_where_there_are_none(
     context = read_context(tiny_bert, None, options)
     with pytest.raises(UsageError, match=r"--recover-\S+ \d has no effect on a model for feature-"):
         recover.require_usable(options, context)
+    config = {**context.source.config, "id2label": {"0": "LABEL_0"}}
+    reranker = replace(
+        context,
+        recipe=context.recipe.model_copy(update={"task": "text-classification"}),
+        source=replace(context.source, config=config),
+    )
+    with pytest.raises(UsageError, match="which gives one score and no classes; leave it out"):
+        recover.require_usable(options, reranker)

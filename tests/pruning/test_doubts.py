@@ -39,6 +39,8 @@ ROWS = torch.linspace(-2, 3, 320).view(20, 16)
         (WEIGHT, torch.float32, ROWS * 1e-18, "^$"),
         (WEIGHT * 0, torch.float32, ROWS, "^all its weights are zero$"),
         (WEIGHT, torch.float32, ROWS * 0, "^its inputs are all zero on the calibration samples, "),
+        (WEIGHT, torch.float32, ROWS * (torch.arange(16) > 0), "^$"),
+        (WEIGHT, torch.float32, ROWS * (torch.arange(16) > 1), "^2 of its 16 inputs are zero on a"),
         (WEIGHT * 1e-44, torch.float32, ROWS, "^its weights are so near the smallest number"),
         (WEIGHT * 1e-25, torch.bfloat16, ROWS, "^its weights are so near the smallest number"),
         (WEIGHT * 1e-5, torch.float16, ROWS, "^its weights are so near the smallest number"),

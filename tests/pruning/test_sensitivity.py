@@ -1,6 +1,7 @@
 """Which layers a budget prunes: losses recomputed, limits, and a model left as it was."""
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,10 +226,20 @@ def test_a_glob_that_matches_nothing_is_refused(option: str, tiny_llama: Path, p
         left_dense(opened.recipe, opened.model, options)
 
 
-def test_a_glob_that_matches_nothing_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
-    for command in ("build", "prune"):
-        # Without --calibration the model would first write some text.
-        done = run_cli(command, tiny_llama, "--include", "q_proj", "-o", tmp_path / "out")
-        assert done.code == 2
-        assert "--include 'q_proj' matches no target layer of recipe llama" in done.err
-        assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("command", ["build", "prune"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--include", "q_proj"), "--include 'q_proj' matches no target layer of recipe llama"),
+        (("--exclude", "*"), r"All target layers .*q_proj: excluded by --exclude \*; leave one"),
+        (("--include", "*q_proj", "--exclude", "*q_proj"), "All target layers of recipe llama are"),
+    ],
+)
+def test_a_choice_of_no_layers_leaves_nothing(
+    tiny_llama: Path, tmp_path: Path, command: str, given: tuple[str, ...], said: str
+) -> None:
+    # Without --calibration the model would first write some text.
+    done = run_cli(command, tiny_llama, *given, "-o", tmp_path / "out")
+    assert done.code == 2
+    assert re.search(said, done.err)
+    assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from family_batches import batch, recipe_of
 from tiny_families import FAMILIES, tiny_model
 
 from prox24_deploy.model.batch import Batch
-from prox24_deploy.recovery.objective import divergences, objective_for
+from prox24_deploy.recovery.objective import divergences, loss_name, objective_for
 
 # One of each way to read and to answer.
 ROWS = [
@@ -72,6 +72,9 @@ def test_a_single_score_is_held_to_its_value() -> None:
         loss, count = objective_for(recipe.task)(dense, sparse, batch(recipe))
     assert count == 3
     assert float(loss) == pytest.approx(3 * 0.25, rel=1e-4)
+    config = dense.config.to_dict()  # type: ignore[operator, union-attr]
+    assert loss_name(recipe.task, config) == "squared difference of scores"
+    assert loss_name(recipe.task, {"id2label": {"0": "a", "1": "b"}}) == "KL(dense, sparse)"
 
 
 def test_divergence_of_the_likeliest_is_a_lower_bound_of_the_whole() -> None:

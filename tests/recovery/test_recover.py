@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from opened import open_tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from prox24_deploy.config.options import PruneOptions, RecoverOptions
 from prox24_deploy.core.errors import (
@@ -463,6 +463,24 @@ def test_a_teacher_that_computes_otherwise_is_refused(
         return
     with pytest.raises(ModelDirError, match=f"The teacher .* has .*{said}.*; pass the model that"):
         require_pair(dense, llama.pruned, llama.recipe)
+
+
+def test_a_teacher_with_unlike_weights_is_a_warning(
+    llama: Recovery, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    require_pair(llama.dense, llama.pruned, llama.recipe)
+    assert not caplog.text
+    copy = tmp_path / "copy"
+    shutil.copytree(llama.dense.path, copy)
+    generator = torch.Generator().manual_seed(3)
+    for file in copy.glob("*.safetensors"):
+        strange = {
+            name: torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+            for name, tensor in load_file(file).items()
+        }
+        save_file(strange, file, {"format": "pt"})
+    require_pair(open_model_dir(copy), llama.pruned, llama.recipe)
+    assert f"have nothing to do with those of the teacher {copy}. Unless one of" in caplog.text
 
 
 def test_other_tokens_are_refused(llama: Recovery, tmp_path: Path) -> None:

@@ -45,6 +45,9 @@ def test_a_loss_that_rises_after_the_kept_step_is_overfitting() -> None:
     assert "after step 10, whose weights are kept" in said
     assert "rose from 0.33 to 0.4; pass more text" in said
     assert warnings(replace(found, curve=curve(*points, (20, 0.2, 0.34)))) == []
+    (said,) = warnings(replace(found, curve=curve(*points, (20, 0.5, 0.4))))
+    assert "rose from 0.3 to 0.5 on what it was trained on, too" in said
+    assert said.endswith(f"pass a smaller --recover-rate than {found.learning_rate:g}.")
 
 
 def test_a_loss_that_is_too_large_names_recovery_where_there_was_none() -> None:
@@ -80,9 +83,12 @@ def test_numbers_that_training_left_as_they_were_are_a_warning() -> None:
 
 @pytest.mark.parametrize(
     ("higher", "after", "warned"),
-    [(True, 0.8, True), (True, 0.95, False), (False, 0.95, True), (False, 0.8, False)],
-)
-def test_evaluation_samples_that_gain_nothing_are_of_another_domain(
+    [
+        (True, 0.8, True), (True, 0.95, False), (False, 0.95, True), (False, 0.8, False),
+        (True, 0.9, False), (False, 0.9, False),
+    ],
+)  # fmt: skip
+def test_evaluation_samples_that_get_worse_are_of_another_domain(
     *, higher: bool, after: float, warned: bool
 ) -> None:
     def metric(value: float) -> PairedMetric:

@@ -11,6 +11,7 @@ from prox24_deploy.bundle.layout import PRUNED, RECIPE
 from prox24_deploy.bundle.stage import Stage, Workspace
 from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
 from prox24_deploy.config.recipe import Recipe
+from prox24_deploy.core.errors import UsageError
 from prox24_deploy.core.fingerprint import unkeyed
 from prox24_deploy.core.records import PruneResult
 from prox24_deploy.core.types import Progress
@@ -47,16 +48,25 @@ class PruneInputs:
 
 
 def require_usable(context: RunContext, options: PruneOptions) -> None:
-    """Before any work, refuse a choice of layers that names none of the model's.
+    """Before any work, refuse a choice of layers that leaves none, or names none of the model's.
 
     Raises:
-        UsageError: a glob matches no target.
+        UsageError: a glob matches no target, all targets are left dense, or the plan is of another
+            model.
     """
-    if options.include or options.exclude:
-        from prox24_deploy.model.directory import structure_of
-        from prox24_deploy.pruning.selection import left_dense
+    if not (options.include or options.exclude or options.planned_dense):
+        return
+    from prox24_deploy.model.directory import structure_of
+    from prox24_deploy.pruning.selection import left_dense, target_paths
 
-        left_dense(context.recipe, structure_of(context.source, context.recipe), options)
+    recipe, model = context.recipe, structure_of(context.source, context.recipe)
+    dense = left_dense(recipe, model, options)
+    paths = target_paths(recipe, model)
+    if dense.keys() >= set(paths):
+        raise UsageError(
+            f"All target layers of recipe {recipe.family} are left dense, first {paths[0]}: "
+            f"{dense[paths[0]]}; leave one to prune."
+        )
 
 
 def prune_inputs(

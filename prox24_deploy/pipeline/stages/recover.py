@@ -23,6 +23,7 @@ from prox24_deploy.core.errors import BundleError, ModelDirError, UsageError
 from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.tasks import TASKS
 from prox24_deploy.core.types import Progress
+from prox24_deploy.model.config_file import has_one_score
 from prox24_deploy.pipeline.context import RunContext, require_apart, torch_device
 from prox24_deploy.pipeline.stages import prune
 from prox24_deploy.pipeline.stages.versions import numeric_versions
@@ -61,7 +62,7 @@ def require_usable(options: BuildOptions, context: RunContext) -> None:
     if options.recover is None:
         return
     device = torch_device(options.device)
-    _require_logits(options.recover, context.recipe)
+    _require_logits(options.recover, context)
     from prox24_deploy.recovery.schedule import require_samples
 
     require_samples(context.calibration)
@@ -83,17 +84,20 @@ def require_effect(options: BuildOptions) -> None:
         )
 
 
-def _require_logits(options: RecoverOptions, recipe: Recipe) -> None:
-    """Refuse options of the comparison of logits for a model that gives none."""
-    if TASKS[recipe.task].judged_by != "embeddings":
+def _require_logits(options: RecoverOptions, context: RunContext) -> None:
+    """Refuse options of the comparison of logits for a model that gives none, or but one."""
+    task = context.recipe.task
+    judged_by = TASKS[task].judged_by
+    one = judged_by == "classes" and has_one_score(context.source.config)
+    if judged_by != "embeddings" and not one:
         return
     idle = [f"--recover-top-k {options.top_k}"] if options.top_k is not None else []
     if options.temperature != 1:
         idle.append(f"--recover-temperature {options.temperature:g}")
     if idle:
         raise UsageError(
-            f"{idle[0]} has no effect on a model for {recipe.task}, which gives no logits; leave "
-            "it out."
+            f"{idle[0]} has no effect on a model for {task}, which gives "
+            f"{'one score and no classes' if one else 'no logits'}; leave it out."
         )
 
 
