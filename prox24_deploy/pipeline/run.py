@@ -114,7 +114,7 @@ def _require_usable(
 ) -> None:
     """Refuse what one of the stages would, before any of them has begun."""
     stages.tasks.require_usable(options.harness, context.recipe)
-    stages.prune.require_usable(context, options.prune)
+    stages.prune.require_usable(context, options)
     stages.recover.require_usable(options, context)
     stages.quantize.require_usable(options, context, backends)
 
@@ -125,7 +125,7 @@ def prune(
     """Run only the pruning stage: `out` becomes a bundle with `pruned/`."""
     require_leader()
     context = read_context(model_dir, out, options, progress)
-    stages.prune.require_usable(context, options.prune)
+    stages.prune.require_usable(context, options)
     require_room(out, context, options)
     begun = _begun_by_processes(model_dir, out, context, options, fresh=fresh, progress=progress)
     with open_bundle(out, fresh=fresh and not begun) as bundle:
@@ -162,7 +162,7 @@ def help_to_prune(model_dir: Path, options: BuildOptions) -> None:
         Prox24Error: what `prune` raises for the same model and options.
     """
     context = read_context(model_dir, None, options)
-    stages.prune.require_usable(context, options.prune)
+    stages.prune.require_usable(context, options)
     require_text_for_all(context, options)
     with shared(options) as ranks:
         if ranks is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import SENTENCE_MODULES, Recipe
 from prox24_deploy.core.atomic import make_folder
-from prox24_deploy.core.errors import ModelDirError, RecipeError
+from prox24_deploy.core.errors import ModelDirError, RecipeError, UsageError
 from prox24_deploy.core.records import ChannelOrder, LayerRecord, PruneResult, Sensitivity
 from prox24_deploy.core.types import Progress, silent
 from prox24_deploy.data.text import thin
@@ -69,7 +69,12 @@ from prox24_deploy.pruning.selection import (
     require_matches,
     target_paths,
 )
-from prox24_deploy.pruning.sensitivity import SensitivityStore, measure_sensitivity, over_budget
+from prox24_deploy.pruning.sensitivity import (
+    SensitivityStore,
+    measure_sensitivity,
+    over_budget,
+    require_two,
+)
 from prox24_deploy.pruning.solvers.problem import damping_for
 from prox24_deploy.pruning.solvers.products import tensor_cores
 from prox24_deploy.pruning.waves import Group, waves
@@ -193,8 +198,7 @@ def _require_usable(
     ranks: Ranks,
 ) -> None:
     require_batch_each(ranks.count, len(calibration))
-    if options.reconstructs:
-        require_batches(len(calibration))
+    require_enough(options, len(calibration))
     require_matches(recipe, model)
 
 
@@ -315,9 +319,18 @@ class _Job:
         shares = map(self.ranks.share, (self.calibration.batches, self.measured))
         needs = needs_of(structure, self.recipe, [b for each in shares for b in each], self.options)
         room = room_on(self.device, memory_limit, self.ranks.here)
-        # None takes memory before all have looked at what is free.
-        self.ranks.total(0.0)
-        return place(needs, room, whole="" if self.maps else self.needs_whole)
+        found, refusal = None, ""
+        try:
+            found = place(needs, room, whole="" if self.maps else self.needs_whole)
+        except UsageError as error:
+            refusal = str(error)
+        # None takes memory before all have looked at what is free, or where one has too little.
+        for number, said in enumerate(self.ranks.of_all(refusal)):
+            if said:
+                where = f"Process {number} of this run: " if self.ranks.count > 1 else ""
+                raise UsageError(f"{where}{said}")
+        assert found is not None, "none was refused"
+        return found
 
     @property
     def maps(self) -> bool:
@@ -495,6 +508,18 @@ def _sensitivity(
     told = job.ranks.told(found)
     assert told is not None, "process 0 has measured it"
     return told
+
+
+def require_enough(options: PruneOptions, batches: int) -> None:
+    """Refuse fewer batches of calibration text than the options take.
+
+    Raises:
+        CalibrationError: there is only one.
+    """
+    if options.reconstructs:
+        require_batches(batches)
+    if options.has_budget:
+        require_two(batches)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,13 +110,22 @@ def measure_sensitivity(
     )
 
 
-def _parts(calibration: Sequence[Batch]) -> tuple[tuple[Batch, ...], Sequence[Batch]]:
-    """The batches to solve on, and those to measure on."""
-    if len(calibration) < 2:
+def require_two(batches: int) -> None:
+    """Refuse text too short to solve on one part and measure on another.
+
+    Raises:
+        CalibrationError: there is only one batch.
+    """
+    if batches < 2:
         raise CalibrationError(
             "A budget needs at least two batches of calibration text, one to solve on and one to "
             "measure on, got one; pass more text or raise --calibration-tokens."
         )
+
+
+def _parts(calibration: Sequence[Batch]) -> tuple[tuple[Batch, ...], Sequence[Batch]]:
+    """The batches to solve on, and those to measure on."""
+    require_two(len(calibration))
     withheld = calibration[::_WITHHELD]
     solving = tuple(batch for i, batch in enumerate(calibration) if i % _WITHHELD)
     return solving, withheld[:: -(-len(withheld) // _MOST_BATCHES)]

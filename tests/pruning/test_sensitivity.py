@@ -243,3 +243,20 @@ def test_a_choice_of_no_layers_leaves_nothing(
     assert done.code == 2
     assert re.search(said, done.err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--reconstruct",), "Block reconstruction needs at least two batches"),
+        (("--layers", "3"), "A budget needs at least two batches"),
+    ],
+)
+def test_too_little_text_of_the_user_leaves_nothing(
+    tiny_llama: Path, prose: Path, tmp_path: Path, given: tuple[str, ...], said: str
+) -> None:
+    text = ("--calibration", prose, "--calibration-tokens", "64")
+    done = run_cli("prune", tiny_llama, *text, *given, "-o", tmp_path / "out")
+    assert done.code == 2
+    assert said in done.err
+    assert not (tmp_path / "out").exists()

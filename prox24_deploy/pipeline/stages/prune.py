@@ -47,13 +47,20 @@ class PruneInputs:
     )
 
 
-def require_usable(context: RunContext, options: PruneOptions) -> None:
+def require_usable(context: RunContext, asked: BuildOptions) -> None:
     """Before any work, refuse a choice of layers that leaves none, or names none of the model's.
 
     Raises:
+        CalibrationError: there is too little text of the user's.
         UsageError: a glob matches no target, all targets are left dense, or the plan is of another
             model.
     """
+    options = asked.prune
+    if asked.text.calibration:
+        from prox24_deploy.pruning.prune import require_enough
+
+        # What the model writes itself is there only later, and is then held to the same.
+        require_enough(options, len(context.calibration.batches))
     if not (options.include or options.exclude or options.planned_dense):
         return
     from prox24_deploy.model.directory import structure_of
