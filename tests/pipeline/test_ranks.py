@@ -262,7 +262,7 @@ def test_a_process_that_has_too_little_memory_ends_all_with_its_words(
     tiny_llama: Path, prose: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Ranks, "of_all", lambda _, own: [own, "Pruning takes at least 9 GiB."])
-    with pytest.raises(UsageError, match="^Pruning takes at least 9 GiB"):
+    with pytest.raises(UsageError, match=r"^Pruning takes at least 9 GiB\.$"):
         help_on_one_batch(tiny_llama, prose, Ranks(0, 1, CPU))
 
 
