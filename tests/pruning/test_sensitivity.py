@@ -255,7 +255,7 @@ def test_a_choice_of_no_layers_leaves_nothing(
 def test_too_little_text_of_the_user_leaves_nothing(
     tiny_llama: Path, prose: Path, tmp_path: Path, given: tuple[str, ...], said: str
 ) -> None:
-    text = ("--calibration", prose, "--calibration-tokens", "64")
+    text = ("--calibration", prose, "--calibration-tokens", "1024")
     done = run_cli("prune", tiny_llama, *text, *given, "-o", tmp_path / "out")
     assert done.code == 2
     assert said in done.err
