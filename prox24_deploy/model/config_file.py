@@ -6,6 +6,7 @@ from typing import Any
 
 from prox24_deploy.core.documents import Document, read_json, reason_of
 from prox24_deploy.core.errors import ModelDirError
+from prox24_deploy.core.tasks import TASKS
 
 CONFIG_FILE = "config.json"
 # What the configurations of different families call the number of positions.
@@ -38,8 +39,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def has_one_score(config: Mapping[str, Any]) -> bool:
-    """Whether a classifier gives one score, as a reranker does, and so has no classes."""
+def has_one_score(task: str, config: Mapping[str, Any]) -> bool:
+    """Whether a model of a task gives one score, as a reranker does, and so has no classes."""
+    if TASKS[task].judged_by != "classes":
+        return False
     names = config.get("id2label")
     return len(names) == 1 if isinstance(names, Mapping) else config.get("num_labels") == 1
 

@@ -63,7 +63,7 @@ def objective_for(task: str, *, temperature: float = 1.0, top_k: int | None = No
 
 def loss_name(task: str, config: Mapping[str, Any]) -> str:
     """What the loss of a model of the task is called, by its config.json."""
-    if TASKS[task].judged_by == "classes" and has_one_score(config):
+    if has_one_score(task, config):
         return "squared difference of scores"
     return objective_for(task).name
 

@@ -70,15 +70,17 @@ def _overfitting(found: RecoverResult) -> Iterator[str]:
             f"{found.fitted:.3g}) far better than withheld ones ({found.after:.3g}): there are too "
             f"few of them; {more}."
         )
-    elif last.withheld and found.after and last.withheld > _RISEN * found.after:
-        kept = next((point for point in found.curve if point.step == found.kept), last)
-        if kept.trained and last.trained and last.trained > _RISEN * kept.trained:
-            yield (
-                f"Recovery was unstable: after step {found.kept}, whose weights are kept, "
-                f"{found.loss} rose from {kept.trained:.3g} to {last.trained:.3g} on what it was "
-                f"trained on, too; pass a smaller --recover-rate than {found.learning_rate:g}."
-            )
-            return
+        return
+    if not (last.withheld and found.after and last.withheld > _RISEN * found.after):
+        return
+    kept = next((point for point in found.curve if point.step == found.kept), last)
+    if kept.trained and last.trained and last.trained > _RISEN * kept.trained:
+        yield (
+            f"Recovery was unstable: after step {found.kept}, whose weights are kept, "
+            f"{found.loss} rose from {kept.trained:.3g} to {last.trained:.3g} on what it was "
+            f"trained on, too; pass a smaller --recover-rate than {found.learning_rate:g}."
+        )
+    else:
         yield (
             f"Recovery began to overfit: after step {found.kept}, whose weights are kept, "
             f"{found.loss} on withheld samples rose from {found.after:.3g} to "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prox24_deploy.config.recipe import RECIPE_FILE, Recipe
 from prox24_deploy.core.atomic import appearing, copy_file, write_atomic
 from prox24_deploy.core.errors import ModelDirError, RecipeError, UsageError
-from prox24_deploy.core.host import gib
+from prox24_deploy.core.host import gib_free, gib_needed
 from prox24_deploy.core.rotation import ROTATION_FILE, RotateResult
 from prox24_deploy.core.types import Progress
 from prox24_deploy.data.text import thin
@@ -126,9 +126,9 @@ def _require_memory(
     )
     if needed > (free := free_on(device, limit)):
         raise UsageError(
-            f"Rotating {directory.path} takes the whole model in memory, about {gib(needed)} on "
-            f"{device.type}, and {gib(free)} are free or allowed by --memory-limit; take a larger "
-            "device, or build the model as it is."
+            f"Rotating {directory.path} takes the whole model in memory, about "
+            f"{gib_needed(needed)} on {device.type}, and {gib_free(free)} are free or allowed by "
+            "--memory-limit; take a larger device, or build the model as it is."
         )
 
 

@@ -14,7 +14,7 @@ from prox24_deploy.config.options import BenchOptions, EngineOptions
 from prox24_deploy.config.recipe import dynamic_names
 from prox24_deploy.core.errors import BackendMissingError
 from prox24_deploy.core.fingerprint import unkeyed
-from prox24_deploy.core.host import free_memory, gib
+from prox24_deploy.core.host import free_memory, gib_free, gib_needed
 from prox24_deploy.core.records import (
     BenchResult,
     CompileResult,
@@ -179,9 +179,9 @@ def _require_room(backend: Backend, engines: Sequence[Engine]) -> None:
     )
     if (free := free_memory()) < needed:
         raise BackendMissingError(
-            f"The engines of {backend.name} take about {gib(needed)} of memory together, which "
-            f"they must to be timed in turns, and {gib(free)} are free; free some, or build for a "
-            "GPU with --backend."
+            f"The engines of {backend.name} take about {gib_needed(needed)} of memory together, "
+            f"which they must to be timed in turns, and {gib_free(free)} are free; free some, or "
+            "build for a GPU with --backend."
         )
 
 

@@ -87,9 +87,8 @@ def require_effect(options: BuildOptions) -> None:
 def _require_logits(options: RecoverOptions, context: RunContext) -> None:
     """Refuse options of the comparison of logits for a model that gives none, or but one."""
     task = context.recipe.task
-    judged_by = TASKS[task].judged_by
-    one = judged_by == "classes" and has_one_score(context.source.config)
-    if judged_by != "embeddings" and not one:
+    one = has_one_score(task, context.source.config)
+    if TASKS[task].judged_by != "embeddings" and not one:
         return
     idle = [f"--recover-top-k {options.top_k}"] if options.top_k is not None else []
     if options.temperature != 1:

@@ -37,13 +37,17 @@ def test_a_factor_is_that_of_the_inverse(
     assert found.is_contiguous()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_what_float32_cannot_factor_is_factored_in_float64(device: str) -> None:
-    # Twelve directions and next to nothing besides; of whole numbers, so that it is exact.
+def near_singular(diagonal: float, device: str) -> Tensor:
+    """Twelve directions and next to nothing besides; of whole numbers, so that it is exact."""
     rows = torch.randint(-1, 2, (96, 12), generator=torch.Generator().manual_seed(0)).float()
     matrix = rows @ rows.T
-    matrix.diagonal().add_(2.0**-20)
-    matrix = matrix.to(device)
+    matrix.diagonal().add_(diagonal)
+    return matrix.to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_float32_cannot_factor_is_factored_in_float64(device: str) -> None:
+    matrix = near_singular(2.0**-20, device)
     for each in (matrix, matrix.flip(0, 1)):
         assert torch.linalg.cholesky_ex(each).info > 0
     right = torch.linalg.inv(matrix.double())
@@ -59,11 +63,8 @@ def test_what_float32_cannot_factor_is_factored_in_float64(device: str) -> None:
 def test_an_inverse_that_does_not_undo_its_matrix_is_made_in_float64(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As above, but far enough from singular for a factor in float32.
-    rows = torch.randint(-1, 2, (96, 12), generator=torch.Generator().manual_seed(0)).float()
-    matrix = rows @ rows.T
-    matrix.diagonal().add_(2.0**-14)
-    matrix = matrix.to(device)
+    # Far enough from singular for a factor in float32.
+    matrix = near_singular(2.0**-14, device)
     right = torch.linalg.inv(matrix.double())
     found, factor = inverse_of(matrix), inverse_factor(matrix)
     monkeypatch.setattr(factors, "_SOUND", torch.inf)
