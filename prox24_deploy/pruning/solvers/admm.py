@@ -84,9 +84,10 @@ class _Steps:
     """
 
     def __init__(self, problem: LayerProblem, options: AdmmOptions, shares: Shares) -> None:
-        self._linear, self._options = problem.linear, options
+        # The kernel walks over memory as it lies.
+        start, self._linear = problem.start.contiguous(), problem.linear.contiguous()
+        self._options = options
         self._inverse = inverse_of(plus_diagonal(problem.curvature, options.rho), shares)
-        start = problem.start
         row_scale = start.abs().mean(1)
         # A zero row has no scale; any finite λ leaves it zero.
         self._base = options.start / torch.where(row_scale > 0, row_scale, 1.0)
@@ -96,7 +97,7 @@ class _Steps:
             weight=torch.empty_like(start),
             split=start.clone(),
             dual=torch.zeros_like(start),
-            target=problem.linear + options.rho * start,
+            target=self._linear + options.rho * start,
         )
         self.taken = 0
         self._graph: _Graph | None = None

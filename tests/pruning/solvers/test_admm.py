@@ -38,6 +38,20 @@ def test_more_iterations_never_end_with_a_worse_row() -> None:
     assert float(losses[-1].sum()) < float(losses[0].sum())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_weights_that_lie_transposed_are_solved_alike(device: str) -> None:
+    plain = correlated_layer(rows=48, features=64).problem()
+    problem = on_gpu(plain) if device == "cuda" else plain
+    turned = replace(
+        problem, start=problem.start.T.contiguous().T, linear=problem.linear.T.contiguous().T
+    )
+    assert not turned.start.is_contiguous()
+    for one, other in zip(
+        prox_admm(problem, PRESETS["fast"])[:2], prox_admm(turned, PRESETS["fast"])[:2], strict=True
+    ):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("iterations", [3, 5, 8, 225])
 def test_a_cuda_graph_takes_the_same_steps(
