@@ -23,6 +23,20 @@ Newton equation below is this project's own derivation:
 On each support the problem is convex where its Hessian is positive semidefinite, so each has at
 most one local minimiser and comparing the three objective values is exact. One exact coordinate
 sweep at the end never increases the objective and restores relative accuracy for tiny y.
+
+The compiled forms leave out what cannot be best:
+
+* Three, by a bound. Let V(t) be the objective with u3 = t, u4 = 0 and the best u1 and u2. V' = φ,
+  and V(0) is that of two. φ lies above its tangent at 0, so V(t) - V(0) ≥ t (φ(0) + ½ t φ'(0)),
+  which has to be negative at one of the ends of [0, min(y3, tc)].
+* Four, unless Θ has a root. Θ is convex in p while T < 0 and increases from there, so it has one
+  between p = ½ and the largest only if Θ(½) < 0 or its tangent there is negative at the largest.
+* Four, unless three beat two. What four gain over two grows with y4; so let y4 = y3, and then
+  u3 = u4 = s, since there is one local minimiser. With σ = u1 + u2, q = (2 u1 + s)² + (2 u2 + s)²
+  and y3 = u1 u2 + s (1 + σ), which is stationarity, twice the objective is that of two and
+  s² (q - 2 (1 + σ)), which is to be negative. That of three at the same u1 and u2 and at
+  u3 = s (1 + σ) is that of two and s² (q - (1 + σ)²): less if σ ≥ 1. If σ < 1, the best u1 for this
+  u2 and u3 takes off another s² (u2 (1 - σ) + s)², and then, as s ≤ u2 ≤ ½ σ, it is less again.
 """
 
 import importlib.util

@@ -3,10 +3,10 @@
 Same derivation and same result; what differs is the order of the work. Groups are taken in blocks
 that fit the first-level cache. One pass writes a block as if two non-zeros were right everywhere
 and notes the groups where they may not be; those are gathered, sorted, into planes of a scratch
-array, solved there by loops without branches, which the compiler turns into vector instructions,
-and scattered back.
+array, solved there with three by loops without branches, which the compiler turns into vector
+instructions; the fewer that may keep four are gathered once more; and all are scattered back.
 
-No group depends on its neighbours in a block: the number of Newton steps is fixed, and fused
+No group depends on its neighbours in a block: the number of steps is fixed, and fused
 multiply-add stays off, so that vector loops and their scalar remainders give the same bits.
 Compiled on first use (some seconds), never cached on disk, because nothing may be written beside
 the output of a build.
@@ -23,17 +23,20 @@ from torch import Tensor
 
 Array = npt.NDArray[Any]
 
-# Groups per block: the scratch planes take 22 KiB in float32.
+# Groups per block: the scratch planes take 42 KiB in float32.
 BLOCK = 512
-# Newton steps: one more than brought the objective of over a million groups within rounding.
-_STEPS = {torch.float32: 7, torch.float64: 9}
+# Steps: one more than brought the objective of over a million groups within rounding.
+_STEPS = {torch.float32: 5, torch.float64: 7}
 # A Python number would widen float32 arithmetic to float64; these widen neither.
 _ZERO, _QUARTER, _HALF, _ONE, _TWO, _THREE = map(np.float32, (0.0, 0.25, 0.5, 1.0, 2.0, 3.0))
+_BELOW_ONE = np.float32(0.99999)
 _TINY = np.float32(1e-6)
-_SMALLEST = np.float32(1e-30)
 # Planes of the scratch array: the sorted magnitudes, overwritten by the solution; the same times
-# λ; λ; the unknowns of the two Newton iterations.
-_M1, _M2, _M3, _M4, _Y1, _Y2, _Y3, _Y4, _LAM, _T, _P, _PLANES = range(12)
+# λ; λ; the best candidate, whose fourth element the sweep finds; the largest u3; twice the best
+# objective; where the steps for four start. Of the groups that may keep four: magnitudes times λ,
+# which the candidate and twice its objective overwrite, and p.
+_M1, _M2, _M3, _M4, _Y1, _Y2, _Y3, _Y4, _LAM, _U1, _U2, _U3, _END, _BEST, _START = range(15)
+_F1, _F2, _F3, _F4, _P, _PLANES = range(15, 21)
 
 
 def prox_24_compiled(weight: Tensor, lam: Tensor) -> Tensor:
@@ -94,8 +97,9 @@ def _prox_block(
     if count > 0:
         _gather(z, where, scratch, count)
         _three(scratch, count, steps)
-        _four(scratch, count, steps)
-        _choose(scratch, count)
+        _choose_three(scratch, count, more)
+        _four(scratch, count, steps, more)
+        _finish(scratch, count)
         _scatter(z, where, scratch, count, out)
 
 
@@ -112,8 +116,12 @@ def _two(z: Array, lam: Any, out: Array, more: Array) -> None:
         out[4 * i + 1] = z2 + _ZERO if identity | _two_of(not ab, bc, bd) else _ZERO
         out[4 * i + 2] = z3 + _ZERO if identity | _two_of(not ac, not bc, cd) else _ZERO
         out[4 * i + 3] = z4 + _ZERO if identity | _two_of(not ad, not bd, not cd) else _ZERO
-        m1, _, m3, _ = _sorted(a, b, c, d)
-        more[i] = (not identity) & (lam * m1 <= _TWO) & (m3 > _ZERO)
+        m1, m2, m3, _ = _sorted(a, b, c, d)
+        y1, y2, y3 = lam * m1, lam * m2, lam * m3
+        start, fall = _at_two(y1, y2, y3)
+        # A tiny group has its own solution, and its products may underflow.
+        wins = (min(start, start + _HALF * fall * _end(y1, y2, y3)) < _ZERO) | (y1 < _TINY)
+        more[i] = (not identity) & (y1 <= _TWO) & (m3 > _ZERO) & wins
 
 
 @numba.njit(inline="always")
@@ -144,52 +152,135 @@ def _gather(z: Array, where: Array, scratch: Array, count: int) -> None:
         scratch[_Y3, i], scratch[_Y4, i] = m3 * lam, m4 * lam
 
 
+@numba.njit(inline="always")
+def _at_two(y1: Any, y2: Any, y3: Any) -> Any:
+    """φ and its slope where u3 = 0."""
+    return y1 * y2 - y3, _ONE - (y1 * y1 + y2 * y2)
+
+
+@numba.njit(inline="always", error_model="numpy")
+def _end(y1: Any, y2: Any, y3: Any) -> Any:
+    """The largest u3 of a candidate with u4 = 0; of three equal ones it would be 1, a pole of φ."""
+    return min(min(y3, y2 / (y1 + math.sqrt((y1 + y2) * (y1 - y2)))), _BELOW_ONE)
+
+
 @numba.njit(error_model="numpy")
 def _three(scratch: Array, count: int, steps: int) -> None:
-    """Plane T: u3 of the candidate with u4 = 0, by Newton on φ from the right, see `prox.py`."""
+    """Plane U3 of the candidate with u4 = 0, by Halley's steps on φ, see `prox.py`."""
     for i in range(count):
-        y1, y2 = scratch[_Y1, i], scratch[_Y2, i]
-        root_total, root_spread = math.sqrt(y1 + y2), math.sqrt(y1 - y2)
-        turn = (root_total - root_spread) / (root_total + root_spread)
-        scratch[_T, i] = min(scratch[_Y3, i], turn)
+        y1, y2, y3 = scratch[_Y1, i], scratch[_Y2, i], scratch[_Y3, i]
+        first, fall = _at_two(y1, y2, y3)
+        end = _end(y1, y2, y3)
+        scratch[_END, i] = end
+        scratch[_U3, i] = min(max(-first, _ZERO) / fall, end) if fall > _ZERO else end
     for _ in range(steps):
         for i in range(count):
-            y1, y2, y3, t = scratch[_Y1, i], scratch[_Y2, i], scratch[_Y3, i], scratch[_T, i]
-            # Of three equal elements t starts at 1, where the spread part is 0 / 0.
-            plus, minus = _ONE / (_ONE + t), _ONE / max(_ONE - t, _SMALLEST)
-            total, spread = (y1 + y2) * plus, (y1 - y2) * minus
-            sum_part, spread_part = total * total, spread * spread
-            slope = _ONE - (sum_part * plus + spread_part * minus) * _HALF
-            step = (t - y3 + (sum_part - spread_part) * _QUARTER) / slope
-            # φ > 0 with no positive slope: no root to the left, so no minimiser of this support.
-            scratch[_T, i] = min(max(t - step, _ZERO), y3) if slope > _ZERO else t
+            y1, y2, y3, t = scratch[_Y1, i], scratch[_Y2, i], scratch[_Y3, i], scratch[_U3, i]
+            plus, minus = _inverses(t)
+            total, spread = _HALF * (y1 + y2) * plus, _HALF * (y1 - y2) * minus
+            total, spread = total * total, spread * spread
+            phi = t - y3 + (total - spread)
+            total, spread = total * plus, spread * minus
+            slope = _ONE - _TWO * (total + spread)
+            bend = _THREE * (total * plus - spread * minus)
+            step = _halley(phi, slope, bend)
+            scratch[_U3, i] = min(max(t - step, _ZERO), scratch[_END, i])
+
+
+@numba.njit(inline="always", error_model="numpy")
+def _inverses(t: Any) -> Any:
+    """1/(1+t) and 1/(1-t) by one division."""
+    inverse = _ONE / (_ONE - t * t)
+    part = t * inverse
+    return inverse - part, inverse + part
+
+
+@numba.njit(inline="always", error_model="numpy")
+def _halley(value: Any, slope: Any, bend: Any) -> Any:
+    """A step of Halley's method, by half of the second derivative."""
+    divisor = slope * slope - value * bend
+    return value * slope / divisor if divisor != _ZERO else _ZERO
 
 
 @numba.njit(error_model="numpy")
-def _four(scratch: Array, count: int, steps: int) -> None:
-    """Plane P: u4 + ½ of the candidate with four non-zeros, by Newton on Θ, see `prox.py`."""
+def _choose_three(scratch: Array, count: int, more: Array) -> None:
+    """Planes U and BEST of two or three non-zeros; note where there may be four."""
     for i in range(count):
-        scratch[_P, i] = _HALF + min(scratch[_Y4, i], _HALF)
+        y1, y2, y3, y4 = scratch[_Y1, i], scratch[_Y2, i], scratch[_Y3, i], scratch[_Y4, i]
+        t = scratch[_U3, i]
+        plus, minus = _inverses(t)
+        total, spread = _HALF * (y1 + y2) * plus, _HALF * (y1 - y2) * minus
+        u1, u2 = total + spread, max(total - spread, _ZERO)
+        d1, d2, d3, last = u1 - y1, u2 - y2, t - y3, y4 * y4
+        two, three = y3 * y3 + last, d1 * d1 + d2 * d2 + d3 * d3 + last + _TWO * (u1 * u2 * t)
+        # Strictly less, so that the sparser support wins a tie.
+        better = three < two
+        scratch[_U1, i], scratch[_U2, i] = u1 if better else y1, u2 if better else y2
+        scratch[_U3, i], scratch[_BEST, i] = t if better else _ZERO, three if better else two
+        theta, slope, _ = _theta(_HALF, y1, y2, y3, y4)
+        most = min(y4, _HALF)
+        scratch[_START, i] = _HALF + (min(-theta / slope, most) if slope > _ZERO else most)
+        falls = min(theta, theta + slope * most) < _ZERO
+        more[i] = better & (y4 > _ZERO) & falls
+
+
+@numba.njit(error_model="numpy")
+def _four(scratch: Array, count: int, steps: int, more: Array) -> None:
+    """Planes U where four non-zeros are best, by Halley's steps on Θ, see `prox.py`."""
+    where = np.empty(BLOCK, np.int64)
+    fours = 0
+    for i in range(count):
+        where[fours] = i
+        fours += more[i]
+    for k in range(fours):
+        i = where[k]
+        y1, y2, y3, y4 = scratch[_Y1, i], scratch[_Y2, i], scratch[_Y3, i], scratch[_Y4, i]
+        scratch[_F1, k], scratch[_F2, k], scratch[_F3, k], scratch[_F4, k] = y1, y2, y3, y4
+        scratch[_P, k] = scratch[_START, i]
     for _ in range(steps):
-        for i in range(count):
-            y1, y2, y3, y4 = scratch[_Y1, i], scratch[_Y2, i], scratch[_Y3, i], scratch[_Y4, i]
-            p = scratch[_P, i]
-            ratio = _offset(y1, y2, y3, y4) / p
-            bend = ratio / p
-            t = _HALF * (p + ratio)
-            square = t * t
-            r1 = math.sqrt(y1 - y4 + square)
-            r2 = math.sqrt(y2 - y4 + square)
-            r3 = math.sqrt(y3 - y4 + square)
-            # 1/r1 + 1/r2 + 1/r3 with one division. A product that underflows means t = 0, where
-            # the term vanishes: p + a/p cancels to zero or to over a hundredth of the precision.
-            product = r1 * r2 * r3
-            inverses = (r1 * r2 + (r1 + r2) * r3) / product if product > _ZERO else _ZERO
-            slope = _HALF * (_THREE + bend + t * (_ONE - bend) * inverses)
-            theta = _HALF * (_THREE * p - ratio) + r1 + r2 + r3 - _TWO
-            step = theta / slope if slope != _ZERO else _ZERO
-            # Every u4 in [0, ½] has p in [½, 1]; the margin lets Newton undershoot and come back.
-            scratch[_P, i] = min(max(p - step, _QUARTER), _ONE)
+        for k in range(fours):
+            p = scratch[_P, k]
+            theta, slope, bend = _theta(
+                p, scratch[_F1, k], scratch[_F2, k], scratch[_F3, k], scratch[_F4, k]
+            )
+            step = _halley(theta, slope, bend)
+            # Every u4 in [0, ½] has p in [½, 1]; the margin lets a step undershoot and come back.
+            scratch[_P, k] = min(max(p - step, _QUARTER), _ONE)
+    for k in range(fours):
+        y = scratch[_F1, k], scratch[_F2, k], scratch[_F3, k], scratch[_F4, k]
+        u = _four_from(y, scratch[_P, k])
+        scratch[_F1, k], scratch[_F2, k], scratch[_F3, k] = u[0], u[1], u[2]
+        scratch[_F4, k] = _value(u, y)
+    for k in range(fours):
+        i = where[k]
+        better = scratch[_F4, k] < scratch[_BEST, i]
+        scratch[_U1, i] = scratch[_F1, k] if better else scratch[_U1, i]
+        scratch[_U2, i] = scratch[_F2, k] if better else scratch[_U2, i]
+        scratch[_U3, i] = scratch[_F3, k] if better else scratch[_U3, i]
+
+
+@numba.njit(inline="always", error_model="numpy")
+def _theta(p: Any, y1: Any, y2: Any, y3: Any, y4: Any) -> Any:
+    """Θ at p, its slope, and half of its second derivative."""
+    inverse = _ONE / p
+    ratio = _offset(y1, y2, y3, y4) * inverse
+    bend = ratio * inverse
+    t, lean = _HALF * (p + ratio), _HALF * (_ONE - bend)
+    square = t * t
+    r1 = math.sqrt(y1 - y4 + square)
+    r2 = math.sqrt(y2 - y4 + square)
+    r3 = math.sqrt(y3 - y4 + square)
+    # The inverses with one division. A product that underflows means t = 0, where their terms
+    # vanish: p + a/p cancels to zero or to over a hundredth of the precision.
+    product = r1 * r2 * r3
+    shared = _ONE / product if product > _ZERO else _ZERO
+    i1, i2, i3 = r2 * r3 * shared, r1 * r3 * shared, r1 * r2 * shared
+    total, cubes = i1 + i2 + i3, i1 * i1 * i1 + i2 * i2 * i2 + i3 * i3 * i3
+    grow, twist = t * lean, bend * inverse
+    theta = _HALF * (_THREE * p - ratio) + (r1 + r2 + r3) - _TWO
+    slope = _HALF * (_THREE + bend) + grow * total
+    curve = _HALF * ((lean * lean + t * twist) * total - twist - grow * grow * cubes)
+    return theta, slope, curve
 
 
 @numba.njit(inline="always")
@@ -199,19 +290,13 @@ def _offset(y1: Any, y2: Any, y3: Any, y4: Any) -> Any:
 
 
 @numba.njit(error_model="numpy")
-def _choose(scratch: Array, count: int) -> None:
-    """Compare the candidates at λ = 1, sweep the best and scale it back, into planes M."""
+def _finish(scratch: Array, count: int) -> None:
+    """Sweep the best candidate and scale it back, into planes M."""
     for i in range(count):
         y = scratch[_Y1, i], scratch[_Y2, i], scratch[_Y3, i], scratch[_Y4, i]
         m = scratch[_M1, i], scratch[_M2, i], scratch[_M3, i], scratch[_M4, i]
-        lam = scratch[_LAM, i]
-        two = y[0], y[1], y[0] - y[0], y[0] - y[0]
-        three = _three_from(y, scratch[_T, i])
-        four = _four_from(y, scratch[_P, i])
-        # Strictly less, so that the sparser support wins a tie.
-        u = _pick(_value(three, y) < _value(two, y), three, two)
-        u = _pick((y[3] > _ZERO) & (_value(four, y) < _value(u, y)), four, u)
-        swept = _sweep(u, y)
+        u3, lam = scratch[_U3, i], scratch[_LAM, i]
+        swept = _sweep(scratch[_U1, i], scratch[_U2, i], u3, y)
         # No element grows; scaling by λ and back could round one up.
         w = (
             min(swept[0] / lam, m[0]),
@@ -219,7 +304,7 @@ def _choose(scratch: Array, count: int) -> None:
             min(swept[2] / lam, m[2]),
             min(swept[3] / lam, m[3]),
         )
-        w = _pick(u[2] > _ZERO, w, (m[0], m[1], two[2], two[3]))
+        w = _pick(u3 > _ZERO, w, (m[0], m[1], m[2] - m[2], m[2] - m[2]))
         w = _pick(y[0] < _TINY, _small(m, lam), w)
         scratch[_M1, i], scratch[_M2, i], scratch[_M3, i], scratch[_M4, i] = w
 
@@ -233,14 +318,6 @@ def _pick(condition: Any, yes: Any, no: Any) -> Any:
         yes[2] if condition else no[2],
         yes[3] if condition else no[3],
     )
-
-
-@numba.njit(inline="always", error_model="numpy")
-def _three_from(y: Any, t: Any) -> Any:
-    """The candidate with u3 = t and u4 = 0."""
-    sum_half = _HALF * (y[0] + y[1]) / (_ONE + t)
-    spread_half = _HALF * (y[0] - y[1]) / max(_ONE - t, _SMALLEST)
-    return sum_half + spread_half, max(sum_half - spread_half, _ZERO), t, t - t
 
 
 @numba.njit(inline="always", error_model="numpy")
@@ -264,9 +341,8 @@ def _value(u: Any, y: Any) -> Any:
 
 
 @numba.njit(inline="always")
-def _sweep(u: Any, y: Any) -> Any:
+def _sweep(u1: Any, u2: Any, u3: Any, y: Any) -> Any:
     """One pass of exact coordinate minimisation, smallest coordinate first."""
-    u1, u2, u3, _ = u
     u4 = max(y[3] - (u1 * u2 + u1 * u3 + u2 * u3), _ZERO)
     u3 = max(y[2] - (u1 * u2 + u1 * u4 + u2 * u4), _ZERO)
     u2 = max(y[1] - (u1 * u3 + u1 * u4 + u3 * u4), _ZERO)

@@ -1,9 +1,17 @@
 """The proximal operator of `prox.py` as one GPU kernel, alone and within a step of ADMM.
 
-Same derivation and same result. A thread holds whole groups in registers, in float32 whatever the
-storage, so that a group is read and written once; a warp none of whose groups can keep more than
-two non-zeros does no arithmetic on them. Instructions are what it is bound by, so Newton's steps
-share reciprocals: an inverse square root gives the root too, and one division 1/(1+t) and 1/(1-t).
+Same derivation and same result. A thread holds a group in registers, in float32 whatever the
+storage, so that a group is read and written once. Instructions are what it is bound by, so a warp
+does what one of its groups asks for and no more:
+
+* Without a group that can keep more than two non-zeros, no arithmetic; without one that can keep
+  four (`prox.py` says which can), none for those.
+* Steps are Halley's. They start from the root of the tangent at the sparser end, if that rises,
+  and otherwise from the other end. Few are taken by all; more follow if a group moved far in the
+  last of them and its result matters.
+
+Steps share reciprocals: an inverse square root gives the root too, and one division 1/(1+t) and
+1/(1-t).
 """
 
 import torch
@@ -13,11 +21,13 @@ from torch import Tensor
 
 from prox24_deploy.pruning.solvers.prox import AdmmState
 
-# Groups of a program, which is one warp: two for each thread.
-_BLOCK = tl.constexpr(64)
-# Steps of Newton on Θ and of Halley on φ, which leave 2e-7 of ½|z|² on ten million Gaussian groups.
-_NEWTON = tl.constexpr(5)
-_HALLEY = tl.constexpr(4)
+# Groups of a block: one for each thread of a program, which is one warp.
+_BLOCK = tl.constexpr(32)
+# Blocks that a program solves, one after the other: a program costs what 40 instructions do.
+_BLOCKS = tl.constexpr(4)
+# A last step of Halley's, in t or p, that is so short needs none behind it: what that leaves is
+# 6e-7 of ½|z|² at most on ten million Gaussian groups.
+_CLOSE = tl.constexpr(0.02)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -59,42 +69,57 @@ def admm_step_cuda(state: AdmmState, linear: Tensor, lam: Tensor, rho: float) ->
 
 
 def _grid(weight: Tensor) -> tuple[int]:
-    """A program for each block of groups of each row."""
-    return (len(weight) * triton.cdiv(weight.shape[-1] // 4, _BLOCK.value),)
+    """A program for some blocks of each row."""
+    return (len(weight) * triton.cdiv(weight.shape[-1] // 4, _BLOCK.value * _BLOCKS.value),)
 
 
 @triton.jit
 def _place(per_row):
-    """Row of this program, offsets of its elements (groups, 4), and which lie in the row."""
-    blocks = tl.cdiv(per_row, _BLOCK)
-    row = tl.program_id(0) // blocks
-    group = (tl.program_id(0) - row * blocks) * _BLOCK + tl.arange(0, _BLOCK)
+    """Row of this program, its first group, and the end of its groups."""
+    programs = tl.cdiv(per_row, _BLOCK * _BLOCKS)
+    row = tl.program_id(0) // programs
+    first = (tl.program_id(0) - row * programs) * (_BLOCK * _BLOCKS)
+    return row.to(tl.int64), first, tl.minimum(first + _BLOCK * _BLOCKS, per_row)
+
+
+@triton.jit
+def _elements(group, per_row):
+    """Offsets in the row of the elements (groups, 4) of a block, and which lie in the row."""
+    group = group + tl.arange(0, _BLOCK)
     inside = (group < per_row)[:, None] & (tl.arange(0, 4) >= 0)[None, :]
-    at = row.to(tl.int64) * per_row * 4 + (group[:, None] * 4 + tl.arange(0, 4)[None, :])
-    return row, at, inside
+    return group[:, None] * 4 + tl.arange(0, 4)[None, :], inside
 
 
 @triton.jit
 def _prox_kernel(z_ptr, lam_ptr, out_ptr, per_row):
     """Solve rows of `per_row` groups into `out_ptr`, each with its λ."""
-    row, at, inside = _place(per_row)
-    z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    w = _prox(z, tl.load(lam_ptr + row))
-    tl.store(out_ptr + at, w.to(out_ptr.dtype.element_ty), mask=inside)
+    row, first, end = _place(per_row)
+    lam = tl.load(lam_ptr + row)
+    z_ptr += row * per_row * 4
+    out_ptr += row * per_row * 4
+    for group in range(first, end, _BLOCK):
+        at, inside = _elements(group, per_row)
+        z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, _prox(z, lam).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _admm_kernel(weight_ptr, dual_ptr, linear_ptr, lam_ptr, split_ptr, target_ptr, rho, per_row):
     """One step of ADMM on rows of `per_row` groups; see `admm_step_cuda`."""
-    row, at, inside = _place(per_row)
-    z = tl.load(weight_ptr + at, mask=inside, other=0.0)
-    z += tl.load(dual_ptr + at, mask=inside, other=0.0)
-    linear = tl.load(linear_ptr + at, mask=inside, other=0.0)
-    split = _prox(z, tl.load(lam_ptr + row))
-    dual = z - split
-    tl.store(split_ptr + at, split, mask=inside)
-    tl.store(dual_ptr + at, dual, mask=inside)
-    tl.store(target_ptr + at, linear + rho * (split - dual), mask=inside)
+    row, first, end = _place(per_row)
+    lam = tl.load(lam_ptr + row)
+    start = row * per_row * 4
+    for group in range(first, end, _BLOCK):
+        at, inside = _elements(group, per_row)
+        at += start
+        z = tl.load(weight_ptr + at, mask=inside, other=0.0)
+        z += tl.load(dual_ptr + at, mask=inside, other=0.0)
+        linear = tl.load(linear_ptr + at, mask=inside, other=0.0)
+        split = _prox(z, lam)
+        dual = z - split
+        tl.store(split_ptr + at, split, mask=inside)
+        tl.store(dual_ptr + at, dual, mask=inside)
+        tl.store(target_ptr + at, linear + rho * (split - dual), mask=inside)
 
 
 @triton.jit
@@ -112,7 +137,7 @@ def _prox(z, lam):
     e6, a, b = _exchange(a, b)
     if lam > 0.0:
         work = (lam * a <= 2.0) & (c > 0.0)
-        if tl.max(work.to(tl.int32), 0) > 0:
+        if _any(work):
             a, b, c, d = _solve(a, b, c, d, lam, work)
         else:
             c, d = c * 0.0, d * 0.0
@@ -128,6 +153,12 @@ def _prox(z, lam):
 
 
 @triton.jit
+def _any(mask):
+    """Whether it holds for any group of a block."""
+    return tl.max(mask.to(tl.int32), 0) > 0
+
+
+@triton.jit
 def _exchange(a, b):
     """Whether the second is larger, and both in order."""
     return b > a, tl.maximum(a, b), tl.minimum(a, b)
@@ -136,7 +167,8 @@ def _exchange(a, b):
 @triton.jit
 def _signed(z, w):
     """A magnitude with the sign of the input; zero is +0.0."""
-    return tl.where(z < 0.0, 0.0 - w, w)
+    sign = z.to(tl.int32, bitcast=True) & -0x80000000
+    return (w.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True) + 0.0
 
 
 @triton.jit
@@ -151,19 +183,25 @@ def _inverse(x):
 def _solve(m1, m2, m3, m4, lam, work):
     """Minimise over sorted magnitudes; without `work` two non-zeros are known to be right."""
     y1, y2, y3, y4 = m1 * lam, m2 * lam, m3 * lam, m4 * lam
-    t1, t2, t3 = _three(y1, y2, y3)
-    f1, f2, f3, f4 = _four(y1, y2, y3, y4)
-    last = y4 * y4
-    two = y3 * y3 + last
+    t1, t2, t3 = _three(y1, y2, y3, work)
     # Twice the objective at λ = 1; strictly less, so that the sparser support wins a tie.
+    last = y4 * y4
     d1, d2, d3 = t1 - y1, t2 - y2, t3 - y3
     three = d1 * d1 + d2 * d2 + d3 * d3 + last + 2.0 * (t1 * t2 * t3)
-    better = three < two
+    better = work & (three < y3 * y3 + last)
     u1, u2, u3 = tl.where(better, t1, y1), tl.where(better, t2, y2), tl.where(better, t3, 0.0)
-    best = tl.where(better, three, two)
-    better = (y4 > 0.0) & (_value(f1, f2, f3, f4, y1, y2, y3, y4) < best)
-    u1, u2 = tl.where(better, f1, u1), tl.where(better, f2, u2)
-    u3, u4 = tl.where(better, f3, u3), tl.where(better, f4, 0.0)
+    a = y4 + 0.25 - 0.5 * (y1 + y2 + y3 + y4)
+    g1, g2, g3 = 4.0 * (y1 - y4), 4.0 * (y2 - y4), 4.0 * (y3 - y4)
+    theta, slope, _ = _theta(0.5, 2.0, a, g1, g2, g3)
+    most = tl.minimum(y4, 0.5)
+    four = better & (y4 > 0.0) & (tl.minimum(theta, theta + slope * most) < 0.0)
+    if _any(four):
+        tangent = tl.minimum(0.0 - theta * _inverse(slope), most)
+        p = 0.5 + tl.where(slope > 0.0, tangent, most)
+        f1, f2, f3, f4 = _four(p, a, g1, g2, g3, four)
+        four = four & (_value(f1, f2, f3, f4, y1, y2, y3, y4) < three)
+        # u4 follows from the others in the sweep.
+        u1, u2, u3 = tl.where(four, f1, u1), tl.where(four, f2, u2), tl.where(four, f3, u3)
     dense = work & (u3 > 0.0)
     u1, u2, u3, u4 = _sweep(u1, u2, u3, y1, y2, y3, y4)
     # No element grows; scaling by λ and back could round one up.
@@ -173,7 +211,7 @@ def _solve(m1, m2, m3, m4, lam, work):
     w3 = tl.where(dense, tl.minimum(u3 * inverse, m3), 0.0)
     w4 = tl.where(dense, tl.minimum(u4 * inverse, m4), 0.0)
     tiny = work & (y1 < 1e-6)
-    if tl.max(tiny.to(tl.int32), 0) > 0:
+    if _any(tiny):
         s1, s2, s3, s4 = _small(m1, m2, m3, m4, lam)
         w1, w2 = tl.where(tiny, s1, w1), tl.where(tiny, s2, w2)
         w3, w4 = tl.where(tiny, s3, w3), tl.where(tiny, s4, w4)
@@ -181,57 +219,60 @@ def _solve(m1, m2, m3, m4, lam, work):
 
 
 @triton.jit
-def _three(y1, y2, y3):
-    """The candidate with u4 = 0: Halley's steps on φ from the right."""
+def _three(y1, y2, y3, work):
+    """The candidate with u4 = 0: Halley's steps on φ."""
     half_sum, half_spread = 0.5 * (y1 + y2), 0.5 * (y1 - y2)
-    root_sum, root_spread = tl.sqrt(half_sum), tl.sqrt(half_spread)
-    turn = (root_sum - root_spread) * _inverse(root_sum + root_spread)
-    # Of three equal elements t would start at 1, where the part of their difference is 0 / 0.
-    start = tl.minimum(tl.minimum(y3, turn), 0.99999)
-    t = start
-    for _ in tl.static_range(_HALLEY):
-        plus, minus = _inverses(t)
-        total, spread = half_sum * plus, half_spread * minus
-        total, spread = total * total, spread * spread
-        phi = t - y3 + total - spread
-        total, spread = total * plus, spread * minus
-        slope = 1.0 - 2.0 * (total + spread)
-        bend = 3.0 * (total * plus - spread * minus)
-        step = phi * slope * _inverse(slope * slope - phi * bend)
-        # Without a root, which is without a minimiser of this support, t ends in a feasible point.
-        t = tl.minimum(tl.maximum(t - step, 0.0), start)
+    turn = y2 * _inverse(y1 + 2.0 * tl.sqrt(half_sum * half_spread))
+    # Of three equal elements t could be 1, where the part of their difference is 0 / 0.
+    end = tl.minimum(tl.minimum(y3, turn), 0.99999)
+    # φ(0) and φ'(0), which tell whether three can beat two.
+    first, fall = y1 * y2 - y3, 1.0 - (y1 * y1 + y2 * y2)
+    wins = work & (tl.minimum(first, first + 0.5 * fall * end) < 0.0)
+    tangent = tl.minimum(tl.maximum(0.0 - first * _inverse(fall), 0.0), end)
+    t = tl.where(fall > 0.0, tangent, end)
+    before, slope = _halley_three(t, half_sum, half_spread, y3)
+    t, slope = _halley_three(before, half_sum, half_spread, y3)
+    # Left of the lowest φ, where it falls, there is no minimiser to be found.
+    if _any(wins & (slope > 0.0) & (tl.abs(t - before) > _CLOSE)):
+        t, slope = _halley_three(t, half_sum, half_spread, y3)
+        t, slope = _halley_three(t, half_sum, half_spread, y3)
+    # Without a root, which is without a minimiser of this support, t ends in a feasible point.
+    t = tl.minimum(t, end)
     plus, minus = _inverses(t)
     total, spread = half_sum * plus, half_spread * minus
     return total + spread, tl.maximum(total - spread, 0.0), t
 
 
 @triton.jit
-def _inverses(t):
-    """1/(1+t) and 1/(1-t) by one division."""
-    inverse = _inverse(1.0 - t * t)
-    return (1.0 - t) * inverse, (1.0 + t) * inverse
+def _halley_three(t, half_sum, half_spread, y3):
+    """A step from t, which ends at zero at the least, and the slope of φ at t."""
+    plus, minus = _inverses(t)
+    total, spread = half_sum * plus, half_spread * minus
+    total, spread = total * total, spread * spread
+    phi = t - y3 + total - spread
+    total, spread = total * plus, spread * minus
+    slope = 1.0 - 2.0 * (total + spread)
+    bend = 3.0 * (total * plus - spread * minus)
+    return tl.maximum(t - phi * slope * _inverse(slope * slope - phi * bend), 0.0), slope
 
 
 @triton.jit
-def _four(y1, y2, y3, y4):
-    """The candidate with four non-zeros: Newton on 2 Θ, in h = p + a/p = 2 T."""
-    a = y4 + 0.25 - 0.5 * (y1 + y2 + y3 + y4)
-    g1, g2, g3 = 4.0 * (y1 - y4), 4.0 * (y2 - y4), 4.0 * (y3 - y4)
-    p = 0.5 + tl.minimum(y4, 0.5)
-    for _ in tl.static_range(_NEWTON):
-        inverse = _inverse(p)
-        ratio = a * inverse
-        bend = ratio * inverse
-        h = p + ratio
-        # Kept from zero, where all gaps may be zero too.
-        square = h * h + 1e-30
-        s1, s2, s3 = g1 + square, g2 + square, g3 + square
-        i1, i2, i3 = tl.rsqrt(s1), tl.rsqrt(s2), tl.rsqrt(s3)
-        theta = 3.0 * p - 4.0 - ratio + s1 * i1 + s2 * i2 + s3 * i3
-        slope = 3.0 + bend + (h - h * bend) * (i1 + i2 + i3)
-        # Every u4 in [0, ½] has p in [½, 1]; the margin lets Newton undershoot and come back. A
-        # slope of zero gives no number or infinity, which ends at the margin too.
-        p = tl.minimum(tl.maximum(p - theta * _inverse(slope), 0.25), 1.0)
+def _inverses(t):
+    """1/(1+t) and 1/(1-t) by one division."""
+    inverse = _inverse(1.0 - t * t)
+    part = t * inverse
+    return inverse - part, inverse + part
+
+
+@triton.jit
+def _four(p, a, g1, g2, g3, matters):
+    """The candidate with four non-zeros: Halley's steps on Θ; u4 is p - ½."""
+    before = p
+    p = _halley_four(p, a, g1, g2, g3)
+    if _any(matters & (tl.abs(p - before) > _CLOSE)):
+        for _ in tl.static_range(3):
+            p = _halley_four(p, a, g1, g2, g3)
+    p = tl.minimum(p, 1.0)
     ratio = a * _inverse(p)
     base, h = 0.5 * (p - ratio - 1.0), p + ratio
     square = h * h
@@ -239,6 +280,31 @@ def _four(y1, y2, y3, y4):
     u2 = tl.maximum(base + 0.5 * tl.sqrt(g2 + square), 0.0)
     u3 = tl.maximum(base + 0.5 * tl.sqrt(g3 + square), 0.0)
     return u1, u2, u3, tl.maximum(p - 0.5, 0.0)
+
+
+@triton.jit
+def _halley_four(p, a, g1, g2, g3):
+    """A step from p. Every u4 in [0, ½] has p in [½, 1]; a step may undershoot and come back."""
+    theta, slope, curve = _theta(p, _inverse(p), a, g1, g2, g3)
+    return tl.maximum(p - theta * slope * _inverse(slope * slope - theta * curve), 0.25)
+
+
+@triton.jit
+def _theta(p, inverse, a, g1, g2, g3):
+    """2 Θ at p, its slope, and half of its second derivative; g_i is 4 d_i, h = p + a/p is 2 T."""
+    ratio = a * inverse
+    bend = ratio * inverse
+    h, lean = p + ratio, 1.0 - bend
+    # Kept from zero, where all gaps may be zero too.
+    square = h * h + 1e-30
+    s1, s2, s3 = g1 + square, g2 + square, g3 + square
+    i1, i2, i3 = tl.rsqrt(s1), tl.rsqrt(s2), tl.rsqrt(s3)
+    total, cubes = i1 + i2 + i3, i1 * i1 * i1 + i2 * i2 * i2 + i3 * i3 * i3
+    theta = 3.0 * p - 4.0 - ratio + s1 * i1 + s2 * i2 + s3 * i3
+    grow, twist = h * lean, bend * inverse
+    slope = 3.0 + bend + grow * total
+    curve = (0.5 * lean * lean + h * twist) * total - twist - 0.5 * grow * grow * cubes
+    return theta, slope, curve
 
 
 @triton.jit

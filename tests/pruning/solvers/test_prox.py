@@ -199,11 +199,32 @@ def test_a_larger_lambda_never_has_the_larger_regulariser(
     assert (np.abs(small) <= np.abs(z)).all()
 
 
-def test_both_forms_agree_on_large_matrices() -> None:
-    weight = torch.randn(64, 2048, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+@pytest.mark.parametrize("spread", [1.0, 0.3, 0.05])
+def test_both_forms_agree_on_large_matrices(spread: float) -> None:
+    """Elements of one size are where supports of two, three and four are near in objective."""
+    draw = torch.randn(64, 4096, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    weight = draw if spread == 1 else 1 + spread * draw
     lam = torch.linspace(0.0, 4.0, 64, dtype=torch.float64)[:, None]
     eager = prox._prox_eager(weight, lam, 12)
     compiled = prox_24(weight, lam)
     gap = objective_24(compiled, weight, lam) - objective_24(eager, weight, lam)
     assert float(gap.abs().max()) < 1e-13
     assert float(((eager != 0) == (compiled != 0)).double().mean()) > 0.9999
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.3, 0.05])
+def test_four_win_only_where_three_beat_two(spread: float) -> None:
+    """The eager form compares all candidates; the others rely on this."""
+    groups = 1 + spread * torch.randn(
+        1 << 17, 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64
+    )
+    groups = groups.abs()
+    lam = torch.empty(len(groups), 1, dtype=torch.float64).uniform_(
+        0.2, 1.2, generator=torch.Generator().manual_seed(7)
+    )
+    four = (prox_24(groups, lam, newton_iterations=12) != 0).all(1)
+    without = groups.masked_fill(groups == groups.amin(1, keepdim=True), 0.0)
+    three = (prox_24(without, lam, newton_iterations=12) != 0).sum(1) == 3
+    assert 1000 < int(four.sum()) < len(four) - 1000
+    assert int((three & ~four).sum()) > 0
+    assert int((four & ~three).sum()) == 0
