@@ -1,7 +1,7 @@
 """How pruning grows: time, memory and traffic of a random Llama of any shape, one JSON line a run.
 
     python benchmarks/scale.py --hidden 512 --inner 1536 --blocks 2 --tokens 16384
-    python benchmarks/scale.py --hidden 8192 --inner 28672 --heads 64 --kv-heads 8 --blocks 1 \
+    python benchmarks/scale.py --hidden 8192 --inner 28672 --heads 64 --kv-heads 8 --blocks 3 \
         --whole 80 --tokens 262144 --device cuda --parts
 
 The model is made on the spot, in bfloat16 and in shards of a block, and pruned as `prune` does it.
@@ -10,10 +10,12 @@ Started by `torchrun --nproc-per-node N`, N processes share the work, one on eac
 matrix products, as PyTorch counts them, over the whole of the time, beside the largest that a
 product in the precision of the solver's steps reaches here. With `--parts`, the parts of the work
 are timed, for which the GPU is waited for. Both take time themselves. A run of few blocks tells of
-a model of more: each block takes as long as the last of these, opening and writing grow with the
-weights, and taking the samples to the first block, which is a part of opening, does not; that a
-larger model may have to be kept elsewhere (`--memory-limit`) is not in it. Bytes are those that the
-process asked for, caches included.
+a model of more: each block takes as long as the last but one of these, the last of them as the last
+of these, which passes nothing on and with `--reconstruct` looks at no next one; so a run of one
+block tells too little, and one of two counts what the first alone does. Opening and writing grow
+with the weights, and taking the samples to the first block, which is a part of opening, does not;
+that a larger model may have to be kept elsewhere (`--memory-limit`) is not in it. Bytes are those
+that the process asked for, caches included.
 """
 
 import argparse
@@ -264,11 +266,14 @@ def whole(seconds: dict[str, float], record: float, made: Made, count: int | Non
     """Of a model of so many blocks, by the assumptions at the top."""
     if count is None:
         return None
-    *_, last = (span for name, span in seconds.items() if name.startswith("block"))
+    if count == made.blocks:
+        return sum(seconds.values())
+    spans = [span for name, span in seconds.items() if name.startswith("block")]
+    *_, one, last = spans[0], *spans
     weights = made.outside + count * made.block
     grown = weights / (made.outside + made.blocks * made.block)
     growing = seconds["open"] - record + seconds["write"]
-    return growing * grown + record + last * count
+    return growing * grown + record + one * (count - 1) + last
 
 
 def matrix_peak(device: torch.device) -> float:
