@@ -35,6 +35,7 @@ from prox24_deploy.bundle.manifest import (
     canonical_json,
     faults,
     hash_file,
+    hash_files,
     list_files,
     read_manifest,
     write_manifest,
@@ -190,7 +191,7 @@ class Bundle:
         shutil.rmtree(self.partial, ignore_errors=True)
         for name in files:
             make_readable(self.root, name)
-        self.manifest.files.update({name: hash_file(self.root / name) for name in files})
+        self.manifest.files.update(hash_files(self.root, files))
         self.manifest.pending = []
         self.manifest.complete = True
         if found := next(faults(self.root, self.manifest), None):
@@ -259,9 +260,8 @@ class Bundle:
             return None
         known = sorted(f for output in entry.outputs for f in self._files_below(output))
         present = sorted(f for output in entry.outputs for f in list_files(self.root, output))
-        if _early(known) != _early(present) or any(
-            hash_file(self.root / f) != self.manifest.files[f] for f in _early(known)
-        ):
+        listed = {f: self.manifest.files[f] for f in _early(known)}
+        if _early(known) != _early(present) or hash_files(self.root, listed) != listed:
             log.warning("stage %s: its files were changed, running it again", name)
             return None
         try:
@@ -278,8 +278,7 @@ class Bundle:
 
     def _enter(self, name: str, entry: StageEntry) -> None:
         for output in entry.outputs:
-            for file in list_files(self.root, output):
-                self.manifest.files[file] = hash_file(self.root / file)
+            self.manifest.files.update(hash_files(self.root, list_files(self.root, output)))
         self.manifest.stages[name] = entry
         self.promise([])
 

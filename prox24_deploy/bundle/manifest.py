@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,7 @@ from prox24_deploy.core.documents import (
 )
 from prox24_deploy.core.errors import BundleError
 from prox24_deploy.core.records import ModelInfo
-from prox24_deploy.core.snapshot import sha256_of
+from prox24_deploy.core.snapshot import hashes_of
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -163,7 +163,17 @@ def verify(root: Path) -> list[str]:
 
 def hash_file(path: Path) -> FileEntry:
     """sha256 and size of one file."""
-    return FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
+    return hash_files(path.parent, [path.name])[path.name]
+
+
+def hash_files(root: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """sha256 and size of files below a folder, by name."""
+    names = list(names)
+    contents = hashes_of(root / name for name in names)
+    return {
+        name: FileEntry(sha256=sha256, size=(root / name).stat().st_size)
+        for name, sha256 in zip(names, contents, strict=True)
+    }
 
 
 def checksum_list(root: Path, manifest: Manifest) -> str:
@@ -221,13 +231,13 @@ def faults(root: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{MANIFEST_FILE} belongs to an unfinished build; {rest}."
     links = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink()}
     yield from (f"{name} is a link, expected the file itself." for name in sorted(links))
-    for name, entry in sorted(manifest.files.items()):
-        path = root / name
-        if name in links:
-            continue
-        if not path.is_file():
+    own = sorted(manifest.files.keys() - links)
+    there = hash_files(root, [name for name in own if (root / name).is_file()])
+    for name in own:
+        entry, found = manifest.files[name], there.get(name)
+        if found is None:
             yield f"{name} is missing."
-        elif (found := hash_file(path)) != entry:
+        elif found != entry:
             yield (
                 f"{name} was changed: {found.size} bytes with sha256 {found.sha256[:16]}…, "
                 f"expected {entry.size} bytes with {entry.sha256[:16]}…."

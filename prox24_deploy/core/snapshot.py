@@ -5,11 +5,15 @@ made from files counts only if they are the same after their last use.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 Listing = Callable[[Path], Iterable[Path]]
+# Files that are hashed at a time, each on a core; more would wait for a disk.
+_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +58,11 @@ class Snapshot:
         if (name := self.touched()) is not None:
             return name
         try:
-            contents = {name: sha256_of(self.root / name) for name in self.files}
+            contents = hashes_of(self.root / name for name in self.files)
         except FileNotFoundError as error:
             return str(error.filename)
-        return next((name for name in contents if contents[name] != self.files[name].sha256), None)
+        found = zip(self.files, contents, strict=True)
+        return next((name for name, sha256 in found if sha256 != self.files[name].sha256), None)
 
 
 def take_snapshot(root: Path, listing: Listing) -> Snapshot:
@@ -68,10 +73,11 @@ def take_snapshot(root: Path, listing: Listing) -> Snapshot:
     """
     # The stamps first: what is written while a file is hashed must not pass for what was hashed.
     stamps = {name: _stamp(root / name) for name in _names(root, listing)}
+    there = {name: stamp for name, stamp in stamps.items() if stamp is not None}
+    contents = hashes_of(root / name for name in there)
     files = {
-        name: FileState(sha256=sha256_of(root / name), stamp=stamp)
-        for name, stamp in stamps.items()
-        if stamp is not None
+        name: FileState(sha256=sha256, stamp=stamp)
+        for (name, stamp), sha256 in zip(there.items(), contents, strict=True)
     }
     return Snapshot(root=root, listing=listing, files=files)
 
@@ -80,6 +86,16 @@ def sha256_of(path: Path) -> str:
     """sha256 of the content of a file, in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def hashes_of(paths: Iterable[Path]) -> list[str]:
+    """As `sha256_of`, of some files at a time: hashing takes a core longer than reading a disk.
+
+    Raises:
+        OSError: a file cannot be read; of the first of them.
+    """
+    with ThreadPoolExecutor(min(_AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
+        return list(pool.map(sha256_of, paths))
 
 
 def _names(root: Path, listing: Listing) -> list[str]:

@@ -21,6 +21,7 @@ from prox24_deploy.config.recipe import RECIPE_FILE, SENTENCE_MODULES, Recipe
 from prox24_deploy.core.atomic import copy_file, make_folder, write_atomic, writing
 from prox24_deploy.core.errors import ModelDirError, RecipeError, SparsityLostError
 from prox24_deploy.core.records import LayerRecord
+from prox24_deploy.core.snapshot import sha256_of
 from prox24_deploy.core.tensor_names import names_like
 from prox24_deploy.model.directory import CARD_FILE, ModelDir, companion_files
 from prox24_deploy.model.layers import is_layer
@@ -322,13 +323,14 @@ def write_pruned(
     with writing(out):
         out.mkdir(parents=True)
     _copy_companions(directory, out, added)
-    digest = hashlib.sha256()
-    for shard in directory.shards:
-        more = added if shard == directory.shards[-1] else {}
-        _rewrite_shard(shard, replaced, out / shard.name, more)
-        with (out / shard.name).open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+    # Each file is hashed while the next is written.
+    with ThreadPoolExecutor(1) as hasher:
+        hashes: list[Future[str]] = []
+        for shard in directory.shards:
+            more = added if shard == directory.shards[-1] else {}
+            _rewrite_shard(shard, replaced, out / shard.name, more)
+            hashes.append(hasher.submit(sha256_of, out / shard.name))
+        return hashlib.sha256(b"".join(bytes.fromhex(each.result()) for each in hashes)).hexdigest()
 
 
 def _copy_companions(directory: ModelDir, out: Path, added: Mapping[str, Tensor]) -> None:

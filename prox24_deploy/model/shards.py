@@ -1,11 +1,13 @@
 """The weight files of a checkpoint: which there are, and that every value in them is sound."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from prox24_deploy.core.documents import (
     Document,
@@ -102,10 +104,7 @@ def sound_tensors(shard: Path) -> dict[str, StoredTensor]:
         with safe_open(shard, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 tensor = handle.get_tensor(name)
-                # Not every float of eight bits has an `isfinite` of its own.
-                wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-                if tensor.is_floating_point() and not bool(torch.isfinite(wide).all()):
-                    bad = int((~torch.isfinite(wide)).sum())
+                if bad := _infinite(tensor):
                     raise ModelDirError(
                         f"Weight {name} in {shard} holds {bad} NaN or infinite values of "
                         f"{tensor.numel()}; restore a sound checkpoint."
@@ -117,6 +116,18 @@ def sound_tensors(shard: Path) -> dict[str, StoredTensor]:
             f"Weight file {shard} is damaged ({reason_of(error)}); download it again."
         ) from error
     return found
+
+
+def _infinite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return 0
+    # Not every float of eight bits has functions of its own.
+    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    # The least and the largest are found in a twentieth of the time, and are NaN if a value is.
+    if all(math.isfinite(each) for each in torch.aminmax(wide)):
+        return 0
+    return int((~torch.isfinite(wide)).sum())
 
 
 def check_index(path: Path, shards: Sequence[Path], tensors: dict[str, StoredTensor]) -> None:

@@ -14,6 +14,7 @@ from prox24_deploy.config.recipe import Recipe, select_recipe
 from prox24_deploy.core.errors import ModelDirError
 from prox24_deploy.model.directory import companion_files, load_model, model_info, open_model_dir
 from prox24_deploy.model.processors import load_tokenizer
+from prox24_deploy.model.shards import sound_tensors
 
 CPU = torch.device("cpu")
 
@@ -147,6 +148,22 @@ def test_a_weight_that_is_not_finite_is_named(model: Path, value: float) -> None
     weights["embeddings.word_embeddings.weight"][1, :3] = value
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     refused(model, r"embeddings.word_embeddings.weight .* holds 3 NaN or infinite values of 8320")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_not_finite_are_found_in_every_dtype(
+    tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    file = tmp_path / "model.safetensors"
+    weight = torch.linspace(-1, 1, 4096).reshape(64, 64)
+    others = {"empty": torch.zeros(0, 4, dtype=dtype), "flags": torch.ones(3, dtype=torch.bool)}
+    save_file({"weight": weight.to(dtype), **others}, file)
+    assert sound_tensors(file)["weight"].dtype == dtype
+    weight[63, 63] = value
+    save_file({"weight": weight.to(dtype), **others}, file)
+    with pytest.raises(ModelDirError, match=r"Weight weight in .* holds 1 NaN or infinite values"):
+        sound_tensors(file)
 
 
 def test_missing_and_misshapen_weights_are_named(model: Path) -> None:
