@@ -1,9 +1,11 @@
 """What the host machine is, in words."""
 
 import math
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pynvml
@@ -27,13 +29,15 @@ def cpu_model(cpuinfo: Path = CPUINFO) -> str:
 
 
 def gpu() -> dict[str, str]:
-    """Name, compute capability and driver of the first NVIDIA GPU; says so if there is none."""
+    """Name, compute capability and driver of `first_gpu`; says so if there is none."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return {"gpu": "none"}
     try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = first_gpu()
+        if handle is None:
+            return {"gpu": "none"}
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
         return {
             "gpu": str(pynvml.nvmlDeviceGetName(handle)),
@@ -44,6 +48,30 @@ def gpu() -> dict[str, str]:
         return {"gpu": f"not readable ({error})"}
     finally:
         pynvml.nvmlShutdown()
+
+
+def first_gpu() -> Any:
+    """NVML's handle of the first GPU that CUDA shows this process, None if it is shown none.
+
+    NVML, which must be open, knows all GPUs of the machine. CUDA_VISIBLE_DEVICES names those that
+    are shown, by number or by the beginning of a UUID, up to the first that is neither. Numbers
+    are NVML's if all cards are of a kind, or with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+
+    Raises:
+        pynvml.NVMLError: it does not answer.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if shown.isdecimal():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(shown))
+    if shown.startswith("MIG-"):
+        return pynvml.nvmlDeviceGetHandleByUUID(shown)
+    if not shown.startswith("GPU-"):
+        return None
+    for number in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+        if pynvml.nvmlDeviceGetUUID(handle).startswith(shown):
+            return handle
+    return None
 
 
 def gib(size: float) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pynvml
 
+from prox24_deploy.core.host import first_gpu
 from prox24_deploy.core.records import Clocks
 
 # Why a clock is not higher, in NVML's order of bits.
@@ -35,7 +36,7 @@ def throttle_reasons(bits: int) -> tuple[str, ...]:
 
 
 class ClockWatch:
-    """Samples the first NVIDIA GPU between timed runs; sees nothing where there is none."""
+    """Samples the GPU in use between timed runs; sees nothing where there is none."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -46,9 +47,14 @@ class ClockWatch:
         """Open the driver's interface, if there is one."""
         try:
             pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        except pynvml.NVMLError:
+            return self
+        try:
+            self._handle = first_gpu()
         except pynvml.NVMLError:
             self._handle = None
+        if self._handle is None:
+            pynvml.nvmlShutdown()
         return self
 
     def __exit__(

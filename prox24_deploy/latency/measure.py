@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pynvml
 
 from prox24_deploy.core.errors import EngineError
-from prox24_deploy.core.host import cpu_model
+from prox24_deploy.core.host import cpu_model, first_gpu
 from prox24_deploy.core.records import Clocks, Engine, Interval, LatencyRow, Timing
 from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import Verdict
@@ -170,7 +170,7 @@ def timing(samples: Samples) -> Timing:
     )
 
 
-def conditions(gpu: int = 0) -> dict[str, str]:
+def conditions() -> dict[str, str]:
     """State of the machine now, in words: what a reader needs to trust or doubt a latency."""
     found = {"cpu": cpu_model(), "load average": _load_average(), "governor": _governor()}
     try:
@@ -178,9 +178,10 @@ def conditions(gpu: int = 0) -> dict[str, str]:
     except pynvml.NVMLError:
         return {"gpu": "no NVIDIA GPU", **found}
     try:
-        return {**_gpu_conditions(pynvml.nvmlDeviceGetHandleByIndex(gpu)), **found}
+        handle = first_gpu()
+        return ({"gpu": "no NVIDIA GPU"} if handle is None else _gpu_conditions(handle)) | found
     except pynvml.NVMLError as error:
-        return {"gpu": f"NVIDIA GPU {gpu} cannot be read: {error}", **found}
+        return {"gpu": f"the NVIDIA GPU cannot be read: {error}", **found}
     finally:
         pynvml.nvmlShutdown()
 

@@ -19,6 +19,7 @@ from prox24_deploy import __version__
 from prox24_deploy.bundle import environment
 from prox24_deploy.bundle.environment import Diagnosis, diagnose, machine, versions
 from prox24_deploy.core.host import gpu
+from prox24_deploy.latency.clocks import ClockWatch
 
 HANDLE = SimpleNamespace()
 
@@ -45,6 +46,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
 @pytest.fixture
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     """A machine with one readable GPU."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return fake_nvml(
         monkeypatch,
         nvmlInit=lambda: None,
@@ -102,6 +104,42 @@ def test_a_gpu_is_described(one_gpu: mock.Mock) -> None:
     one_gpu.assert_called_once_with()
     finding = found("GPU")
     assert (finding.usable, finding.found) == (True, "NVIDIA H200, 9.0, 580.1")
+
+
+@pytest.mark.parametrize(
+    ("shown", "seen"),
+    [
+        (None, "card 0"), ("0,1", "card 0"), ("2", "card 2"), (" 1 ,0", "card 1"),
+        ("GPU-1b2c", "card 1"), ("GPU-1", "card 1"), ("GPU-9", "none"),
+        ("MIG-77", "MIG-77"), ("", "none"), ("-1", "none"), ("-1,0", "none"),
+        ("NoDevFiles", "none"),
+    ],
+)  # fmt: skip
+def test_the_gpu_is_the_first_that_cuda_shows(
+    shown: str | None, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = fake_nvml(
+        monkeypatch,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 3,
+        nvmlDeviceGetHandleByIndex=lambda index: f"card {index}",
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetUUID=lambda handle: f"GPU-{handle[-1]}b2c3d4e",
+        nvmlDeviceGetCudaComputeCapability=lambda _: (9, 0),
+        nvmlDeviceGetName=lambda handle: handle,
+        nvmlSystemGetDriverVersion=lambda: "580.1",
+        nvmlDeviceGetClockInfo=lambda handle, _: {"card 2": 1200}.get(handle, 1980),
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda _: 0,
+    )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert gpu()["gpu"] == seen
+    with ClockWatch() as watch:
+        watch.sample()
+        clocks = watch.take()
+    assert (clocks.sm_mhz_low if clocks else None) == {"none": None, "card 2": 1200}.get(seen, 1980)
+    assert closed.call_count == 2
 
 
 @pytest.mark.parametrize("name", ["nvmlDeviceGetHandleByIndex", "nvmlDeviceGetName"])

@@ -27,6 +27,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         reasons.append(bits)
         return mhz
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: "a card")

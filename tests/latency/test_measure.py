@@ -252,6 +252,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         "nvmlDeviceGetTemperature": 61,
         "nvmlDeviceGetCurrentClocksThrottleReasons": 0x4 | 0x20,
     }
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, name, lambda *_, answer=answer: answer)
     return monkeypatch
@@ -287,7 +288,14 @@ def test_conditions_survive_a_gpu_that_does_not_answer(fake_gpu: pytest.MonkeyPa
     fake_gpu.setattr(pynvml, "nvmlDeviceGetPowerUsage", not_supported)
     assert conditions()["power"] == "not reported"
     fake_gpu.setattr(pynvml, "nvmlDeviceGetHandleByIndex", not_supported)
-    assert conditions(3)["gpu"] == "NVIDIA GPU 3 cannot be read: Not Supported"
+    assert conditions()["gpu"] == "the NVIDIA GPU cannot be read: Not Supported"
+
+
+def test_conditions_are_not_those_of_a_gpu_that_is_hidden(fake_gpu: pytest.MonkeyPatch) -> None:
+    fake_gpu.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = conditions()
+    assert found["gpu"] == "no NVIDIA GPU"
+    assert "sm clock" not in found
 
 
 def test_conditions_without_load_average(monkeypatch: pytest.MonkeyPatch) -> None:
