@@ -54,8 +54,9 @@ def first_gpu() -> Any:
     """NVML's handle of the first GPU that CUDA shows this process, None if it is shown none.
 
     NVML, which must be open, knows all GPUs of the machine. CUDA_VISIBLE_DEVICES names those that
-    are shown, by number or by the beginning of a UUID, up to the first that is neither. Numbers
-    are NVML's if all cards are of a kind, or with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    are shown, by number or by the beginning of a UUID, up to the first that is neither; of a part
+    of a GPU it is the whole. Numbers are NVML's if all cards are of a kind, or with
+    CUDA_DEVICE_ORDER=PCI_BUS_ID.
 
     Raises:
         pynvml.NVMLError: it does not answer.
@@ -64,7 +65,8 @@ def first_gpu() -> Any:
     if shown.isdecimal():
         return pynvml.nvmlDeviceGetHandleByIndex(int(shown))
     if shown.startswith("MIG-"):
-        return pynvml.nvmlDeviceGetHandleByUUID(shown)
+        part = pynvml.nvmlDeviceGetHandleByUUID(shown)
+        return pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(part)
     if not shown.startswith("GPU-"):
         return None
     for number in range(pynvml.nvmlDeviceGetCount()):

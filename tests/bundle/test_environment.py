@@ -111,7 +111,7 @@ def test_a_gpu_is_described(one_gpu: mock.Mock) -> None:
     [
         (None, "card 0"), ("0,1", "card 0"), ("2", "card 2"), (" 1 ,0", "card 1"),
         ("GPU-1b2c", "card 1"), ("GPU-1", "card 1"), ("GPU-9", "none"),
-        ("MIG-77", "MIG-77"), ("", "none"), ("-1", "none"), ("-1,0", "none"),
+        ("MIG-77", "card of MIG-77"), ("", "none"), ("-1", "none"), ("-1,0", "none"),
         ("NoDevFiles", "none"),
     ],
 )  # fmt: skip
@@ -124,6 +124,7 @@ def test_the_gpu_is_the_first_that_cuda_shows(
         nvmlDeviceGetCount=lambda: 3,
         nvmlDeviceGetHandleByIndex=lambda index: f"card {index}",
         nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetDeviceHandleFromMigDeviceHandle=lambda part: f"card of {part}",
         nvmlDeviceGetUUID=lambda handle: f"GPU-{handle[-1]}b2c3d4e",
         nvmlDeviceGetCudaComputeCapability=lambda _: (9, 0),
         nvmlDeviceGetName=lambda handle: handle,
