@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def first_gpu() -> Any:
     """
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     if shown.isdecimal():
-        return pynvml.nvmlDeviceGetHandleByIndex(int(shown))
+        number = int(shown)
+        there = number < pynvml.nvmlDeviceGetCount()
+        return pynvml.nvmlDeviceGetHandleByIndex(number) if there else None
     if shown.startswith("MIG-"):
         part = pynvml.nvmlDeviceGetHandleByUUID(shown)
         return pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(part)
@@ -95,6 +98,17 @@ def gib_of(parts: Mapping[str, int]) -> str:
     """What some numbers of bytes come to, and each of them that is not 0, by name."""
     told = ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts.items() if size)
     return f"{sum(parts.values()) / GIB:.3g} GiB ({told})"
+
+
+def free_disk(folder: Path) -> float:
+    """Bytes that may be written into a folder, which need not be there yet.
+
+    Infinite where the file system does not say.
+    """
+    path = folder.absolute()
+    there = next(each for each in (path, *path.parents) if each.is_dir())
+    disk = shutil.disk_usage(there)
+    return disk.free if disk.total else math.inf
 
 
 def free_memory(cgroup: Path = CGROUP) -> int:

@@ -144,7 +144,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         OSError: the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
+    with writing(path), disk_errors(path):
         try:
             temporary.touch()
             # The writer makes files that nobody else may read.
@@ -155,13 +155,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
                 _sort_metadata(handle)
                 os.fsync(handle.fileno())
             temporary.replace(path)
-        except SafetensorError as error:
-            # The writer reports I/O errors as its own kind, with their number in the text.
-            temporary.unlink(missing_ok=True)
-            raise OSError(_io_error_number(error), str(error), str(path)) from error
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raise as an OSError of a file what the writer of safetensors reports as a kind of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        # The number is in the text alone.
+        raise OSError(_io_error_number(error), str(error), str(path)) from error
 
 
 def _sort_metadata(file: BinaryIO) -> None:

@@ -77,6 +77,7 @@ def require_plain_weights(path: Path, dtypes: Mapping[str, torch.dtype]) -> None
                 "into its model; merge it first, as with merge_and_unload() of PEFT."
             )
         packed = name.endswith(".weight") and not dtype.is_floating_point
+        packed |= dtype == torch.float4_e2m1fn_x2
         if packed or (scaled and dtype.is_floating_point and dtype.itemsize == 1):
             raise _quantized(path, f"tensor {name}", str(dtype).removeprefix("torch."))
 

@@ -20,6 +20,8 @@ from prox24_deploy.core.errors import ModelDirError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+# Two values in a byte, none of them NaN or infinite.
+_ALWAYS_FINITE = (torch.float4_e2m1fn_x2,)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -120,7 +122,7 @@ def sound_tensors(shard: Path) -> dict[str, StoredTensor]:
 
 def _infinite(tensor: Tensor) -> int:
     """How many values are NaN or infinite."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.dtype in _ALWAYS_FINITE:
         return 0
     # Not every float of eight bits has functions of its own.
     wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor

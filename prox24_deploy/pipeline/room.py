@@ -1,8 +1,6 @@
 """Whether the disk of OUT has room for what a run is certain to write there."""
 
-import math
 import os
-import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from prox24_deploy.config.options import BuildOptions, PruneOptions
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.host import GIB, gib_of
+from prox24_deploy.core.host import GIB, free_disk, gib_of
 from prox24_deploy.core.types import TWINS
 from prox24_deploy.pipeline.context import RunContext
 
@@ -83,8 +81,7 @@ def require_room_for_copy(out: Path, source: "ModelDir") -> None:
 
 def _room(out: Path) -> float:
     """Bytes that may be written into a folder."""
-    disk = shutil.disk_usage(_existing(out))
-    return disk.free + _held(out) if disk.total else math.inf
+    return free_disk(out) + _held(out)
 
 
 def _require(out: Path, needed: Written, room: float) -> None:
@@ -137,11 +134,6 @@ def _exported_values(context: RunContext) -> int:
     from prox24_deploy.model.offload import float_bytes
 
     return float_bytes(structure_of(context.source, context.recipe)) // 4
-
-
-def _existing(path: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())
 
 
 def _held(out: Path) -> int:

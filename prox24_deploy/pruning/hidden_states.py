@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prox24_deploy.core.atomic import writing
+from prox24_deploy.model.checkpoint import disk_errors
+
 Place = Literal["device", "host", "disk"]
 
 
@@ -69,7 +72,8 @@ class OnDisk:
     """In a file per batch, in a folder of its own."""
 
     def __init__(self, states: Iterable[Tensor], folder: Path) -> None:
-        folder.mkdir(parents=True)
+        with writing(folder):
+            folder.mkdir(parents=True)
         self._folder, self._count = folder, 0
         for batch, each in enumerate(states):
             self._device, self._count = each.device, batch + 1
@@ -81,7 +85,9 @@ class OnDisk:
 
     def __setitem__(self, batch: int, states: Tensor) -> None:
         """Replace the states of one batch."""
-        save_file({"states": states.contiguous()}, self._file(batch))
+        file = self._file(batch)
+        with writing(file), disk_errors(file):
+            save_file({"states": states.contiguous()}, file)
 
     def __iter__(self) -> Iterator[Tensor]:
         """The states of every batch in turn."""

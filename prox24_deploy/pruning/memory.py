@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from torch import nn
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.host import free_memory, gib, gib_free, gib_needed
+from prox24_deploy.core.host import free_disk, free_memory, gib, gib_free, gib_needed
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.experts import place_of
@@ -185,6 +186,26 @@ def place(needs: Needs, room: Room, *, whole: str = "") -> Placement:
         f"free or allowed by --memory-limit{each}; free some, raise the limit"
         f"{', start fewer processes' if many else ''} or take a larger device{advice}."
     )
+
+
+def require_disk(states: int, folder: Path) -> None:
+    """Refuse hidden states for which the disk has no room, before any work.
+
+    Args:
+        states: bytes of all of them.
+        folder: where they go; what an earlier run left there counts as room.
+
+    Raises:
+        UsageError: says what is needed, what is free, and what to do.
+    """
+    left = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free = free_disk(folder) + left
+    if states > free:
+        raise UsageError(
+            f"Hidden states take {gib_needed(states)} on the disk of {folder}, and "
+            f"{gib_free(free)} are free there; free some, raise --memory-limit, or take less "
+            "calibration text."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ from prox24_deploy.pruning.doubts import doubt_about
 from prox24_deploy.pruning.hidden_states import keeper
 from prox24_deploy.pruning.layer_group import solve_group
 from prox24_deploy.pruning.masks import fix_masks, open_masks, read_masks
-from prox24_deploy.pruning.memory import Placement, needs_of, place, room_on
+from prox24_deploy.pruning.memory import Placement, needs_of, place, require_disk, room_on
 from prox24_deploy.pruning.permutation import OrderStore, Permuted, permute_channels
 from prox24_deploy.pruning.ranks import ALONE, Ranks, during, require_batch_each, watched
 from prox24_deploy.pruning.reconstruct import SCHEDULES, reconstruct_block, require_batches
@@ -322,15 +322,22 @@ class _Job:
         found, refusal = None, ""
         try:
             found = place(needs, room, whole="" if self.maps else self.needs_whole)
+            if found.states == "disk":
+                require_disk(needs.states, self.scratch)
         except UsageError as error:
             refusal = str(error)
-        # None takes memory before all have looked at what is free, or where one has too little.
+        # None takes room before all have looked at what is free, or where one has too little.
         for number, said in enumerate(self.ranks.of_all(refusal)):
             if said:
                 where = f"Process {number} of this run: " if self.ranks.count > 1 else ""
                 raise UsageError(f"{where}{said}")
         assert found is not None, "none was refused"
         return found
+
+    @property
+    def scratch(self) -> Path:
+        """For what is worth nothing after a kill, beside what is."""
+        return self.solved / "scratch"
 
     @property
     def maps(self) -> bool:
@@ -378,7 +385,7 @@ def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
     placement = job.placement(structure, memory_limit)
     memory = placement.sentence(job.device)
     log.info("pruning takes %s", memory)
-    with _scratch(job.solved) as scratch:
+    with _emptied(job.scratch) as scratch:
         model, unused = load_with_rest(
             directory,
             job.recipe,
@@ -409,9 +416,8 @@ def _opened(job: _Job, memory_limit: int | None) -> Iterator[_Opened]:
 
 
 @contextmanager
-def _scratch(solved: Path) -> Iterator[Path]:
-    """A folder for what is worth nothing after a kill, beside what is."""
-    folder = solved / "scratch"
+def _emptied(folder: Path) -> Iterator[Path]:
+    """A folder that is empty at first, and removed in the end."""
     shutil.rmtree(folder, ignore_errors=True)
     make_folder(folder)
     try:

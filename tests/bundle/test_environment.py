@@ -50,6 +50,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     return fake_nvml(
         monkeypatch,
         nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
         nvmlDeviceGetHandleByIndex={0: HANDLE}.__getitem__,
         nvmlDeviceGetCudaComputeCapability=lambda handle: (9, 0) if handle is HANDLE else (0, 0),
         nvmlDeviceGetName=lambda handle: "NVIDIA H200" if handle is HANDLE else "?",
@@ -111,7 +112,7 @@ def test_a_gpu_is_described(one_gpu: mock.Mock) -> None:
     [
         (None, "card 0"), ("0,1", "card 0"), ("2", "card 2"), (" 1 ,0", "card 1"),
         ("GPU-1b2c", "card 1"), ("GPU-1", "card 1"), ("GPU-9", "none"),
-        ("MIG-77", "card of MIG-77"), ("", "none"), ("-1", "none"), ("-1,0", "none"),
+        ("MIG-77", "card of MIG-77"), ("", "none"), ("-1", "none"), ("-1,0", "none"), ("3", "none"),
         ("NoDevFiles", "none"),
     ],
 )  # fmt: skip

@@ -30,6 +30,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 1)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: "a card")
     monkeypatch.setattr(pynvml, "nvmlDeviceGetClockInfo", clock)
     monkeypatch.setattr(

@@ -244,6 +244,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     answers: dict[str, Any] = {
         "nvmlInit": None,
         "nvmlShutdown": None,
+        "nvmlDeviceGetCount": 1,
         "nvmlDeviceGetHandleByIndex": "handle",
         "nvmlDeviceGetName": "Fake H200",
         "nvmlSystemGetDriverVersion": "580.1",

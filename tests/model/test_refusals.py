@@ -112,6 +112,15 @@ def test_an_adapter_is_refused(decoder: Path, text: str, told: str, *, whole: bo
     assert told in str(caught.value)
 
 
+def test_weights_of_four_bits_are_refused(decoder: Path) -> None:
+    """Torch can neither copy nor widen them."""
+    file = decoder / "model.safetensors"
+    packed = torch.ones(4, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    save_file(load_file(file) | {"model.packed": packed}, file, {"format": "pt"})
+    with pytest.raises(ModelDirError, match=r"tensor model\.packed: float4_e2m1fn_x2"):
+        open_model_dir(decoder)
+
+
 def test_an_adapter_inside_the_weights_is_refused(decoder: Path) -> None:
     file = decoder / "model.safetensors"
     name = "model.layers.0.mlp.up_proj.lora_A.default.weight"

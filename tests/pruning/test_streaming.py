@@ -1,25 +1,36 @@
 """A model that does not fit into memory is pruned to the same bits as one that does."""
 
+import errno
 import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from family_batches import batch, recipe_of
+from safetensors import SafetensorError
 from tiny_families import tiny_model
 from torch import Tensor
 
 from prox24_deploy.config.options import PruneOptions
-from prox24_deploy.core.errors import UsageError
+from prox24_deploy.core.errors import WRITING, UsageError
 from prox24_deploy.core.records import PruneResult, TextSource
 from prox24_deploy.model import mapped, offload
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.directory import load_model, open_model_dir, structure_of
 from prox24_deploy.model.offload import bring, drop, is_offloaded
-from prox24_deploy.pruning import memory, prune, reconstruct
+from prox24_deploy.pruning import hidden_states, memory, prune, reconstruct
 from prox24_deploy.pruning.hidden_states import OnDisk, OnHost
-from prox24_deploy.pruning.memory import Needs, Placement, Room, needs_of, place, room_on
+from prox24_deploy.pruning.memory import (
+    Needs,
+    Placement,
+    Room,
+    needs_of,
+    place,
+    require_disk,
+    room_on,
+)
 from prox24_deploy.pruning.reconstruct import AdamOptions
 
 CPU = torch.device("cpu")
@@ -155,6 +166,36 @@ def test_states_keep_their_bits_on_host_and_disk(tmp_path: Path) -> None:
         kept[1] = -states[1]
         assert torch.equal(kept[1], -states[1])
         assert torch.equal(kept[2], states[2])
+
+
+def test_a_disk_that_is_full_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    kept = OnDisk([torch.ones(1, 2, 3)], tmp_path / "states")
+    monkeypatch.setattr(hidden_states, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        kept[0] = torch.zeros(1, 2, 3)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path / "states" / "00000.safetensors")
+    assert WRITING in caught.value.__notes__
+
+
+def test_hidden_states_that_the_disk_has_no_room_for_are_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "OUT" / "scratch"
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    require_disk(3 << 30, folder)
+    with pytest.raises(UsageError, match=r"take 3\.01 GiB on the disk of .*scratch, and 3\.00 GiB"):
+        require_disk((3 << 30) + 1, folder)
+    # What a killed run left there goes before anything is written.
+    folder.mkdir(parents=True)
+    (folder / "states").write_bytes(b"1")
+    require_disk((3 << 30) + 1, folder)
 
 
 NEEDS = Needs(model=1000, outside=100, block=50, blocks=2, states=400, working=30)

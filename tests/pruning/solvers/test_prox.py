@@ -212,6 +212,20 @@ def test_both_forms_agree_on_large_matrices(spread: float) -> None:
     assert float(((eager != 0) == (compiled != 0)).double().mean()) > 0.9999
 
 
+@pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
+def test_a_nearly_double_root_is_found(spread: float) -> None:
+    """Close to y = (√½, √½, ½) three and two are as good, and steps towards three get short."""
+    draw = spread * torch.randn(
+        1 << 16, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64
+    )
+    large = math.sqrt(0.5) * (1 + draw[:, :2])
+    third = large.prod(1) * (1 + 1e-2 * draw[:, 2])
+    groups = torch.stack([*large.T, third, draw[:, 3].abs()], 1)
+    best = prox._prox_eager(groups, torch.ones(len(groups), 1, dtype=torch.float64), 60)
+    gap = objective_24(prox_24(groups, 1.0), groups, 1.0) - objective_24(best, groups, 1.0)
+    assert float(gap.max()) < 1e-12
+
+
 @pytest.mark.parametrize("spread", [1.0, 0.3, 0.05])
 def test_four_win_only_where_three_beat_two(spread: float) -> None:
     """The eager form compares all candidates; the others rely on this."""
