@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,26 @@ def gib_of(parts: Mapping[str, int]) -> str:
     return f"{sum(parts.values()) / GIB:.3g} GiB ({told})"
 
 
-def free_disk(folder: Path) -> float:
+def room_in(folder: Path) -> float:
     """Bytes that may be written into a folder, which need not be there yet.
 
-    Infinite where the file system does not say.
+    What it holds counts as room, for it is of an earlier run that goes on or is replaced. Infinite
+    where the file system does not say how large it is.
     """
     path = folder.absolute()
     there = next(each for each in (path, *path.parents) if each.is_dir())
     disk = shutil.disk_usage(there)
-    return disk.free if disk.total else math.inf
+    return disk.free + _held(folder) if disk.total else math.inf
+
+
+def _held(folder: Path) -> int:
+    """Bytes of the files in a folder, which another run may just remove."""
+    held = 0
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                held += (Path(inner) / name).lstat().st_size
+    return held
 
 
 def free_memory(cgroup: Path = CGROUP) -> int:

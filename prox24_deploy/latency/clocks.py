@@ -1,5 +1,6 @@
 """Clock and throttling of the GPU while something is timed on it."""
 
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -49,10 +50,8 @@ class ClockWatch:
             pynvml.nvmlInit()
         except pynvml.NVMLError:
             return self
-        try:
+        with suppress(pynvml.NVMLError):
             self._handle = first_gpu()
-        except pynvml.NVMLError:
-            self._handle = None
         if self._handle is None:
             pynvml.nvmlShutdown()
         return self

@@ -1,15 +1,13 @@
 """Whether the disk of OUT has room for what a run is certain to write there."""
 
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prox24_deploy.config.options import BuildOptions, PruneOptions
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.host import GIB, free_disk, gib_of
+from prox24_deploy.core.host import GIB, gib_of, room_in
 from prox24_deploy.core.types import TWINS
 from prox24_deploy.pipeline.context import RunContext
 
@@ -65,7 +63,7 @@ def require_room(
     Raises:
         UsageError: says what is needed, what is free, and what to do.
     """
-    room, stored = _room(out), _stored(context.source)
+    room, stored = room_in(out), _stored(context.source)
     _require(out, Written(pruned=stored, solved=_solved(context, options.prune)), room)
     needed = _written(context.source, options, _values(context.source) if exports else 0)
     if exports and needed.total > room:
@@ -76,12 +74,7 @@ def require_room(
 
 def require_room_for_copy(out: Path, source: "ModelDir") -> None:
     """Refuse to write another model of the size of one, likewise."""
-    _require(out, Written(rotated=_stored(source)), _room(out))
-
-
-def _room(out: Path) -> float:
-    """Bytes that may be written into a folder."""
-    return free_disk(out) + _held(out)
+    _require(out, Written(rotated=_stored(source)), room_in(out))
 
 
 def _require(out: Path, needed: Written, room: float) -> None:
@@ -134,13 +127,3 @@ def _exported_values(context: RunContext) -> int:
     from prox24_deploy.model.offload import float_bytes
 
     return float_bytes(structure_of(context.source, context.recipe)) // 4
-
-
-def _held(out: Path) -> int:
-    """Bytes of the files in a folder, which another run may just remove."""
-    held = 0
-    for folder, _, names in os.walk(out):
-        for name in names:
-            with suppress(OSError):
-                held += (Path(folder) / name).lstat().st_size
-    return held

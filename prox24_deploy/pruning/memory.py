@@ -17,7 +17,7 @@ from torch import nn
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import UsageError
-from prox24_deploy.core.host import free_disk, free_memory, gib, gib_free, gib_needed
+from prox24_deploy.core.host import free_memory, gib, gib_free, gib_needed, room_in
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import find_blocks, target_layers
 from prox24_deploy.model.experts import place_of
@@ -198,8 +198,7 @@ def require_disk(states: int, folder: Path) -> None:
     Raises:
         UsageError: says what is needed, what is free, and what to do.
     """
-    left = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    free = free_disk(folder) + left
+    free = room_in(folder)
     if states > free:
         raise UsageError(
             f"Hidden states take {gib_needed(states)} on the disk of {folder}, and "
