@@ -7,11 +7,13 @@ does what one of its groups asks for and no more:
 * Without a group that can keep more than two non-zeros, no arithmetic; without one that can keep
   four (`prox.py` says which can), none for those.
 * Steps are Halley's. They start from the root of the tangent at the sparser end, if that rises,
-  and otherwise from the other end. Few are taken by all; more follow if a group moved far in the
-  last of them and its result matters.
+  and otherwise from the other end. Few are taken by all; more follow while a group, whose result
+  matters, moved far and the parabola that its step looked at has a root. Without one there is no
+  such minimiser, and t or p would wander; where that is wrong, a feasible point is compared.
+* Reciprocals are shared: an inverse square root gives the root too, and one division 1/(1+t) and
+  1/(1-t).
 
-Steps share reciprocals: an inverse square root gives the root too, and one division 1/(1+t) and
-1/(1-t).
+The next groups are read while these are solved.
 """
 
 import torch
@@ -23,11 +25,13 @@ from prox24_deploy.pruning.solvers.prox import AdmmState
 
 # Groups of a block: one for each thread of a program, which is one warp.
 _BLOCK = tl.constexpr(32)
-# Blocks that a program solves, one after the other: a program costs what 40 instructions do.
-_BLOCKS = tl.constexpr(4)
-# A last step of Halley's, in t or p, that is so short needs none behind it: what that leaves is
-# 6e-7 of ½|z|² at most on ten million Gaussian groups.
-_CLOSE = tl.constexpr(0.02)
+# Blocks that a program solves, one after the other: starting one costs what 60 instructions do.
+_BLOCKS = tl.constexpr(8)
+# A last step of Halley's, in t or p, that is so short needs none behind it, and a group whose
+# minimiser is nearly a double root gets so many more: what that leaves is 4e-7 of ½|z|² at most on
+# ten million groups.
+_CLOSE = tl.constexpr(0.01)
+_ROUNDS = tl.constexpr(4)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -97,10 +101,13 @@ def _prox_kernel(z_ptr, lam_ptr, out_ptr, per_row):
     lam = tl.load(lam_ptr + row)
     z_ptr += row * per_row * 4
     out_ptr += row * per_row * 4
+    at, inside = _elements(first, per_row)
+    z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
     for group in range(first, end, _BLOCK):
-        at, inside = _elements(group, per_row)
-        z = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        after, within = _elements(group + _BLOCK, end)
+        following = tl.load(z_ptr + after, mask=within, other=0.0).to(tl.float32)
         tl.store(out_ptr + at, _prox(z, lam).to(out_ptr.dtype.element_ty), mask=inside)
+        z, at, inside = following, after, within
 
 
 @triton.jit
@@ -135,12 +142,11 @@ def _prox(z, lam):
     e4, c, d = _exchange(c, tl.abs(z4))
     e5, b, c = _exchange(b, c)
     e6, a, b = _exchange(a, b)
-    if lam > 0.0:
-        work = (lam * a <= 2.0) & (c > 0.0)
-        if _any(work):
-            a, b, c, d = _solve(a, b, c, d, lam, work)
-        else:
-            c, d = c * 0.0, d * 0.0
+    work = (lam * a <= 2.0) & (c > 0.0)
+    if _any(work):
+        a, b, c, d = _solve(a, b, c, d, lam, work)
+    else:
+        c, d = c * 0.0, d * 0.0
     a, b = tl.where(e6, b, a), tl.where(e6, a, b)
     b, c = tl.where(e5, c, b), tl.where(e5, b, c)
     c, d = tl.where(e4, d, c), tl.where(e4, c, d)
@@ -184,11 +190,10 @@ def _solve(m1, m2, m3, m4, lam, work):
     """Minimise over sorted magnitudes; without `work` two non-zeros are known to be right."""
     y1, y2, y3, y4 = m1 * lam, m2 * lam, m3 * lam, m4 * lam
     t1, t2, t3 = _three(y1, y2, y3, work)
-    # Twice the objective at λ = 1; strictly less, so that the sparser support wins a tie.
-    last = y4 * y4
+    # Twice the objective at λ = 1, less y4²; strictly less, so that the sparser support wins a tie.
     d1, d2, d3 = t1 - y1, t2 - y2, t3 - y3
-    three = d1 * d1 + d2 * d2 + d3 * d3 + last + 2.0 * (t1 * t2 * t3)
-    better = work & (three < y3 * y3 + last)
+    three = d1 * d1 + d2 * d2 + d3 * d3 + 2.0 * (t1 * t2 * t3)
+    better = work & (three < y3 * y3)
     u1, u2, u3 = tl.where(better, t1, y1), tl.where(better, t2, y2), tl.where(better, t3, 0.0)
     a = y4 + 0.25 - 0.5 * (y1 + y2 + y3 + y4)
     g1, g2, g3 = 4.0 * (y1 - y4), 4.0 * (y2 - y4), 4.0 * (y3 - y4)
@@ -199,17 +204,16 @@ def _solve(m1, m2, m3, m4, lam, work):
         tangent = tl.minimum(0.0 - theta * _inverse(slope), most)
         p = 0.5 + tl.where(slope > 0.0, tangent, most)
         f1, f2, f3, f4 = _four(p, a, g1, g2, g3, four)
-        four = four & (_value(f1, f2, f3, f4, y1, y2, y3, y4) < three)
+        four = four & (f3 > 0.0) & (f4 > 0.0) & (_value(f1, f2, f3, f4, y1, y2, y3, y4) < three)
         # u4 follows from the others in the sweep.
         u1, u2, u3 = tl.where(four, f1, u1), tl.where(four, f2, u2), tl.where(four, f3, u3)
-    dense = work & (u3 > 0.0)
     u1, u2, u3, u4 = _sweep(u1, u2, u3, y1, y2, y3, y4)
+    dense = u3 > 0.0
     # No element grows; scaling by λ and back could round one up.
     inverse = _inverse(lam)
     w1 = tl.where(dense, tl.minimum(u1 * inverse, m1), m1)
     w2 = tl.where(dense, tl.minimum(u2 * inverse, m2), m2)
-    w3 = tl.where(dense, tl.minimum(u3 * inverse, m3), 0.0)
-    w4 = tl.where(dense, tl.minimum(u4 * inverse, m4), 0.0)
+    w3, w4 = tl.minimum(u3 * inverse, m3), tl.minimum(u4 * inverse, m4)
     tiny = work & (y1 < 1e-6)
     if _any(tiny):
         s1, s2, s3, s4 = _small(m1, m2, m3, m4, lam)
@@ -230,22 +234,33 @@ def _three(y1, y2, y3, work):
     wins = work & (tl.minimum(first, first + 0.5 * fall * end) < 0.0)
     tangent = tl.minimum(tl.maximum(0.0 - first * _inverse(fall), 0.0), end)
     t = tl.where(fall > 0.0, tangent, end)
-    before, slope = _halley_three(t, half_sum, half_spread, y3)
-    t, slope = _halley_three(before, half_sum, half_spread, y3)
-    # Left of the lowest φ, where it falls, there is no minimiser to be found.
-    if _any(wins & (slope > 0.0) & (tl.abs(t - before) > _CLOSE)):
-        t, slope = _halley_three(t, half_sum, half_spread, y3)
-        t, slope = _halley_three(t, half_sum, half_spread, y3)
+    before, _ = _halley_three(t, half_sum, half_spread, y3)
+    t, ahead = _halley_three(before, half_sum, half_spread, y3)
+    far = wins & _is_far(before, t, ahead)
+    rounds = 0
+    while _any(far) & (rounds < _ROUNDS):
+        before = t
+        t, ahead = _halley_three(before, half_sum, half_spread, y3)
+        far = far & _is_far(before, t, ahead)
+        rounds += 1
     # Without a root, which is without a minimiser of this support, t ends in a feasible point.
     t = tl.minimum(t, end)
-    plus, minus = _inverses(t)
-    total, spread = half_sum * plus, half_spread * minus
-    return total + spread, tl.maximum(total - spread, 0.0), t
+    inverse = _inverse(1.0 - t * t)
+    return (y1 - t * y2) * inverse, tl.maximum((y2 - t * y1) * inverse, 0.0), t
+
+
+@triton.jit
+def _is_far(before, after, ahead):
+    """Whether a step was long, with a root `ahead` of it."""
+    return tl.minimum(ahead, tl.abs(after - before) - _CLOSE) > 0.0
 
 
 @triton.jit
 def _halley_three(t, half_sum, half_spread, y3):
-    """A step from t, which ends at zero at the least, and the slope of φ at t."""
+    """A step from t, which ends at zero at the least.
+
+    And a number above zero only where φ rises at t and its parabola there has a root.
+    """
     plus, minus = _inverses(t)
     total, spread = half_sum * plus, half_spread * minus
     total, spread = total * total, spread * spread
@@ -253,7 +268,9 @@ def _halley_three(t, half_sum, half_spread, y3):
     total, spread = total * plus, spread * minus
     slope = 1.0 - 2.0 * (total + spread)
     bend = 3.0 * (total * plus - spread * minus)
-    return tl.maximum(t - phi * slope * _inverse(slope * slope - phi * bend), 0.0), slope
+    square, mixed = slope * slope, phi * bend
+    ahead = tl.minimum(slope, square - 4.0 * mixed)
+    return tl.maximum(t + phi * slope * _inverse(mixed - square), 0.0), ahead
 
 
 @triton.jit
@@ -268,25 +285,33 @@ def _inverses(t):
 def _four(p, a, g1, g2, g3, matters):
     """The candidate with four non-zeros: Halley's steps on Θ; u4 is p - ½."""
     before = p
-    p = _halley_four(p, a, g1, g2, g3)
-    if _any(matters & (tl.abs(p - before) > _CLOSE)):
-        for _ in tl.static_range(3):
-            p = _halley_four(p, a, g1, g2, g3)
+    p, ahead = _halley_four(before, a, g1, g2, g3)
+    far = matters & _is_far(before, p, ahead)
+    rounds = 0
+    while _any(far) & (rounds < _ROUNDS):
+        before = p
+        p, ahead = _halley_four(before, a, g1, g2, g3)
+        far = far & _is_far(before, p, ahead)
+        rounds += 1
     p = tl.minimum(p, 1.0)
     ratio = a * _inverse(p)
     base, h = 0.5 * (p - ratio - 1.0), p + ratio
     square = h * h
-    u1 = tl.maximum(base + 0.5 * tl.sqrt(g1 + square), 0.0)
-    u2 = tl.maximum(base + 0.5 * tl.sqrt(g2 + square), 0.0)
-    u3 = tl.maximum(base + 0.5 * tl.sqrt(g3 + square), 0.0)
-    return u1, u2, u3, tl.maximum(p - 0.5, 0.0)
+    u1 = base + 0.5 * tl.sqrt(g1 + square)
+    u2 = base + 0.5 * tl.sqrt(g2 + square)
+    u3 = base + 0.5 * tl.sqrt(g3 + square)
+    return u1, u2, u3, p - 0.5
 
 
 @triton.jit
 def _halley_four(p, a, g1, g2, g3):
-    """A step from p. Every u4 in [0, ½] has p in [½, 1]; a step may undershoot and come back."""
+    """A step from p. Every u4 in [0, ½] has p in [½, 1]; a step may undershoot and come back.
+
+    And a number above zero only where the parabola of Θ at p has a root.
+    """
     theta, slope, curve = _theta(p, _inverse(p), a, g1, g2, g3)
-    return tl.maximum(p - theta * slope * _inverse(slope * slope - theta * curve), 0.25)
+    square, mixed = slope * slope, theta * curve
+    return tl.maximum(p + theta * slope * _inverse(mixed - square), 0.25), square - 4.0 * mixed
 
 
 @triton.jit
@@ -319,10 +344,10 @@ def _sweep(u1, u2, u3, y1, y2, y3, y4):
 
 @triton.jit
 def _value(u1, u2, u3, u4, y1, y2, y3, y4):
-    """Twice the objective at λ = 1."""
-    d1, d2, d3, d4 = u1 - y1, u2 - y2, u3 - y3, u4 - y4
+    """Twice the objective at λ = 1, less that of dropping the smallest element, y4²."""
+    d1, d2, d3 = u1 - y1, u2 - y2, u3 - y3
     triples = u1 * u2 * (u3 + u4) + u3 * u4 * (u1 + u2)
-    return d1 * d1 + d2 * d2 + d3 * d3 + d4 * d4 + 2.0 * triples
+    return d1 * d1 + d2 * d2 + d3 * d3 + u4 * (u4 - 2.0 * y4) + 2.0 * triples
 
 
 @triton.jit
