@@ -10,6 +10,7 @@ as the sum of two numbers of TF32, and three products give all but a part in 2²
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,18 @@ def float32_products() -> AbstractContextManager[None]:
 @contextmanager
 def _precision(name: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
+    # The name decides for both of these too, where nothing may have been decided yet. Inductor's
+    # cache knows a graph by them, so a twin would not be found there after pruning.
+    mkldnn: Any = torch.backends.mkldnn
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+    decided = [backend.fp32_precision for backend in backends]
     torch.set_float32_matmul_precision(name)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, decided, strict=True):
+            backend.fp32_precision = precision
 
 
 @dataclass(frozen=True, slots=True)

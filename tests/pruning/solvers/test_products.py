@@ -1,11 +1,18 @@
 """Products on tensor cores: what is meant to be exact is, and nothing else changes."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from prox24_deploy.pruning.solvers import baselines
-from prox24_deploy.pruning.solvers.products import ExactFactor, _split, tensor_cores
+from prox24_deploy.pruning.solvers.products import (
+    ExactFactor,
+    _split,
+    float32_products,
+    tensor_cores,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -41,6 +48,21 @@ def test_a_rounded_product_is_rounded_and_the_setting_comes_back() -> None:
         rounded = rows @ matrix
     assert not torch.equal(rounded, exact)
     assert torch.equal(rows @ matrix, exact)
+
+
+def test_what_decides_about_tf32_comes_back_as_it_was() -> None:
+    def decided() -> tuple[str, ...]:
+        mkldnn: Any = torch.backends.mkldnn
+        backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+        return torch.get_float32_matmul_precision(), *(one.fp32_precision for one in backends)
+
+    before = decided()
+    with tensor_cores(torch.device("cuda")):
+        within = decided()
+        with float32_products():
+            assert decided() != within
+        assert decided() == within
+    assert decided() == before != within
 
 
 def test_on_a_cpu_nothing_is_rounded() -> None:
