@@ -35,7 +35,8 @@ class AdmmOptions:
         max_iterations: hard cap; groups that are not 2:4 by then are projected.
         check_every: iterations between tests for convergence.
         unconverged_fraction: stop early once fewer groups than this fraction are not yet 2:4.
-        newton_iterations: of the prox; six change the pruned loss by less than 1e-6.
+        newton_iterations: of the eager prox, for small layers on a CPU and where there is no
+            compiler; six change the pruned loss by less than 1e-6.
     """
 
     start: float

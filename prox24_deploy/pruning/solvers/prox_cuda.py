@@ -7,9 +7,10 @@ does what one of its groups asks for and no more:
 * Without a group that can keep more than two non-zeros, no arithmetic; without one that can keep
   four (`prox.py` says which can), none for those.
 * Steps are Halley's. They start from the root of the tangent at the sparser end, if that rises,
-  and otherwise from the other end. Few are taken by all; more follow while a group, whose result
-  matters, moved far and the parabola that its step looked at has a root. Without one there is no
-  such minimiser, and t or p would wander; where that is wrong, a feasible point is compared.
+  and otherwise from the other end. All groups take a few. More follow for those whose result
+  matters, that moved far, and whose parabola at the last point has a root. Without a root, by some
+  margin, they are taken to have no such minimiser: t or p would wander. Where that is wrong, a
+  feasible point is compared. No group depends on its neighbours.
 * Reciprocals are shared: an inverse square root gives the root too, and one division 1/(1+t) and
   1/(1-t).
 
@@ -27,12 +28,11 @@ from prox24_deploy.pruning.solvers.prox import AdmmState
 _BLOCK = tl.constexpr(32)
 # Blocks that a program solves, one after the other: starting one costs what 60 instructions do.
 _BLOCKS = tl.constexpr(8)
-# A last step of Halley's, in t or p, that is so short needs none behind it, and a group whose
-# minimiser is nearly a double root gets so many more: what that leaves is 4e-7 of ½|z|² at most on
-# ten million groups.
-_CLOSE = tl.constexpr(0.01)
+# A last step of Halley's that is so short, in t and in p, needs none behind it. Near a double root
+# each step is a third of the one before, so that a group gets so many more. What that leaves is
+# 6e-7 of ½|z|² at most, in groups that were searched for.
+_CLOSE_T, _CLOSE_P = tl.constexpr(0.01), tl.constexpr(0.005)
 _ROUNDS = tl.constexpr(4)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def prox_24_cuda(weight: Tensor, lam: Tensor) -> Tensor:
@@ -87,6 +87,13 @@ def _place(per_row):
 
 
 @triton.jit
+def _load_lam(lam_ptr):
+    """λ of a row: what is too small to have a reciprocal acts as zero, what is too large as 2¹²⁵."""
+    lam = tl.minimum(tl.load(lam_ptr), 4.2e37)
+    return tl.where(lam < 1.2e-38, 0.0, lam)
+
+
+@triton.jit
 def _elements(group, per_row):
     """Offsets in the row of the elements (groups, 4) of a block, and which lie in the row."""
     group = group + tl.arange(0, _BLOCK)
@@ -98,7 +105,7 @@ def _elements(group, per_row):
 def _prox_kernel(z_ptr, lam_ptr, out_ptr, per_row):
     """Solve rows of `per_row` groups into `out_ptr`, each with its λ."""
     row, first, end = _place(per_row)
-    lam = tl.load(lam_ptr + row)
+    lam = _load_lam(lam_ptr + row)
     z_ptr += row * per_row * 4
     out_ptr += row * per_row * 4
     at, inside = _elements(first, per_row)
@@ -114,7 +121,7 @@ def _prox_kernel(z_ptr, lam_ptr, out_ptr, per_row):
 def _admm_kernel(weight_ptr, dual_ptr, linear_ptr, lam_ptr, split_ptr, target_ptr, rho, per_row):
     """One step of ADMM on rows of `per_row` groups; see `admm_step_cuda`."""
     row, first, end = _place(per_row)
-    lam = tl.load(lam_ptr + row)
+    lam = _load_lam(lam_ptr + row)
     start = row * per_row * 4
     for group in range(first, end, _BLOCK):
         at, inside = _elements(group, per_row)
@@ -213,7 +220,8 @@ def _solve(m1, m2, m3, m4, lam, work):
     inverse = _inverse(lam)
     w1 = tl.where(dense, tl.minimum(u1 * inverse, m1), m1)
     w2 = tl.where(dense, tl.minimum(u2 * inverse, m2), m2)
-    w3, w4 = tl.minimum(u3 * inverse, m3), tl.minimum(u4 * inverse, m4)
+    w3 = tl.where(dense, tl.minimum(u3 * inverse, m3), 0.0)
+    w4 = tl.where(dense, tl.minimum(u4 * inverse, m4), 0.0)
     tiny = work & (y1 < 1e-6)
     if _any(tiny):
         s1, s2, s3, s4 = _small(m1, m2, m3, m4, lam)
@@ -236,12 +244,12 @@ def _three(y1, y2, y3, work):
     t = tl.where(fall > 0.0, tangent, end)
     before, _ = _halley_three(t, half_sum, half_spread, y3)
     t, ahead = _halley_three(before, half_sum, half_spread, y3)
-    far = wins & _is_far(before, t, ahead)
+    far = wins & _is_far(before, t, ahead, _CLOSE_T)
     rounds = 0
     while _any(far) & (rounds < _ROUNDS):
-        before = t
-        t, ahead = _halley_three(before, half_sum, half_spread, y3)
-        far = far & _is_far(before, t, ahead)
+        after, ahead = _halley_three(t, half_sum, half_spread, y3)
+        still = far & _is_far(t, after, ahead, _CLOSE_T)
+        t, far = tl.where(far, after, t), still
         rounds += 1
     # Without a root, which is without a minimiser of this support, t ends in a feasible point.
     t = tl.minimum(t, end)
@@ -250,9 +258,9 @@ def _three(y1, y2, y3, work):
 
 
 @triton.jit
-def _is_far(before, after, ahead):
-    """Whether a step was long, with a root `ahead` of it."""
-    return tl.minimum(ahead, tl.abs(after - before) - _CLOSE) > 0.0
+def _is_far(before, after, ahead, close):
+    """Whether a step was not `close`, with a root `ahead` of it."""
+    return tl.minimum(ahead, tl.abs(after - before) - close) > 0.0
 
 
 @triton.jit
@@ -284,14 +292,13 @@ def _inverses(t):
 @triton.jit
 def _four(p, a, g1, g2, g3, matters):
     """The candidate with four non-zeros: Halley's steps on Θ; u4 is p - ½."""
-    before = p
-    p, ahead = _halley_four(before, a, g1, g2, g3)
-    far = matters & _is_far(before, p, ahead)
-    rounds = 0
+    after, ahead = _halley_four(p, a, g1, g2, g3)
+    far = matters & _is_far(p, after, ahead, _CLOSE_P)
+    p, rounds = after, 0
     while _any(far) & (rounds < _ROUNDS):
-        before = p
-        p, ahead = _halley_four(before, a, g1, g2, g3)
-        far = far & _is_far(before, p, ahead)
+        after, ahead = _halley_four(p, a, g1, g2, g3)
+        still = far & _is_far(p, after, ahead, _CLOSE_P)
+        p, far = tl.where(far, after, p), still
         rounds += 1
     p = tl.minimum(p, 1.0)
     ratio = a * _inverse(p)
@@ -307,11 +314,12 @@ def _four(p, a, g1, g2, g3, matters):
 def _halley_four(p, a, g1, g2, g3):
     """A step from p. Every u4 in [0, ½] has p in [½, 1]; a step may undershoot and come back.
 
-    And a number above zero only where the parabola of Θ at p has a root.
+    And a number above zero only where the parabola of Θ at p has a root, or nearly has one: its
+    discriminant has a 4, and a 3 is the margin for what the parabola leaves out.
     """
     theta, slope, curve = _theta(p, _inverse(p), a, g1, g2, g3)
     square, mixed = slope * slope, theta * curve
-    return tl.maximum(p + theta * slope * _inverse(mixed - square), 0.25), square - 4.0 * mixed
+    return tl.maximum(p + theta * slope * _inverse(mixed - square), 0.25), square - 3.0 * mixed
 
 
 @triton.jit

@@ -45,6 +45,57 @@ def test_ten_million_groups_agree_with_float64() -> None:
         assert excess(prox_24(weight, lam), weight, lam) <= 1e-6
 
 
+# Close to a double root of Θ, where a short step does not mean that the root is near.
+NEAR_DOUBLE = (
+    (0.8945716619491577, 0.153156116604805, 0.1466154009103775, 0.14654318988323212),
+    (0.6042792797088623, 0.44261789321899414, 0.29381200671195984, 0.29347023367881775),
+    (0.8602483868598938, 0.16657081246376038, 0.1544986069202423, 0.15410062670707703),
+    (0.6876869201660156, 0.3684598207473755, 0.28328797221183777, 0.28259649872779846),
+    (0.6517788767814636, 0.6515418291091919, 0.42471256852149963, 0.42471256852149963),
+)
+
+
+def alone(groups: Tensor) -> Tensor:
+    """Groups (n, 4) as rows of 32, the others zero: no group has company in its warp."""
+    rows = torch.zeros(len(groups), 128, device="cuda")
+    rows[:, :4] = groups
+    return rows
+
+
+def test_nearly_double_roots_are_found_without_company() -> None:
+    known = torch.tensor(NEAR_DOUBLE, device="cuda")
+    share = torch.rand(400_000, 4, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+    first, second = 0.4 + 0.6 * share[:, 0], 0.1 + 0.3 * share[:, 1]
+    third = second * (1 - 0.1 * share[:, 2])
+    groups = torch.stack([first, second, third, third * (1 - 0.001 * share[:, 3])], 1)
+    corner = torch.tensor([0.5**0.5, 0.5**0.5, 0.5, 0.5], device="cuda")
+    around = (corner + draw(40_000, 4) * 10 ** (-6 * draw(40_000, 1).abs())).abs()
+    for weight in map(alone, (known, groups, around.sort(1, descending=True).values)):
+        found = prox_24(weight, 1.0)
+        assert excess(found, weight, 1.0) <= 1e-6
+        # The smallest is not kept where a larger one is dropped.
+        assert not bool(((found[:, 2] == 0) & (found[:, 3] != 0)).any())
+
+
+def test_a_group_does_not_depend_on_its_neighbours() -> None:
+    groups = draw(4096, 4)
+    for lam in (0.3, 0.5, 1.0):
+        together = prox_24(groups.view(16, -1), lam).view(-1, 4)
+        assert torch.equal(prox_24(alone(groups), lam)[:, :4], together)
+
+
+@pytest.mark.parametrize("lam", [1e-45, 1e-39, 1.1e-38, 1.3e-38])
+def test_a_lambda_too_small_to_divide_by_changes_nothing(lam: float) -> None:
+    weight = draw(4, 256)
+    assert torch.equal(prox_24(weight, lam), weight)
+
+
+@pytest.mark.parametrize("lam", [8e37, 3e38])
+def test_a_lambda_too_large_to_divide_by_leaves_the_largest_two(lam: float) -> None:
+    weight = draw(4, 256)
+    assert torch.equal(prox_24(weight, lam), prox_24(weight, 1e12))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_ends_where_it_ends_and_has_a_lambda_of_its_own(shape: tuple[int, int]) -> None:
     weight = draw(*shape)
