@@ -110,9 +110,10 @@ class Bundle:
             log.log(STEP, "stage %s: unchanged, not run again", stage.name)
             return stored
         parts = list(checked_parts(inputs))
-        self._begin(stage.name, stage.outputs)
         began = time.perf_counter()
-        workspace = self._workspace(stage.name, key)
+        workspace = self._workspace(stage.name, key, stage.outputs)
+        if not stage.refuses:
+            workspace.begin()
         result = stage.run(inputs, workspace, progress)
         seconds = round(time.perf_counter() - began, 3)
         for part in parts:
@@ -232,14 +233,20 @@ class Bundle:
         readers = [n for n, e in self.manifest.stages.items() if stale.intersection(e.reads)]
         return stale.union(*(self._drop(reader) for reader in readers))
 
-    def _workspace(self, name: str, key: str) -> Workspace:
-        """An empty place to work in, but for what the same stage left for itself or is shared."""
+    def _workspace(self, name: str, key: str, outputs: Sequence[str]) -> Workspace:
+        """A place to work in, empty once begun but for what the same stage left, or is shared."""
         kept, shared = (self.partial / folder for folder in (f"{name}-{key[:16]}", "shared"))
         make_folder(self.partial)
-        for leftover in self.partial.iterdir():
-            if leftover not in {kept, shared}:
-                remove(leftover)
-        return Workspace(root=self.root, partial=self.partial, kept=kept, shared=shared)
+
+        def begin() -> None:
+            self._begin(name, outputs)
+            for leftover in self.partial.iterdir():
+                if leftover not in {kept, shared}:
+                    remove(leftover)
+
+        return Workspace(
+            root=self.root, partial=self.partial, kept=kept, shared=shared, begin=begin
+        )
 
     def _publish(self, outputs: Sequence[str]) -> None:
         """Rename finished outputs into place, durably, readable by whoever may read OUT."""

@@ -34,12 +34,14 @@ class Workspace:
         kept: for what the same stage with the same inputs goes on from after a kill.
         shared: for what a stage may take again with other inputs, under the hash of what it was
             made of; it is there until the bundle is finished.
+        begin: removes what earlier runs of the stage left, but for `kept` and `shared`.
     """
 
     root: Path
     partial: Path
     kept: Path
     shared: Path
+    begin: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +53,15 @@ class Stage(Generic[Inputs, Result]):
         result: frozen dataclass that `run` returns.
         run: does the work on inputs, a frozen dataclass, and leaves `outputs` behind.
         outputs: files or folders under OUT.
+        refuses: `run` may refuse its inputs, and calls `begin` of its workspace when it has not, so
+            that a refusal loses nothing; of any other stage it is called before `run`.
     """
 
     name: str
     result: type[Result]
     run: Callable[[Inputs, Workspace, Progress], Result]
     outputs: tuple[str, ...] = ()
+    refuses: bool = False
 
 
 @runtime_checkable

@@ -108,13 +108,16 @@ def read_context(
 
 
 def require_apart(out: Path, folder: Path, what: str) -> None:
-    """Refuse an output inside of what is read, which would not be what it was.
+    """Refuse an output inside of what is read, which would not be what it was, and the reverse.
 
     Raises:
         BundleError: names both.
     """
     if out.resolve().is_relative_to(folder.resolve()):
         raise BundleError(f"Output {out} lies in {what} {folder}; pass another -o.")
+    if folder.resolve().is_relative_to(out.resolve()):
+        # What a stage left there is removed before it runs again.
+        raise BundleError(f"Input {folder} lies in output {out}; pass another -o.")
 
 
 def _masks(source: "ModelDir", recipe: Recipe, options: BuildOptions) -> "MaskFiles | None":

@@ -214,6 +214,7 @@ def prune_directory(
     ranks: Ranks = ALONE,
     solved: Path,
     out: Path,
+    begin: Callable[[], None] | None = None,
     progress: Progress,
 ) -> PruneResult:
     """Prune a model directory into `out`, a folder that does not exist yet.
@@ -229,6 +230,7 @@ def prune_directory(
         ranks: the processes that share the run; the others call `help_to_prune`.
         solved: folder of solved blocks, kept across interruptions.
         out: receives weights, configuration and tokenizer.
+        begin: called when nothing was refused, before anything but `solved` is written.
         progress: see `prune_model`.
 
     Raises:
@@ -239,6 +241,8 @@ def prune_directory(
     began = time.perf_counter()
     job = _Job(directory, recipe, calibration, held_out, options, device, solved, ranks)
     with _opened(job, memory_limit) as opened:
+        if begin is not None:
+            begin()
         state, sensitivity = _pruned(job, opened, progress)
         digest = write_pruned(
             opened.directory, state.weights, out, axes=state.axes, dense=state.moved

@@ -168,11 +168,12 @@ def _prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> PruneRes
         ranks=inputs.ranks or ALONE,
         solved=work.kept,
         out=work.partial / PRUNED,
+        begin=work.begin,
         progress=progress,
     )
 
 
-STAGE = Stage(name="prune", result=PruneResult, run=_prune, outputs=(PRUNED,))
+STAGE = Stage(name="prune", result=PruneResult, run=_prune, outputs=(PRUNED,), refuses=True)
 
 
 def _describe(bundle: Bundle, context: RunContext, options: BuildOptions) -> None:

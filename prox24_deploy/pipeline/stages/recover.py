@@ -193,12 +193,12 @@ def is_own(pruned: Path, out: Path | None) -> bool:
             f"{pruned} is not a bundle that the recovered model could go to; pass another folder "
             "with -o."
         )
-    require_apart(out, pruned, "what is recovered,")
     if (out / MANIFEST_FILE).is_file() and prune.STAGE.name in read_manifest(out).stages:
         raise BundleError(
             f"Output {out} holds a model that was pruned there, and {pruned} is another; pass a "
             f"new folder with -o, or recover {out} itself."
         )
+    require_apart(out, pruned, "what is recovered,")
     return False
 
 

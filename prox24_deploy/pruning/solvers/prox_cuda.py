@@ -88,7 +88,7 @@ def _place(per_row):
 
 @triton.jit
 def _load_lam(lam_ptr):
-    """λ of a row: what is too small to have a reciprocal acts as zero, what is too large as 2¹²⁵."""
+    """λ of a row; too small to have a reciprocal it acts as zero, too large as 4.2e37."""
     lam = tl.minimum(tl.load(lam_ptr), 4.2e37)
     return tl.where(lam < 1.2e-38, 0.0, lam)
 
