@@ -254,12 +254,15 @@ class Steps:
 
 
 def solving(result: PruneResult, block: int) -> dict[str, float]:
-    """Seconds of solving a layer of one block by its shape, outputs by inputs.
+    """Seconds of solving each layer of one block, by its name and its shape, outputs by inputs.
 
     Second moments are not in it. Layers with one input are solved together and share it.
     """
     layers = [layer for layer in result.layers if f".{block}." in layer.name]
-    return {f"{layer.shape[0]} x {layer.shape[1]}": layer.seconds for layer in layers}
+    return {
+        f"{layer.name.rpartition('.')[2]}, {layer.shape[0]} x {layer.shape[1]}": layer.seconds
+        for layer in layers
+    }
 
 
 def whole(seconds: dict[str, float], record: float, made: Made, count: int | None) -> float | None:

@@ -92,7 +92,8 @@ def gib_needed(size: float) -> str:
 
 def gib_free(size: float) -> str:
     """A number of bytes that are there, rounded down to a hundredth."""
-    return f"{math.floor(100 * size / GIB) / 100:.2f} GiB"
+    # A hundredth itself is less than one, by what is left out of a whole number of bytes.
+    return f"{math.floor(100 * (size + 1) / GIB) / 100:.2f} GiB"
 
 
 def gib_of(parts: Mapping[str, int]) -> str:

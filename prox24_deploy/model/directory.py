@@ -42,6 +42,7 @@ from prox24_deploy.model.shards import (
     find_shards,
     is_single,
     sound_tensors,
+    tensors_of,
 )
 
 log = logging.getLogger(__name__)
@@ -149,9 +150,7 @@ def open_model_dir(path: Path) -> ModelDir:
     names = [shard.name for shard in shards] + ([] if is_single(shards) else [INDEX_FILE])
     snapshot = take_snapshot(path, partial(_model_files, names=names))
     config = read_config(path)
-    tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
-        tensors.update(sound_tensors(shard))
+    tensors = tensors_of(shards)
     for file in module_weights(path):
         sound_tensors(file)
     require_plain_weights(path, {name: tensor.dtype for name, tensor in tensors.items()})

@@ -92,7 +92,28 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name in names.values():
         if not isinstance(name, str) or not is_file_name(name):
             raise ModelDirError(f"{index} names {name!r}, expected a plain file name beside it.")
+    if not isinstance(found.get("metadata"), dict):
+        # The library reads it, and would say nothing but its name.
+        raise ModelDirError(f'{index} has no metadata; add "metadata": {{}} to it.')
     return names
+
+
+def tensors_of(shards: Sequence[Path]) -> dict[str, StoredTensor]:
+    """The tensors of all shards, each in one of them; see `sound_tensors`.
+
+    Raises:
+        ModelDirError: one lies in two, so that it is open which counts.
+    """
+    found: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for name, tensor in sound_tensors(shard).items():
+            if name in found:
+                raise ModelDirError(
+                    f"Weight {name} lies in {found[name].shard} and in {shard.name}; remove it "
+                    "from the one that the index does not name."
+                )
+            found[name] = tensor
+    return found
 
 
 def sound_tensors(shard: Path) -> dict[str, StoredTensor]:

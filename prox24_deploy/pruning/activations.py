@@ -219,7 +219,8 @@ def expert_pairs(
     """As `input_pairs`, for layers of experts of one block, of which none reads what another gives.
 
     The tokens of an expert are those that the pruned block routes to it, for on them it will run;
-    the dense block reads the same tokens, wherever it would route them itself.
+    the dense block reads the same tokens, wherever it would route them itself. So what it gives is
+    not what the dense model has behind the block, and the dense stream cannot go on by it.
     """
     pruned_layers, dense_layers = (
         [layer_at(block, name) for name in names] for block in (twin.pruned, twin.dense)

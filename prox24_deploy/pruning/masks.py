@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 # What tools that make masks call that of LAYER.weight, besides that name.
 _SPELLINGS = ("{0}.weight", "{0}.weight_mask", "{0}.mask", "{0}")
-# Weights of two models of one origin are at a smaller angle than this cosine, also far trained
-# ones; those of strangers, or of channels in another order, are at right angles.
+# Weights of two models of one origin have a larger cosine than this, far trained ones too; those of
+# strangers, or of channels in another order, have none.
 _LEAST_AKIN = 0.1
 # A buffer of a layer, on its device, and no part of what is saved of it.
 _BUFFER = "fixed_mask"

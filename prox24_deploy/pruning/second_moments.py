@@ -18,7 +18,8 @@ _STRIPS = 4
 class SecondMoments:
     """Sums over tokens for one group of layers that share their input.
 
-    Products are taken in float32, whatever the model computes in, and summed in float64.
+    Products are taken in float32, whatever the model computes in, on a GPU of factors that are
+    rounded to TF32 (`products`), and summed in float64.
 
     Attributes:
         cross: X_dᵀX_p, (d, d), dense against pruned inputs of the same tokens.

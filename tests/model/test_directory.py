@@ -142,6 +142,23 @@ def test_an_index_that_does_not_match_its_shards_is_refused(sharded: Path) -> No
     refused(sharded, "no readable weight_map")
 
 
+def test_an_index_without_metadata_is_refused(sharded: Path) -> None:
+    file = sharded / "model.safetensors.index.json"
+    index = json.loads(file.read_bytes())
+    del index["metadata"]
+    file.write_text(json.dumps(index), encoding="utf-8")
+    refused(sharded, 'has no metadata; add "metadata": {} to it')
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_weight_in_two_shards_is_refused(sharded: Path, place: int) -> None:
+    shards = open_model_dir(sharded).shards
+    name = next(iter(load_file(shards[1])))
+    stale = load_file(shards[place])
+    save_file({**stale, name: torch.zeros(2)}, shards[place], metadata={"format": "pt"})
+    refused(sharded, f"Weight {name} lies in .* and in .*; remove it from the one that the index")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_weight_that_is_not_finite_is_named(model: Path, value: float) -> None:
     weights = load_file(model / "model.safetensors")

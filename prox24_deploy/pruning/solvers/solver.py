@@ -93,7 +93,7 @@ def solve_layer(
 def _guarded(
     problem: LayerProblem, found: LayerSolution, refinement: Refinement, shares: Shares
 ) -> LayerSolution:
-    """The solution, or that of SparseGPT, refined alike, where it has the lower damped loss."""
+    """The solution, or that of SparseGPT where that has the lower damped loss before refinement."""
     rival, mask = sparsegpt(problem)
     own = found.weight * problem.scale
     losses = [shares.total(float(problem.loss(each).sum())) for each in (rival, own)]
