@@ -1,7 +1,10 @@
 """Run a job in a process of its own that ends when this one does."""
 
+import os
 import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from typing import IO, Any
 
@@ -43,3 +46,20 @@ def end_child(child: "subprocess.Popen[Any]") -> None:
 def end_on_termination() -> None:
     """Let a job that is told to end do so as one that is interrupted, so that it cleans up."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def end_with_starter() -> None:
+    """End this process, as if told to, when what started it is gone and stdin with it.
+
+    For what has other processes between, and would go on to write beside a new run. Whoever started
+    it holds the other end of stdin and writes nothing.
+    """
+
+    def watch() -> None:
+        # Not by the text layer, whose lock another thread might want at the end.
+        while os.read(source, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    source = sys.stdin.fileno()
+    threading.Thread(target=watch, daemon=True).start()

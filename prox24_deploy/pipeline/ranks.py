@@ -113,7 +113,9 @@ def prune_by_processes(
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(job))
         told = _Told()
-        with subprocess.Popen(_command(count, file), stdout=subprocess.PIPE, stderr=log) as child:
+        with subprocess.Popen(
+            _command(count, file), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        ) as child:
             try:
                 _follow(child, told, progress)
             except BaseException:

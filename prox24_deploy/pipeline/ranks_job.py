@@ -12,7 +12,7 @@ from prox24_deploy.core.errors import (
     UsageError,
     explained,
 )
-from prox24_deploy.engines.child import end_on_termination
+from prox24_deploy.engines.child import end_on_termination, end_with_starter
 from prox24_deploy.pipeline import run
 from prox24_deploy.pipeline.ranks import ERROR, OPTIONS, PROGRESS, is_helper
 
@@ -27,6 +27,7 @@ def main(file: str) -> None:
         Exception: what pruning raises, once it is told, for torchrun to see that it failed.
     """
     end_on_termination()
+    end_with_starter()
     job = json.loads(Path(file).read_text())
     options = OPTIONS.validate_python(job["options"])
     model_dir = Path(job["model_dir"])

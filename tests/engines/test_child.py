@@ -69,3 +69,29 @@ with open({str(tmp_path / "log")!r}, "wb") as log:
     started.send_signal(signal.SIGTERM)
     assert started.wait(20) == 143
     assert not file.exists()
+
+
+def test_a_job_behind_another_process_ends_when_what_started_both_is_killed(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "half-written"
+    job = LISTENING.replace("end_on_termination", "end_on_termination, end_with_starter", 1)
+    job = job.replace("end_on_termination()\n", "end_on_termination()\nend_with_starter()\n")
+    between = (
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {job!r}, {str(file)!r}])"
+    )
+    starter = f"""
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", {between!r}], stdin=subprocess.PIPE).wait()
+"""
+    started = subprocess.Popen([sys.executable, "-c", starter], stderr=subprocess.DEVNULL)
+    while not file.exists():
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.kill()
+    started.wait()
+    for _ in range(1000):
+        if not file.exists():
+            break
+        time.sleep(0.02)
+    assert not file.exists()

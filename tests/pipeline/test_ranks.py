@@ -373,6 +373,7 @@ def told_by_a_job(
 
     monkeypatch.setattr(run, "prune", failing)
     monkeypatch.setattr(ranks_job, "end_on_termination", lambda: None)
+    monkeypatch.setattr(ranks_job, "end_with_starter", lambda: None)
     file = folder / "job.json"
     options = OPTIONS.dump_python(BuildOptions(), mode="json")
     file.write_text(json.dumps({"model_dir": "m", "out": "o", "fresh": False, "options": options}))
