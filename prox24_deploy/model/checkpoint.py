@@ -211,7 +211,8 @@ def renamed_tensors(directory: ModelDir, model: nn.Module, recipe: Recipe) -> di
 
     Args:
         directory: the checkpoint.
-        model: as opened from it in float32, not yet changed.
+        model: as opened from it in float32, not yet changed; on the meta device nothing is found
+            by values.
         recipe: of its family.
 
     Returns:
@@ -227,7 +228,11 @@ def renamed_tensors(directory: ModelDir, model: nn.Module, recipe: Recipe) -> di
     }
     told = {name: _as_stored(directory, name, recipe) for name in missing}
     known = {name: tensors[0] for name, tensors in told.items() if len(tensors) == 1}
-    missing = {name: layer for name, layer in missing.items() if name not in known}
+    missing = {
+        name: layer
+        for name, layer in missing.items()
+        if name not in known and not layer.weight.is_meta
+    }
     return known | _by_values(directory, missing)
 
 

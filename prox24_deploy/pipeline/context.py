@@ -129,13 +129,15 @@ def _masks(source: "ModelDir", recipe: Recipe, options: BuildOptions) -> "MaskFi
         raise UsageError(f"--mask {mask} is a bundle; pass the model in it, {mask / PRUNED}.")
     import torch
 
+    from prox24_deploy.model.checkpoint import renamed_tensors
     from prox24_deploy.model.directory import build_untrained
     from prox24_deploy.pruning.masks import open_masks, read_masks
 
     found = open_masks(options.prune)
     if found is not None:
         model = build_untrained(source.path, recipe, torch.device("meta"))
-        read_masks(found, model, source, recipe, options.prune)
+        named = replace(source, renamed=renamed_tensors(source, model, recipe))
+        read_masks(found, model, named, recipe, options.prune)
     return found
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from opened import open_tiny
 from safetensors.torch import load_file, save_file
+from tiny_families import tiny_model
 from torch import Tensor
 
 from prox24_deploy.config.options import BuildOptions, PruneOptions, TextOptions
@@ -143,6 +144,29 @@ def test_a_mask_that_does_not_fit_is_refused_before_any_work(
     # The layer may be left dense instead.
     exclude = ("model.layers.0.mlp.gate_proj",)
     assert read_context(tiny_llama, None, options_for(prose, path, exclude=exclude)).masks
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(without, "has no tensors for {}, expected one"), (third, "keeps more than two of the four")],
+)
+def test_a_mask_of_an_expert_is_looked_at_before_any_work(
+    spoil: Callable[[Masks, str], Masks], message: str, prose: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    tiny_model("mixtral").save_pretrained(model)  # type: ignore[operator]
+    masks = {
+        name: mask_24(torch.rand(weight.shape))
+        for name, weight in weights(model).items()
+        if ".layers." in name and weight.ndim == 2
+    }
+    # As the checkpoint calls it, which is not what the model does.
+    name = "model.layers.0.block_sparse_moe.experts.2.w2.weight"
+    save_file(spoil(masks, name), tmp_path / "masks.safetensors")
+    with pytest.raises(
+        UsageError, match=message.format(r"model\.layers\.0\.mlp\.experts\.2\.w2\.weight")
+    ):
+        read_context(model, None, options_for(prose, tmp_path / "masks.safetensors"))
 
 
 @pytest.mark.parametrize(
