@@ -15,7 +15,8 @@ from prox24_deploy.core.records import TextSource
 
 # Marks a position of `Batch.targets` where nothing is expected; torch's own sign for that.
 IGNORED = -100
-_WITHHELD = 8
+# Of so many batches one is withheld, to choose by.
+WITHHELD = 8
 # Values of the smallest patches in use: 8 by 8 pixels of three colours.
 _PATCH = 192
 
@@ -63,9 +64,9 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
 def withhold(batches: Sequence[Batch]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
     """Batches to learn from, and every eighth to choose by; of a single one, its last samples."""
     if len(batches) == 1:
-        kept = -(-len(batches[0].real) * (_WITHHELD - 1) // _WITHHELD) - 1
+        kept = -(-len(batches[0].real) * (WITHHELD - 1) // WITHHELD) - 1
         return (rows_of(batches[0], slice(kept)),), (rows_of(batches[0], slice(kept, None)),)
-    return tuple(b for i, b in enumerate(batches) if i % _WITHHELD), tuple(batches[::_WITHHELD])
+    return tuple(b for i, b in enumerate(batches) if i % WITHHELD), tuple(batches[::WITHHELD])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

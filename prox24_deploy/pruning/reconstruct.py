@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from prox24_deploy.core.errors import CalibrationError
 from prox24_deploy.core.types import Preset
+from prox24_deploy.model.batch import WITHHELD
 from prox24_deploy.model.blocks import BlockCall, run_block
 from prox24_deploy.model.layers import Layer, layer_at, reduction_axis
 from prox24_deploy.pruning.activations import Activations, BlockPair
@@ -25,9 +26,6 @@ from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.sparsity.pattern import mask_24
 
 log = logging.getLogger(__name__)
-
-# Every eighth batch watches the trial; the others are trained on.
-_WITHHELD = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +104,8 @@ def reconstruct_block(
     count = int(ranks.total(len(activations.batches)))
     require_batches(count)
     everything = list(range(count))
-    trained, withheld = [i for i in everything if i % _WITHHELD], everything[::_WITHHELD]
+    # What is withheld watches the trial.
+    trained, withheld = [i for i in everything if i % WITHHELD], everything[::WITHHELD]
     training = _Training(twin, names, activations, options, ranks, count)
     before = training.error(withheld)
     after, steps = before, 0

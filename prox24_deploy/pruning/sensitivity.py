@@ -24,7 +24,7 @@ from prox24_deploy.core.records import CurvePoint, LayerSensitivity, Sensitivity
 from prox24_deploy.core.types import Progress
 from prox24_deploy.evaluation.estimate import mean_estimate
 from prox24_deploy.evaluation.losses import Loss, loss_against
-from prox24_deploy.model.batch import Batch
+from prox24_deploy.model.batch import Batch, withhold
 from prox24_deploy.model.blocks import find_blocks, shared_inputs
 from prox24_deploy.model.layers import layer_at
 from prox24_deploy.pruning.activations import BlockPair, advance, collect, record_activations
@@ -34,8 +34,8 @@ from prox24_deploy.pruning.selection import by_options, prunable
 log = logging.getLogger(__name__)
 
 
-# Every eighth batch measures, but not more than eight of them: each layer costs one pass over all.
-_WITHHELD, _MOST_BATCHES = 8, 8
+# Of the withheld batches no more measure than these: each layer costs one pass over all.
+_MOST_BATCHES = 8
 _CURVE_POINTS = 12
 _RECORD = TypeAdapter(Sensitivity)
 
@@ -126,8 +126,7 @@ def require_two(batches: int) -> None:
 def _parts(calibration: Sequence[Batch]) -> tuple[tuple[Batch, ...], Sequence[Batch]]:
     """The batches to solve on, and those to measure on."""
     require_two(len(calibration))
-    withheld = calibration[::_WITHHELD]
-    solving = tuple(batch for i, batch in enumerate(calibration) if i % _WITHHELD)
+    solving, withheld = withhold(calibration)
     return solving, withheld[:: -(-len(withheld) // _MOST_BATCHES)]
 
 

@@ -236,7 +236,7 @@ def _solve_sorted(magnitude: Tensor, lam: Tensor, newton_iterations: int) -> Ten
     dense = best[2] > 0
     polished = torch.stack(_select(dense, _sweep(best, y), best)) / lam
     tiny = y[0] < _TINY
-    return torch.where(tiny, torch.stack(_tiny(_planes(magnitude), lam)), polished)
+    return torch.where(tiny, torch.stack(_small(_planes(magnitude), lam)), polished)
 
 
 def _three_sparse(y: Planes, newton_iterations: int) -> Planes:
@@ -290,7 +290,7 @@ def _sweep(u: Planes, y: Planes) -> Planes:
     return u1, u2, u3, u4
 
 
-def _tiny(m: Planes, lam: Tensor) -> Planes:
+def _small(m: Planes, lam: Tensor) -> Planes:
     """The coordinate sweep in unscaled variables, where λ·m is at most 1e-6."""
     m1, m2, m3, m4 = m
     s1, s2, s3 = lam * m1, lam * m2, lam * m3
