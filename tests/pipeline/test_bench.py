@@ -52,5 +52,5 @@ def test_twins_that_do_not_fit_beside_each_other_are_not_timed(
     if fits:
         bench._require_room(Backend(on_gpu=False), engines)  # type: ignore[arg-type]
         return
-    with pytest.raises(BackendMissingError, match=r"about \d+\.00 GiB .* \d+\.89 GiB are free"):
+    with pytest.raises(BackendMissingError, match=r"about \d+\.00 GiB .* \d+\.90 GiB are free"):
         bench._require_room(Backend(on_gpu=False), engines)  # type: ignore[arg-type]
