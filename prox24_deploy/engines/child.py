@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 # For a job to remove what it has half written; native code may not listen at all.
 _GRACE_SECONDS = 3.0
+# Seconds between looks at whether a parent is there.
+_LOOK_EVERY = 0.5
 
 
 def run_child(
@@ -44,22 +47,42 @@ def end_child(child: "subprocess.Popen[Any]") -> None:
 
 
 def end_on_termination() -> None:
-    """Let a job that is told to end do so as one that is interrupted, so that it cleans up."""
+    """Let a job that is told to end do so as one that is interrupted, so that it cleans up.
+
+    A job whose parent was killed is told so too: it would go on to write beside a new run.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    parent = os.getppid()
+
+    def orphaned() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_EVERY)
+
+    _end_after(orphaned)
 
 
 def end_with_starter() -> None:
-    """End this process, as if told to, when what started it is gone and stdin with it.
+    """Do the same when what started this job is gone, and stdin with it, if others are between.
 
-    For what has other processes between, and would go on to write beside a new run. Whoever started
-    it holds the other end of stdin and writes nothing.
+    Whoever started it holds the other end of stdin and writes nothing.
     """
+    source = sys.stdin.fileno()
 
-    def watch() -> None:
+    def closed() -> None:
         # Not by the text layer, whose lock another thread might want at the end.
         while os.read(source, 1):
             pass
-        os.kill(os.getpid(), signal.SIGTERM)
 
-    source = sys.stdin.fileno()
+    _end_after(closed)
+
+
+def _end_after(event: Callable[[], None]) -> None:
+    """End this process, gently if it listens, once a function that waits returns."""
+
+    def watch() -> None:
+        event()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_SECONDS)
+        os._exit(1)
+
     threading.Thread(target=watch, daemon=True).start()

@@ -9,10 +9,13 @@ no sum over tokens the weights of samples within a batch.
 import logging
 import os
 import pickle
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
@@ -195,6 +198,7 @@ def _work(
     """What each process runs; says what went wrong, if it was foreseen."""
     from accelerate import PartialState
 
+    threading.Thread(target=_end_with_starter, daemon=True).start()
     os.environ |= {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     log = logging.getLogger("prox24_deploy")
@@ -215,6 +219,13 @@ def _work(
         raise
     finally:
         state.destroy_process_group()
+
+
+def _end_with_starter() -> None:
+    """End this process when what started it is gone, which the server that forked it outlives."""
+    if (starter := parent_process()) is not None:
+        starter.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -71,18 +71,21 @@ with open({str(tmp_path / "log")!r}, "wb") as log:
     assert not file.exists()
 
 
-def test_a_job_behind_another_process_ends_when_what_started_both_is_killed(
-    tmp_path: Path,
-) -> None:
+BEHIND = LISTENING.replace(
+    "end_on_termination\nend_on_termination()",
+    "end_on_termination, end_with_starter\nend_on_termination()\nend_with_starter()",
+)
+BETWEEN = "import subprocess, sys; subprocess.run([sys.executable, '-c', {job!r}, {file!r}])"
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_a_job_ends_when_what_started_it_is_killed(tmp_path: Path, *, between: bool) -> None:
     file = tmp_path / "half-written"
-    job = LISTENING.replace("end_on_termination", "end_on_termination, end_with_starter", 1)
-    job = job.replace("end_on_termination()\n", "end_on_termination()\nend_with_starter()\n")
-    between = (
-        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {job!r}, {str(file)!r}])"
-    )
+    command = ["-c", BETWEEN.format(job=BEHIND, file=str(file))]
     starter = f"""
 import subprocess, sys
-subprocess.Popen([sys.executable, "-c", {between!r}], stdin=subprocess.PIPE).wait()
+command = {command if between else ["-c", LISTENING, str(file)]!r}
+subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE).wait()
 """
     started = subprocess.Popen([sys.executable, "-c", starter], stderr=subprocess.DEVNULL)
     while not file.exists():
