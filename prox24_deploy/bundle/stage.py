@@ -30,11 +30,12 @@ class Workspace:
 
     Attributes:
         root: OUT; paths in records are relative to it.
-        partial: empty; an output made here, under its own name, is published when the stage ends.
+        partial: empty once begun; an output made here, under its own name, is published when the
+            stage ends.
         kept: for what the same stage with the same inputs goes on from after a kill.
         shared: for what a stage may take again with other inputs, under the hash of what it was
             made of; it is there until the bundle is finished.
-        begin: removes what earlier runs of the stage left, but for `kept` and `shared`.
+        begin: removes what earlier runs left, but for `kept` and `shared`.
     """
 
     root: Path

@@ -17,9 +17,9 @@ from pydantic import TypeAdapter
 
 from prox24_deploy.config.options import BuildOptions
 from prox24_deploy.core import errors
+from prox24_deploy.core.child import end_child
 from prox24_deploy.core.errors import BackendMissingError, Prox24Error, RankError, UsageError
 from prox24_deploy.core.types import Progress
-from prox24_deploy.engines.child import end_child
 from prox24_deploy.pipeline.context import RunContext, torch_device
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from prox24_deploy.core.child import end_on_termination, end_with_starter
 from prox24_deploy.core.errors import (
     BackendMissingError,
     Prox24Error,
@@ -12,7 +13,6 @@ from prox24_deploy.core.errors import (
     UsageError,
     explained,
 )
-from prox24_deploy.engines.child import end_on_termination, end_with_starter
 from prox24_deploy.pipeline import run
 from prox24_deploy.pipeline.ranks import ERROR, OPTIONS, PROGRESS, is_helper
 

@@ -9,9 +9,7 @@ no sum over tokens the weights of samples within a batch.
 import logging
 import os
 import pickle
-import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from torch.multiprocessing.spawn import (
     start_processes,
 )
 
+from prox24_deploy.core.child import end_after
 from prox24_deploy.core.errors import EngineError, Prox24Error, UsageError
 from prox24_deploy.core.types import PATIENCE, Progress
 from prox24_deploy.model.batch import Batch, rows_of
@@ -198,7 +197,9 @@ def _work(
     """What each process runs; says what went wrong, if it was foreseen."""
     from accelerate import PartialState
 
-    threading.Thread(target=_end_with_starter, daemon=True).start()
+    # The server that forked this process outlives what started both.
+    if (starter := parent_process()) is not None:
+        end_after(starter.join)
     os.environ |= {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     log = logging.getLogger("prox24_deploy")
@@ -219,13 +220,6 @@ def _work(
         raise
     finally:
         state.destroy_process_group()
-
-
-def _end_with_starter() -> None:
-    """End this process when what started it is gone, which the server that forked it outlives."""
-    if (starter := parent_process()) is not None:
-        starter.join()
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -11,10 +11,10 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from prox24_deploy.core.atomic import write_atomic
+from prox24_deploy.core.child import end_on_termination
 from prox24_deploy.core.records import Compilation
 from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import Quantize
-from prox24_deploy.engines.child import end_on_termination
 from prox24_deploy.engines.cusparselt.inductor import try_compiling
 from prox24_deploy.engines.cusparselt.merge import Groups
 from prox24_deploy.engines.cusparselt.quantized import multiply_as, untrained

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from prox24_deploy.core.child import run_child
 from prox24_deploy.core.records import Compilation
 from prox24_deploy.core.shapes import Shape
-from prox24_deploy.engines.child import run_child
 from prox24_deploy.engines.cusparselt.compile_job import JOB, RESULT, CompileJob
 from prox24_deploy.engines.cusparselt.inductor import with_another
 from prox24_deploy.engines.cusparselt.torch_model import TorchModel

@@ -24,12 +24,12 @@ from pathlib import Path
 from prox24_deploy.config.options import EngineOptions
 from prox24_deploy.core.atomic import make_folder, writing
 from prox24_deploy.core.backends import BackendKind
+from prox24_deploy.core.child import run_child
 from prox24_deploy.core.errors import BackendMissingError, EngineError, UsageError
 from prox24_deploy.core.host import gpu
 from prox24_deploy.core.records import Engine, EngineEvidence, OnnxModel, TensorCheck
 from prox24_deploy.core.types import QuantizedFormat, Twin
 from prox24_deploy.engines.base import Origin, Session
-from prox24_deploy.engines.child import run_child
 from prox24_deploy.engines.tensorrt.evidence import engine_evidence, parse_builder
 from prox24_deploy.engines.tensorrt.job import Job
 from prox24_deploy.engines.tensorrt.library import TITLES, Library, load_library

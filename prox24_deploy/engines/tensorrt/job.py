@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prox24_deploy.config.options import Compatibility
-from prox24_deploy.engines.child import end_on_termination
+from prox24_deploy.core.child import end_on_termination
 from prox24_deploy.engines.tensorrt.library import Library, messages, polygraphy_for
 
 # Least, usual and largest shape of one input.

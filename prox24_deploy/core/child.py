@@ -58,7 +58,7 @@ def end_on_termination() -> None:
         while os.getppid() == parent:
             time.sleep(_LOOK_EVERY)
 
-    _end_after(orphaned)
+    end_after(orphaned)
 
 
 def end_with_starter() -> None:
@@ -73,10 +73,10 @@ def end_with_starter() -> None:
         while os.read(source, 1):
             pass
 
-    _end_after(closed)
+    end_after(closed)
 
 
-def _end_after(event: Callable[[], None]) -> None:
+def end_after(event: Callable[[], None]) -> None:
     """End this process, gently if it listens, once a function that waits returns."""
 
     def watch() -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from prox24_deploy.engines import child as child_module
-from prox24_deploy.engines.child import end_child, run_child
+from prox24_deploy.core import child as child_module
+from prox24_deploy.core.child import end_child, run_child
 
 # Says that it listens, and removes its file when it is told to end.
 LISTENING = """
 import pathlib, sys, time
-from prox24_deploy.engines.child import end_on_termination
+from prox24_deploy.core.child import end_on_termination
 end_on_termination()
 file = pathlib.Path(sys.argv[1])
 try:
@@ -55,7 +55,7 @@ def test_an_interrupt_of_the_parent_ends_the_job(tmp_path: Path) -> None:
     file = tmp_path / "half-written"
     parent = f"""
 import signal, sys
-from prox24_deploy.engines.child import run_child
+from prox24_deploy.core.child import run_child
 def end(*_):
     raise SystemExit(143)
 signal.signal(signal.SIGTERM, end)
