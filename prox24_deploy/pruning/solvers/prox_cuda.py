@@ -8,9 +8,9 @@ does what one of its groups asks for and no more:
   four (`prox.py` says which can), none for those.
 * Steps are Halley's. They start from the root of the tangent at the sparser end, if that rises,
   and otherwise from the other end. All groups take a few. More follow for those whose result
-  matters, that moved far, and whose parabola at the last point has a root. Without a root, by some
-  margin, they are taken to have no such minimiser: t or p would wander. Where that is wrong, a
-  feasible point is compared. No group depends on its neighbours.
+  matters, whose step was long for how the function bends, and whose parabola at the last point has
+  a root. Without a root, by some margin, they are taken to have no such minimiser: t or p would
+  wander. Where that is wrong, a feasible point is compared. No group depends on its neighbours.
 * Reciprocals are shared: an inverse square root gives the root too, and one division 1/(1+t) and
   1/(1-t).
 
@@ -28,10 +28,11 @@ from prox24_deploy.pruning.solvers.prox import AdmmState
 _BLOCK = tl.constexpr(32)
 # Blocks that a program solves, one after the other: starting one costs what 60 instructions do.
 _BLOCKS = tl.constexpr(8)
-# A last step of Halley's that is so short, in t and in p, needs none behind it. Near a double root
-# each step is a third of the one before, so that a group gets so many more. What that leaves is
-# 6e-7 of ½|z|² at most, in groups that were searched for.
-_CLOSE_T, _CLOSE_P = tl.constexpr(0.01), tl.constexpr(0.005)
+# What a step of Halley's leaves is cubic in its length, measured by what its function bends over:
+# for t twice φ'/φ'', and 1 for the third derivative; for p the least √(g + h²), as h passes zero
+# there. A step that is shorter than these fractions needs none behind it: what is left is 4e-8 of
+# ½|z|² at most, in groups that were searched for.
+_BENT_T, _CLOSE_T, _CLOSE_P = tl.constexpr(0.05), tl.constexpr(0.05), tl.constexpr(0.12)
 _ROUNDS = tl.constexpr(4)
 
 
@@ -204,7 +205,7 @@ def _solve(m1, m2, m3, m4, lam, work):
     u1, u2, u3 = tl.where(better, t1, y1), tl.where(better, t2, y2), tl.where(better, t3, 0.0)
     a = y4 + 0.25 - 0.5 * (y1 + y2 + y3 + y4)
     g1, g2, g3 = 4.0 * (y1 - y4), 4.0 * (y2 - y4), 4.0 * (y3 - y4)
-    theta, slope, _ = _theta(0.5, 2.0, a, g1, g2, g3)
+    theta, slope, _, _ = _theta(0.5, 2.0, a, g1, g2, g3)
     most = tl.minimum(y4, 0.5)
     four = better & (y4 > 0.0) & (tl.minimum(theta, theta + slope * most) < 0.0)
     if _any(four):
@@ -243,13 +244,12 @@ def _three(y1, y2, y3, work):
     tangent = tl.minimum(tl.maximum(0.0 - first * _inverse(fall), 0.0), end)
     t = tl.where(fall > 0.0, tangent, end)
     before, _ = _halley_three(t, half_sum, half_spread, y3)
-    t, ahead = _halley_three(before, half_sum, half_spread, y3)
-    far = wins & _is_far(before, t, ahead, _CLOSE_T)
+    t, more = _halley_three(before, half_sum, half_spread, y3)
+    far = wins & (more > 0.0)
     rounds = 0
     while _any(far) & (rounds < _ROUNDS):
-        after, ahead = _halley_three(t, half_sum, half_spread, y3)
-        still = far & _is_far(t, after, ahead, _CLOSE_T)
-        t, far = tl.where(far, after, t), still
+        after, more = _halley_three(t, half_sum, half_spread, y3)
+        t, far = tl.where(far, after, t), far & (more > 0.0)
         rounds += 1
     # Without a root, which is without a minimiser of this support, t ends in a feasible point.
     t = tl.minimum(t, end)
@@ -258,16 +258,11 @@ def _three(y1, y2, y3, work):
 
 
 @triton.jit
-def _is_far(before, after, ahead, close):
-    """Whether a step was not `close`, with a root `ahead` of it."""
-    return tl.minimum(ahead, tl.abs(after - before) - close) > 0.0
-
-
-@triton.jit
 def _halley_three(t, half_sum, half_spread, y3):
     """A step from t, which ends at zero at the least.
 
-    And a number above zero only where φ rises at t and its parabola there has a root.
+    And a number above zero only where another should follow: the step was long, φ rises at t and
+    its parabola there has a root.
     """
     plus, minus = _inverses(t)
     total, spread = half_sum * plus, half_spread * minus
@@ -277,8 +272,9 @@ def _halley_three(t, half_sum, half_spread, y3):
     slope = 1.0 - 2.0 * (total + spread)
     bend = 3.0 * (total * plus - spread * minus)
     square, mixed = slope * slope, phi * bend
-    ahead = tl.minimum(slope, square - 4.0 * mixed)
-    return tl.maximum(t + phi * slope * _inverse(mixed - square), 0.0), ahead
+    after = tl.maximum(t + phi * slope * _inverse(mixed - square), 0.0)
+    far = tl.maximum(tl.abs(mixed) - _BENT_T * square, tl.abs(after - t) - _CLOSE_T)
+    return after, tl.minimum(tl.minimum(slope, square - 4.0 * mixed), far)
 
 
 @triton.jit
@@ -292,13 +288,12 @@ def _inverses(t):
 @triton.jit
 def _four(p, a, g1, g2, g3, matters):
     """The candidate with four non-zeros: Halley's steps on Θ; u4 is p - ½."""
-    after, ahead = _halley_four(p, a, g1, g2, g3)
-    far = matters & _is_far(p, after, ahead, _CLOSE_P)
-    p, rounds = after, 0
+    p, more = _halley_four(p, a, g1, g2, g3)
+    far = matters & (more > 0.0)
+    rounds = 0
     while _any(far) & (rounds < _ROUNDS):
-        after, ahead = _halley_four(p, a, g1, g2, g3)
-        still = far & _is_far(p, after, ahead, _CLOSE_P)
-        p, far = tl.where(far, after, p), still
+        after, more = _halley_four(p, a, g1, g2, g3)
+        p, far = tl.where(far, after, p), far & (more > 0.0)
         rounds += 1
     p = tl.minimum(p, 1.0)
     ratio = a * _inverse(p)
@@ -314,17 +309,23 @@ def _four(p, a, g1, g2, g3, matters):
 def _halley_four(p, a, g1, g2, g3):
     """A step from p. Every u4 in [0, ½] has p in [½, 1]; a step may undershoot and come back.
 
-    And a number above zero only where the parabola of Θ at p has a root, or nearly has one: its
-    discriminant has a 4, and a 3 is the margin for what the parabola leaves out.
+    And a number above zero only where another should follow: the step was long, and the parabola of
+    Θ at p has a root, or nearly has one. Its discriminant has a 4, and a 3 is the margin for what
+    the parabola leaves out.
     """
-    theta, slope, curve = _theta(p, _inverse(p), a, g1, g2, g3)
+    theta, slope, curve, rate = _theta(p, _inverse(p), a, g1, g2, g3)
     square, mixed = slope * slope, theta * curve
-    return tl.maximum(p + theta * slope * _inverse(mixed - square), 0.25), square - 3.0 * mixed
+    after = tl.maximum(p + theta * slope * _inverse(mixed - square), 0.25)
+    far = tl.abs((after - p) * rate) - _CLOSE_P
+    return after, tl.minimum(square - 3.0 * mixed, far)
 
 
 @triton.jit
 def _theta(p, inverse, a, g1, g2, g3):
-    """2 Θ at p, its slope, and half of its second derivative; g_i is 4 d_i, h = p + a/p is 2 T."""
+    """2 Θ at p, its slope, half of its second derivative, and how fast h = p + a/p, 2 T, changes.
+
+    That is h' in units of each √(g_i + h²), summed; g_i is 4 d_i.
+    """
     ratio = a * inverse
     bend = ratio * inverse
     h, lean = p + ratio, 1.0 - bend
@@ -337,7 +338,7 @@ def _theta(p, inverse, a, g1, g2, g3):
     grow, twist = h * lean, bend * inverse
     slope = 3.0 + bend + grow * total
     curve = (0.5 * lean * lean + h * twist) * total - twist - 0.5 * grow * grow * cubes
-    return theta, slope, curve
+    return theta, slope, curve, lean * total
 
 
 @triton.jit
