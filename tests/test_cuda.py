@@ -283,16 +283,17 @@ def test_a_large_gemm_is_faster_sparse(planned: Path, tmp_path: Path) -> None:
     assert read_plan(tmp_path / "plan.json").profile.known(timing.shape) == timing
 
 
+@pytest.mark.parametrize("format", ["int8", "fp8"])
 def test_a_quantised_build_multiplies_in_eight_bits(
-    tiny_llama: Path, prose: Path, tmp_path: Path
+    tiny_llama: Path, prose: Path, tmp_path: Path, format: str
 ) -> None:
     run = run_cli(
         "build", tiny_llama, "-o", tmp_path / "out", "--calibration", prose, "--dtype", "float16",
-        "--backend", "cusparselt", "--shapes", "batch=2", "sequence=32", "--quantize", "int8",
+        "--backend", "cusparselt", "--shapes", "batch=2", "sequence=32", "--quantize", format,
         "--json", *SMALL,
     )  # fmt: skip
     assert run.code in {0, 3, 5}, run.err
     (evidence,) = json.loads(run.out)["sparsity"]["engines"]
-    assert "layers in int8" in evidence["summary"]
+    assert f"layers in {format}" in evidence["summary"]
     assert evidence["numerics"]
     assert all(check["passed"] for check in evidence["numerics"])

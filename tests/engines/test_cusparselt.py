@@ -24,7 +24,7 @@ from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession
 from prox24_deploy.engines.cusparselt.gemm import measure_gemms, time_gemm
 from prox24_deploy.engines.cusparselt.linear import SparseLinear, two_four_layers
 from prox24_deploy.engines.cusparselt.profile import GEMM_FORMATS, GemmShape, GpuProfile
-from prox24_deploy.engines.cusparselt.torch_model import compare_outputs, open_torch_model
+from prox24_deploy.engines.cusparselt.torch_model import open_torch_model
 from prox24_deploy.model.directory import load_model, open_model_dir
 from prox24_deploy.model.layers import layer_at
 from prox24_deploy.pipeline.stages.compile import STAGE as COMPILE
@@ -182,11 +182,11 @@ def test_a_quantised_twin_that_computes_something_else_is_refused(
 ) -> None:
     backend = backend_of(tiny_bert)
     quantised_bundle(bundle, tmp_path, backend)
-    machine.error = 1.5
+    machine.error = 1.05
     model = OnnxModel(
         path="onnx/sparse/model.onnx", dtype="float16", opset=20, sha256="0" * 64, size_bytes=1
     )
-    with pytest.raises(EngineError, match="differs from the same weights multiplied dense by"):
+    with pytest.raises(EngineError, match=r"Layer .*query.* differs from the products of its own"):
         backend.build(tmp_path, model, Path("engines"), twin="sparse")
 
 
@@ -491,27 +491,6 @@ def test_bfloat16_keeps_its_bits_on_the_way_in_and_out(machine: Machine) -> None
     back = cuda_graph.to_array(tensor)
     assert back.dtype == ml_dtypes.bfloat16
     assert back.tobytes() == array.tobytes()
-
-
-def test_a_check_fails_beyond_the_tolerance_of_its_dtype() -> None:
-    expected = [(torch.tensor([1.0, -2.0]),), (torch.tensor([4.0]),)]
-    close = [(torch.tensor([1.0, -2.0]),), (torch.tensor([4.07]),)]
-    far = [(torch.tensor([1.0, -2.0]),), (torch.tensor([4.09]),)]
-    (found,) = compare_outputs(["out"], expected, close, "float16")
-    assert found.passed
-    assert found.tolerance == pytest.approx(0.08)
-    assert found.shapes == ((2,), (1,))
-    assert not compare_outputs(["out"], expected, far, "float16")[0].passed
-    assert compare_outputs(["out"], expected, far, "bfloat16")[0].passed
-
-
-def test_a_nan_in_any_run_is_no_agreement_and_the_same_infinity_is_one() -> None:
-    expected = [(torch.tensor([1.0, -torch.inf]),), (torch.tensor([4.0, 1.0]),)]
-    broken = [expected[0], (torch.tensor([4.0, torch.nan]),)]
-    assert compare_outputs(["out"], expected, expected, "float16")[0].passed
-    assert not compare_outputs(["out"], expected, broken, "float16")[0].passed
-    lost = [(torch.tensor([1.0, 0.0]),), expected[1]]
-    assert not compare_outputs(["out"], expected, lost, "float16")[0].passed
 
 
 def test_rows_that_nobody_timed_take_the_algorithm_of_the_nearest(machine: Machine) -> None:

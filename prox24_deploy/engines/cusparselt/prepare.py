@@ -1,12 +1,13 @@
 """Make a twin ready to run: its layers compressed, compiled, and held against what it must give."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prox24_deploy.core.errors import EngineError
 from prox24_deploy.core.records import Compilation, NumericsCheck
@@ -16,8 +17,14 @@ from prox24_deploy.engines.base import Feeds
 from prox24_deploy.engines.cusparselt.choice import LayerChoice
 from prox24_deploy.engines.cusparselt.compile_trial import try_elsewhere
 from prox24_deploy.engines.cusparselt.inductor import CompiledModule, try_compiling
+from prox24_deploy.engines.cusparselt.numerics import (
+    LAYER_TOLERANCE,
+    LayerNumbers,
+    compare_outputs,
+    nudged_inputs,
+)
 from prox24_deploy.engines.cusparselt.quantized import multiply_as
-from prox24_deploy.engines.cusparselt.torch_model import TorchModel, compare_outputs
+from prox24_deploy.engines.cusparselt.torch_model import TorchModel
 from prox24_deploy.quantization.tensors import QuantizedModel, apply_inputs
 
 log = logging.getLogger(__name__)
@@ -64,17 +71,46 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """What a twin must compute: inputs, outputs, and the dtype that these may be rounded to."""
+    """What a twin must compute.
+
+    Attributes:
+        feeds: inputs.
+        outputs: of each.
+        dtype: that outputs may be rounded to.
+        nudged: outputs where what 8-bit layers read is off in its last bit; empty without such.
+        layers: what each of those must give; None without such.
+    """
 
     feeds: Sequence[Feeds]
     outputs: Sequence[tuple[Tensor, ...]]
     dtype: DType
+    nudged: Sequence[tuple[Tensor, ...]] = ()
+    layers: LayerNumbers | None = None
 
     def compare(
         self, names: Sequence[str], found: Sequence[tuple[Tensor, ...]]
     ) -> tuple[NumericsCheck, ...]:
         """One check for each output."""
-        return compare_outputs(names, self.outputs, found, self.dtype)
+        return compare_outputs(names, self.outputs, found, self.dtype, self.nudged)
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        """Hold 8-bit layers to their numbers in all that runs within it.
+
+        Raises:
+            EngineError: one gives something else, by name.
+        """
+        if self.layers is None:
+            yield
+            return
+        with self.layers.watch(model) as off:
+            yield
+        if wrong := [name for name, share in off.items() if not share <= LAYER_TOLERANCE]:
+            raise EngineError(
+                f"Layer {wrong[0]} of the compressed model differs from the products of its own "
+                f"8-bit numbers by {off[wrong[0]]:.3g} of its largest output, tolerance "
+                f"{LAYER_TOLERANCE}; cuSPARSELt or cuBLAS computes something else on this GPU."
+            )
 
 
 def prepare(
@@ -97,7 +133,8 @@ def prepare(
         choices: the layers to compress are marked as chosen; none for the dense twin.
         eager: do not compile.
         quantized: what layers are to multiply in 8 bits, whose values the model has; outputs are
-            then held against those of the same numbers multiplied in 16 bits.
+            then held against those of the same numbers multiplied in 16 bits, within what last
+            bits of inputs make of those.
 
     Raises:
         EngineError: sparse outputs differ by more than the tolerance of the dtype, by name.
@@ -131,9 +168,13 @@ def _reference(
     opened: TorchModel, shapes: Sequence[Shape], quantized: QuantizedModel | None
 ) -> _Reference:
     feeds = opened.trial_feeds(shapes)
+    outputs = [opened.run(one) for one in feeds]
+    if not quantized:
+        return _Reference(feeds, outputs, opened.dtype)
+    with nudged_inputs(opened.wrapped, quantized):
+        nudged = [opened.run(one) for one in feeds]
     # Products of 8-bit numbers are rounded to that.
-    rounded_to: DType = "bfloat16" if quantized else opened.dtype
-    return _Reference(feeds, [opened.run(one) for one in feeds], rounded_to)
+    return _Reference(feeds, outputs, "bfloat16", nudged, LayerNumbers(opened.wrapped, quantized))
 
 
 def _compile(
@@ -166,7 +207,8 @@ def _together(trial: Compilation, compilation: Compilation) -> Compilation:
 
 def _checked(opened: TorchModel, reference: _Reference) -> tuple[NumericsCheck, ...]:
     """Outputs of an engine kernel by kernel against those expected; they must be the same."""
-    found = [opened.run_as_engine(one) for one in reference.feeds]
+    with reference.watch(opened.wrapped):
+        found = [opened.run_as_engine(one) for one in reference.feeds]
     numerics = reference.compare(opened.output_names, found)
     if wrong := _wrong(numerics):
         raise EngineError(

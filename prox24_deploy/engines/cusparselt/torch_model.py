@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from prox24_deploy.config.recipe import Recipe
 from prox24_deploy.core.errors import BackendMissingError, EngineError
-from prox24_deploy.core.records import NumericsCheck
 from prox24_deploy.core.shapes import Shape
 from prox24_deploy.core.types import DType
 from prox24_deploy.engines.base import Feeds
@@ -21,14 +20,12 @@ from prox24_deploy.engines.cusparselt.attention import use_fast_attention
 from prox24_deploy.engines.cusparselt.cuda_graph import GraphSession, Run, to_tensor
 from prox24_deploy.engines.cusparselt.inductor import CompiledModule, with_another
 from prox24_deploy.engines.cusparselt.merge import Groups, alike, merge_layers, shared_layers
+from prox24_deploy.engines.cusparselt.numerics import OUTPUT_TOLERANCES
 from prox24_deploy.engines.cusparselt.runner import EngineModule, padded
 from prox24_deploy.engines.feeds import random_feeds
 from prox24_deploy.graph.export.module import RecipeModule, copy_with, to_dtype
 from prox24_deploy.model.directory import ModelDir, build_untrained, load_model
 from prox24_deploy.quantization.tensors import QuantizedModel
-
-# Largest difference to the same weights multiplied dense, as a share of the largest output.
-OUTPUT_TOLERANCES: dict[DType, float] = {"float16": 2e-2, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,54 +188,6 @@ def as_engine(model: nn.Module, recipe: Recipe) -> RecipeModule:
     """The graph of a recipe, of a model whose attention may be changed in place."""
     use_fast_attention(model)
     return RecipeModule(model, recipe).eval()
-
-
-def compare_outputs(
-    names: Sequence[str],
-    expected: Sequence[Sequence[Tensor]],
-    found: Sequence[Sequence[Tensor]],
-    dtype: DType,
-) -> tuple[NumericsCheck, ...]:
-    """Compare outputs of the compressed model with those of the same weights multiplied dense.
-
-    Args:
-        names: of the outputs.
-        expected: outputs of each run of the dense multiplication.
-        found: the same of the compressed one.
-        dtype: decides the tolerance, a share of the largest magnitude of the output.
-
-    Returns:
-        One check per output over all runs.
-    """
-    checks = []
-    for i, name in enumerate(names):
-        pairs = [(a[i].float(), b[i].float()) for a, b in zip(expected, found, strict=True)]
-        # By tensors, for Python's max passes over a NaN.
-        largest = float(torch.stack([_distance(a, b) for a, b in pairs]).max())
-        tolerance = OUTPUT_TOLERANCES[dtype] * max(_largest(a) for a, _ in pairs)
-        shapes = tuple(tuple(a.shape) for a, _ in pairs)
-        passed = largest <= tolerance
-        checks.append(
-            NumericsCheck(
-                twin="sparse",
-                output=name,
-                shapes=shapes,
-                max_abs_difference=largest,
-                tolerance=tolerance,
-                passed=passed,
-            )
-        )
-    return tuple(checks)
-
-
-def _distance(first: Tensor, second: Tensor) -> Tensor:
-    """Largest difference; a NaN stays one, and the same infinity on both sides is no difference."""
-    return torch.where(first == second, 0.0, first - second).abs().max()
-
-
-def _largest(tensor: Tensor) -> float:
-    """Largest finite magnitude."""
-    return float(torch.where(tensor.isfinite(), tensor, 0.0).abs().max())
 
 
 def median_ms(session: GraphSession, feeds: Sequence[Feeds], seconds: float) -> float:
