@@ -29,8 +29,8 @@ from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.core.types import silent
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.pipeline.context import RunContext
-from prox24_deploy.pruning import prune
-from prox24_deploy.pruning.prune import prune_directory
+from prox24_deploy.pruning import directory
+from prox24_deploy.pruning.directory import prune_directory
 from prox24_deploy.pruning.solvers import products
 
 VARIANTS = {
@@ -77,7 +77,7 @@ def run(context: RunContext, name: str, folder: Path, device: torch.device) -> P
 def in_float32() -> Iterator[None]:
     """Round nothing to TF32: not in forward passes, not in the solver."""
     with (
-        patch.object(prune, "tensor_cores", lambda _: nullcontext()),
+        patch.object(directory, "tensor_cores", lambda _: nullcontext()),
         patch.object(products, "_has_tf32", lambda _: False),
     ):
         yield

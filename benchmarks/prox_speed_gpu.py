@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from prox24_deploy.pruning.solvers.prox import AdmmState, _prox_eager, objective_24
+from prox24_deploy.pruning.solvers.admm_step import AdmmState
+from prox24_deploy.pruning.solvers.prox import _prox_eager, objective_24
 from prox24_deploy.pruning.solvers.prox_cuda import admm_step_cuda, prox_24_cuda
 
 ROWS, FEATURES = 4096, 14336

@@ -46,7 +46,7 @@ from prox24_deploy.data.text import thin
 from prox24_deploy.evaluation.losses import Loss, loss_against
 from prox24_deploy.model.directory import ModelDir, load_model, open_model_dir
 from prox24_deploy.pipeline.context import RunContext, read_context, torch_device
-from prox24_deploy.pruning.prune import prune_directory
+from prox24_deploy.pruning.directory import prune_directory
 from prox24_deploy.recovery.recover import Recovery, recover_directory
 from prox24_deploy.rotation.rotate import rotate_directory
 

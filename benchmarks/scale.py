@@ -43,7 +43,7 @@ from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.pipeline.ranks import shared
 from prox24_deploy.pruning import activations, layer_group, prune
-from prox24_deploy.pruning.prune import help_to_prune, prune_directory
+from prox24_deploy.pruning.directory import help_to_prune, prune_directory
 from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.pruning.solvers import solver
 from prox24_deploy.pruning.solvers.products import tensor_cores

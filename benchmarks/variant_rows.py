@@ -20,7 +20,7 @@ from variant_lab import Figures, Lab
 from prox24_deploy.config.options import PruneOptions
 from prox24_deploy.engines.cusparselt.profile import GemmTiming, GpuProfile, read_profile
 from prox24_deploy.model.layers import from_matrix, layer_at, to_matrix
-from prox24_deploy.pruning import prune
+from prox24_deploy.pruning import block
 from prox24_deploy.pruning.activations import BlockPair
 from prox24_deploy.pruning.layer_group import SolvedLayer, group_problem, solve_group
 from prox24_deploy.pruning.ranks import Ranks
@@ -74,7 +74,7 @@ def dense_rows(share: float) -> Iterator[list[int]]:
             solved[name] = replace(found, weight=weight)
         return solved
 
-    with patch.object(prune, "solve_group", solve):
+    with patch.object(block, "solve_group", solve):
         yield counts
 
 

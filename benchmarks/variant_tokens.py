@@ -21,7 +21,7 @@ from prox24_deploy.evaluation.language import next_logits
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import BlockCall, real_rows, shared_inputs
 from prox24_deploy.model.layers import Layer, layer_at, matrix_shape
-from prox24_deploy.pruning import prune
+from prox24_deploy.pruning import block
 from prox24_deploy.pruning.activations import Activations, BlockPair, input_pairs
 from prox24_deploy.pruning.second_moments import SecondMoments
 
@@ -113,5 +113,5 @@ def weighing(weights: Weights, calibration: Sequence[Batch]) -> Iterator[None]:
         assert moments.tokens in {0, sum(int(batch.real.sum()) for batch in calibration)}
         return [moments]
 
-    with patch.object(prune, "shared_inputs", alone), patch.object(prune, "collect_wave", weighted):
+    with patch.object(block, "shared_inputs", alone), patch.object(block, "collect_wave", weighted):
         yield

@@ -42,6 +42,7 @@ HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "safetensors
 # What is imported there may not be installed: Triton, and the extra for bills of materials.
 SPARED = {
     "pruning/permute_search.py",
+    "pruning/solvers/admm_step.py",
     "pruning/solvers/baselines.py",
     "pruning/solvers/prox.py",
     "packaging/package.py",
@@ -103,7 +104,7 @@ MAY_IMPORT = {
     "evaluation": {"config", "model"},
     "data": {"config", "model", "evaluation"},
     "pruning": {"config", "sparsity", "solvers", "model", "evaluation", "data"},
-    "rotation": {"config", "solvers", "model", "data"},
+    "rotation": {"config", "sparsity", "solvers", "model", "data"},
     "recovery": {"config", "sparsity", "model", "evaluation", "data", "pruning"},
     "quantization": {"config", "sparsity", "solvers", "model", "pruning", "recovery"},
     "graph": {"config", "sparsity", "quantization"},

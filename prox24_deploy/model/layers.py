@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from prox24_deploy.sparsity.pattern import GROUP
+
 Layer = nn.Linear | nn.Conv2d | Conv1D
 
-_GROUP = 4
 _PADDING_MODES = {"zeros": "constant"}
 
 
@@ -84,7 +85,7 @@ def obstacle(layer: Layer) -> str:
         name, length = "in_channels", layer.in_channels
     else:
         name, length = "in_features", layer.weight.shape[reduction_axis(layer)]
-    return f"{name} {length} is not a multiple of {_GROUP}" if length % _GROUP else ""
+    return f"{name} {length} is not a multiple of {GROUP}" if length % GROUP else ""
 
 
 def same_rows(first: Layer, second: Layer) -> bool:

@@ -19,8 +19,7 @@ from prox24_deploy.core.errors import RecipeError
 from prox24_deploy.model.blocks import find_blocks
 from prox24_deploy.model.layers import Layer, is_layer, layer_at, reduction_axis
 from prox24_deploy.pruning.selection import sharing, target_paths
-
-_GROUP = 4
+from prox24_deploy.sparsity.pattern import GROUP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +231,7 @@ def _fitted(
     tensors = tensors_of(block)
     if other := [name for name in vectors if tensors[name].shape[-1] != written]:
         return f"{other[0]} is {tuple(tensors[other[0]].shape)}, expected {written} channels"
-    if width % _GROUP:
+    if width % GROUP:
         return f"{width} channels do not divide into groups of four"
     return written // width, width, columns // written
 

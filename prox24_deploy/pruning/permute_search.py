@@ -13,9 +13,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from prox24_deploy.pruning.solvers.prox import has_triton
+from prox24_deploy.pruning.solvers.kernels import has_triton
+from prox24_deploy.sparsity.pattern import GROUP
 
-_GROUP = 4
 # Each split of eight channels once: the first stays in the first group.
 _SPLITS = [
     ((0, *three), tuple(i for i in range(1, 8) if i not in three))
@@ -54,12 +54,12 @@ def search_order(score: Tensor, seed: int = 0) -> Found:
         ValueError: the channels do not divide into groups of four.
     """
     sets, rows, channels = score.shape
-    if channels % _GROUP:
-        raise ValueError(f"{channels} channels do not divide into groups of {_GROUP}")
+    if channels % GROUP:
+        raise ValueError(f"{channels} channels do not divide into groups of {GROUP}")
     # Channels first, so that one of them is one run of memory.
     sample = score[:, :: -(-rows // _ROWS)].transpose(1, 2).float().contiguous()
     flat = sample.flatten(0, 1)
-    groups = torch.arange(sets * channels, device=score.device).view(sets, -1, _GROUP)
+    groups = torch.arange(sets * channels, device=score.device).view(sets, -1, GROUP)
     groups = _improved(flat, groups, torch.Generator().manual_seed(seed))
     # Sorted, so that an order that gains nothing is the order that was given.
     groups = groups.sort(-1).values
@@ -77,7 +77,7 @@ def reordered(score: Tensor, order: Tensor) -> Tensor:
 def retained(score: Tensor) -> float:
     """The share of the score (sets, rows, channels) that the best two of each group keep."""
     total = float(score.double().sum())
-    kept = score.unflatten(-1, (-1, _GROUP)).topk(2, dim=-1).values.double().sum()
+    kept = score.unflatten(-1, (-1, GROUP)).topk(2, dim=-1).values.double().sum()
     return float(kept) / total if total > 0 else 1.0
 
 
@@ -90,9 +90,9 @@ def _improved(flat: Tensor, groups: Tensor, generator: torch.Generator) -> Tenso
     for _ in range(_ROUNDS):
         drawn = torch.rand(groups.shape[:2], generator=generator).argsort(1).to(groups.device)
         mixed = groups.gather(1, drawn[..., None].expand_as(groups))
-        paired = mixed[:, : count // 2 * 2].reshape(-1, 2 * _GROUP)
+        paired = mixed[:, : count // 2 * 2].reshape(-1, 2 * GROUP)
         paired, gain = _split(flat, paired)
-        mixed[:, : count // 2 * 2] = paired.view(len(groups), -1, _GROUP)
+        mixed[:, : count // 2 * 2] = paired.view(len(groups), -1, GROUP)
         groups = mixed
         gained.append(gain)
         if len(gained) >= _WATCHED and sum(gained[-_WATCHED:]) <= _LEAST_GAIN * total:

@@ -18,12 +18,12 @@ from prox24_deploy.core.types import Progress
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import real_rows, run_model
 from prox24_deploy.rotation.stream import ResidualStream
+from prox24_deploy.sparsity.pattern import GROUP
 
 # Root mean square of an element of the first step's generator, times √d, and the decay of momentum.
 _STEP, _MOMENTUM = 0.05, 0.9
 # Of the rows that score a rotation every so many are looked at in a step, others in the next.
 _STRIDE = 4
-_GROUP = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +48,8 @@ class Side:
             sizes = ((self.moments @ turn) * turn).sum(0)
             squares = [(weight[part] @ turn).square() * sizes for weight in self.weights]
         else:
-            sizes = self.moments.unflatten(0, (-1, _GROUP))[part].flatten()
-            groups = [w.unflatten(1, (-1, _GROUP))[:, part].flatten(1) for w in self.weights]
+            sizes = self.moments.unflatten(0, (-1, GROUP))[part].flatten()
+            groups = [w.unflatten(1, (-1, GROUP))[:, part].flatten(1) for w in self.weights]
             squares = [(turn.T @ each).square() * sizes for each in groups]
         shares = [
             _two_smallest(each).sum() / energy
@@ -79,7 +79,7 @@ def sides_of(
         energies = [float(((weight @ moments) * weight).sum()) for weight in weights]
         sides.append(_side(weights, moments, energies))
     for index, squares in watch.squares.items():
-        if len(squares) % _GROUP == 0:
+        if len(squares) % GROUP == 0:
             count, weight = watch.written[index], stream.writers[index].weight
             sides.append(_side([weight], squares / count, [watch.energies[index] / count]))
     return [side for side in sides if side.weights]
@@ -185,6 +185,6 @@ def _gradient(sides: Sequence[Side], turn: Tensor, begin: int) -> Tensor:
 
 def _two_smallest(scores: Tensor) -> Tensor:
     """Sum of the two smallest of each four along the last axis."""
-    a, b, c, d = scores.unflatten(-1, (-1, _GROUP)).unbind(-1)
+    a, b, c, d = scores.unflatten(-1, (-1, GROUP)).unbind(-1)
     first, second = torch.minimum(a, b), torch.minimum(c, d)
     return torch.minimum(first + second, torch.minimum(a + b, c + d))

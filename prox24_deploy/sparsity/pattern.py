@@ -8,8 +8,11 @@ depends on the layout, so every function takes it as an argument.
 import torch
 from torch import Tensor
 
+# Elements of a group of 2:4, of which two may be kept.
+GROUP = 4
 
-def mask_24(score: Tensor, axis: int = -1, *, kept: int = 2, group: int = 4) -> Tensor:
+
+def mask_24(score: Tensor, axis: int = -1, *, kept: int = 2, group: int = GROUP) -> Tensor:
     """Mark the `kept` largest scores of every group.
 
     Args:
@@ -37,7 +40,7 @@ def mask_24(score: Tensor, axis: int = -1, *, kept: int = 2, group: int = 4) -> 
     return mask.flatten(-2).movedim(-1, axis)
 
 
-def project_24(weight: Tensor, axis: int = -1, *, kept: int = 2, group: int = 4) -> Tensor:
+def project_24(weight: Tensor, axis: int = -1, *, kept: int = 2, group: int = GROUP) -> Tensor:
     """Zero all but the `kept` largest magnitudes of every group: the Euclidean projection.
 
     Masked elements become +0.0, never -0.0, so that byte-level checkers agree.
@@ -46,7 +49,7 @@ def project_24(weight: Tensor, axis: int = -1, *, kept: int = 2, group: int = 4)
     return weight.masked_fill(~mask, 0.0)
 
 
-def is_24(weight: Tensor, axis: int = -1, *, kept: int = 2, group: int = 4) -> bool:
+def is_24(weight: Tensor, axis: int = -1, *, kept: int = 2, group: int = GROUP) -> bool:
     """Tell whether no group has more than `kept` non-zeros. False if the axis does not divide."""
     if weight.shape[axis] % group:
         return False
@@ -54,7 +57,7 @@ def is_24(weight: Tensor, axis: int = -1, *, kept: int = 2, group: int = 4) -> b
 
 
 def first_violation(
-    weight: Tensor, axis: int = -1, *, kept: int = 2, group: int = 4
+    weight: Tensor, axis: int = -1, *, kept: int = 2, group: int = GROUP
 ) -> tuple[int, ...] | None:
     """Return the index of the first element of the first group with too many non-zeros, or None.
 
@@ -71,7 +74,7 @@ def first_violation(
 
 def unconverged_groups(weight: Tensor) -> int:
     """Number of groups along the last axis with more than two non-zeros."""
-    return int((_nonzeros(weight, -1, 4) > 2).sum())
+    return int((_nonzeros(weight, -1, GROUP) > 2).sum())
 
 
 def final_mask(iterate: Tensor, fallback: Tensor) -> Tensor:

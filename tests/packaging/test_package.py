@@ -452,7 +452,7 @@ def test_a_card_that_a_kill_left_does_not_prune_again(
     def pruned_again(*_: object, **__: object) -> None:
         raise AssertionError("the stage ran again")
 
-    monkeypatch.setattr("prox24_deploy.pruning.prune.prune_directory", pruned_again)
+    monkeypatch.setattr("prox24_deploy.pruning.directory.prune_directory", pruned_again)
     rebuild(encoder, copy, prose)
     assert card.read_bytes() == sound
     (copy / "pruned" / "config.json").write_bytes(b"{}")

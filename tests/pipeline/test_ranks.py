@@ -36,7 +36,7 @@ from prox24_deploy.pipeline import ranks, ranks_job, run
 from prox24_deploy.pipeline.api import prune
 from prox24_deploy.pipeline.context import read_context
 from prox24_deploy.pipeline.ranks import ERROR, OPTIONS, PROGRESS, _reason
-from prox24_deploy.pruning import prune as pruning
+from prox24_deploy.pruning import directory as pruning
 from prox24_deploy.pruning.activations import Resources
 from prox24_deploy.pruning.memory import Room
 from prox24_deploy.pruning.prune import prune_model
@@ -118,16 +118,16 @@ def test_two_processes_come_to_the_same_weights(alone: Path, together: Path) -> 
 DIES = """
 import os, signal
 from prox24_deploy.cli import main
-from prox24_deploy.pruning import prune
+from prox24_deploy.pruning.block import BlockSolver
 
-solve = prune._BlockSolver.solve
+solve = BlockSolver.solve
 
 def dies(solver, step):
     if step.twin.index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return solve(solver, step)
 
-prune._BlockSolver.solve = dies
+BlockSolver.solve = dies
 main()
 """
 

@@ -17,8 +17,8 @@ from prox24_deploy.core.errors import Prox24Error, UsageError
 from prox24_deploy.core.fingerprint import fingerprint
 from prox24_deploy.core.records import PruneResult
 from prox24_deploy.pipeline.context import read_context
+from prox24_deploy.pruning.directory import prune_directory
 from prox24_deploy.pruning.masks import open_masks, read_masks
-from prox24_deploy.pruning.prune import prune_directory
 from prox24_deploy.pruning.reconstruct import SCHEDULES, AdamOptions
 from prox24_deploy.pruning.solvers.problem import layer_problem
 from prox24_deploy.pruning.solvers.solver import solve_layer

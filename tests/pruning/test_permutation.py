@@ -20,8 +20,8 @@ from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.model.directory import load_model, open_model_dir
 from prox24_deploy.pipeline.context import read_context
 from prox24_deploy.pruning import permutation
+from prox24_deploy.pruning.directory import prune_directory
 from prox24_deploy.pruning.permutation import OrderStore, Permuted, permute_channels
-from prox24_deploy.pruning.prune import prune_directory
 from prox24_deploy.pruning.ranks import ALONE, Ranks
 
 # One of each structure: gated and plain, fused, grouped heads, encoder and decoder, convolutions.

@@ -19,7 +19,7 @@ from prox24_deploy.core.types import Method
 from prox24_deploy.model.batch import Batch
 from prox24_deploy.model.blocks import run_model
 from prox24_deploy.model.checkpoint import BlockStore, stored_dtype
-from prox24_deploy.pruning import prune
+from prox24_deploy.pruning import block as block_module
 from prox24_deploy.pruning.activations import BlockPair
 from prox24_deploy.pruning.layer_group import SolvedLayer, solve_group
 from prox24_deploy.pruning.prune import PrunedState, prune_model
@@ -170,7 +170,7 @@ def test_a_resumed_run_gives_the_same_bits_and_solves_only_the_rest(
         blocks.append(twin.index)
         return solve(twin, *arguments, **options)
 
-    monkeypatch.setattr(prune, "solve_group", watch)
+    monkeypatch.setattr(block_module, "solve_group", watch)
     resumed = prune_opened(open_tiny(family, prose), tmp_path)
     assert set(blocks) == {1}
     assert resumed.weights.keys() == whole.weights.keys()

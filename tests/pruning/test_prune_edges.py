@@ -35,9 +35,10 @@ from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.checkpoint import BlockStore
 from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.model.processors import load_tokenizer
+from prox24_deploy.pruning import block as block_module
 from prox24_deploy.pruning import layer_group as solve_module
-from prox24_deploy.pruning import prune
-from prox24_deploy.pruning.prune import PrunedState, prune_directory, prune_model
+from prox24_deploy.pruning.directory import prune_directory
+from prox24_deploy.pruning.prune import PrunedState, prune_model
 from prox24_deploy.pruning.solvers.problem import LayerProblem, damping_for, layer_problem
 from prox24_deploy.sparsity.pattern import is_24, project_24
 
@@ -269,7 +270,7 @@ def test_a_stored_block_is_used_as_it_is(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("solved again")
 
-    monkeypatch.setattr(prune, "solve_group", refuse)
+    monkeypatch.setattr(block_module, "solve_group", refuse)
     model = load(tiny_bert, recipe)
     again = run(model, recipe, tmp_path)
     assert again.layers == first.layers

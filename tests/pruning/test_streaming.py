@@ -20,7 +20,7 @@ from prox24_deploy.model import mapped, offload
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.directory import load_model, open_model_dir, structure_of
 from prox24_deploy.model.offload import bring, drop, is_offloaded
-from prox24_deploy.pruning import hidden_states, memory, prune, reconstruct
+from prox24_deploy.pruning import directory, hidden_states, memory, reconstruct
 from prox24_deploy.pruning.hidden_states import OnDisk, OnHost
 from prox24_deploy.pruning.memory import (
     Needs,
@@ -69,8 +69,8 @@ def pruned(
         asked.append(whole)
         return placement
 
-    monkeypatch.setattr(prune, "place", placed)
-    result = prune.prune_directory(
+    monkeypatch.setattr(directory, "place", placed)
+    result = directory.prune_directory(
         open_model_dir(out / "model"),
         recipe,
         samples,

@@ -14,7 +14,7 @@ from prox24_deploy.core.records import TextSource
 from prox24_deploy.core.types import QuantizedFormat, silent
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.directory import load_model, open_model_dir
-from prox24_deploy.pruning.prune import prune_directory
+from prox24_deploy.pruning.directory import prune_directory
 from prox24_deploy.quantization.aware import RoundedWeight, Through
 from prox24_deploy.quantization.formats import FORMATS
 from prox24_deploy.quantization.quantize import load_quantized, quantize_directory

@@ -24,7 +24,7 @@ from prox24_deploy.core.recovery import RecoverResult
 from prox24_deploy.core.types import silent
 from prox24_deploy.model.batch import Samples
 from prox24_deploy.model.directory import open_model_dir
-from prox24_deploy.pruning.prune import prune_directory
+from prox24_deploy.pruning.directory import prune_directory
 from prox24_deploy.recovery.lesson import Lesson
 from prox24_deploy.recovery.pair import require_pair
 from prox24_deploy.recovery.recover import Recovery, recover_directory

@@ -127,7 +127,7 @@ def help_with(context: RunContext, options: BuildOptions, ranks: "Ranks") -> Non
     """
     import torch
 
-    from prox24_deploy.pruning.prune import help_to_prune
+    from prox24_deploy.pruning.directory import help_to_prune
 
     while ranks.told("") == _BEGIN:
         inputs = prune_inputs(context, options, ranks)
@@ -150,7 +150,7 @@ def help_with(context: RunContext, options: BuildOptions, ranks: "Ranks") -> Non
 def _prune(inputs: PruneInputs, work: Workspace, progress: Progress) -> PruneResult:
     import torch
 
-    from prox24_deploy.pruning.prune import prune_directory
+    from prox24_deploy.pruning.directory import prune_directory
     from prox24_deploy.pruning.ranks import ALONE
 
     if inputs.ranks is not None:

@@ -12,9 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from prox24_deploy.pruning.solvers.admm_step import AdmmState, admm_step, has_admm_kernel
 from prox24_deploy.pruning.solvers.factors import inverse_of
 from prox24_deploy.pruning.solvers.problem import LayerProblem, plus_diagonal
-from prox24_deploy.pruning.solvers.prox import AdmmState, admm_step, has_admm_kernel
 from prox24_deploy.pruning.solvers.shares import WHOLE, Shares
 from prox24_deploy.sparsity.pattern import final_mask, mask_24, unconverged_groups
 

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from prox24_deploy.pruning.solvers.factors import inverse_factor
+from prox24_deploy.pruning.solvers.kernels import has_triton
 from prox24_deploy.pruning.solvers.problem import LayerProblem
 from prox24_deploy.pruning.solvers.products import ExactFactor
-from prox24_deploy.pruning.solvers.prox import has_triton
-from prox24_deploy.sparsity.pattern import mask_24
+from prox24_deploy.sparsity.pattern import GROUP, mask_24
 
-_GROUP = 4
 _BLOCK = 128
 
 
@@ -60,8 +59,8 @@ def _prune_block(weight: Tensor, mask: Tensor, factor: Tensor, begin: int, end: 
     kept = torch.zeros_like(block, dtype=torch.bool)
     errors, diagonal = torch.zeros_like(block), factor.diagonal()
     for column in range(end - begin):
-        if column % _GROUP == 0:
-            group = slice(column, column + _GROUP)
+        if column % GROUP == 0:
+            group = slice(column, column + GROUP)
             kept[group] = mask_24((block[group] / diagonal[group, None]).square(), axis=0)
         pruned = block[column] * ~kept[column]
         errors[column] = pruned / diagonal[column]

@@ -39,13 +39,12 @@ The compiled forms leave out what cannot be best:
   u2 and u3 takes off another s² (u2 (1 - σ) + s)², and then, as s ≤ u2 ≤ ½ σ, it is less again.
 """
 
-import importlib.util
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-_GROUP = 4
+from prox24_deploy.pruning.solvers.kernels import has_triton
+from prox24_deploy.sparsity.pattern import GROUP
+
 # Below this largest scaled magnitude the minimiser is z - λ·e2(z) to second order, and the scaled
 # formulas would underflow.
 _TINY = 1e-6
@@ -70,8 +69,8 @@ def objective_24(candidate: Tensor, weight: Tensor, lam: Tensor | float) -> Tens
     Returns:
         Shape (..., n), in the dtype of the inputs.
     """
-    w = candidate.unflatten(-1, (-1, _GROUP))
-    z = weight.unflatten(-1, (-1, _GROUP))
+    w = candidate.unflatten(-1, (-1, GROUP))
+    z = weight.unflatten(-1, (-1, GROUP))
     a, b, c, d = w.abs().unbind(-1)
     value: Tensor = 0.5 * (w - z).square().sum(-1) + lam * (a * b * (c + d) + c * d * (a + b))
     return value
@@ -95,14 +94,12 @@ def prox_24(weight: Tensor, lam: Tensor | float, *, newton_iterations: int = 12)
     Raises:
         ValueError: the last axis is not a multiple of four.
     """
-    if weight.shape[-1] % _GROUP:
-        raise ValueError(
-            f"last axis has length {weight.shape[-1]}, expected a multiple of {_GROUP}"
-        )
+    if weight.shape[-1] % GROUP:
+        raise ValueError(f"last axis has length {weight.shape[-1]}, expected a multiple of {GROUP}")
     precise = torch.promote_types(weight.dtype, torch.float32)
     per_row = torch.as_tensor(lam, dtype=precise, device=weight.device)
     per_row = per_row.expand(*weight.shape[:-1], 1)
-    if weight.device.type == "cpu" and weight.numel() >= COMPILED_FROM * _GROUP:
+    if weight.device.type == "cpu" and weight.numel() >= COMPILED_FROM * GROUP:
         from prox24_deploy.pruning.solvers.prox_cpu import prox_24_compiled
 
         rows = weight.reshape(-1, weight.shape[-1])
@@ -115,59 +112,6 @@ def prox_24(weight: Tensor, lam: Tensor | float, *, newton_iterations: int = 12)
     return _prox_eager(weight, per_row, newton_iterations)
 
 
-@dataclass(slots=True)
-class AdmmState:
-    """What one step of ADMM leaves for the next, all (rows, 4 n).
-
-    Attributes:
-        weight: W, of the W-step.
-        split: Z, of the Z-step.
-        dual: U.
-        target: what the inverse is multiplied by in the next W-step.
-    """
-
-    weight: Tensor
-    split: Tensor
-    dual: Tensor
-    target: Tensor
-
-
-def admm_step(
-    state: AdmmState, linear: Tensor, lam: Tensor, rho: float, *, newton_iterations: int = 12
-) -> None:
-    """What lies between two W-steps of ADMM: the Z-step, the dual update and the next target.
-
-    Z = prox(W + U), U' = W + U - Z and B + ρ (Z - U') take the places of Z, U and the target. A GPU
-    writes them into the memory that the state has.
-
-    Args:
-        state: as the W-step left it.
-        linear: B, same shape, of the quadratic ½ tr(W A Wᵀ) - tr(W Bᵀ).
-        lam: λ / ρ, (rows, 1).
-        rho: ρ, of the W-step (A + ρ I)⁻¹.
-        newton_iterations: see `prox_24`.
-    """
-    if has_admm_kernel(state.weight):
-        from prox24_deploy.pruning.solvers.prox_cuda import admm_step_cuda
-
-        admm_step_cuda(state, linear, lam.reshape(-1), rho)
-        return
-    state.dual.add_(state.weight)
-    state.split = prox_24(state.dual, lam, newton_iterations=newton_iterations)
-    state.dual.sub_(state.split)
-    torch.sub(state.split, state.dual, out=state.target).mul_(rho).add_(linear)
-
-
-def has_admm_kernel(weight: Tensor) -> bool:
-    """Whether a step of ADMM on such weights is one kernel."""
-    return weight.dtype == torch.float32 and has_triton(weight)
-
-
-def has_triton(tensor: Tensor) -> bool:
-    """Whether kernels of Triton can run where a tensor is; torch for CUDA comes with it."""
-    return tensor.device.type == "cuda" and importlib.util.find_spec("triton") is not None
-
-
 def _has_kernel(weight: Tensor) -> bool:
     """Whether the kernel of `prox_cuda` serves a tensor."""
     return weight.dtype in {torch.float32, torch.float16, torch.bfloat16} and has_triton(weight)
@@ -175,8 +119,8 @@ def _has_kernel(weight: Tensor) -> bool:
 
 def _prox_eager(weight: Tensor, per_row: Tensor, newton_iterations: int) -> Tensor:
     """`prox_24` in tensor operations, on any device: λ per row, (..., 1)."""
-    z = weight.reshape(-1, _GROUP).t().contiguous()
-    lam_group = per_row.expand(*weight.shape[:-1], weight.shape[-1] // _GROUP)
+    z = weight.reshape(-1, GROUP).t().contiguous()
+    lam_group = per_row.expand(*weight.shape[:-1], weight.shape[-1] // GROUP)
     chunk = _CHUNK if weight.device.type == "cpu" else max(1, z.shape[1])
     solved = [
         _prox_groups(part, lam_part, newton_iterations)
@@ -212,8 +156,8 @@ def _prox_groups(z: Tensor, lam: Tensor, newton_iterations: int) -> Tensor:
 def _ranks(magnitude: Tensor) -> Tensor:
     """Rank of every element in its group, 0 = largest; ties go to the lower index. (4, groups)."""
     rank = torch.zeros(magnitude.shape, dtype=torch.int64, device=magnitude.device)
-    for i in range(_GROUP):
-        for j in range(i + 1, _GROUP):
+    for i in range(GROUP):
+        for j in range(i + 1, GROUP):
             later_wins = magnitude[j] > magnitude[i]
             rank[i] += later_wins
             rank[j] += ~later_wins

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prox24_deploy.pruning.solvers.prox import AdmmState
+from prox24_deploy.pruning.solvers.admm_step import AdmmState
 
 # Groups of a block: one for each thread of a program, which is one warp.
 _BLOCK = tl.constexpr(32)

@@ -4,13 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prox24_deploy.pruning.solvers.prox import (
-    AdmmState,
-    _prox_eager,
-    admm_step,
-    objective_24,
-    prox_24,
-)
+from prox24_deploy.pruning.solvers.admm_step import AdmmState, admm_step
+from prox24_deploy.pruning.solvers.prox import _prox_eager, objective_24, prox_24
 from prox24_deploy.sparsity.pattern import is_24
 
 pytestmark = pytest.mark.gpu
