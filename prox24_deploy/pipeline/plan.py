@@ -296,7 +296,7 @@ def _sensitivity(
             dense={**{c.name: c.reason for c in choices if c.name not in paying}, **dense},
             stored_dtype=lambda name: stored_dtype(source, name),
             progress=progress,
-            keep=keep,
+            keep_weight=keep,
         )
 
 

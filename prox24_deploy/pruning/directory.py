@@ -222,7 +222,7 @@ class _Job:
 class _Opened:
     """A model as it is pruned, and its directory with the names that the model gives tensors.
 
-    What is made of its weights goes where `keep` says; None for memory.
+    What is made of its weights goes where `keep_weight` says; None for memory.
     """
 
     model: nn.Module
@@ -230,7 +230,7 @@ class _Opened:
     notes: tuple[str, ...]
     memory: str
     resources: Resources
-    keep: Callable[[Tensor], Tensor] | None
+    keep_weight: Callable[[Tensor], Tensor] | None
 
 
 @contextmanager
@@ -363,7 +363,7 @@ def _sensitivity(
             dense=dense,
             stored_dtype=lambda name: stored_dtype(opened.directory, name),
             progress=progress,
-            keep=opened.keep,
+            keep_weight=opened.keep_weight,
         )
         opened.directory.require_untouched()
         store.save(found)

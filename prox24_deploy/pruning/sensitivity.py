@@ -73,7 +73,7 @@ def measure_sensitivity(
     dense: Mapping[str, str],
     stored_dtype: Callable[[str], torch.dtype],
     progress: Progress,
-    keep: Callable[[Tensor], Tensor] | None = None,
+    keep_weight: Callable[[Tensor], Tensor] | None = None,
 ) -> Sensitivity:
     """Measure what pruning costs and choose as many layers as the budget of `options` allows.
 
@@ -85,7 +85,7 @@ def measure_sensitivity(
         dense: targets that stay dense whatever they cost.
         stored_dtype: parameter name to the dtype in which the checkpoint stores it.
         progress: called with ("sensitivity", done, total).
-        keep: where to have the pruned weights of all layers; None for memory.
+        keep_weight: where to have the pruned weights of all layers; None for memory.
 
     Raises:
         CalibrationError: there are fewer than two batches.
@@ -94,7 +94,7 @@ def measure_sensitivity(
     solving, measuring = _parts(calibration)
     # Sensitivity is about the order of layers, for which the fast schedule is as good as any.
     own = replace(options, preset="fast", target="symmetric")
-    solved = _solve_all(model, recipe, solving, own, dense, stored_dtype, progress, keep)
+    solved = _solve_all(model, recipe, solving, own, dense, stored_dtype, progress, keep_weight)
     loss = loss_against(model, recipe.task, measuring)
     layers = _each_alone(model, solved, loss, progress)
     prefixes = _Prefixes(model, layers, solved, loss, progress)
@@ -151,7 +151,7 @@ def _solve_all(
     dense: Mapping[str, str],
     stored_dtype: Callable[[str], torch.dtype],
     progress: Progress,
-    keep: Callable[[Tensor], Tensor] | None,
+    keep_weight: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, Tensor]:
     """Every layer pruned alone, by full path, in the dtype of the checkpoint."""
     solved: dict[str, Tensor] = {}
@@ -171,7 +171,7 @@ def _solve_all(
                 for names, own in by_options(twin.prefix, group, part, options):
                     found = solve_group(twin, names, moments, own, stored_dtype)
                     for name, layer in found.items():
-                        weight = layer.weight if keep is None else keep(layer.weight)
+                        weight = layer.weight if keep_weight is None else keep_weight(layer.weight)
                         solved[f"{twin.prefix}.{name}"] = weight
             if index + 1 < len(blocks):
                 advance(twin, [activations])
