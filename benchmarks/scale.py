@@ -42,7 +42,7 @@ from prox24_deploy.core.types import Progress
 from prox24_deploy.model.batch import Batch, Samples
 from prox24_deploy.model.directory import open_model_dir
 from prox24_deploy.pipeline.ranks import shared
-from prox24_deploy.pruning import activations, layer_group, prune
+from prox24_deploy.pruning import activations, block, layer_group
 from prox24_deploy.pruning.directory import help_to_prune, prune_directory
 from prox24_deploy.pruning.ranks import ALONE, Ranks
 from prox24_deploy.pruning.solvers import solver
@@ -54,14 +54,14 @@ _RECORD = "record calls"
 _PARTS = {
     _RECORD: (activations, "record_activations"),
     "advance": (activations, "advance"),
-    "Gram matrices": (prune, "collect_wave"),
+    "Gram matrices": (block, "collect_wave"),
     "problem": (layer_group, "layer_problem"),
     "ADMM": (solver, "prox_admm"),
     "SparseGPT": (solver, "sparsegpt"),
     "refine": (solver, "_refine"),
     "solution": (layer_group, "solve_layer"),
-    "errors": (prune, "_errors"),
-    "reconstruct": (prune, "reconstruct_block"),
+    "errors": (block, "_errors"),
+    "reconstruct": (block, "reconstruct_block"),
 }
 
 

@@ -10,8 +10,8 @@ from layers import correlated_layer
 from torch import Tensor
 
 from prox24_deploy.core.types import Method, Refinement
+from prox24_deploy.pruning.solvers import admm_step as step_module
 from prox24_deploy.pruning.solvers import ista as ista_module
-from prox24_deploy.pruning.solvers import prox as prox_module
 from prox24_deploy.pruning.solvers.admm import AdmmOptions, prox_admm
 from prox24_deploy.pruning.solvers.ista import IstaOptions, ista
 from prox24_deploy.pruning.solvers.problem import LayerProblem, layer_problem
@@ -43,7 +43,7 @@ def test_no_row_is_given_a_lambda_that_is_not_finite(
         given.append(lam)
         return prox_24(weight, lam, **rest)
 
-    for module in (prox_module, ista_module):
+    for module in (step_module, ista_module):
         monkeypatch.setattr(module, "prox_24", watched)
     layer = correlated_layer(rows=4, features=16)
     layer.weight[1] = 0.0
