@@ -37,6 +37,9 @@ _SOLVER_MATRICES = 18
 _SQUARE_DOUBLES, _SQUARE_FLOATS = 2, 6
 # What PyTorch, its libraries and the allocator take beside the tensors.
 _OVERHEAD = 2**29
+# What the C library keeps on a CPU of tensors that were freed: those of less than 32 MiB lie on its
+# heap, in pieces, as far as so much is worked with. Larger ones go back to the system.
+_HEAP = 5 * 2**26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +165,7 @@ def place(needs: Needs, room: Room, *, whole: str = "") -> Placement:
     Raises:
         UsageError: even with everything on disk that can be there is no room.
     """
+    heap = min(_HEAP, needs.working) if room.is_host else 0
     places: list[tuple[Place, int, bool]] = [
         ("device", needs.states, True),
         ("host", 0, not room.is_host and needs.states <= room.host // 2),
@@ -171,13 +175,13 @@ def place(needs: Needs, room: Room, *, whole: str = "") -> Placement:
         for streamed in (False, True):
             if not possible or (streamed and whole):
                 continue
-            own = needs.streamed() if streamed else needs.held()
+            own = (needs.streamed() if streamed else needs.held()) + heap
             if own + beside <= room.device:
                 return Placement(streamed=streamed, states=states, bytes=own + beside)
-    least = needs.held() if whole else needs.streamed()
+    least = (needs.held() if whole else needs.streamed()) + heap
     advice = ""
     if whole:
-        without = gib_needed(needs.streamed())
+        without = gib_needed(needs.streamed() + heap)
         advice = f"; {whole} needs the whole model, without it {without} do"
     many = room.is_host and room.processes > 1
     each = f" for each of {room.processes} processes" if many else ""

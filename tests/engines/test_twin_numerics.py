@@ -147,3 +147,10 @@ def test_each_layer_is_held_to_its_numbers_on_what_it_reads(
             weight.copy_(held * factor)
             model(draw(100, 64))
     assert off["2"] > LAYER_TOLERANCE
+
+
+def test_a_layer_that_reads_nothing_is_right() -> None:
+    model, quantized = rounding(1)
+    with LayerNumbers(model, quantized).watch(model) as off:
+        model(draw(0, 32))
+    assert off == {"0": 0.0}

@@ -224,6 +224,18 @@ def test_the_memory_of_a_host_is_not_taken_twice() -> None:
     assert place(NEEDS, room).states == "disk"
 
 
+def test_a_cpu_keeps_some_of_what_is_worked_with_on_its_heap() -> None:
+    """Tensors below 32 MiB are freed to the heap of the C library, not to the system."""
+    plenty = 1 << 40
+    for working, kept in ((30, 30), (1 << 30, 5 << 26)):
+        needs = replace(NEEDS, working=working)
+        on_gpu, on_cpu = (
+            place(needs, Room(device=plenty, host=plenty, is_host=is_host)).bytes
+            for is_host in (False, True)
+        )
+        assert on_cpu - on_gpu == kept
+
+
 def test_processes_of_one_machine_share_its_memory_and_each_has_its_own_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

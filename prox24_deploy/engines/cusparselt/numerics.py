@@ -173,9 +173,11 @@ def _farthest(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
 
 def _distance(first: Tensor, second: Tensor) -> Tensor:
     """Largest difference; a NaN stays one, and the same infinity on both sides is no difference."""
-    return torch.where(first == second, 0.0, first - second).abs().max()
+    apart = torch.where(first == second, 0.0, first - second).abs()
+    return apart.max() if apart.numel() else apart.new_zeros(())
 
 
 def _largest(tensor: Tensor) -> float:
-    """Largest finite magnitude."""
-    return float(torch.where(tensor.isfinite(), tensor, 0.0).abs().max())
+    """Largest finite magnitude; 0 of nothing."""
+    finite = torch.where(tensor.isfinite(), tensor, 0.0).abs()
+    return float(finite.max()) if finite.numel() else 0.0

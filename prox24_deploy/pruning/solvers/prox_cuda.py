@@ -30,7 +30,7 @@ _BLOCK = tl.constexpr(32)
 _BLOCKS = tl.constexpr(8)
 # What a step of Halley's leaves is cubic in its length, measured by what its function bends over:
 # for t twice φ'/φ'', and 1 for the third derivative; for p the least √(g + h²), as h passes zero
-# there. A step that is shorter than these fractions needs none behind it: what is left is 4e-8 of
+# there. A step that is shorter than these fractions needs none behind it: what is left is 1.2e-7 of
 # ½|z|² at most, in groups that were searched for.
 _BENT_T, _CLOSE_T, _CLOSE_P = tl.constexpr(0.05), tl.constexpr(0.05), tl.constexpr(0.12)
 _ROUNDS = tl.constexpr(4)
