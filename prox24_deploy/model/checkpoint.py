@@ -350,15 +350,23 @@ def _copy_companions(directory: ModelDir, out: Path, added: Mapping[str, Tensor]
         target = out / file.relative_to(directory.path)
         make_folder(target.parent)
         copy_file(file, target)
-    if is_single(directory.shards):
+    if not is_single(directory.shards):
+        _write_index(directory, out, added)
+
+
+def _write_index(directory: ModelDir, out: Path, added: Mapping[str, Tensor]) -> None:
+    """Copy the index of the shards, or make it anew where it is not that of all their tensors."""
+    index = json.loads((directory.path / INDEX_FILE).read_bytes())
+    held = directory.tensors.values()
+    size = sum(tensor.numel * tensor.dtype.itemsize for tensor in held)
+    size += sum(tensor.nbytes for tensor in added.values())
+    places = {name: tensor.shard.name for name, tensor in directory.tensors.items()}
+    places |= dict.fromkeys(added, directory.shards[-1].name)
+    if index["weight_map"] == places and index["metadata"].get("total_size", size) == size:
+        copy_file(directory.path / INDEX_FILE, out / INDEX_FILE)
         return
-    copy_file(directory.path / INDEX_FILE, out / INDEX_FILE)
-    if added:
-        index = json.loads((out / INDEX_FILE).read_bytes())
-        index["weight_map"] |= dict.fromkeys(added, directory.shards[-1].name)
-        # What nobody needs, and would be wrong.
-        index.get("metadata", {}).pop("total_size", None)
-        write_atomic(out / INDEX_FILE, f"{json.dumps(index, indent=2)}\n".encode())
+    index["metadata"]["total_size"], index["weight_map"] = size, places
+    write_atomic(out / INDEX_FILE, f"{json.dumps(index, indent=2)}\n".encode())
 
 
 @dataclass(frozen=True, slots=True)

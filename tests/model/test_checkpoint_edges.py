@@ -521,6 +521,32 @@ def test_an_index_that_is_left_beside_a_single_file_is_not_taken_along(
     assert open_model_dir(tmp_path / "out").tensors.keys() == directory.tensors.keys()
 
 
+@pytest.mark.parametrize("fault", ["", "unlisted", "size"])
+def test_the_index_names_every_tensor_and_its_bytes(
+    tiny_llama: Path, tmp_path: Path, fault: str
+) -> None:
+    """An index that is right is copied as it is, and any other is made anew."""
+    path = Path(shutil.copytree(tiny_llama, tmp_path / "dense"))
+    index = json.loads((path / INDEX).read_bytes())
+    sound = json.loads((path / INDEX).read_bytes())
+    if fault == "unlisted":
+        del index["weight_map"]["model.layers.0.self_attn.q_proj.weight"]
+    elif fault == "size":
+        index["metadata"]["total_size"] = 1
+    if fault:
+        (path / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    directory = open_model_dir(path)
+    write_pruned(directory, {}, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / INDEX).read_bytes())
+    assert found["weight_map"] == sound["weight_map"]
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    stored = [tensor for file in files for tensor in load_file(file).values()]
+    assert len(stored) == len(found["weight_map"])
+    assert found["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored)
+    if not fault:
+        assert (tmp_path / "out" / INDEX).read_bytes() == (path / INDEX).read_bytes()
+
+
 def test_a_checkpoint_of_a_larger_model_keeps_its_prefix_and_its_head(
     tiny_bert: Path, tmp_path: Path
 ) -> None:
