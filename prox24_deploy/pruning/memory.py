@@ -8,7 +8,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -165,7 +165,8 @@ def place(needs: Needs, room: Room, *, whole: str = "") -> Placement:
     Raises:
         UsageError: even with everything on disk that can be there is no room.
     """
-    heap = min(_HEAP, needs.working) if room.is_host else 0
+    if room.is_host:
+        needs = replace(needs, working=needs.working + min(_HEAP, needs.working))
     places: list[tuple[Place, int, bool]] = [
         ("device", needs.states, True),
         ("host", 0, not room.is_host and needs.states <= room.host // 2),
@@ -175,13 +176,13 @@ def place(needs: Needs, room: Room, *, whole: str = "") -> Placement:
         for streamed in (False, True):
             if not possible or (streamed and whole):
                 continue
-            own = (needs.streamed() if streamed else needs.held()) + heap
+            own = needs.streamed() if streamed else needs.held()
             if own + beside <= room.device:
                 return Placement(streamed=streamed, states=states, bytes=own + beside)
-    least = (needs.held() if whole else needs.streamed()) + heap
+    least = needs.held() if whole else needs.streamed()
     advice = ""
     if whole:
-        without = gib_needed(needs.streamed() + heap)
+        without = gib_needed(needs.streamed())
         advice = f"; {whole} needs the whole model, without it {without} do"
     many = room.is_host and room.processes > 1
     each = f" for each of {room.processes} processes" if many else ""
